@@ -1,0 +1,277 @@
+"""Every setting of a run: one class per component, one default in one place, leaf names as EasyR1 and verl users know them.
+
+Unknown keys are refused (see load.py for the message). Settings whose default depends on `algorithm.preset` are None
+here and filled from PRESETS, so that the resolved config always shows the value in force.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class DataConfig(Section):
+    train_files: str
+    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
+    val_files: str | None = None
+    """Held-out rows, same forms; None: no validation."""
+    prompt_key: str = "problem"
+    answer_key: str = "answer"
+    image_key: str = "images"
+    image_dir: str | None = None
+    """Folder that relative image paths are taken from; None: the folder of the data file."""
+    format_prompt: str | None = None
+    """Jinja file that receives `content` (the problem); None: the problem as it is."""
+    system_prompt: str | None = None
+    """System turn; None: what the model's chat template puts there by itself."""
+    max_prompt_length: int = Field(default=4096, gt=0)
+    """Tokens, image tokens included; longer prompts are left out, counted and reported."""
+    max_response_length: int = Field(default=2048, gt=0)
+    """Tokens."""
+    min_pixels: int = Field(default=200704, gt=0)
+    max_pixels: int = Field(default=1003520, gt=0)
+    """Pixel budget per image."""
+    rollout_batch_size: int = Field(default=384, gt=0)
+    """Prompts per training step."""
+    shuffle: bool = True
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_val_rows: int | None = Field(default=None, gt=0)
+    """Validate on the first so many rows; None: all."""
+    num_workers: int = Field(default=2, ge=0)
+    """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: int = Field(default=1, gt=0)
+    pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    data_parallel_size: int | None = Field(default=None, gt=0)
+    """None: as many as the devices allow (one on a machine without GPUs)."""
+    pipeline_layers: tuple[int, ...] | None = None
+    """Language model layers of each pipeline stage; None: an even split."""
+    recompute: Literal["none", "full"] = "none"
+    """'full': language and vision layers keep only their inputs and run again in the backward pass."""
+    use_distributed_optimizer: bool = True
+    threads_per_rank: int = Field(default=1, gt=0)
+    """CPU threads of a trainer rank on a machine without GPUs."""
+
+
+class PerturbConfig(Section):
+    kind: Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"] = "patch_black"
+    probability: float = Field(default=0.5, ge=0, le=1)
+    """Chance of each patch to be blacked (patch_black)."""
+    stage: Literal["patches", "pixels"] | None = None
+    """'patches': after the processor, on the model's own patch grid; 'pixels': before the processor's resize, on a
+    fixed grid (the authors'). Preset-dependent."""
+    patch_size: int | None = Field(default=None, gt=0)
+    """Pixels; grid of stage 'pixels'. For stage 'patches' it must stay None: the model's own patch."""
+    per: Literal["row", "image"] | None = None
+    """A fresh mask for each response row, or one per image and step. Preset-dependent."""
+    noise_std: float = Field(default=189.0, gt=0)
+    """Grey levels (gaussian_noise); the paper's ablation."""
+    blur_radius: float = Field(default=6.0, gt=0)
+    """Pixels (gaussian_blur); the paper's ablation."""
+    grey_level: int = Field(default=128, ge=0, le=255)
+
+
+class AlgorithmConfig(Section):
+    preset: Literal["global", "reference"] = "global"
+    """'reference' computes what the authors' code computes, its scopes included; 'global' does not depend on layout."""
+    adv_estimator: Literal["grpo"] = "grpo"
+    use_vppo_on_perception: bool = True
+    """Token gradient filtering (paper Eq. 4)."""
+    use_advantage_shaping: bool = True
+    """Trajectory advantage shaping (paper Eq. 5)."""
+    use_entropy_penalty: bool = True
+    top_p_perception_tokens: float = Field(default=0.4, gt=0, le=1)
+    """Share of each response's tokens that receive policy gradient."""
+    advantage_scaling_min: float = Field(default=0.9, gt=0, le=1)
+    """beta_min of the advantage scale; beta_max follows from mean scale one."""
+    entropy_penalty_coef: float = Field(default=0.06, ge=0)
+    dependency: Literal["k3_sampled", "kl_full", "jsd"] = "k3_sampled"
+    """Token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or Jensen-Shannon."""
+    dependency_expm1: bool | None = None
+    """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. Preset-dependent."""
+    stable_ranking: bool | None = None
+    """Ties go to the earlier token. Preset-dependent."""
+    integer_ceil: bool | None = None
+    """Number of kept tokens by exact arithmetic instead of a float32 product. Preset-dependent."""
+    shaping_min_scope: Literal["minibatch", "device_minibatch"] | None = None
+    """Rows over which the smallest trajectory score is taken. Preset-dependent."""
+    shaping_mean_scope: Literal["minibatch", "microbatch"] | None = None
+    """Rows over which the mean advantage scale is made one. Preset-dependent."""
+    negative_advantages: Literal["same", "unscaled", "mirrored"] = "same"
+    """Advantage scale where the advantage is negative: alpha, 1, or 2 - alpha."""
+    text_only_rows: Literal["bypass", "rank"] | None = None
+    """Rows without an image: keep every token at scale 1, or rank their zero dependencies as the authors do.
+    Preset-dependent."""
+    loss_denominator: Literal["all", "selected"] = "all"
+    """Tokens the policy-gradient sum is divided by: all response tokens or the kept ones."""
+    loss_avg_mode: Literal["token", "seq"] = "token"
+    """Mean over tokens of the mini-batch (authors' code) or per sequence, then over sequences (paper Eq. 6)."""
+    entropy_kind: Literal["nll", "entropy"] = "nll"
+    entropy_tokens: Literal["all", "selected"] = "all"
+    clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
+    clip_ratio_high: float = Field(default=0.28, gt=0)
+    clip_ratio_dual: float = Field(default=3.0, gt=1)
+    online_filtering: bool = True
+    """Keep only groups whose mean accuracy lies strictly between filter_low and filter_high."""
+    filter_low: float = Field(default=0.01, ge=0, le=1)
+    filter_high: float = Field(default=0.99, ge=0, le=1)
+    max_try_make_batch: int = Field(default=4, gt=0)
+    """Sampling rounds per step at most; then the step trains on the groups it has."""
+    truncated_responses: Literal["train", "mask"] = "train"
+    """Responses cut at the length limit: train on them as they scored, or give them no gradient."""
+    rollout_correction_cap: float | None = Field(default=None, gt=0)
+    """Weight each token's policy gradient by min(p_trainer / p_rollout, cap); None: no correction."""
+    reference_devices: int | None = Field(default=None, gt=0)
+    """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
+    perturb: PerturbConfig = PerturbConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset", "global") not in PRESETS:
+            return values
+        preset = PRESETS[values.get("preset", "global")]
+        filled = {k: v for k, v in preset.items() if k != "perturb" and values.get(k) is None}
+        perturb = values.get("perturb") or {}
+        if isinstance(perturb, PerturbConfig):
+            perturb = perturb.model_dump()
+        filled_perturb = {k: v for k, v in preset["perturb"].items() if perturb.get(k) is None}
+        return {**values, **filled, "perturb": {**perturb, **filled_perturb}}
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "global": {
+        "dependency_expm1": True,
+        "stable_ranking": True,
+        "integer_ceil": True,
+        "shaping_min_scope": "minibatch",
+        "shaping_mean_scope": "minibatch",
+        "text_only_rows": "bypass",
+        "perturb": {"stage": "patches", "per": "row"},
+    },
+    "reference": {
+        "dependency_expm1": False,
+        "stable_ranking": False,
+        "integer_ceil": False,
+        "shaping_min_scope": "device_minibatch",
+        "shaping_mean_scope": "microbatch",
+        "text_only_rows": "rank",
+        "perturb": {"stage": "pixels", "per": "row", "patch_size": 14},
+    },
+}
+
+
+class OptimConfig(Section):
+    lr: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    lr_warmup_steps: int = Field(default=0, ge=0)
+    """Training steps over which the rate rises linearly; constant afterwards."""
+
+
+class ActorConfig(Section):
+    global_batch_size: int = Field(default=128, gt=0)
+    """Prompts per optimizer step (rollout.n responses each)."""
+    micro_batch_size_per_device_for_update: int = Field(default=4, gt=0)
+    """Responses per micro-batch; rows are packed, so a micro-batch has no padding."""
+    micro_batch_size_per_device_for_experience: int = Field(default=8, gt=0)
+    """Responses per micro-batch of the scoring pass."""
+    ppo_epochs: int = Field(default=1, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    head_chunk_tokens: int = Field(default=1024, gt=0)
+    """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
+    optim: OptimConfig = OptimConfig()
+
+
+class ValSamplingConfig(Section):
+    n: int = Field(default=1, gt=0)
+    """Samples per prompt: k of avg@k."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+
+
+class RolloutConfig(Section):
+    n: int = Field(default=8, gt=1)
+    """Responses per prompt."""
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=-1)
+    """-1: off."""
+    seeds: Literal["independent", "shared", "engine"] = "independent"
+    """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or none."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """Devices per vLLM engine."""
+    num_engines: int | None = Field(default=None, gt=0)
+    """None: one per tensor_parallel_size trainer devices on GPUs, one on a machine without GPUs."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
+    cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
+    """GiB for the KV cache of an engine on CPU."""
+    threads_per_engine: int | None = Field(default=None, gt=0)
+    """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
+    max_num_seqs: int = Field(default=256, gt=0)
+    enforce_eager: bool = True
+    val: ValSamplingConfig = ValSamplingConfig()
+    verify_weights: Literal["always", "first", "never"] = "first"
+    """When vLLM's checksums are compared with those of the stream sent to it."""
+    logprob_diff_bound: float = Field(default=0.05, gt=0)
+    """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
+    start_timeout_seconds: float = Field(default=600.0, gt=0)
+
+
+class RewardConfig(Section):
+    reward_function: str = "mathruler"
+    """'mathruler', or `file.py:function` of yours."""
+    reward_type: Literal["batch", "sequential"] = "batch"
+    """How a function of yours is called: with lists of all responses, or once per response."""
+    num_workers: int = Field(default=1, gt=0)
+    timeout_seconds: float = Field(default=10.0, gt=0)
+    """Per response; a longer grading scores zero and is counted."""
+
+
+class TrainerConfig(Section):
+    project_name: str = "megatron_vppo"
+    experiment_name: str = "default"
+    runs_dir: str = "runs"
+    seed: int = 1
+    total_steps: int | None = Field(default=None, gt=0)
+    """Training steps; None: total_epochs passes over the data."""
+    total_epochs: int = Field(default=2, gt=0)
+    val_before_train: bool = True
+    val_freq: int = Field(default=5)
+    """Steps between validations; -1: only before and after training."""
+    save_freq: int = Field(default=5)
+    """Steps between checkpoints; -1: only the last step."""
+    save_limit: int = Field(default=1, gt=0)
+    """Checkpoints kept."""
+    save_hf: bool = True
+    """Export the final weights as a Hugging Face folder."""
+    resume: bool = True
+    """Go on from the newest complete checkpoint of the run folder."""
+    save_rollouts: bool = True
+    loggers: tuple[Literal["wandb", "swanlab"], ...] = ()
+    """Beside metrics.jsonl and TensorBoard, which are always written."""
+
+
+class RunConfig(Section):
+    data: DataConfig
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    actor: ActorConfig = ActorConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig()
+    trainer: TrainerConfig = TrainerConfig()
