@@ -1,0 +1,53 @@
+"""A micro-batch of packed sequences, as every model family takes it.
+
+Shape suffix legend: T = tokens of all packed sequences, one after the other; I = image tokens among them (merged
+vision features); P = vision patches; D = values per patch (frames x channels x rows x columns).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Sequences without padding between or after them; attention never crosses a sequence."""
+
+    token_ids_T: Tensor
+    """int64."""
+    positions_3T: Tensor
+    """int64; rotary position of each token along (frame, row, column); the three are equal for text."""
+    lengths: tuple[int, ...]
+    """Tokens of each packed sequence, in order; they sum to T."""
+    image_token_index_I: Tensor
+    """int64; where in T the image tokens are."""
+    image_feature_index_I: Tensor
+    """int64; which merged vision feature fills each of them. Sequences that show the same picture may point to the
+    same features, so that its vision forward runs once."""
+    pixels_PD: Tensor | None = None
+    """Float patches of the distinct pictures, in the processor's order; None where no sequence shows a picture, or on a
+    pipeline stage that does not hold the vision tower."""
+    grids_thw: tuple[tuple[int, int, int], ...] = ()
+    """Per distinct picture: (frames, rows, columns) in patches."""
+
+    def __post_init__(self) -> None:
+        tokens = self.token_ids_T.shape[0]
+        if sum(self.lengths) != tokens or min(self.lengths, default=0) < 1:
+            raise ValueError(
+                f"the packed lengths {self.lengths} must each be at least 1 and sum to the {tokens} tokens of the batch"
+            )
+        if tuple(self.positions_3T.shape) != (3, tokens):
+            raise ValueError(f"positions have shape {tuple(self.positions_3T.shape)}, expected (3, {tokens})")
+        if self.image_token_index_I.shape != self.image_feature_index_I.shape:
+            raise ValueError(
+                f"{self.image_token_index_I.numel()} image tokens but {self.image_feature_index_I.numel()} features "
+                "assigned to them; give one feature index per image token"
+            )
+        if self.pixels_PD is not None:
+            patches = sum(t * h * w for t, h, w in self.grids_thw)
+            if patches != self.pixels_PD.shape[0]:
+                raise ValueError(
+                    f"the grids {self.grids_thw} have {patches} patches but pixels hold {self.pixels_PD.shape[0]}"
+                )

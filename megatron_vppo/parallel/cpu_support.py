@@ -1,0 +1,90 @@
+"""What torch must answer for Megatron Core (0.16 to 0.19) to run on a machine without CUDA.
+
+Megatron names the CUDA device in many places; none of its mathematics needs it. Everything is adapted here, in torch's
+public functions and in two of Megatron's, and nothing happens where CUDA is available. Each patch says what asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+_CUDA_TYPE_NAMES = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+_CPU = torch.device("cpu")
+_enabled = False
+
+
+def enable_cpu() -> bool:
+    """Adapts this process for Megatron on CPU; once, and only if CUDA is not available. True if it is in force."""
+    global _enabled
+    if torch.cuda.is_available():
+        return False
+    if _enabled:
+        return True
+    _enabled = True
+    # Asked for in the bodies of most modules: `torch.empty(..., device=torch.cuda.current_device())`, barriers with
+    # `torch.cuda.synchronize()`, memory reports.
+    _replace(torch.cuda, "current_device", lambda: _CPU)
+    _replace(torch.cuda, "synchronize", _nothing)
+    _replace(torch.cuda, "empty_cache", _nothing)
+    _replace(torch.cuda, "set_device", _nothing)
+    _replace(torch.cuda.nvtx, "range_push", _nothing)
+    _replace(torch.cuda.nvtx, "range_pop", _nothing)
+    # Gradient norm, loss scale, token counters and found-inf flags are made with the literal `device="cuda"`.
+    for name in _FACTORIES:
+        _replace(torch, name, _without_cuda(getattr(torch, name)))
+    # The optimizers move master weights and checkpoints with `.cuda()`, and sort parameters by the string `type()`.
+    _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
+    _replace(torch.Tensor, "type", _type_as_if_cuda(torch.Tensor.type))
+    _disable_cuda_rng()
+    return True
+
+
+def _disable_cuda_rng() -> None:
+    """Activation recompute saves and restores the CUDA generator, and RNG forks ask for seeds of their own.
+
+    There is no dropout in our models, so both have nothing to preserve: the state is empty, and forks do nothing.
+    """
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    empty = torch.empty(0, dtype=torch.uint8)
+    _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: empty)
+    _replace(megatron_random, "_set_cuda_rng_state", _nothing)
+    megatron_random.initialize_rng_tracker(inference_rng_tracker=True)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    setattr(owner, name, value)
+
+
+def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _type_as_if_cuda(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None and self.dtype in _CUDA_TYPE_NAMES:
+            return _CUDA_TYPE_NAMES[self.dtype]
+        return original(self, dtype, *args, **kwargs)
+
+    return type_

@@ -1,0 +1,100 @@
+"""Sizes and process groups of a run: checked once, built once, passed as arguments to everything below.
+
+Megatron still reads its own globals in places (the optimizer, distributed checkpoints), so the groups are Megatron's
+`parallel_state`, filled here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from megatron_vppo.parallel.cpu_support import enable_cpu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Who this rank is. Rank = ((pipeline_rank * data + data_rank) * tensor + tensor_rank)."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    """Sizes; their product is the number of ranks."""
+    rank: int
+    tensor_rank: int
+    pipeline_rank: int
+    data_rank: int
+    device: torch.device
+    groups: ProcessGroupCollection
+
+    @property
+    def world_size(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline - 1
+
+
+def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_seconds: float = 1800.0) -> Layout:
+    """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
+
+    A default group that exists already is used as it is. Gloo on machines without CUDA, NCCL with CUDA.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of ranks.
+    """
+    on_cpu = enable_cpu()
+    if not dist.is_initialized():
+        _init_default_group(on_cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
+    world = dist.get_world_size()
+    if world % (tensor * pipeline) or data not in (None, world // (tensor * pipeline)):
+        needed = tensor * pipeline * (data or 1)
+        raise ValueError(
+            f"tensor {tensor} x pipeline {pipeline} x data {'any' if data is None else data} does not fit {world} "
+            f"ranks; start {needed} ranks (or a multiple, with data left open), or change the parallel sizes"
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
+    )
+    if not on_cpu:
+        model_parallel_cuda_manual_seed(1234)  # only the trackers' names matter: the models have no dropout
+    return Layout(
+        tensor=tensor,
+        pipeline=pipeline,
+        data=world // (tensor * pipeline),
+        rank=dist.get_rank(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def destroy_layout() -> None:
+    """Gives back the process groups, the default one included; a new layout may follow."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _init_default_group(*, on_cpu: bool, timeout: timedelta) -> None:
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend = "gloo" if on_cpu else "nccl"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
