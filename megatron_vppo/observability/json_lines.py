@@ -1,0 +1,67 @@
+"""JSON lines that survive a crash: every line is valid JSON, and files are replaced whole.
+
+JSON has no NaN or infinity. Both are written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and
+`number` below read back; other readers see a string where a number is missing, never a broken file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def dump_line(record: Mapping[str, Any]) -> str:
+    """One line of valid JSON, newline included; non-finite floats become strings."""
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
+
+
+def number(value: Any) -> float | None:
+    """The float that `dump_line` wrote; None for anything that is not a number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
+        return None
+    return float(value)
+
+
+def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    """The records of those lines that hold one; a line cut short by a crash is left out."""
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes `path`'s place, whole and on disk, when the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
