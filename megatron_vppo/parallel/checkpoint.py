@@ -1,0 +1,97 @@
+"""Complete training state in Megatron's distributed checkpoint format: weights, optimizer, random generators, position.
+
+A checkpoint is written under a temporary name and renamed when every rank is done, so a folder named `global_step_N` is
+always whole. Old ones are deleted after the rename, never before.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.training import Trainable
+
+LATEST = "latest_checkpointed_iteration.txt"
+STATE = "trainer_state.json"
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def latest_step(folder: Path) -> int | None:
+    """The newest complete checkpoint in `folder`, found from the folders themselves; None if there is none."""
+    steps = [step for step in _steps(folder) if (folder / f"global_step_{step}" / STATE).is_file()]
+    return max(steps, default=None)
+
+
+def save_checkpoint(
+    folder: Path, *, step: int, trainable: Trainable, layout: Layout, state: Mapping[str, Any], keep: int
+) -> None:
+    """Writes `global_step_{step}`; a collective over all ranks.
+
+    Args:
+        state: what the loop needs to go on (JSON values), the same on every rank.
+        keep: how many of the newest checkpoints stay.
+    """
+    target, unfinished = folder / f"global_step_{step}", folder / f".global_step_{step}.tmp"
+    if layout.rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        (unfinished / "dist_ckpt").mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
+    dist.barrier()
+    if layout.rank == 0:
+        (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+        (folder / LATEST).write_text(str(step))
+        for old in sorted(_steps(folder))[:-keep]:
+            shutil.rmtree(folder / f"global_step_{old}")
+        for leftover in folder.glob(".global_step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    dist.barrier()
+
+
+def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
+    """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks."""
+    source = folder / f"global_step_{step}"
+    loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
+    trainable.module.load_state_dict(loaded["model"])
+    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    _set_rng_state(loaded["rng"])
+    state: dict[str, Any] = json.loads((source / STATE).read_text())
+    return state
+
+
+def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) -> dict[str, Any]:
+    model = trainable.module.sharded_state_dict(metadata=dict(_METADATA))
+    return {
+        "model": model,
+        "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
+        "rng": ShardedObject("rng", _rng_state(), (layout.world_size,), (layout.rank,)),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+
+
+def _steps(folder: Path) -> list[int]:
+    names = (re.fullmatch(r"global_step_(\d+)", path.name) for path in folder.glob("global_step_*"))
+    return [int(match[1]) for match in names if match]

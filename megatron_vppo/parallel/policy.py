@@ -1,0 +1,298 @@
+"""The trained model as the loop sees it: `score` and `update`, over Megatron's pipeline schedules.
+
+Every rank holds the records of all rows and calls every method; each works on its data-parallel share of the rows, and
+results come back whole on every rank. Shape suffix legend: B = responses, T = response tokens (right-padded), N =
+response tokens of one micro-batch (flat), H = hidden size, V = vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
+from megatron_vppo.data.packing import micro_batches
+from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.parallel.batching import (
+    PatchSource,
+    PositionFn,
+    ResponseBatch,
+    View,
+    num_tokens,
+    pack_views,
+    rows_of_rank,
+)
+from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.training import Trainable
+from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
+
+Views = Literal["original", "both"]
+Divergence = Literal["kl_full", "jsd"]
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    temperature: float
+    """Of the rollouts; log-probs are those of the distribution that was sampled."""
+    vocab_size: int
+    """Without padding."""
+    image_token_id: int
+    merge_size: int
+    rows_per_update: int
+    """Responses per micro-batch of the update."""
+    rows_per_experience: int
+    """Responses per micro-batch of the scoring pass."""
+    head_chunk_tokens: int
+    perturb_per: Literal["row", "image"]
+
+
+class MegatronPolicy:
+    """See the Policy protocol in algorithm/types.py."""
+
+    def __init__(
+        self,
+        trainable: Trainable,
+        *,
+        layout: Layout,
+        settings: PolicySettings,
+        patches: PatchSource,
+        positions: PositionFn,
+    ) -> None:
+        self.trainable = trainable
+        self.layout = layout
+        self.settings = settings
+        self._patches = patches if layout.is_first_stage else None
+        self._positions = positions
+
+    # ---- scoring
+
+    @torch.no_grad()
+    def score(
+        self, responses: Sequence[Response], *, step: int, views: Views, divergence: Divergence | None = None
+    ) -> Scores:
+        """Log-probs and entropies of every response token under the present weights; no gradient.
+
+        Args:
+            step: training step; with the row, the seed of the perturbation.
+            views: 'both' also scores the perturbed image, in the same forward pass.
+            divergence: full-vocabulary divergence between the two views; None: none is computed.
+        """
+        perturbed = [bool(r.prompt.images) for r in responses] if views == "both" else [False] * len(responses)
+        shape = (len(responses), max(len(r.token_ids) for r in responses))
+        names = ("logp", "entropy", "masked_logp", "divergence")
+        results_BT = {name: torch.zeros(shape, device=self.layout.device) for name in names}
+
+        def collect(batch: ResponseBatch, hidden_T1H: Tensor, *, non_loss_data: bool) -> None:
+            self._score_tokens(batch, hidden_T1H, perturbed, divergence, results_BT)
+
+        mine = self._rows(responses)
+        self.trainable.module.eval()
+        self._run(
+            responses,
+            [self._views(rows, responses, step, perturbed) for rows in self._micro_batches(responses, mine, update=False)],
+            collect,
+            forward_only=True,
+        )
+        self.trainable.module.train()
+        stacked = torch.stack([results_BT[name] for name in names])
+        if not self._reports or not self._owns_rows(responses):
+            stacked.zero_()
+        dist.all_reduce(stacked)
+        logp, entropy, masked_logp, div = stacked.cpu().unbind()
+        return Scores(
+            old_logp_BT=logp,
+            entropy_BT=entropy,
+            masked_logp_BT=masked_logp if views == "both" else None,
+            divergence_BT=div if divergence is not None else None,
+        )
+
+    def _views(
+        self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
+    ) -> list[View]:
+        """The original views of a micro-batch's rows, then the perturbed views of those that have an image."""
+        return [View(row, None) for row in rows] + [
+            View(row, self._perturb_key(responses[row], step)) for row in rows if perturbed[row]
+        ]
+
+    def _perturb_key(self, response: Response, step: int) -> PerturbKey:
+        if self.settings.perturb_per == "image":
+            return PerturbKey(step=step, response_row=None)
+        return PerturbKey(step=step, response_row=response.group_id * 2**16 + response.sample)
+
+    def _score_tokens(
+        self,
+        batch: ResponseBatch,
+        hidden_T1H: Tensor,
+        perturbed: Sequence[bool],
+        divergence: Divergence | None,
+        results_BT: dict[str, Tensor],
+    ) -> None:
+        """Writes one micro-batch's results. The original views come first; a row without an image is its own masked view."""
+        hidden_NH = hidden_T1H[batch.hidden_index_N, 0]
+        logp_N, entropy_N = self._logps(hidden_NH, batch.target_N, with_entropy=True)
+        first_masked = int((~batch.perturbed_N).sum())
+        at = (batch.row_N[:first_masked], batch.column_N[:first_masked])
+        results_BT["logp"][at] = logp_N[:first_masked]
+        results_BT["entropy"][at] = entropy_N[:first_masked]
+        results_BT["masked_logp"][at] = logp_N[:first_masked]
+        masked_at = (batch.row_N[first_masked:], batch.column_N[first_masked:])
+        results_BT["masked_logp"][masked_at] = logp_N[first_masked:]
+        if divergence is None or first_masked == len(batch.row_N):
+            return
+        has_image_N = torch.tensor(perturbed, device=hidden_NH.device)[batch.row_N[:first_masked]]
+        results_BT["divergence"][masked_at] = two_view_divergence(
+            hidden_NH[:first_masked][has_image_N],
+            hidden_NH[first_masked:],
+            self.trainable.module.head_weight_VD(),
+            kind=divergence,
+            **self._head_arguments(),
+        )
+
+    # ---- update
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """One optimizer step on one mini-batch. The batch's weights hold every mask and denominator.
+
+        Returns metrics over the whole mini-batch, the same on every rank. A step whose gradient norm is not finite changes
+        nothing and is reported as actor/skipped_updates = 1.
+        """
+        device = self.layout.device
+        owned = 1.0 if self._owns_rows(batch.responses) else 0.0
+        pg_weight_BT, entropy_weight_BT = (batch.pg_weight_BT * owned).to(device), (batch.entropy_weight_BT * owned).to(device)
+        old_logp_BT, advantage_BT = batch.old_logp_BT.to(device), batch.advantage_BT.to(device)
+        weighted: dict[str, float] = {}
+        per_token: dict[str, float] = {}
+
+        def loss(rows: ResponseBatch, hidden_T1H: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            with_entropy = batch.loss.entropy_kind == "entropy"
+            new_logp_N, entropy_N = self._logps(
+                hidden_T1H[rows.hidden_index_N, 0], rows.target_N, with_entropy=with_entropy
+            )
+            at = (rows.row_N, rows.column_N)
+            terms = surrogate_loss(
+                new_logp_N,
+                old_logp_BT[at],
+                advantage_BT[at],
+                pg_weight_BT[at],
+                entropy_weight_BT[at],
+                spec=batch.loss,
+                entropy_N=entropy_N if with_entropy else None,
+            )
+            _accumulate(weighted, terms.weighted_sums)
+            _accumulate(per_token, terms.token_sums)
+            return terms.loss, torch.zeros((), dtype=torch.int, device=device), {}
+
+        self.trainable.ddp.zero_grad_buffer()
+        self.trainable.optimizer.zero_grad()
+        mine = self._rows(batch.responses)
+        self._run(
+            batch.responses,
+            [[View(row, None) for row in rows] for rows in self._micro_batches(batch.responses, mine, update=True)],
+            loss,
+            forward_only=False,
+        )
+        succeeded, grad_norm, _ = self.trainable.optimizer.step()
+        reports = self._reports and owned
+        response_tokens = float(batch.response_mask_BT.sum())
+        return {
+            **self._sum_over_ranks(weighted if reports else {}, divide_by=1.0),
+            **self._sum_over_ranks(per_token if reports else {}, divide_by=response_tokens),
+            "actor/grad_norm": float(grad_norm or 0.0),
+            "actor/skipped_updates": float(not succeeded),
+        }
+
+    # ---- shared
+
+    def _rows(self, responses: Sequence[Response]) -> tuple[int, ...]:
+        """This rank's rows. A rank without any replays row 0 with zero weight, since every rank must run the schedule."""
+        return self._assigned(responses) or (0,)
+
+    def _owns_rows(self, responses: Sequence[Response]) -> bool:
+        return bool(self._assigned(responses))
+
+    def _assigned(self, responses: Sequence[Response]) -> tuple[int, ...]:
+        return rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
+
+    @property
+    def _reports(self) -> bool:
+        """Whether this rank's results count: the last stage computes them, its tensor-parallel ranks all the same ones."""
+        return self.layout.is_last_stage and self.layout.tensor_rank == 0
+
+    def _micro_batches(self, responses: Sequence[Response], rows: Sequence[int], *, update: bool) -> list[list[int]]:
+        size = self.settings.rows_per_update if update else self.settings.rows_per_experience
+        plan = micro_batches([num_tokens(responses[row]) for row in rows], rows_per_micro_batch=size)
+        return [[rows[i] for i in part] for part in plan]
+
+    def _run(
+        self,
+        responses: Sequence[Response],
+        micro_views: Sequence[Sequence[View]],
+        on_hidden: Callable[..., object],
+        *,
+        forward_only: bool,
+    ) -> None:
+        """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage."""
+
+        def forward_step(batches: object, model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
+            batch = next(batches)  # type: ignore[call-overload]
+            hidden_T1H = model(batch.packed)
+            return hidden_T1H, lambda hidden, **kwargs: on_hidden(batch, hidden, **kwargs)
+
+        packed = (
+            pack_views(
+                responses,
+                views,
+                patches=self._patches,
+                positions=self._positions,
+                image_token_id=self.settings.image_token_id,
+                merge_size=self.settings.merge_size,
+                device=self.layout.device,
+            )
+            for views in micro_views
+        )
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=packed,
+            model=[self.trainable.ddp],
+            num_microbatches=len(micro_views),
+            seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
+
+    def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
+        return token_logps(
+            hidden_NH,
+            self.trainable.module.head_weight_VD(),
+            target_N,
+            with_entropy=with_entropy,
+            **self._head_arguments(),
+        )
+
+    def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
+        gathered: list[dict[str, float]] = [{} for _ in range(self.layout.world_size)]
+        dist.all_gather_object(gathered, sums)
+        names = dict.fromkeys(name for part in gathered for name in part)
+        return {name: sum(part.get(name, 0.0) for part in gathered) / divide_by for name in names}
+
+    def _head_arguments(self) -> dict[str, object]:
+        return {
+            "group": self.layout.groups.tp,
+            "vocab_start": self.layout.tensor_rank * self.trainable.module.head_weight_VD().shape[0],
+            "vocab_size": self.settings.vocab_size,
+            "temperature": self.settings.temperature,
+            "chunk_tokens": self.settings.head_chunk_tokens,
+        }
+
+
+def _accumulate(sums: dict[str, float], terms: Mapping[str, Tensor]) -> None:
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0.0) + float(value)

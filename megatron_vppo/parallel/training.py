@@ -1,0 +1,88 @@
+"""Megatron's data-parallel wrapper and optimizer around a model, set up so that gradients are plain sums.
+
+The loss of a mini-batch arrives already divided by its global denominators (see TrainBatch), so neither the schedule nor
+the wrapper may divide again: `calculate_per_token_loss` makes both of them sum, and no token count is given to divide by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.transformer.module import MegatronModule
+
+from megatron_vppo.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    lr_warmup_steps: int
+    """Training steps."""
+    max_grad_norm: float
+    use_distributed_optimizer: bool
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model that Megatron's schedules can train."""
+
+    module: MegatronModule
+    """The bare model."""
+    ddp: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    settings: OptimSettings
+
+    def set_step(self, step: int) -> float:
+        """Sets the learning rate of training step `step` (from 1) and returns it."""
+        warmup = self.settings.lr_warmup_steps
+        lr = self.settings.lr * (min(1.0, step / warmup) if warmup else 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+
+def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSettings, dtype: torch.dtype) -> Trainable:
+    """Wraps a model whose weights are loaded: the optimizer copies them into its fp32 master weights."""
+    config = module.config
+    config.calculate_per_token_loss = True
+    ddp = DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer
+        ),
+        module=module,
+        pg_collection=layout.groups,
+    )
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.max_grad_norm,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=settings.use_distributed_optimizer,
+        ),
+        [ddp],
+    )
+    config.finalize_model_grads_func = _sum_gradients
+    config.grad_scale_func = optimizer.scale_loss
+    config.no_sync_func = ddp.no_sync
+    return Trainable(module=module, ddp=ddp, optimizer=optimizer, settings=settings)
+
+
+def _sum_gradients(
+    model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object
+) -> None:
+    finalize_model_grads(list(model), None, **kwargs)  # type: ignore[arg-type]
