@@ -1,0 +1,259 @@
+"""From scored responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
+
+Shape suffix legend: B = responses (of the step, or of one mini-batch), T = response tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm import dependency as dependency_kinds
+from megatron_vppo.algorithm.grouping import emulated_split, group_advantages
+from megatron_vppo.algorithm.metrics import minibatch_metrics
+from megatron_vppo.algorithm.padding import length_mask, pad_rows
+from megatron_vppo.algorithm.settings import VppoSettings
+from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
+from megatron_vppo.algorithm.token_filter import top_token_mask
+from megatron_vppo.algorithm.types import LossSpec, Response, ScoredResponse, Scores, TrainBatch
+from megatron_vppo.algorithm.weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
+
+
+@dataclass(frozen=True, slots=True)
+class VppoRecord:
+    """What VPPO decided about one mini-batch, for the log and the report."""
+
+    dependency_BT: Tensor | None
+    """fp32 nats; 0.0 where padded and for rows without an image; None where nothing asked for it."""
+    token_mask_BT: Tensor
+    """fp32; 1.0 on tokens that carry policy gradient."""
+    scale_B: Tensor
+    """fp32; alpha of each response, before the rule for negative advantages."""
+    trajectory_score_B: Tensor | None
+    """fp32 nats; mean dependency of each response."""
+    group_advantage_B: Tensor
+    """fp32; before shaping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Minibatch:
+    batch: TrainBatch
+    record: VppoRecord
+    metrics: dict[str, float]
+
+
+def assemble(
+    scored: Sequence[ScoredResponse],
+    scores: Scores,
+    *,
+    settings: VppoSettings,
+    responses_per_minibatch: int,
+    data_parallel_size: int = 1,
+    micro_batch_size: int = 1,
+) -> list[Minibatch]:
+    """Splits a step's responses, in order, into optimizer mini-batches with all weights of their loss.
+
+    With the scopes 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size, which only the
+    authors' scopes look at.
+
+    Args:
+        scored: the responses of the step; those of one group next to each other.
+        scores: of these rows, T at least the longest response.
+        responses_per_minibatch: rows per optimizer step; the last mini-batch takes what is left.
+        data_parallel_size, micro_batch_size: layout of the update, emulated for the scopes 'device_minibatch' (unless
+            settings.reference_devices says otherwise) and 'microbatch'.
+
+    Raises:
+        ValueError: rows and scores do not match, a second view or a divergence is missing, or a group has one response.
+        RuntimeError: the scores hold NaN or infinity.
+    """
+    responses = tuple(item.response for item in scored)
+    _check_scores(responses, scores, settings)
+    if responses_per_minibatch < 1:
+        raise ValueError(
+            f"responses_per_minibatch is {responses_per_minibatch}; set actor.global_batch_size to at least 1"
+        )
+    width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
+    mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
+    reward_B = torch.tensor([item.reward.overall for item in scored], dtype=torch.float32)
+    group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
+    # Over the whole step: a group's baseline does not change where a mini-batch boundary falls.
+    advantage_B = group_advantages(reward_B, group_B).to(device)
+    dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
+    minibatches = []
+    for start in range(0, len(responses), responses_per_minibatch):
+        rows = slice(start, min(start + responses_per_minibatch, len(responses)))
+        minibatches.append(
+            _assemble_rows(
+                responses[rows],
+                scores.old_logp_BT[rows],
+                mask_BT[rows],
+                advantage_B[rows],
+                None if dependency_BT is None else dependency_BT[rows],
+                settings=settings,
+                devices=settings.reference_devices or data_parallel_size,
+                micro_batch_size=micro_batch_size,
+            )
+        )
+    return minibatches
+
+
+def visual_dependency(
+    responses: Sequence[Response], scores: Scores, mask_BT: Tensor, *, settings: VppoSettings
+) -> Tensor | None:
+    """[B, T] fp32 nats, of the kind that the settings ask for; None where neither filter nor shaping uses it.
+
+    Rows without an image have dependency zero: there is nothing to perturb.
+    """
+    if not settings.needs_dependency:
+        return None
+    if settings.dependency == "k3_sampled":
+        if scores.masked_logp_BT is None:
+            raise ValueError("dependency 'k3_sampled' needs masked_logp_BT: score both views of every response")
+        dependency_BT = dependency_kinds.k3_sampled(
+            scores.old_logp_BT, scores.masked_logp_BT, mask_BT, expm1=settings.dependency_expm1
+        )
+    else:
+        if scores.divergence_BT is None:
+            raise ValueError(
+                f"dependency {settings.dependency!r} needs divergence_BT: score both views with this kind of divergence"
+            )
+        dependency_BT = scores.divergence_BT.clamp(min=0.0)
+    has_image_B = _has_image(responses).to(mask_BT.device)
+    return torch.where(has_image_B[:, None] & mask_BT.bool(), dependency_BT, 0.0).float()
+
+
+def _assemble_rows(
+    responses: tuple[Response, ...],
+    old_logp_BT: Tensor,
+    mask_BT: Tensor,
+    advantage_B: Tensor,
+    dependency_BT: Tensor | None,
+    *,
+    settings: VppoSettings,
+    devices: int,
+    micro_batch_size: int,
+) -> Minibatch:
+    trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
+    token_mask_BT = _token_mask(responses, dependency_BT, mask_BT, settings)
+    score_B = None if dependency_BT is None else trajectory_scores(dependency_BT, mask_BT)
+    scale = _scale(responses, score_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size)
+    shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
+    pg_weight_BT = policy_gradient_weight(
+        token_mask_BT, trained_BT, denominator=settings.loss_denominator, average=settings.loss_avg_mode
+    )
+    correction_BT = None
+    if settings.rollout_correction_cap is not None:
+        rollout_logp_BT = _rollout_logps(responses, width=mask_BT.shape[1]).to(mask_BT.device)
+        correction_BT = rollout_correction(old_logp_BT, rollout_logp_BT, mask_BT, cap=settings.rollout_correction_cap)
+        pg_weight_BT = pg_weight_BT * correction_BT
+    batch = TrainBatch(
+        responses=responses,
+        old_logp_BT=old_logp_BT,
+        advantage_BT=shaped_B[:, None] * mask_BT,
+        pg_weight_BT=pg_weight_BT,
+        entropy_weight_BT=entropy_penalty_weight(
+            token_mask_BT,
+            trained_BT,
+            coefficient=settings.entropy_penalty_coef if settings.use_entropy_penalty else 0.0,
+            tokens=settings.entropy_tokens,
+        ),
+        response_mask_BT=mask_BT,
+        loss=LossSpec(
+            clip_ratio_low=settings.clip_ratio_low,
+            clip_ratio_high=settings.clip_ratio_high,
+            clip_ratio_dual=settings.clip_ratio_dual,
+            entropy_kind=settings.entropy_kind,
+        ),
+    )
+    record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, score_B, advantage_B)
+    metrics = minibatch_metrics(
+        dependency_BT, token_mask_BT, trained_BT, mask_BT, score_B, scale, correction_BT=correction_BT
+    )
+    return Minibatch(batch, record, metrics)
+
+
+def _token_mask(
+    responses: Sequence[Response], dependency_BT: Tensor | None, mask_BT: Tensor, settings: VppoSettings
+) -> Tensor:
+    if not settings.use_vppo_on_perception or dependency_BT is None:
+        return mask_BT
+    token_mask_BT = top_token_mask(
+        dependency_BT,
+        mask_BT,
+        keep_fraction=settings.top_p_perception_tokens,
+        stable=settings.stable_ranking,
+        integer_ceil=settings.integer_ceil,
+    )
+    if settings.text_only_rows == "rank":
+        return token_mask_BT
+    return torch.where(_has_image(responses).to(mask_BT.device)[:, None], token_mask_BT, mask_BT)
+
+
+def _scale(
+    responses: Sequence[Response],
+    score_B: Tensor | None,
+    trained_BT: Tensor,
+    settings: VppoSettings,
+    *,
+    devices: int,
+    micro_batch_size: int,
+) -> TrajectoryScale:
+    if not settings.use_advantage_shaping or score_B is None:
+        return TrajectoryScale(torch.ones_like(trained_BT[:, 0]), (), (), ())
+    counted_B = trained_BT.sum(1) > 0
+    if settings.text_only_rows == "bypass":
+        counted_B &= _has_image(responses).to(counted_B.device)
+    device_B, micro_batch_B = emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
+    return trajectory_scale(
+        score_B,
+        counted_B,
+        scale_min=settings.advantage_scaling_min,
+        min_scope_B=device_B.to(score_B.device) if settings.shaping_min_scope == "device_minibatch" else None,
+        mean_scope_B=micro_batch_B.to(score_B.device) if settings.shaping_mean_scope == "microbatch" else None,
+    )
+
+
+def _has_image(responses: Sequence[Response]) -> Tensor:
+    return torch.tensor([bool(r.prompt.images) for r in responses])
+
+
+def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:
+    """[B] 1.0 for responses that are trained on; truncated ones are left out by truncated_responses 'mask'."""
+    cut = settings.truncated_responses == "mask"
+    return torch.tensor([0.0 if cut and r.finish_reason == "length" else 1.0 for r in responses])
+
+
+def _rollout_logps(responses: Sequence[Response], *, width: int) -> Tensor:
+    for row, response in enumerate(responses):
+        if len(response.rollout_logps) != len(response.token_ids):
+            raise ValueError(
+                f"rollout_correction_cap needs the rollout's log-probs, but response {row} has "
+                f"{len(response.rollout_logps)} of them for {len(response.token_ids)} tokens"
+            )
+    return pad_rows([r.rollout_logps for r in responses], dtype=torch.float32, width=width)
+
+
+def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoSettings) -> None:
+    if len(responses) == 0:
+        raise ValueError("no responses to train on; skip the step instead")
+    wanted = {"old_logp_BT": scores.old_logp_BT}
+    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.masked_logp_BT is not None:
+        wanted["masked_logp_BT"] = scores.masked_logp_BT
+    if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:
+        wanted["divergence_BT"] = scores.divergence_BT
+    for name, value_BT in wanted.items():
+        if value_BT.dim() != 2 or value_BT.shape != scores.old_logp_BT.shape or len(value_BT) != len(responses):
+            raise ValueError(
+                f"scores.{name} has shape {list(value_BT.shape)} for {len(responses)} responses "
+                f"and old_logp_BT of {list(scores.old_logp_BT.shape)}"
+            )
+        bad_B = ~value_BT.isfinite().all(1)
+        if bool(bad_B.any()):
+            raise RuntimeError(
+                f"scores.{name} has NaN or infinite entries in {int(bad_B.sum())} of {len(responses)} rows, first row "
+                f"{int(bad_B.nonzero()[0])}; the weights or the images of that row are broken"
+            )

@@ -1,0 +1,41 @@
+"""Ragged rows to right-padded tensors.
+
+Shape suffix legend: B = rows, T = positions (right-padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def length_mask(lengths: Sequence[int], *, width: int | None = None) -> Tensor:
+    """[B, T] float32: 1.0 at the first lengths[b] positions of row b, 0.0 elsewhere; T is width or the longest row."""
+    width = _checked_width(lengths, width)
+    return (torch.arange(width)[None, :] < torch.tensor(lengths, dtype=torch.int64)[:, None]).to(torch.float32)
+
+
+def pad_rows(
+    rows: Sequence[Sequence[float]], *, dtype: torch.dtype, width: int | None = None, fill: float = 0.0
+) -> Tensor:
+    """[B, T] of the given dtype: each row at the left, `fill` behind it; T is width or the longest row.
+
+    Raises:
+        ValueError: a row is longer than width.
+    """
+    width = _checked_width([len(row) for row in rows], width)
+    padded_BT = torch.full((len(rows), width), fill, dtype=dtype)
+    for b, row in enumerate(rows):
+        padded_BT[b, : len(row)] = torch.tensor(row, dtype=dtype)
+    return padded_BT
+
+
+def _checked_width(lengths: Sequence[int], width: int | None) -> int:
+    longest = max(lengths, default=0)
+    if width is None:
+        return longest
+    if longest > width:
+        raise ValueError(f"the longest of {len(lengths)} rows has {longest} entries, more than the width of {width}")
+    return width

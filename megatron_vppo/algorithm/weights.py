@@ -1,0 +1,78 @@
+"""Per-token weights of the two loss terms: masks, denominators, coefficient and rollout correction.
+
+Shape suffix legend: B = responses, T = response tokens (right-padded).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossDenominator = Literal["all", "selected"]
+LossAverage = Literal["token", "seq"]
+EntropyTokens = Literal["all", "selected"]
+
+
+def policy_gradient_weight(
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: LossDenominator, average: LossAverage
+) -> Tensor:
+    """Weight of each token's surrogate such that the weighted sum is the loss of the whole mini-batch.
+
+    Args:
+        token_mask_BT: [B, T], 1 on tokens that carry policy gradient.
+        trained_mask_BT: [B, T], 1 on all response tokens of responses that are trained on.
+        denominator: divide by all tokens of trained_mask_BT (the authors'; the share kept then scales the gradient), or
+            by the kept ones.
+        average: 'token': one mean over the tokens of the mini-batch (the authors' code); 'seq': a mean per response,
+            then over responses with tokens (paper Eq. 6).
+
+    Returns:
+        [B, T] float32; 0.0 where no policy gradient flows.
+    """
+    kept_BT = token_mask_BT.double() * trained_mask_BT.double()
+    if denominator not in ("all", "selected"):
+        raise ValueError(f"loss_denominator is {denominator!r}; set it to 'all' or 'selected'")
+    counted_BT = trained_mask_BT.double() if denominator == "all" else kept_BT
+    if average == "token":
+        return (kept_BT / counted_BT.sum().clamp(min=1)).float()
+    if average != "seq":
+        raise ValueError(f"loss_avg_mode is {average!r}; set it to 'token' or 'seq'")
+    num_responses = (counted_BT.sum(1) > 0).sum().clamp(min=1)
+    return (kept_BT / counted_BT.sum(1, keepdim=True).clamp(min=1) / num_responses).float()
+
+
+def entropy_penalty_weight(
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: EntropyTokens
+) -> Tensor:
+    """Weight of each token's entropy term: coefficient times a plain mean over the tokens that it covers.
+
+    Args:
+        token_mask_BT, trained_mask_BT: as in policy_gradient_weight.
+        tokens: cover all trained response tokens (the authors'), or only those that carry policy gradient.
+
+    Returns:
+        [B, T] float32, positive: added to the loss, it lowers the entropy.
+    """
+    if tokens not in ("all", "selected"):
+        raise ValueError(f"entropy_tokens is {tokens!r}; set it to 'all' or 'selected'")
+    covered_BT = trained_mask_BT.double() * (1.0 if tokens == "all" else token_mask_BT.double())
+    return (coefficient * covered_BT / covered_BT.sum().clamp(min=1)).float()
+
+
+def rollout_correction(old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float) -> Tensor:
+    """Truncated importance weights min(p_trainer / p_rollout, cap) for tokens that another engine sampled.
+
+    Args:
+        old_logp_BT: [B, T] nats, the trainer's, of the policy that sampled.
+        rollout_logp_BT: [B, T] nats, in the distribution that was sampled from.
+        mask_BT: [B, T], 1 on response tokens.
+
+    Returns:
+        [B, T] float32; 0.0 where padded.
+    """
+    if not cap > 0:
+        raise ValueError(f"rollout_correction_cap is {cap}; set it above 0, or to null for no correction")
+    ratio_BT = (old_logp_BT - rollout_logp_BT).clamp(max=20.0).exp().clamp(max=cap)
+    return torch.where(mask_BT.bool(), ratio_BT, torch.zeros_like(ratio_BT)).float()
