@@ -1,0 +1,36 @@
+# PYTHON= picks the interpreter that .venv is built on, ARGS= is passed on (settings for demo, pytest options for test).
+VENV ?= .venv
+COMPAT_VENV ?= .venv-compat
+ARGS ?=
+export PYTHON
+
+.PHONY: help install test lint demo test-compat
+
+help:
+	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
+	@echo "make test         install, lint, and every test that runs without a GPU   (ARGS=\"tests/config -k base\")"
+	@echo "make demo         install, then train a small Qwen2.5-VL with VPPO        (ARGS=\"rollout.n=4\")"
+	@echo "make lint         ruff and mypy"
+	@echo "make test-compat PYTHON=python3.12"
+	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
+
+install:
+	@VENV=$(VENV) tools/install.sh
+
+lint: install
+	@echo "lint: ruff"
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/ruff format --check --quiet .
+	@echo "lint: mypy"
+	@$(VENV)/bin/mypy --no-error-summary
+
+test: lint
+	@echo "test: pytest"
+	@$(VENV)/bin/python -m pytest -q $(ARGS)
+
+demo: install
+	@VENV=$(VENV) PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/digits_cpu/demo.sh $(ARGS)
+
+test-compat:
+	@PYTHON=$${PYTHON:-python3.12} VENV=$(COMPAT_VENV) tools/install.sh compat
+	@$(COMPAT_VENV)/bin/python -m pytest -q tests/models tests/parallel $(ARGS)
