@@ -1,18 +1,28 @@
 """What torch must answer for Megatron Core (0.16 to 0.19) to run on a machine without CUDA.
 
-Megatron names the CUDA device in many places; none of its mathematics needs it. Everything is adapted here, in torch's
-public functions and in two of Megatron's, and nothing happens where CUDA is available. Each patch says what asks for it.
+Megatron names the CUDA device in many places; none of its mathematics needs it. Everything is adapted here, and nothing
+happens where CUDA is available. Each patch says what asks for it.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
+import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange")
+_MODULES_THAT_NAME_CUDA = (
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.utils",
+)
+_FACTORIES = frozenset({"tensor", "zeros", "ones", "empty", "full"})
 _CUDA_TYPE_NAMES = {
     torch.float32: "torch.cuda.FloatTensor",
     torch.bfloat16: "torch.cuda.BFloat16Tensor",
@@ -33,14 +43,16 @@ def enable_cpu() -> bool:
     # Asked for in the bodies of most modules: `torch.empty(..., device=torch.cuda.current_device())`, barriers with
     # `torch.cuda.synchronize()`, memory reports.
     _replace(torch.cuda, "current_device", lambda: _CPU)
-    _replace(torch.cuda, "synchronize", _nothing)
-    _replace(torch.cuda, "empty_cache", _nothing)
-    _replace(torch.cuda, "set_device", _nothing)
-    _replace(torch.cuda.nvtx, "range_push", _nothing)
-    _replace(torch.cuda.nvtx, "range_pop", _nothing)
-    # Gradient norm, loss scale, token counters and found-inf flags are made with the literal `device="cuda"`.
-    for name in _FACTORIES:
-        _replace(torch, name, _without_cuda(getattr(torch, name)))
+    _replace(torch.cuda, "synchronize", _nothing())
+    _replace(torch.cuda, "empty_cache", _nothing())
+    _replace(torch.cuda, "set_device", _nothing())
+    _replace(torch.cuda.nvtx, "range_push", _nothing())
+    _replace(torch.cuda.nvtx, "range_pop", _nothing())
+    # Gradient norm, loss scale, token counters and found-inf flags are made with the literal `device="cuda"`. Only the
+    # name `torch` within these modules is exchanged: with torch's own factories replaced, `torch.device("meta")` no
+    # longer catches them, and transformers loads models with wrong buffers.
+    for module in _MODULES_THAT_NAME_CUDA:
+        _replace(importlib.import_module(module), "torch", _TorchOnCpu("torch"))
     # The optimizers move master weights and checkpoints with `.cuda()`, and sort parameters by the string `type()`.
     _replace(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)
     _replace(torch.Tensor, "type", _type_as_if_cuda(torch.Tensor.type))
@@ -57,16 +69,29 @@ def _disable_cuda_rng() -> None:
 
     empty = torch.empty(0, dtype=torch.uint8)
     _replace(megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: empty)
-    _replace(megatron_random, "_set_cuda_rng_state", _nothing)
+    _replace(megatron_random, "_set_cuda_rng_state", _nothing())
     megatron_random.initialize_rng_tracker(inference_rng_tracker=True)
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
+def _nothing() -> Callable[..., None]:
+    # A function of its own for each place: torch.compile keeps a table of torch's functions and refuses to find the
+    # same one under two names.
+    return lambda *args, **kwargs: None
 
 
 def _replace(owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
+
+
+class _TorchOnCpu(types.ModuleType):
+    """torch, except that its factories make tensors on the CPU when asked for CUDA."""
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name in _FACTORIES:
+            value = _without_cuda(value)
+        setattr(self, name, value)
+        return value
 
 
 def _without_cuda(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

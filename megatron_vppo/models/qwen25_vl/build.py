@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from transformers import Qwen2_5_VLConfig
 
-from megatron_vppo.models.qwen25_vl.config import language_config, stage_layers, vision_config
+from megatron_vppo.models.qwen25_vl.config import (
+    check_supported,
+    check_tensor_parallel,
+    language_config,
+    stage_layers,
+    vision_config,
+)
 from megatron_vppo.models.qwen25_vl.model import Qwen25VLModel
+from megatron_vppo.models.weight_map import stage_entries
 
 
 def build_model(
@@ -30,15 +38,29 @@ def build_model(
     Raises:
         ValueError: a layout that the model's sizes do not allow, with the numbers.
     """
-    language = language_config(
+    check_supported(hf_config)
+    check_tensor_parallel(hf_config, tensor=groups.tp.size())
+    layers = stage_layers(hf_config, pipeline=groups.pp.size(), pipeline_layers=pipeline_layers)
+    options = {"tensor": groups.tp.size(), "dtype": dtype, "device": device, "recompute": recompute}
+    model = Qwen25VLModel(
         hf_config,
-        tensor=groups.tp.size(),
-        pipeline=groups.pp.size(),
-        pipeline_layers=stage_layers(hf_config, pipeline=groups.pp.size(), pipeline_layers=pipeline_layers),
-        dtype=dtype,
-        device=device,
-        recompute=recompute,
-    )
-    vision = vision_config(hf_config, tensor=groups.tp.size(), dtype=dtype, device=device, recompute=recompute)
-    model = Qwen25VLModel(language, vision, hf_config, groups=groups)
-    return model.to(device)
+        language_config=language_config(hf_config, pipeline_layers=layers, **options),
+        vision_config=vision_config(hf_config, **options),
+        stage_layers=layers,
+        groups=groups,
+    ).to(device)
+    _mark_tensor_parallel(model)
+    return model
+
+
+def _mark_tensor_parallel(model: Qwen25VLModel) -> None:
+    """Says of every parameter whether it is split over tensor-parallel ranks.
+
+    Megatron says it while it draws initial weights, which we do not let it do. Gradient norms are wrong without: what
+    is not marked counts once for all ranks.
+    """
+    parameters = dict(model.named_parameters())
+    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+        parameter, kind = parameters[entry.local_name(model.stage_layers)], entry.kind
+        if kind.partition_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, kind.partition_dim, kind.partition_stride)

@@ -1,0 +1,111 @@
+"""Language model: token embedding, transformer layers with grouped queries and M-RoPE, output weights.
+
+Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of this rank; h = width.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from torch import Tensor
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+
+from megatron_vppo.models.attention import PackedSequences
+from megatron_vppo.models.norm import RMSNorm
+from megatron_vppo.models.qwen25_vl.mrope import MRope
+from megatron_vppo.models.specs import plain_layer_spec
+from megatron_vppo.models.weight_map import padded_vocabulary
+
+
+class LanguageModel(LanguageModule):
+    """The part of it that one pipeline stage holds."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hf_config: Qwen2_5_VLTextConfig,
+        *,
+        tied: bool,
+        layers: int,
+        pre_process: bool,
+        post_process: bool,
+        groups: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config, pg_collection=groups)
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = tied
+        rows = padded_vocabulary(hf_config.vocab_size, groups.tp.size())
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size=rows,
+                max_sequence_length=hf_config.max_position_embeddings,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        self.rope = MRope(
+            head_dim=hf_config.hidden_size // hf_config.num_attention_heads,
+            theta=hf_config.rope_parameters["rope_theta"],
+            sections=hf_config.rope_parameters["mrope_section"],
+        )
+        self.decoder = TransformerBlock(
+            config,
+            TransformerBlockSubmodules(layer_specs=[plain_layer_spec(causal=True)] * layers, layer_norm=RMSNorm),
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+        )
+        if post_process and not (tied and pre_process):
+            self.output_layer = ColumnParallelLinear(
+                hf_config.hidden_size,
+                rows,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                tp_group=groups.tp,
+            )
+        self._mark_output_weights()
+
+    def _mark_output_weights(self) -> None:
+        """What `setup_embeddings_and_output_layer` marks, without its all-reduce of weights that are not loaded yet.
+
+        `shared` keeps the second holder of a tied weight out of gradient norms.
+        """
+        tied_apart = self.share_embeddings_and_output_weights and self.pre_process != self.post_process
+        if self.pre_process:
+            self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+        if self.post_process:
+            self.head_weight_VD().is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+        if tied_apart and (self.pre_process or self.post_process):
+            weight = self.shared_embedding_or_output_weight()
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+            if self.post_process:
+                weight.shared = True  # type: ignore[attr-defined]
+
+    def head_weight_VD(self) -> torch.nn.Parameter:
+        """This rank's rows of the output weight; the last pipeline stage has one."""
+        if not self.post_process:
+            raise RuntimeError("only the last pipeline stage holds the output weight")
+        if self.share_embeddings_and_output_weights and self.pre_process:
+            return self.embedding.word_embeddings.weight
+        return self.output_layer.weight
+
+    def embed(self, token_ids_T: Tensor) -> Tensor:
+        """[T, 1, h]."""
+        return self.embedding(input_ids=token_ids_T[None, :], position_ids=None)
+
+    def forward(self, hidden_T1h: Tensor | None, positions_3T: Tensor, sequences: PackedSequences) -> Tensor:
+        """Layers of this stage on embeddings (first stage) or on what the previous stage sent; [T, 1, h]."""
+        return self.decoder(
+            hidden_states=hidden_T1h,
+            attention_mask=None,
+            rotary_pos_emb=self.rope(positions_3T),
+            packed_seq_params=sequences,
+        )

@@ -1,0 +1,120 @@
+"""Qwen2.5-VL: Hugging Face tensor names -> parameters of our Megatron modules.
+
+Names are those of released checkpoints, which transformers 5 also writes and vLLM reads: `visual.*`, `model.*`,
+`lm_head.weight`. What transformers 5 calls them in memory is translated by `canonical_name`.
+"""
+
+from __future__ import annotations
+
+from transformers import Qwen2_5_VLConfig
+
+from megatron_vppo.models.weight_map import Entry, FusedQKV, Gated, GroupedQKV, Replicated, Split, Vocabulary
+
+_IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def canonical_name(name: str) -> str:
+    """The released checkpoint's name of a tensor that transformers 5 names otherwise in memory."""
+    for prefix, released in _IN_MEMORY_PREFIXES.items():
+        if name.startswith(prefix):
+            return released + name[len(prefix) :]
+    return name
+
+
+def weight_map(hf_config: Qwen2_5_VLConfig) -> tuple[Entry, ...]:
+    """Every parameter of the model, in the order of the forward pass."""
+    text = hf_config.text_config
+    entries = _vision_entries(hf_config)
+    vocabulary = Vocabulary(text.vocab_size, text.hidden_size)
+    entries.append(Entry("language.embedding.word_embeddings.weight", (EMBEDDING,), vocabulary, "first"))
+    for layer in range(text.num_hidden_layers):
+        entries += _language_layer(hf_config, layer)
+    norm = _whole(text.hidden_size)
+    entries.append(Entry("language.decoder.final_layernorm.weight", ("model.norm.weight",), norm, "last"))
+    tied = hf_config.tie_word_embeddings
+    head = (EMBEDDING,) if tied else (HEAD,)
+    entries.append(Entry("language.output_layer.weight", head, vocabulary, "last", copy=tied))
+    return tuple(entries)
+
+
+def ignored_names(hf_config: Qwen2_5_VLConfig) -> frozenset[str]:
+    """Tensors that a checkpoint may hold beside the model's: the head of a tied model, saved again."""
+    return frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
+
+
+def _whole(*shape: int) -> Replicated:
+    return Replicated(hf_shape=shape, shape=shape)
+
+
+def _language_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
+    text = hf_config.text_config
+    hidden, ffn = text.hidden_size, text.intermediate_size
+    head_dim = hidden // text.num_attention_heads
+    hf, ours = f"model.layers.{layer}.", "language.decoder.layers.{}."
+
+    def entry(name: str, hf_names: tuple[str, ...], kind: Replicated | Split | Gated | GroupedQKV) -> Entry:
+        return Entry(ours + name, tuple(hf + n for n in hf_names), kind, "layer", layer)
+
+    def qkv(tail: tuple[int, ...]) -> GroupedQKV:
+        return GroupedQKV(text.num_attention_heads, text.num_key_value_heads, head_dim, tail)
+
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return [
+        entry("input_layernorm.weight", ("input_layernorm.weight",), _whole(hidden)),
+        entry("self_attention.linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv((hidden,))),
+        entry("self_attention.linear_qkv.bias", tuple(f"{p}.bias" for p in projections), qkv(())),
+        entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Split((hidden, hidden), 1)),
+        entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), _whole(hidden)),
+        entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,))),
+        entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1)),
+    ]
+
+
+def _vision_entries(hf_config: Qwen2_5_VLConfig) -> list[Entry]:
+    vision = hf_config.vision_config
+    hidden = vision.hidden_size
+    kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    patch = Replicated(
+        hf_shape=(hidden, *kernel), shape=(hidden, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    )
+    entries = [Entry("vision.patch_embed.weight", ("visual.patch_embed.proj.weight",), patch, "first")]
+    for layer in range(vision.depth):
+        entries += _vision_layer(hf_config, layer)
+    merged, out = hidden * vision.spatial_merge_size**2, vision.out_hidden_size
+    merger = {
+        "norm.weight": ("ln_q.weight", _whole(hidden)),
+        "linear_fc1.weight": ("mlp.0.weight", Split((merged, merged), 0)),
+        "linear_fc1.bias": ("mlp.0.bias", Split((merged,), 0)),
+        "linear_fc2.weight": ("mlp.2.weight", Split((out, merged), 1)),
+        "linear_fc2.bias": ("mlp.2.bias", _whole(out)),
+    }
+    return entries + [
+        Entry(f"vision.merger.{ours}", (f"visual.merger.{hf}",), kind, "first") for ours, (hf, kind) in merger.items()
+    ]
+
+
+def _vision_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
+    vision = hf_config.vision_config
+    hidden, ffn, heads = vision.hidden_size, vision.intermediate_size, vision.num_heads
+    hf, ours = f"visual.blocks.{layer}.", "vision.blocks.layers.{}."
+
+    def entry(name: str, hf_names: tuple[str, ...], kind: Replicated | Split | Gated | FusedQKV) -> Entry:
+        return Entry(ours + name, tuple(hf + n for n in hf_names), kind, "first", layer)
+
+    def qkv(tail: tuple[int, ...]) -> FusedQKV:
+        return FusedQKV(heads, hidden // heads, tail)
+
+    return [
+        entry("input_layernorm.weight", ("norm1.weight",), _whole(hidden)),
+        entry("self_attention.linear_qkv.weight", ("attn.qkv.weight",), qkv((hidden,))),
+        entry("self_attention.linear_qkv.bias", ("attn.qkv.bias",), qkv(())),
+        entry("self_attention.linear_proj.weight", ("attn.proj.weight",), Split((hidden, hidden), 1)),
+        entry("self_attention.linear_proj.bias", ("attn.proj.bias",), _whole(hidden)),
+        entry("pre_mlp_layernorm.weight", ("norm2.weight",), _whole(hidden)),
+        entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,))),
+        entry("mlp.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), Gated(ffn, ())),
+        entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1)),
+        entry("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), _whole(hidden)),
+    ]
