@@ -1,0 +1,336 @@
+"""The vocabulary head against whole-vocabulary float64 references, on one rank and on two gloo ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
+from tests.gloo import run_gloo
+
+VOCAB_SIZE = 37  # odd: two ranks cannot share it evenly without padding
+HIDDEN_SIZE = 8
+NUM_TOKENS = 11
+TEMPERATURE = 0.7
+ONE_RANK = {"group": None, "vocab_start": 0, "vocab_size": VOCAB_SIZE, "temperature": TEMPERATURE}
+
+
+@dataclass(frozen=True)
+class Problem:
+    hidden_NH: Tensor
+    masked_hidden_NH: Tensor
+    weight_VH: Tensor
+    """Without padding."""
+    targets_N: Tensor
+    grad_logp_N: Tensor
+    grad_entropy_N: Tensor
+
+
+def make_problem(*, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    hidden_NH = normal(num_tokens, HIDDEN_SIZE)
+    return Problem(
+        hidden_NH=hidden_NH,
+        masked_hidden_NH=hidden_NH + 0.3 * normal(num_tokens, HIDDEN_SIZE),
+        weight_VH=normal(VOCAB_SIZE, HIDDEN_SIZE),
+        targets_N=torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=g),
+        grad_logp_N=normal(num_tokens),
+        grad_entropy_N=normal(num_tokens),
+    )
+
+
+def padded(weight_VH: Tensor, num_rows: int) -> Tensor:
+    """Padding rows hold large numbers: they must have no effect."""
+    return torch.cat([weight_VH, torch.full((num_rows - len(weight_VH), HIDDEN_SIZE), 7.0, dtype=weight_VH.dtype)])
+
+
+def reference_logps(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    return torch.log_softmax(hidden_NH @ weight_VH.T / TEMPERATURE, dim=-1)
+
+
+def reference(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies, gradient of hidden states, gradient of the weight, all by autograd in float64."""
+    hidden_NH, weight_VH = p.hidden_NH.clone().requires_grad_(), p.weight_VH.clone().requires_grad_()
+    logp_NV = reference_logps(hidden_NH, weight_VH)
+    logp_N = logp_NV.gather(1, p.targets_N[:, None])[:, 0]
+    entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
+    (logp_N * p.grad_logp_N + entropy_N * p.grad_entropy_N).sum().backward()
+    assert hidden_NH.grad is not None and weight_VH.grad is not None
+    return logp_N.detach(), entropy_N.detach(), hidden_NH.grad, weight_VH.grad
+
+
+def run_head(
+    p: Problem, weight_VH: Tensor, *, dtype: torch.dtype, chunk_tokens: int, **placement: object
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_NH = p.hidden_NH.to(dtype, copy=True).requires_grad_()
+    weight_VH = weight_VH.to(dtype, copy=True).requires_grad_()
+    logp_N, entropy_N = token_logps(
+        hidden_NH, weight_VH, p.targets_N, chunk_tokens=chunk_tokens, with_entropy=True, **placement
+    )
+    ((logp_N * p.grad_logp_N).sum() + (entropy_N * p.grad_entropy_N).sum()).backward()
+    return logp_N.detach(), entropy_N.detach(), hidden_NH.grad, weight_VH.grad
+
+
+def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, atol: float) -> None:
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e.double(), rtol=atol, atol=atol)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, NUM_TOKENS, 1000])
+def test_one_rank_equals_autograd(chunk_tokens: int) -> None:
+    p = make_problem()
+    actual = run_head(p, p.weight_VH, dtype=torch.float64, chunk_tokens=chunk_tokens, **ONE_RANK)
+    assert_near(actual, reference(p), atol=1e-12)
+
+
+def test_float32_stays_near_float64() -> None:
+    p = make_problem()
+    actual = run_head(p, p.weight_VH, dtype=torch.float32, chunk_tokens=4, **ONE_RANK)
+    assert all(a.dtype == torch.float32 for a in actual)
+    assert_near(actual, reference(p), atol=5e-6)
+
+
+def test_gradcheck() -> None:
+    p = make_problem(num_tokens=5)
+
+    def head(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
+        logp_N, entropy_N = token_logps(
+            hidden_NH, weight_VH, p.targets_N, chunk_tokens=2, with_entropy=True, **ONE_RANK
+        )
+        assert entropy_N is not None
+        return logp_N, entropy_N
+
+    assert torch.autograd.gradcheck(head, (p.hidden_NH.requires_grad_(), p.weight_VH.requires_grad_()))
+
+
+def test_padded_rows_have_no_probability_and_no_gradient() -> None:
+    p = make_problem()
+    logp_N, entropy_N, grad_hidden, grad_weight = run_head(
+        p, padded(p.weight_VH, 48), dtype=torch.float64, chunk_tokens=4, **ONE_RANK
+    )
+    expected = reference(p)
+    assert_near((logp_N, entropy_N, grad_hidden, grad_weight[:VOCAB_SIZE]), expected, atol=1e-12)
+    assert torch.equal(grad_weight[VOCAB_SIZE:], torch.zeros(48 - VOCAB_SIZE, HIDDEN_SIZE, dtype=torch.float64))
+
+
+def test_bfloat16_softmax_runs_in_float32() -> None:
+    """Only the matrix product is in bfloat16: the log-softmax of those very logits is exact to float32."""
+    p = make_problem()
+    hidden_NH, weight_VH = p.hidden_NH.bfloat16().requires_grad_(), p.weight_VH.bfloat16().requires_grad_()
+    logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=True, **ONE_RANK)
+    logits_NV = (hidden_NH.detach() @ weight_VH.detach().T).double() / TEMPERATURE
+    logp_NV = logits_NV.log_softmax(-1)
+    assert logp_N.dtype == torch.float32 and entropy_N is not None
+    assert_near(
+        (logp_N, entropy_N),
+        (logp_NV.gather(1, p.targets_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(1)),
+        atol=2e-6,
+    )
+    (logp_N * p.grad_logp_N).sum().backward()
+    assert hidden_NH.grad is not None and hidden_NH.grad.dtype == torch.bfloat16
+    assert weight_VH.grad is not None and weight_VH.grad.dtype == torch.bfloat16
+
+
+def test_large_logits_do_not_overflow() -> None:
+    p = make_problem()
+    scaled = Problem(p.hidden_NH * 100, p.masked_hidden_NH, p.weight_VH, p.targets_N, p.grad_logp_N, p.grad_entropy_N)
+    logp_N, entropy_N, grad_hidden, grad_weight = run_head(
+        scaled, scaled.weight_VH, dtype=torch.float64, chunk_tokens=4, **ONE_RANK
+    )
+    assert logp_N.min() < -500
+    assert_near((logp_N, entropy_N, grad_hidden, grad_weight), reference(scaled), atol=1e-10)
+
+
+def test_frozen_sides_get_no_gradient() -> None:
+    p = make_problem()
+    hidden_NH, weight_VH = p.hidden_NH.clone().requires_grad_(), p.weight_VH.clone()
+    logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=False, **ONE_RANK)
+    (logp_N * p.grad_logp_N).sum().backward()
+    assert entropy_N is None and weight_VH.grad is None and hidden_NH.grad is not None
+    hidden_NH, weight_VH = p.hidden_NH.clone(), p.weight_VH.clone().requires_grad_()
+    logp_N, _ = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=False, **ONE_RANK)
+    (logp_N * p.grad_logp_N).sum().backward()
+    assert hidden_NH.grad is None and weight_VH.grad is not None
+
+
+def test_no_positions() -> None:
+    """A data-parallel rank may hold no response token in a micro-batch."""
+    p = make_problem(num_tokens=0)
+    logp_N, entropy_N, grad_hidden, grad_weight = run_head(
+        p, p.weight_VH, dtype=torch.float32, chunk_tokens=4, **ONE_RANK
+    )
+    assert logp_N.shape == entropy_N.shape == (0,)
+    assert grad_hidden.shape == (0, HIDDEN_SIZE) and not grad_weight.any()
+
+
+@pytest.mark.parametrize("kind", ["forward", "backward", "two_view"])
+def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
+    """Watches every matrix product of the head: none makes more than chunk_tokens rows of vocabulary width."""
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        rows = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] == VOCAB_SIZE:
+                Watch.rows = max(Watch.rows, out.shape[0])
+            return out
+
+    p = make_problem(num_tokens=50)
+    hidden_NH = p.hidden_NH.clone().requires_grad_()
+    weight_VH = p.weight_VH.clone()
+    if kind == "two_view":
+        with Watch():
+            two_view_divergence(hidden_NH, p.masked_hidden_NH, weight_VH, kind="jsd", chunk_tokens=24, **ONE_RANK)
+        assert Watch.rows == 12  # half for each view
+        return
+    args = {"chunk_tokens": 12, "with_entropy": True, **ONE_RANK}
+    if kind == "forward":
+        with Watch():
+            token_logps(hidden_NH, weight_VH, p.targets_N, **args)
+    else:
+        logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, **args)
+        with Watch():
+            torch.autograd.backward((logp_N, entropy_N), (p.grad_logp_N, p.grad_entropy_N))
+    assert Watch.rows == 12
+
+
+def reference_divergence(p: Problem, kind: str) -> Tensor:
+    a_NV, b_NV = reference_logps(p.hidden_NH, p.weight_VH), reference_logps(p.masked_hidden_NH, p.weight_VH)
+    if kind == "kl_full":
+        return (a_NV.exp() * (a_NV - b_NV)).sum(1)
+    m_NV = ((a_NV.exp() + b_NV.exp()) / 2).log()
+    return 0.5 * ((a_NV.exp() * (a_NV - m_NV)).sum(1) + (b_NV.exp() * (b_NV - m_NV)).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["kl_full", "jsd"])
+@pytest.mark.parametrize("chunk_tokens", [1, 6, 1000])
+def test_two_view_divergence_equals_definition(kind: str, chunk_tokens: int) -> None:
+    p = make_problem()
+    expected_N = reference_divergence(p, kind)
+    assert expected_N.min() > 1e-3
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        actual_N = two_view_divergence(
+            p.hidden_NH.to(dtype),
+            p.masked_hidden_NH.to(dtype),
+            padded(p.weight_VH, 40).to(dtype),
+            kind=kind,
+            chunk_tokens=chunk_tokens,
+            **ONE_RANK,
+        )
+        assert actual_N.dtype == dtype
+        torch.testing.assert_close(actual_N.double(), expected_N, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["kl_full", "jsd"])
+def test_small_divergences_keep_their_digits_in_float32(kind: str) -> None:
+    """Views that differ by 1e-4 diverge by about 1e-8, far below what a plain float32 sum resolves."""
+    p = make_problem()
+    hidden_NH = p.hidden_NH.float()
+    masked_NH = hidden_NH + 2e-3 * (p.masked_hidden_NH - p.hidden_NH).float()
+    exact = Problem(
+        hidden_NH.double(),
+        masked_NH.double(),
+        p.weight_VH.float().double(),
+        p.targets_N,
+        p.grad_logp_N,
+        p.grad_entropy_N,
+    )
+    expected_N = reference_divergence(exact, kind)
+    assert expected_N.max() < 1e-5
+    actual_N = two_view_divergence(hidden_NH, masked_NH, p.weight_VH.float(), kind=kind, chunk_tokens=6, **ONE_RANK)
+    torch.testing.assert_close(actual_N.double(), expected_N, rtol=5e-3, atol=0)
+    assert (
+        two_view_divergence(hidden_NH, hidden_NH, p.weight_VH.float(), kind=kind, chunk_tokens=6, **ONE_RANK)
+        .abs()
+        .max()
+        < 1e-12
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Vocabulary rows per rank; the last rank or ranks hold padding."""
+
+    rows_per_rank: int
+
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[torch.dtype]) -> list[Results]:
+    p = make_problem()
+    rows = placement.rows_per_rank
+    mine_VH = padded(p.weight_VH, rows * world_size)[rank * rows : (rank + 1) * rows]
+    where = {
+        "group": torch.distributed.group.WORLD,
+        "vocab_start": rank * rows,
+        "vocab_size": VOCAB_SIZE,
+        "temperature": TEMPERATURE,
+    }
+    results = []
+    for dtype in dtypes:
+        views = (p.hidden_NH.to(dtype), p.masked_hidden_NH.to(dtype), mine_VH.to(dtype))
+        kl_N = two_view_divergence(*views, kind="kl_full", chunk_tokens=4, **where)
+        jsd_N = two_view_divergence(*views, kind="jsd", chunk_tokens=4, **where)
+        results.append((*run_head(p, mine_VH, dtype=dtype, chunk_tokens=4, **where), kl_N, jsd_N))
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "placement", [Placement(19), Placement(40)], ids=["last rank part padding", "last rank all padding"]
+)
+def test_two_ranks_equal_one(placement: Placement) -> None:
+    p = make_problem()
+    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"))
+    dtypes = [torch.float64, torch.float32, torch.bfloat16]
+    by_rank = run_gloo(head_on_rank, 2, placement, dtypes)
+    # bfloat16 is held against float64 only loosely: the matrix product itself has three digits.
+    for i, tolerance in enumerate((1e-12, 5e-6, 0.1)):
+        one = run_head(p, p.weight_VH, dtype=dtypes[i], chunk_tokens=NUM_TOKENS, **ONE_RANK)
+        for logp_N, entropy_N, grad_hidden_NH, _, kl_N, jsd_N in (rank[i] for rank in by_rank):
+            assert_near((logp_N, entropy_N, grad_hidden_NH), one[:3], atol=tolerance)
+            assert_near((kl_N, jsd_N), exact, atol=tolerance)
+        grad_weight_VH = torch.cat([rank[i][3] for rank in by_rank])
+        assert_near((grad_weight_VH[:VOCAB_SIZE],), (one[3],), atol=tolerance)
+        assert not grad_weight_VH[VOCAB_SIZE:].any()
+        # Every rank of the group goes on with the same numbers, to the bit.
+        for k in (0, 1, 2, 4, 5):
+            assert torch.equal(by_rank[0][i][k], by_rank[1][i][k])
+
+
+def test_wrong_arguments_are_named() -> None:
+    p = make_problem()
+    where = {**ONE_RANK, "chunk_tokens": 4}
+    with pytest.raises(ValueError, match="1 of 11 target tokens lie outside the vocabulary of 37"):
+        targets_N = p.targets_N.clone()
+        targets_N[3] = VOCAB_SIZE
+        token_logps(p.hidden_NH, p.weight_VH, targets_N, with_entropy=False, **where)
+    with pytest.raises(ValueError, match="do not fit"):
+        token_logps(p.hidden_NH, p.weight_VH.T, p.targets_N, with_entropy=False, **where)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        token_logps(p.hidden_NH, p.weight_VH, p.targets_N, with_entropy=False, **{**where, "temperature": 0.0})
+    with pytest.raises(ValueError, match="kl_topM"):
+        two_view_divergence(p.hidden_NH, p.hidden_NH, p.weight_VH, kind="kl_topM", **where)
+    with pytest.raises(ValueError, match="the two views have shapes"):
+        two_view_divergence(p.hidden_NH, p.hidden_NH[1:], p.weight_VH, kind="jsd", **where)
+
+
+def fail_on_rank_1(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise ValueError("planted failure")
+    torch.distributed.barrier()
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_is_reported() -> None:
+    with pytest.raises(RuntimeError, match=r"rank 1 failed first[\s\S]*planted failure"):
+        run_gloo(fail_on_rank_1, 2)
