@@ -87,7 +87,9 @@ def _bucket(index_BL: Tensor, real_BL: Tensor, *, causal: bool, device: torch.de
     )
 
 
-def packed_attention(query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, plan: AttentionPlan, *, scale: float) -> Tensor:
+def packed_attention(
+    query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, plan: AttentionPlan, *, scale: float
+) -> Tensor:
     """softmax(q k^T * scale) v within each sequence; [T, H*D]. Key and value may have fewer heads (grouped queries)."""
     outputs = []
     for bucket in plan.buckets:

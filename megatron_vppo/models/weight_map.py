@@ -258,9 +258,7 @@ class Entry:
 def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stage: int) -> list[Entry]:
     """What one pipeline stage holds, tied copies included (they exist only where the two holders are apart)."""
     return [
-        entry
-        for entry in entries
-        if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
+        entry for entry in entries if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
     ]
 
 

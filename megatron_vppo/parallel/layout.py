@@ -65,9 +65,7 @@ def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_
             f"tensor {tensor} x pipeline {pipeline} x data {'any' if data is None else data} does not fit {world} "
             f"ranks; start {needed} ranks (or a multiple, with data left open), or change the parallel sizes"
         )
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline
-    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
     if not on_cpu:
         model_parallel_cuda_manual_seed(1234)  # only the trackers' names matter: the models have no dropout
     return Layout(

@@ -30,8 +30,8 @@ def stage_layers(
         return (layers // pipeline,) * pipeline
     if len(pipeline_layers) != pipeline or sum(pipeline_layers) != layers or min(pipeline_layers) < 1:
         raise ValueError(
-            f"parallel.pipeline_layers = {list(pipeline_layers)} must have {pipeline} entries (the pipeline size), each "
-            f"at least 1, that sum to {layers} (the layers of the model)"
+            f"parallel.pipeline_layers = {list(pipeline_layers)} must have {pipeline} entries (the pipeline size), "
+            f"each at least 1, that sum to {layers} (the layers of the model)"
         )
     return tuple(pipeline_layers)
 
@@ -69,7 +69,7 @@ def check_supported(hf_config: Qwen2_5_VLConfig) -> None:
     if text.hidden_act != "silu" or vision.hidden_act != "silu":
         raise ValueError(f"activations {text.hidden_act!r} and {vision.hidden_act!r} are not supported; only 'silu' is")
     if vision.out_hidden_size != text.hidden_size:
-        raise ValueError(f"vision features of width {vision.out_hidden_size} do not fit a hidden size {text.hidden_size}")
+        raise ValueError(f"vision features of width {vision.out_hidden_size} do not fit hidden size {text.hidden_size}")
 
 
 def language_config(

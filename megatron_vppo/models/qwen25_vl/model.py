@@ -6,6 +6,7 @@ Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of 
 from __future__ import annotations
 
 import torch
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
@@ -37,6 +38,7 @@ class Qwen25VLModel(MegatronModule):
         groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=language_config)
+        self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
         stage = groups.pp.rank()
         self.groups = groups
         self.stage_layers = stage_layers

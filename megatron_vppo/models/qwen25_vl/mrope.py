@@ -62,6 +62,9 @@ def _text_block(position: int, length: int) -> Tensor:
 class MRope(nn.Module):
     """Angles of the language model. Frequencies are dealt to the three coordinates in consecutive sections."""
 
+    frequency_F: Tensor
+    coordinate_F: Tensor
+
     def __init__(self, *, head_dim: int, theta: float, sections: Sequence[int]) -> None:
         super().__init__()
         if sum(sections) != head_dim // 2 or len(sections) != 3:

@@ -6,9 +6,11 @@ Names are those of released checkpoints, which transformers 5 also writes and vL
 
 from __future__ import annotations
 
+import math
+
 from transformers import Qwen2_5_VLConfig
 
-from megatron_vppo.models.weight_map import Entry, FusedQKV, Gated, GroupedQKV, Replicated, Split, Vocabulary
+from megatron_vppo.models.weight_map import Entry, FusedQKV, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary
 
 _IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 EMBEDDING = "model.embed_tokens.weight"
@@ -54,7 +56,7 @@ def _language_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
     head_dim = hidden // text.num_attention_heads
     hf, ours = f"model.layers.{layer}.", "language.decoder.layers.{}."
 
-    def entry(name: str, hf_names: tuple[str, ...], kind: Replicated | Split | Gated | GroupedQKV) -> Entry:
+    def entry(name: str, hf_names: tuple[str, ...], kind: Kind) -> Entry:
         return Entry(ours + name, tuple(hf + n for n in hf_names), kind, "layer", layer)
 
     def qkv(tail: tuple[int, ...]) -> GroupedQKV:
@@ -76,14 +78,12 @@ def _vision_entries(hf_config: Qwen2_5_VLConfig) -> list[Entry]:
     vision = hf_config.vision_config
     hidden = vision.hidden_size
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    patch = Replicated(
-        hf_shape=(hidden, *kernel), shape=(hidden, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
-    )
+    patch = Replicated(hf_shape=(hidden, *kernel), shape=(hidden, math.prod(kernel)))
     entries = [Entry("vision.patch_embed.weight", ("visual.patch_embed.proj.weight",), patch, "first")]
     for layer in range(vision.depth):
         entries += _vision_layer(hf_config, layer)
     merged, out = hidden * vision.spatial_merge_size**2, vision.out_hidden_size
-    merger = {
+    merger: dict[str, tuple[str, Kind]] = {
         "norm.weight": ("ln_q.weight", _whole(hidden)),
         "linear_fc1.weight": ("mlp.0.weight", Split((merged, merged), 0)),
         "linear_fc1.bias": ("mlp.0.bias", Split((merged,), 0)),
@@ -100,7 +100,7 @@ def _vision_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
     hidden, ffn, heads = vision.hidden_size, vision.intermediate_size, vision.num_heads
     hf, ours = f"visual.blocks.{layer}.", "vision.blocks.layers.{}."
 
-    def entry(name: str, hf_names: tuple[str, ...], kind: Replicated | Split | Gated | FusedQKV) -> Entry:
+    def entry(name: str, hf_names: tuple[str, ...], kind: Kind) -> Entry:
         return Entry(ours + name, tuple(hf + n for n in hf_names), kind, "first", layer)
 
     def qkv(tail: tuple[int, ...]) -> FusedQKV:
