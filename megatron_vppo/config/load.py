@@ -1,0 +1,221 @@
+"""YAML file, base files and dotted overrides to a checked `RunConfig`, and back to the file of a run folder.
+
+    base: vppo.yaml          # optional; another file, relative to this one, that this one is laid over
+    rollout:
+      n: 8
+
+Every problem of a configuration is reported at once, with the file or override it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_vppo.config.checks import problems_of
+from megatron_vppo.config.schema import RunConfig, Section
+
+BASE_KEY = "base"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value as a user wrote it."""
+
+    value: Any
+    source: str
+    """File or override, for messages."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads `path` (and its `base` files), lays `key.name=value` overrides over it, and checks everything.
+
+    Values of overrides are read as YAML: `rollout.n=8`, `actor.optim.betas=[0.9, 0.95]`, `data.val_files=null`.
+    Later overrides win over earlier ones, overrides over the file, the file over its base. Paths inside the file stay
+    as they are written.
+
+    Raises:
+        FileNotFoundError: the file or a base file does not exist.
+        ValueError: naming every unknown setting (with the nearest valid name), wrong value and impossible combination.
+    """
+    layers = [*_file_layers(Path(path)), *(_override_layer(text) for text in overrides)]
+    settings: dict[str, Setting] = {}
+    problems: list[str] = []
+    for source, mapping in layers:
+        for name, value in _leaves(mapping, RunConfig, "", source, problems):
+            settings[name] = Setting(value, source)
+    try:
+        config = RunConfig.model_validate(_nested(settings))
+    except ValidationError as error:
+        problems += [_describe(e, settings) for e in error.errors()]
+    else:
+        problems += problems_of(config)
+        if not problems:
+            return config
+    heading = f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+    raise ValueError("\n  - ".join([heading, *problems]))
+
+
+def save_resolved(config: RunConfig, path: str | Path) -> None:
+    """Writes every setting with the value in force; `load_config` of the file gives an equal config."""
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
+    """YAML with 1e-6 as a number (YAML 1.1 wants 1.0e-6) and without silently dropping a key written twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is set twice", node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Mapping[Any, Any]]]:
+    """(source, mapping) of the file and its bases, the lowest base first."""
+    if not path.is_file():
+        named_in = f" (named by '{BASE_KEY}' in {above[-1]})" if above else ""
+        raise FileNotFoundError(f"no configuration file {path}{named_in}")
+    if path.resolve() in [p.resolve() for p in above]:
+        raise ValueError(f"'{BASE_KEY}' goes in a circle: {' -> '.join(map(str, [*above, path]))}")
+    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    mapping = {} if content is None else content
+    if not isinstance(mapping, dict):
+        raise ValueError(f"{path} holds {_shown(content)}; it should hold sections such as 'data:' and 'model:'")
+    base = mapping.pop(BASE_KEY, None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"'{BASE_KEY}' in {path} is {_shown(base)}; set it to the path of one YAML file")
+    lower = _file_layers(path.parent / base, (*above, path)) if base is not None else []
+    return [*lower, (str(path), mapping)]
+
+
+def _override_layer(text: str) -> tuple[str, Mapping[Any, Any]]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        raise ValueError(f"override '{text}' is not of the form section.setting=value, for example rollout.n=8")
+    source = f"override '{text}'"
+    return source, _nested({name: Setting(_parse(value, source), source)})
+
+
+# --- Names ------------------------------------------------------------------------------------------------------------
+
+
+def _section(model: type[Section], name: str) -> type[Section] | None:
+    """The section class behind a field, None for a plain setting."""
+    annotation = model.model_fields[name].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _leaves(
+    mapping: Mapping[Any, Any], model: type[Section], prefix: str, source: str, problems: list[str]
+) -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of every known setting in the mapping; the others are added to problems."""
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if key not in model.model_fields:
+            problems.append(f"{name} ({source}) is no setting; {_suggestion(name, isinstance(value, Mapping))}")
+            continue
+        section = _section(model, key)
+        if section is None:
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, section, f"{name}.", source, problems)
+        elif value is not None:  # `section:` with nothing below it changes nothing
+            inside = ", ".join(section.model_fields)
+            problems.append(f"{name} = {_shown(value)} ({source}): {name} is a section; set one of {inside}")
+
+
+def _known_names(model: type[Section], prefix: str = "", *, sections: bool) -> Iterator[str]:
+    for key in model.model_fields:
+        section = _section(model, key)
+        if (section is not None) == sections:
+            yield f"{prefix}{key}"
+        if section is not None:
+            yield from _known_names(section, f"{prefix}{key}.", sections=sections)
+
+
+def _suggestion(name: str, is_section: bool) -> str:
+    """Nearest valid name: by the whole dotted name and by its last part, so that a wrong section is found too."""
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, name, candidate).ratio()
+        last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+        return whole + last
+
+    candidates = list(_known_names(RunConfig, sections=is_section))
+    nearest = max(candidates, key=likeness)
+    if likeness(nearest) >= 1.0:
+        return f"did you mean {nearest}?"
+    return f"the sections are {', '.join(RunConfig.model_fields)}"
+
+
+def _nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, setting in settings.items():
+        *sections, leaf = name.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[leaf] = setting.value
+    return nested
+
+
+# --- Messages ---------------------------------------------------------------------------------------------------------
+
+
+def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
+    """One pydantic error as `name = value (source): what was expected`."""
+    parts = [str(part) for part in error["loc"]]
+    whole = ".".join(parts)
+    while parts and ".".join(parts) not in settings:
+        parts.pop()  # an index into a list
+    name = ".".join(parts)
+    if name:
+        too_short = error["type"] == "missing"
+        expected = "too few values" if too_short else error["msg"].replace("Input should be ", "should be ")
+        return f"{name} = {_shown(settings[name].value)} ({settings[name].source}): {expected}"
+    if error["type"] != "missing":
+        return f"{whole} = {_shown(error['input'])}: {error['msg']}"
+    known = _known_names(RunConfig, sections=False)
+    required = [n for n in known if n == whole or (n.startswith(f"{whole}.") and _is_required(n))]
+    return f"{' and '.join(required)} must be set"
+
+
+def _is_required(name: str) -> bool:
+    *sections, leaf = name.split(".")
+    model: type[Section] = RunConfig
+    for key in sections:
+        inner = _section(model, key)
+        assert inner is not None, name
+        model = inner
+    return model.model_fields[leaf].is_required()
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,120 @@
+"""Each refusal of an impossible combination, by the numbers in its message; and that what is possible passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_vppo.config.checks import check_layout, problems_of
+from megatron_vppo.config.schema import RunConfig
+
+
+def config_of(**sections: dict[str, Any]) -> RunConfig:
+    data = {"train_files": "x", **sections.pop("data", {})}
+    return RunConfig.model_validate({"data": data, "model": {"path": "m"}, **sections})
+
+
+def parallel(tp: int, pp: int, dp: int | None = None) -> RunConfig:
+    return config_of(
+        parallel={
+            "tensor_model_parallel_size": tp,
+            "pipeline_model_parallel_size": pp,
+            "data_parallel_size": dp,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "world", "expected"),
+    [(1, 1, None, 1, 1), (2, 1, None, 8, 4), (2, 2, 3, 12, 3), (1, 4, 1, 4, 1), (2, 2, None, 4, 1)],
+)
+def test_layouts_that_fit(tp: int, pp: int, dp: int | None, world: int, expected: int) -> None:
+    assert check_layout(parallel(tp, pp, dp), world) == expected
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "dp", "world", "words"),
+    [
+        (2, 2, None, 6, ["2 x", "= 4 ranks per model copy", "does not divide 6 ranks", "start 4 or 8 ranks"]),
+        (4, 2, None, 2, ["= 8 ranks per model copy", "does not divide 2 ranks", "start 8 ranks"]),
+        (2, 2, 3, 8, ["data_parallel_size 3 = 12", "there are 8 ranks", "data_parallel_size=2", "start 12 ranks"]),
+    ],
+)
+def test_layouts_that_do_not_fit(tp: int, pp: int, dp: int | None, world: int, words: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_layout(parallel(tp, pp, dp), world)
+    for word in words:
+        assert word in str(caught.value)
+
+
+IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
+    (
+        {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [1, 2, 1]}},
+        ["pipeline_layers [1, 2, 1] describes 3 stages", "pipeline_model_parallel_size is 2"],
+    ),
+    ({"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [4, 0]}}, ["[4, 0]", "at least 1"]),
+    (
+        {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 20}},
+        [
+            "rollout_batch_size 48",
+            "global_batch_size 20",
+            "8 prompts would be left over",
+            "global_batch_size=16",
+            "=40",
+        ],
+    ),
+    (
+        {"data": {"rollout_batch_size": 16}, "actor": {"global_batch_size": 128}},
+        ["global_batch_size 128 is more than data.rollout_batch_size 16"],
+    ),
+    ({"rollout": {"top_k": 0}}, ["rollout.top_k is 0", "-1 (off)"]),
+    ({"rollout": {"val": {"temperature": 0, "n": 4}}}, ["val.temperature is 0", "all 4", "rollout.val.n=1"]),
+    ({"rollout": {"top_p": 0.9}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_p 0.9", "top_p=1"]),
+    ({"rollout": {"top_k": 50}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_k 50", "top_k=-1"]),
+    ({"algorithm": {"perturb": {"patch_size": 14}}}, ["patch_size 14 has no effect at stage 'patches'"]),
+    ({"algorithm": {"perturb": {"stage": "pixels"}}}, ["set algorithm.perturb.patch_size", "14"]),
+    ({"algorithm": {"reference_devices": 8}}, ["reference_devices 8 has no effect", "preset=reference"]),
+    (
+        {"algorithm": {"preset": "reference", "reference_devices": 8, "use_advantage_shaping": False}},
+        ["reference_devices 8 has no effect with use_advantage_shaping=false"],
+    ),
+    ({"algorithm": {"filter_low": 0.6, "filter_high": 0.6}}, ["filter_low 0.6 and filter_high 0.6"]),
+    ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
+    ({"actor": {"optim": {"betas": [0.9, 1.0]}}}, ["betas is [0.9, 1.0]"]),
+    ({"trainer": {"save_freq": 0}}, ["trainer.save_freq is 0"]),
+    ({"trainer": {"val_freq": -2}}, ["trainer.val_freq is -2"]),
+    ({"reward": {"reward_function": "mathruller"}}, ["reward_function is 'mathruller'", "file.py:function"]),
+    ({"reward": {"reward_function": "file.py:"}}, ["reward_function is 'file.py:'"]),
+]
+
+
+@pytest.mark.parametrize(("sections", "words"), IMPOSSIBLE, ids=lambda value: str(value)[:60])
+def test_impossible_combination(sections: dict[str, dict[str, Any]], words: list[str]) -> None:
+    (message,) = problems_of(config_of(**sections))
+    for word in words:
+        assert word in message
+
+
+POSSIBLE: list[dict[str, dict[str, Any]]] = [
+    {},
+    {"algorithm": {"preset": "reference", "reference_devices": 8}},
+    {"algorithm": {"preset": "reference", "perturb": {"stage": "patches"}}},
+    {"algorithm": {"preset": "reference", "perturb": {"kind": "gaussian_noise"}}},
+    {"algorithm": {"perturb": {"stage": "pixels", "patch_size": 28}}},
+    {"algorithm": {"perturb": {"stage": "pixels", "kind": "gaussian_blur"}}},
+    {"algorithm": {"use_vppo_on_perception": False}},  # shaping alone, and filtering alone, are both real runs
+    {"algorithm": {"use_advantage_shaping": False}},
+    {"algorithm": {"online_filtering": False, "filter_low": 1.0, "filter_high": 0.0}},
+    {"algorithm": {"rollout_correction_cap": 2}},
+    {"rollout": {"val": {"temperature": 0}}},
+    {"trainer": {"save_freq": -1, "val_freq": -1}},
+    {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [1, 3]}},
+    {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 48}},
+    {"reward": {"reward_function": "my/grader.py:score"}},
+]
+
+
+@pytest.mark.parametrize("sections", POSSIBLE, ids=str)
+def test_possible_combination(sections: dict[str, dict[str, Any]]) -> None:
+    assert problems_of(config_of(**sections)) == []

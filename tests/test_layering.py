@@ -1,0 +1,202 @@
+"""The borders between the layers, read from the sources with `ast`. Standard library only, so that it runs anywhere.
+
+    algorithm -> data -> models -> parallel -> rollout -> trainer -> cli      a module imports only from its left
+
+`config/` and `observability/` are side rooms that import nothing of ours. What else a layer may import is in LAYERS.
+Imports inside functions and under TYPE_CHECKING count like any other: a border is a border.
+
+Also a program: `python tests/test_layering.py` prints the violations and exits with 1 if there are any.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "megatron_vppo"
+ROOT = Path(__file__).resolve().parents[1]
+
+# Outside packages with a border of their own; whatever is not here may be imported by every layer but `algorithm`.
+GUARDED = {"megatron", "vllm", "transformers", "datasets", "PIL", "transformer_engine"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a folder of the package may import, beside the standard library."""
+
+    ours: frozenset[str]
+    """Other folders of the package."""
+    guarded: frozenset[str]
+    """Members of GUARDED."""
+
+
+def layer(ours: str = "", guarded: str = "") -> Layer:
+    return Layer(frozenset(ours.split()), frozenset(guarded.split()))
+
+
+LAYERS = {
+    "algorithm": layer(),
+    "data": layer("algorithm observability", "datasets PIL transformers"),
+    "models": layer("algorithm data observability", "megatron transformer_engine transformers PIL"),
+    "parallel": layer("algorithm data models observability", "megatron transformer_engine transformers"),
+    "rollout": layer("algorithm data observability", "vllm transformers PIL"),
+    "trainer": layer(
+        "algorithm data models parallel rollout config observability", "megatron transformers datasets PIL"
+    ),
+    "cli": layer(
+        "algorithm data models parallel rollout trainer config observability",
+        "megatron transformers datasets PIL",
+    ),
+    "config": layer(),
+    "observability": layer("", "PIL"),
+}
+ALGORITHM_OUTSIDE = {"torch"}
+# "The only place that builds process groups or calls a schedule" is parallel/.
+SCHEDULES = "megatron.core.pipeline_parallel"
+
+
+@dataclass(frozen=True)
+class Import:
+    line: int
+    module: str
+    """Absolute dotted name; for `from a import b` it is `a.b`, because b may be a module."""
+
+
+def imports_of(source: str, module: str) -> Iterator[Import]:
+    """Every import in the source of `module` (a dotted name; a package's __init__ as `package.__init__`)."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (Import(node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = module.split(".")[: -node.level] if node.level else []
+            stem = ".".join([*parts, *([node.module] if node.module else [])])
+            yield from (Import(node.lineno, f"{stem}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name, argument = ast.unparse(node.func), node.args[0].value
+            if name in {"importlib.import_module", "import_module", "__import__"} and isinstance(argument, str):
+                yield Import(node.lineno, argument)
+
+
+def violation(home: str, module: str) -> str | None:
+    """Why the folder `home` of the package may not import `module`; None if it may."""
+    top, _, rest = module.partition(".")
+    rules = LAYERS[home]
+    if top == PACKAGE:
+        target = rest.partition(".")[0]
+        if target == home or target in rules.ours or target in {"", "__version__"}:
+            return None
+        if target not in LAYERS:
+            return f"{module} lies in no layer"
+        return f"{home} may not import {PACKAGE}.{target}"
+    if top in sys.stdlib_module_names:
+        return None
+    if home == "algorithm":
+        return None if top in ALGORITHM_OUTSIDE else f"algorithm imports torch and the standard library, not {top}"
+    if top in GUARDED and top not in rules.guarded:
+        return f"{home} may not import {top}"
+    if f"{module}.".startswith(f"{SCHEDULES}.") and home != "parallel":
+        return f"{home} may not call schedules; only parallel does"
+    return None
+
+
+def violations_in(source: str, module: str) -> list[str]:
+    home = module.split(".")[1]
+    if home not in LAYERS:
+        return [f"{module}: lies in no layer; add its folder to LAYERS or move it into one"]
+    found = []
+    for imported in imports_of(source, module):
+        reason = violation(home, imported.module)
+        if reason:
+            found.append(f"{module}, line {imported.line}: {reason}")
+    return found
+
+
+def modules() -> Iterator[tuple[str, str]]:
+    """(dotted name, source) of every file of the package but its top __init__."""
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts != (PACKAGE, "__init__"):
+            yield ".".join(parts), path.read_text(encoding="utf-8")
+
+
+def all_violations() -> list[str]:
+    return [found for module, source in modules() for found in violations_in(source, module)]
+
+
+# --- The package as it is ---------------------------------------------------------------------------------------------
+
+
+def test_every_module_keeps_the_borders() -> None:
+    assert all_violations() == []
+
+
+def test_the_whole_package_was_read() -> None:
+    homes = {module.split(".")[1] for module, _ in modules()}
+    assert homes == set(LAYERS)
+
+
+# --- Planted violations: the check has to see each of them ------------------------------------------------------------
+
+PLANTED = [
+    ("algorithm.vppo", "import numpy"),
+    ("algorithm.vppo", "import megatron.core"),
+    ("algorithm.vppo", "from megatron_vppo.config.schema import RunConfig"),
+    ("algorithm.vppo", "from ..data import images"),
+    ("algorithm.vppo", "def f():\n    from transformers import AutoModel"),
+    ("data.images", "from megatron_vppo.models.registry import families"),
+    ("data.images", "from megatron_vppo.config import schema"),
+    ("data.images", "import vllm"),
+    ("data.images", "import megatron.core.parallel_state as mpu"),
+    ("models.qwen25_vl.model", "from megatron_vppo.parallel import layout"),
+    ("models.qwen25_vl.model", "from ...parallel.layout import Layout"),
+    ("models.qwen25_vl.model", "import vllm"),
+    ("models.qwen25_vl.model", "from megatron.core.pipeline_parallel.schedules import get_forward_backward_func"),
+    ("parallel.policy", "import vllm"),
+    ("parallel.policy", "from megatron_vppo import rollout"),
+    ("parallel.policy", "from megatron_vppo.trainer.loop import train"),
+    ("rollout.engine", "from megatron.core import parallel_state"),
+    ("rollout.engine", "from megatron_vppo.parallel.export import stream"),
+    ("rollout.engine", "from megatron_vppo.models import weight_map"),
+    ("rollout.engine", "import importlib\nimportlib.import_module('megatron.core')"),
+    ("rollout.engine", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import megatron"),
+    ("trainer.loop", "from megatron_vppo.cli.main import main"),
+    ("trainer.loop", "import vllm"),
+    ("cli.main", "from vllm import LLM"),
+    ("config.load", "from megatron_vppo.algorithm import types"),
+    ("config.load", "from megatron_vppo.observability import metrics"),
+    ("observability.metrics", "from megatron_vppo.config import schema"),
+    ("observability.metrics", "import megatron_vppo.algorithm.types"),
+    ("helpers.misc", "import os"),
+]
+
+
+def test_planted_violations_are_caught() -> None:
+    missed = [(module, text) for module, text in PLANTED if not violations_in(text, f"{PACKAGE}.{module}")]
+    assert missed == []
+
+
+LEGAL = [
+    ("algorithm.vppo", "import math\nimport torch\nfrom megatron_vppo.algorithm.types import Response"),
+    ("algorithm.vppo", "from . import types\nfrom .types import Response"),
+    ("data.images", "from PIL import Image\nfrom ..algorithm.types import ImageRef"),
+    ("models.qwen25_vl.model", "from . import mrope\nfrom ..packed import PackedBatch\nimport megatron.core"),
+    ("models.qwen25_vl.__init__", "from . import mrope\nfrom .model import Qwen25VLModel"),
+    ("parallel.policy", "from megatron.core.pipeline_parallel.schedules import get_forward_backward_func"),
+    ("rollout.engine", "import vllm\nfrom megatron_vppo.algorithm.types import Sampler"),
+    ("trainer.loop", "from megatron_vppo.parallel import policy\nfrom megatron_vppo.rollout import engine"),
+    ("cli.main", "from megatron_vppo.trainer import loop\nfrom megatron_vppo.config.load import load_config"),
+    ("config.load", "import yaml\nimport pydantic\nfrom megatron_vppo.config.schema import RunConfig"),
+]
+
+
+def test_legal_imports_pass() -> None:
+    assert [violations_in(text, f"{PACKAGE}.{module}") for module, text in LEGAL] == [[]] * len(LEGAL)
+
+
+if __name__ == "__main__":
+    problems = all_violations()
+    print("\n".join(problems) or "the borders between the layers hold")
+    sys.exit(bool(problems))
