@@ -1,0 +1,342 @@
+"""Whole mini-batches: the shared example of the spec, every setting, rows without an image, truncation, errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.assemble import Minibatch, assemble
+from megatron_vppo.algorithm.loss import surrogate_loss
+from tests.algorithm.rows import GOLDEN, SharedExample, response, scored, scores, settings
+
+# Two rewards of one group become +-this instead of the +-1 of the shared example: half the difference of 1 over the
+# unbiased deviation sqrt(1/2), plus 1e-6.
+PAIR_ADVANTAGE = 0.5 / (0.5**0.5 + 1e-6)
+
+
+def shared_example(**changes: Any) -> Minibatch:
+    e = SharedExample
+    rows = [response(length, sample=i) for i, length in enumerate(e.lengths)]
+    (minibatch,) = assemble(
+        scored(rows, [1.0, 0.0]),
+        scores(e.old_logp_BT, e.masked_logp_BT, divergence_BT=torch.linspace(0, 1, 12).view(2, 6)),
+        settings=settings(**changes),
+        responses_per_minibatch=2,
+        micro_batch_size=2,
+    )
+    return minibatch
+
+
+def loss_of(minibatch: Minibatch, new_logp_BT: Tensor, entropy_BT: Tensor | None = None) -> float:
+    b = minibatch.batch
+    at = b.response_mask_BT.bool()
+    return surrogate_loss(
+        new_logp_BT[at],
+        b.old_logp_BT[at],
+        b.advantage_BT[at],
+        b.pg_weight_BT[at],
+        b.entropy_weight_BT[at],
+        spec=b.loss,
+        entropy_N=None if entropy_BT is None else entropy_BT[at],
+    ).loss.item()
+
+
+@pytest.mark.parametrize("preset", ["reference", "global"])
+def test_shared_example_from_end_to_end(preset: str) -> None:
+    """One device and one micro-batch, no ties: both presets give the authors' number."""
+    g6, minibatch = GOLDEN["G6"], shared_example(preset=preset)
+    expected = PAIR_ADVANTAGE * g6["pg_loss"] + 0.06 * g6["entropy_loss"]
+    assert loss_of(minibatch, SharedExample.new_logp_BT) == pytest.approx(expected, abs=5e-8)
+    record = minibatch.record
+    assert torch.equal(record.token_mask_BT, torch.tensor(GOLDEN["G3_mask"]))
+    torch.testing.assert_close(record.scale_B, torch.tensor(GOLDEN["G4"]["alpha"]), rtol=0, atol=2e-7)
+    torch.testing.assert_close(record.trajectory_score_B, torch.tensor(GOLDEN["G4"]["S"]), rtol=0, atol=2e-7)
+    valid_k3_BT = torch.tensor(GOLDEN["G2_k3"]) * SharedExample.wide_mask_BT
+    torch.testing.assert_close(record.dependency_BT, valid_k3_BT, rtol=0, atol=5e-7)
+    assert record.group_advantage_B.tolist() == pytest.approx([PAIR_ADVANTAGE, -PAIR_ADVANTAGE])
+
+
+def test_metrics_of_the_shared_example() -> None:
+    metrics = shared_example(preset="reference").metrics
+    k3, score = GOLDEN["G2_k3"], GOLDEN["G4"]["S"]
+    kept = [k3[0][1], k3[0][3], k3[1][2], k3[1][3]]
+    rejected = [k3[0][0], k3[0][2], k3[0][4], k3[1][0], k3[1][1]]
+    expected = {
+        "actor/trained_row_fraction": 1.0,
+        "actor/perception_token_fraction": 4 / 9,
+        "actor/low_var_kl_mean_selected": sum(kept) / 4,
+        "actor/low_var_kl_mean_rejected": sum(rejected) / 5,
+        "actor/low_var_kl_threshold": (k3[0][1] + k3[1][2]) / 2,
+        "actor/sensitivity_score_mean": sum(score) / 2,
+        "actor/global_sensitivity_score_min": score[1],
+        "actor/global_sensitivity_score_max": score[0],
+        "actor/scaling_factor_mean": 1.0,
+        "actor/dynamic_scaling_max": 1.1,
+    }
+    assert metrics == pytest.approx(expected, abs=1e-6)
+
+
+def test_padding_stays_empty() -> None:
+    batch = shared_example().batch
+    padding = ~SharedExample.wide_mask_BT.bool()
+    for value_BT in (batch.advantage_BT, batch.pg_weight_BT, batch.entropy_weight_BT, batch.response_mask_BT):
+        assert not value_BT[padding].any()
+    assert torch.equal(batch.response_mask_BT, SharedExample.wide_mask_BT)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pg_loss", "coefficient"),
+    [
+        ({"use_entropy_penalty": False}, "pg_loss", 0.0),
+        ({"use_advantage_shaping": False}, "TGF_only", 0.06),
+        ({"use_vppo_on_perception": False}, "TAS_only", 0.06),
+        ({"use_vppo_on_perception": False, "use_advantage_shaping": False}, "plain_GRPO_token_level", 0.06),
+        ({"loss_denominator": "selected"}, "alt_selected_denominator", 0.06),
+        ({"loss_avg_mode": "seq"}, "alt_paper_eq6_per_sequence", 0.06),
+        ({"entropy_penalty_coef": 0.2}, "pg_loss", 0.2),
+    ],
+)
+def test_settings_with_known_losses(changes: dict[str, Any], pg_loss: str, coefficient: float) -> None:
+    expected = PAIR_ADVANTAGE * GOLDEN["G6"][pg_loss] + coefficient * GOLDEN["G6"]["entropy_loss"]
+    assert loss_of(shared_example(**changes), SharedExample.new_logp_BT) == pytest.approx(expected, abs=5e-8)
+
+
+def test_entropy_forms() -> None:
+    e, pg_loss = SharedExample, PAIR_ADVANTAGE * GOLDEN["G6"]["pg_loss"]
+    entropy_BT = torch.arange(12.0).view(2, 6)
+    full = loss_of(shared_example(entropy_kind="entropy"), e.new_logp_BT, entropy_BT)
+    assert full == pytest.approx(pg_loss + 0.06 * (0 + 1 + 2 + 3 + 4 + 6 + 7 + 8 + 9) / 9, abs=1e-6)
+    kept_nll = -e.new_logp_BT[shared_example().record.token_mask_BT.bool()]
+    selected = loss_of(shared_example(entropy_tokens="selected"), e.new_logp_BT)
+    assert selected == pytest.approx(pg_loss + 0.06 * kept_nll.mean().item(), abs=5e-8)
+
+
+def test_without_filter_and_shaping_no_second_view_is_needed() -> None:
+    e = SharedExample
+    plain = settings(use_vppo_on_perception=False, use_advantage_shaping=False)
+    assert not plain.needs_dependency
+    rows = scored([response(n, sample=i) for i, n in enumerate(e.lengths)], [1.0, 0.0])
+    (minibatch,) = assemble(rows, scores(e.old_logp_BT, None), settings=plain, responses_per_minibatch=2)
+    assert minibatch.record.dependency_BT is None and minibatch.record.trajectory_score_B is None
+    assert torch.equal(minibatch.record.token_mask_BT, e.wide_mask_BT)
+    assert "actor/low_var_kl_mean_selected" not in minibatch.metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_vppo_on_perception", False),
+        ("use_advantage_shaping", False),
+        ("use_entropy_penalty", False),
+        ("top_p_perception_tokens", 0.6),
+        ("advantage_scaling_min", 0.8),
+        ("entropy_penalty_coef", 0.1),
+        ("dependency", "kl_full"),
+        ("dependency_expm1", False),
+        ("stable_ranking", False),
+        ("integer_ceil", False),
+        ("shaping_min_scope", "device_minibatch"),
+        ("shaping_mean_scope", "microbatch"),
+        ("negative_advantages", "unscaled"),
+        ("negative_advantages", "mirrored"),
+        ("text_only_rows", "rank"),
+        ("loss_denominator", "selected"),
+        ("loss_avg_mode", "seq"),
+        ("entropy_kind", "entropy"),
+        ("entropy_tokens", "selected"),
+        ("clip_ratio_low", 0.1),
+        ("clip_ratio_high", 0.1),
+        ("clip_ratio_dual", 2.0),
+        ("truncated_responses", "mask"),
+        ("rollout_correction_cap", 1.5),
+        ("reference_devices", 4),
+    ],
+)
+def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
+    """A setting that silently did nothing would make a run that is not what its config says."""
+    # 70 tokens: float32 ceil(0.3 * 70) is 22. Blocks of equal tokens make ties; small differences need expm1.
+    generator = torch.Generator().manual_seed(5)
+    lengths = [70, 41, 33, 50, 21, 64, 70, 18]
+    rows = [
+        response(n, group=i // 4, sample=i % 4, image=i != 2, finish="length" if i == 5 else "stop",
+                 rollout_logps=[-1.0 - 0.3 * (i % 3)] * n)
+        for i, n in enumerate(lengths)
+    ]  # fmt: skip
+    old_BT = torch.full((8, 70), -1.0)
+    steps_BT = torch.randint(0, 4, (8, 70), generator=generator)
+    masked_BT = old_BT - torch.tensor([0.0, 1e-4, 3e-4, 1.0])[steps_BT] * torch.arange(1, 9)[:, None] / 4
+    inputs = scores(old_BT, masked_BT, divergence_BT=torch.rand(8, 70, generator=generator))
+    base: dict[str, Any] = {"top_p_perception_tokens": 0.3, "text_only_rows": "bypass"}
+    if name == "reference_devices":
+        base["shaping_min_scope"] = "device_minibatch"
+
+    def run(**changes: Any) -> Any:
+        (minibatch,) = assemble(
+            scored(rows, [1.0, 0, 0, 1, 1, 1, 0, 1]),
+            inputs,
+            settings=settings(**{**base, **changes}),
+            responses_per_minibatch=8,
+            data_parallel_size=2,
+            micro_batch_size=2,
+        )
+        return minibatch.batch
+
+    before, again, after = run(), run(), run(**{name: value})
+    tensors = [field.name for field in dataclasses.fields(before) if field.name.endswith("_BT")]
+    assert all(torch.equal(getattr(before, t), getattr(again, t)) for t in tensors)
+    same = all(torch.equal(getattr(before, t), getattr(after, t)) for t in tensors) and before.loss == after.loss
+    assert not same
+
+
+def test_text_only_rows_are_bypassed_or_ranked() -> None:
+    """T10 within a mixed mini-batch: the third row has no image."""
+    rows = [response(5, group=i // 2, sample=i % 2, image=i != 2) for i in range(4)]
+    divergence_BT = torch.tensor([[0.1] * 5, [0.3] * 5, [7.0] * 5, [0.8] * 5])
+    inputs = scores(torch.full((4, 5), -1.0), None, divergence_BT)
+
+    def run(text_only_rows: str) -> Minibatch:
+        (minibatch,) = assemble(
+            scored(rows, [1.0, 0.0, 1.0, 0.0]),
+            inputs,
+            settings=settings(dependency="kl_full", text_only_rows=text_only_rows),
+            responses_per_minibatch=4,
+        )
+        return minibatch
+
+    bypass, rank = run("bypass"), run("rank")
+    assert bypass.record.token_mask_BT[2].tolist() == [1.0] * 5
+    assert bypass.record.scale_B[2] == 1.0
+    # 0.1, 0.3, 0.8 span z = 0, 2/7, 1 with mean 3/7: beta_max = 0.9 + 0.1 * 7 / 3.
+    assert bypass.record.scale_B[[0, 1, 3]].tolist() == pytest.approx([0.9, 0.9 + 0.2 / 3, 0.9 + 0.7 / 3], abs=1e-6)
+    assert rank.record.token_mask_BT[2].tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    # Its dependency counts as zero, whatever the scores hold: it becomes the smallest score.
+    assert rank.metrics["actor/global_sensitivity_score_min"] == 0.0
+    assert rank.record.scale_B[2].item() == pytest.approx(0.9, abs=1e-7)
+    assert rank.record.scale_B.mean().item() == pytest.approx(1.0, abs=1e-6)
+    assert not bypass.record.dependency_BT[2].any() and not rank.record.dependency_BT[2].any()
+
+
+def test_all_rows_text_only() -> None:
+    rows = [response(5, sample=i, image=False) for i in range(2)]
+    inputs = scores(torch.full((2, 5), -1.0), torch.full((2, 5), -1.0))
+    for preset, kept in (("reference", 2), ("global", 5)):
+        (minibatch,) = assemble(
+            scored(rows, [1.0, 0.0]), inputs, settings=settings(preset=preset), responses_per_minibatch=2
+        )
+        assert minibatch.record.scale_B.tolist() == [1.0, 1.0]
+        assert minibatch.record.token_mask_BT.sum(1).tolist() == [kept, kept]
+
+
+def test_truncated_responses_leave_loss_denominator_and_statistics() -> None:
+    rows = [response(4, sample=0), response(4, sample=1), response(2, sample=2, finish="length")]
+    divergence_BT = torch.tensor([[0.1] * 4, [0.3] * 4, [5.0] * 4])
+    rewards = [1.0, 0.0, 0.0]
+
+    def run(truncated: str) -> Minibatch:
+        (minibatch,) = assemble(
+            scored(rows, rewards),
+            scores(torch.full((3, 4), -1.0), None, divergence_BT),
+            settings=settings(dependency="jsd", truncated_responses=truncated, top_p_perception_tokens=0.5),
+            responses_per_minibatch=3,
+        )
+        return minibatch
+
+    mask, train = run("mask"), run("train")
+    assert not mask.batch.pg_weight_BT[2].any() and not mask.batch.entropy_weight_BT[2].any()
+    assert mask.batch.pg_weight_BT.max().item() == pytest.approx(1 / 8)
+    assert mask.batch.entropy_weight_BT.sum().item() == pytest.approx(0.06, rel=1e-6)
+    assert mask.record.scale_B.tolist() == pytest.approx([0.9, 1.1, 1.0], abs=1e-6)
+    assert mask.metrics["actor/trained_row_fraction"] == pytest.approx(2 / 3)
+    # Still an answer to its question: it counts in the baseline of its group, and stays visible in the response mask.
+    assert torch.equal(mask.record.group_advantage_B, train.record.group_advantage_B)
+    assert mask.batch.response_mask_BT[2].sum() == 2
+    assert train.batch.pg_weight_BT.max().item() == pytest.approx(1 / 10)
+    assert train.record.scale_B[2] > 1.1
+
+
+def test_a_minibatch_of_truncated_responses_only() -> None:
+    rows = [response(3, sample=i, finish="length") for i in range(2)]
+    inputs = scores(torch.full((2, 3), -1.0), torch.full((2, 3), -2.0))
+    (minibatch,) = assemble(
+        scored(rows, [1.0, 0.0]), inputs, settings=settings(truncated_responses="mask"), responses_per_minibatch=2
+    )
+    assert not minibatch.batch.pg_weight_BT.any() and not minibatch.batch.entropy_weight_BT.any()
+    assert minibatch.metrics == {"actor/trained_row_fraction": 0.0}
+
+
+def test_rollout_correction_weights_the_policy_gradient_only() -> None:
+    rows = [response(2, sample=i, rollout_logps=[-1.5, -9.0]) for i in range(2)]
+    inputs = scores(torch.full((2, 2), -1.0), None)
+    arguments = {"use_vppo_on_perception": False, "use_advantage_shaping": False}
+    plain, corrected = (
+        assemble(
+            scored(rows, [1.0, 0.0]),
+            inputs,
+            settings=settings(rollout_correction_cap=cap, **arguments),
+            responses_per_minibatch=2,
+        )[0]
+        for cap in (None, 3.0)
+    )
+    factor_BT = corrected.batch.pg_weight_BT / plain.batch.pg_weight_BT
+    torch.testing.assert_close(factor_BT, torch.tensor([[0.5, 8.0]] * 2).exp().clamp(max=3.0))
+    assert torch.equal(corrected.batch.entropy_weight_BT, plain.batch.entropy_weight_BT)
+    expected = (1.6487212707 + 3.0) / 2
+    assert corrected.metrics["actor/rollout_correction_mean"] == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="response 1 has 1 of them for 2 tokens"):
+        short = [rows[0], response(2, sample=1, rollout_logps=[-1.0])]
+        assemble(
+            scored(short, [1.0, 0.0]),
+            inputs,
+            settings=settings(rollout_correction_cap=3.0, **arguments),
+            responses_per_minibatch=2,
+        )
+
+
+def test_minibatches_take_rows_in_order_and_keep_the_step_baseline() -> None:
+    rows = [response(3, group=i // 4, sample=i % 4) for i in range(12)]
+    rewards = [1.0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 0]
+    dependency_BT = torch.arange(36.0).view(12, 3) / 36
+    inputs = scores(torch.full((12, 3), -1.0), None, dependency_BT)
+    whole, parts = (
+        assemble(scored(rows, rewards), inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=n)
+        for n in (12, 5)
+    )
+    assert [len(part.batch.responses) for part in parts] == [5, 5, 2]
+    assert tuple(r for part in parts for r in part.batch.responses) == tuple(rows)
+    joined_B = torch.cat([part.record.group_advantage_B for part in parts])
+    assert torch.equal(joined_B, whole[0].record.group_advantage_B)
+    # Denominators and shaping are each mini-batch's own.
+    assert [part.batch.pg_weight_BT.max().item() for part in parts] == pytest.approx([1 / 15, 1 / 15, 1 / 6])
+    for part in parts:
+        assert part.record.scale_B.mean().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_errors_name_the_fix() -> None:
+    rows = scored([response(3, sample=i) for i in range(2)], [1.0, 0.0])
+    old_BT = torch.full((2, 3), -1.0)
+
+    def run(inputs: Any, **changes: Any) -> None:
+        assemble(rows, inputs, settings=settings(**changes), responses_per_minibatch=2)
+
+    with pytest.raises(ValueError, match="'k3_sampled' needs masked_logp_BT"):
+        run(scores(old_BT, None))
+    with pytest.raises(ValueError, match="'jsd' needs divergence_BT"):
+        run(scores(old_BT, old_BT), dependency="jsd")
+    with pytest.raises(ValueError, match=r"old_logp_BT has shape \[3, 3\] for 2 responses"):
+        run(scores(torch.zeros(3, 3), torch.zeros(3, 3)))
+    with pytest.raises(ValueError, match=r"masked_logp_BT has shape \[2, 4\]"):
+        run(scores(old_BT, torch.zeros(2, 4)))
+    with pytest.raises(ValueError, match="3 entries, more than the width of 2"):
+        run(scores(torch.zeros(2, 2), torch.zeros(2, 2)))
+    broken_BT = old_BT.clone()
+    broken_BT[1, 2] = float("nan")
+    with pytest.raises(RuntimeError, match="masked_logp_BT has NaN or infinite entries in 1 of 2 rows, first row 1"):
+        run(scores(old_BT, broken_BT))
+    with pytest.raises(ValueError, match="no responses"):
+        assemble([], scores(old_BT, old_BT), settings=settings(), responses_per_minibatch=2)
+    with pytest.raises(ValueError, match="responses_per_minibatch is 0"):
+        assemble(rows, scores(old_BT, old_BT), settings=settings(), responses_per_minibatch=0)
