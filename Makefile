@@ -2,7 +2,8 @@
 VENV ?= .venv
 COMPAT_VENV ?= .venv-compat
 ARGS ?=
-export PYTHON
+# Only install.sh may see it: everything else runs on the environment's own interpreter.
+unexport PYTHON
 
 .PHONY: help install test lint demo test-compat
 
@@ -15,7 +16,7 @@ help:
 	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
 
 install:
-	@VENV=$(VENV) tools/install.sh
+	@PYTHON=$(PYTHON) VENV=$(VENV) tools/install.sh
 
 lint: install
 	@echo "lint: ruff"
@@ -32,5 +33,5 @@ demo: install
 	@VENV=$(VENV) PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/digits_cpu/demo.sh $(ARGS)
 
 test-compat:
-	@PYTHON=$${PYTHON:-python3.12} VENV=$(COMPAT_VENV) tools/install.sh compat
+	@PYTHON=$(or $(PYTHON),python3.12) VENV=$(COMPAT_VENV) tools/install.sh compat
 	@$(COMPAT_VENV)/bin/python -m pytest -q tests/models tests/parallel $(ARGS)
