@@ -1,0 +1,240 @@
+"""Rows of image questions, by random access: parquet, JSON lines, folders, `save_to_disk` folders and hub ids.
+
+A row is (problem, answer, images). Only what a call needs is read: texts never touch image bytes, a picture's size
+comes from its header, and pixels are decoded by `image()` alone. Every fault of a row is a RowError with file and row.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from PIL import Image
+
+_FILE_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
+_EXIF_ORIENTATION = 0x0112
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_EXIF_OPERATIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class RowError(ValueError):
+    """One row of a data set cannot be used; the message holds the data file, the row index and the reason."""
+
+    def __init__(self, source: str, row: int, reason: str) -> None:
+        super().__init__(f"{source}, row {row}: {reason}")
+        self.source, self.row, self.reason = source, row, reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, int, str]]:
+        return RowError, (self.source, self.row, self.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """`path`, `path@split` or `repo@split`, taken apart."""
+
+    location: str
+    """Local path or hub id."""
+    split: str
+    """Split expression of `datasets`: 'train', 'test', 'train[:1000]', ..."""
+
+
+def parse_source(text: str) -> Source:
+    """Splits off `@split` (default 'train'); a path that exists as written, '@' included, is taken whole."""
+    if "@" not in text or Path(text).exists():
+        return Source(text, "train")
+    location, split = text.rsplit("@", 1)
+    if not location or not split:
+        raise ValueError(f"data source {text!r}: expected `path`, `path@split` or `repo@split`")
+    return Source(location, split)
+
+
+class VisionDataset:
+    """Image questions by row index. Picklable: a copy in another process maps the same files again.
+
+    `columns` is (problem, answer, images). An images cell is a list (or a single one) of paths, of {'bytes', 'path'},
+    or of the Image feature of `datasets`; relative paths are taken from `image_root`.
+    """
+
+    def __init__(
+        self, table: datasets.Dataset, *, source: str, image_root: Path, columns: tuple[str, str, str]
+    ) -> None:
+        problem_key, answer_key, image_key = columns
+        self.source = source
+        self._image_root = image_root
+        self._columns = columns
+        self._texts = table.select_columns(list(dict.fromkeys((problem_key, answer_key))))
+        pictures = table.select_columns([image_key])
+        # The Image feature would decode on access; its Arrow storage is the {'bytes', 'path'} that we want.
+        self._pictures = pictures.with_format("arrow") if _holds_images(table.features[image_key]) else pictures
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def problem(self, row: int) -> str:
+        """Raises RowError where it is missing, empty or no text."""
+        value = self._texts[row][self._columns[0]]
+        if not isinstance(value, str) or not value.strip():
+            raise RowError(self.source, row, f"column {self._columns[0]!r} holds no text: {value!r}")
+        return value
+
+    def answer(self, row: int) -> str:
+        """Numbers become their text. Raises RowError where it is missing or empty."""
+        value = self._texts[row][self._columns[1]]
+        if not isinstance(value, (str, int, float)) or not str(value).strip():
+            raise RowError(self.source, row, f"column {self._columns[1]!r} holds no answer: {value!r}")
+        return str(value)
+
+    def image_cells(self, row: int) -> list[Any]:
+        """The row's images as stored: paths or {'bytes', 'path'}."""
+        record = self._pictures[row]
+        record = record if isinstance(record, dict) else record.to_pylist()[0]
+        cell = record[self._columns[2]]
+        if cell is None:
+            return []
+        return list(cell) if isinstance(cell, (list, tuple)) else [cell]
+
+    def image_bytes(self, row: int, index: int) -> bytes:
+        """The encoded image. Raises RowError where there is none, or its file is missing or cannot be read."""
+        cells = self.image_cells(row)
+        if index >= len(cells):
+            raise RowError(self.source, row, f"image {index} asked for, {len(cells)} in column {self._columns[2]!r}")
+        cell = cells[index]
+        path = cell
+        if isinstance(cell, dict):
+            if cell.get("bytes") is not None:
+                return bytes(cell["bytes"])
+            path = cell.get("path")
+        if not isinstance(path, str) or not path:
+            raise RowError(self.source, row, f"image {index} is neither a path nor bytes: {str(cell)[:80]!r}")
+        try:
+            return (self._image_root / path).read_bytes()
+        except OSError as error:
+            reason = f"image {index} cannot be read: {error.strerror}: {self._image_root / path}"
+            raise RowError(self.source, row, f"{reason} (relative paths are taken from data.image_dir)") from error
+
+    def image_size(self, row: int, index: int) -> tuple[int, int]:
+        """(width, height) as `image` will give it, from the header. Raises RowError for an unreadable file."""
+        return self._guarded(row, index, _upright_size)
+
+    def image(self, row: int, index: int) -> Image.Image:
+        """The decoded picture, upright by its EXIF tag, in its own mode. Raises RowError."""
+        return self._guarded(row, index, _decode)
+
+    def check_image(self, row: int, index: int) -> tuple[int, int]:
+        """(width, height) of an image that was found to be complete. Raises RowError for a truncated file too.
+
+        Decodes only where the format's own end mark or checksums do not settle it (JPEG's end marker, PNG's CRCs).
+        """
+        return self._guarded(row, index, _check_complete)
+
+    def _guarded(self, row: int, index: int, read: Any) -> Any:
+        data = self.image_bytes(row, index)
+        try:
+            return read(data)
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
+            raise RowError(
+                self.source, row, f"image {index} is unreadable or truncated: {type(error).__name__}: {error}"
+            ) from error
+
+
+def open_dataset(
+    source: str,
+    *,
+    problem_key: str = "problem",
+    answer_key: str = "answer",
+    image_key: str = "images",
+    image_dir: str | None = None,
+    max_rows: int | None = None,
+) -> VisionDataset:
+    """Opens `path`, `path@split` or `repo@split` (see parse_source).
+
+    A path is a parquet, JSON-lines or JSON file, or a folder: one made by `save_to_disk`, one that holds
+    `SPLIT.parquet` (or .jsonl, .json), or anything that `datasets.load_dataset` understands, such as images beside a
+    metadata.jsonl or metadata.csv. What is no path is a hub id.
+    Raises ValueError for a path that does not exist and for missing columns (with those that do).
+    """
+    parsed = parse_source(source)
+    path = Path(parsed.location)
+    if path.exists():
+        table, root = _load_local(path, parsed.split)
+    elif path.is_absolute() or path.suffix in _FILE_READERS or parsed.location.startswith("."):
+        raise ValueError(f"data source {source!r}: {path.absolute()} does not exist")
+    else:
+        table, root = datasets.load_dataset(parsed.location, split=parsed.split), Path.cwd()
+    for key, setting in ((problem_key, "prompt_key"), (answer_key, "answer_key"), (image_key, "image_key")):
+        if key not in table.column_names:
+            known = ", ".join(table.column_names)
+            raise ValueError(f"{source}: no column {key!r}; it has {known}. Set data.{setting} to one of them.")
+    if max_rows is not None and max_rows < len(table):
+        table = table.select(range(max_rows))
+    root = Path(image_dir) if image_dir is not None else root
+    return VisionDataset(table, source=source, image_root=root.absolute(), columns=(problem_key, answer_key, image_key))
+
+
+def _load_local(path: Path, split: str) -> tuple[datasets.Dataset, Path]:
+    """The rows, and the folder that their relative image paths start from."""
+    if path.is_file():
+        return _load_file(path, split), path.parent
+    if (path / "dataset_dict.json").exists():
+        path = path / split
+    if (path / "state.json").exists():
+        return datasets.load_from_disk(str(path)), path
+    if not any(path.glob("metadata.*")):
+        for suffix in _FILE_READERS:
+            named = path / f"{split.split('[')[0]}{suffix}"
+            if named.is_file():
+                return _load_file(named, split), path
+    return datasets.load_dataset(str(path), split=split), path
+
+
+def _load_file(path: Path, split: str) -> datasets.Dataset:
+    reader = _FILE_READERS.get(path.suffix)
+    if reader is None:
+        raise ValueError(f"data source {path}: unknown kind of file; use one of {', '.join(_FILE_READERS)} or a folder")
+    return datasets.load_dataset(reader, data_files={split.split("[")[0]: str(path)}, split=split)
+
+
+def _holds_images(feature: Any) -> bool:
+    return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation from what precedes the pixels, so that `image_size` and `image` agree without decoding twice."""
+    if picture.format == "PNG" and "exif" not in picture.info:
+        return 1  # PIL would decode the whole file to look for a trailing eXIf chunk
+    return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+
+
+def _upright_size(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as picture:
+        width, height = picture.size
+        return (height, width) if _orientation(picture) in _TRANSPOSED else (width, height)
+
+
+def _decode(data: bytes) -> Image.Image:
+    picture = Image.open(io.BytesIO(data))
+    orientation = _orientation(picture)
+    picture.load()
+    operation = _EXIF_OPERATIONS.get(orientation)
+    return picture if operation is None else picture.transpose(operation)
+
+
+def _check_complete(data: bytes) -> tuple[int, int]:
+    with Image.open(io.BytesIO(data)) as picture:
+        if picture.format == "PNG":
+            picture.verify()  # walks all chunks and compares their checksums
+            return _upright_size(data)
+        if picture.format == "JPEG" and b"\xff\xd9" in data[-64:]:
+            return _upright_size(data)
+    return _decode(data).size

@@ -1,0 +1,111 @@
+"""Sizes of pictures: the pixel budget, and the vision-patch grid that follows from a size alone.
+
+Two budgets exist. 'smart': the model processor's own smart resize under [min_pixels, max_pixels]; the picture handed
+to vLLM already has its final size, and every later smart resize under the same budget leaves it alone. 'easyr1': what
+the authors do (spec 1.5): scale to the budget with int() floors first, and let the processor resize again under its
+own limits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+_MAX_ASPECT_RATIO = 200  # of the processor's smart resize; vLLM and transformers refuse more
+_MAX_RESIZES = 8
+
+ResizeMode = Literal["smart", "easyr1"]
+
+
+@dataclass(frozen=True, slots=True)
+class ImageGeometry:
+    """From a picture's size to the size and the grid that the model sees. No pixels needed."""
+
+    patch_size: int
+    """Pixels."""
+    merge_size: int
+    """Patches per side that share one token of the language model."""
+    min_pixels: int
+    max_pixels: int
+    processor_min_pixels: int
+    """The processor's own limits, used by 'easyr1' only."""
+    processor_max_pixels: int
+    mode: ResizeMode = "smart"
+
+    @classmethod
+    def from_processor(
+        cls, image_processor: Any, *, min_pixels: int, max_pixels: int, mode: ResizeMode = "smart"
+    ) -> ImageGeometry:
+        """Patch geometry from a Qwen-VL image processor of transformers. Raises ValueError for an empty budget."""
+        factor = image_processor.patch_size * image_processor.merge_size
+        if min_pixels > max_pixels or max_pixels < factor * factor:
+            raise ValueError(
+                f"data.min_pixels={min_pixels}, data.max_pixels={max_pixels}: need min <= max, and "
+                f"max >= {factor * factor} (one token of this model covers {factor}x{factor} pixels)"
+            )
+        return cls(
+            patch_size=image_processor.patch_size,
+            merge_size=image_processor.merge_size,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+            processor_min_pixels=image_processor.size["shortest_edge"],
+            processor_max_pixels=image_processor.size["longest_edge"],
+            mode=mode,
+        )
+
+    def budget_size(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) of the picture that goes to vLLM and to the image processor.
+
+        'smart': multiples of patch * merge, and a fixed point of the processor's smart resize under this budget.
+        Raises ValueError for an aspect ratio that the processor refuses, and where the budget has no stable size.
+        """
+        if self.mode == "easyr1":
+            return _floor_scaled(width, height, self.min_pixels, self.max_pixels)
+        size = (width, height)
+        for _ in range(_MAX_RESIZES):
+            resized = self.smart_size(*size, self.min_pixels, self.max_pixels)
+            if resized == size:
+                return size
+            size = resized
+        raise ValueError(
+            f"{width}x{height} pixels have no stable size between data.min_pixels={self.min_pixels} and "
+            f"data.max_pixels={self.max_pixels} (multiples of {self.patch_size * self.merge_size}): widen the budget"
+        )
+
+    def grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """(frames, rows, columns) in vision patches, for an original size; frames is 1. Raises as budget_size."""
+        size = self.budget_size(width, height)
+        if self.mode == "easyr1":
+            size = self.smart_size(*size, self.processor_min_pixels, self.processor_max_pixels)
+        return 1, size[1] // self.patch_size, size[0] // self.patch_size
+
+    def tokens(self, grid_thw: tuple[int, int, int]) -> int:
+        """Image tokens that the language model reads for this grid."""
+        return math.prod(grid_thw) // self.merge_size**2
+
+    def smart_size(self, width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+        """(width, height) after one smart resize of the processor. Raises ValueError for the aspect ratio."""
+        if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(
+                f"{width}x{height} pixels: the aspect ratio is over {_MAX_ASPECT_RATIO}, which the processor refuses"
+            )
+        factor = self.patch_size * self.merge_size
+        new_height, new_width = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
+        return new_width, new_height
+
+
+def _floor_scaled(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The authors' `process_image`: down to max_pixels, then up to min_pixels, each side rounded down."""
+    size = (width, height)
+    if size[0] * size[1] > max_pixels:
+        factor = math.sqrt(max_pixels / (size[0] * size[1]))
+        size = int(size[0] * factor), int(size[1] * factor)
+    if 0 < size[0] * size[1] < min_pixels:
+        factor = math.sqrt(min_pixels / (size[0] * size[1]))
+        size = int(size[0] * factor), int(size[1] * factor)
+    if 0 in size:
+        raise ValueError(f"{width}x{height} pixels: nothing is left of it at {max_pixels} pixels")
+    return size

@@ -1,0 +1,275 @@
+"""Data set rows to tokenised prompts: template, chat template, and checks of every row.
+
+A prompt's tokens equal what the model's processor of transformers gives for the same text and images, without touching
+pixels: the text is tokenised with one placeholder per image, which is then repeated by the image's grid.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vppo.algorithm.types import ImageRef, Prompt
+from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.data.workers import die_with_parent
+
+IMAGE_MARK = "<image>"
+_ROWS_PER_CHUNK = 256
+_MIN_ROWS_PER_WORKER = 4000  # a row takes 1-2 ms, and a process about 8 s to import transformers
+_LISTED = 20
+
+log = logging.getLogger(__name__)
+
+Grids = tuple[tuple[int, int, int], ...]
+TokenIds = Sequence[int] | NDArray[np.int32]
+
+
+def read_template(path: str) -> str:
+    """Source of a prompt template (Jinja, variable `content`), stripped as the authors do. Raises ValueError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8").strip()
+        jinja2.Environment().parse(text)
+    except (OSError, jinja2.TemplateSyntaxError) as error:
+        raise ValueError(f"data.format_prompt={path}: {error}") from error
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> jinja2.Template:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False).from_string(template)
+
+
+@dataclass(frozen=True)
+class PromptBuilder:
+    """Everything that turns (problem, picture sizes) into token ids. Picklable."""
+
+    processor: Any
+    """The model's processor of transformers: tokenizer, chat template, image token."""
+    geometry: ImageGeometry
+    template: str | None = None
+    """Jinja source that receives `content` (the problem); None: the problem as it is."""
+    system_prompt: str | None = None
+    """None: what the chat template puts there by itself."""
+
+    def text(self, problem: str) -> str:
+        """The whole prompt as text, up to where the model's answer starts; one image placeholder per `<image>`."""
+        content = problem if self.template is None else _compiled(self.template).render(content=problem)
+        turns: list[dict[str, Any]] = []
+        if self.system_prompt is not None:
+            turns.append({"role": "system", "content": self.system_prompt})
+        turns.append({"role": "user", "content": _content_list(content) if IMAGE_MARK in content else content})
+        return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+
+    def compact_ids(self, problem: str, *, num_images: int) -> list[int]:
+        """Token ids with one placeholder per image. Raises ValueError where marks and images do not match."""
+        if (marks := problem.count(IMAGE_MARK)) != num_images:
+            raise ValueError(f"the problem has {marks} {IMAGE_MARK!r} for {num_images} image(s)")
+        token_ids = list(self.processor.tokenizer(self.text(problem))["input_ids"])
+        if (placeholders := token_ids.count(self.processor.image_token_id)) != num_images:
+            raise ValueError(
+                f"{placeholders} image placeholders in the tokenised prompt for {num_images} image(s): the problem "
+                f"spells {self.processor.image_token!r} out, or a template drops or repeats the content"
+            )
+        if (video_id := getattr(self.processor, "video_token_id", None)) is not None and video_id in token_ids:
+            raise ValueError(f"the problem spells the video placeholder {self.processor.video_token!r} out")
+        return token_ids
+
+    def expand(self, compact_ids: Sequence[int], grids: Grids) -> tuple[int, ...]:
+        """The i-th placeholder repeated once per merged patch of the i-th image."""
+        expanded: list[int] = []
+        image = 0
+        for token_id in compact_ids:
+            if token_id == self.processor.image_token_id:
+                expanded.extend([token_id] * self.geometry.tokens(grids[image]))
+                image += 1
+            else:
+                expanded.append(token_id)
+        return tuple(expanded)
+
+    def num_tokens(self, compact_ids: TokenIds, grids: Grids) -> int:
+        """Length of `expand`."""
+        return len(compact_ids) + sum(self.geometry.tokens(grid) - 1 for grid in grids)
+
+
+def _content_list(content: str) -> list[dict[str, str]]:
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(content.split(IMAGE_MARK)):
+        if i > 0:
+            parts.append({"type": "image"})
+        if text:
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class PromptReport:
+    """What became of the rows of a data set."""
+
+    rows: int
+    kept: int
+    too_long: tuple[int, ...]
+    """Rows over max_prompt_length."""
+    bad_rows: tuple[RowError, ...]
+    """Left out under on_bad_row=skip."""
+
+    def summary(self) -> str:
+        """Counts, and the first of the bad rows with their reasons."""
+        lines = [f"{self.kept} of {self.rows} rows kept, {len(self.too_long)} too long, {len(self.bad_rows)} bad"]
+        lines += [f"  bad row left out: {error}" for error in self.bad_rows[:_LISTED]]
+        if len(self.bad_rows) > _LISTED:
+            lines.append(f"  ... and {len(self.bad_rows) - _LISTED} more")
+        return "\n".join(lines)
+
+
+class PromptSet(Sequence[Prompt]):
+    """The usable prompts of a data set, in row order. Holds compact ids and grids; a Prompt is built when asked for."""
+
+    def __init__(
+        self,
+        dataset: VisionDataset,
+        builder: PromptBuilder,
+        *,
+        split: str,
+        rows: Sequence[tuple[int, TokenIds, Grids]],
+        report: PromptReport,
+    ) -> None:
+        """`rows`: (row, compact token ids, grids) of each prompt."""
+        self.dataset, self.report, self.split = dataset, report, split
+        self._builder = builder
+        self._rows = np.array([row for row, _, _ in rows], dtype=np.int64)
+        self._ends = np.cumsum([0] + [len(ids) for _, ids, _ in rows], dtype=np.int64)
+        self._ids = np.concatenate([np.asarray(ids, dtype=np.int32) for _, ids, _ in rows])
+        self._grids = [grids for _, _, grids in rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Data set row of each prompt."""
+        return tuple(self._rows.tolist())
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]  # IndexError and negative indices as for any sequence
+        row = int(self._rows[index])
+        compact_ids = tuple(self._ids[self._ends[index] : self._ends[index + 1]].tolist())
+        grids = self._grids[index]
+        return Prompt(
+            split=self.split,
+            row=row,
+            problem=self.dataset.problem(row),
+            answer=self.dataset.answer(row),
+            token_ids=self._builder.expand(compact_ids, grids),
+            compact_token_ids=compact_ids,
+            images=tuple(ImageRef(self.split, row, i) for i in range(len(grids))),
+            grids_thw=grids,
+        )
+
+
+def load_prompts(
+    dataset: VisionDataset,
+    builder: PromptBuilder,
+    *,
+    split: str,
+    max_prompt_length: int,
+    on_bad_row: Literal["error", "skip"] = "error",
+    num_workers: int = 0,
+) -> PromptSet:
+    """Checks and tokenises every row; over-long prompts are left out, counted and reported.
+
+    `num_workers` processes share the work where it pays; the result does not depend on their number.
+    Raises RowError (the first by row) under on_bad_row='error', ValueError where no prompt is left.
+    """
+    usable: list[tuple[int, TokenIds, Grids]] = []
+    too_long: list[int] = []
+    bad: list[RowError] = []
+    for chunk in _chunks(dataset, builder, num_workers):
+        for row, outcome in chunk:
+            if isinstance(outcome, RowError):
+                if on_bad_row == "error":
+                    raise RowError(
+                        outcome.source, outcome.row, f"{outcome.reason}. Mend it or set data.on_bad_row=skip"
+                    )
+                bad.append(outcome)
+            elif builder.num_tokens(*outcome) > max_prompt_length:
+                too_long.append(row)
+            else:
+                usable.append((row, *outcome))
+    report = PromptReport(rows=len(dataset), kept=len(usable), too_long=tuple(too_long), bad_rows=tuple(bad))
+    if not usable:
+        raise ValueError(
+            f"{dataset.source}: no usable prompt. {report.summary()}\n"
+            f"Raise data.max_prompt_length ({max_prompt_length} tokens) or lower data.max_pixels if they are too long."
+        )
+    (log.warning if too_long or bad else log.info)("%s: %s", dataset.source, report.summary())
+    return PromptSet(dataset, builder, split=split, rows=usable, report=report)
+
+
+Outcome = tuple[TokenIds, Grids] | RowError
+
+
+def _chunks(dataset: VisionDataset, builder: PromptBuilder, num_workers: int) -> Iterator[list[tuple[int, Outcome]]]:
+    ranges = [range(i, min(i + _ROWS_PER_CHUNK, len(dataset))) for i in range(0, len(dataset), _ROWS_PER_CHUNK)]
+    num_workers = min(num_workers, len(dataset) // _MIN_ROWS_PER_WORKER)
+    if num_workers < 2:
+        yield from (_check_rows(dataset, builder, rows) for rows in ranges)
+        return
+    pool = ProcessPoolExecutor(
+        num_workers,
+        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy threads and process groups of the trainer
+        initializer=_start_worker,
+        initargs=(os.getpid(), dataset, builder),
+    )
+    try:
+        yield from pool.map(_check_rows_here, ranges)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_worker_job: tuple[VisionDataset, PromptBuilder] | None = None
+
+
+def _start_worker(parent_pid: int, dataset: VisionDataset, builder: PromptBuilder) -> None:
+    global _worker_job
+    die_with_parent(parent_pid)
+    _worker_job = (dataset, builder)
+
+
+def _check_rows_here(rows: range) -> list[tuple[int, Outcome]]:
+    assert _worker_job is not None
+    return _check_rows(*_worker_job, rows)
+
+
+def _check_rows(dataset: VisionDataset, builder: PromptBuilder, rows: range) -> list[tuple[int, Outcome]]:
+    return [(row, _check_row(dataset, builder, row)) for row in rows]
+
+
+def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outcome:
+    try:
+        problem = dataset.problem(row)
+        dataset.answer(row)
+        num_images = len(dataset.image_cells(row))
+        compact_ids = builder.compact_ids(problem, num_images=num_images)
+        grids = []
+        for index in range(num_images):
+            size = dataset.check_image(row, index)
+            grids.append(builder.geometry.grid(*size))
+        return np.asarray(compact_ids, dtype=np.int32), tuple(grids)
+    except RowError as error:
+        return error
+    except ValueError as error:
+        return RowError(dataset.source, row, str(error))

@@ -1,0 +1,130 @@
+"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE`, driven by rewards.RewardPool.
+
+Requests come as length-prefixed JSON on stdin, answers leave the same way on the descriptor that was stdout; what a
+user's function prints goes to stderr. It must start fast, so nothing here imports torch. One request at a time:
+a list of reward inputs, graded in one call ('batch') or one by one ('sequential').
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import resource
+import struct
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_vppo.data.workers import die_with_parent
+
+_HEADER = struct.Struct("<Q")
+_GRADER_MEMORY_BYTES = 4 << 30  # of the built-in grader: symbolic algebra on hostile answers can ask for any amount
+
+
+def write_message(stream: BinaryIO, message: Any) -> None:
+    data = json.dumps(message).encode()
+    stream.write(_HEADER.pack(len(data)) + data)
+    stream.flush()
+
+
+def read_message(stream: BinaryIO) -> Any:
+    """Raises EOFError where the other side is gone."""
+    header = stream.read(_HEADER.size)
+    data = stream.read(_HEADER.unpack(header)[0]) if len(header) == _HEADER.size else b""
+    if not data:
+        raise EOFError("the other side closed the pipe")
+    return json.loads(data)
+
+
+def load_function(spec: str) -> Callable[..., Any]:
+    """'mathruler', or the function of `file.py:function`. Raises ValueError where there is no such thing.
+
+    The file's folder is not put on the import path, where a file called math.py would hide the standard library's.
+    """
+    if spec == "mathruler":
+        from megatron_vppo.data.grading import compute_score
+
+        resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
+        return compute_score
+    file, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location("_user_reward_function", file)
+    if not Path(file).is_file() or module_spec is None or module_spec.loader is None:
+        raise ValueError(f"reward.reward_function={spec}: no such Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module
+    module_spec.loader.exec_module(module)
+    function = module.__dict__.get(name)
+    if not callable(function):
+        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise ValueError(f"reward.reward_function={spec}: no function {name!r} in that file; it has {known or 'none'}")
+    return function
+
+
+def checked_score(value: Any) -> dict[str, float]:
+    """A number, or a mapping with 'overall', as plain finite floats with 'overall' and 'accuracy'.
+
+    Without an accuracy of its own, it is the overall reward clipped to [0, 1]. Raises TypeError, ValueError.
+    """
+    if not isinstance(value, Mapping):
+        value = {"overall": value}
+    if "overall" not in value:
+        raise ValueError(f"the reward function returned no 'overall', only {sorted(map(str, value))}")
+    score: dict[str, float] = {}
+    for name, number in value.items():
+        if isinstance(number, str):
+            raise TypeError(f"the reward function returned text for {name!r}: {number[:40]!r}")
+        score[str(name)] = float(number)
+        if not math.isfinite(score[str(name)]):
+            raise ValueError(f"the reward function returned {score[str(name)]} for {name!r}")
+    score.setdefault("accuracy", min(1.0, max(0.0, score["overall"])))
+    if not 0.0 <= score["accuracy"] <= 1.0:
+        raise ValueError(f"the reward function returned an accuracy of {score['accuracy']}, outside [0, 1]")
+    return score
+
+
+def grade(function: Callable[..., Any], inputs: list[dict[str, Any]], *, batch: bool) -> list[dict[str, float]]:
+    """One checked score per input. Raises whatever the function raises."""
+    results = function(inputs) if batch else [function(item) for item in inputs]
+    results = list(results)
+    if len(results) != len(inputs):
+        raise ValueError(f"the reward function returned {len(results)} scores for {len(inputs)} responses")
+    return [checked_score(result) for result in results]
+
+
+def _describe(error: BaseException) -> dict[str, str]:
+    """Message, and where it was raised: two errors from one place count as one kind."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+    return {"error": f"{type(error).__name__}: {error}"[:500], "kind": f"{type(error).__name__} at {place}"}
+
+
+def main() -> None:
+    parent_pid, spec, reward_type = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    die_with_parent(parent_pid)
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the function prints must not get between the messages,
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor may it read them
+    try:
+        function = load_function(spec)
+    except BaseException as error:
+        write_message(answers, {"fatal": "".join(traceback.format_exception(error))[-2000:]})
+        return
+    write_message(answers, {"ready": True})
+    while True:
+        try:
+            inputs = read_message(requests)
+        except EOFError:
+            return
+        try:
+            write_message(answers, {"scores": grade(function, inputs, batch=reward_type == "batch")})
+        except Exception as error:
+            write_message(answers, _describe(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Rewards of responses, computed in worker processes with a time limit.
+
+A reward function is code of someone else's: it may hang, raise, print or kill its process. None of that stops the
+run: the response scores zero, is counted, and the first case of each kind is logged with its row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, cast
+
+import megatron_vppo
+from megatron_vppo.algorithm.types import Response, Reward
+from megatron_vppo.data.reward_worker import read_message, write_message
+
+_START_SECONDS = 300.0  # a user's file may import heavy packages
+_MAX_BATCH_TIMEOUTS = 60
+_SHOWN_CHARACTERS = 400
+# A worker is no rank of anything; libraries that it imports must not believe so.
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+log = logging.getLogger(__name__)
+
+Job = tuple[int, ...]
+"""Indices of responses that are graded in one call."""
+
+
+class RewardPool:
+    """Grades responses with 'mathruler' or a function `file.py:function`.
+
+    reward_type 'sequential': the function gets one dict (response, response_length, ground_truth) at a time; 'batch': a
+    list of all of them, in one call on one worker, and returns a list (EasyR1's convention). A result is a number or a
+    dict with 'overall' (and 'accuracy'; the rest become metrics). 'mathruler' is always sequential.
+
+    timeout_seconds is for one response. A batch may take timeout_seconds x min(size, 60); where it fails or takes
+    longer, its responses are graded again one by one, so that only the culprits score zero.
+    Raises ValueError where the function cannot be loaded. Workers die with this process, however it ends.
+    """
+
+    def __init__(
+        self,
+        function: str = "mathruler",
+        *,
+        reward_type: Literal["batch", "sequential"] = "batch",
+        num_workers: int = 1,
+        timeout_seconds: float = 10.0,
+    ) -> None:
+        if function != "mathruler" and ":" not in function:
+            raise ValueError(f"reward.reward_function={function}: use 'mathruler' or `file.py:function`")
+        self._batch = reward_type == "batch" and function != "mathruler"
+        self._timeout_seconds = timeout_seconds
+        self.failures: Counter[str] = Counter()
+        """Responses that scored zero for want of a result, by kind of error, since the start."""
+        file, _, name = function.rpartition(":")
+        spec = f"{Path(file).absolute()}:{name}" if file else function
+        self._arguments = (spec, "batch" if self._batch else "sequential")
+        self._shown: set[str] = set()
+        self._workers: list[_Worker] = []
+        try:
+            self._workers += [_Worker(*self._arguments) for _ in range(num_workers)]
+            for worker in self._workers:
+                worker.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def score(self, responses: Sequence[Response], texts: Sequence[str]) -> list[Reward]:
+        """One reward per response, in order. `texts`: the responses, decoded without special tokens."""
+        inputs = [
+            {"response": text, "response_length": len(r.token_ids), "ground_truth": r.prompt.answer}
+            for r, text in zip(responses, texts, strict=True)
+        ]
+        rewards: list[Reward | None] = [None] * len(inputs)
+        singles: list[Job] = [(i,) for i in range(len(inputs))]
+        jobs = deque([tuple(range(len(inputs)))] if self._batch and inputs else singles)
+        while jobs or any(worker.job is not None for worker in self._workers):
+            self._hand_out(jobs, inputs)
+            for worker in self._answered_or_late():
+                job, answer = worker.take_answer()
+                if not worker.alive:
+                    self._workers[self._workers.index(worker)] = _Worker(*self._arguments)
+                if "scores" in answer:
+                    for i, score in zip(job, answer["scores"], strict=True):
+                        rewards[i] = _reward(score)
+                elif len(job) > 1:
+                    self._show(
+                        answer, f"batch of {len(job)}, which is graded again one by one", responses[job[0]], None
+                    )
+                    jobs.extend(singles)
+                else:
+                    self._show(answer, "scored zero", responses[job[0]], texts[job[0]])
+                    self.failures[answer["kind"]] += 1
+                    rewards[job[0]] = Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
+        return cast(list[Reward], rewards)
+
+    def close(self) -> None:
+        """Ends the workers; harmless when repeated."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def __enter__(self) -> RewardPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _hand_out(self, jobs: deque[Job], inputs: list[dict[str, Any]]) -> None:
+        for i, worker in enumerate(self._workers):
+            if jobs and worker.job is None:
+                if worker.process.poll() is not None:  # died between two calls
+                    worker.kill()
+                    worker = self._workers[i] = _Worker(*self._arguments)
+                worker.wait_until_ready()
+                job = jobs.popleft()
+                worker.start(job, [inputs[i] for i in job], self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS))
+
+    def _answered_or_late(self) -> list[_Worker]:
+        """Waits until at least one busy worker has answered, died or run out of time."""
+        busy = [worker for worker in self._workers if worker.job is not None]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.answers, selectors.EVENT_READ, worker)
+            wait = min(worker.deadline for worker in busy) - time.monotonic()
+            ready = [key.data for key, _ in selector.select(max(0.0, wait))]
+        now = time.monotonic()
+        return ready or [worker for worker in busy if worker.deadline <= now]
+
+    def _show(self, answer: dict[str, str], consequence: str, response: Response, text: str | None) -> None:
+        kind = answer["kind"] if text is not None else f"batch: {answer['kind']}"
+        if kind in self._shown:
+            return
+        self._shown.add(kind)
+        prompt = response.prompt
+        shown = "" if text is None else f"\n  response: {text[:_SHOWN_CHARACTERS]!r}"
+        log.warning(
+            "reward function failed (%s) on split %s, row %d: %s%s\n  Further cases of this kind are only counted.",
+            consequence, prompt.split, prompt.row, answer["error"], shown,
+        )  # fmt: skip
+
+
+def _reward(score: dict[str, float]) -> Reward:
+    metrics = {name: value for name, value in score.items() if name not in ("overall", "accuracy")}
+    return Reward(overall=score["overall"], accuracy=score["accuracy"], metrics=metrics)
+
+
+class _Worker:
+    """One process, with at most one job."""
+
+    def __init__(self, spec: str, reward_type: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
+        root = str(Path(megatron_vppo.__file__).parents[1])
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+        environment["OMP_NUM_THREADS"] = "1"
+        environment["PYTHONHASHSEED"] = "0"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "megatron_vppo.data.reward_worker", str(os.getpid()), spec, reward_type],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is the trainer's business, and what a function starts dies with its worker
+        )
+        self.requests = cast(BinaryIO, self.process.stdin)
+        self.answers = cast(BinaryIO, self.process.stdout)
+        self.job: Job | None = None
+        self.deadline = 0.0
+        self.alive = True
+        self._ready = False
+
+    def wait_until_ready(self) -> None:
+        """Raises ValueError where the function cannot be loaded, RuntimeError where the process does not start."""
+        if self._ready:
+            return
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            if not selector.select(_START_SECONDS):
+                self.kill()
+                raise RuntimeError(f"a reward worker was not ready after {_START_SECONDS:.0f} s; its imports hang")
+        try:
+            answer = read_message(self.answers)
+        except EOFError:
+            self.kill()
+            raise RuntimeError(f"a reward worker ended while starting (exit code {self.process.returncode})") from None
+        if "fatal" in answer:
+            self.kill()
+            raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
+        self._ready = True
+
+    def start(self, job: Job, inputs: list[dict[str, Any]], limit_seconds: float) -> None:
+        self.job, self._limit_seconds = job, limit_seconds
+        with contextlib.suppress(BrokenPipeError):  # it died; its closed answer pipe tells at once
+            write_message(self.requests, inputs)
+        self.deadline = time.monotonic() + limit_seconds
+
+    def take_answer(self) -> tuple[Job, dict[str, Any]]:
+        """The finished job and {'scores'} or {'error', 'kind'}; a worker that is late or dead is gone afterwards."""
+        assert self.job is not None
+        job, self.job = self.job, None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.answers, selectors.EVENT_READ)
+            if not selector.select(0):
+                self.kill()
+                return job, {"error": f"no result after {self._limit_seconds:g} s", "kind": "timeout"}
+        try:
+            return job, read_message(self.answers)
+        except EOFError:
+            self.kill()
+            return job, {"error": f"the worker process ended (exit code {self.process.returncode})", "kind": "died"}
+
+    def kill(self) -> None:
+        self.alive = False
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.requests, self.answers):
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()

@@ -1,0 +1,74 @@
+"""The order in which prompts are trained on, and where a run is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vppo.algorithm.types import Prompt
+from megatron_vppo.data.prompts import PromptSet
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPosition:
+    epoch: int
+    offset: int
+    """Prompts of this epoch that were handed out."""
+
+
+class PromptStream:
+    """Endless prompts in shuffled epochs; the order follows from the seed alone, the position is two numbers."""
+
+    def __init__(self, prompts: PromptSet, *, seed: int, shuffle: bool = True) -> None:
+        self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
+        self.position = StreamPosition(epoch=0, offset=0)
+        self._order = self._epoch_order(0)
+
+    def steps_per_epoch(self, k: int) -> int:
+        """Full draws of k prompts in one epoch."""
+        return len(self._prompts) // k
+
+    def next(self, k: int) -> list[Prompt]:
+        """The next k prompts, all different. The rest of an epoch that is smaller than k is dropped, as by the authors.
+
+        Raises ValueError where k exceeds the number of prompts.
+        """
+        if k > len(self._prompts):
+            raise ValueError(
+                f"data.rollout_batch_size={k}, but {self._prompts.dataset.source} has {len(self._prompts)} usable rows"
+            )
+        if self.position.offset + k > len(self._prompts):
+            self._move_to(StreamPosition(self.position.epoch + 1, 0))
+        start = self.position.offset
+        self.position = StreamPosition(self.position.epoch, start + k)
+        return [self._prompts[int(i)] for i in self._order[start : start + k]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers: position, and what it is valid for."""
+        return {"epoch": self.position.epoch, "offset": self.position.offset, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken. Raises ValueError where data, seed or shuffling are not the same."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"the checkpoint's data position is for {name}={state[name]}, this run has {name}={value}: "
+                    "resume with the data, data.shuffle and trainer.seed it was made with, or set trainer.resume=false"
+                )
+        self._move_to(StreamPosition(state["epoch"], state["offset"]))
+
+    def _identity(self) -> dict[str, Any]:
+        return {"seed": self._seed, "shuffle": self._shuffle, "num_prompts": len(self._prompts)}
+
+    def _move_to(self, position: StreamPosition) -> None:
+        if position.epoch != self.position.epoch:
+            self._order = self._epoch_order(position.epoch)
+        self.position = position
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        if not self._shuffle:
+            return np.arange(len(self._prompts))
+        return np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._prompts))

@@ -1,0 +1,218 @@
+"""Sizes, grids and pixel values against the model's own image processor of transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pictures import noise_image
+from PIL import Image
+from transformers import Qwen2VLImageProcessor
+
+from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
+from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.data.images import VisionInputs, _ByteLru
+from megatron_vppo.data.perturb import PerturbKey, PerturbSettings, black_out_blocks, perturb_rng
+
+MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
+LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+# Smaller than the budget, inside it, larger; a strip; odd sizes; one that is right as it is.
+SIZES = [(20, 30), (90, 60), (400, 300), (300, 9), (181, 203), (112, 56), (57, 55)]
+KEY = PerturbKey(step=5, response_row=2)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> VisionDataset:
+    """Row i holds a picture of SIZES[i]; the row after the last a greyscale one with transparency."""
+    rows = []
+    for i, size in enumerate(SIZES):
+        noise_image(*size, seed=i).save(tmp_path / f"{i}.png")
+        rows.append({"problem": "<image>?", "answer": "1", "images": [f"{i}.png"]})
+    noise_image(70, 70, mode="LA").save(tmp_path / "alpha.png")
+    rows.append({"problem": "<image>?", "answer": "1", "images": ["alpha.png"]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_dataset(str(tmp_path / "rows.jsonl"))
+
+
+def vision(dataset: VisionDataset, processor=None, *, mode="smart", perturb=None, **options) -> VisionInputs:
+    processor = processor or Qwen2VLImageProcessor()
+    geometry = ImageGeometry.from_processor(processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, mode=mode)
+    return VisionInputs({"train": dataset}, processor, geometry=geometry, perturb=perturb, **options)
+
+
+def ref(row: int) -> ImageRef:
+    return ImageRef("train", row, 0)
+
+
+@pytest.mark.parametrize(
+    "image_processor",
+    [Qwen2VLImageProcessor(), Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)],
+    ids=["patch14", "patch16"],
+)
+def test_patches_are_bit_equal_to_the_processor_on_the_original_picture(dataset, image_processor) -> None:
+    inputs = vision(dataset, image_processor)
+    for row in range(len(dataset)):
+        original = dataset.image(row, 0)
+        expected = image_processor(images=[original], size=LIMITS, return_tensors="pt")
+        patches_PD = inputs.patches(ref(row))
+        assert inputs.grid(ref(row)) == tuple(expected["image_grid_thw"][0].tolist())
+        assert patches_PD.dtype == torch.float32
+        assert torch.equal(patches_PD, expected["pixel_values"])
+        assert inputs.patch_dim == patches_PD.shape[1]
+        # What vLLM is handed gives the same pixels there: its processor gets these keyword arguments.
+        again = image_processor(images=[inputs.pil(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
+        assert torch.equal(patches_PD, again["pixel_values"])
+
+
+def test_resized_picture_has_its_final_size(dataset) -> None:
+    inputs = vision(dataset)
+    for row, size in enumerate(SIZES):
+        picture = inputs.pil(ref(row))
+        _, rows, columns = inputs.grid(ref(row))
+        assert picture.mode == "RGB" and picture.size == (columns * 14, rows * 14)
+        assert MIN_PIXELS <= picture.width * picture.height <= MAX_PIXELS
+        if size == (112, 56):
+            assert np.array_equal(np.asarray(picture), np.asarray(dataset.image(row, 0)))
+
+
+def test_budget_sizes_are_fixed_points_or_refused() -> None:
+    geometry = ImageGeometry.from_processor(Qwen2VLImageProcessor(), min_pixels=200704, max_pixels=1003520)
+    assert geometry.budget_size(448, 448) == (448, 448)
+    assert geometry.budget_size(1200, 1200) == (980, 980)  # 1001.76 square root of the budget, rounded down to 28
+    assert geometry.budget_size(100, 100) == (448, 448)
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(3000):
+        width, height = (int(v) for v in np.exp(rng.uniform(0, 9, 2)))
+        try:
+            size = geometry.budget_size(width, height)
+        except ValueError as error:
+            refused += 1
+            assert "aspect ratio is over 200" in str(error)
+            assert max(width, height) / min(width, height) > 100
+            continue
+        assert geometry.budget_size(*size) == size
+        assert size[0] % 28 == 0 and size[1] % 28 == 0
+        assert max(size) / min(size) <= 200 and size[0] * size[1] <= 1003520
+    assert 400 < refused < 700  # (1 - ln 200 / 9)^2 of 3000 are over 200 from the start: 507
+
+
+def test_budgets_without_a_stable_size_are_refused() -> None:
+    processor = Qwen2VLImageProcessor()
+    narrow = ImageGeometry.from_processor(processor, min_pixels=8 * 784 - 1, max_pixels=8 * 784)
+    assert narrow.budget_size(112, 56) == (112, 56)
+    with pytest.raises(ValueError, match=r"no stable size.*widen"):
+        narrow.budget_size(84, 84)  # 9 tokens are too many, and 4 too few
+    with pytest.raises(ValueError, match="need min <= max"):
+        ImageGeometry.from_processor(processor, min_pixels=8000, max_pixels=4000)
+
+
+def test_refused_aspect_ratio_names_its_row(tmp_path: Path) -> None:
+    noise_image(1000, 4).save(tmp_path / "strip.png")
+    (tmp_path / "r.jsonl").write_text(json.dumps({"problem": "<image>", "answer": "1", "images": ["strip.png"]}))
+    inputs = vision(open_dataset(str(tmp_path / "r.jsonl")))
+    for use in (inputs.pil, inputs.grid, inputs.patches):
+        with pytest.raises(RowError, match=r"r\.jsonl, row 0: image 0: 1000x4 pixels: the aspect ratio is over 200"):
+            use(ref(0))
+
+
+def test_easyr1_mode_is_the_authors_process_image_followed_by_the_processor(dataset) -> None:
+    image_processor = Qwen2VLImageProcessor()
+    inputs = vision(dataset, mode="easyr1")
+    for row, (width, height) in enumerate(SIZES):
+        target = (width, height)
+        if width * height > MAX_PIXELS:
+            target = tuple(int(side * math.sqrt(MAX_PIXELS / (width * height))) for side in (width, height))
+        elif width * height < MIN_PIXELS:
+            target = tuple(int(side * math.sqrt(MIN_PIXELS / (width * height))) for side in (width, height))
+        picture = dataset.image(row, 0)
+        picture = picture if target == (width, height) else picture.resize(target)
+        expected = image_processor(images=[picture], return_tensors="pt")
+        assert inputs.pil(ref(row)).size == target
+        assert inputs.grid(ref(row)) == tuple(expected["image_grid_thw"][0].tolist())
+        assert torch.equal(inputs.patches(ref(row)), expected["pixel_values"])
+        again = image_processor(images=[inputs.pil(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
+        assert torch.equal(inputs.patches(ref(row)), again["pixel_values"])
+
+
+SETTINGS = [
+    PerturbSettings(),
+    PerturbSettings(stage="pixels", patch_size=14),
+    PerturbSettings(kind="gaussian_noise"),
+    PerturbSettings(kind="gaussian_blur"),
+    PerturbSettings(kind="grey"),
+]
+
+
+@pytest.mark.parametrize("mode", ["smart", "easyr1"])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.stage}")
+def test_reported_picture_is_what_the_model_sees(dataset, settings, mode) -> None:
+    inputs = vision(dataset, perturb=settings, mode=mode)
+    for row in range(len(dataset)):
+        patches_PD = inputs.patches(ref(row), KEY)
+        picture = inputs.perturbed_pil(ref(row), KEY)
+        seen = Qwen2VLImageProcessor()(images=[picture], return_tensors="pt", **inputs.mm_processor_kwargs)
+        assert torch.equal(patches_PD, seen["pixel_values"])
+        assert patches_PD.shape == inputs.patches(ref(row)).shape
+        assert not torch.equal(patches_PD, inputs.patches(ref(row)))
+
+
+def test_patch_stage_blacks_whole_patches_of_the_picture(dataset) -> None:
+    settings = PerturbSettings()
+    inputs = vision(dataset, perturb=settings, run_seed=9)
+    expected = black_out_blocks(
+        inputs.pil(ref(2)), patch_size=14, probability=0.5, rng=perturb_rng(settings, ref(2), KEY, run_seed=9)
+    )
+    assert np.array_equal(np.asarray(inputs.perturbed_pil(ref(2), KEY)), np.asarray(expected))
+
+
+def test_perturbations_repeat_and_differ_as_their_keys_do(dataset) -> None:
+    inputs, other_process = (vision(dataset, perturb=PerturbSettings(), cache_bytes=n) for n in (1 << 30, 0))
+    first = inputs.patches(ref(1), KEY)
+    assert torch.equal(first, inputs.patches(ref(1), KEY)) and torch.equal(first, other_process.patches(ref(1), KEY))
+    for key in (PerturbKey(5, 3), PerturbKey(6, 2)):
+        assert not torch.equal(first, inputs.patches(ref(1), key))
+    shared = vision(dataset, perturb=PerturbSettings(per="image"))
+    assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, response_row=7)))
+    with pytest.raises(ValueError, match="without PerturbSettings"):
+        vision(dataset).patches(ref(1), KEY)
+
+
+def test_cache_is_used_and_bounded(dataset, monkeypatch) -> None:
+    decoded: list[int] = []
+    decode = VisionDataset.image
+
+    def counting(self: VisionDataset, row: int, index: int) -> Image.Image:
+        decoded.append(row)
+        return decode(self, row, index)
+
+    monkeypatch.setattr(VisionDataset, "image", counting)
+    inputs = vision(dataset, cache_bytes=1 << 30)
+    before = inputs.patches(ref(0)).clone()
+    inputs.patches(ref(0), None)
+    assert decoded == [0] and torch.equal(inputs.patches(ref(0)), before)
+
+    bounded = vision(
+        dataset, cache_bytes=inputs.patches(ref(2)).numel() * 4 // 20
+    )  # too little for any but the smallest
+    decoded.clear()
+    for row in (2, 2, 0):
+        assert torch.equal(bounded.patches(ref(row)), inputs.patches(ref(row)))
+    assert decoded == [2, 2, 0]
+
+
+def test_least_recently_used_entries_go_first() -> None:
+    cache: _ByteLru[str] = _ByteLru(10)
+    for row in range(3):
+        cache.put(ref(row), str(row), 3)
+    assert cache.get(ref(0)) == "0"  # used again, so row 1 is now the oldest
+    cache.put(ref(3), "3", 4)
+    assert [cache.get(ref(row)) for row in range(4)] == ["0", None, "2", "3"]
+    cache.put(ref(4), "4", 11)
+    assert cache.get(ref(4)) is None and cache.get(ref(3)) == "3"

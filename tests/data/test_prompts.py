@@ -1,0 +1,190 @@
+"""Prompts against the model's processor, checks of rows, and the order of training."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+from pictures import noise_image
+
+from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
+from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.data.prompts import PromptBuilder, load_prompts, read_template
+from megatron_vppo.data.stream import PromptStream, StreamPosition
+
+MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
+LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+THINK = (
+    "\n\nYou first think through the reasoning process as an internal monologue, enclosed within <think> </think> "
+    "tags. Then, provide your final answer enclosed within \\boxed{}."
+)
+ROWS = [
+    {"problem": "  <image>How many dots?  ", "answer": "3", "images": ["a.png"]},
+    {
+        "problem": "Compare <image> and <image>, then <image>.",
+        "answer": "left",
+        "images": ["b.png", "c.jpg", "turned.jpg"],
+    },
+    {"problem": "What is {{2+2}}? \u00e9\u4e2d", "answer": "4", "images": []},
+]
+
+
+def write(folder: Path, rows: list[dict]) -> VisionDataset:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return open_dataset(str(folder / "rows.jsonl"))
+
+
+def builder(processor, **options) -> PromptBuilder:
+    geometry = ImageGeometry.from_processor(processor.image_processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    return PromptBuilder(processor, geometry, **options)
+
+
+def load(folder: Path, processor, rows: list[dict], **options):
+    options = {"split": "train", "max_prompt_length": 4096, **options}
+    return load_prompts(write(folder, rows), builder(processor), **options)
+
+
+@pytest.mark.parametrize("name, ending", [("math_format_perception", THINK), (None, "")])
+@pytest.mark.parametrize("system_prompt", [None, "Be brief."])
+def test_token_ids_equal_the_processors(processor, picture_folder, repo_root, name, ending, system_prompt) -> None:
+    dataset = write(picture_folder, ROWS)
+    path = None if name is None else str(repo_root / f"examples/format_prompt/{name}.jinja")
+    template = None if path is None else read_template(path)
+    build = builder(processor, template=template, system_prompt=system_prompt)
+    prompts = load_prompts(dataset, build, split="val", max_prompt_length=4096)
+    for row, prompt in enumerate(prompts):
+        problem = ROWS[row]["problem"]
+        body = (problem.strip() if name else problem) + ending
+        body = body.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>")
+        system = system_prompt or "You are a helpful assistant."
+        text = f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n"
+        images = [dataset.image(row, i).convert("RGB") for i in range(len(ROWS[row]["images"]))]
+        expected = processor(text=[text], images=images or None, size=LIMITS)
+        assert list(prompt.token_ids) == list(expected["input_ids"][0])
+        assert list(prompt.compact_token_ids) == processor.tokenizer(text)["input_ids"]
+        grids = expected["image_grid_thw"] if images else []
+        assert prompt.grids_thw == tuple(tuple(int(v) for v in grid) for grid in grids)
+        assert prompt.images == tuple(ImageRef("val", row, i) for i in range(len(images)))
+        assert (prompt.split, prompt.row, prompt.problem) == ("val", row, problem)
+    assert [prompt.answer for prompt in prompts] == ["3", "left", "4"]
+    assert prompts[-1] == prompts[2] and prompts[:2] == [prompts[0], prompts[1]]
+
+
+def test_too_long_prompts_are_left_out_and_counted(processor, picture_folder, caplog) -> None:
+    everything = load(picture_folder, processor, ROWS)
+    lengths = [len(prompt.token_ids) for prompt in everything]
+    assert lengths[0] < lengths[1]
+    kept = load(picture_folder, processor, ROWS, max_prompt_length=lengths[1] - 1)
+    assert kept.rows == (0, 2) and kept.report.too_long == (1,)
+    assert kept[1] == everything[2]
+    assert "2 of 3 rows kept, 1 too long, 0 bad" in caplog.text
+    assert load(picture_folder, processor, ROWS, max_prompt_length=lengths[1]).rows == (0, 1, 2)
+    with pytest.raises(ValueError, match=r"no usable prompt.*3 too long[\s\S]*data\.max_prompt_length \(5 tokens\)"):
+        load(picture_folder, processor, ROWS, max_prompt_length=5)
+
+
+BAD_ROWS = {
+    "1 '<image>' for 2 image": {"problem": "<image>?", "answer": "1", "images": ["a.png", "b.png"]},
+    "1 '<image>' for 0 image": {"problem": "<image>?", "answer": "1", "images": []},
+    "0 '<image>' for 1 image": {"problem": "what?", "answer": "1", "images": ["a.png"]},
+    "2 image placeholders": {"problem": "<image> <|image_pad|>", "answer": "1", "images": ["a.png"]},
+    "video placeholder": {"problem": "<image> <|video_pad|>", "answer": "1", "images": ["a.png"]},
+    "cannot be read: No such file": {"problem": "<image>?", "answer": "1", "images": ["gone.png"]},
+    "unreadable or truncated": {"problem": "<image>?", "answer": "1", "images": ["rows.jsonl"]},
+    "aspect ratio is over 200": {"problem": "<image>?", "answer": "1", "images": ["strip.png"]},
+    "column 'problem' holds no text": {"problem": " ", "answer": "1", "images": []},
+    "column 'answer' holds no answer": {"problem": "?", "answer": None, "images": []},
+}
+
+
+@pytest.fixture
+def with_strip(picture_folder: Path) -> Path:
+    noise_image(402, 2).save(picture_folder / "strip.png")
+    return picture_folder
+
+
+@pytest.mark.parametrize("reason", list(BAD_ROWS))
+def test_a_bad_row_stops_the_run_with_its_name(processor, with_strip, reason) -> None:
+    with pytest.raises(RowError) as caught:
+        load(with_strip, processor, [ROWS[0], BAD_ROWS[reason]])
+    assert "rows.jsonl, row 1: " in str(caught.value) and reason in str(caught.value)
+    assert "data.on_bad_row=skip" in str(caught.value)
+
+
+def test_bad_rows_are_skipped_counted_and_listed(processor, with_strip, caplog) -> None:
+    rows = [ROWS[0], *BAD_ROWS.values(), ROWS[2]]
+    prompts = load(with_strip, processor, rows, on_bad_row="skip")
+    assert prompts.rows == (0, len(rows) - 1) and prompts[1].problem == ROWS[2]["problem"]
+    assert [error.row for error in prompts.report.bad_rows] == list(range(1, len(rows) - 1))
+    for error, reason in zip(prompts.report.bad_rows, BAD_ROWS, strict=True):
+        assert reason in error.reason
+        assert str(error) in caplog.text
+
+
+@pytest.mark.distributed
+def test_number_of_workers_changes_nothing(processor, picture_folder, monkeypatch) -> None:
+    monkeypatch.setattr("megatron_vppo.data.prompts._MIN_ROWS_PER_WORKER", 1)
+    monkeypatch.setattr("megatron_vppo.data.prompts._ROWS_PER_CHUNK", 2)
+    rows = [ROWS[i % 3] | {"answer": str(i)} for i in range(9)] + [BAD_ROWS["1 '<image>' for 0 image"]]
+    alone = load(picture_folder, processor, rows, on_bad_row="skip")
+    shared = load(picture_folder, processor, rows, on_bad_row="skip", num_workers=2)
+    assert list(shared) == list(alone) and shared.rows == alone.rows == tuple(range(9))
+    assert [str(e) for e in shared.report.bad_rows] == [str(e) for e in alone.report.bad_rows]
+    assert list(pickle.loads(pickle.dumps(shared))) == list(alone)
+
+
+def test_template_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.format_prompt=.*missing\.jinja"):
+        read_template(str(tmp_path / "missing.jinja"))
+    (tmp_path / "bad.jinja").write_text("{{ content ")
+    with pytest.raises(ValueError, match=r"data\.format_prompt=.*bad\.jinja"):
+        read_template(str(tmp_path / "bad.jinja"))
+
+
+@pytest.fixture
+def ten(processor, picture_folder):
+    rows = [{"problem": f"question {i}", "answer": str(i), "images": []} for i in range(10)]
+    rows[4] = BAD_ROWS["1 '<image>' for 0 image"]
+    return load(picture_folder, processor, rows, on_bad_row="skip")
+
+
+def drawn(stream: PromptStream, k: int) -> list[int]:
+    return [prompt.row for prompt in stream.next(k)]
+
+
+def test_epochs_cover_every_prompt_once_in_changing_order(ten) -> None:
+    stream = PromptStream(ten, seed=1)
+    epochs = [drawn(stream, 3) + drawn(stream, 3) + drawn(stream, 3) for _ in range(3)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 5, 6, 7, 8, 9] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert stream.position == StreamPosition(2, 9)
+    assert drawn(PromptStream(ten, seed=1), 9) == epochs[0] != drawn(PromptStream(ten, seed=2), 9)
+    in_order = PromptStream(ten, seed=1, shuffle=False)
+    assert [drawn(in_order, 9), drawn(in_order, 9)] == [[0, 1, 2, 3, 5, 6, 7, 8, 9]] * 2
+
+
+def test_a_short_rest_of_an_epoch_is_dropped(ten) -> None:
+    stream = PromptStream(ten, seed=1)
+    assert stream.steps_per_epoch(4) == 2
+    full = drawn(PromptStream(ten, seed=1), 9)
+    assert drawn(stream, 4) + drawn(stream, 4) == full[:8]
+    third = drawn(stream, 4)
+    assert stream.position == StreamPosition(1, 4) and len(set(third)) == 4
+    with pytest.raises(ValueError, match=r"data\.rollout_batch_size=10.*has 9 usable"):
+        stream.next(10)
+
+
+def test_resume_is_exact(ten) -> None:
+    stream = PromptStream(ten, seed=3)
+    for _ in range(5):
+        stream.next(2)
+    state = json.loads(json.dumps(stream.state_dict()))
+    rest = [drawn(stream, 2) for _ in range(8)]
+    resumed = PromptStream(ten, seed=3)
+    resumed.load_state_dict(state)
+    assert [drawn(resumed, 2) for _ in range(8)] == rest
+    with pytest.raises(ValueError, match=r"seed=3, this run has seed=4.*trainer\.resume=false"):
+        PromptStream(ten, seed=4).load_state_dict(state)

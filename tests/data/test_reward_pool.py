@@ -1,0 +1,226 @@
+"""Rewards from real worker processes: results, hangs, crashes, and the end of the parent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.data.rewards import RewardPool
+
+pytestmark = pytest.mark.distributed
+
+FUNCTIONS = """
+import os, sys, time
+
+def _one(item):
+    text = item["response"]
+    if text == "hang":
+        while True:
+            pass
+    if text == "raise":
+        raise KeyError("no such thing")
+    if text == "die":
+        os._exit(7)
+    print("noise on stdout")
+    assert sys.stdin.read() == ""
+    return {"overall": len(text) / 10, "accuracy": 1.0, "format": 0.5, "tokens": item["response_length"],
+            "match": item["ground_truth"] == text}
+
+def sequential(item):
+    return _one(item)
+
+def batch(items):
+    return [_one(item) | {"size": len(items)} for item in items]
+
+def numbers(items):
+    return [float(item["response"]) for item in items]
+
+def modules(item):
+    return {"overall": 0.0, "torch": "torch" in sys.modules, "rank": "RANK" in os.environ}
+
+def short(items):
+    return [1.0] * (len(items) - 1)
+
+def slow(item):
+    time.sleep(float(item["response"]))
+    return float(item["response"])
+"""
+
+
+@pytest.fixture
+def functions(tmp_path: Path) -> str:
+    (tmp_path / "math.py").write_text(
+        FUNCTIONS
+    )  # a name that hides the standard library's where its folder is searched
+    return str(tmp_path / "math.py")
+
+
+def responses(texts: list[str], answer: str = "42") -> list[Response]:
+    return [
+        Response(
+            prompt=Prompt("train", 100 + i, "?", answer, (1,), (1,), (), ()),
+            group_id=0,
+            sample=i,
+            token_ids=(5,) * len(text),
+            rollout_logps=(0.0,) * len(text),
+            finish_reason="stop",
+            weight_version=0,
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def score(pool: RewardPool, texts: list[str]):
+    return pool.score(responses(texts), texts)
+
+
+def test_built_in_grader_in_workers() -> None:
+    texts = [r"\boxed{42}", "42", r"\boxed{41}", r"so \boxed{42.0}"] * 5
+    with RewardPool(num_workers=2) as pool:
+        rewards = score(pool, texts)
+        assert [reward.overall for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
+        assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
+        assert score(pool, []) == []
+
+
+def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
+    bomb = r"\boxed{x+99999999!}"  # MathRuler lets sympy compute it
+    with RewardPool(timeout_seconds=1.0) as pool:
+        started = time.monotonic()
+        rewards = pool.score(responses(["a", "b"], answer="x+1"), [bomb, r"\boxed{1+x}"])
+        assert [reward.overall for reward in rewards] == [0.0, 1.0]
+        assert [reward.error for reward in rewards] == ["no result after 1 s", None]
+        assert time.monotonic() - started < 60
+
+
+@pytest.mark.parametrize("reward_type", ["sequential", "batch"])
+def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> None:
+    texts = ["four", "hang", "42", "raise", "die", "raise", "end"]
+    caplog.set_level(logging.WARNING)
+    with RewardPool(f"{functions}:{reward_type}", reward_type=reward_type, num_workers=2, timeout_seconds=1.0) as pool:
+        rewards = score(pool, texts)
+        assert [reward.overall for reward in rewards] == [0.4, 0.0, 0.2, 0.0, 0.0, 0.0, 0.3]
+        assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+        size = {"size": 1.0} if reward_type == "batch" else {}
+        assert rewards[2].metrics == {"format": 0.5, "tokens": 2.0, "match": 1.0, **size}
+        assert rewards[0].metrics["match"] == 0.0
+        assert [reward.error for reward in rewards] == [
+            None,
+            "no result after 1 s",
+            None,
+            "KeyError: 'no such thing'",
+            "the worker process ended (exit code 7)",
+            "KeyError: 'no such thing'",
+            None,
+        ]
+        assert sorted(pool.failures.values()) == [1, 1, 2]
+        assert pool.failures["timeout"] == pool.failures["died"] == 1
+        # Each kind is shown once, with the first row it happened on.
+        shown = [record.getMessage() for record in caplog.records if "scored zero" in record.getMessage()]
+        assert len(shown) == 3
+        assert sum("row 101" in m and "'hang'" in m for m in shown) == 1
+        assert sum("row 103" in m and "KeyError" in m and "'raise'" in m for m in shown) == 1
+        assert sum("row 104" in m for m in shown) == 1
+        assert [reward.overall for reward in score(pool, ["ab", "abc"])] == [0.2, 0.3]
+
+
+def test_a_batch_function_gets_the_whole_batch(functions: str) -> None:
+    with RewardPool(f"{functions}:batch", num_workers=2) as pool:
+        assert [reward.metrics["size"] for reward in score(pool, ["a"] * 50)] == [50.0] * 50
+
+
+def test_plain_numbers_and_unusable_results(functions: str) -> None:
+    with RewardPool(f"{functions}:numbers") as pool:
+        rewards = score(pool, ["0.25", "-1", "3"])
+        assert [(r.overall, r.accuracy, dict(r.metrics)) for r in rewards] == [
+            (0.25, 0.25, {}),
+            (-1, 0, {}),
+            (3, 1, {}),
+        ]
+        bad = score(pool, ["1", "nan", "text"])
+        assert [r.overall for r in bad] == [1.0, 0.0, 0.0]
+        assert bad[1].error == "ValueError: the reward function returned nan for 'overall'"
+        assert bad[2].error is not None and "could not convert string to float" in bad[2].error
+    with RewardPool(f"{functions}:short") as pool:
+        assert [r.error for r in score(pool, ["a", "b"])] == [
+            "ValueError: the reward function returned 0 scores for 1 responses"
+        ] * 2
+
+
+def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> None:
+    texts = ["0.6", "0.01", "0.3", "0.02", "0.3"]
+    with RewardPool(f"{functions}:slow", reward_type="sequential", num_workers=3) as pool:
+        started = time.monotonic()
+        assert [reward.overall for reward in score(pool, texts)] == [float(text) for text in texts]
+        assert time.monotonic() - started < sum(float(text) for text in texts)
+
+
+def test_workers_are_light_and_no_ranks(functions: str, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with RewardPool(f"{functions}:modules", reward_type="sequential") as pool:
+        assert score(pool, ["x"])[0].metrics == {"torch": 0.0, "rank": 0.0}
+
+
+def test_functions_that_cannot_be_loaded_stop_the_run_at_its_start(functions: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no function 'batchh' in that file; it has sequential, batch, numbers"):
+        RewardPool(f"{functions}:batchh")
+    with pytest.raises(ValueError, match="no such Python file"):
+        RewardPool(f"{tmp_path}/gone.py:batch")
+    with pytest.raises(ValueError, match=r"`file\.py:function`"):
+        RewardPool("mathruller")
+    (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
+    with pytest.raises(ValueError, match="No module named 'no_such_module_anywhere'"):
+        RewardPool(f"{tmp_path}/broken.py:f")
+
+
+def worker_pids(pool: RewardPool) -> list[int]:
+    return [worker.process.pid for worker in pool._workers]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_close_and_a_death_between_calls(functions: str) -> None:
+    pool = RewardPool(f"{functions}:numbers", num_workers=2)
+    pids = worker_pids(pool)
+    os.kill(pids[0], 9)
+    assert [reward.overall for reward in score(pool, ["1", "2"])] == [1.0, 2.0]
+    pids += worker_pids(pool)
+    pool.close()
+    pool.close()
+    assert not any(is_alive(pid) for pid in pids)
+
+
+def test_workers_die_with_a_parent_that_is_killed(functions: str) -> None:
+    """Even one that is stuck in a function and never looks at its pipe again."""
+    program = textwrap.dedent(f"""
+        import sys, threading
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_reward_pool import RewardPool, score, worker_pids
+        pool = RewardPool({f"{functions}:sequential"!r}, reward_type="sequential", num_workers=2, timeout_seconds=600)
+        print(*worker_pids(pool), flush=True)
+        score(pool, ["hang"])
+    """)
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    time.sleep(0.5)
+    assert len(pids) == 2 and all(is_alive(pid) for pid in pids)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(pid) for pid in pids)
