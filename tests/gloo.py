@@ -31,7 +31,7 @@ def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout_second
     with tempfile.TemporaryDirectory(prefix="gloo_") as folder:
         context = mp.get_context("spawn")
         processes = [
-            context.Process(target=_run_rank, args=(rank, world_size, folder, timeout_seconds, fn, args), daemon=True)
+            context.Process(target=_run_rank, args=(rank, world_size, folder, timeout_seconds, fn, args))
             for rank in range(world_size)
         ]
         for process in processes:

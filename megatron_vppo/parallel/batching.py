@@ -58,7 +58,7 @@ def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) ->
         rows_of_group.setdefault(response.group_id, []).append(row)
     groups = list(rows_of_group.values())
     lengths = [sum(num_tokens(responses[row]) for row in rows) for rows in groups]
-    mine = sorted(assign_to_ranks(lengths, data)[data_rank])
+    mine = sorted(assign_to_ranks(lengths, num_ranks=data)[data_rank])
     return tuple(row for group in mine for row in groups[group])
 
 
@@ -104,7 +104,8 @@ def pack_views(
         targets.extend(answer)
         position_blocks.append(positions(sequence, prompt.grids_thw))
         feature_index.extend(
-            pictures.features(ref, view.perturb, grid) for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
+            pictures.features(ref, view.perturb, grid)
+            for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
         )
         token_ids.extend(sequence)
         lengths.append(len(sequence))

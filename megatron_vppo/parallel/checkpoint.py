@@ -65,9 +65,10 @@ def save_checkpoint(
 def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
     """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks."""
     source = folder / f"global_step_{step}"
+    _allocate_adam_state(trainable)
     loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
     trainable.module.load_state_dict(loaded["model"])
-    trainable.optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(trainable, loaded["optimizer"])
     _set_rng_state(loaded["rng"])
     state: dict[str, Any] = json.loads((source / STATE).read_text())
     return state
@@ -80,6 +81,51 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
         "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
         "rng": ShardedObject("rng", _rng_state(), (layout.world_size,), (layout.rank,)),
     }
+
+
+def _allocate_adam_state(trainable: Trainable) -> None:
+    """What the first step would allocate, for the checkpoint to be read into.
+
+    Megatron (0.16 to 0.19) does it itself for the fused optimizers of Apex and TransformerEngine; for torch's it misses
+    the step count, without which its `state_dict` fails.
+    """
+    adam = _torch_adam(trainable)
+    for group in adam.param_groups if adam else []:
+        for parameter in group["params"]:
+            adam.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
+    """Megatron's own loading, but for the step counts of torch's Adam.
+
+    Its distributed optimizer (0.16 to 0.19) looks for them among the sharded tensors, where they are not, and gives all
+    parameters one and the same tensor, which the next step would then raise once per parameter.
+    """
+    adam = _torch_adam(trainable)
+    sharded = state.pop("param_state", None) if adam else None
+    trainable.optimizer.load_state_dict(state)
+    if adam is None:
+        return
+    steps = {parameter: values.pop("step") for parameter, values in adam.state.items()}
+    if sharded is not None:
+        _only_part(trainable).load_parameter_state_from_fully_reshardable(sharded)
+    for parameter, step in steps.items():
+        adam.state[parameter]["step"] = step.clone()
+
+
+def _torch_adam(trainable: Trainable) -> torch.optim.Optimizer | None:
+    adam = _only_part(trainable).optimizer
+    return adam if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) else None
+
+
+def _only_part(trainable: Trainable) -> Any:
+    """Megatron chains one optimizer per kind of parameter; a dense model has one."""
+    (part,) = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+    return part
 
 
 def _rng_state() -> dict[str, Any]:

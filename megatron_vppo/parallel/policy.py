@@ -7,7 +7,7 @@ response tokens of one micro-batch (flat), H = hidden size, V = vocabulary rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
-from megatron_vppo.data.packing import micro_batches
 from megatron_vppo.data.perturb import PerturbKey
 from megatron_vppo.parallel.batching import (
     PatchSource,
     PositionFn,
     ResponseBatch,
     View,
-    num_tokens,
     pack_views,
     rows_of_rank,
 )
+from megatron_vppo.parallel.export import hf_weights
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
@@ -96,7 +95,7 @@ class MegatronPolicy:
         self.trainable.module.eval()
         self._run(
             responses,
-            [self._views(rows, responses, step, perturbed) for rows in self._micro_batches(responses, mine, update=False)],
+            [self._views(rows, responses, step, perturbed) for rows in self._micro_batches(mine, update=False)],
             collect,
             forward_only=True,
         )
@@ -118,10 +117,10 @@ class MegatronPolicy:
     ) -> list[View]:
         """The original views of a micro-batch's rows, then the perturbed views of those that have an image."""
         return [View(row, None) for row in rows] + [
-            View(row, self._perturb_key(responses[row], step)) for row in rows if perturbed[row]
+            View(row, self.perturb_key(responses[row], step)) for row in rows if perturbed[row]
         ]
 
-    def _perturb_key(self, response: Response, step: int) -> PerturbKey:
+    def perturb_key(self, response: Response, step: int) -> PerturbKey:
         if self.settings.perturb_per == "image":
             return PerturbKey(step=step, response_row=None)
         return PerturbKey(step=step, response_row=response.group_id * 2**16 + response.sample)
@@ -134,7 +133,7 @@ class MegatronPolicy:
         divergence: Divergence | None,
         results_BT: dict[str, Tensor],
     ) -> None:
-        """Writes one micro-batch's results. The original views come first; a row without an image is its own masked view."""
+        """Writes one micro-batch's results: original views come first, and a row without an image is its own masked view."""
         hidden_NH = hidden_T1H[batch.hidden_index_N, 0]
         logp_N, entropy_N = self._logps(hidden_NH, batch.target_N, with_entropy=True)
         first_masked = int((~batch.perturbed_N).sum())
@@ -160,12 +159,15 @@ class MegatronPolicy:
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """One optimizer step on one mini-batch. The batch's weights hold every mask and denominator.
 
-        Returns metrics over the whole mini-batch, the same on every rank. A step whose gradient norm is not finite changes
-        nothing and is reported as actor/skipped_updates = 1.
+        Returns metrics over the whole mini-batch, the same on every rank. A step whose gradient norm is not finite
+        changes nothing and is reported as actor/skipped_updates = 1.
         """
         device = self.layout.device
         owned = 1.0 if self._owns_rows(batch.responses) else 0.0
-        pg_weight_BT, entropy_weight_BT = (batch.pg_weight_BT * owned).to(device), (batch.entropy_weight_BT * owned).to(device)
+        pg_weight_BT, entropy_weight_BT = (
+            (batch.pg_weight_BT * owned).to(device),
+            (batch.entropy_weight_BT * owned).to(device),
+        )
         old_logp_BT, advantage_BT = batch.old_logp_BT.to(device), batch.advantage_BT.to(device)
         weighted: dict[str, float] = {}
         per_token: dict[str, float] = {}
@@ -194,7 +196,7 @@ class MegatronPolicy:
         mine = self._rows(batch.responses)
         self._run(
             batch.responses,
-            [[View(row, None) for row in rows] for rows in self._micro_batches(batch.responses, mine, update=True)],
+            [[View(row, None) for row in rows] for rows in self._micro_batches(mine, update=True)],
             loss,
             forward_only=False,
         )
@@ -208,10 +210,14 @@ class MegatronPolicy:
             "actor/skipped_updates": float(not succeeded),
         }
 
+    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The present weights under their Hugging Face names, whole on every rank; see export.py."""
+        return hf_weights(self.trainable.module)
+
     # ---- shared
 
     def _rows(self, responses: Sequence[Response]) -> tuple[int, ...]:
-        """This rank's rows. A rank without any replays row 0 with zero weight, since every rank must run the schedule."""
+        """This rank's rows. A rank without any replays row 0 with zero weight: every rank must run the schedule."""
         return self._assigned(responses) or (0,)
 
     def _owns_rows(self, responses: Sequence[Response]) -> bool:
@@ -222,13 +228,13 @@ class MegatronPolicy:
 
     @property
     def _reports(self) -> bool:
-        """Whether this rank's results count: the last stage computes them, its tensor-parallel ranks all the same ones."""
+        """Whether this rank's results count: the last stage has them, the same on all its tensor-parallel ranks."""
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
-    def _micro_batches(self, responses: Sequence[Response], rows: Sequence[int], *, update: bool) -> list[list[int]]:
+    def _micro_batches(self, rows: Sequence[int], *, update: bool) -> list[Sequence[int]]:
+        """Neighbours stay together: responses to one prompt share one vision forward of its images."""
         size = self.settings.rows_per_update if update else self.settings.rows_per_experience
-        plan = micro_batches([num_tokens(responses[row]) for row in rows], rows_per_micro_batch=size)
-        return [[rows[i] for i in part] for part in plan]
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
     def _run(
         self,

@@ -1,7 +1,8 @@
 """Megatron's data-parallel wrapper and optimizer around a model, set up so that gradients are plain sums.
 
-The loss of a mini-batch arrives already divided by its global denominators (see TrainBatch), so neither the schedule nor
-the wrapper may divide again: `calculate_per_token_loss` makes both of them sum, and no token count is given to divide by.
+The loss of a mini-batch arrives already divided by its global denominators (see TrainBatch), so neither the schedule
+nor the wrapper may divide again: `calculate_per_token_loss` makes both of them sum, and no token count is given to
+divide by.
 """
 
 from __future__ import annotations
@@ -82,7 +83,5 @@ def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSet
     return Trainable(module=module, ddp=ddp, optimizer=optimizer, settings=settings)
 
 
-def _sum_gradients(
-    model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object
-) -> None:
+def _sum_gradients(model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
     finalize_model_grads(list(model), None, **kwargs)  # type: ignore[arg-type]

@@ -1,0 +1,51 @@
+"""From one command to a process per trainer rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+
+def is_trainer_rank() -> bool:
+    """Whether torchrun (or srun, after take_rank_from_slurm) has already made this process one of several ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def take_rank_from_slurm() -> None:
+    """Under `srun` with several tasks: SLURM's numbers under the names that torch.distributed reads.
+
+    MASTER_ADDR has to be set by the batch script where there are several nodes; MASTER_PORT defaults to 29500.
+    """
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks < 2:
+        return
+    if int(os.environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            "several nodes under srun need MASTER_ADDR; in the batch script: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
+    """Runs `vppo ARGUMENTS` on `num_ranks` local ranks under torchrun and returns its exit status.
+
+    torchrun ends all ranks when one fails, and passes signals on.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
+        "-m", "megatron_vppo.cli.main", *arguments,
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    with subprocess.Popen(command, env=environment) as torchrun:
+        while True:
+            try:
+                return torchrun.wait()
+            except KeyboardInterrupt:
+                continue  # the terminal has sent the same signal to torchrun, which ends its ranks

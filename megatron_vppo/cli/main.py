@@ -1,0 +1,67 @@
+"""The `vppo` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vppo.cli.launch import is_trainer_rank, launch_ranks, take_rank_from_slurm
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parses and calls. Mistakes of the user (ValueError) end in one line on stderr and exit status 2."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except ValueError as error:
+        print(f"vppo: {error}", file=sys.stderr, flush=True)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vppo", description="VPPO for Qwen-VL models on Megatron Core.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        description="Trains. Starts its own local ranks where it does not run under torchrun or srun.",
+    )
+    train.add_argument("--config", required=True, type=Path, help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
+    train.set_defaults(run=_train)
+
+    report = commands.add_parser("report", help="write report.html of a run folder")
+    report.add_argument("run_dir", type=Path)
+    report.set_defaults(run=_report)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from megatron_vppo.config.load import load_config
+
+    config = load_config(options.config, options.overrides)
+    take_rank_from_slurm()
+    if not is_trainer_rank():
+        from megatron_vppo.cli.preflight import check_before_launch
+
+        num_ranks = check_before_launch(config)
+        return launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides])
+    from megatron_vppo.trainer.build import run_training
+
+    run_training(config)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_vppo.observability.report import write_report
+
+    print(write_report(options.run_dir))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Sharded weights of all ranks -> one stream of (Hugging Face name, whole tensor), and from there into a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_vppo.models.hf_loading import MappedModel
+from megatron_vppo.models.weight_map import Entry, stream_entries
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
+
+
+@torch.no_grad()
+def hf_weights(model: MappedModel) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
+
+    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. One entry (at most a
+    QKV or gate-and-up group, or the embedding) exists whole at a time; tensors may be views of parameters, so copy
+    what outlives the next optimizer step.
+    """
+    parameters = dict(model.named_parameters())
+    for entry in stream_entries(model.weight_map):
+        shards = _tensor_shards(_stage_shard(entry, model, parameters), entry, model)
+        yield from zip(entry.hf_names, entry.kind.merge(shards), strict=True)
+
+
+def _stage_shard(entry: Entry, model: MappedModel, parameters: dict[str, torch.nn.Parameter]) -> Tensor:
+    """This tensor-parallel rank's shard, brought from the pipeline stage that holds it."""
+    group = model.groups.pp
+    owner = entry.stage(model.stage_layers)
+    if group.rank() == owner:
+        shard = parameters[entry.local_name(model.stage_layers)].detach()
+    else:
+        like = next(iter(parameters.values()))
+        shard = torch.empty(entry.kind.local_shape(model.groups.tp.size()), dtype=like.dtype, device=like.device)
+    if group.size() > 1:
+        dist.broadcast(shard, src=dist.get_global_rank(group, owner), group=group)
+    return shard
+
+
+def _tensor_shards(shard: Tensor, entry: Entry, model: MappedModel) -> list[Tensor]:
+    group = model.groups.tp
+    if entry.kind.partition_dim is None or group.size() == 1:
+        return [shard]
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard.contiguous(), group=group)
+    return shards
+
+
+def save_hf(
+    weights: Iterator[tuple[str, Tensor]], folder: Path, *, source: Path, is_writer: bool, shard_bytes: int = 2 << 30
+) -> None:
+    """Writes a folder that transformers and vLLM load: the weights, and all other files of the source folder.
+
+    Every rank must iterate the weights; one writes. The folder appears under its name when it is whole.
+
+    Args:
+        source: the folder that training started from: config, tokenizer, processor, chat template.
+        shard_bytes: weights per file; as much is held in memory.
+    """
+    if not is_writer:
+        for _ in weights:
+            pass
+        return
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"))
+    files: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    total = pending_bytes = 0
+
+    def flush() -> None:
+        files.append(list(pending))
+        save_file(pending, unfinished / _file_name(len(files)), metadata={"format": "pt"})
+        pending.clear()
+
+    for name, tensor in weights:
+        if pending and pending_bytes + tensor.nbytes > shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.to("cpu", copy=True).contiguous()
+        pending_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    _name_files(unfinished, files, total)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def _file_name(number: int) -> str:
+    return f"model-{number:05d}.safetensors"
+
+
+def _name_files(folder: Path, files: list[list[str]], total_bytes: int) -> None:
+    """The names that loaders look for, which hold the number of files: one alone is `model.safetensors`."""
+    if len(files) == 1:
+        (folder / _file_name(1)).rename(folder / "model.safetensors")
+        return
+    where = {}
+    for number, names in enumerate(files, start=1):
+        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        (folder / _file_name(number)).rename(folder / final)
+        where.update(dict.fromkeys(names, final))
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -1,0 +1,310 @@
+"""From a configuration to a run whose parts are built and connected, and taken down again in every case."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoProcessor, GenerationConfig
+
+from megatron_vppo.algorithm.assemble import Minibatch
+from megatron_vppo.algorithm.types import Prompt, Scores
+from megatron_vppo.config.load import save_resolved
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.dataset import VisionDataset, open_dataset
+from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.data.perturb import PerturbSettings
+from megatron_vppo.data.prompts import PromptBuilder, PromptSet, PromptStream, load_prompts, read_template
+from megatron_vppo.data.rewards import RewardPool
+from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.qwen25_vl.build import build_model
+from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.observability.progress import Progress
+from megatron_vppo.observability.report import write_report
+from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollouts
+from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.export import save_hf
+from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
+from megatron_vppo.parallel.training import OptimSettings, make_trainable
+from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.trainer.collect import Collector, Group
+from megatron_vppo.trainer.collective import from_rank_zero
+from megatron_vppo.trainer.engines import start_engine
+from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.loop import Run, train
+from megatron_vppo.trainer.model_folder import model_folder
+from megatron_vppo.trainer.records import Recorder
+from megatron_vppo.trainer.run_folder import RunFolder
+from megatron_vppo.trainer.sampler import EngineSampler
+from megatron_vppo.trainer.validate import Validator
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run_training(config: RunConfig) -> None:
+    """One trainer rank, from start to finish: train, export, report."""
+    torch.set_num_threads(config.parallel.threads_per_rank)
+    layout = init_layout(
+        tensor=config.parallel.tensor_model_parallel_size,
+        pipeline=config.parallel.pipeline_model_parallel_size,
+        data=config.parallel.data_parallel_size,
+    )
+    folder = RunFolder(Path(config.trainer.runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
+    with _open_run(config, layout, folder) as (run, source):
+        train(run)
+        if config.trainer.save_hf and run.start_step < run.total_steps:
+            target = folder.huggingface(run.total_steps)
+            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
+    if layout.rank == 0:
+        print(f"report: {write_report(folder.root)}", flush=True)
+    destroy_layout()
+
+
+@contextmanager
+def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[tuple[Run, Path]]:
+    """Builds everything; the engine starts first, since it loads while the rest is built."""
+    is_writer = layout.rank == 0
+    source = model_folder(config.model.path)
+    hf_config = AutoConfig.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source)
+    geometry = ImageGeometry.from_processor(
+        processor.image_processor,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        mode="easyr1" if config.algorithm.preset == "reference" else "smart",
+    )
+    datasets = _datasets(config)
+    perturb = PerturbSettings(**config.algorithm.perturb.model_dump())
+    images = VisionInputs(
+        datasets, processor.image_processor, geometry=geometry, perturb=perturb, run_seed=config.trainer.seed
+    )
+    with ExitStack() as stack:
+        engine = start_engine(config, layout, source, images=images, hf_config=hf_config, logs=folder.logs)
+        sampler = EngineSampler(
+            engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
+            verify=config.rollout.verify_weights,
+        )  # fmt: skip
+        stack.callback(sampler.close)
+        grader = Grader(_reward_pool(config) if is_writer else None, _decoder(processor.tokenizer))
+        stack.callback(grader.close)
+        builder = PromptBuilder(
+            processor, geometry, template=_template(config), system_prompt=config.data.system_prompt
+        )
+        stream = _stream(config, datasets["train"], builder) if is_writer else None
+        held_out = from_rank_zero(partial(_validation_prompts, config, datasets, builder))
+        policy = _policy(config, layout, source, hf_config, images)
+
+        start_step = (latest_step(folder.checkpoints) if config.trainer.resume else None) or 0
+        start_step = from_rank_zero(lambda: start_step)
+        if start_step:
+            state = load_checkpoint(folder.checkpoints, step=start_step, trainable=policy.trainable, layout=layout)
+            if stream is not None:
+                stream.load_state_dict(state["data"])
+        total_steps = from_rank_zero(lambda: _total_steps(config, stream))
+        log = _open_log(config, layout, folder, start_step=start_step, total_steps=total_steps)
+        stack.callback(log.close)
+        if engine.client is not None:
+            engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
+        eos = _eos_ids(source, processor.tokenizer)
+        yield Run(
+            config=config,
+            policy=policy,
+            sampler=sampler,
+            collector=Collector(config, stream, sampler, grader, _train_sampling(config, eos)),
+            validator=Validator(config, held_out, sampler, grader, _val_sampling(config, eos)) if held_out else None,
+            log=log,
+            start_step=start_step,
+            total_steps=total_steps,
+            save=partial(_save, config, layout, folder, policy, stream),
+            record=partial(_record, config, layout, folder, Recorder(processor.tokenizer, images, policy)),
+        ), source  # fmt: skip
+
+
+def _datasets(config: RunConfig) -> dict[str, VisionDataset]:
+    data = config.data
+    open_split = partial(
+        open_dataset,
+        problem_key=data.prompt_key,
+        answer_key=data.answer_key,
+        image_key=data.image_key,
+        image_dir=data.image_dir,
+    )
+    datasets = {"train": open_split(data.train_files)}
+    if data.val_files is not None:
+        datasets["val"] = open_split(data.val_files, max_rows=data.max_val_rows)
+    return datasets
+
+
+def _template(config: RunConfig) -> str | None:
+    return None if config.data.format_prompt is None else read_template(config.data.format_prompt)
+
+
+def _prompts(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder, split: str) -> PromptSet:
+    return load_prompts(
+        dataset,
+        builder,
+        split=split,
+        max_prompt_length=config.data.max_prompt_length,
+        on_bad_row=config.data.on_bad_row,
+        num_workers=config.data.num_workers,
+    )
+
+
+def _stream(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder) -> PromptStream:
+    prompts = _prompts(config, dataset, builder, "train")
+    print(f"train data: {prompts.report.summary()}", flush=True)
+    return PromptStream(prompts, seed=config.trainer.seed, shuffle=config.data.shuffle)
+
+
+def _validation_prompts(config: RunConfig, datasets: dict[str, VisionDataset], builder: PromptBuilder) -> list[Prompt]:
+    if "val" not in datasets:
+        return []
+    prompts = _prompts(config, datasets["val"], builder, "val")
+    print(f"validation data: {prompts.report.summary()}", flush=True)
+    return list(prompts)
+
+
+def _reward_pool(config: RunConfig) -> RewardPool:
+    return RewardPool(
+        config.reward.reward_function,
+        reward_type=config.reward.reward_type,
+        num_workers=config.reward.num_workers,
+        timeout_seconds=config.reward.timeout_seconds,
+    )
+
+
+def _decoder(tokenizer: Any) -> Any:
+    return partial(tokenizer.decode, skip_special_tokens=True)
+
+
+def _policy(config: RunConfig, layout: Layout, source: Path, hf_config: Any, images: VisionInputs) -> MegatronPolicy:
+    dtype = DTYPES[config.model.dtype]
+    model = build_model(
+        hf_config,
+        groups=layout.groups,
+        dtype=dtype,
+        device=layout.device,
+        pipeline_layers=config.parallel.pipeline_layers,
+        recompute=config.parallel.recompute == "full",
+    )
+    load_hf_weights(model, source)
+    optim = config.actor.optim
+    trainable = make_trainable(
+        model,
+        layout=layout,
+        settings=OptimSettings(
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            lr_warmup_steps=optim.lr_warmup_steps,
+            max_grad_norm=config.actor.max_grad_norm,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        ),
+        dtype=dtype,
+    )
+    merge_size = hf_config.vision_config.spatial_merge_size
+    settings = PolicySettings(
+        temperature=config.rollout.temperature,
+        vocab_size=hf_config.text_config.vocab_size,
+        image_token_id=hf_config.image_token_id,
+        merge_size=merge_size,
+        rows_per_update=config.actor.micro_batch_size_per_device_for_update,
+        rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
+        head_chunk_tokens=config.actor.head_chunk_tokens,
+        perturb_per=config.algorithm.perturb.per or "row",
+    )
+    positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
+    return MegatronPolicy(trainable, layout=layout, settings=settings, patches=images.patches, positions=positions)
+
+
+def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
+    if config.trainer.total_steps is not None:
+        return config.trainer.total_steps
+    assert stream is not None
+    return config.trainer.total_epochs * stream.steps_per_epoch(config.data.rollout_batch_size)
+
+
+def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_step: int, total_steps: int) -> RunLog:
+    is_writer = layout.rank == 0
+    if is_writer:
+        folder.root.mkdir(parents=True, exist_ok=True)
+        save_resolved(config, folder.config)
+        cut_rollouts_after(folder.root, start_step)
+    return RunLog(
+        folder.root,
+        is_writer=is_writer,
+        resume_step=start_step or None,
+        loggers=config.trainer.loggers,
+        project=config.trainer.project_name,
+        experiment=config.trainer.experiment_name,
+        config=config.model_dump(mode="json"),
+        num_devices=layout.world_size,
+        progress=Progress(total_steps=total_steps),
+    )
+
+
+def _eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Where the model stops: its generation configuration, else its tokenizer."""
+    eos: int | Sequence[int] | None = tokenizer.eos_token_id
+    if (source / "generation_config.json").is_file():
+        eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
+    if eos is None:
+        raise ValueError(f"{source} names no EOS token, neither in generation_config.json nor in the tokenizer")
+    return (eos,) if isinstance(eos, int) else tuple(eos)
+
+
+def _train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
+    rollout = config.rollout
+    return SamplingSettings(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=eos,
+    )
+
+
+def _val_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
+    val = config.rollout.val
+    return SamplingSettings(
+        temperature=val.temperature,
+        top_p=val.top_p,
+        top_k=-1,
+        max_tokens=config.data.max_response_length,
+        stop_token_ids=eos,
+    )
+
+
+def _save(
+    config: RunConfig, layout: Layout, folder: RunFolder, policy: MegatronPolicy, stream: PromptStream | None, step: int
+) -> None:
+    save_checkpoint(
+        folder.checkpoints,
+        step=step,
+        trainable=policy.trainable,
+        layout=layout,
+        state={"data": stream.state_dict()} if stream is not None else {},
+        keep=config.trainer.save_limit,
+    )
+
+
+def _record(
+    config: RunConfig,
+    layout: Layout,
+    folder: RunFolder,
+    recorder: Recorder,
+    step: int,
+    minibatches: list[Minibatch],
+    groups: list[Group],
+    scores: Scores,
+) -> None:
+    if layout.rank == 0 and config.trainer.save_rollouts:
+        write_rollouts(folder.root, step, recorder.records(step, minibatches, groups, scores))

@@ -1,0 +1,113 @@
+"""Stages 1 to 3 of a step: sample groups, reward them, keep those with right and wrong answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vppo.algorithm.grouping import keep_group
+from megatron_vppo.algorithm.types import Prompt, Response, ScoredResponse
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.prompts import PromptStream
+from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.trainer.collective import from_rank_zero
+from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.sampler import EngineSampler, group_seeds
+
+logger = logging.getLogger(__name__)
+
+Group = list[ScoredResponse]
+
+
+@dataclass(frozen=True)
+class Collector:
+    """Draws prompts and turns them into scored groups; the same groups on every rank."""
+
+    config: RunConfig
+    stream: PromptStream | None
+    """On rank 0 only."""
+    sampler: EngineSampler
+    grader: Grader
+    sampling: SamplingSettings
+
+    def groups(self, step: int, log: RunLog) -> list[Group]:
+        """At most rollout_batch_size groups to train on. Sampling stops after max_try_make_batch rounds: then the step
+        goes on with the groups it has, which may be none.
+        """
+        wanted, rounds = self.config.data.rollout_batch_size, self.config.algorithm.max_try_make_batch
+        sampled: list[Group] = []
+        kept: list[Group] = []
+        for attempt in range(rounds):
+            new = self._sample(step, attempt, log)
+            sampled += new
+            kept += [group for group in new if self._keeps(group)]
+            if len(kept) >= wanted:
+                break
+        else:
+            logger.info(
+                "step %d: %d of %d wanted groups have right and wrong answers after %d rounds of %d prompts; training "
+                "on those. More rounds: algorithm.max_try_make_batch; or use prompts of middle difficulty.",
+                step, len(kept), wanted, rounds, wanted,
+            )  # fmt: skip
+        log.add_all(_sampling_metrics(sampled))
+        log.add("rollout/attempts", attempt + 1)
+        log.add("rollout/sampled_groups", len(sampled))
+        log.add("rollout/kept_groups", min(len(kept), wanted))
+        return kept[:wanted]
+
+    def _sample(self, step: int, attempt: int, log: RunLog) -> list[Group]:
+        size = self.config.data.rollout_batch_size
+        with log.span("gen"):
+            prompts: list[Prompt] = from_rank_zero(lambda: self._draw(size))
+            seeds = group_seeds(
+                prompts,
+                kind=self.config.rollout.seeds,
+                run_seed=self.config.trainer.seed,
+                step=step,
+                attempt=attempt,
+                n=self.config.rollout.n,
+            )
+            groups = self.sampler.generate(prompts, seeds=seeds, sampling=self.sampling, first_group=attempt * size)
+        with log.span("reward"):
+            return score_groups(self.grader, groups)
+
+    def _draw(self, size: int) -> list[Prompt]:
+        assert self.stream is not None, "prompts are drawn on rank 0"
+        return self.stream.next(size)
+
+    def _keeps(self, group: Group) -> bool:
+        algorithm = self.config.algorithm
+        return not algorithm.online_filtering or keep_group(
+            [item.reward.accuracy for item in group], low=algorithm.filter_low, high=algorithm.filter_high
+        )
+
+
+def score_groups(grader: Grader, groups: Sequence[Sequence[Response]]) -> list[Group]:
+    """Rewards every response, group by group."""
+    scored = iter(grader.score([response for group in groups for response in group]))
+    return [[next(scored) for _ in group] for group in groups]
+
+
+def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Over everything that was sampled, groups that are not trained on included."""
+    items = [item for group in groups for item in group]
+    scores = [item.reward.overall for item in items]
+    lengths = [len(item.response.token_ids) for item in items]
+    prompts = [len(item.response.prompt.token_ids) for item in items]
+    metrics = {
+        "reward/accuracy": _mean([item.reward.accuracy for item in items]),
+        "reward/errors": float(sum(item.reward.error is not None for item in items)),
+        "response_length/clip_ratio": _mean([float(item.response.finish_reason == "length") for item in items]),
+        "perf/total_num_tokens": float(sum(lengths) + sum(prompts)),
+    }
+    for name, values in (("critic/score", scores), ("response_length", lengths), ("prompt_length", prompts)):
+        metrics |= {f"{name}/mean": _mean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
+    for name in sorted({name for item in items for name in item.reward.metrics}):
+        metrics[f"reward/{name}"] = _mean([item.reward.metrics[name] for item in items if name in item.reward.metrics])
+    return metrics
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

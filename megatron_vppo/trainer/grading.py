@@ -1,0 +1,40 @@
+"""Responses -> scored responses, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from megatron_vppo.algorithm.types import Response, Reward, ScoredResponse
+from megatron_vppo.data.rewards import RewardPool
+from megatron_vppo.trainer.collective import from_rank_zero
+
+
+class Grader:
+    """Rewards run in worker processes of rank 0."""
+
+    def __init__(self, pool: RewardPool | None, decode: Callable[[Sequence[int]], str]) -> None:
+        """
+        Args:
+            pool: on rank 0; None elsewhere.
+            decode: token ids -> text without special tokens.
+        """
+        self._pool = pool
+        self._decode = decode
+
+    def score(self, responses: Sequence[Response]) -> list[ScoredResponse]:
+        """In the order of the responses; a collective over all ranks."""
+        graded = from_rank_zero(lambda: self._score_here(responses))
+        return [
+            ScoredResponse(response=response, text=text, reward=reward)
+            for response, (text, reward) in zip(responses, graded, strict=True)
+        ]
+
+    def _score_here(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
+        assert self._pool is not None, "rewards are computed on rank 0"
+        texts = [self._decode(response.token_ids) for response in responses]
+        rewards = self._pool.score(responses, texts)
+        return list(zip(texts, rewards, strict=True))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()

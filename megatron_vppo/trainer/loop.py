@@ -1,0 +1,106 @@
+"""VPPO, top to bottom (paper section 3): every rank runs these lines; mechanism sits behind the verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vppo.algorithm.assemble import Minibatch, assemble
+from megatron_vppo.algorithm.settings import VppoSettings
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.trainer.collect import Collector, Group
+from megatron_vppo.trainer.mismatch import rollout_mismatch
+from megatron_vppo.trainer.sampler import EngineSampler
+from megatron_vppo.trainer.validate import Validator
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the loop drives, built and connected (see build.py)."""
+
+    config: RunConfig
+    policy: MegatronPolicy
+    sampler: EngineSampler
+    collector: Collector
+    validator: Validator | None
+    log: RunLog
+    start_step: int
+    """The step whose weights are loaded; 0 for a fresh run."""
+    total_steps: int
+    save: Callable[[int], None]
+    """Writes the checkpoint of a step."""
+    record: Callable[[int, list[Minibatch], list[Group], Any], None]
+    """Writes what the model answered in a step."""
+
+
+def train(run: Run) -> None:
+    """From the loaded weights to the last step. A step without any group to train on is counted and leaves no trace."""
+    config, policy, sampler, log = run.config, run.policy, run.sampler, run.log
+    settings = vppo_settings(config)
+    views = "both" if settings.needs_dependency else "original"
+    divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
+
+    sampler.load_weights(policy.hf_weights(), version=run.start_step)
+    if run.validator and run.start_step == 0 and config.trainer.val_before_train:
+        with log.step(0), log.span("testing"):
+            log.add_all(run.validator.run())
+
+    for step in range(run.start_step + 1, run.total_steps + 1):
+        with log.step(step):
+            # 1-3. Sample groups, reward them, keep those with right and wrong answers.
+            groups = run.collector.groups(step, log)
+            log.add("rollout/skipped_steps", float(not groups))
+            if groups:
+                scored = [item for group in groups for item in group]
+
+                # 4. How much did each token need the image? Both views in one forward pass of the old policy.
+                with log.span("score"):
+                    responses = [item.response for item in scored]
+                    scores = policy.score(responses, step=step, views=views, divergence=divergence)
+                log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
+
+                # 5. Advantages by group, shaped by how visual the answer was; the tokens that carry the gradient.
+                with log.span("adv"):
+                    minibatches = assemble(
+                        scored,
+                        scores,
+                        settings=settings,
+                        responses_per_minibatch=config.actor.global_batch_size * config.rollout.n,
+                        data_parallel_size=policy.layout.data,
+                        micro_batch_size=config.actor.micro_batch_size_per_device_for_update,
+                    )
+
+                # 6. Clipped policy updates, one per mini-batch.
+                with log.span("update_actor"):
+                    log.add("actor/lr", policy.trainable.set_step(step))
+                    for minibatch in minibatches * config.actor.ppo_epochs:
+                        log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
+
+                # 7. The new weights go to the engines, which never serve older ones.
+                with log.span("update_weights"):
+                    log.add_all(sampler.load_weights(policy.hf_weights(), version=step))
+                run.record(step, minibatches, groups, scores)
+
+            # 8. Validate, checkpoint.
+            if run.validator and _is_due(step, config.trainer.val_freq, run.total_steps):
+                with log.span("testing"):
+                    log.add_all(run.validator.run())
+            if _is_due(step, config.trainer.save_freq, run.total_steps):
+                with log.span("save_checkpoint"):
+                    run.save(step)
+
+
+def vppo_settings(config: RunConfig) -> VppoSettings:
+    """The algorithm's settings, name by name from the configuration."""
+    return VppoSettings(
+        **{field.name: getattr(config.algorithm, field.name) for field in dataclasses.fields(VppoSettings)}
+    )
+
+
+def _is_due(step: int, freq: int, total_steps: int) -> bool:
+    """Every `freq` steps and after the last one; a negative `freq` leaves the last one only."""
+    return step == total_steps or (freq > 0 and step % freq == 0)

@@ -1,0 +1,27 @@
+"""How far the rollout engine's log-probs are from the trainer's, for the same tokens and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_vppo.algorithm.padding import length_mask, pad_rows
+from megatron_vppo.algorithm.types import Response, Scores
+
+
+def rollout_mismatch(responses: Sequence[Response], scores: Scores, *, bound: float) -> dict[str, float]:
+    """Nats per token, |log p_trainer - log p_rollout|: mean, largest, and the fraction of tokens over `bound`.
+
+    Near zero for top_p = 1 and top_k off; truncated sampling renormalises, which shows here.
+    """
+    width = scores.old_logp_BT.shape[1]
+    rollout_logp_BT = pad_rows([r.rollout_logps for r in responses], dtype=torch.float32, width=width)
+    mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).bool()
+    difference_N = (scores.old_logp_BT - rollout_logp_BT).abs()[mask_BT]
+    return {
+        "training/rollout_logp_diff_mean": difference_N.mean().item(),
+        "training/rollout_logp_diff_max": difference_N.max().item(),
+        "training/rollout_logp_diff_frac_over": (difference_N > bound).float().mean().item(),
+        "actor/entropy": scores.entropy_BT[mask_BT].mean().item(),
+    }

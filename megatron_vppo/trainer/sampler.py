@@ -1,0 +1,110 @@
+"""The rollout engines as the loop sees them: a collective over the trainer ranks, of which some lead an engine each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
+from megatron_vppo.rollout.seeds import sample_seeds
+
+SeedKind = Literal["independent", "shared", "engine"]
+
+
+class EngineSampler:
+    """See the Sampler protocol in algorithm/types.py."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine | None,
+        *,
+        engine_index: int | None,
+        num_engines: int,
+        images: VisionInputs,
+        verify: str,
+    ) -> None:
+        """
+        Args:
+            engine: the engine that this rank leads; None on the other ranks.
+            engine_index: its number, which decides its share of the prompts.
+            verify: 'always', 'first' or 'never': when the engine's checksums are compared with the stream's.
+        """
+        self._engine = engine
+        self._engine_index = engine_index
+        self._num_engines = num_engines
+        self._images = images
+        self._verify = verify
+        self._num_syncs = 0
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seeds: Sequence[Sequence[int | None]],
+        sampling: SamplingSettings,
+        first_group: int = 0,
+    ) -> list[list[Response]]:
+        """Samples len(seeds[i]) responses to prompt i; whole and in order on every rank."""
+        mine: dict[int, list[Response]] = {}
+        if self._engine is not None:
+            share = range(self._engine_index or 0, len(prompts), self._num_engines)
+            requests = [
+                SampleRequest(
+                    token_ids=prompts[i].compact_token_ids,
+                    images=tuple(self._images.pil(ref) for ref in prompts[i].images),
+                    seeds=tuple(seeds[i]),
+                )
+                for i in share
+            ]
+            for i, completions in zip(share, self._engine.generate(requests, sampling), strict=True):
+                mine[i] = [
+                    Response(
+                        prompt=prompts[i],
+                        group_id=first_group + i,
+                        sample=sample,
+                        token_ids=tuple(completion.token_ids),
+                        rollout_logps=tuple(completion.logps),
+                        finish_reason=completion.finish_reason,
+                        weight_version=completion.weight_version,
+                    )
+                    for sample, completion in enumerate(completions)
+                ]
+        gathered: list[dict[int, list[Response]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, mine)
+        by_prompt = {i: group for part in gathered for i, group in part.items()}
+        return [by_prompt[i] for i in range(len(prompts))]
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], *, version: int) -> dict[str, float]:
+        """Streams the policy's weights into every engine. Every rank takes part in gathering them.
+
+        Raises RuntimeError on a leader whose engine holds other bits than the stream sent.
+        """
+        verify = self._verify == "always" or (self._verify == "first" and self._num_syncs == 0)
+        self._num_syncs += 1
+        if self._engine is None:
+            for _ in weights:
+                pass
+            return {}
+        report = self._engine.load_weights(weights, version=version, verify=verify)
+        metrics = {"weight_sync/bytes": float(report.num_bytes), "weight_sync/tensors": float(report.num_tensors)}
+        return {**metrics, "weight_sync/checksums_ok": 1.0} if verify else metrics
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def group_seeds(
+    prompts: Sequence[Prompt], *, kind: SeedKind, run_seed: int, step: int, attempt: int, n: int
+) -> list[tuple[int | None, ...]]:
+    """One seed per sample of each prompt; kinds as in rollout/seeds.py."""
+    return [
+        sample_seeds(kind, n=n, run_seed=run_seed, step=step, attempt=attempt, split=p.split, row=p.row)
+        for p in prompts
+    ]

@@ -1,0 +1,38 @@
+"""Held-out prompts -> avg@k."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vppo.algorithm.types import Prompt
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.trainer.collect import score_groups
+from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.sampler import EngineSampler, group_seeds
+
+
+@dataclass(frozen=True)
+class Validator:
+    config: RunConfig
+    prompts: Sequence[Prompt]
+    """The same on every rank."""
+    sampler: EngineSampler
+    grader: Grader
+    sampling: SamplingSettings
+
+    def run(self) -> dict[str, float]:
+        """Mean accuracy over val.n samples of every held-out prompt. Seeds do not depend on the step, so that two
+        validations differ by the weights alone.
+        """
+        n = self.config.rollout.val.n
+        seeds = group_seeds(self.prompts, kind="independent", run_seed=self.config.trainer.seed, step=0, attempt=0, n=n)
+        groups = score_groups(self.grader, self.sampler.generate(self.prompts, seeds=seeds, sampling=self.sampling))
+        items = [item for group in groups for item in group]
+        return {
+            "val/accuracy": sum(item.reward.accuracy for item in items) / len(items),
+            "val/reward_score": sum(item.reward.overall for item in items) / len(items),
+            "val/response_length": sum(len(item.response.token_ids) for item in items) / len(items),
+            "val/clip_ratio": sum(item.response.finish_reason == "length" for item in items) / len(items),
+        }
