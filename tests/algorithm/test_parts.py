@@ -12,7 +12,7 @@ from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import shape_advantages
-from megatron_vppo.algorithm.token_filter import kept_counts
+from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 from megatron_vppo.algorithm.types import LossSpec
 from megatron_vppo.algorithm.weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.config.schema import AlgorithmConfig
@@ -183,3 +183,11 @@ def test_settings_refuse_unknown_choices() -> None:
     values = {field.name: getattr(settings(), field.name) for field in fields(VppoSettings)}
     with pytest.raises(ValueError, match=r"algorithm\.dependency is 'kl_topM'; set it to one of 'k3_sampled'"):
         VppoSettings(**{**values, "dependency": "kl_topM"})
+
+
+def test_padding_is_never_ranked() -> None:
+    """Whatever stands there: larger, not a number, or larger only than negative dependencies."""
+    dependency_BT = torch.tensor([[-1.0, -2.0, -3.0, 9.0, float("nan"), 0.0]])
+    mask_BT = length_mask([3], width=6)
+    kept_BT = top_token_mask(dependency_BT, mask_BT, keep_fraction=0.5, stable=True, integer_ceil=True)
+    assert kept_BT.tolist() == [[1, 1, 0, 0, 0, 0]]
