@@ -199,4 +199,6 @@ def _reduce(reduction: Reduction, values: list[float]) -> float:
         return float("nan")
     if reduction == "mean":
         return sum(values) / len(values)
-    return {"sum": sum, "max": max, "min": min}[reduction](values)
+    if reduction == "sum":
+        return sum(values)
+    return max(values) if reduction == "max" else min(values)

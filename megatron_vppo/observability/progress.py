@@ -117,9 +117,7 @@ class Progress:
         return line[: shutil.get_terminal_size().columns - 1]  # a line that wraps cannot be taken back
 
 
-def step_line(
-    step: int, metrics: Mapping[str, float], *, total_steps: int | None, mean_seconds: float | None
-) -> str:
+def step_line(step: int, metrics: Mapping[str, float], *, total_steps: int | None, mean_seconds: float | None) -> str:
     """The line that stays. Numbers that the step does not have are left out.
 
     Args:

@@ -7,7 +7,6 @@ are not kept twice.
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -102,14 +101,13 @@ class SwanlabSink:
         )
 
     def write(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
-        # SwanLab refuses non-finite numbers; the other sinks keep them.
-        self._run.log({name: value for name, value in metrics.items() if math.isfinite(value)}, step=step)
+        self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-SERVICES = {"wandb": WandbSink, "swanlab": SwanlabSink}
+SERVICES: dict[str, type[WandbSink] | type[SwanlabSink]] = {"wandb": WandbSink, "swanlab": SwanlabSink}
 
 
 def _cut_after(path: Path, last_step: int) -> None:

@@ -1,0 +1,213 @@
+"""Charts as static HTML: an SVG that stretches to its box, labels in HTML around it, so text is never scaled.
+
+Coordinates in the SVG are 0..1000 in both directions; strokes keep their width (`vector-effect`). page.js reads the
+hover values from the JSON beside each chart.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from megatron_vppo.observability.report.data import Series
+from megatron_vppo.observability.report.scales import Axis, log_axis, show, tick_labels, value_axis
+
+SMOOTH_FROM = 80
+"""Points from which a line is drawn smoothed over its faint raw values."""
+
+DOTS_UP_TO = 40
+"""Points up to which each is marked."""
+
+MAX_BARS = 75
+"""Bars of a stack; in longer runs each shows the mean of several steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    label: str
+    series: Series
+    color: int
+    """Slot of the palette in page.css, 1-8; 0: neutral."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    title: str
+    unit: str
+    """Of the vertical axis, as printed; 'fraction' prints per cent."""
+    lines: tuple[Line, ...]
+    scale: str = "auto"
+    """'auto': range of the values; 'zero': from zero; 'log': decades; 'stack': stacked, from zero."""
+    reference: tuple[str, float] | None = None
+    """A dashed line: label and value."""
+    wide: bool = False
+    """Twice as wide as the others, where the window allows."""
+
+
+def chart_html(chart: Chart, steps: Axis) -> str:
+    """The figure, on the axis of steps that all charts of a page share; where no line has a value it says 'no data'."""
+    lines = [line for line in chart.lines if line.series.steps]
+    unit = "%" if chart.unit == "fraction" else chart.unit
+    if chart.scale == "stack" and lines and (size := _bars(lines)[1]) > 1:
+        unit += f", mean of {size} steps"
+    head = f'<figcaption><h3>{escape(chart.title)}</h3><span class="unit">{escape(unit)}</span></figcaption>'
+    kind = "chart wide" if chart.wide else "chart"
+    if not lines:
+        return f'<figure class="{kind} empty">{head}<div class="nodata">no data</div></figure>'
+    axis = _value_axis(chart, lines)
+    drawn = [line for line in lines if not axis.log or any(value > 0 for value in line.series.values)]
+    if chart.scale == "stack":
+        body = _stack(lines, steps, axis)
+    else:
+        body = "".join(_line(line, steps, axis) for line in reversed(drawn))  # the first named lies on top
+    if chart.reference is not None and axis.low <= chart.reference[1] <= axis.high:
+        y = _y(axis, chart.reference[1])
+        body += f'<path class="reference" d="M0 {y}H1000"/>'
+    legend = "".join(_legend_item(line, chart.unit) for line in lines)
+    if chart.reference is not None:
+        label, value = chart.reference
+        legend += f'<li><i class="dash"></i>{escape(label)} <b>{show(value, chart.unit)}</b></li>'
+    dropped = sum(line.series.dropped for line in lines)
+    if dropped:
+        legend += f'<li class="warn">{dropped} NaN or infinite, not drawn</li>'
+    return (
+        f'<figure class="{kind}" tabindex="0" aria-label="{escape(_summary(chart, lines), quote=True)}">{head}'
+        f'<ul class="legend">{legend}</ul>{_frame(body, steps, axis, chart.unit)}'
+        f'<script type="application/json">{_hover_data(chart, lines, steps)}</script></figure>'
+    )
+
+
+def script_json(value: object) -> str:
+    """JSON that may stand inside a <script> element whatever text it holds."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a fortieth of the values, without the bias of its start."""
+    keep = 1 - 2 / (len(values) / 40 + 1)
+    keep = max(keep, 0.0)
+    total, weight, result = 0.0, 0.0, []
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        result.append(total / weight)
+    return result
+
+
+def _value_axis(chart: Chart, lines: Sequence[Line]) -> Axis:
+    values = [value for line in lines for value in line.series.values]
+    if chart.scale == "log":
+        positive = [value for value in values if value > 0]
+        if positive:
+            return log_axis(positive + ([chart.reference[1]] if chart.reference else []))
+    if chart.scale == "stack":
+        values = [sum(heights) for heights in _bars(lines)[2].values()]
+    elif chart.reference is not None:
+        values.append(chart.reference[1])
+    top = 1.0 if chart.unit == "fraction" and max(values) <= 1 else None
+    return value_axis(values, from_zero=chart.scale in ("zero", "stack", "log"), top=top)
+
+
+def _line(line: Line, steps: Axis, axis: Axis) -> str:
+    points = [(s, v) for s, v in zip(line.series.steps, line.series.values, strict=True) if not axis.log or v > 0]
+    color = f"--c:var(--c{line.color})"
+    raw = _path(points, steps, axis)
+    if len(points) >= SMOOTH_FROM:
+        smooth = smoothed([value for _, value in points])
+        path = _path([(step, value) for (step, _), value in zip(points, smooth, strict=True)], steps, axis)
+        return f'<path class="raw" style="{color}" d="{raw}"/><path class="line" style="{color}" d="{path}"/>'
+    html = f'<path class="line" style="{color}" d="{raw}"/>'
+    if len(points) <= DOTS_UP_TO:
+        # A path of length zero with round caps is a dot that does not stretch with the SVG.
+        dots = "".join(f"M{_x(steps, step)} {_y(axis, value)}h0" for step, value in points)
+        html += f'<path class="dots" style="{color}" d="{dots}"/>'
+    return html
+
+
+def _stack(lines: Sequence[Line], steps: Axis, axis: Axis) -> str:
+    first, size, bars = _bars(lines)
+    half = 0.36 * size * 1000 / (steps.high - steps.low)  # a gap between neighbours
+    below = dict.fromkeys(bars, 0.0)
+    html = []
+    for index, line in enumerate(lines):
+        path = ""
+        for bar, heights in bars.items():
+            bottom, top = below[bar], below[bar] + heights[index]
+            below[bar] = top
+            if heights[index] > 0:
+                left = round(_x(steps, first + (bar + 0.5) * size - 0.5) - half, 1)
+                path += f"M{left} {_y(axis, bottom)}V{_y(axis, top)}h{2 * half:.1f}V{_y(axis, bottom)}Z"
+        html.append(f'<path class="fill" style="--c:var(--c{line.color})" d="{path}"/>')
+    return "".join(html)
+
+
+def _bars(lines: Sequence[Line]) -> tuple[int, int, dict[int, list[float]]]:
+    """The stack as bars: first step, steps per bar, and per bar the mean of each line over the steps it covers.
+
+    A line without a value at a step that others have counts as zero there: the mean is per step, so heights add up.
+    """
+    every = sorted({step for line in lines for step in line.series.steps})
+    size = -(-(every[-1] - every[0] + 1) // MAX_BARS)
+    covered: dict[int, int] = {}
+    for step in every:
+        bar = (step - every[0]) // size
+        covered[bar] = covered.get(bar, 0) + 1
+    bars = {bar: [0.0] * len(lines) for bar in covered}
+    for index, line in enumerate(lines):
+        for step, value in zip(line.series.steps, line.series.values, strict=True):
+            bar = (step - every[0]) // size
+            bars[bar][index] += value / covered[bar]
+    return every[0], size, bars
+
+
+def _frame(body: str, steps: Axis, axis: Axis, unit: str) -> str:
+    grid = "".join(f'<path class="grid" d="M0 {_y(axis, tick)}H1000"/>' for tick in axis.ticks)
+    y_labels = "".join(
+        f'<span style="bottom:{axis.place(tick) * 100:.2f}%">{escape(label)}</span>'
+        for tick, label in zip(axis.ticks, tick_labels(axis, unit), strict=True)
+    )
+    x_labels = "".join(f'<span style="left:{steps.place(tick) * 100:.2f}%">{tick:,.0f}</span>' for tick in steps.ticks)
+    return (
+        f'<div class="plot"><div class="ylabels">{y_labels}</div><div class="area">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}{body}</svg>'
+        f'<div class="cursor"></div></div><div class="xlabels">{x_labels}</div>'
+        '<div class="xtitle">training step</div></div>'
+    )
+
+
+def _legend_item(line: Line, unit: str) -> str:
+    latest = show(line.series.values[-1], unit)
+    return f'<li><i style="--c:var(--c{line.color})"></i>{escape(line.label)} <b>{latest}</b></li>'
+
+
+def _summary(chart: Chart, lines: Sequence[Line]) -> str:
+    parts = []
+    for line in lines:
+        s = line.series
+        first, last = show(s.values[0], chart.unit), show(s.values[-1], chart.unit)
+        parts.append(f"{line.label}: {first} at step {s.steps[0]}, {last} at step {s.steps[-1]}")
+    return f"{chart.title} over training steps. " + "; ".join(parts)
+
+
+def _hover_data(chart: Chart, lines: Sequence[Line], steps: Axis) -> str:
+    every = sorted({step for line in lines for step in line.series.steps})
+    series = []
+    for line in lines:
+        values = dict(zip(line.series.steps, line.series.values, strict=True))
+        shown = [float(f"{values[step]:.5g}") if step in values else None for step in every]
+        series.append({"label": line.label, "color": line.color, "values": shown})
+    axis = {"low": steps.low, "high": steps.high, "steps": every}
+    return script_json({**axis, "unit": chart.unit, "total": chart.scale == "stack", "series": series})
+
+
+def _path(points: Sequence[tuple[int, float]], steps: Axis, axis: Axis) -> str:
+    return "M" + " ".join(f"{_x(steps, step)} {_y(axis, value)}" for step, value in points) if points else ""
+
+
+def _x(steps: Axis, step: float) -> float:
+    return round(steps.place(step) * 1000, 1)
+
+
+def _y(axis: Axis, value: float) -> float:
+    return round(1000 - axis.place(value) * 1000, 1)

@@ -1,0 +1,103 @@
+"""What the report shows, read from a run folder that may be unfinished, damaged or empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_vppo.observability.metrics import read_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One metric over steps; only finite values."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    dropped: int = 0
+    """NaN and infinite values that were logged and cannot be drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    folder: Path
+    config: Mapping[str, Any]
+    """{} where there is no readable config.yaml."""
+    config_text: str
+    rows: Sequence[Mapping[str, float]]
+    """Lines of metrics.jsonl in step order."""
+
+    def series(self, name: str) -> Series:
+        points = [(int(row["step"]), row[name]) for row in self.rows if name in row]
+        finite = [(step, value) for step, value in points if math.isfinite(value)]
+        return Series(
+            steps=tuple(step for step, _ in finite),
+            values=tuple(value for _, value in finite),
+            dropped=len(points) - len(finite),
+        )
+
+    def setting(self, dotted: str) -> Any:
+        """A setting of the resolved config; None where it is missing."""
+        value: Any = self.config
+        for key in dotted.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                return None
+            value = value[key]
+        return value
+
+    def names(self, prefix: str) -> list[str]:
+        """Metric names that begin so, in order of first appearance."""
+        return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
+
+
+def load_run(run_dir: str | Path) -> RunData:
+    """
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    folder = Path(run_dir)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {folder}: give the folder that holds metrics.jsonl")
+    path = folder / "config.yaml"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        config = yaml.safe_load(text)
+    except yaml.YAMLError:
+        config = None
+    return RunData(
+        folder=folder,
+        config=config if isinstance(config, dict) else {},
+        config_text=text,
+        rows=read_metrics(folder),
+    )
+
+
+def ratio(run: RunData, numerator: str, denominator: str) -> Series:
+    """numerator / denominator at the steps that have both."""
+    both = [
+        (int(row["step"]), row[numerator] / row[denominator])
+        for row in run.rows
+        if numerator in row and row.get(denominator)
+    ]
+    return _series(both)
+
+
+def rest_of_step(run: RunData, shown: Iterable[str]) -> Series:
+    """timing_s/step less the named phases, never below zero."""
+    names = tuple(shown)
+    rest = [
+        (int(row["step"]), max(row["timing_s/step"] - sum(row.get(name, 0.0) for name in names), 0.0))
+        for row in run.rows
+        if "timing_s/step" in row
+    ]
+    return _series(rest)
+
+
+def _series(points: Sequence[tuple[int, float]]) -> Series:
+    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    return Series(tuple(step for step, _ in finite), tuple(v for _, v in finite), len(points) - len(finite))

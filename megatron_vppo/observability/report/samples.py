@@ -1,0 +1,194 @@
+"""Sampled answers with every token shaded by its visual dependency.
+
+Shading: strength = sqrt(min(d / top, 1)) for a dependency of d nats, `top` being the 99th percentile over all tokens
+that the page shows. The square root because dependencies are strongly skewed towards zero; the percentile so that one
+extreme token does not bleach the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from megatron_vppo.observability.json_lines import number
+from megatron_vppo.observability.report.charts import script_json
+from megatron_vppo.observability.report.scales import significant
+from megatron_vppo.observability.rollouts import read_rollouts, rollout_path, rollout_steps
+
+PER_ANSWER_KIND = 2
+"""Samples per step with a right answer, and as many with a wrong one."""
+
+MAX_TOKENS = 800
+"""Tokens shown of one response."""
+
+_BASE64 = re.compile(r"[A-Za-z0-9+/=]+")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    step: int
+    record: Mapping[str, Any]
+
+    @property
+    def right(self) -> bool:
+        return (number(self.record.get("accuracy")) or 0.0) >= 0.5
+
+
+def pick_samples(run_dir: Path) -> list[Sample]:
+    """Right and wrong answers of the first, the middle and the last step that were recorded."""
+    steps = rollout_steps(run_dir)
+    chosen = sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]}) if steps else []
+    samples = []
+    for step in chosen:
+        records = _readable(rollout_path(run_dir, step))
+        for right in (True, False):
+            kind = [sample for sample in (Sample(step, record) for record in records) if sample.right == right]
+            kind.sort(key=lambda sample: not sample.record.get("images"))  # stable: those with pictures first
+            samples += _different_prompts(kind)[:PER_ANSWER_KIND]
+    return samples
+
+
+def shading_top(samples: Iterable[Sample]) -> float:
+    """Nats at which shading is full: the 99th percentile (nearest rank) of the dependencies shown; 0.0 if none."""
+    shown = (_numbers(sample.record, "dependency")[:MAX_TOKENS] for sample in samples)
+    values = sorted(d for dependencies in shown for d in dependencies if d is not None)
+    return values[max(math.ceil(0.99 * len(values)) - 1, 0)] if values else 0.0
+
+
+def shade(dependency: float | None, top: float) -> float:
+    """Strength of the shading in [0, 1]."""
+    if dependency is None or top <= 0 or dependency <= 0:
+        return 0.0
+    return math.sqrt(min(dependency / top, 1.0))
+
+
+def samples_html(samples: Sequence[Sample]) -> str:
+    """Legend and cards; a sentence where there are none."""
+    if not samples:
+        return '<p class="nodata">no rollouts recorded (trainer.save_rollouts)</p>'
+    top = shading_top(samples)
+    html = [_legend_html(top)]
+    for step in sorted({sample.step for sample in samples}):
+        cards = "".join(_card_html(sample, top) for sample in samples if sample.step == step)
+        html.append(f'<h3 class="step">Step {step}</h3><div class="cards">{cards}</div>')
+    return "".join(html)
+
+
+def _card_html(sample: Sample, top: float) -> str:
+    record = sample.record
+    verdict, sign = ("right", "✓") if sample.right else ("wrong", "✗")
+    facts = [("Ground truth", str(record.get("answer", "")))]
+    for label, name in (("Reward", "reward"), ("Advantage", "advantage"), ("Factor", "scale")):
+        value = number(record.get(name))
+        if value is not None:
+            facts.append((label, significant(value, 3)))
+    facts.append(("Tokens", f"{len(record.get('tokens') or [])}"))
+    if record.get("finish_reason") == "length":
+        facts.append(("Ended", "at the length limit"))
+    if record.get("reward_error"):
+        facts.append(("Reward error", str(record["reward_error"])))
+    listed = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in facts)
+    where = escape(f"{record.get('split', 'row')} {record.get('row', '')}")
+    problem = escape(str(record.get("problem", ""))).replace("&lt;image&gt;", "<span>image</span>")
+    return (
+        f'<article class="sample">{_images_html(record)}<div class="text">'
+        f'<header><span class="verdict {verdict}">{sign} {verdict}</span><span class="where">{where}</span></header>'
+        f'<p class="problem">{problem}</p>'
+        f'<div class="tokens">{_tokens_html(record, top)}</div><dl>{listed}</dl></div>'
+        f'<script type="application/json">{script_json(_tooltips(record))}</script></article>'
+    )
+
+
+def _images_html(record: Mapping[str, Any]) -> str:
+    figures = []
+    for pair in record.get("images") or []:
+        for name, caption in (("original", "image"), ("masked", "masked image")):
+            data = pair.get(name) if isinstance(pair, Mapping) else None
+            if isinstance(data, str) and _BASE64.fullmatch(data):
+                figures.append(
+                    f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"/>'
+                    f"<figcaption>{caption}</figcaption></figure>"
+                )
+    if not figures:
+        return '<div class="images none">image not recorded</div>'
+    return f'<div class="images">{"".join(figures)}</div>'
+
+
+def _tokens_html(record: Mapping[str, Any], top: float) -> str:
+    tokens = [str(token) for token in record.get("tokens") or []]
+    if not tokens:
+        return escape(str(record.get("response", "")))
+    dependency = _numbers(record, "dependency")
+    kept = _numbers(record, "kept")
+    spans = []
+    for index, token in enumerate(tokens[:MAX_TOKENS]):
+        strength = shade(dependency[index] if index < len(dependency) else None, top)
+        mark = ' class="k"' if index < len(kept) and kept[index] else ""
+        spans.append(f'<span{mark} style="--d:{strength:.3f}">{_visible(token)}</span>')
+    if len(tokens) > MAX_TOKENS:
+        spans.append(f'<em class="more"> … {len(tokens) - MAX_TOKENS:,} more tokens</em>')
+    return "".join(spans)
+
+
+def _visible(token: str) -> str:
+    """Escaped text in which line breaks and empty tokens can be seen."""
+    return escape(token).replace("\n", "⏎\n") if token else "∅"
+
+
+def _tooltips(record: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """What page.js shows over a token; lists per token."""
+    return {
+        name: [None if value is None else float(f"{value:.4g}") for value in _numbers(record, name)[:MAX_TOKENS]]
+        for name in ("dependency", "kept", "old_logps", "masked_logps", "rollout_logps")
+    }
+
+
+def _legend_html(top: float) -> str:
+    stops = "".join(
+        f'<li><span class="swatch" style="--d:{strength:.3f}"></span>{significant(top * strength**2, 3)}{more}</li>'
+        for strength, more in ((0.0, ""), (0.25, ""), (0.5, ""), (0.75, ""), (1.0, " nats or more"))
+    )
+    if top <= 0:
+        return '<div class="shading">No visual dependency recorded</div>'
+    return (
+        f'<div class="shading"><span>Visual dependency</span><ul class="scale">{stops}</ul>'
+        '<span class="kept"><span class="k">kept</span> carries policy gradient</span></div>'
+    )
+
+
+def _numbers(record: Mapping[str, Any], name: str) -> list[float | None]:
+    """A per-token list; None where a value is missing or not finite."""
+    values = record.get(name)
+    if not isinstance(values, list):
+        return []
+    parsed = [number(int(value) if isinstance(value, bool) else value) for value in values]
+    return [value if value is not None and math.isfinite(value) else None for value in parsed]
+
+
+def _different_prompts(samples: Sequence[Sample]) -> list[Sample]:
+    """One sample per prompt first, then the others."""
+    seen: set[tuple[Any, Any]] = set()
+    first: list[Sample] = []
+    rest: list[Sample] = []
+    for sample in samples:
+        prompt = (sample.record.get("split"), sample.record.get("row"))
+        (rest if prompt in seen else first).append(sample)
+        seen.add(prompt)
+    return first + rest
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The records of a file up to where it is damaged."""
+    records: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, UnicodeDecodeError, zstandard.ZstdError):
+        for record in read_rollouts(path):
+            records.append(record)
+    return records

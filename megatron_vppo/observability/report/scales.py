@@ -1,0 +1,102 @@
+"""Axes: ranges, tick positions and how numbers are printed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A range and its ticks; `place` maps a value to [0, 1]."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        if self.log:
+            return (math.log10(value) - math.log10(self.low)) / (math.log10(self.high) - math.log10(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+def step_axis(steps: Sequence[int]) -> Axis:
+    """Whole steps with half a step of room on both sides; a single step stands in the middle."""
+    low, high = min(steps), max(steps)
+    stride = max(1, round(_nice_stride(max(high - low, 1) / 6)))
+    ticks = tuple(float(t) for t in range(math.ceil(low / stride) * stride, high + 1, stride))
+    return Axis(low - 0.5, high + 0.5, ticks)
+
+
+def value_axis(values: Sequence[float], *, from_zero: bool, top: float | None = None) -> Axis:
+    """A linear axis whose ends are ticks.
+
+    Args:
+        from_zero: include zero, for amounts; otherwise the range of the values.
+        top: the largest value that is possible (1 for fractions): the axis does not go beyond it.
+    """
+    low, high = min(values), max(values)
+    if from_zero:
+        low, high = min(low, 0.0), max(high, 0.0)
+    if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
+        # A constant: half its size above it, so that the line stands inside the chart.
+        pad = abs(high) * 0.5 or (top or 1.0)
+        low, high = (0.0, pad) if from_zero and high == 0 else (low - (0 if from_zero else pad), high + pad)
+    stride = _nice_stride((high - low) / 4)
+    first, last = math.floor(low / stride + 1e-9), math.ceil(high / stride - 1e-9)
+    if top is not None and last * stride > top >= high:
+        last = math.floor(top / stride + 1e-9)
+        if last * stride < high - 1e-12:
+            return Axis(first * stride, top, (*(i * stride for i in range(first, last + 1)), top))
+    return Axis(first * stride, last * stride, tuple(i * stride for i in range(first, last + 1)))
+
+
+def log_axis(values: Sequence[float]) -> Axis:
+    """Whole decades around positive values; at most about six ticks."""
+    first, last = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
+    if first == last:
+        first, last = first - 1, last + 1
+    stride = max(1, math.ceil((last - first) / 5))
+    return Axis(10.0**first, 10.0**last, tuple(10.0**e for e in range(first, last + 1, stride)), log=True)
+
+
+def show(value: float, unit: str) -> str:
+    """A number as a person writes it. unit 'fraction' prints per cent."""
+    if unit == "fraction":
+        return f"{significant(value * 100, 3)}%"
+    return significant(value, 4)
+
+
+def tick_labels(axis: Axis, unit: str) -> list[str]:
+    """One label per tick, with as many decimals as the distance between ticks needs."""
+    if axis.log or len(axis.ticks) < 2:
+        return [show(tick, unit) for tick in axis.ticks]
+    factor, sign = (100, "%") if unit == "fraction" else (1, "")
+    stride = (axis.ticks[1] - axis.ticks[0]) * factor
+    largest = max(abs(tick) for tick in axis.ticks) * factor
+    if largest < 1e-4 or largest >= 1e7:
+        return [(significant(tick * factor, 3) if abs(tick) > stride * 1e-6 else "0") + sign for tick in axis.ticks]
+    decimals = max(0, -math.floor(math.log10(stride) + 1e-9))
+    return [f"{round(tick * factor, decimals) + 0.0:,.{decimals}f}{sign}".replace("-", "−") for tick in axis.ticks]
+
+
+def significant(value: float, digits: int) -> str:
+    """`digits` significant digits, at least the whole part, no trailing zeros: 0.1235, 12.3, 4520, 1.2e-06."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else str(value)
+    exponent = math.floor(math.log10(abs(value)))
+    if exponent < -4 or exponent >= 7:
+        mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+        return ("−" if value < 0 else "") + f"{mantissa.lstrip('-')}e{int(power)}"
+    text = f"{value:,.{max(digits - 1 - exponent, 0)}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "−")
+
+
+def _nice_stride(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

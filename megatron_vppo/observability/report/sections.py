@@ -1,0 +1,203 @@
+"""Which charts the report shows, in which order, from which metrics (docs/metrics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_vppo.observability.report.charts import Chart, Line
+from megatron_vppo.observability.report.data import RunData, ratio, rest_of_step
+
+PHASES = (
+    ("gen", "sampling"),
+    ("reward", "reward"),
+    ("score", "scoring, both views"),
+    ("old_log_prob", "scoring, image"),
+    ("aug", "scoring, masked image"),
+    ("update_actor", "policy update"),
+    ("update_weights", "weights to vLLM"),
+    ("testing", "validation"),
+    ("save_checkpoint", "checkpoint"),
+)
+"""Spans shown with a colour of their own, in the order of a step; the rest is 'other'."""
+
+PHASE_COLORS = {
+    "gen": 1,
+    "reward": 4,
+    "score": 3,
+    "old_log_prob": 3,
+    "aug": 8,
+    "update_actor": 2,
+    "update_weights": 5,
+    "testing": 6,
+    "save_checkpoint": 7,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    anchor: str
+    title: str
+    lead: str
+    charts: tuple[Chart, ...]
+
+
+def sections(run: RunData) -> tuple[Section, ...]:
+    return (
+        Section("learning", "Learning", "Is the model getting better at the task?", _learning(run)),
+        Section(
+            "perception", "Visual perception", "Which tokens looked at the image and got the gradient.", _vppo(run)
+        ),
+        Section("update", "Policy update", "Is the optimisation well behaved?", _update(run)),
+        Section("system", "Rollout and system", "Do the engines agree, and where does the time go?", _system(run)),
+    )
+
+
+def _learning(run: RunData) -> tuple[Chart, ...]:
+    accuracy = (
+        Line("held-out", run.series("val/accuracy"), 2),
+        Line("sampled in training", run.series("reward/accuracy"), 1),
+    )
+    return (
+        Chart("Accuracy", "fraction", accuracy, scale="zero", wide=True),
+        Chart("Reward", "per response", (Line("mean", run.series("critic/score/mean"), 1),), scale="zero"),
+        Chart("Entropy", "nats per token", (Line("mean", run.series("actor/entropy"), 4),), scale="zero"),
+        Chart(
+            "Response length",
+            "tokens",
+            (
+                Line("mean", run.series("response_length/mean"), 1),
+                Line("longest", run.series("response_length/max"), 5),
+            ),
+            scale="zero",
+        ),
+        Chart(
+            "Cut at the length limit",
+            "fraction",
+            (Line("responses", run.series("response_length/clip_ratio"), 7),),
+            scale="zero",
+        ),
+    )
+
+
+def _vppo(run: RunData) -> tuple[Chart, ...]:
+    target = run.setting("algorithm.top_p_perception_tokens")
+    filtering = run.setting("algorithm.use_vppo_on_perception")
+    return (
+        Chart(
+            "Tokens with policy gradient",
+            "fraction",
+            (Line("kept", run.series("actor/perception_token_fraction"), 1),),
+            scale="zero",
+            reference=("asked for", float(target)) if isinstance(target, int | float) and filtering else None,
+        ),
+        Chart(
+            "Visual dependency of tokens",
+            "nats, log scale",
+            (
+                Line("kept", run.series("actor/low_var_kl_mean_selected"), 1),
+                Line("left out", run.series("actor/low_var_kl_mean_rejected"), 2),
+            ),
+            scale="log",
+            wide=True,
+        ),
+        Chart(
+            "Visual dependency of responses",
+            "nats, log scale",
+            (
+                Line("highest", run.series("actor/global_sensitivity_score_max"), 5),
+                Line("mean", run.series("actor/sensitivity_score_mean"), 1),
+                Line("lowest", run.series("actor/global_sensitivity_score_min"), 2),
+            ),
+            scale="log",
+            wide=True,
+        ),
+        Chart(
+            "Factor on the advantage",
+            "×",
+            (
+                Line("largest", run.series("actor/dynamic_scaling_max"), 5),
+                Line("mean", run.series("actor/scaling_factor_mean"), 1),
+            ),
+        ),
+    )
+
+
+def _update(run: RunData) -> tuple[Chart, ...]:
+    return (
+        Chart(
+            "Loss",
+            "",
+            (
+                Line("policy gradient", run.series("actor/pg_loss"), 1),
+                Line("entropy term", run.series("actor/entropy_loss"), 4),
+                Line("sum", run.series("actor/loss"), 2),
+            ),
+        ),
+        Chart(
+            "Gradient norm",
+            "before clipping",
+            (Line("global", run.series("actor/grad_norm"), 1),),
+            scale="zero",
+        ),
+        Chart(
+            "Clipped tokens",
+            "fraction",
+            (
+                Line("ratio above the bound", run.series("actor/pg_clipfrac_higher"), 1),
+                Line("dual clip", run.series("actor/pg_clipfrac_lower"), 2),
+            ),
+            scale="zero",
+        ),
+        Chart("Distance from the old policy", "nats per token", (Line("KL", run.series("actor/ppo_kl"), 1),)),
+        Chart(
+            "Prompts that carry a gradient",
+            "fraction",
+            (Line("with right and wrong answers", ratio(run, "rollout/kept_groups", "rollout/sampled_groups"), 3),),
+            scale="zero",
+        ),
+        Chart("Learning rate", "", (Line("rate", run.series("actor/lr"), 1),), scale="zero"),
+    )
+
+
+def _system(run: RunData) -> tuple[Chart, ...]:
+    bound = run.setting("rollout.logprob_diff_bound")
+    return (
+        Chart("Time per step", "seconds", _phases(run), scale="stack", wide=True),
+        Chart(
+            "Throughput",
+            "tokens per second and device",
+            (Line("trained tokens", run.series("perf/throughput"), 3),),
+            scale="zero",
+        ),
+        Chart(
+            "Rollout–trainer gap",
+            "nats, log scale",
+            (
+                Line("largest log-prob difference", run.series("training/rollout_logp_diff_max"), 2),
+                Line("mean", run.series("training/rollout_logp_diff_mean"), 1),
+            ),
+            scale="log",
+            reference=("bound", float(bound)) if isinstance(bound, int | float) else None,
+        ),
+        Chart(
+            "Tokens over the bound",
+            "fraction",
+            (Line("of all response tokens", run.series("training/rollout_logp_diff_frac_over"), 2),),
+            scale="zero",
+        ),
+        Chart(
+            "Peak memory",
+            "GiB, first rank",
+            (Line("so far", run.series("perf/max_memory_allocated_gb"), 4),),
+            scale="zero",
+        ),
+    )
+
+
+def _phases(run: RunData) -> tuple[Line, ...]:
+    logged = set(run.names("timing_s/"))
+    shown: Sequence[tuple[str, str]] = [(span, label) for span, label in PHASES if f"timing_s/{span}" in logged]
+    lines = [Line(label, run.series(f"timing_s/{span}"), PHASE_COLORS[span]) for span, label in shown]
+    rest = rest_of_step(run, [f"timing_s/{span}" for span, _ in shown])
+    return (*lines, Line("other", rest, 0))
