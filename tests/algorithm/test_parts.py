@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vppo.algorithm.grouping import emulated_split, group_advantages, keep_group
-from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.loss import dual_clip_surrogate, surrogate_loss
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import shape_advantages
@@ -191,3 +191,29 @@ def test_padding_is_never_ranked() -> None:
     mask_BT = length_mask([3], width=6)
     kept_BT = top_token_mask(dependency_BT, mask_BT, keep_fraction=0.5, stable=True, integer_ceil=True)
     assert kept_BT.tolist() == [[1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "clipped", "dual"),
+    [
+        (1.0, 0.5, False, False),
+        (1.0, 1.0, False, False),
+        (1.0, 1.5, True, False),
+        (-1.0, 0.5, True, False),
+        (-1.0, 1.0, False, False),
+        (-1.0, 1.5, False, False),
+        (-1.0, 4.0, False, True),
+        (1.0, 4.0, True, False),
+    ],
+)
+def test_which_tokens_count_as_clipped(advantage: float, ratio: float, clipped: bool, dual: bool) -> None:
+    surrogate = dual_clip_surrogate(
+        torch.tensor([ratio]).log(),
+        torch.zeros(1),
+        torch.tensor([advantage]),
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_dual=3.0,
+    )
+    assert surrogate.clipped_high_N.tolist() == [clipped]
+    assert surrogate.clipped_dual_N.tolist() == [dual]
