@@ -1,0 +1,164 @@
+"""What one rank does in the comparison with transformers: load, run the schedule, return log-probs and gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch import Tensor
+from transformers import Qwen2_5_VLConfig
+
+from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.qwen25_vl.build import build_model
+from megatron_vppo.models.qwen25_vl.model import Qwen25VLModel
+from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.models.weight_map import stage_entries
+from megatron_vppo.parallel.layout import Layout
+from tests.models.tiny import GRIDS, IMAGE, MERGE, Row, make_pixels, make_rows
+
+PACKED = ((3,), (1, 0, 2), (5, 4), (1,))
+"""Rows of each micro-batch: text alone first, text between images, an image in two rows of one micro-batch."""
+ONE_BY_ONE = tuple((row,) for row in range(6))
+
+
+@dataclass(frozen=True)
+class StageResult:
+    hidden: dict[int, Tensor]
+    """By row; last stage only, like log-probs."""
+    logps: dict[int, Tensor]
+    gradients: dict[str, Tensor]
+    """By entry template and layer, of this rank's parameters."""
+    problems: list[str]
+
+
+def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
+    names = list(dict.fromkeys(name for row in rows for name in row.images))
+    features, offset = {}, 0
+    for name in names:
+        count = pixels[name].shape[0] // MERGE**2
+        features[name] = torch.arange(offset, offset + count)
+        offset += count
+    ids = torch.tensor([token for row in rows for token in row.token_ids])
+    positions = [
+        mrope_positions(row.token_ids, [GRIDS[n] for n in row.images], image_token_id=IMAGE, merge_size=MERGE)
+        for row in rows
+    ]
+    filled = [features[name] for row in rows for name in row.images]
+    return PackedBatch(
+        token_ids_T=ids,
+        positions_3T=torch.cat(positions, dim=1),
+        lengths=tuple(len(row.token_ids) for row in rows),
+        image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
+        image_feature_index_I=torch.cat(filled) if filled else torch.zeros(0, dtype=torch.int64),
+        pixels_PD=torch.cat([pixels[name] for name in names]) if names else None,
+        grids_thw=tuple(GRIDS[name] for name in names),
+    )
+
+
+def load(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32, **options: Any) -> Qwen25VLModel:
+    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    model = build_model(config, groups=layout.groups, dtype=dtype, device=layout.device, **options)
+    load_hf_weights(model, folder)
+    return model
+
+
+def run(
+    model: Qwen25VLModel, micro_batches: tuple[tuple[int, ...], ...], *, vocab: int, repeats: dict[int, int]
+) -> StageResult:
+    """One forward and backward pass of all micro-batches; `repeats` counts how often each row occurs among them."""
+    rows, pixels = make_rows(), make_pixels()
+    hidden: dict[int, Tensor] = {}
+    logps: dict[int, Tensor] = {}
+
+    def loss(members: tuple[int, ...], output_T1h: Tensor) -> tuple[Tensor, dict]:
+        total = output_T1h.new_zeros(())
+        start = 0
+        for member in members:
+            row = rows[member]
+            out = output_T1h[start : start + len(row.token_ids), 0]
+            start += len(row.token_ids)
+            logp = _logps(model, out, row, vocab=vocab)
+            hidden[member], logps[member] = out.detach(), logp.detach()
+            total = total + (row.weights * logp).sum() / repeats[member]
+        return total * len(micro_batches), {}  # the schedule divides by their number
+
+    def step(batches: Iterator[tuple[tuple[int, ...], PackedBatch]], stage: Qwen25VLModel) -> Any:
+        members, batch = next(batches)
+        return stage(batch), functools.partial(loss, members)
+
+    data = [(members, pack([rows[m] for m in members], pixels)) for members in micro_batches]
+    model.zero_grad(set_to_none=True)
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(data),
+        model=[model],
+        num_microbatches=len(data),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    _sum_tied(model)
+    return StageResult(hidden, logps, _gradients(model), _problems(model, vocab))
+
+
+def _logps(model: Qwen25VLModel, hidden: Tensor, row: Row, *, vocab: int) -> Tensor:
+    group = model.groups.tp
+    local = copy_to_tensor_model_parallel_region(hidden[:-1], group=group) @ model.head_weight_VD().T
+    logits = gather_from_tensor_model_parallel_region(local, group=group)[:, :vocab]
+    return logits.log_softmax(-1).gather(1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
+
+
+def _sum_tied(model: Qwen25VLModel) -> None:
+    apart = len(model.stage_layers) > 1 and model.share_embeddings_and_output_weights
+    if apart and (model.pre_process or model.post_process):
+        weight = model.shared_embedding_or_output_weight()
+        assert weight is not None
+        dist.all_reduce(weight.grad, group=model.groups.embd)
+
+
+def _gradients(model: Qwen25VLModel) -> dict[str, Tensor]:
+    parameters = dict(model.named_parameters())
+    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank())
+    found = {}
+    for entry in entries:
+        gradient = parameters.pop(entry.local_name(model.stage_layers)).grad
+        assert gradient is not None, entry
+        found[f"{entry.template} {entry.layer}"] = gradient
+    assert not parameters
+    return found
+
+
+def _problems(model: Qwen25VLModel, vocab: int) -> list[str]:
+    """What Megatron's optimizer relies on: marks of split parameters, equal tied weights, zero padding rows."""
+    problems = []
+    parameters = dict(model.named_parameters())
+    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+        parameter = parameters[entry.local_name(model.stage_layers)]
+        if getattr(parameter, "tensor_model_parallel", False) != (entry.kind.partition_dim is not None):
+            problems.append(f"{entry.template}: wrongly marked as split or whole")
+        if "word_embeddings" in entry.template or "output_layer" in entry.template:
+            start = model.groups.tp.rank() * parameter.shape[0]
+            padding = parameter[max(vocab - start, 0) :], parameter.grad[max(vocab - start, 0) :]  # type: ignore[index]
+            if any(bool(p.any()) for p in padding):
+                problems.append(f"{entry.template}: padding rows are not zero, or have a gradient")
+    if model.share_embeddings_and_output_weights and len(model.stage_layers) > 1:
+        weight = model.shared_embedding_or_output_weight()
+        assert weight is not None
+        both = [torch.empty_like(weight) for _ in range(2)]
+        dist.all_gather(both, weight.detach(), group=model.groups.embd)
+        if not torch.equal(*both):
+            problems.append("embedding and tied output weight differ")
+        if getattr(weight, "shared", False) != model.post_process:
+            problems.append("the tied output weight counts in gradient norms, or the embedding does not")
+    return problems

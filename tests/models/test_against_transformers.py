@@ -1,0 +1,153 @@
+"""Log-probs, hidden states and gradients of every parameter, against transformers, for every split of the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from safetensors.torch import load_file, save_file
+
+from megatron_vppo.models.qwen25_vl.weight_map import weight_map
+from megatron_vppo.parallel.layout import init_layout
+from tests.gloo import run_gloo
+from tests.models.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
+from tests.models.tiny import Expected, save_tiny_model, tiny_config, transformers_says
+
+LOGP_TOLERANCE = 1e-5
+HIDDEN_TOLERANCE = 1e-4
+"""Hidden states are larger than log-probs: about 10 at most."""
+GRADIENT_TOLERANCE = 1e-4
+"""Relative, of each tensor's norm."""
+
+TIMEOUT_SECONDS = 600.0
+"""Starting four processes on two busy cores takes minutes; the comparison itself takes seconds."""
+
+MODELS = {"untied": (False, 301), "tied": (True, 299)}
+"""(tied, vocabulary); neither vocabulary is divisible by 2."""
+SPLITS = {"untied": (2, 1), "tied": (1, 2)}
+"""Uneven pipeline stages of three layers."""
+RUNS = {"packed": (PACKED, False), "one by one": (ONE_BY_ONE, False), "packed, recomputed": (PACKED, True)}
+
+Case = tuple[str, str]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Expected]]:
+    made = {}
+    for name, (tied, vocab) in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny_model(folder, tiny_config(tied=tied, vocab=vocab))
+        made[name] = (folder, transformers_says(folder))
+    return made
+
+
+def _rank(
+    rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path]
+) -> dict[tuple[int, int], dict[Case, StageResult]]:
+    results: dict[tuple[int, int], dict[Case, StageResult]] = {}
+    for tensor, pipeline in layouts:
+        layout = init_layout(tensor=tensor, pipeline=pipeline)
+        results[tensor, pipeline] = {}
+        for name, folder in folders.items():
+            for case, (micro_batches, recompute) in RUNS.items():
+                split = SPLITS[name] if pipeline > 1 else None
+                model = load(folder, layout, pipeline_layers=split, recompute=recompute)
+                repeats = Counter(row for members in micro_batches for row in members)
+                results[tensor, pipeline][name, case] = run(
+                    model, micro_batches, vocab=MODELS[name][1], repeats=dict(repeats)
+                )
+        parallel_state.destroy_model_parallel()
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layouts", [[(1, 1)], [(2, 1), (1, 2)], [(2, 2)]], ids=["one", "two ranks", "four ranks"])
+def test_equals_transformers(layouts: list[tuple[int, int]], models: dict[str, tuple[Path, Expected]]) -> None:
+    world = layouts[0][0] * layouts[0][1]
+    folders = {name: folder for name, (folder, _) in models.items()}
+    by_rank = run_gloo(_rank, world, layouts, folders, timeout_seconds=TIMEOUT_SECONDS)
+    for tensor, pipeline in layouts:
+        for name, (_, expected) in models.items():
+            for case in RUNS:
+                results = [ranks[tensor, pipeline][name, case] for ranks in by_rank]
+                where = f"TP {tensor} PP {pipeline} {name} {case}"
+                _compare(results, expected, tensor=tensor, pipeline=pipeline, name=name, where=where)
+
+
+def _compare(
+    results: list[StageResult], expected: Expected, *, tensor: int, pipeline: int, name: str, where: str
+) -> None:
+    assert [problem for result in results for problem in result.problems] == [], where
+    for result in results[tensor * (pipeline - 1) :]:  # ranks of the last stage
+        assert sorted(result.logps) == list(range(len(expected.logps)))
+        for row, logps in result.logps.items():
+            assert (logps - expected.logps[row]).abs().max() < LOGP_TOLERANCE, f"{where}: log-probs of row {row}"
+            off = (result.hidden[row] - expected.hidden[row]).abs().max()
+            assert off < HIDDEN_TOLERANCE, f"{where}: hidden states of row {row}"
+    tied, vocab = MODELS[name]
+    stages = SPLITS[name] if pipeline > 1 else (3,)
+    compared = set()
+    for entry in weight_map(tiny_config(tied=tied, vocab=vocab)):
+        if entry.copy and pipeline == 1:
+            continue
+        stage = entry.stage(stages)
+        shards = [
+            r.gradients[f"{entry.template} {entry.layer}"] for r in results[stage * tensor : (stage + 1) * tensor]
+        ]
+        if entry.kind.partition_dim is None:
+            assert all(torch.equal(shards[0], other) for other in shards), f"{where}: {entry.template} differs by rank"
+        for hf_name, gradient in zip(entry.hf_names, entry.kind.merge(shards), strict=True):
+            reference = expected.gradients[hf_name]
+            assert reference.norm() > 1e-3, f"{hf_name} hardly matters in this test"
+            relative = (gradient - reference).norm() / reference.norm()
+            assert relative < GRADIENT_TOLERANCE, f"{where}: gradient of {hf_name}, layer {entry.layer}: {relative:.1e}"
+            compared.add(hf_name)
+    assert compared == expected.gradients.keys()
+
+
+def _alone(rank: int, world: int, folders: dict[str, Path], resaved: Path) -> dict[str, Any]:
+    layout = init_layout(tensor=1, pipeline=1)
+    rows = dict(Counter(range(6)))
+    rounded = load(folders["tied"], layout, dtype=torch.bfloat16)
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    original, again = (dict(load(folder, layout).named_parameters()) for folder in (folders["untied"], resaved))
+    return {
+        "bfloat16": run(rounded, ONE_BY_ONE, vocab=MODELS["tied"][1], repeats=rows).logps,
+        "different": [name for name in original if not torch.equal(original[name], again[name])],
+    }
+
+
+@pytest.mark.distributed
+def test_bfloat16_and_other_files(models: dict[str, tuple[Path, Expected]], tmp_path: Path) -> None:
+    """A model in bfloat16 is near; a checkpoint in several files, with transformers' names in memory, loads alike."""
+    folders = {name: folder for name, (folder, _) in models.items()}
+    _resave(folders["untied"], tmp_path)
+    (found,) = run_gloo(_alone, 1, folders, tmp_path, timeout_seconds=TIMEOUT_SECONDS)
+    assert found["different"] == []
+    logps, expected = found["bfloat16"], models["tied"][1].logps
+    off = torch.cat([(logps[row].float() - expected[row]).abs() for row in logps])
+    assert off.mean() < 0.05
+    assert off.max() < 0.5
+
+
+def _resave(folder: Path, target: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {
+        name.replace("visual.", "model.visual.", 1)
+        if name.startswith("visual.")
+        else name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in tensors.items()
+    }
+    names = sorted(renamed)
+    files = {f"model-0000{part}-of-00003.safetensors": names[part - 1 :: 3] for part in (1, 2, 3)}
+    for file, members in files.items():
+        save_file({name: renamed[name] for name in members}, target / file)
+    index = {name: file for file, members in files.items() for name in members}
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    shutil.copy(folder / "config.json", target)

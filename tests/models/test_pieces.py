@@ -1,0 +1,139 @@
+"""Packed attention, window order, rotary positions and layout checks, each against an independent source."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+from megatron_vppo.models.attention import packed_attention, plan_attention
+from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.qwen25_vl.config import check_supported, check_tensor_parallel, stage_layers
+from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.models.qwen25_vl.vision import window_order
+from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config
+
+CPU = torch.device("cpu")
+LENGTHS = [(1,), (7, 7, 7), (3, 40, 5, 5, 41, 1, 18, 38, 39), (16, 16, 8, 16, 4, 16), (5, 90)]
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float) -> torch.Tensor:
+    """One sequence, in the formula's words."""
+    repeat = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
+    scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed_attention_is_dense_attention(lengths: tuple[int, ...], kv_heads: int, causal: bool) -> None:
+    torch.manual_seed(0)
+    total = sum(lengths)
+    inputs = [torch.randn(total, heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    upstream = torch.randn(total, 128)
+
+    packed = packed_attention(*inputs, plan_attention(lengths, causal=causal, device=CPU), scale=0.2)
+    gradients = torch.autograd.grad((packed * upstream).sum(), inputs)
+    parts = zip(*(x.split(lengths) for x in inputs), strict=True)
+    expected = torch.cat([dense(*part, causal=causal, scale=0.2) for part in parts])
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)
+
+    assert (packed - expected).abs().max() < 2e-6
+    for mine, right in zip(gradients, expected_gradients, strict=True):
+        assert (mine - right).abs().max() < 5e-6
+
+
+def test_buckets_bound_padding() -> None:
+    generator = random.Random(3)
+    lengths = [generator.randint(1, 300) for _ in range(500)]
+    plan = plan_attention(lengths, causal=True, device=CPU)
+    padded = sum(bucket.sequences * bucket.longest for bucket in plan.buckets)
+    assert sum(lengths) <= padded <= sum(lengths) / 0.8
+    assert len(plan.buckets) < 30
+
+
+@pytest.mark.parametrize("grid", [(1, 8, 8), (1, 10, 6), (1, 2, 2), (1, 6, 14), (2, 4, 10), (1, 30, 26)], ids=str)
+@pytest.mark.parametrize("window", [56, 112])
+def test_window_order(grid: tuple[int, int, int], window: int) -> None:
+    order = window_order(grid, merge=2, window_blocks=window // 2 // 14)
+    grids = torch.tensor([grid])
+    index, boundaries = get_vision_window_index(grids, spatial_merge_size=2, window_size=window, patch_size=14)
+    assert torch.equal(order.block_order_M, index)
+    assert list(order.window_lengths) == boundaries.diff().tolist()
+    assert torch.equal(order.positions_P2, get_vision_position_ids(grids, 2))
+
+
+def test_mrope_positions() -> None:
+    model = Qwen2_5_VLForConditionalGeneration(tiny_config(tied=False, vocab=301))
+    for row in make_rows():
+        if not row.images:
+            continue
+        ids = torch.tensor([row.token_ids])
+        grids = [GRIDS[name] for name in row.images]
+        expected, _ = model.model.get_rope_index(ids, (ids == IMAGE).int(), torch.tensor(grids))
+        found = mrope_positions(row.token_ids, grids, image_token_id=IMAGE, merge_size=MERGE)
+        assert torch.equal(found, expected[:, 0])
+
+
+def test_mrope_positions_by_hand() -> None:
+    found = mrope_positions([5, IMAGE, IMAGE, 6], [(1, 2, 4)], image_token_id=IMAGE, merge_size=2)
+    assert found.tolist() == [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
+    assert mrope_positions([4, 4], [], image_token_id=IMAGE, merge_size=2).tolist() == [[0, 1]] * 3
+    with pytest.raises(ValueError, match=r"1 image tokens.*need 2"):
+        mrope_positions([5, IMAGE, 6], [(1, 2, 4)], image_token_id=IMAGE, merge_size=2)
+    with pytest.raises(ValueError, match="interrupted"):
+        mrope_positions([IMAGE, 6, IMAGE], [(1, 2, 4)], image_token_id=IMAGE, merge_size=2)
+
+
+def test_impossible_layouts_are_refused_with_numbers() -> None:
+    config = tiny_config(tied=False, vocab=301)
+    check_tensor_parallel(config, tensor=2)
+    with pytest.raises(
+        ValueError, match=r"2 key-value heads .* tensor_model_parallel_size = 4; set it to one of \[1, 2\]"
+    ):
+        check_tensor_parallel(config, tensor=4)
+    with pytest.raises(ValueError, match=r"4 attention heads .* 3"):
+        check_tensor_parallel(config, tensor=3)
+    config.vision_config.num_heads = 3
+    with pytest.raises(ValueError, match="3 vision attention heads"):
+        check_tensor_parallel(config, tensor=2)
+
+
+def test_pipeline_splits() -> None:
+    config = tiny_config(tied=False, vocab=301)
+    assert stage_layers(config, pipeline=3, pipeline_layers=None) == (1, 1, 1)
+    assert stage_layers(config, pipeline=2, pipeline_layers=(2, 1)) == (2, 1)
+    with pytest.raises(ValueError, match=r"3 layers do not divide over 2.*pipeline_layers, for example \[2, 1\]"):
+        stage_layers(config, pipeline=2, pipeline_layers=None)
+    for wrong in ((1, 1), (3,), (3, 0)):
+        with pytest.raises(ValueError, match="must have 2 entries"):
+            stage_layers(config, pipeline=2, pipeline_layers=wrong)
+
+
+def test_unsupported_architectures_are_refused() -> None:
+    config = tiny_config(tied=False, vocab=301, use_sliding_window=True, max_window_layers=1)
+    with pytest.raises(ValueError, match="sliding window"):
+        check_supported(config)
+    config = tiny_config(tied=False, vocab=301, hidden_act="gelu")
+    with pytest.raises(ValueError, match="'gelu'"):
+        check_supported(config)
+
+
+def test_inconsistent_batches_are_refused() -> None:
+    ids, none = torch.arange(4), torch.zeros(0, dtype=torch.int64)
+    positions = ids.expand(3, 4)
+    with pytest.raises(ValueError, match="sum to the 4 tokens"):
+        PackedBatch(ids, positions, (3,), none, none)
+    with pytest.raises(ValueError, match=r"expected \(3, 4\)"):
+        PackedBatch(ids, positions[:, :3], (4,), none, none)
+    with pytest.raises(ValueError, match="1 image tokens but 0 features"):
+        PackedBatch(ids, positions, (4,), torch.tensor([1]), none)
+    with pytest.raises(ValueError, match="8 patches but pixels hold 7"):
+        PackedBatch(ids, positions, (4,), none, none, torch.zeros(7, 6), ((1, 2, 4),))

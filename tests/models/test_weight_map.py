@@ -1,0 +1,103 @@
+"""The weight map against a checkpoint that transformers saved: every tensor once, bit-equal there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_vppo.models.qwen25_vl.weight_map import canonical_name, weight_map
+from megatron_vppo.models.weight_map import (
+    FusedQKV,
+    Gated,
+    GroupedQKV,
+    Split,
+    Vocabulary,
+    stage_entries,
+    stream_entries,
+)
+from tests.models.tiny import save_tiny_model, tiny_config
+
+LAYOUTS = [(3,), (2, 1), (1, 1, 1)]
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path]:
+    folder = tmp_path_factory.mktemp("saved")
+    model = save_tiny_model(folder, config(tied=request.param))
+    memory = {canonical_name(name) for name, _ in model.named_parameters()}
+    assert memory == set(load_file(folder / "model.safetensors"))
+    return request.param, folder
+
+
+def config(*, tied: bool):
+    return tiny_config(tied=tied, vocab=301, num_attention_heads=8, num_key_value_heads=4, rope_parameters=ROPE)
+
+
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+
+
+def test_every_saved_tensor_is_used_exactly_once(saved: tuple[bool, Path]) -> None:
+    tied, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    names = [name for entry in stream_entries(weight_map(config(tied=tied))) for name in entry.hf_names]
+    assert sorted(names) == sorted(tensors)
+    for entry in weight_map(config(tied=tied)):
+        shapes = tuple(tuple(tensors[name].shape) for name in entry.hf_names)
+        assert shapes == entry.kind.hf_shapes(), entry.hf_names
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shards_merge_to_the_same_bits(saved: tuple[bool, Path], size: int) -> None:
+    tied, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    for entry in weight_map(config(tied=tied)):
+        originals = [tensors[name] for name in entry.hf_names]
+        shards = [entry.kind.shard(originals, rank=rank, size=size) for rank in range(size)]
+        assert all(tuple(shard.shape) == entry.kind.local_shape(size) for shard in shards), entry.template
+        merged = entry.kind.merge(shards)
+        assert all(torch.equal(a, b) for a, b in zip(merged, originals, strict=True)), entry.template
+
+
+@pytest.mark.parametrize("stage_layers", LAYOUTS, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_lies_on_one_stage(tied: bool, stage_layers: tuple[int, ...]) -> None:
+    table = weight_map(config(tied=tied))
+    stages = [stage_entries(table, stage_layers=stage_layers, stage=s) for s in range(len(stage_layers))]
+    for entries in stages:
+        local = [entry.local_name(stage_layers) for entry in entries]
+        assert len(set(local)) == len(local)
+    held = [entry for entries in stages for entry in entries]
+    copies = int(tied and len(stage_layers) > 1)
+    assert len(held) == len(stream_entries(table)) + copies
+    if stage_layers == (2, 1):
+        (third,) = [e for e in stages[1] if "model.layers.2.mlp.down_proj.weight" in e.hf_names]
+        assert third.local_name(stage_layers) == "language.decoder.layers.0.mlp.linear_fc2.weight"
+
+
+def rows(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def test_kinds_by_hand() -> None:
+    """Which rows each of two ranks holds, written out."""
+    grouped = GroupedQKV(heads=4, kv_heads=2, head_dim=1, tail=())
+    q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
+    assert grouped.shard([q, k, v], rank=0, size=2).tolist() == [0, 1, 10, 20]
+    assert grouped.shard([q, k, v], rank=1, size=2).tolist() == [2, 3, 11, 21]
+    fused = FusedQKV(heads=2, head_dim=2, tail=())
+    assert fused.shard([torch.arange(12)], rank=1, size=2).tolist() == [2, 3, 6, 7, 10, 11]
+    gated = Gated(4, ())
+    assert gated.shard([rows(0, 1, 2, 3), rows(10, 11, 12, 13)], rank=1, size=2).tolist() == [2, 3, 12, 13]
+    assert Split((2, 4), 1).shard([torch.arange(8).view(2, 4)], rank=1, size=2).tolist() == [[2, 3], [6, 7]]
+    words = Vocabulary(5, 1)
+    assert words.shard([rows(1, 2, 3, 4, 5)[:, None]], rank=2, size=4).flatten().tolist() == [5, 0]
+    assert words.shard([rows(1, 2, 3, 4, 5)[:, None]], rank=3, size=4).flatten().tolist() == [0, 0]
+
+
+def test_indivisible_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="2 key-value heads cannot be split over 4"):
+        GroupedQKV(heads=4, kv_heads=2, head_dim=1, tail=()).shard([rows(0)] * 3, rank=0, size=4)
