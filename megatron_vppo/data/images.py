@@ -67,8 +67,8 @@ class VisionInputs:
     def mm_processor_kwargs(self) -> dict[str, Any]:
         """For vLLM's engine arguments; with it, its processor turns `pil(ref)` into what `patches(ref)` gives.
 
-        vLLM 0.32 leaves the normalisation to its model unless the engine has mm_device_do_normalize=False; only then are
-        the values equal bit for bit, and not just to rounding.
+        vLLM 0.32 leaves the normalisation to its model unless the engine has mm_device_do_normalize=False; only then
+        are the values equal bit for bit, and not just to rounding.
         """
         return {"size": self._size_limits()}
 

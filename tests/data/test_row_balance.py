@@ -30,6 +30,8 @@ def test_small_example_by_hand() -> None:
     assert assign_to_ranks([1, 9, 8, 7], num_ranks=2) == ((0, 1), (2, 3))
     assert assign_to_ranks([5, 5, 5], num_ranks=2) == ((0, 2), (1,))
     assert assign_to_ranks([], num_ranks=2) == ((), ())
+    # One very long row does not free its rank from the second one: only one rank may take three of seven.
+    assert sorted(len(group) for group in assign_to_ranks([1000] + [1] * 6, num_ranks=3)) == [2, 2, 3]
 
 
 def test_balance_is_far_better_than_rows_in_order() -> None:
