@@ -1,0 +1,1 @@
+"""vLLM in processes of its own: sampling and weight transfer. The only layer that imports vllm."""

@@ -1,0 +1,146 @@
+"""One engine process as the trainer sees it: launched without waiting, talked to over a socket, never left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import megatron_vppo
+from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout.records import EngineSettings
+
+LOG_TAIL_LINES = 30
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 5.0
+"""From the request to end, and again from SIGTERM to SIGKILL."""
+
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""The trainer's own place in its world; vLLM would take them for its own."""
+
+
+class ChildProcess:
+    """The process of one engine, in a session of its own: Ctrl-C in the trainer's terminal does not reach it.
+
+    It ends with `close`, and within seconds by itself when the trainer is gone (`engine_process.start_watchdog`).
+    """
+
+    def __init__(self, settings: EngineSettings, *, log_path: Path) -> None:
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        ours, theirs = socket.socketpair()
+        with theirs, log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_vppo.rollout.engine_process", str(theirs.fileno())],
+                env=child_environment(settings),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        self._connection = Connection(ours.detach())
+        self.pid = self._process.pid
+        self.send(settings)
+
+    def send(self, message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise self.failure("is gone") from error
+
+    def receive(self, *, timeout_seconds: float | None = None) -> Any:
+        """The next answer. RuntimeError with the end of the log if the process ended or the time is over."""
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while True:
+            ended = self._process.poll() is not None  # before the poll: an answer sent just before the end still counts
+            try:
+                if self._connection.poll(POLL_SECONDS):
+                    return self._connection.recv()
+            except (EOFError, OSError) as error:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GRACE_SECONDS)
+                raise self.failure(f"ended with {self._exit_status()}") from error
+            if ended:
+                raise self.failure(f"ended with {self._exit_status()}")
+            if deadline is not None and time.monotonic() > deadline:
+                raise self.failure(f"did not answer within {timeout_seconds:.0f} seconds")
+
+    def failure(self, what: str) -> RuntimeError:
+        lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
+        tail = "\n".join(f"  | {line}" for line in lines)
+        return RuntimeError(f"the rollout engine (process {self.pid}) {what}; end of {self.log_path}:\n{tail}")
+
+    def close(self, *, goodbye: Any = None) -> None:
+        """End the process and everything that it started. Sends `goodbye` first and waits, if given. Idempotent."""
+        if self._connection.closed:
+            return
+        if goodbye is not None and self._process.poll() is None:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self._connection.send(goodbye)
+                self._process.wait(GRACE_SECONDS)
+        self._connection.close()
+        for kill_signal in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, kill_signal)
+            if self._wait_for_group():
+                break
+        self._process.wait()
+
+    def _wait_for_group(self) -> bool:
+        deadline = time.monotonic() + GRACE_SECONDS
+        while time.monotonic() < deadline:
+            self._process.poll()
+            if not process_group.members(self.pid):
+                return True
+            time.sleep(0.02)
+        return False
+
+    def _exit_status(self) -> str:
+        code = self._process.poll()
+        if code is None:
+            return "its connection closed"
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+
+def child_environment(settings: EngineSettings) -> dict[str, str]:
+    """The trainer's environment with what vLLM needs; the trainer's own stays as it is."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    root = str(Path(megatron_vppo.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment["TOKENIZERS_PARALLELISM"] = "false"
+    environment["VLLM_NO_USAGE_STATS"] = "1"
+    # vLLM's scheduler in our process: one process less, and one hop less for every token.
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if settings.enforce_eager:
+        environment["TORCH_COMPILE_DISABLE"] = "1"
+    if Path(settings.model).is_dir():
+        environment["HF_HUB_OFFLINE"] = "1"
+    if settings.device == "cpu":
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment["OMP_NUM_THREADS"] = str(settings.cpu_threads)
+        # Idle OpenMP threads sleep instead of spinning: the trainer wants the cores while the engine waits.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment["GOMP_SPINCOUNT"] = "0"
+        environment["KMP_BLOCKTIME"] = "0"
+    return environment

@@ -1,0 +1,142 @@
+"""`RolloutEngine`: one vLLM engine, as the trainer rank that leads it sees it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.rollout.child import ChildProcess
+from megatron_vppo.rollout.records import Completion, EngineSettings, SampleRequest, SamplingSettings, SyncReport
+from megatron_vppo.rollout.weight_sender import DEFAULT_GROUP_BYTES, WeightSender
+
+
+class RolloutEngine:
+    """Client of one vLLM engine in a process of its own.
+
+    The constructor only launches, so the trainer can build its model meanwhile; `wait_ready` before the first use.
+    Every failure is a RuntimeError that holds the end of the engine's log. Use it in a `with`, or call `close`; if
+    the trainer dies without either, the engine ends by itself.
+    """
+
+    def __init__(self, settings: EngineSettings, *, log_path: Path, group_bytes: int = DEFAULT_GROUP_BYTES) -> None:
+        """`log_path`: where the engine's output is appended; `group_bytes`: of each of the two buffers for weights."""
+        self.settings = settings
+        self._group_bytes = group_bytes
+        self._child = ChildProcess(settings, log_path=log_path)
+        self._session = _Session(self._child)
+        self._sender: WeightSender | None = None
+        self._has_weights = settings.load_format != "empty"
+        self._finalizer = weakref.finalize(self, self._child.close)
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def wait_ready(self, *, timeout_seconds: float) -> None:
+        """Return once the engine has loaded. RuntimeError if it does not within the time; it is then ended."""
+        if self._sender is not None:
+            return
+        try:
+            _, workers = self._child.receive(timeout_seconds=timeout_seconds)
+        except RuntimeError:
+            self.close()
+            raise
+        self._sender = WeightSender(
+            self._session,
+            workers=workers,
+            dtype=getattr(torch, self.settings.dtype),
+            group_bytes=self._group_bytes,
+        )
+
+    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
+        """Per request one completion for each of its seeds, in order."""
+        self._require_ready()
+        if not self._has_weights:
+            raise RuntimeError("the rollout engine has no complete set of weights; call load_weights first")
+        return self._session.call("generate", requests=list(requests), settings=settings)
+
+    def load_weights(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
+        """Replace all weights by those of the stream of (Hugging Face name, tensor).
+
+        Tensors may be on any device and of any floating dtype. Afterwards completions carry `version`, and nothing
+        that the engine cached from the old weights is left. With `verify` the digest of every weight that the engine
+        now computes with is compared with the one expected from the stream. After an error `generate` refuses until a
+        load succeeds.
+
+        Raises: see WeightSender.send.
+        """
+        sender = self._require_ready()
+        self._has_weights = False
+        report = sender.send(stream, version=version, verify=verify)
+        self._has_weights = True
+        return report
+
+    def close(self) -> None:
+        """End the engine and all of its processes. Idempotent."""
+        idle = self._sender is not None and not self._session.busy
+        if self._sender is not None:
+            self._sender.close()
+        if self._finalizer.detach() is not None:
+            self._child.close(goodbye=("shutdown", {}) if idle else None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _require_ready(self) -> WeightSender:
+        if self._sender is None:
+            raise RuntimeError("the rollout engine is still starting; call wait_ready first")
+        return self._sender
+
+
+class _Session:
+    """Requests to the engine: one at a time, in order. The WeightSession of weight_sender."""
+
+    def __init__(self, child: ChildProcess) -> None:
+        self._child = child
+        self.busy = False
+        """A request was sent whose answer has not come."""
+
+    def call(self, method: str, **arguments: Any) -> Any:
+        self._begin(method, **arguments)
+        return self._end()
+
+    def _begin(self, method: str, **arguments: Any) -> None:
+        if self.busy:
+            raise RuntimeError(f"{method}: the rollout engine still works on another request")
+        self._child.send((method, arguments))
+        self.busy = True
+
+    def _end(self) -> Any:
+        succeeded, result = self._child.receive()
+        self.busy = False
+        if not succeeded:
+            raise self._child.failure(f"refused: {result}")
+        return result
+
+    def start_weight_update(self) -> None:
+        self.call("start_weight_update")
+
+    def begin_update_weights(self, update_info: dict[str, Any]) -> None:
+        self._begin("update_weights", update_info=update_info)
+
+    def end_update_weights(self) -> None:
+        if self.busy:
+            self._end()
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        self.call("finish_weight_update", weight_version=weight_version)
+
+    def abort_weight_update(self) -> None:
+        self.end_update_weights()
+        self.call("abort_weight_update")
+
+    def live_digests(self) -> list[dict[str, str]]:
+        return self.call("live_digests")

@@ -1,0 +1,221 @@
+"""The engine process: `python -m megatron_vppo.rollout.engine_process FD`, started by `child.ChildProcess`.
+
+Reads its EngineSettings from the socket FD, builds one vLLM engine, says what it consists of, then answers requests
+(method name, keyword arguments) with (True, result) or (False, error) until the socket closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout.records import Completion, EngineSettings, LiveWeight, SampleRequest, SamplingSettings
+
+WATCH_SECONDS = 0.2
+TERM_SECONDS = 3.0
+"""For vLLM's helpers to remove their shared memory before they are killed."""
+
+
+def start_watchdog() -> None:
+    """Fork a process that kills this one's group when this one or its parent is gone.
+
+    A process and not a thread, so that a kernel that holds the interpreter's lock cannot delay it, and forked before
+    anything large is imported. It looks at parent ids: unlike an open pipe they cannot be held by another child of the
+    trainer, and unlike PR_SET_PDEATHSIG they do not depend on which thread of the trainer started us.
+    """
+    engine_pid, trainer_pid = os.getpid(), os.getppid()
+    if os.fork() != 0:
+        return
+    os.closerange(0, 256)
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    while os.getppid() == engine_pid and process_group.parent_of(engine_pid) == trainer_pid:
+        time.sleep(WATCH_SECONDS)
+    os.killpg(engine_pid, signal.SIGTERM)
+    deadline = time.monotonic() + TERM_SECONDS
+    while time.monotonic() < deadline and len(process_group.members(engine_pid)) > 1:
+        time.sleep(0.05)
+    os.killpg(engine_pid, signal.SIGKILL)
+
+
+class Engine:
+    """One vLLM engine. Each public method is a request."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        _quieten_vllm()
+        from vllm import LLM
+
+        from megatron_vppo.rollout import shm_transfer
+
+        shm_transfer.register()
+        options: dict[str, Any] = {}
+        if settings.device == "cpu":
+            # An explicit size also spares vLLM the profiling runs.
+            options["kv_cache_memory_bytes"] = int(settings.cpu_kv_cache_gib * 2**30)
+            # The default, 128, would share a prefix between samples only in steps of 128 tokens.
+            options["block_size"] = CPU_BLOCK_SIZE
+            # A prompt that is prefilled in parts ends vLLM 0.32 on CPU ("CPU Generator does not use offset"): it would
+            # rewind the generator of a seeded sample, which torch cannot do there.
+            options["enable_chunked_prefill"] = False
+            options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs)
+        else:
+            options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+        self._banned = {token: float("-inf") for token in settings.banned_token_ids} or None
+        self._llm = LLM(
+            settings.model,
+            dtype=settings.dtype,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            limit_mm_per_prompt={"image": settings.images_per_prompt, "video": 0},
+            mm_processor_kwargs=dict(settings.mm_processor_kwargs) or None,
+            skip_mm_profiling=settings.device == "cpu",
+            seed=settings.seed,
+            enforce_eager=settings.enforce_eager,
+            load_format=shm_transfer.EMPTY_LOAD_FORMAT if settings.load_format == "empty" else settings.load_format,
+            generation_config="vllm",  # nothing of the checkpoint's own sampling defaults
+            logprobs_mode="processed_logprobs",
+            enable_prefix_caching=True,
+            weight_transfer_config={"backend": shm_transfer.BACKEND},
+            worker_extension_cls="megatron_vppo.rollout.worker.WorkerExtension",
+            **options,
+        )
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._llm.update_weight_version("-1")
+
+    def live_weights(self) -> list[list[LiveWeight]]:
+        return self._llm.collective_rpc("vppo_live_weights")
+
+    def live_digests(self) -> list[dict[str, str]]:
+        return self._llm.collective_rpc("vppo_live_digests")
+
+    def generate(self, requests: list[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
+        prompts, params = [], []
+        for request in requests:
+            prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+            if request.images:
+                prompt["multi_modal_data"] = {"image": list(request.images)}
+            prompts += [prompt] * len(request.seeds)
+            params += [self._sampling_params(settings, seed) for seed in request.seeds]
+        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False))
+        version = int(self._llm.get_weight_version())
+        return [[_completion(next(outputs).outputs[0], version) for _ in request.seeds] for request in requests]
+
+    def _sampling_params(self, settings: SamplingSettings, seed: int | None) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=1,
+            seed=seed,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            max_tokens=settings.max_tokens,
+            stop_token_ids=list(settings.stop_token_ids),
+            ignore_eos=True,  # only stop_token_ids end a response
+            # Minus infinity, so that the probability is exactly zero; vLLM's own helper would clamp it to -100.
+            logit_bias=self._banned,
+            logprobs=0,  # of the sampled token alone
+            detokenize=False,
+        )
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str) -> None:
+        """Also drops everything that was computed with the old weights; vLLM does not do it by itself."""
+        self._llm.finish_weight_update(weight_version)
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
+        self._llm.reset_mm_cache()
+        self._llm.llm_engine.reset_encoder_cache()
+
+    def abort_weight_update(self) -> None:
+        """Leave a half-done session, so that the next one can start. The weights are a mixture of old and new."""
+        with contextlib.suppress(RuntimeError):  # the session is over already where update_weights failed
+            self._llm.finish_weight_update()
+
+    def shutdown(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def is_broken(self) -> bool:
+        """A failure left requests inside vLLM, which would go on in the next `generate`."""
+        return self._llm.llm_engine.has_unfinished_requests()
+
+
+CPU_BLOCK_SIZE = 32
+"""Tokens per block of the KV cache; the least that vLLM's CPU attention runs fast with."""
+
+CPU_BATCHED_TOKENS = 4096
+"""Tokens of one forward pass, unless one sequence is longer."""
+
+
+def _completion(output: Any, version: int) -> Completion:
+    token_ids = tuple(output.token_ids)
+    return Completion(
+        token_ids=token_ids,
+        logps=tuple(step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)),
+        finish_reason=output.finish_reason,
+        weight_version=version,
+    )
+
+
+def _quieten_vllm() -> None:
+    """vLLM's CPU worker logs a line for every image that is processed after it has replaced torch.set_num_threads."""
+
+    class SkipThreadCounts(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return "torch.set_num_threads" not in record.getMessage()
+
+    logging.getLogger("vllm.v1.worker.cpu_worker").addFilter(SkipThreadCounts())
+
+
+def serve(connection: Connection, engine: Engine) -> None:
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, getattr(engine, method)(**arguments))
+        except Exception as error:  # the trainer decides; the engine stays up
+            traceback.print_exc()
+            answer = (False, f"{type(error).__name__}: {error}")
+        connection.send(answer)
+        if method == "shutdown" or engine.is_broken:
+            return
+
+
+def main() -> None:
+    os.set_inheritable(int(sys.argv[1]), False)
+    start_watchdog()
+    status = 1
+    try:
+        connection = Connection(int(sys.argv[1]))
+        start = time.perf_counter()
+        engine = Engine(connection.recv())
+        process_group.unlink_shared_memory(os.getpgrp())
+        print(f"engine ready after {time.perf_counter() - start:.1f} s", flush=True)
+        connection.send((True, engine.live_weights()))
+        serve(connection, engine)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    os._exit(status)  # vLLM's threads would hold up the interpreter's own way out for seconds
+
+
+if __name__ == "__main__":
+    main()

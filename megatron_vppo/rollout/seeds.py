@@ -1,0 +1,50 @@
+"""Seeds of single samples."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+SEED_BITS = 63
+"""vLLM keeps a seed as a signed 64-bit integer and reads -1 as 'none'. torch's CPU generator uses the low 32 bits."""
+
+
+def sample_seed(*, run_seed: int, step: int, attempt: int, split: str, row: int, sample: int) -> int:
+    """A seed in [0, 2**63) for one sample of one prompt.
+
+    The first 8 bytes of BLAKE2b over the six values, so that any two samples of a run, of another step, of a retry of
+    the same step or of another run have unrelated seeds, whatever the order in which prompts are drawn or spread over
+    engines.
+    """
+    text = f"{run_seed}/{step}/{attempt}/{split}/{row}/{sample}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"vppo-seed").digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
+def sample_seeds(
+    kind: Literal["independent", "shared", "engine"],
+    *,
+    n: int,
+    run_seed: int,
+    step: int,
+    attempt: int,
+    split: str,
+    row: int,
+) -> tuple[int | None, ...]:
+    """Seeds of the n samples of one prompt.
+
+    - 'independent': `sample_seed` of each.
+    - 'shared': what the authors' code samples with. It passes seed=1 and n=G in one request; vLLM's
+      `ParentRequest._get_child_sampling_params` gives child i the seed 1 + i, so every prompt of every step has 1..G.
+    - 'engine': none; the engine's generator, so results depend on what else is in the batch.
+    """
+    if kind == "independent":
+        return tuple(
+            sample_seed(run_seed=run_seed, step=step, attempt=attempt, split=split, row=row, sample=sample)
+            for sample in range(n)
+        )
+    if kind == "shared":
+        return tuple(range(1, n + 1))
+    if kind == "engine":
+        return (None,) * n
+    raise ValueError(f"rollout.seeds = {kind!r}; use 'independent', 'shared' or 'engine'")

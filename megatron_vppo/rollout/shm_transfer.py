@@ -1,0 +1,137 @@
+"""The weight-transfer backend 'shm' of vLLM: each worker reads the trainer's shared memory.
+
+Registered through the `vllm.general_plugins` entry point, which vLLM loads in every one of its processes. The session
+is vLLM's own (start_weight_update, update_weights for each buffer, finish_weight_update); names are those of the
+Hugging Face checkpoint, and vLLM's model maps, fuses and shards them.
+
+The trainer's half is `weight_sender.WeightSender`. It drives the four methods of vLLM's `VLLMWeightSyncClient`
+protocol but is no `TrainerWeightTransferEngine`: importing that class takes 7 s and imports all of vLLM into the
+trainer, and it replays a re-iterable source, where ours is a stream that exists once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader import register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_vppo.rollout.shared_buffer import SharedBufferReader
+
+BACKEND = "shm"
+EMPTY_LOAD_FORMAT = "vppo_empty"
+
+
+@functools.cache
+def register() -> None:
+    """Make the backend and the load format known to vLLM in this process; a second call does nothing."""
+    WeightTransferEngineFactory.register_engine(BACKEND, ShmWeightTransferEngine)
+    register_model_loader(EMPTY_LOAD_FORMAT)(EmptyModelLoader)
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """Nothing: each update names the memory it lies in."""
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """One buffer of whole tensors. The four lists run in parallel."""
+
+    path: str
+    capacity: int
+    """Bytes of the whole buffer."""
+    names: list[str]
+    dtypes: list[str]
+    """Names in torch, such as 'bfloat16'."""
+    shapes: list[list[int]]
+    offsets: list[int]
+    """Bytes from the start of the buffer."""
+
+
+class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """A worker's end."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._reader = SharedBufferReader()
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        """Load one buffer. When this returns, the trainer may overwrite it."""
+        try:
+            self.model.load_weights(self._tensors(update_info))
+        except BaseException:
+            # vLLM ends the session here; without this the half-filled layers would stay and break the next session.
+            finalize_layerwise_reload(self.model, self.model_config)
+            raise
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        refresh_tied_heads(self.model)
+
+    def shutdown(self) -> None:
+        self._reader.close()
+
+    def _tensors(self, info: ShmUpdateInfo) -> list[tuple[str, torch.Tensor]]:
+        memory = self._reader.read(info.path, info.capacity)
+        tensors = []
+        for name, dtype_name, shape, offset in zip(info.names, info.dtypes, info.shapes, info.offsets, strict=True):
+            dtype: torch.dtype = getattr(torch, dtype_name)
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            view = memory[offset : offset + num_bytes].view(dtype).view(shape)
+            # A copy of our own: vLLM holds on to tensors until their layer is complete, maybe in a later buffer.
+            tensors.append((name, view.to(self.device, copy=True)))
+        return tensors
+
+
+def refresh_tied_heads(model: torch.nn.Module) -> None:
+    """Let output heads that share the embedding's weight repack it.
+
+    vLLM's CPU kernels compute with a repacked copy, made when a layer's weights were loaded. A tied head is loaded
+    through the embedding, so after an update its own copy would still be the old one.
+    """
+    owners: dict[int, Any] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is None:
+            continue
+        if owners.setdefault(id(weight), module) is not module and hasattr(module, "quant_method"):
+            module.quant_method.process_weights_after_loading(module)
+
+
+class EmptyModelLoader(BaseModelLoader):
+    """Zero parameters, for an engine that gets its weights before its first request. Buffers stay as they were built.
+
+    Not vLLM's 'dummy' format: that also randomises buffers which no checkpoint holds and no transfer restores, such
+    as the pixel normalisation of the vision tower (`FusedMMInputNorm`).
+    """
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        pass
+
+    def load_weights(self, model: torch.nn.Module, model_config: ModelConfig) -> None:
+        for parameter in model.parameters():
+            parameter.data.zero_()

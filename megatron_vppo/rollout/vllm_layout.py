@@ -1,0 +1,166 @@
+"""Where each tensor of a Hugging Face Qwen-VL checkpoint ends up in vLLM, written independently of vLLM's loader.
+
+Two uses: a stream of weights is refused if a name is unknown, comes twice or is missing (vLLM only logs it), and the
+digests that a correctly loaded engine must report are computed from the stream alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.rollout.records import LiveWeight
+
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""vLLM's layer -> the checkpoint's layers, stacked along the output."""
+
+PREFIXES = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."), ("visual.", "visual."))
+"""vLLM's names -> the released checkpoints' names."""
+
+ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
+"""Prefixes that newer files use -> the released checkpoints'."""
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of this, with zero rows."""
+
+COLUMN_PARALLEL = ("self_attn.qkv_proj", "mlp.gate_up_proj", "attn.qkv", "merger.mlp.0")
+ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attn.proj", "merger.mlp.2")
+VOCAB_PARALLEL = ("embed_tokens", "lm_head")
+
+
+def canonical_name(name: str) -> str:
+    for alias, released in ALIASES:
+        if name.startswith(alias):
+            return released + name.removeprefix(alias)
+    return name
+
+
+def checkpoint_names(parameter: str) -> tuple[str, ...]:
+    """The checkpoint's tensors that vLLM's `parameter` is stacked from, in order."""
+    for prefix, released in PREFIXES:
+        if parameter.startswith(prefix):
+            name = released + parameter.removeprefix(prefix)
+            break
+    else:
+        raise ValueError(
+            f"vLLM's parameter {parameter!r} belongs to no known part of a Qwen-VL; see vllm_layout.PREFIXES"
+        )
+    *path, layer, leaf = name.split(".")
+    return tuple(".".join([*path, part, leaf]) for part in FUSED.get(layer, (layer,)))
+
+
+def worker_shard(
+    tensor: Tensor, *, parameter: str, part: int, rank: int, world_size: int, kv_replicas: int = 1
+) -> Tensor:
+    """What worker `rank` of `world_size` keeps of one checkpoint tensor: part number `part` of vLLM's `parameter`."""
+    layer, _, leaf = parameter.rpartition(".")
+    if layer.endswith(VOCAB_PARALLEL):
+        padded = -(-tensor.shape[0] // VOCAB_PADDING) * VOCAB_PADDING
+        rows = torch.nn.functional.pad(tensor, (0, 0, 0, padded - tensor.shape[0]))
+        return rows.chunk(world_size, dim=0)[rank]
+    if world_size == 1:
+        return tensor
+    if layer.endswith(COLUMN_PARALLEL):
+        if layer.endswith(".attn.qkv"):  # the vision tower's checkpoint is fused already
+            return torch.cat([block.chunk(world_size, dim=0)[rank] for block in tensor.chunk(3, dim=0)])
+        if layer.endswith("qkv_proj") and part > 0:
+            return tensor.chunk(world_size // kv_replicas, dim=0)[rank // kv_replicas]
+        return tensor.chunk(world_size, dim=0)[rank]
+    if layer.endswith(ROW_PARALLEL) and leaf == "weight":
+        return tensor.chunk(world_size, dim=1)[rank]
+    return tensor
+
+
+class StreamCheck:
+    """Holds one stream of weights against what the engine's workers consist of."""
+
+    def __init__(self, workers: Sequence[Sequence[LiveWeight]]) -> None:
+        parameters = dict.fromkeys(weight.parameter for worker in workers for weight in worker)
+        self.places = {
+            name: (parameter, part) for parameter in parameters for part, name in enumerate(checkpoint_names(parameter))
+        }
+        self._missing = dict.fromkeys(self.places)
+
+    def take(self, name: str) -> tuple[str, int]:
+        """vLLM's parameter and the part of it that `name` fills. ValueError if it fills none, or did already."""
+        canonical = canonical_name(name)
+        if canonical not in self.places:
+            hint = (
+                " (its embeddings are tied, so there is no lm_head to load)" if canonical.startswith("lm_head") else ""
+            )
+            raise ValueError(f"weight {name!r} is unknown to the rollout engine's model{hint}")
+        if canonical not in self._missing:
+            raise ValueError(f"weight {name!r} came twice in one stream")
+        del self._missing[canonical]
+        return self.places[canonical]
+
+    def finish(self) -> None:
+        """ValueError if tensors are missing."""
+        if self._missing:
+            names = list(self._missing)
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"{len(names)} of {len(self.places)} weights did not come in the stream: {shown}")
+
+
+class ExpectedDigests:
+    """The digest that each live weight of each worker must have, from the trainer's own tensors."""
+
+    def __init__(self, workers: Sequence[Sequence[LiveWeight]], *, dtype: torch.dtype) -> None:
+        self._workers = workers
+        self._dtype = dtype
+        self._by_parameter: dict[str, list[tuple[int, LiveWeight]]] = {}
+        for rank, worker in enumerate(workers):
+            for weight in worker:
+                self._by_parameter.setdefault(weight.parameter, []).append((rank, weight))
+        self._hashes = {
+            (rank, weight.key): hashlib.sha256() for rank, worker in enumerate(workers) for weight in worker
+        }
+        self._waiting: dict[str, dict[int, Tensor]] = {}
+        self._next_part: dict[str, int] = {}
+
+    def add(self, tensor: Tensor, *, parameter: str, part: int) -> None:
+        """Parts of one parameter may come in any order; the early ones are kept until their turn."""
+        waiting = self._waiting.setdefault(parameter, {})
+        next_part = self._next_part.get(parameter, 0)
+        waiting[part] = tensor if part == next_part else tensor.detach().to("cpu", self._dtype, copy=True)
+        while next_part in waiting:
+            self._hash(waiting.pop(next_part), parameter=parameter, part=next_part)
+            next_part += 1
+        self._next_part[parameter] = next_part
+
+    def _hash(self, tensor: Tensor, *, parameter: str, part: int) -> None:
+        tensor = tensor.detach().to("cpu", self._dtype)
+        for rank, weight in self._by_parameter[parameter]:
+            shard = worker_shard(
+                tensor,
+                parameter=parameter,
+                part=part,
+                rank=rank,
+                world_size=len(self._workers),
+                kv_replicas=weight.kv_replicas,
+            )
+            if weight.repacked:
+                shard = shard + 0.0  # the kernel's answer has no -0.0
+            self._hashes[rank, weight.key].update(shard.contiguous().flatten().view(torch.uint8).numpy())
+
+    def compare(self, live: Iterable[dict[str, str]]) -> int:
+        """Number of weights compared. RuntimeError that names those which differ."""
+        wrong: dict[str, list[int]] = {}
+        for rank, digests in enumerate(live):
+            for weight in self._workers[rank]:
+                if digests.get(weight.key) != self._hashes[rank, weight.key].hexdigest():
+                    wrong.setdefault(weight.key, []).append(rank)
+        if wrong:
+            parameters = {weight.key: weight.parameter for worker in self._workers for weight in worker}
+            shown = "; ".join(
+                f"{key} of worker {', '.join(map(str, ranks))} (from {', '.join(checkpoint_names(parameters[key]))})"
+                for key, ranks in list(wrong.items())[:5]
+            )
+            raise RuntimeError(
+                f"{len(wrong)} weights of the rollout engine differ from those sent to it: {shown}"
+                + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
+            )
+        return len(self._hashes)

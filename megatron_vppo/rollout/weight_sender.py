@@ -1,0 +1,165 @@
+"""The trainer's half of the 'shm' weight transfer: a stream of tensors in, vLLM's transfer session out.
+
+Two shared buffers take turns: while the engine loads one, the next tensors are packed into the other. Beside them the
+trainer holds no copy of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.rollout.records import LiveWeight, SyncReport
+from megatron_vppo.rollout.shared_buffer import SharedBuffer, aligned
+from megatron_vppo.rollout.vllm_layout import ExpectedDigests, StreamCheck
+
+DEFAULT_GROUP_BYTES = 256 << 20
+"""Of one buffer. A single larger tensor makes its buffer grow to hold it."""
+
+
+class WeightSession(Protocol):
+    """One engine's control plane: vLLM's transfer session, its update step split in two so that packing overlaps."""
+
+    def start_weight_update(self) -> None: ...
+
+    def begin_update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def end_update_weights(self) -> None:
+        """Wait for what `begin_update_weights` began; returns at once if nothing was."""
+
+    def finish_weight_update(self, weight_version: str) -> None: ...
+
+    def abort_weight_update(self) -> None: ...
+
+    def live_digests(self) -> list[dict[str, str]]: ...
+
+
+class _Group:
+    """Tensors packed into one buffer, described as `shm_transfer.ShmUpdateInfo` wants it."""
+
+    def __init__(self, buffer: SharedBuffer) -> None:
+        self.buffer = buffer
+        self._names: list[str] = []
+        self._dtypes: list[str] = []
+        self._shapes: list[list[int]] = []
+        self._offsets: list[int] = []
+        self.num_bytes = 0
+
+    def has_room(self, tensor: Tensor, *, group_bytes: int) -> bool:
+        return not self._names or self.num_bytes + tensor.nbytes <= max(group_bytes, self.buffer.capacity)
+
+    def pack(self, name: str, tensor: Tensor) -> None:
+        self.buffer.grow(self.num_bytes + aligned(tensor.nbytes))
+        self.buffer.write(tensor, offset=self.num_bytes)
+        self._names.append(name)
+        self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
+        self._shapes.append(list(tensor.shape))
+        self._offsets.append(self.num_bytes)
+        self.num_bytes += aligned(tensor.nbytes)
+
+    def update_info(self) -> dict[str, Any]:
+        return {
+            "path": self.buffer.path,
+            "capacity": self.buffer.capacity,
+            "names": self._names,
+            "dtypes": self._dtypes,
+            "shapes": self._shapes,
+            "offsets": self._offsets,
+        }
+
+
+class WeightSender:
+    """Sends whole models to one engine, again and again."""
+
+    def __init__(
+        self,
+        session: WeightSession,
+        *,
+        workers: Sequence[Sequence[LiveWeight]],
+        dtype: torch.dtype,
+        group_bytes: int = DEFAULT_GROUP_BYTES,
+    ) -> None:
+        """`workers`: what each of the engine's workers consists of; `dtype`: what they compute in."""
+        self._session = session
+        self._workers = workers
+        self._dtype = dtype
+        self._group_bytes = group_bytes
+        self._buffers = (SharedBuffer(group_bytes), SharedBuffer(group_bytes))
+
+    def send(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
+        """Send one complete model.
+
+        A layer's tensors should be adjacent: vLLM keeps the tensors of incomplete layers in memory. Producing the
+        stream is usually a collective of all trainer ranks, so on an error of ours it is run to its end before the
+        error is raised.
+
+        Raises:
+            ValueError: a name of the stream is unknown, comes twice or is missing.
+            RuntimeError: the engine failed, or verification found a weight that differs.
+        """
+        try:
+            return self._send(stream, version=version, verify=verify)
+        except (ValueError, RuntimeError):
+            deque(stream, maxlen=0)
+            raise
+
+    def _send(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
+        start = time.perf_counter()
+        check = StreamCheck(self._workers)
+        expected = ExpectedDigests(self._workers, dtype=self._dtype) if verify else None
+        verify_seconds = 0.0
+        num_tensors = num_bytes = num_groups = 0
+        spare, group = self._buffers[1], _Group(self._buffers[0])
+
+        self._session.start_weight_update()
+        try:
+            for name, tensor in stream:
+                parameter, part = check.take(name)
+                if expected is not None:
+                    hash_start = time.perf_counter()
+                    expected.add(tensor, parameter=parameter, part=part)
+                    verify_seconds += time.perf_counter() - hash_start
+                if not group.has_room(tensor, group_bytes=self._group_bytes):
+                    self._session.end_update_weights()  # of the group before: its buffer is free now
+                    self._session.begin_update_weights(group.update_info())
+                    num_groups += 1
+                    spare, group = group.buffer, _Group(spare)
+                group.pack(name, tensor)
+                num_tensors += 1
+                num_bytes += tensor.nbytes
+            check.finish()
+            self._session.end_update_weights()
+            self._session.begin_update_weights(group.update_info())
+            self._session.end_update_weights()
+            num_groups += 1
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # where the engine is gone, the first error says more
+                self._session.abort_weight_update()
+            raise
+        self._session.finish_weight_update(str(version))
+
+        num_checksums = 0
+        if expected is not None:
+            compare_start = time.perf_counter()
+            num_checksums = expected.compare(self._session.live_digests())
+            verify_seconds += time.perf_counter() - compare_start
+        return SyncReport(
+            version=version,
+            num_tensors=num_tensors,
+            num_bytes=num_bytes,
+            num_groups=num_groups,
+            seconds=time.perf_counter() - start,
+            verify_seconds=verify_seconds,
+            num_checksums=num_checksums,
+            checksums_ok=True if verify else None,
+        )
+
+    def close(self) -> None:
+        for buffer in self._buffers:
+            buffer.close()

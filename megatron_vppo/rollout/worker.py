@@ -1,0 +1,92 @@
+"""What we add to vLLM's worker: digests of the weights it really computes with.
+
+vLLM's own `compute_weight_checksums` hashes `named_parameters()`. On CPU that says little: most linear layers hand
+their weight to a kernel that keeps a repacked copy, and leave an empty parameter behind. Such weights are read back
+through the kernel, by multiplying with the identity (exact: every sum has one non-zero term), and hashed by vLLM's
+function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
+
+from megatron_vppo.rollout import shm_transfer
+from megatron_vppo.rollout.records import LiveWeight
+
+# vLLM imports this module in every worker, so the backend is known there even where the package is on the path but not
+# installed, and its entry point therefore not seen.
+shm_transfer.register()
+
+IDENTITY_ROWS = 512
+"""Input channels read back at a time."""
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker by `worker_extension_cls`; called by `LLM.collective_rpc`."""
+
+    def vppo_live_weights(self) -> list[LiveWeight]:
+        return [weight for weight, _ in _live_weights(self.model_runner.get_model())]  # type: ignore[attr-defined]
+
+    @torch.no_grad()
+    def vppo_live_digests(self) -> dict[str, str]:
+        """sha256 of every live weight, by its key, in the model's dtype."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        dtype = self.model_config.dtype  # type: ignore[attr-defined]
+        checksums = {
+            name.rsplit(":", 1)[1]: digest
+            for name, digest in self.compute_weight_checksums().items()  # type: ignore[attr-defined]
+        }
+        digests = {}
+        for weight, module in _live_weights(model):
+            if weight.repacked:
+                digests[weight.key] = _digest(_read_back(module, dtype))
+            elif (parameter := model.get_parameter(weight.parameter)).dtype == dtype:
+                digests[weight.key] = checksums[weight.parameter]
+            else:  # some CPU kernels take their bias in float32
+                digests[weight.key] = _digest(parameter.to(dtype))
+        return digests
+
+
+def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
+    """Every parameter once, and every kernel that may hold a copy of its own."""
+    first_names: dict[int, str] = {}
+    for module_name, module in model.named_modules():
+        kv_replicas = getattr(module, "num_kv_head_replicas", 1)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{leaf}"
+            is_first = first_names.setdefault(id(parameter), name) == name
+            name = first_names[id(parameter)]
+            if is_first and parameter.numel() > 0:
+                yield LiveWeight(key=name, parameter=name, repacked=False, kv_replicas=kv_replicas), module
+            if leaf == "weight" and "cpu_linear" in vars(module):
+                key = f"{module_name}.{leaf} in its kernel"
+                yield LiveWeight(key=key, parameter=name, repacked=True, kv_replicas=kv_replicas), module
+
+
+def _read_back(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """[out, in] weight of a linear layer or output head whose kernel is `cpu_linear`; -0.0 comes back as 0.0."""
+    num_inputs = _num_inputs(layer)
+    columns = []
+    for start in range(0, num_inputs, IDENTITY_ROWS):
+        rows = min(IDENTITY_ROWS, num_inputs - start)
+        identity = torch.zeros(rows, num_inputs, dtype=dtype)
+        identity[torch.arange(rows), torch.arange(start, start + rows)] = 1
+        columns.append(layer.cpu_linear(identity, layer.weight, None).T)
+    return torch.cat(columns, dim=1) + 0.0
+
+
+def _num_inputs(layer: nn.Module) -> int:
+    if layer.weight.numel() > 0:
+        return layer.weight.shape[1]
+    num_inputs = getattr(layer, "input_size_per_partition", None) or layer.input_size
+    return int(num_inputs)
+
+
+def _digest(tensor: Tensor) -> str:
+    holder = nn.Module()
+    holder.register_parameter("weight", nn.Parameter(tensor, requires_grad=False))
+    return compute_tensor_digests(holder)["weight"]

@@ -1,0 +1,193 @@
+"""Sampling and weight transfer of a real vLLM engine, against transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from rollout_rig import Rig, picture, prompt_ids, reference_logps, weights
+
+from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.shared_buffer import SharedBuffer
+
+LOGP_TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def first_load(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Dummy weights are refused until the first load."""
+    with pytest.raises(RuntimeError, match="call load_weights first"):
+        rig.engine.generate([SampleRequest(prompt_ids(0), (), (1,))], SamplingSettings(max_tokens=1))
+    load(rig, seed=0, folder=tmp_path_factory.mktemp("first"))
+    yield
+
+
+def load(rig: Rig, *, seed: int, folder, version: int = 0, verify: bool = True):
+    model = rig.model(seed)
+    report = rig.engine.load_weights(iter(weights(model, folder).items()), version=version, verify=verify)
+    return model, report
+
+
+def requests(seeds: tuple[int | None, ...] = (11, 12, 13)) -> list[SampleRequest]:
+    """Two images, one image, text alone."""
+    return [
+        SampleRequest(prompt_ids(2), (picture(1), picture(2, width=56, height=140)), seeds),
+        SampleRequest(prompt_ids(1, text="what is the sum?"), (picture(3),), seeds),
+        SampleRequest(prompt_ids(0, text="no picture"), (), seeds),
+    ]
+
+
+def largest_difference(rig: Rig, model, asked: list[SampleRequest], answers: list[list[Completion]], **kwargs) -> float:
+    differences = [
+        (reference_logps(model, request, completion, banned=rig.banned, **kwargs) - torch.tensor(completion.logps))
+        for request, completions in zip(asked, answers, strict=True)
+        for completion in completions
+    ]
+    return float(torch.cat(differences).abs().max())
+
+
+def test_logps_equal_transformers(rig: Rig) -> None:
+    model = rig.model(0)
+    asked = requests()
+    answers = rig.engine.generate(asked, SamplingSettings(max_tokens=24, stop_token_ids=(rig.eos,)))
+    assert largest_difference(rig, model, asked, answers) < LOGP_TOLERANCE
+    # Alive: another picture changes the log-probs of the same tokens by far more than the tolerance.
+    swapped = SampleRequest(asked[1].token_ids, (picture(4),), asked[1].seeds)
+    assert largest_difference(rig, model, [swapped], answers[1:2]) > 1e-2
+    # Alive: the sampled tokens are neither certain nor all the same.
+    assert len({token for completions in answers for c in completions for token in c.token_ids}) > 20
+
+
+def test_temperature_and_top_p_change_the_reported_distribution(rig: Rig) -> None:
+    model, asked = rig.model(0), requests()[1:2]
+    hot = rig.engine.generate(asked, SamplingSettings(max_tokens=24, temperature=1.7))
+    assert largest_difference(rig, model, asked, hot, temperature=1.7) < LOGP_TOLERANCE
+    cut = rig.engine.generate(asked, SamplingSettings(max_tokens=24, top_p=0.5))
+    for completion in cut[0]:
+        own = reference_logps(model, asked[0], completion, banned=rig.banned)
+        gain = torch.tensor(completion.logps) - own  # -log of the kept probability, which is at least top_p
+        assert float(gain.min()) > -LOGP_TOLERANCE
+        assert float(gain.max()) < -torch.tensor(0.5).log() + LOGP_TOLERANCE
+        assert float(gain.max()) > 0.1
+
+
+def test_seeds_reproduce_and_are_independent(rig: Rig) -> None:
+    settings = SamplingSettings(max_tokens=16, stop_token_ids=(rig.eos,))
+    alone = rig.engine.generate([requests((5, 6, 2**63 - 1))[1]], settings)[0]
+    others = requests((7,) * 8)
+    together = rig.engine.generate([*others, requests((2**63 - 1, 5, 5))[1]], settings)[-1]
+    assert [c.token_ids for c in together] == [alone[2].token_ids, alone[0].token_ids, alone[0].token_ids]
+    assert len({c.token_ids for c in alone}) == 3
+    free = rig.engine.generate([requests((None,) * 4)[1]], settings)[0]
+    assert len({c.token_ids for c in free}) == 4
+
+
+def test_banned_tokens_are_never_sampled(rig: Rig) -> None:
+    settings = SamplingSettings(max_tokens=64, temperature=2.0)  # the most that vLLM takes
+    asked = requests(tuple(range(48)))[1:2]
+    answers = rig.engine.generate(asked, settings)
+    sampled = [token for completion in answers[0] for token in completion.token_ids]
+    assert len(sampled) == 48 * 64
+    assert len(set(sampled)) > 150
+    assert not set(sampled) & set(rig.banned)
+    assert largest_difference(rig, rig.model(0), asked, answers, temperature=2.0) < LOGP_TOLERANCE
+
+
+def test_stop_token_ends_and_belongs_to_the_response(rig: Rig) -> None:
+    asked = requests(tuple(range(32)))[1:2]
+    free = rig.engine.generate(asked, SamplingSettings(max_tokens=12))[0]
+    assert {c.finish_reason for c in free} == {"length"}
+    assert {len(c.token_ids) for c in free} == {12}
+    stop = free[0].token_ids[5]
+    stopped = rig.engine.generate(asked, SamplingSettings(max_tokens=12, stop_token_ids=(stop,)))
+    for long, short in zip(free, stopped[0], strict=True):
+        end = long.token_ids.index(stop) + 1 if stop in long.token_ids else 12
+        assert short.token_ids == long.token_ids[:end]
+        assert len(short.logps) == end
+        assert short.finish_reason == ("stop" if stop in long.token_ids else "length")
+    assert largest_difference(rig, rig.model(0), asked, stopped) < LOGP_TOLERANCE
+
+
+def test_load_weights_gives_the_new_model_and_drops_every_cache(rig: Rig, tmp_path) -> None:
+    asked, settings = requests(), SamplingSettings(max_tokens=16)
+    before = rig.engine.generate(asked, settings)
+    assert {c.weight_version for completions in before for c in completions} == {0}
+    model, report = load(rig, seed=1, folder=tmp_path, version=7)
+    after = rig.engine.generate(asked, settings)  # same prompts and pictures: every cache would hit
+    assert {c.weight_version for completions in after for c in completions} == {7}
+    assert largest_difference(rig, model, asked, after) < LOGP_TOLERANCE
+    assert largest_difference(rig, rig.model(0), asked, after) > 1e-2
+    assert report.checksums_ok and report.num_checksums > 40
+    assert report.num_tensors == len(weights(model, tmp_path))
+    assert report.num_groups > 10
+    _, unchecked = load(rig, seed=0, folder=tmp_path, version=0, verify=False)
+    assert unchecked.checksums_ok is None and unchecked.num_checksums == 0 and unchecked.verify_seconds == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "reported"),
+    [
+        ("model.layers.1.self_attn.v_proj.weight", "layers.1.self_attn.qkv_proj.weight"),
+        ("visual.blocks.0.mlp.up_proj.bias", "blocks.0.mlp.gate_up_proj.bias"),
+        ("model.embed_tokens.weight", "lm_head.weight in its kernel"),
+        ("visual.patch_embed.proj.weight", "visual.patch_embed.proj.weight"),
+    ],
+)
+def test_one_wrong_value_on_the_way_is_found(
+    rig: Rig, tmp_path, monkeypatch: pytest.MonkeyPatch, name: str, reported: str
+) -> None:
+    tensors = weights(rig.model(0), tmp_path)
+    write, victim = SharedBuffer.write, tensors[name]
+
+    def write_with_an_error(buffer: SharedBuffer, tensor: torch.Tensor, *, offset: int) -> None:
+        write(buffer, tensor, offset=offset)
+        if tensor is victim:
+            buffer.bytes[offset + tensor.nbytes - 4] ^= 1  # lowest bit of the last value
+
+    monkeypatch.setattr(SharedBuffer, "write", write_with_an_error)
+    with pytest.raises(RuntimeError, match="differ from those sent") as error:
+        rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
+    assert reported in str(error.value) and name in str(error.value)
+    with pytest.raises(RuntimeError, match="call load_weights first"):
+        rig.engine.generate(requests(), SamplingSettings(max_tokens=1))
+    monkeypatch.undo()
+    load(rig, seed=0, folder=tmp_path)
+
+
+def test_incomplete_and_unknown_streams_are_refused(rig: Rig, tmp_path) -> None:
+    tensors = weights(rig.model(1), tmp_path)
+    less = {name: tensor for name, tensor in tensors.items() if name != "model.layers.0.self_attn.k_proj.bias"}
+    with pytest.raises(ValueError, match=r"1 of \d+ weights did not come .* model.layers.0.self_attn.k_proj.bias"):
+        rig.engine.load_weights(iter(less.items()), version=1, verify=False)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is unknown .* tied"):
+        rig.engine.load_weights(iter([("lm_head.weight", torch.zeros(1)), *tensors.items()]), version=1, verify=False)
+    first = next(iter(tensors.items()))
+    with pytest.raises(ValueError, match="came twice"):
+        rig.engine.load_weights(iter([first, *tensors.items()]), version=1, verify=False)
+    with pytest.raises(RuntimeError, match="refused: "):
+        wrong_shape = tensors | {"model.norm.weight": torch.zeros(7)}
+        rig.engine.load_weights(iter(wrong_shape.items()), version=1, verify=False)
+    drained = iter(less.items())
+    with pytest.raises(ValueError):
+        rig.engine.load_weights(drained, version=1, verify=False)
+    assert next(drained, None) is None  # the other trainer ranks' collectives were all joined
+    load(rig, seed=0, folder=tmp_path)
+    test_logps_equal_transformers(rig)
+
+
+def test_names_of_newer_files_and_any_order_are_accepted(rig: Rig, tmp_path) -> None:
+    tensors = weights(rig.model(0), tmp_path)
+    renamed = {
+        name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}": tensor
+        for name, tensor in reversed(tensors.items())
+    }
+    assert rig.engine.load_weights(iter(renamed.items()), version=0, verify=True).checksums_ok
+    test_logps_equal_transformers(rig)
+
+
+def test_a_refused_request_leaves_the_engine_usable(rig: Rig) -> None:
+    too_long = SampleRequest((1,) * 300, (), (1,))
+    with pytest.raises(RuntimeError, match=r"refused: .*(?s:.*)engine.log"):
+        rig.engine.generate([too_long], SamplingSettings(max_tokens=4))
+    test_logps_equal_transformers(rig)

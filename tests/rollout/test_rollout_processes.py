@@ -1,0 +1,144 @@
+"""Engine processes end when they should, leave nothing behind, and say why they failed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from rollout_rig import START_SECONDS, picture, prompt_ids, reference_logps, weights
+from tiny_model import build_config, build_model, build_tokenizer, save_model_folder
+
+from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
+
+GONE_SECONDS = 10
+LOGP_TOLERANCE = 1e-5
+
+TRAINER = """
+    import sys, time
+    from pathlib import Path
+    from megatron_vppo.rollout.engine import RolloutEngine
+    from megatron_vppo.rollout.records import EngineSettings
+    engine = RolloutEngine(EngineSettings(model=sys.argv[1], max_model_len=64), log_path=Path(sys.argv[2]))
+    print(engine.pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def wait_until_gone(group: int) -> list[int]:
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := process_group.members(group)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+@pytest.fixture
+def trainer(tmp_path: Path):
+    """A process that has started an engine, as a trainer would; its engine is still loading."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(TRAINER), str(tmp_path), str(tmp_path / "engine.log")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        engine_pid = int(process.stdout.readline())
+    deadline = time.monotonic() + 60
+    while len(process_group.members(engine_pid)) < 2 and time.monotonic() < deadline:  # the engine and its watchdog
+        time.sleep(0.05)
+    assert len(process_group.members(engine_pid)) >= 2
+    yield process, engine_pid
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_engine_ends_with_its_trainer(trainer, how: signal.Signals, tmp_path: Path) -> None:
+    process, engine_pid = trainer
+    os.killpg(process.pid, how)  # SIGINT to the group: what Ctrl-C in a terminal does
+    process.wait(timeout=30)
+    assert wait_until_gone(engine_pid) == []
+    assert "KeyboardInterrupt" not in (tmp_path / "engine.log").read_text()
+
+
+def test_close_while_loading_is_quick_and_idempotent(tmp_path: Path) -> None:
+    engine = RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
+    with pytest.raises(RuntimeError, match="call wait_ready first"):
+        engine.generate([], SamplingSettings(max_tokens=1))
+    start = time.monotonic()
+    engine.close()
+    engine.close()
+    assert time.monotonic() - start < GONE_SECONDS
+    assert process_group.members(engine.pid) == []
+
+
+def test_time_limit_of_the_start(tmp_path: Path) -> None:
+    engine = RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
+    with pytest.raises(RuntimeError, match="did not answer within 0 seconds"):
+        engine.wait_ready(timeout_seconds=0.1)
+    assert process_group.members(engine.pid) == []
+
+
+def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
+    """An empty folder is no model; vLLM's own words reach the trainer."""
+    log_path = tmp_path / "logs" / "engine.log"
+    with RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=log_path) as engine:
+        with pytest.raises(RuntimeError) as error:
+            engine.wait_ready(timeout_seconds=START_SECONDS)
+        message = str(error.value)
+        assert "ended with exit status 1" in message
+        assert str(log_path) in message
+        assert "Traceback" in log_path.read_text()
+        shown = [line.removeprefix("  | ") for line in message.splitlines()[1:]]
+        assert shown == log_path.read_text().splitlines()[-30:]
+        assert process_group.members(engine.pid) == []
+
+
+def test_bad_settings_are_refused_before_a_process_starts() -> None:
+    with pytest.raises(ValueError, match="tensor_parallel_size = 0"):
+        EngineSettings(model="m", max_model_len=64, tensor_parallel_size=0)
+    with pytest.raises(ValueError, match="2000 banned_token_ids"):
+        EngineSettings(model="m", max_model_len=64, banned_token_ids=tuple(range(2000)))
+
+
+@pytest.mark.slow
+def test_two_workers_with_untied_embeddings_then_a_killed_engine(tmp_path: Path) -> None:
+    """Shards verified, log-probs equal, and after SIGKILL of the engine neither process nor memory is left."""
+    shared_before = set(os.listdir("/dev/shm"))
+    folder = save_model_folder(tmp_path / "model", tied=False)
+    settings = EngineSettings(
+        model=str(folder),
+        max_model_len=128,
+        dtype="float32",
+        tensor_parallel_size=2,
+        max_num_seqs=16,
+        cpu_kv_cache_gib=0.125,
+        load_format="empty",
+    )
+    with RolloutEngine(settings, log_path=tmp_path / "engine.log") as engine:
+        engine.wait_ready(timeout_seconds=START_SECONDS)
+        request = SampleRequest(prompt_ids(1), (picture(1, width=84, height=84),), (1, 2))
+        for seed in (3, 4):  # the second load replaces weights that were loaded, not zeros
+            model = build_model(build_config(build_tokenizer(), tied=False), seed=seed)
+            tensors = weights(model, tmp_path / "weights")
+            assert "lm_head.weight" in tensors
+            report = engine.load_weights(iter(tensors.items()), version=seed, verify=True)
+            assert report.checksums_ok and report.num_checksums > 80
+            for completion in engine.generate([request], SamplingSettings(max_tokens=12))[0]:
+                expected = reference_logps(model, request, completion, banned=())
+                assert completion.logps == pytest.approx(expected.tolist(), abs=LOGP_TOLERANCE)
+        assert len(process_group.members(engine.pid)) >= 4  # engine, watchdog, two workers
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="signal SIGKILL"):
+            engine.generate([request], SamplingSettings(max_tokens=12))
+        assert wait_until_gone(engine.pid) == []
+        assert set(os.listdir("/dev/shm")) - shared_before == set()
