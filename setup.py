@@ -18,7 +18,6 @@ BASE = [
     "pylatexenc>=2.10,<3",  # imported by mathruler.grader, which does not declare it
     "tensorboard>=2.21,<3",
     "zstandard>=0.25,<0.26",
-    "rich>=14,<16",
     "scikit-learn>=1.9,<2",  # the digits data set and its cold-start model
 ]
 
@@ -31,7 +30,14 @@ EXTRAS = {
         'vllm>=0.32,<0.34; python_version >= "3.12"',
     ],
     "loggers": ["wandb>=0.20,<1", "swanlab>=0.6,<1"],
-    "dev": ["pytest>=9,<10", "ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML>=6,<7", "pre-commit>=4,<5"],
+    "dev": [
+        "pytest>=9,<10",
+        "ruff>=0.17,<0.18",
+        "mypy>=2.4,<3",
+        "types-PyYAML>=6,<7",
+        "pre-commit>=4,<5",
+        "matplotlib>=3.10,<4",
+    ],
 }
 
 setup(
