@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Data, cold-start model, VPPO training, report. Settings pass through:  demo.sh trainer.total_steps=5
+# The last line is one JSON object that says what came of it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+command -v vppo >/dev/null || PATH="$PWD/.venv/bin:$PATH"
+here=examples/digits_cpu
+
+echo "demo: data"
+python tools/make_digits_data.py --out build/digits/data
+echo "demo: cold-start model"
+python tools/make_digits_model.py --data build/digits/data --out build/digits/model
+
+run=$(python - "$here/config.yaml" "$@" <<'PY'
+import sys
+from pathlib import Path
+
+from megatron_vppo.config.load import load_config
+
+trainer = load_config(sys.argv[1], sys.argv[2:]).trainer
+print(Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name)
+PY
+)
+echo "demo: training, into $run"
+vppo train --config "$here/config.yaml" "$@"
+python -m megatron_vppo.trainer.summary "$run"

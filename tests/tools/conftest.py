@@ -1,0 +1,7 @@
+"""The programs of tools/ and of the example import their parts by the names they have beside them."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "examples" / "digits_cpu")]

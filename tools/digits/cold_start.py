@@ -1,0 +1,228 @@
+"""Supervised cold start of the small model, stopped while reinforcement learning has most left to teach.
+
+Shapes: B rows, L tokens of prompt and response, P patches, D values of a patch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from digits.pairs import SOLUTIONS, solution
+
+MAX_RESPONSE_TOKENS = 40
+"""Enough for the longest worded solution; an answer that runs longer counts as wrong."""
+LANDING_AT = 0.12
+"""Mean probability of the digits of a training solution, by which time about a quarter of the answers are right."""
+LANDING_LR = 0.25
+"""Factor of the learning rate from there on."""
+STEPS_BETWEEN_CHECKS = 4
+ROWS_PER_CHECK = 256
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split of the data set in memory."""
+
+    prompt: str
+    """The problem after the processor's chat template, one image token in it; the same for every row."""
+    pictures_N3HW: torch.Tensor
+    """uint8 [N, 3, 56, 112]."""
+    digits_N2: torch.Tensor
+    """int64 [N, 2]; left and right."""
+
+    def __len__(self) -> int:
+        return len(self.digits_N2)
+
+    def first(self, count: int) -> Rows:
+        return Rows(self.prompt, self.pictures_N3HW[:count], self.digits_N2[:count])
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    sampled: float
+    """Share of right answers at temperature 1, over every held-out row and sample."""
+    greedy: float
+    steps: int
+
+
+def load_rows(folder: Path, split: str, processor: Qwen2_5_VLProcessor) -> Rows:
+    """Pictures of `split`.parquet with the digits that labels.json names.
+
+    Raises:
+        ValueError: the rows do not share one problem text (their prompts would differ in length).
+    """
+    from datasets import load_dataset
+
+    table = load_dataset("parquet", data_files=str(folder / f"{split}.parquet"), split="train", cache_dir=None)
+    problems = set(table["problem"])
+    if len(problems) != 1:
+        raise ValueError(f"{folder}/{split}.parquet holds {len(problems)} different problems; the cold start takes one")
+    before, after = problems.pop().split("<image>")
+    content = [{"type": "text", "text": before}] if before else []
+    content += [{"type": "image"}, {"type": "text", "text": after}]
+    pictures = np.stack([np.asarray(images[0].convert("RGB")) for images in table["images"]])
+    return Rows(
+        prompt=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
+        pictures_N3HW=torch.from_numpy(pictures).permute(0, 3, 1, 2),
+        digits_N2=torch.tensor(json.loads((folder / "labels.json").read_text())[split]["digits"]),
+    )
+
+
+def prompt_inputs(processor: Qwen2_5_VLProcessor, rows: Rows, index_B: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the processor makes of the chosen rows' prompts and pictures."""
+    pictures = list(rows.pictures_N3HW[index_B])
+    inputs = processor(
+        text=[rows.prompt] * len(pictures),
+        images=pictures,
+        return_tensors="pt",
+        images_kwargs={"disable_grouping": False},  # equal sizes: one batched operation instead of one per picture
+    )
+    return dict(inputs)
+
+
+def with_responses(
+    inputs: dict[str, torch.Tensor], responses: Sequence[Sequence[int]], *, pad: int
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Append each row's response on the right.
+
+    Returns:
+        The model's inputs, and labels int64 [B, L]: the response's tokens, -100 on prompt and padding.
+    """
+    longest = max(len(r) for r in responses)
+    response_BR = torch.tensor([[*r, *[pad] * (longest - len(r))] for r in responses])
+    real_BR = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in responses])
+    prompt_BQ = inputs["input_ids"]
+    together = {
+        **inputs,
+        "input_ids": torch.cat((prompt_BQ, response_BR), dim=1),
+        "attention_mask": torch.cat((inputs["attention_mask"], real_BR), dim=1),
+        "mm_token_type_ids": torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(response_BR)), dim=1),
+    }
+    labels_BL = torch.cat((torch.full_like(prompt_BQ, -100), response_BR.masked_fill(real_BR == 0, -100)), dim=1)
+    return together, labels_BL
+
+
+def boxed_number(text: str) -> int | None:
+    """The number in the last `\\boxed{}`; None if there is none."""
+    found = re.findall(r"\\boxed\{(\d+)\}", text)
+    return int(found[-1]) if found else None
+
+
+@torch.no_grad()
+def accuracy(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    rows: Rows,
+    *,
+    samples: int,
+    batch: int = 512,
+) -> float:
+    """Share of right answers over all rows: `samples` per row at temperature 1, or one greedy answer for 0."""
+    tokenizer = processor.tokenizer
+    banned = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
+    choice: dict[str, Any] = {"do_sample": False}
+    if samples:
+        choice = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_return_sequences": samples}
+    model.eval()
+    right = 0
+    for index_B in torch.arange(len(rows)).split(max(1, batch // max(1, samples))):
+        inputs = prompt_inputs(processor, rows, index_B)
+        out = model.generate(**inputs, **choice, max_new_tokens=MAX_RESPONSE_TOKENS, suppress_tokens=banned)
+        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        sums = rows.digits_N2[index_B].sum(dim=1).repeat_interleave(max(1, samples)).tolist()
+        right += sum(boxed_number(text) == s for text, s in zip(texts, sums, strict=True))
+    return right / (len(rows) * max(1, samples))
+
+
+def train(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    train_rows: Rows,
+    val_rows: Rows,
+    *,
+    band: tuple[float, float],
+    stop_at: float,
+    max_steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> Accuracy:
+    """AdamW on worded solutions of training pictures until held-out accuracy at temperature 1 reaches `stop_at`.
+
+    Generating answers costs as much as several steps. So it begins when the probability that the model gives to all
+    digits of a training solution passes LANDING_AT; from there on the rate is low, and the stop is not overshot.
+
+    Args:
+        band: held-out accuracies, sampled, that the finished model may have.
+        stop_at: accuracy to stop at, inside the band.
+        max_steps: give up after so many.
+        report: receives a line now and then.
+
+    Raises:
+        RuntimeError: the finished model's accuracy lies outside the band.
+    """
+    tokenizer = processor.tokenizer
+    digit_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(string.digits)))
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    begin = time.perf_counter()
+    likely, quick = 0.0, 0.0
+    step, landing = 0, 0
+    while step < max_steps and quick < stop_at:
+        step += 1
+        landing += bool(landing or likely > LANDING_AT)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (LANDING_LR if landing else min(1.0, step / 20))
+        index_B = torch.randint(len(train_rows), (batch,), generator=generator)
+        wording_B = torch.randint(len(SOLUTIONS), (batch,), generator=generator)
+        texts = [
+            solution(int(a), int(b), wording=int(w))
+            for (a, b), w in zip(train_rows.digits_N2[index_B], wording_B, strict=True)
+        ]
+        responses = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+        inputs, labels_BL = with_responses(
+            prompt_inputs(processor, train_rows, index_B), responses, pad=tokenizer.pad_token_id
+        )
+        model.train()
+        logits_BLV = model(**inputs, use_cache=False).logits
+        loss_BL = F.cross_entropy(
+            logits_BLV[:, :-1].transpose(1, 2), labels_BL[:, 1:], ignore_index=-100, reduction="none"
+        )
+        loss = loss_BL.sum() / (labels_BL[:, 1:] != -100).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        digit_loss_B = (loss_BL.detach() * torch.isin(labels_BL[:, 1:], digit_ids)).sum(dim=1)
+        likely = 0.7 * likely + 0.3 * torch.exp(-digit_loss_B).mean().item()
+        line = f"step {step:4d}  loss {loss.item():.3f}  digits {likely:.2f}"
+        if landing and landing % STEPS_BETWEEN_CHECKS == 0:
+            quick = accuracy(model, processor, val_rows.first(ROWS_PER_CHECK), samples=1)
+            line += f"  held-out accuracy {quick:.3f}"
+        if step % 10 == 0 or "accuracy" in line:
+            report(f"{line}  {time.perf_counter() - begin:.0f} s")
+    reached = Accuracy(
+        sampled=accuracy(model, processor, val_rows, samples=2),
+        greedy=accuracy(model, processor, val_rows, samples=0),
+        steps=step,
+    )
+    if not band[0] <= reached.sampled <= band[1]:
+        raise RuntimeError(
+            f"held-out accuracy is {reached.sampled:.3f} after {step} steps, outside {band[0]} .. {band[1]}; "
+            "give more --max-steps, another --stop-at or another --seed"
+        )
+    return reached
