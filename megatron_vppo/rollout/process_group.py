@@ -29,13 +29,14 @@ def unlink_shared_memory(group: int) -> None:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         except OSError:  # ended meanwhile
             continue
-        paths |= {line.split(maxsplit=5)[5] for line in lines if SHARED_MEMORY_PREFIX in line}
+        paths |= {line.split(maxsplit=5)[5] for line in lines if any(p in line for p in SHARED_MEMORY)}
     for path in paths:
         Path(path).unlink(missing_ok=True)  # "... (deleted)" where another has unlinked it
 
 
-SHARED_MEMORY_PREFIX = "/dev/shm/vllm_dist_"
-"""Of the segments by which vLLM's CPU workers exchange tensors; vLLM 0.32 leaves them behind."""
+SHARED_MEMORY = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
+"""Segments by which vLLM's CPU workers exchange tensors (vLLM 0.32 always leaves them behind) and messages (left behind
+where Python's resource tracker is killed as well). All are attached once the engine is ready."""
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -114,6 +114,7 @@ def refresh_tied_heads(model: torch.nn.Module) -> None:
     through the embedding, so after an update its own copy would still be the old one.
     """
     owners: dict[int, Any] = {}
+    module: Any
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is None:

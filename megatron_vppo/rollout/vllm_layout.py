@@ -144,7 +144,7 @@ class ExpectedDigests:
             )
             if weight.repacked:
                 shard = shard + 0.0  # the kernel's answer has no -0.0
-            self._hashes[rank, weight.key].update(shard.contiguous().flatten().view(torch.uint8).numpy())
+            self._hashes[rank, weight.key].update(shard.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def compare(self, live: Iterable[dict[str, str]]) -> int:
         """Number of weights compared. RuntimeError that names those which differ."""

@@ -9,6 +9,7 @@ function.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
                 yield LiveWeight(key=key, parameter=name, repacked=True, kv_replicas=kv_replicas), module
 
 
-def _read_back(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+def _read_back(layer: Any, dtype: torch.dtype) -> Tensor:
     """[out, in] weight of a linear layer or output head whose kernel is `cpu_linear`; -0.0 comes back as 0.0."""
     num_inputs = _num_inputs(layer)
     columns = []
@@ -79,11 +80,10 @@ def _read_back(layer: nn.Module, dtype: torch.dtype) -> Tensor:
     return torch.cat(columns, dim=1) + 0.0
 
 
-def _num_inputs(layer: nn.Module) -> int:
+def _num_inputs(layer: Any) -> int:
     if layer.weight.numel() > 0:
         return layer.weight.shape[1]
-    num_inputs = getattr(layer, "input_size_per_partition", None) or layer.input_size
-    return int(num_inputs)
+    return layer.input_size_per_partition if hasattr(layer, "input_size_per_partition") else layer.input_size
 
 
 def _digest(tensor: Tensor) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from rollout_rig import MAX_PIXELS, START_SECONDS, Rig
 from tiny_model import build_tokenizer, save_model_folder
 
