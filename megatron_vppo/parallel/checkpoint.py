@@ -25,7 +25,10 @@ from megatron_vppo.parallel.training import Trainable
 
 LATEST = "latest_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+_METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
+"""Optimizer state loads under the same tensor and pipeline sizes and any data-parallel size. Megatron's other format,
+'fully_reshardable', corrupts the state where parameters are padded between (its own warning says so; seen in 0.16.1 with
+two pipeline stages). Weights load under any layout."""
 
 
 def latest_step(folder: Path) -> int | None:
@@ -99,6 +102,7 @@ def _allocate_adam_state(trainable: Trainable) -> None:
             }
 
 
+@torch.no_grad()
 def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
     """Megatron's own loading, but for the step counts of torch's Adam.
 
@@ -112,7 +116,7 @@ def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
         return
     steps = {parameter: values.pop("step") for parameter, values in adam.state.items()}
     if sharded is not None:
-        _only_part(trainable).load_parameter_state_from_fully_reshardable(sharded)
+        _only_part(trainable).load_parameter_state_from_dp_reshardable(sharded)
     for parameter, step in steps.items():
         adam.state[parameter]["step"] = step.clone()
 

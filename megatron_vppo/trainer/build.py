@@ -19,7 +19,8 @@ from megatron_vppo.data.dataset import VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.data.perturb import PerturbSettings
-from megatron_vppo.data.prompts import PromptBuilder, PromptSet, PromptStream, load_prompts, read_template
+from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
+from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.qwen25_vl.build import build_model

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_vppo.algorithm.grouping import keep_group
 from megatron_vppo.algorithm.types import Prompt, Response, ScoredResponse
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.prompts import PromptStream
+from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.trainer.collective import from_rank_zero
