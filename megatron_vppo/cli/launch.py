@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -31,6 +32,15 @@ def take_rank_from_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def quieten_libraries() -> None:
+    """Takes notices off the terminal that say nothing about the run: what Megatron does without TransformerEngine and
+    Apex, torch's deprecations inside Megatron, and the progress bars of Hugging Face. Before their first import.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|torch\.autograd")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> int:

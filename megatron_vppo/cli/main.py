@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vppo.cli.launch import is_trainer_rank, launch_ranks, take_rank_from_slurm
+from megatron_vppo.cli.launch import is_trainer_rank, launch_ranks, quieten_libraries, take_rank_from_slurm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,10 +46,12 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     take_rank_from_slurm()
     if not is_trainer_rank():
+        quieten_libraries()
         from megatron_vppo.cli.preflight import check_before_launch
 
         num_ranks = check_before_launch(config)
         return launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides])
+    quieten_libraries()
     from megatron_vppo.trainer.build import run_training
 
     run_training(config)

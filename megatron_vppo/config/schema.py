@@ -134,6 +134,9 @@ class AlgorithmConfig(Section):
     """Sampling rounds per step at most; then the step trains on the groups it has."""
     truncated_responses: Literal["train", "mask"] = "train"
     """Responses cut at the length limit: train on them as they scored, or give them no gradient."""
+    score_banned_tokens: bool = False
+    """Whether the trainer's log-probs count the image and vision tokens, which rollouts cannot sample: the authors' do.
+    Preset-dependent."""
     rollout_correction_cap: float | None = Field(default=None, gt=0)
     """Weight each token's policy gradient by min(p_trainer / p_rollout, cap); None: no correction."""
     reference_devices: int | None = Field(default=None, gt=0)
@@ -162,6 +165,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "integer_ceil": False,
             "shaping_min_scope": "device_minibatch",
             "shaping_mean_scope": "microbatch",
+            "score_banned_tokens": True,
             "text_only_rows": "rank",
         },
         "perturb": {"stage": "pixels", "patch_size": 14},

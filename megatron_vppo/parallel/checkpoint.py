@@ -27,8 +27,8 @@ LATEST = "latest_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer state loads under the same tensor and pipeline sizes and any data-parallel size. Megatron's other format,
-'fully_reshardable', corrupts the state where parameters are padded between (its own warning says so; seen in 0.16.1 with
-two pipeline stages). Weights load under any layout."""
+'fully_reshardable', corrupts the state where parameters are padded between (its own warning says so; seen in 0.16.1
+with two pipeline stages). Weights load under any layout."""
 
 
 def latest_step(folder: Path) -> int | None:
@@ -93,7 +93,9 @@ def _allocate_adam_state(trainable: Trainable) -> None:
     the step count, without which its `state_dict` fails.
     """
     adam = _torch_adam(trainable)
-    for group in adam.param_groups if adam else []:
+    if adam is None:
+        return
+    for group in adam.param_groups:
         for parameter in group["params"]:
             adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,8 @@ class PolicySettings:
     """Of the rollouts; log-probs are those of the distribution that was sampled."""
     vocab_size: int
     """Without padding."""
+    banned_ids: tuple[int, ...]
+    """Tokens that rollouts cannot sample; left out of the distribution."""
     image_token_id: int
     merge_size: int
     rows_per_update: int
@@ -133,12 +135,13 @@ class MegatronPolicy:
         divergence: Divergence | None,
         results_BT: dict[str, Tensor],
     ) -> None:
-        """Writes one micro-batch's results: original views come first, and a row without an image is its own masked view."""
+        """Writes one micro-batch's results. Original views come first; a row without image is its own masked view."""
         hidden_NH = hidden_T1H[batch.hidden_index_N, 0]
         logp_N, entropy_N = self._logps(hidden_NH, batch.target_N, with_entropy=True)
         first_masked = int((~batch.perturbed_N).sum())
         at = (batch.row_N[:first_masked], batch.column_N[:first_masked])
         results_BT["logp"][at] = logp_N[:first_masked]
+        assert entropy_N is not None
         results_BT["entropy"][at] = entropy_N[:first_masked]
         results_BT["masked_logp"][at] = logp_N[:first_masked]
         masked_at = (batch.row_N[first_masked:], batch.column_N[first_masked:])
@@ -274,7 +277,7 @@ class MegatronPolicy:
             collect_non_loss_data=forward_only,
         )
 
-    def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         return token_logps(
             hidden_NH,
             self.trainable.module.head_weight_VD(),
@@ -289,11 +292,12 @@ class MegatronPolicy:
         names = dict.fromkeys(name for part in gathered for name in part)
         return {name: sum(part.get(name, 0.0) for part in gathered) / divide_by for name in names}
 
-    def _head_arguments(self) -> dict[str, object]:
+    def _head_arguments(self) -> dict[str, Any]:
         return {
             "group": self.layout.groups.tp,
             "vocab_start": self.layout.tensor_rank * self.trainable.module.head_weight_VD().shape[0],
             "vocab_size": self.settings.vocab_size,
+            "banned_ids": self.settings.banned_ids,
             "temperature": self.settings.temperature,
             "chunk_tokens": self.settings.head_chunk_tokens,
         }

@@ -9,7 +9,7 @@ rows (padding included until `_local_rows` cuts it off), R = statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_vppo.algorithm.dependency import jsd, kl_full
 
-# Stands for the largest logit of a rank that holds only padded vocabulary rows: finite, so that 0 * it stays 0.
+# Logit of a banned token, and the largest of a rank that holds only padded vocabulary rows: finite, so that 0 * it
+# stays 0.
 NO_LOGIT = -1e30
 
 
@@ -34,6 +35,7 @@ def token_logps(
     temperature: float,
     chunk_tokens: int,
     with_entropy: bool,
+    banned_ids: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the target tokens, and the entropy of their distributions; both differentiable.
 
@@ -50,6 +52,7 @@ def token_logps(
         temperature: the logits are divided by it.
         chunk_tokens: rows of logits that may exist at once.
         with_entropy: also return the entropy of the full distribution.
+        banned_ids: tokens that cannot be sampled: probability and gradient zero, the others share the whole.
 
     Returns:
         logp_N: [N] nats; float32 (float64 for float64 hidden states), whatever the dtype of the matrix product.
@@ -59,9 +62,13 @@ def token_logps(
     outside = int(((targets_N < 0) | (targets_N >= vocab_size)).sum())
     if outside:
         raise ValueError(f"{outside} of {targets_N.numel()} target tokens lie outside the vocabulary of {vocab_size}")
+    banned = int(torch.isin(targets_N, torch.tensor(banned_ids, device=targets_N.device)).sum()) if banned_ids else 0
+    if banned:
+        raise ValueError(f"{banned} of {targets_N.numel()} target tokens are banned: {tuple(banned_ids)}")
     logp_N, entropy_N = _TokenLogps.apply(
-        hidden_NH, weight_VH, targets_N, group, vocab_start, vocab_size, temperature, chunk_tokens, with_entropy
-    )
+        hidden_NH, weight_VH, targets_N, group, vocab_start, vocab_size, temperature, chunk_tokens, with_entropy,
+        banned_ids,
+    )  # fmt: skip
     return logp_N, entropy_N if with_entropy else None
 
 
@@ -77,6 +84,7 @@ def two_view_divergence(
     vocab_size: int,
     temperature: float,
     chunk_tokens: int,
+    banned_ids: Sequence[int] = (),
 ) -> Tensor:
     """Divergence between the next-token distributions given the original and the perturbed image, without gradient.
 
@@ -84,7 +92,7 @@ def two_view_divergence(
         hidden_NH, masked_hidden_NH: [N, H], the same positions in the two views.
         kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
         chunk_tokens: rows of logits that may exist at once, of both views together.
-        group, vocab_start, vocab_size, temperature, weight_VH: as in token_logps.
+        group, vocab_start, vocab_size, temperature, weight_VH, banned_ids: as in token_logps.
 
     Returns:
         [N] nats, float32 (float64 for float64 hidden states), never negative; equal on every rank of the group.
@@ -96,11 +104,12 @@ def two_view_divergence(
         raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
     divergence = kl_full if kind == "kl_full" else jsd
     weight_VH = _local_rows(weight_VH, vocab_start, vocab_size)
+    banned_V = _local_banned(banned_ids, vocab_start, weight_VH)
     divergence_N = hidden_NH.new_zeros(len(hidden_NH), dtype=_stat_dtype(hidden_NH))
     for rows in _chunks(len(hidden_NH), max(1, chunk_tokens // 2)):
         logps = []
         for view_NH in (hidden_NH, masked_hidden_NH):
-            logits_CV = _logits(view_NH[rows], weight_VH, temperature)
+            logits_CV = _logits(view_NH[rows], weight_VH, temperature, banned_V)
             peak_C = _all_reduce(_peak(logits_CV), group, dist.ReduceOp.MAX)
             total_C = _all_reduce((logits_CV - peak_C[:, None]).exp().sum(1), group)
             logps.append(logits_CV.sub_((peak_C + total_C.log())[:, None]))
@@ -122,15 +131,17 @@ class _TokenLogps(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         with_entropy: bool,
+        banned_ids: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
         local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
+        banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
         dtype = _stat_dtype(hidden_NH)
         peak_N = hidden_NH.new_empty(len(hidden_NH), dtype=dtype)
         # Rows: sum of exp(logit - peak); target logit; sum of exp(logit - peak) * (logit - peak).
         sums_RN = hidden_NH.new_zeros(3, len(hidden_NH), dtype=dtype)
         for rows in _chunks(len(hidden_NH), chunk_tokens):
-            logits_CV = _logits(hidden_NH[rows], rows_VH, temperature)
+            logits_CV = _logits(hidden_NH[rows], rows_VH, temperature, banned_V)
             peak_N[rows] = _peak(logits_CV)
             if len(rows_VH):
                 target_C = logits_CV.gather(1, local_N[rows, None])[:, 0]
@@ -150,7 +161,7 @@ class _TokenLogps(torch.autograd.Function):
         logp_N = (target_N - top_N) - log_total_N
         entropy_N = log_total_N - weighted_N / total_N if with_entropy else torch.zeros_like(logp_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, top_N + log_total_N, entropy_N)
-        ctx.settings = (group, vocab_start, vocab_size, temperature, chunk_tokens)
+        ctx.settings = (group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids)
         ctx.set_materialize_grads(False)
         if not with_entropy:
             ctx.mark_non_differentiable(entropy_N)
@@ -161,18 +172,19 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
         hidden_NH, weight_VH, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        group, vocab_start, vocab_size, temperature, chunk_tokens = ctx.settings
+        group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids = ctx.settings
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 9
+            return (None,) * 10
         rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
         local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
+        banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
         grad_hidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
         # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
         sum_dtype = _stat_dtype(hidden_NH)
         grad_weight_VH = weight_VH.new_zeros(weight_VH.shape, dtype=sum_dtype) if wants_weight else None
         for rows in _chunks(len(hidden_NH) if len(rows_VH) else 0, chunk_tokens):
-            logp_CV = _logits(hidden_NH[rows], rows_VH, temperature).sub_(logsumexp_N[rows, None])
+            logp_CV = _logits(hidden_NH[rows], rows_VH, temperature, banned_V).sub_(logsumexp_N[rows, None])
             p_CV = logp_CV.exp()
             grad_CV = torch.zeros_like(p_CV)
             if grad_entropy_N is not None:
@@ -190,7 +202,7 @@ class _TokenLogps(torch.autograd.Function):
             grad_hidden_NH = _all_reduce(grad_hidden_NH, group)
         if grad_weight_VH is not None:
             grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
-        return (grad_hidden_NH, grad_weight_VH, *(None,) * 7)
+        return (grad_hidden_NH, grad_weight_VH, *(None,) * 8)
 
 
 def _check(hidden_NH: Tensor, weight_VH: Tensor, *, temperature: float, chunk_tokens: int) -> None:
@@ -224,9 +236,16 @@ def _chunks(num_rows: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, num_rows))
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float) -> Tensor:
+def _local_banned(banned_ids: Sequence[int], vocab_start: int, weight_VH: Tensor) -> Tensor:
+    """Indices of the banned tokens among this rank's rows."""
+    local = [token - vocab_start for token in banned_ids if 0 <= token - vocab_start < len(weight_VH)]
+    return torch.tensor(local, dtype=torch.int64, device=weight_VH.device)
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, banned_V: Tensor) -> Tensor:
     """[C, V] in float32 or better. The product itself runs in the model's dtype, as the rollout engine computes it."""
-    return (hidden_CH @ weight_VH.T).to(_stat_dtype(hidden_CH)).div_(temperature)
+    logits_CV = (hidden_CH @ weight_VH.T).to(_stat_dtype(hidden_CH)).div_(temperature)
+    return logits_CV.index_fill_(1, banned_V, NO_LOGIT) if len(banned_V) else logits_CV
 
 
 def _peak(logits_CV: Tensor) -> Tensor:

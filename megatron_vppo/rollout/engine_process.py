@@ -77,6 +77,8 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             limit_mm_per_prompt={"image": settings.images_per_prompt, "video": 0},
             mm_processor_kwargs=dict(settings.mm_processor_kwargs) or None,
+            # Otherwise pixels reach the model as bytes and are normalised there, in another order of operations.
+            mm_device_do_normalize=False,
             skip_mm_profiling=settings.device == "cpu",
             seed=settings.seed,
             enforce_eager=settings.enforce_eager,

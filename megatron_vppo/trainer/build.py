@@ -20,8 +20,8 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.data.perturb import PerturbSettings
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
-from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.data.rewards import RewardPool
+from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.qwen25_vl.build import build_model
 from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
@@ -37,7 +37,7 @@ from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.collective import from_rank_zero
-from megatron_vppo.trainer.engines import start_engine
+from megatron_vppo.trainer.engines import start_engine, vision_token_ids
 from megatron_vppo.trainer.grading import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.model_folder import model_folder
@@ -215,6 +215,7 @@ def _policy(config: RunConfig, layout: Layout, source: Path, hf_config: Any, ima
     settings = PolicySettings(
         temperature=config.rollout.temperature,
         vocab_size=hf_config.text_config.vocab_size,
+        banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
         image_token_id=hf_config.image_token_id,
         merge_size=merge_size,
         rows_per_update=config.actor.micro_batch_size_per_device_for_update,

@@ -47,6 +47,11 @@ def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
     return count
 
 
+def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
+    """Of a model's transformers configuration."""
+    return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
+
+
 def start_engine(
     config: RunConfig, layout: Layout, source: Path, *, images: VisionInputs, hf_config: Any, logs: Path
 ) -> EnginePlace:
@@ -71,11 +76,9 @@ def start_engine(
         cpu_threads=config.rollout.threads_per_engine or max(1, cores // (count * config.rollout.tensor_parallel_size)),
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         enforce_eager=config.rollout.enforce_eager,
-        load_format="dummy",
+        load_format="empty",
         mm_processor_kwargs=images.mm_processor_kwargs,
-        banned_token_ids=tuple(
-            token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None
-        ),
+        banned_token_ids=vision_token_ids(hf_config),
     )
     client = RolloutEngine(settings, log_path=logs / f"engine_{index}.log")
     return EnginePlace(client, index, count)

@@ -11,7 +11,7 @@ from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
-from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.policy import MegatronPolicy, Views
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.mismatch import rollout_mismatch
 from megatron_vppo.trainer.sampler import EngineSampler
@@ -41,7 +41,7 @@ def train(run: Run) -> None:
     """From the loaded weights to the last step. A step without any group to train on is counted and leaves no trace."""
     config, policy, sampler, log = run.config, run.policy, run.sampler, run.log
     settings = vppo_settings(config)
-    views = "both" if settings.needs_dependency else "original"
+    views: Views = "both" if settings.needs_dependency else "original"
     divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
 
     sampler.load_weights(policy.hf_weights(), version=run.start_step)

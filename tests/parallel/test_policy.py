@@ -46,10 +46,12 @@ OPTIM = OptimSettings(
 GROUPS = (0, 0, 1, 1, 2, 2)
 ANSWER_LENGTH = 4
 STEP = 3
+BANNED = (1, 281)
+"""One in the rows of each of two tensor-parallel ranks; no row contains them."""
 
 
 def make_responses() -> list[Response]:
-    """The last tokens of each row are the answer. Two rows a group; rows of a group may differ, which nothing here minds."""
+    """The last tokens of each row are the answer. Two rows make a group, though their prompts differ."""
     names = list(GRIDS)
     responses = []
     for number, row in enumerate(make_rows()):
@@ -115,7 +117,8 @@ def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Te
             "mm_token_type_ids": (ids == IMAGE).int(),
         }
     out = model.model(input_ids=ids, **images).last_hidden_state[0]
-    return model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
+    logits = model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
+    return logits.index_fill(1, torch.tensor(BANNED), -1e30)
 
 
 def expected_outcome(folder: Path, entropy_kind: str) -> Outcome:
@@ -175,7 +178,8 @@ def make_policy(folder: Path, layout: Layout, *, rows: int, optim: OptimSettings
         make_trainable(model, layout=layout, settings=optim, dtype=torch.float32),
         layout=layout,
         settings=PolicySettings(
-            temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, image_token_id=IMAGE, merge_size=MERGE,
+            temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,
+            image_token_id=IMAGE, merge_size=MERGE,
             rows_per_update=rows, rows_per_experience=rows, head_chunk_tokens=5, perturb_per="row",
         ),
         patches=patches,
