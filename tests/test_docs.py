@@ -1,0 +1,224 @@
+"""What README and docs name exists: files, folders, make targets, `vppo` subcommands, settings, tests, links.
+
+Only code is looked at (`spans`, fenced and indented blocks) and the targets of links; prose may say what it likes. HTML
+comments are left out. The checker is itself shown planted mistakes below: it has to see each of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.config.load import load_config
+from megatron_vppo.config.schema import RunConfig, Section
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py"})
+"""Names that stand for a user's own files, and the one that is never to be."""
+MADE_LATER = ("runs/", "build/", ".venv")
+"""Folders that are made by running something."""
+RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
+IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
+
+KINDS_OF_FILES = "py|md|sh|yaml|toml|jinja|png|css|js"
+FILE = re.compile(rf"(?:[\w.<>*-]+/)*[\w.*-]+\.(?:{KINDS_OF_FILES})(?![\w.])")
+FOLDER = re.compile(r"(?:[\w.<>*-]+/)+")
+SETTING = re.compile(rf"(?<![\w./-])(?:{'|'.join(RunConfig.model_fields)})(?:\.[a-z_]\w*)+(?![\w./(])")
+NOT_SETTINGS = re.compile(rf"\.(?:{KINDS_OF_FILES}|safetensors|json|jsonl|parquet)$")
+
+
+# --- Reading a document -----------------------------------------------------------------------------------------------
+
+
+def code_in(text: str) -> Iterator[str]:
+    """Code spans, and the lines of fenced and indented blocks."""
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    prose, in_fence, previous_blank, in_block = [], False, True, False
+    for line in text.splitlines():
+        if line.lstrip().startswith("```"):
+            in_fence = not in_fence
+            continue
+        in_block = line.startswith("    ") and (in_block or previous_blank)
+        previous_blank = not line.strip() or (previous_blank and in_block)
+        if in_fence or in_block:
+            yield line
+        else:
+            prose.append(line)
+    for span in re.findall(r"`([^`]+)`", "\n".join(prose)):
+        yield span.replace("\n", " ")
+
+
+def links_in(text: str) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)):
+        if not re.match(r"[a-z]+://|#|mailto:", target):
+            yield target.partition("#")[0]
+
+
+# --- What exists ------------------------------------------------------------------------------------------------------
+
+
+@cache
+def existing() -> tuple[frozenset[str], frozenset[str]]:
+    """Files and folders (these with a closing slash) of the checkout, each by every ending of its path."""
+    files, folders = set(), set()
+    for base, names, leaves in os.walk(ROOT):
+        names[:] = [n for n in names if (n == ".ci" or not n.startswith((".", "__"))) and n not in ("runs", "build")]
+        parts = Path(base).relative_to(ROOT).parts
+        for leaf in leaves:
+            files.update("/".join([*parts, leaf][i:]) for i in range(len(parts) + 1))
+        folders.update("/".join(parts[i:]) + "/" for i in range(len(parts)))
+    return frozenset(files), frozenset(folders)
+
+
+@cache
+def make_targets() -> frozenset[str]:
+    return frozenset(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+
+
+@cache
+def subcommands() -> frozenset[str]:
+    tree = ast.parse((ROOT / "megatron_vppo/cli/main.py").read_text())
+    return frozenset(
+        str(node.args[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "add_parser"
+        and isinstance(node.args[0], ast.Constant)
+    )
+
+
+@cache
+def known_tests() -> frozenset[str]:
+    """Functions `test_...`, and modules by the same pattern."""
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    functions = {n for file in files for n in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE)}
+    return frozenset(functions | {file.stem for file in files})
+
+
+def is_setting(name: str) -> bool:
+    """Whether the dotted name is a setting or a section of one."""
+    model: type[Section] | None = RunConfig
+    for key in name.split("."):
+        if model is None or key not in model.model_fields:
+            return False
+        annotation = model.model_fields[key].annotation
+        is_section = typing.get_origin(annotation) is None and issubclass(typing.cast(type, annotation), Section)
+        model = typing.cast(type[Section], annotation) if is_section else None
+    return True
+
+
+# --- The checker ------------------------------------------------------------------------------------------------------
+
+
+def mistakes_in(text: str, folder: Path) -> list[str]:
+    """Everything that the text of a document in `folder` names and that does not exist."""
+    found = [f"link to {target}" for target in links_in(text) if not (folder / target).exists()]
+    for code in code_in(text):
+        found += _paths(code)
+        found += [f"make {t}" for t in re.findall(r"\bmake ([a-z][\w-]*)", code) if t not in make_targets()]
+        found += [f"vppo {c}" for c in re.findall(r"\bvppo ([a-z]\w*)", code) if c not in subcommands()]
+        for name in SETTING.findall(code):
+            if not NOT_SETTINGS.search(name) and not is_setting(name):
+                found.append(f"setting {name}")
+        found += [f"test {t}" for t in re.findall(r"(?<![\w/])test_\w+", code) if t not in known_tests()]
+    return found
+
+
+def _paths(code: str) -> list[str]:
+    files, folders = existing()
+    found = []
+    for word in re.split(r"[\s`'\"(),;=:]+", code):
+        if "://" in word or "<" in word or "*" in word or "..." in word or word.startswith(MADE_LATER):
+            continue
+        word = word.removeprefix("./").removeprefix("../")
+        if IN_RUN_FOLDER.search(word) or word in RUN_FOLDER:
+            continue
+        if FILE.fullmatch(word):
+            if word not in files and word not in NOT_SHIPPED:
+                found.append(f"file {word}")
+        elif FOLDER.fullmatch(word) and word not in folders:
+            found.append(f"folder {word}")
+    return found
+
+
+# --- The documents as they are ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_exists(path: Path) -> None:
+    assert mistakes_in(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+def test_the_documents_name_enough_to_be_worth_checking() -> None:
+    """An extraction that finds nothing would pass everything."""
+    code = "\n".join(line for path in DOCUMENTS for line in code_in(path.read_text(encoding="utf-8")))
+    assert len(set(SETTING.findall(code))) > 40
+    assert len(set(FILE.findall(code))) > 60
+    assert {"demo", "test", "test-compat"} <= set(re.findall(r"\bmake ([a-z][\w-]*)", code))
+    assert {"train", "report"} <= set(re.findall(r"\bvppo ([a-z]\w*)", code))
+
+
+def test_yaml_in_the_readme_is_a_whole_configuration(tmp_path: Path) -> None:
+    blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(block)
+        config = load_config(path)
+        assert config.data.rollout_batch_size % config.actor.global_batch_size == 0
+
+
+# --- Planted mistakes -------------------------------------------------------------------------------------------------
+
+PLANTED = [
+    ("Run `make everything`.", "make everything"),
+    ("\n    make tset   # all tests\n", "make tset"),
+    ("Look with `vppo inspect RUN`.", "vppo inspect"),
+    ("\n    .venv/bin/vppo trian --config x\n", "vppo trian"),
+    ("Set `rollout.number=4`.", "setting rollout.number"),
+    ("Set `algorithm.perturb.stages`.", "setting algorithm.perturb.stages"),
+    ("Set `rollout.n.k=4`.", "setting rollout.n.k"),
+    ("```\nvppo train --config my_run.yaml actor.lr=1\n```", "setting actor.lr"),
+    ("See `megatron_vppo/trainer/lop.py`.", "file megatron_vppo/trainer/lop.py"),
+    ("See `dependencies.py`.", "file dependencies.py"),
+    ("It is in `megatron_vppo/training/`.", "folder megatron_vppo/training/"),
+    ("\n    megatron_vppo/\n      controllers/     nothing\n", "folder controllers/"),
+    ("[here](docs/nowhere.md#part)", "link to docs/nowhere.md"),
+    ("![picture](docs/images/no_such_picture.png)", "link to docs/images/no_such_picture.png"),
+    ("`tests/parallel/test_nothing.py`", "file tests/parallel/test_nothing.py"),
+    ("Shown by `test_that_all_is_well`.", "test test_that_all_is_well"),
+]
+
+
+@pytest.mark.parametrize(("text", "mistake"), PLANTED, ids=[text.strip()[:40] for text, _ in PLANTED])
+def test_planted_mistakes_are_found(text: str, mistake: str) -> None:
+    assert mistakes_in(text, ROOT) == [mistake]
+
+
+RIGHT = """
+# Title
+
+Prose may say make haste, vppo nonsense and nowhere.py. <!-- `make nothing` and [x](gone.png) -->
+
+`make demo ARGS="rollout.n=4"`, `vppo report RUN`, `tests/test_docs.py`, `grouping.py`, `megatron_vppo/models/*.py`,
+`reward.reward_function=my_reward.py:score`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
+`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`. [Docs](docs/algorithm.md) and
+[paper](https://arxiv.org/abs/1).
+
+    make install                # and then
+    .venv/bin/vppo train --config examples/digits_cpu/config.yaml trainer.seed=2
+"""
+
+
+def test_what_is_right_passes() -> None:
+    assert mistakes_in(RIGHT, ROOT) == []
