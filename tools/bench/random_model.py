@@ -1,0 +1,117 @@
+"""A Qwen2.5-VL of about 60 M random parameters and rows that fit it: 256-token prompts, most of them picture.
+
+    python tools/bench/random_model.py --out build/bench/random_60m
+
+Writes OUT/model (an ordinary Hugging Face folder) and OUT/data/train.parquet, to measure time with: there is nothing to
+be learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from digits.checkpoint import MERGE, PATCH, SPECIAL_TOKENS, make_model, make_processor, save_checkpoint
+from digits.folder import build_once
+from digits.pairs import draw_pairs, load_scans, picture
+from PIL import Image
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
+
+VOCABULARY = 4096
+"""More rows than the tokenizer has tokens, as in the released models."""
+PICTURE_SIZE = (448, 392)
+"""Pixels across and down: 16 x 14 merged tokens of 28 pixels."""
+PROMPT_TOKENS = 256
+QUESTION = "<image>What is the exact sum?"
+"""One token per character: with the chat template and the picture, PROMPT_TOKENS."""
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+    """59 M parameters: 48 M in the language layers, 7 M in the vision tower, 4 M in the vocabulary.
+
+    The EOS token is `<|video_pad|>`, which training never lets the engine sample: every response runs to its limit.
+    """
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 512,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+            "bos_token_id": ids["<|endoftext|>"],
+            "eos_token_id": ids["<|video_pad|>"],
+            "pad_token_id": ids["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 6,
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_heads": 4,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "temporal_patch_size": 2,
+            "window_size": 112,
+            "fullatt_block_indexes": [2, 5],
+            "out_hidden_size": 512,
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=False,
+    )
+
+
+def write_rows(path: Path, *, rows: int, seed: int) -> None:
+    """One parquet file in the released data sets' schema: pairs of scanned digits, stretched to PICTURE_SIZE."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as ImageFeature
+
+    scans = load_scans()
+    pairs = draw_pairs(range(len(scans.digit_S)), count=rows, seed=seed)
+    columns = {
+        "problem": [QUESTION] * rows,
+        "answer": [str(scans.digit_S[p.left] + scans.digit_S[p.right]) for p in pairs],
+        "images": [[picture(scans, p).resize(PICTURE_SIZE, Image.Resampling.BICUBIC)] for p in pairs],
+    }
+    features = Features({"problem": Value("string"), "answer": Value("string"), "images": List(ImageFeature())})
+    Dataset.from_dict(columns, features=features).to_parquet(str(path))
+
+
+def build(out: Path, *, rows: int, seed: int) -> dict[str, Any]:
+    """Both folders into the existing folder `out`; the same arguments write the same weights and rows."""
+    processor = make_processor()
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": PICTURE_SIZE[0] * PICTURE_SIZE[1]}
+    model = make_model(make_config(processor.tokenizer), seed=seed)
+    save_checkpoint(model, processor, out / "model")
+    (out / "data").mkdir()
+    write_rows(out / "data" / "train.parquet", rows=rows, seed=seed)
+    return {"params": sum(p.numel() for p in model.parameters()), "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    arguments = {"rows": options.rows, "seed": options.seed}
+    result, reused = build_once(options.out, arguments, lambda folder: build(folder, **arguments))
+    print(json.dumps({**result, "reused": reused}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Seconds per phase, tokens per second, FLOP rates and peak memory of `vppo train`, as one JSON object on stdout.
+
+    python tools/bench/step_time.py --config demo|compute|FILE [--steps N] [key=value ...]
+
+Runs the real command in a temporary folder and reads what it logged; its own output goes to stderr. 'demo' is
+examples/digits_cpu/config.yaml, 'compute' tools/bench/configs/compute.yaml; what they train is built first where it is
+missing. What the numbers mean: tools/bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+from transformers import AutoConfig, AutoProcessor
+
+from bench.flops import StepShape, model_cost, phase_flops
+from bench.machine import commit, hardware, matmul_gflops, versions
+from bench.process_memory import MemorySampler, ProcessPeak, by_role
+from bench.timing import measured_lines, median, phase_seconds, startup_seconds
+from megatron_vppo.config.load import load_config
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.dataset import open_dataset
+from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.observability.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_DATA, DEMO_MODEL = "build/digits/data", "build/digits/model"
+RANDOM = "build/bench/random_60m"
+CONFIGS: dict[str, tuple[str, list[list[str]]]] = {
+    "demo": (
+        "examples/digits_cpu/config.yaml",
+        [
+            ["tools/make_digits_data.py", "--out", DEMO_DATA],
+            ["tools/make_digits_model.py", "--data", DEMO_DATA, "--out", DEMO_MODEL],
+        ],
+    ),
+    "compute": ("tools/bench/configs/compute.yaml", [["tools/bench/random_model.py", "--out", RANDOM]]),
+}
+"""Name -> file, and the programs that build what it names."""
+
+WARMUP_STEPS = 1
+ROWS_LOOKED_AT = 64
+END_SECONDS = 20
+"""For a run that is interrupted to end its engine."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="demo, compute, or a YAML file")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that is not (default: 3)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for vppo train")
+    options = parser.parse_args(arguments)
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}: at least one step has to be measured")
+    print(json.dumps(measure(options.config, steps=options.steps, overrides=options.overrides), indent=1))
+
+
+def measure(name: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Builds, runs, and puts the answer together."""
+    path, builders = CONFIGS.get(name, (name, []))
+    for builder in builders:
+        subprocess.run([sys.executable, *builder], cwd=ROOT, stdout=sys.stderr, check=True)
+    with tempfile.TemporaryDirectory(prefix="vppo-bench-") as runs_dir:
+        settings = [*overrides, *run_settings(runs_dir, steps=steps)]
+        config = load_config(_from_root(path), settings)
+        threads = trainer_threads(config)
+        ceilings, loads = [matmul_gflops(threads=threads)], [os.getloadavg()[0]]
+        started = time.time()
+        peaks = run_training(path, settings)
+        ended = time.time()
+        loads.append(os.getloadavg()[0])
+        ceilings.append(matmul_gflops(threads=threads))
+        lines = read_metrics(Path(runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
+    measured = measured_lines(lines, warmup=WARMUP_STEPS, steps=steps)
+    shape = step_shape(config, median(measured, "rollout/sampled_groups"), median(measured, "rollout/kept_groups"),
+                       median(measured, "prompt_length/mean"), median(measured, "response_length/mean"))  # fmt: skip
+    seconds = phase_seconds(measured)
+    machine = hardware()
+    flops = phase_flops(shape, model_cost(AutoConfig.from_pretrained(_from_root(config.model.path))))
+    return {
+        "config": path,
+        "overrides": list(overrides),
+        "measured_steps": steps,
+        "startup_s": round(startup_seconds(lines, started=started), 2),
+        "total_s": round(ended - started, 2),
+        "seconds": _rounded(seconds),
+        "tokens_per_s": {phase: round(n / seconds[phase]["median"], 1) for phase, n in shape.phase_tokens().items()},
+        "floor": None if machine["gpus"] else floor(flops, seconds, ceilings=ceilings, threads=threads),
+        "shape": asdict(shape),
+        "weight_sync_mib": round(median(measured, "weight_sync/bytes") / 2**20, 1),
+        "memory": by_role(peaks),
+        "hardware": machine,
+        "load_average": {"before": round(loads[0], 2), "after": round(loads[1], 2)},
+        "versions": versions(),
+        "git": commit(ROOT),
+        "settings": config.model_dump(mode="json"),
+    }
+
+
+def run_settings(runs_dir: str, *, steps: int) -> list[str]:
+    """A run of its own, without validation and export. The last step writes a checkpoint, which is not counted."""
+    return [
+        f"trainer.runs_dir={runs_dir}",
+        f"trainer.total_steps={WARMUP_STEPS + steps}",
+        "trainer.val_before_train=false",
+        "data.val_files=null",
+        "trainer.save_freq=-1",
+        "trainer.save_hf=false",
+        "trainer.resume=false",
+    ]
+
+
+def run_training(path: str, settings: Sequence[str]) -> list[ProcessPeak]:
+    """`vppo train` in a process group of its own, its output to stderr; peak memory of every process below it.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    command = [sys.executable, "-m", "megatron_vppo.cli.main", "train", "--config", path, *settings]
+    with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr, start_new_session=True) as process:
+        memory = MemorySampler(process.pid)
+        try:
+            status = process.wait()
+        finally:
+            _end_group(process)
+            peaks = memory.stop()
+    if status:
+        raise RuntimeError(f"vppo train ended with status {status}; its last lines are above")
+    return peaks
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then SIGKILL, to what is left of the run; engines see their trainer gone and end by themselves."""
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, ending)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(END_SECONDS)
+            return
+
+
+def trainer_threads(config: RunConfig) -> int:
+    """Threads of all trainer ranks together, on a machine without GPUs."""
+    parallel = config.parallel
+    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    return ranks * (parallel.data_parallel_size or 1) * parallel.threads_per_rank
+
+
+def step_shape(
+    config: RunConfig, sampled_groups: float, trained_groups: float, prompt_tokens: float, response_tokens: float
+) -> StepShape:
+    """Lengths are means over all sampled responses: those of dropped groups count for the trained ones too."""
+    algorithm = config.algorithm
+    perturbed = algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping
+    return StepShape(
+        sampled_groups=sampled_groups,
+        trained_groups=trained_groups,
+        responses_per_group=config.rollout.n,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        patches_per_prompt=patches_per_prompt(config),
+        views=2 if perturbed else 1,
+        perturbed_per_row=algorithm.perturb.per == "row",
+        epochs=config.actor.ppo_epochs,
+    )
+
+
+def patches_per_prompt(config: RunConfig) -> float:
+    """Vision patches of a prompt's pictures after the resize, mean over the first training rows."""
+    data = config.data
+    rows = open_dataset(
+        str(_from_root(data.train_files)),
+        problem_key=data.prompt_key,
+        answer_key=data.answer_key,
+        image_key=data.image_key,
+        image_dir=data.image_dir,
+        max_rows=ROWS_LOOKED_AT,
+    )
+    geometry = ImageGeometry.from_processor(
+        AutoProcessor.from_pretrained(_from_root(config.model.path)).image_processor,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        mode="easyr1" if config.algorithm.preset == "reference" else "smart",
+    )
+    patches = 0
+    for row in range(len(rows)):
+        for index in range(len(rows.image_cells(row))):
+            _, down, across = geometry.grid(*rows.image_size(row, index))
+            patches += down * across
+    return patches / len(rows)
+
+
+def floor(
+    flops: dict[str, float], seconds: dict[str, dict[str, float]], *, ceilings: Sequence[float], threads: int
+) -> dict[str, Any]:
+    """What the arithmetic alone would take, were all of it as fast as the matrix product measured before and after."""
+    ceiling = max(ceilings)
+    phases = {}
+    for phase, count in flops.items():
+        took = seconds[phase]["median"]
+        phases[phase] = {
+            "gflop": round(count / 1e9, 2),
+            "gflops": round(count / 1e9 / took, 2),
+            "floor_s": round(count / 1e9 / ceiling, 3),
+            "of_ceiling": round(count / 1e9 / took / ceiling, 4),
+        }
+    return {"matmul_gflops": [round(c, 1) for c in ceilings], "matmul_threads": threads, "phases": phases}
+
+
+def _from_root(path: str) -> str:
+    """Paths of a config are taken from the folder that `vppo train` runs in; anything else is a hub id."""
+    return str(ROOT / path) if (ROOT / path.partition("@")[0]).exists() else path
+
+
+def _rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {key: round(value, 4) for key, value in row.items()} for name, row in table.items()}
+
+
+if __name__ == "__main__":
+    main()

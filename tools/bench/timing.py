@@ -1,0 +1,61 @@
+"""From the lines of a run's metrics.jsonl to seconds per phase and tokens per second."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+PHASES = ("gen", "reward", "score", "adv", "update_actor", "update_weights")
+ONCE = ("testing", "save_checkpoint")
+"""Spans that are no part of every step; taken off the step's time."""
+
+Line = Mapping[str, float]
+
+
+def measured_lines(lines: Sequence[Line], *, warmup: int, steps: int) -> list[Line]:
+    """The lines of the `steps` training steps after the first `warmup`.
+
+    Raises:
+        ValueError: the run ended earlier, or a measured step trained on nothing.
+    """
+    training = [line for line in lines if line["step"] >= 1]
+    measured = training[warmup : warmup + steps]
+    if len(measured) < steps:
+        raise ValueError(f"the run logged {len(training)} training steps; {warmup} + {steps} were to be measured")
+    empty = [int(line["step"]) for line in measured if "timing_s/update_actor" not in line]
+    if empty:
+        raise ValueError(
+            f"steps {empty} trained on nothing: every group was dropped. Set algorithm.online_filtering=false"
+        )
+    return measured
+
+
+def phase_seconds(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
+    """Per phase the median, least and most over the lines; 'step' is the whole step without validation and checkpoints,
+    'other' what no phase of it claims."""
+    series: dict[str, list[float]] = {
+        phase: [line[f"timing_s/{phase}"] for line in lines if f"timing_s/{phase}" in line] for phase in PHASES
+    }
+    series["step"] = [step_seconds(line) for line in lines]
+    series["other"] = [
+        step_seconds(line) - sum(line.get(f"timing_s/{phase}", 0.0) for phase in PHASES) for line in lines
+    ]
+    return {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name, values in series.items()
+        if values
+    }
+
+
+def step_seconds(line: Line) -> float:
+    return line["timing_s/step"] - sum(line.get(f"timing_s/{name}", 0.0) for name in ONCE)
+
+
+def startup_seconds(lines: Sequence[Line], *, started: float) -> float:
+    """From the command (unix seconds) to the first step: imports, models, engine, data set, first weight transfer."""
+    first = lines[0]
+    return first["time"] - first["timing_s/step"] - started
+
+
+def median(lines: Sequence[Line], name: str) -> float:
+    return statistics.median(line[name] for line in lines)
