@@ -38,6 +38,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.observability.metrics import read_metrics
+from megatron_vppo.rollout.process_group import members
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA, DEMO_MODEL = "build/digits/data", "build/digits/model"
@@ -57,7 +58,7 @@ CONFIGS: dict[str, tuple[str, list[list[str]]]] = {
 WARMUP_STEPS = 1
 ROWS_LOOKED_AT = 64
 END_SECONDS = 20
-"""For a run that is interrupted to end its engine."""
+"""For a run that is interrupted to end its ranks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -76,7 +77,7 @@ def measure(name: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any
     path, builders = CONFIGS.get(name, (name, []))
     for builder in builders:
         subprocess.run([sys.executable, *builder], cwd=ROOT, stdout=sys.stderr, check=True)
-    with tempfile.TemporaryDirectory(prefix="vppo-bench-") as runs_dir:
+    with tempfile.TemporaryDirectory(prefix="vppo-bench-", ignore_cleanup_errors=True) as runs_dir:
         settings = [*overrides, *run_settings(runs_dir, steps=steps)]
         config = load_config(_from_root(path), settings)
         threads = trainer_threads(config)
@@ -148,10 +149,15 @@ def run_training(path: str, settings: Sequence[str]) -> list[ProcessPeak]:
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """SIGTERM, then SIGKILL, to what is left of the run; engines see their trainer gone and end by themselves."""
     for ending in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + END_SECONDS
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, ending)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_SECONDS)
+        while members(process.pid):
+            if time.monotonic() > deadline:
+                break
+            process.poll()
+            time.sleep(0.1)
+        else:
             return
 
 
