@@ -82,7 +82,8 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
     return {
         "model": model,
         "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
-        "rng": ShardedObject("rng", _rng_state(), (layout.world_size,), (layout.rank,)),
+        # One for all: whatever the trainer draws, it draws alike on every rank, or on rank 0 alone.
+        "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank),
     }
 
 

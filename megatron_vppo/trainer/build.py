@@ -60,8 +60,8 @@ def run_training(config: RunConfig) -> None:
     folder = RunFolder(Path(config.trainer.runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
     with _open_run(config, layout, folder) as (run, source):
         train(run)
-        if config.trainer.save_hf and run.start_step < run.total_steps:
-            target = folder.huggingface(run.total_steps)
+        target = folder.huggingface(run.total_steps)
+        if config.trainer.save_hf and not from_rank_zero(target.is_dir):
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
     if layout.rank == 0:
         print(f"report: {write_report(folder.root)}", flush=True)

@@ -86,10 +86,10 @@ def train(run: Run) -> None:
                 run.record(step, minibatches, groups, scores)
 
             # 8. Validate, checkpoint.
-            if run.validator and _is_due(step, config.trainer.val_freq, run.total_steps):
+            if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
                 with log.span("testing"):
                     log.add_all(run.validator.run())
-            if _is_due(step, config.trainer.save_freq, run.total_steps):
+            if is_due(step, config.trainer.save_freq, run.total_steps):
                 with log.span("save_checkpoint"):
                     run.save(step)
 
@@ -101,6 +101,6 @@ def vppo_settings(config: RunConfig) -> VppoSettings:
     )
 
 
-def _is_due(step: int, freq: int, total_steps: int) -> bool:
+def is_due(step: int, freq: int, total_steps: int) -> bool:
     """Every `freq` steps and after the last one; a negative `freq` leaves the last one only."""
     return step == total_steps or (freq > 0 and step % freq == 0)

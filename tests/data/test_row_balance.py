@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vppo.data.packing import assign_to_ranks, micro_batches
+from megatron_vppo.data.packing import assign_to_ranks
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -41,17 +41,6 @@ def test_balance_is_far_better_than_rows_in_order() -> None:
     assert max(totals) / (sum(totals) / 8) < 1.01 < 1.7 < max(in_order) / (sum(in_order) / 8)
 
 
-@pytest.mark.parametrize("num_rows, size, expected", [(0, 4, 0), (1, 4, 1), (8, 4, 2), (9, 4, 3), (3, 1, 3)])
-def test_micro_batches_respect_their_size(num_rows: int, size: int, expected: int) -> None:
-    lengths = np.random.default_rng(1).integers(1, 100, size=num_rows).tolist()
-    groups = micro_batches(lengths, rows_per_micro_batch=size)
-    assert len(groups) == expected
-    assert all(1 <= len(group) <= size for group in groups)
-    assert sorted(row for group in groups for row in group) == list(range(num_rows))
-
-
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="num_ranks=0"):
         assign_to_ranks([1], num_ranks=0)
-    with pytest.raises(ValueError, match="rows_per_micro_batch=0"):
-        micro_batches([1], rows_per_micro_batch=0)

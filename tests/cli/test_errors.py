@@ -1,0 +1,66 @@
+"""What a user sees of a wrong command: one message that names the fix, exit status 2, and no rank started."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.cli.launch import take_rank_from_slurm
+from megatron_vppo.cli.main import main
+from tests.models.tiny import tiny_config
+
+CONFIG = """
+data: {train_files: rows.jsonl, rollout_batch_size: 8}
+model: {path: MODEL, dtype: float32}
+actor: {global_batch_size: 8}
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    tiny_config(tied=True, vocab=299).save_pretrained(tmp_path / "model")
+    path = tmp_path / "config.yaml"
+    path.write_text(CONFIG.replace("MODEL", str(tmp_path / "model")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("rolout.n=4", "rollout"),
+        ("rollout.n=many", "rollout.n"),
+        ("actor.global_batch_size=3", "rollout_batch_size"),
+        ("parallel.tensor_model_parallel_size=4", "key-value heads"),
+        ("parallel.pipeline_model_parallel_size=8", "layers"),
+        ("rollout.num_engines=3", "num_engines=3"),
+        ("model.path=/no/such/folder", "no such folder"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    override: str, message: str, config_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", str(config_file), override]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("vppo: ") and message in error
+    assert "Traceback" not in error
+
+
+def test_slurm_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_LOCALID", "1")
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    with pytest.raises(ValueError, match="MASTER_ADDR"):
+        take_rank_from_slurm()
+    monkeypatch.setenv("MASTER_ADDR", "node1")
+    take_rank_from_slurm()
+    assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")] == [
+        "3",
+        "4",
+        "1",
+        "29500",
+    ]

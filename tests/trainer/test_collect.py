@@ -1,0 +1,108 @@
+"""Bounded resampling and group filtering. What is under test is the rule; sampler and grader follow a script."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_vppo.algorithm.types import Prompt, Response, Reward, ScoredResponse
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.observability.metrics import RunLog, read_metrics
+from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.trainer.collect import Collector
+
+
+class Stream:
+    def __init__(self) -> None:
+        self.drawn = 0
+
+    def next(self, k: int) -> list[Prompt]:
+        self.drawn += k
+        return [Prompt("train", self.drawn - k + i, "q", "a", (1, 2), (1, 2), (), ()) for i in range(k)]
+
+
+class Sampler:
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def generate(self, prompts: Any, *, seeds: Any, sampling: Any, first_group: int = 0) -> list[list[Response]]:
+        self.seeds += [seed for group in seeds for seed in group]
+        return [
+            [Response(p, first_group + i, j, (5,) * (j + 1), (0.0,) * (j + 1), "stop", 0) for j in range(len(seeds[i]))]
+            for i, p in enumerate(prompts)
+        ]
+
+
+class Grader:
+    """Row r is right in its first sample where `mixed` says so, and wrong otherwise."""
+
+    def __init__(self, mixed: set[int]) -> None:
+        self.mixed = mixed
+
+    def score(self, responses: Any) -> list[ScoredResponse]:
+        rights = [float(r.sample == 0 and r.prompt.row in self.mixed) for r in responses]
+        return [ScoredResponse(r, "", Reward(right, right, {})) for r, right in zip(responses, rights, strict=True)]
+
+
+@pytest.fixture(autouse=True)
+def world() -> Any:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def collect(tmp_path: Path, mixed: set[int], **algorithm: Any) -> tuple[list[Any], dict[str, float], Sampler]:
+    config = RunConfig.model_validate(
+        {
+            "data": {"train_files": "x", "rollout_batch_size": 4},
+            "model": {"path": "y"},
+            "actor": {"global_batch_size": 4},
+            "rollout": {"n": 2},
+            "algorithm": algorithm,
+        }
+    )
+    sampler = Sampler()
+    collector = Collector(config, Stream(), sampler, Grader(mixed), SamplingSettings(max_tokens=4))  # type: ignore[arg-type]
+    log = RunLog(tmp_path)
+    with log.step(1):
+        groups = collector.groups(1, log)
+    log.close()
+    (metrics,) = read_metrics(tmp_path)
+    return groups, metrics, sampler
+
+
+def test_sampling_goes_on_until_the_batch_is_full_and_drops_the_surplus(tmp_path: Path) -> None:
+    groups, metrics, sampler = collect(tmp_path, {1, 3, 4, 5, 6}, max_try_make_batch=4)
+    assert [group[0].response.prompt.row for group in groups] == [1, 3, 4, 5]
+    assert metrics["rollout/attempts"] == 2
+    assert metrics["rollout/sampled_groups"] == 8
+    assert metrics["rollout/kept_groups"] == 4
+    assert len({group[0].response.group_id for group in groups}) == 4
+    assert len(set(sampler.seeds)) == 16, "a retry must not repeat the noise of an earlier round"
+
+
+def test_sampling_stops_at_the_bound_and_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        groups, metrics, _ = collect(tmp_path, {2}, max_try_make_batch=3)
+    assert [group[0].response.prompt.row for group in groups] == [2]
+    assert metrics["rollout/sampled_groups"] == 12
+    assert "1 of 4 wanted groups" in caplog.text and "algorithm.max_try_make_batch" in caplog.text
+
+
+def test_a_step_may_keep_nothing(tmp_path: Path) -> None:
+    groups, metrics, _ = collect(tmp_path, set(), max_try_make_batch=2)
+    assert groups == [] and metrics["rollout/kept_groups"] == 0
+    assert metrics["critic/score/mean"] == 0.0
+
+
+def test_without_filtering_every_group_is_kept(tmp_path: Path) -> None:
+    groups, metrics, _ = collect(tmp_path, {0}, online_filtering=False)
+    assert len(groups) == 4 and metrics["rollout/attempts"] == 1
+    # One of eight responses is right; lengths are 1 and 2.
+    assert metrics["critic/score/mean"] == pytest.approx(1 / 8)
+    assert metrics["response_length/mean"] == pytest.approx(1.5)
+    assert metrics["prompt_length/max"] == 2
