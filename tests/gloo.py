@@ -16,6 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+PRELOADED = ["torch", "transformers", "megatron_vppo.parallel.policy", "megatron_vppo.models.qwen25_vl.build"]
+
+
 def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:
     """Calls fn(rank, world_size, *args) in world_size fresh processes, one thread each, default group initialised.
 
@@ -29,7 +32,9 @@ def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout_second
         TimeoutError: not all ranks were done in time; all are ended.
     """
     with tempfile.TemporaryDirectory(prefix="gloo_") as folder:
-        context = mp.get_context("spawn")
+        # Forked from a server that has imported what every rank needs and has run nothing: seconds saved per rank.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         processes = [
             context.Process(target=_run_rank, args=(rank, world_size, folder, timeout_seconds, fn, args))
             for rank in range(world_size)

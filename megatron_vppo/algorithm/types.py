@@ -1,4 +1,4 @@
-"""The records that the stages of a training step hand to each other, and the two protocols behind which engines live.
+"""The records that the stages of a training step hand to each other.
 
 Shape suffix legend: B = responses, T = response tokens (right-padded). Records are built once, when every field is
 known, and never edited. They are light (token ids, log-probs, references to images; never pixels), so every rank
@@ -7,9 +7,8 @@ holds all of them and every statistic of the algorithm is computed on the same r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -128,21 +127,3 @@ class TrainBatch:
     response_mask_BT: Tensor
     """fp32; 1.0 on response tokens; for metrics."""
     loss: LossSpec
-
-
-class Policy(Protocol):
-    """The trained model, on every trainer rank; every method is a collective over all of them."""
-
-    def score(self, responses: Sequence[Response], *, step: int, views: str) -> Scores: ...
-
-    def update(self, batch: TrainBatch) -> dict[str, float]: ...
-
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]: ...
-
-
-class Sampler(Protocol):
-    """The rollout engines, on every trainer rank; every method is a collective over all of them."""
-
-    def generate(self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int | None]]) -> list[list[Response]]: ...
-
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]], *, version: int) -> dict[str, float]: ...

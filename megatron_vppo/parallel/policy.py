@@ -55,7 +55,7 @@ class PolicySettings:
 
 
 class MegatronPolicy:
-    """See the Policy protocol in algorithm/types.py."""
+    """Every method is a collective over all trainer ranks."""
 
     def __init__(
         self,

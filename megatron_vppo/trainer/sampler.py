@@ -18,7 +18,7 @@ SeedKind = Literal["independent", "shared", "engine"]
 
 
 class EngineSampler:
-    """See the Sampler protocol in algorithm/types.py."""
+    """Every method but `close` is a collective over all trainer ranks."""
 
     def __init__(
         self,
