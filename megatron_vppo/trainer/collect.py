@@ -54,7 +54,8 @@ class Collector:
         log.add_all(_sampling_metrics(sampled))
         log.add("rollout/attempts", attempt + 1)
         log.add("rollout/sampled_groups", len(sampled))
-        log.add("rollout/kept_groups", min(len(kept), wanted))
+        log.add("rollout/kept_groups", len(kept))
+        log.add("rollout/trained_groups", min(len(kept), wanted))
         return kept[:wanted]
 
     def _sample(self, step: int, attempt: int, log: RunLog) -> list[Group]:

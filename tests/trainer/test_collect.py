@@ -80,7 +80,7 @@ def test_sampling_goes_on_until_the_batch_is_full_and_drops_the_surplus(tmp_path
     assert [group[0].response.prompt.row for group in groups] == [1, 3, 4, 5]
     assert metrics["rollout/attempts"] == 2
     assert metrics["rollout/sampled_groups"] == 8
-    assert metrics["rollout/kept_groups"] == 4
+    assert metrics["rollout/kept_groups"] == 5 and metrics["rollout/trained_groups"] == 4
     assert len({group[0].response.group_id for group in groups}) == 4
     assert len(set(sampler.seeds)) == 16, "a retry must not repeat the noise of an earlier round"
 
