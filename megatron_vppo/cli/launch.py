@@ -7,6 +7,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
+
+from megatron_vppo.data.workers import die_with_parent
 
 
 def is_trainer_rank() -> bool:
@@ -34,6 +37,12 @@ def take_rank_from_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", "29500")
 
 
+def end_with_torchrun() -> None:
+    """torchrun puts each rank into a session of its own, where a SIGKILL to torchrun's group does not reach it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent(os.getppid())
+
+
 def quieten_libraries() -> None:
     """Takes notices off the terminal that say nothing about the run: what Megatron does without TransformerEngine and
     Apex, torch's deprecations inside Megatron, and the progress bars of Hugging Face. Before their first import.
@@ -46,14 +55,15 @@ def quieten_libraries() -> None:
 def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
     """Runs `vppo ARGUMENTS` on `num_ranks` local ranks under torchrun and returns its exit status.
 
-    torchrun ends all ranks when one fails, and passes signals on.
+    torchrun ends all ranks when one fails, and passes signals on. Killed without a chance to do so, each of the three
+    generations takes the next with it.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
         "-m", "megatron_vppo.cli.main", *arguments,
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with subprocess.Popen(command, env=environment) as torchrun:
+    with subprocess.Popen(command, env=environment, preexec_fn=partial(die_with_parent, os.getpid())) as torchrun:
         while True:
             try:
                 return torchrun.wait()

@@ -7,7 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vppo.cli.launch import is_trainer_rank, launch_ranks, quieten_libraries, take_rank_from_slurm
+from megatron_vppo.cli.launch import (
+    end_with_torchrun,
+    is_trainer_rank,
+    launch_ranks,
+    quieten_libraries,
+    take_rank_from_slurm,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,6 +57,7 @@ def _train(options: argparse.Namespace) -> int:
 
         num_ranks = check_before_launch(config)
         return launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides])
+    end_with_torchrun()
     quieten_libraries()
     from megatron_vppo.trainer.build import run_training
 
