@@ -22,5 +22,6 @@ print(Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name)
 PY
 )
 echo "demo: training, into $run"
+started=$SECONDS
 vppo train --config "$here/config.yaml" "$@"
-python -m megatron_vppo.trainer.summary "$run"
+python -m megatron_vppo.trainer.summary "$run" --seconds-rl $((SECONDS - started))

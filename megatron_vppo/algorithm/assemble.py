@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm import dependency as dependency_kinds
 from megatron_vppo.algorithm.grouping import emulated_split, group_advantages
-from megatron_vppo.algorithm.metrics import minibatch_metrics
+from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
@@ -173,7 +173,7 @@ def _assemble_rows(
     metrics = minibatch_metrics(
         dependency_BT, token_mask_BT, trained_BT, mask_BT, score_B, scale, correction_BT=correction_BT
     )
-    return Minibatch(batch, record, metrics)
+    return Minibatch(batch, record, {**metrics, **advantage_metrics(batch.advantage_BT, trained_BT)})
 
 
 def _token_mask(

@@ -10,6 +10,18 @@ from torch import Tensor
 from megatron_vppo.algorithm.shaping import TrajectoryScale
 
 
+def advantage_metrics(advantage_BT: Tensor, trained_BT: Tensor) -> dict[str, float]:
+    """Of the shaped advantages, over the tokens that are trained on; empty without any."""
+    advantage_N = advantage_BT[trained_BT.bool()]
+    if len(advantage_N) == 0:
+        return {}
+    return {
+        "critic/advantages/mean": advantage_N.mean().item(),
+        "critic/advantages/max": advantage_N.max().item(),
+        "critic/advantages/min": advantage_N.min().item(),
+    }
+
+
 def minibatch_metrics(
     dependency_BT: Tensor | None,
     token_mask_BT: Tensor,

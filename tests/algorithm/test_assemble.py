@@ -75,6 +75,10 @@ def test_metrics_of_the_shared_example() -> None:
         "actor/global_sensitivity_score_min": score[1],
         "actor/global_sensitivity_score_max": score[0],
         "actor/scaling_factor_mean": 1.0,
+        # Five tokens at 1.1 and four at -0.9 times the advantage.
+        "critic/advantages/mean": PAIR_ADVANTAGE * 1.9 / 9,
+        "critic/advantages/max": PAIR_ADVANTAGE * 1.1,
+        "critic/advantages/min": -PAIR_ADVANTAGE * 0.9,
         "actor/dynamic_scaling_max": 1.1,
     }
     assert metrics == pytest.approx(expected, abs=1e-6)
