@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 PRELOADED = ["torch", "transformers", "megatron_vppo.parallel.policy", "megatron_vppo.models.qwen25_vl.build"]
 
 

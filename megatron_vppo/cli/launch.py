@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from typing import NoReturn
 
 from megatron_vppo.data.workers import die_with_parent
 
@@ -52,20 +51,11 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> int:
-    """Runs `vppo ARGUMENTS` on `num_ranks` local ranks under torchrun and returns its exit status.
-
-    torchrun ends all ranks when one fails, and passes signals on. Killed without a chance to do so, each of the three
-    generations takes the next with it.
-    """
+def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> NoReturn:
+    """Becomes torchrun, which runs `vppo ARGUMENTS` on `num_ranks` local ranks and ends all of them when one fails."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
         "-m", "megatron_vppo.cli.main", *arguments,
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
-    with subprocess.Popen(command, env=environment, preexec_fn=partial(die_with_parent, os.getpid())) as torchrun:
-        while True:
-            try:
-                return torchrun.wait()
-            except KeyboardInterrupt:
-                continue  # the terminal has sent the same signal to torchrun, which ends its ranks
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})

@@ -55,8 +55,7 @@ def _train(options: argparse.Namespace) -> int:
         quieten_libraries()
         from megatron_vppo.cli.preflight import check_before_launch
 
-        num_ranks = check_before_launch(config)
-        return launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides])
+        launch_ranks(check_before_launch(config), ["train", "--config", str(options.config), *options.overrides])
     end_with_torchrun()
     quieten_libraries()
     from megatron_vppo.trainer.build import run_training

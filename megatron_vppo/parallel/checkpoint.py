@@ -7,10 +7,13 @@ always whole. Old ones are deleted after the rename, never before.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import random
 import re
 import shutil
 from collections.abc import Mapping
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_vppo.data.workers import die_with_parent
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
 
@@ -51,6 +56,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "dist_ckpt").mkdir(parents=True)
     dist.barrier()
+    _use_result_queue_of_ours()
     dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
     dist.barrier()
     if layout.rank == 0:
@@ -75,6 +81,16 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     _set_rng_state(loaded["rng"])
     state: dict[str, Any] = json.loads((source / STATE).read_text())
     return state
+
+
+def _use_result_queue_of_ours() -> None:
+    """Megatron's checkpoint writers (0.16 to 0.19) report over a queue whose server is a process of its own. Theirs
+    goes on when its rank is killed; this one ends with it.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(die_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()
 
 
 def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) -> dict[str, Any]:

@@ -104,14 +104,16 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     """SIGKILL to the launcher and all ranks in the middle of step 3; started again, on two pipeline stages."""
     straight = train(digits, tmp_path, "straight", *SHORT)
     killed = tmp_path / "digits_cpu" / "killed"
+    mark = f"mark of {tmp_path}"
     with subprocess.Popen(
         command(digits, tmp_path, "killed", *SHORT), cwd=ROOT, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "VPPO_TEST_MARK": mark},
     ) as process:  # fmt: skip
         _wait_for_step(killed, 2, process)
         time.sleep(0.3)
+        assert len(_processes_with(mark)) >= 4, "torchrun, two ranks and an engine at least"
         os.killpg(process.pid, signal.SIGKILL)
-    _wait_until_gone(str(killed))
+    _wait_until_gone(mark)
     assert (killed / "checkpoints" / "global_step_2" / "trainer_state.json").is_file()
     assert not (killed / "huggingface").exists()
     train(digits, tmp_path, "killed", *SHORT)
@@ -134,23 +136,20 @@ def _wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], timeo
         time.sleep(0.05)
 
 
-def _wait_until_gone(text: str, timeout_seconds: float = 20) -> None:
-    """Until no process has `text` in its environment, command line or log file: ranks, engine, reward workers."""
+def _wait_until_gone(mark: str, timeout_seconds: float = 20) -> None:
+    """Until nothing that inherited `mark` in its environment is left: ranks, engine, workers, their helpers."""
     deadline = time.monotonic() + timeout_seconds
-    while (left := _processes_of(text)) and time.monotonic() < deadline:
+    while (left := _processes_with(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, f"left behind: {left}"
 
 
-def _processes_of(text: str) -> list[str]:
-    """Processes that have a file under the run folder open, or name it in their command line."""
+def _processes_with(mark: str) -> list[str]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            open_files = [os.readlink(link) for link in (folder / "fd").iterdir()]
-        except OSError:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append(f"{folder.name}: {(folder / 'cmdline').read_bytes().decode()[:100]}")
+        except OSError:  # gone meanwhile
             continue
-        if text in line or any(text in path for path in open_files):
-            found.append(f"{folder.name}: {line[:100]}")
     return found
