@@ -6,6 +6,8 @@ cd "$(dirname "$0")/../.."
 command -v vppo >/dev/null || PATH="$PWD/.venv/bin:$PATH"
 here=examples/digits_cpu
 
+set -- "trainer.experiment_name=demo-$(date +%Y%m%d-%H%M%S)" "$@"  # a run of its own each time, none resumed
+
 echo "demo: data"
 python tools/make_digits_data.py --out build/digits/data
 echo "demo: cold-start model"

@@ -21,7 +21,7 @@ def take_rank_from_slurm() -> None:
 
     MASTER_ADDR has to be set by the batch script where there are several nodes; MASTER_PORT defaults to 29500.
     """
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # SLURM_NTASKS is set in the batch shell as well
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks < 2:
         return
     if int(os.environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:

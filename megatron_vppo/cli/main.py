@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except ValueError as error:
+        if is_trainer_rank():  # one line among those of many ranks would not say where
+            traceback.print_exc()
         print(f"vppo: {error}", file=sys.stderr, flush=True)
         return 2
     return status

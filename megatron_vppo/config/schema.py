@@ -89,7 +89,6 @@ class PerturbConfig(Section):
 class AlgorithmConfig(Section):
     preset: Literal["global", "reference"] = "global"
     """'reference' computes what the authors' code computes, its scopes included; 'global' does not depend on layout."""
-    adv_estimator: Literal["grpo"] = "grpo"
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
     use_advantage_shaping: bool = True
@@ -134,6 +133,9 @@ class AlgorithmConfig(Section):
     """Sampling rounds per step at most; then the step trains on the groups it has."""
     truncated_responses: Literal["train", "mask"] = "train"
     """Responses cut at the length limit: train on them as they scored, or give them no gradient."""
+    resize: Literal["smart", "easyr1"] = "smart"
+    """Pictures to the pixel budget by the processor's own rule, or as the authors do before the processor runs.
+    Preset-dependent."""
     score_banned_tokens: bool = False
     """Whether the trainer's log-probs count the image and vision tokens, which rollouts cannot sample: the authors' do.
     Preset-dependent."""
@@ -165,11 +167,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "integer_ceil": False,
             "shaping_min_scope": "device_minibatch",
             "shaping_mean_scope": "microbatch",
+            "resize": "easyr1",
             "score_banned_tokens": True,
             "text_only_rows": "rank",
         },
         "perturb": {"stage": "pixels", "patch_size": 14},
-        "rollout": {"seeds": "shared"},
+        "rollout": {"seeds": "shared", "top_p": 0.99},
     },
 }
 

@@ -26,7 +26,6 @@ PHASE_LABELS = {
     "update_actor": "update",
     "update_weights": "sync",
     "testing": "val",
-    "save_checkpoint": "save",
 }
 """Span name -> the word on the line; spans of the same word are added. Others appear under their own name."""
 

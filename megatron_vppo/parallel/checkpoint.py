@@ -48,7 +48,7 @@ def save_checkpoint(
     """Writes `global_step_{step}`; a collective over all ranks.
 
     Args:
-        state: what the loop needs to go on (JSON values), the same on every rank.
+        state: what the loop needs to go on (JSON values); that of rank 0 is written.
         keep: how many of the newest checkpoints stay.
     """
     target, unfinished = folder / f"global_step_{step}", folder / f".global_step_{step}.tmp"
@@ -60,11 +60,11 @@ def save_checkpoint(
     dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
     dist.barrier()
     if layout.rank == 0:
-        (unfinished / STATE).write_text(json.dumps({"step": step, **state}, indent=1))
+        (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(layout), **state}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
         (folder / LATEST).write_text(str(step))
-        for old in sorted(_steps(folder))[:-keep]:
+        for old in sorted(other for other in _steps(folder) if other < step)[: -keep + 1 or None]:
             shutil.rmtree(folder / f"global_step_{old}")
         for leftover in folder.glob(".global_step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -72,14 +72,24 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
-    """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks."""
+    """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks.
+
+    Raises:
+        ValueError: the checkpoint was written with other tensor or pipeline sizes.
+    """
     source = folder / f"global_step_{step}"
+    state: dict[str, Any] = json.loads((source / STATE).read_text())
+    written = {name: state.pop(name) for name in _sizes(layout)}
+    if written != _sizes(layout):
+        raise ValueError(
+            f"{source} was written with {written}, this run has {_sizes(layout)}; set the same sizes to go "
+            "on, or another trainer.experiment_name to start anew"
+        )
     _allocate_adam_state(trainable)
     loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
     trainable.module.load_state_dict(loaded["model"])
     _load_optimizer(trainable, loaded["optimizer"])
     _set_rng_state(loaded["rng"])
-    state: dict[str, Any] = json.loads((source / STATE).read_text())
     return state
 
 
@@ -87,10 +97,14 @@ def _use_result_queue_of_ours() -> None:
     """Megatron's checkpoint writers (0.16 to 0.19) report over a queue whose server is a process of its own. Theirs
     goes on when its rank is killed; this one ends with it.
     """
-    if filesystem_async._results_queue is None:
+    if getattr(filesystem_async, "_results_queue", None) is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
         manager.start(die_with_parent, (os.getpid(),))
         filesystem_async._results_queue = manager.Queue()
+
+
+def _sizes(layout: Layout) -> dict[str, int]:
+    return {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
 
 
 def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) -> dict[str, Any]:

@@ -7,6 +7,7 @@ response tokens of one micro-batch (flat), H = hidden size, V = vocabulary rows 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -203,14 +204,14 @@ class MegatronPolicy:
             loss,
             forward_only=False,
         )
-        succeeded, grad_norm, _ = self.trainable.optimizer.step()
+        grad_norm = self.trainable.step()
         reports = self._reports and owned
         response_tokens = float(batch.response_mask_BT.sum())
         return {
             **self._sum_over_ranks(weighted if reports else {}, divide_by=1.0),
             **self._sum_over_ranks(per_token if reports else {}, divide_by=response_tokens),
-            "actor/grad_norm": float(grad_norm or 0.0),
-            "actor/skipped_updates": float(not succeeded),
+            "actor/grad_norm": grad_norm,
+            "actor/skipped_updates": float(not math.isfinite(grad_norm)),
         }
 
     def hf_weights(self) -> Iterator[tuple[str, Tensor]]:

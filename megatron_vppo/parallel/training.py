@@ -7,6 +7,7 @@ divide by.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -41,12 +42,26 @@ class Trainable:
     settings: OptimSettings
 
     def set_step(self, step: int) -> float:
-        """Sets the learning rate of training step `step` (from 1) and returns it."""
-        warmup = self.settings.lr_warmup_steps
-        lr = self.settings.lr * (min(1.0, step / warmup) if warmup else 1.0)
+        """Sets the learning rate of training step `step` (from 1) and returns it.
+
+        The other numbers are set again too: a checkpoint brings those of the run that wrote it.
+        """
+        settings = self.settings
+        lr = settings.lr * (min(1.0, step / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
         return lr
+
+    def step(self) -> float:
+        """One optimizer step on the gradients at hand; returns their global norm before clipping.
+
+        Nothing changes where the norm is not finite. Megatron looks for that in float16 alone.
+        """
+        self.optimizer.prepare_grads()
+        norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
 
 
 def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSettings, dtype: torch.dtype) -> Trainable:

@@ -51,17 +51,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def run_training(config: RunConfig) -> None:
     """One trainer rank, from start to finish: train, export, report."""
-    torch.set_num_threads(config.parallel.threads_per_rank)
     layout = init_layout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
         data=config.parallel.data_parallel_size,
     )
+    if layout.device.type == "cpu":
+        torch.set_num_threads(config.parallel.threads_per_rank)
     folder = RunFolder(Path(config.trainer.runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
     with _open_run(config, layout, folder) as (run, source):
         train(run)
         target = folder.huggingface(run.total_steps)
-        if config.trainer.save_hf and not from_rank_zero(target.is_dir):
+        if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
     if layout.rank == 0:
         print(f"report: {write_report(folder.root)}", flush=True)
@@ -79,7 +80,7 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         processor.image_processor,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
-        mode="easyr1" if config.algorithm.preset == "reference" else "smart",
+        mode=config.algorithm.resize,
     )
     datasets = _datasets(config)
     perturb = PerturbSettings(**config.algorithm.perturb.model_dump())
@@ -102,13 +103,17 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         held_out = from_rank_zero(partial(_validation_prompts, config, datasets, builder))
         policy = _policy(config, layout, source, hf_config, images)
 
-        start_step = (latest_step(folder.checkpoints) if config.trainer.resume else None) or 0
-        start_step = from_rank_zero(lambda: start_step)
+        start_step = from_rank_zero(partial(_start_step, config, folder))
         if start_step:
             state = load_checkpoint(folder.checkpoints, step=start_step, trainable=policy.trainable, layout=layout)
             if stream is not None:
                 stream.load_state_dict(state["data"])
-        total_steps = from_rank_zero(lambda: _total_steps(config, stream))
+        total_steps = from_rank_zero(partial(_total_steps, config, stream))
+        if start_step > total_steps:
+            raise ValueError(
+                f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
+                "another trainer.experiment_name"
+            )
         log = _open_log(config, layout, folder, start_step=start_step, total_steps=total_steps)
         stack.callback(log.close)
         if engine.client is not None:
@@ -227,11 +232,26 @@ def _policy(config: RunConfig, layout: Layout, source: Path, hf_config: Any, ima
     return MegatronPolicy(trainable, layout=layout, settings=settings, patches=images.patches, positions=positions)
 
 
+def _start_step(config: RunConfig, folder: RunFolder) -> int:
+    """The step of the newest complete checkpoint; 0: start anew."""
+    newest = latest_step(folder.checkpoints)
+    if newest is not None and not config.trainer.resume:
+        raise ValueError(
+            f"trainer.resume=false, but {folder.root} holds the checkpoint of step {newest}, which a new run would mix "
+            "with its own; set another trainer.experiment_name, or remove the folder"
+        )
+    return newest or 0
+
+
 def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
-    if config.trainer.total_steps is not None:
-        return config.trainer.total_steps
-    assert stream is not None
-    return config.trainer.total_epochs * stream.steps_per_epoch(config.data.rollout_batch_size)
+    assert stream is not None, "prompts are counted on rank 0"
+    steps_per_epoch = stream.steps_per_epoch(config.data.rollout_batch_size)
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
+            f"{config.data.train_files}; lower it"
+        )
+    return config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
 
 
 def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_step: int, total_steps: int) -> RunLog:

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from megatron_vppo.algorithm.grouping import keep_group
 from megatron_vppo.algorithm.types import Prompt, Response, ScoredResponse
 from megatron_vppo.config.schema import RunConfig
@@ -45,10 +47,11 @@ class Collector:
             kept += [group for group in new if self._keeps(group)]
             if len(kept) >= wanted:
                 break
-        else:
-            logger.info(
+        if len(kept) < wanted and (rounds > 1 or not kept) and dist.get_rank() == 0:
+            logger.warning(
                 "step %d: %d of %d wanted groups have right and wrong answers after %d rounds of %d prompts; training "
-                "on those. More rounds: algorithm.max_try_make_batch; or use prompts of middle difficulty.",
+                "on those, or skipping the step if there are none. More rounds: algorithm.max_try_make_batch; or use "
+                "prompts of middle difficulty.",
                 step, len(kept), wanted, rounds, wanted,
             )  # fmt: skip
         log.add_all(_sampling_metrics(sampled))

@@ -44,7 +44,7 @@ def train(run: Run) -> None:
     views: Views = "both" if settings.needs_dependency else "original"
     divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
 
-    sampler.load_weights(policy.hf_weights(), version=run.start_step)
+    log.add_all(sampler.load_weights(policy.hf_weights(), version=run.start_step))
     if run.validator and run.start_step == 0 and config.trainer.val_before_train:
         with log.step(0), log.span("testing"):
             log.add_all(run.validator.run())
@@ -85,13 +85,12 @@ def train(run: Run) -> None:
                     log.add_all(sampler.load_weights(policy.hf_weights(), version=step))
                 run.record(step, minibatches, groups, scores)
 
-            # 8. Validate, checkpoint.
+            # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
                 with log.span("testing"):
                     log.add_all(run.validator.run())
-            if is_due(step, config.trainer.save_freq, run.total_steps):
-                with log.span("save_checkpoint"):
-                    run.save(step)
+        if is_due(step, config.trainer.save_freq, run.total_steps):
+            run.save(step)
 
 
 def vppo_settings(config: RunConfig) -> VppoSettings:

@@ -42,7 +42,8 @@ class Recorder:
                 record = self._record(item, row, local, minibatch, scores, texts)
                 if (item.response.group_id, item.response.sample) in with_pictures:
                     record["images"] = [
-                        self._pictures(item.response, i, step) for i in range(len(item.response.prompt.images))
+                        self._pictures(item.response, i, step, masked=scores.masked_logp_BT is not None)
+                        for i in range(len(item.response.prompt.images))
                     ]
                 yield record
                 row += 1
@@ -84,9 +85,11 @@ class Recorder:
         distinct = sorted({token for response in responses for token in response.token_ids})
         return dict(zip(distinct, self.tokenizer.batch_decode([[token] for token in distinct]), strict=True))
 
-    def _pictures(self, response: Response, index: int, step: int) -> dict[str, str]:
+    def _pictures(self, response: Response, index: int, step: int, *, masked: bool) -> dict[str, str]:
+        """`masked`: whether the policy was shown the perturbed picture at all."""
         ref, key = response.prompt.images[index], self.policy.perturb_key(response, step)
-        return png_pair(_png(self.images.pil(ref)), _png(self.images.perturbed_pil(ref, key)))
+        perturbed = _png(self.images.perturbed_pil(ref, key)) if masked else None
+        return png_pair(_png(self.images.pil(ref)), perturbed)
 
 
 def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:

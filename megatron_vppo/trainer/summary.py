@@ -23,13 +23,13 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     lines = read_metrics(run_dir)
     if not lines:
         raise ValueError(f"{run_dir} has no metrics.jsonl with a step in it; has the run ended its first step?")
-    validations = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    validations = {int(line["step"]): line["val/accuracy"] for line in lines if "val/accuracy" in line}
     differences = [line["training/rollout_logp_diff_max"] for line in lines if "training/rollout_logp_diff_max" in line]
     checks = [line["weight_sync/checksums_ok"] for line in lines if "weight_sync/checksums_ok" in line]
     report = run_dir / "report.html"
     return {
-        "val_accuracy_start": validations[0] if validations else None,
-        "val_accuracy_end": validations[-1] if validations else None,
+        "val_accuracy_start": validations.get(0),
+        "val_accuracy_end": validations[max(validations)] if validations else None,
         "steps": int(lines[-1]["step"]),
         "seconds_rl": round(sum(line["timing_s/step"] for line in lines), 1),
         "max_rollout_logprob_diff": max(differences, default=None),

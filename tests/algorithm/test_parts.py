@@ -166,7 +166,7 @@ def test_every_algorithm_setting_is_ours_or_named_here() -> None:
     ours = {field.name for field in fields(VppoSettings)}
     elsewhere = {
         "preset",  # filled into the others
-        "adv_estimator",  # one choice
+        "resize",  # the image pipeline
         "online_filtering",  # whether the loop calls keep_group
         "filter_low",  # arguments of keep_group
         "filter_high",

@@ -20,7 +20,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "algorithm.perturb.stage": "patches",
         "algorithm.perturb.per": "row",
         "algorithm.perturb.patch_size": None,
+        "algorithm.resize": "smart",
+        "algorithm.score_banned_tokens": False,
         "rollout.seeds": "independent",
+        "rollout.top_p": 1.0,
     },
     "reference": {
         "algorithm.dependency_expm1": False,
@@ -32,7 +35,10 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "algorithm.perturb.stage": "pixels",
         "algorithm.perturb.per": "row",
         "algorithm.perturb.patch_size": 14,
+        "algorithm.resize": "easyr1",
+        "algorithm.score_banned_tokens": True,
         "rollout.seeds": "shared",
+        "rollout.top_p": 0.99,
     },
 }
 # A value for each that neither preset would give.

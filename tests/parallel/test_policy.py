@@ -225,6 +225,18 @@ def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path) -> 
     return all([name == other and torch.equal(a, b) for (name, a), (other, b) in pairs])
 
 
+def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
+    policy = make_policy(folder, layout, rows=4)
+    before = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    batch = make_batch(make_responses(), "nll")
+    infinite_BT = batch.pg_weight_BT.clone()
+    infinite_BT[0, 0] = float("inf")
+    metrics = policy.update(dataclasses.replace(batch, pg_weight_BT=infinite_BT))
+    return metrics["actor/skipped_updates"] == 1.0 and all(
+        [torch.equal(before[name], tensor) for name, tensor in policy.hf_weights()]
+    )
+
+
 def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path) -> list[Any]:
     results = []
     for tensor, pipeline in layouts:
@@ -235,6 +247,7 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
             for rows in (1, 4)
         }
         exact = resumed_equals_straight(folders["tied"], layout, scratch / f"{tensor}{pipeline}{world}")
+        assert infinite_gradient_changes_nothing(folders["tied"], layout)
         results.append((outcomes, exact))
         parallel_state.destroy_model_parallel()
     return results

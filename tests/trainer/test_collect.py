@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,7 @@ def test_sampling_goes_on_until_the_batch_is_full_and_drops_the_surplus(tmp_path
 
 
 def test_sampling_stops_at_the_bound_and_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO):
-        groups, metrics, _ = collect(tmp_path, {2}, max_try_make_batch=3)
+    groups, metrics, _ = collect(tmp_path, {2}, max_try_make_batch=3)
     assert [group[0].response.prompt.row for group in groups] == [2]
     assert metrics["rollout/sampled_groups"] == 12
     assert "1 of 4 wanted groups" in caplog.text and "algorithm.max_try_make_batch" in caplog.text

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 PHASES = ("gen", "reward", "score", "adv", "update_actor", "update_weights")
-ONCE = ("testing", "save_checkpoint")
+ONCE = ("testing",)
 """Spans that are no part of every step; taken off the step's time."""
 
 Line = Mapping[str, float]

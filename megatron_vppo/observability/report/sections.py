@@ -17,7 +17,6 @@ PHASES = (
     ("update_actor", "policy update"),
     ("update_weights", "weights to vLLM"),
     ("testing", "validation"),
-    ("save_checkpoint", "checkpoint"),
 )
 """Spans shown with a colour of their own, in the order of a step; the rest is 'other'."""
 
@@ -30,7 +29,6 @@ PHASE_COLORS = {
     "update_actor": 2,
     "update_weights": 5,
     "testing": 6,
-    "save_checkpoint": 7,
 }
 
 
