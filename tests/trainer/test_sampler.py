@@ -1,0 +1,75 @@
+"""Several engines, each led by one of several ranks: who samples what, and that all ranks get all of it in order.
+
+The engine of each rank is a stand-in that says which rank it is; the collective around it is real (gloo).
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+
+from megatron_vppo.algorithm.types import ImageRef, Prompt
+from megatron_vppo.rollout.records import Completion, SamplingSettings
+from megatron_vppo.trainer.sampler import EngineSampler
+from tests.gloo import run_gloo
+
+PROMPTS = [Prompt("train", i, "q", "a", (1, 1, i), (1, i), (ImageRef("train", i, 0),), ((1, 2, 2),)) for i in range(5)]
+
+
+class Engine:
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.received: list[str] = []
+
+    def generate(self, requests: Any, settings: SamplingSettings) -> list[list[Completion]]:
+        return [
+            [Completion((request.token_ids[-1], seed, self.rank), (-1.0,) * 3, "stop", 7) for seed in request.seeds]
+            for request in requests
+        ]
+
+    def load_weights(self, weights: Any, *, version: int, verify: bool) -> Any:
+        self.received = [f"{name} {verify}" for name, _ in weights]
+        return SimpleNamespace(num_bytes=4, num_tensors=1)
+
+
+def _rank(rank: int, world: int) -> Any:
+    leads = rank in (0, 2)
+    engine = Engine(rank) if leads else None
+    images = SimpleNamespace(pil=lambda ref: Image.new("RGB", (28, 28)))
+    sampler = EngineSampler(
+        engine,  # type: ignore[arg-type]
+        engine_index=rank // 2 if leads else None,
+        num_engines=2,
+        images=images,  # type: ignore[arg-type]
+        verify="first",
+    )
+    groups = sampler.generate(
+        PROMPTS,
+        seeds=[(10 * i, 10 * i + 1) for i in range(5)],
+        sampling=SamplingSettings(max_tokens=3),
+        first_group=100,
+    )
+    drawn = []
+    for _ in range(2):
+        stream = ((drawn.append(name) or name, torch.ones(1)) for name in ("a", "b"))  # type: ignore[func-returns-value]
+        metrics = sampler.load_weights(stream, version=3)
+    seen = [(r.group_id, r.sample, r.token_ids, r.weight_version) for group in groups for r in group]
+    return seen, drawn, None if engine is None else engine.received, metrics
+
+
+def test_engines_share_the_prompts_and_every_rank_draws_every_weight() -> None:
+    ranks = run_gloo(_rank, 4)
+    expected = [
+        (100 + i, j, (i, 10 * i + j, 0 if i % 2 == 0 else 2), 7) for i in range(5) for j in range(2)
+    ]  # even prompts by rank 0's engine, odd ones by rank 2's
+    for rank, (seen, drawn, received, metrics) in enumerate(ranks):
+        assert seen == expected
+        assert drawn == ["a", "b"] * 2, "a rank that stops drawing would leave the others in a collective"
+        if rank in (0, 2):
+            assert received == ["a False", "b False"], "verified at the first sync only"
+            assert "weight_sync/checksums_ok" not in metrics
+        else:
+            assert received is None and metrics == {}
