@@ -107,6 +107,14 @@ class Outcome:
 # ---- what transformers says
 
 
+def _released(name: str) -> str:
+    """A name that transformers 5 uses in memory, as released checkpoints have it."""
+    for prefix, short in {"model.visual.": "visual.", "model.language_model.": "model."}.items():
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
+
+
 def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
     ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]])
     images = {}
@@ -152,12 +160,7 @@ def expected_outcome(folder: Path, entropy_kind: str) -> Outcome:
     torch.optim.AdamW(
         model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
     ).step()
-    released = {"model.visual.": "visual.", "model.language_model.": "model."}
-    weights = {}
-    for name, parameter in model.named_parameters():
-        for prefix, short in released.items():
-            name = short + name[len(prefix) :] if name.startswith(prefix) else name
-        weights[name] = parameter.detach()
+    weights = {_released(name): parameter.detach() for name, parameter in model.named_parameters()}
     return Outcome(
         blocks["logp"], blocks["masked"], blocks["entropy"], blocks["kl"],
         {**sums, "actor/grad_norm": float(norm)}, weights,
@@ -297,12 +300,7 @@ def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, w
         assert difference < LOGP_TOLERANCE * (5 if field == "kl_BT" else 1), f"{where}: {field} off by {difference}"
     for name, value in expected.metrics.items():
         assert outcome.metrics[name] == pytest.approx(value, rel=NORM_TOLERANCE), f"{where}: {name}"
-    released = {"model.visual.": "visual.", "model.language_model.": "model."}
-    before = {}
-    for name, tensor in start.items():
-        for prefix, short in released.items():
-            name = short + name[len(prefix) :] if name.startswith(prefix) else name
-        before[name] = tensor
+    before = {_released(name): tensor for name, tensor in start.items()}
     assert outcome.weights.keys() == expected.weights.keys(), where
     for name, weight in expected.weights.items():
         change = weight - before[name]
