@@ -35,6 +35,7 @@ def write_model(
     stop_at: float,
     max_steps: int,
     batch: int,
+    misread_share: float,
     lr: float,
     threads: int,
     seed: int,
@@ -55,6 +56,7 @@ def write_model(
         stop_at=stop_at,
         max_steps=max_steps,
         batch=batch,
+        misread_share=misread_share,
         lr=lr,
         seed=seed,
         report=lambda line: print(line, flush=True),
@@ -77,9 +79,10 @@ def main() -> None:
     parser.add_argument(
         "--band", type=float, nargs=2, default=(0.30, 0.45), metavar=("LOW", "HIGH"), help="allowed held-out accuracy"
     )
-    parser.add_argument("--stop-at", type=float, default=0.36, help="held-out accuracy to stop at")
+    parser.add_argument("--stop-at", type=float, default=0.38, help="held-out accuracy to stop at")
     parser.add_argument("--max-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--misread-share", type=float, default=0.35, help="of demonstrations with a wrong digit")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)

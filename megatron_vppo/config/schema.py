@@ -66,6 +66,8 @@ class ParallelConfig(Section):
     use_distributed_optimizer: bool = True
     threads_per_rank: int = Field(default=1, gt=0)
     """CPU threads of a trainer rank on a machine without GPUs."""
+    collective_timeout_seconds: float = Field(default=1800.0, gt=0)
+    """How long ranks wait for the slowest before the run fails. A rank without an engine waits while others sample."""
 
 
 class PerturbConfig(Section):
@@ -196,7 +198,11 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     lr_warmup_steps: int = Field(default=0, ge=0)
-    """Training steps over which the rate rises linearly; constant afterwards."""
+    """Training steps over which the rate rises linearly."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up, until the run's last step."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of `lr` that 'linear' and 'cosine' fall to."""
 
 
 class ActorConfig(Section):

@@ -47,10 +47,14 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
 
-def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_seconds: float = 1800.0) -> Layout:
+def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_seconds: float) -> Layout:
     """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
 
     A default group that exists already is used as it is. Gloo on machines without CUDA, NCCL with CUDA.
+
+    Args:
+        data: None: whatever the ranks leave.
+        timeout_seconds: how long a collective waits for the slowest rank before the run fails.
 
     Raises:
         ValueError: sizes that do not multiply to the number of ranks.

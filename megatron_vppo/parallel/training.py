@@ -17,16 +17,15 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.lr_schedule import LrSchedule
 
 
 @dataclass(frozen=True)
 class OptimSettings:
-    lr: float
+    lr: LrSchedule
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    lr_warmup_steps: int
-    """Training steps."""
     max_grad_norm: float
     use_distributed_optimizer: bool
 
@@ -47,7 +46,7 @@ class Trainable:
         The other numbers are set again too: a checkpoint brings those of the run that wrote it.
         """
         settings = self.settings
-        lr = settings.lr * (min(1.0, step / settings.lr_warmup_steps) if settings.lr_warmup_steps else 1.0)
+        lr = settings.lr.at(step)
         for group in self.optimizer.param_groups:
             group.update(lr=lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay)
         return lr
@@ -79,8 +78,8 @@ def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSet
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.lr,
+            lr=settings.lr.peak,  # set_step sets that of each step
+            min_lr=settings.lr.peak,
             weight_decay=settings.weight_decay,
             adam_beta1=settings.betas[0],
             adam_beta2=settings.betas[1],

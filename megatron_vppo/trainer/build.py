@@ -32,6 +32,7 @@ from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollo
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.export import save_hf
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.rollout.records import SamplingSettings
@@ -55,6 +56,7 @@ def run_training(config: RunConfig) -> None:
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
         data=config.parallel.data_parallel_size,
+        timeout_seconds=config.parallel.collective_timeout_seconds,
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
@@ -101,14 +103,14 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         )
         stream = _stream(config, datasets["train"], builder) if is_writer else None
         held_out = from_rank_zero(partial(_validation_prompts, config, datasets, builder))
-        policy = _policy(config, layout, source, hf_config, images)
+        total_steps = from_rank_zero(partial(_total_steps, config, stream))
+        policy = _policy(config, layout, source, hf_config, images, total_steps=total_steps)
 
         start_step = from_rank_zero(partial(_start_step, config, folder))
         if start_step:
             state = load_checkpoint(folder.checkpoints, step=start_step, trainable=policy.trainable, layout=layout)
             if stream is not None:
                 stream.load_state_dict(state["data"])
-        total_steps = from_rank_zero(partial(_total_steps, config, stream))
         if start_step > total_steps:
             raise ValueError(
                 f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
@@ -190,7 +192,9 @@ def _decoder(tokenizer: Any) -> Any:
     return partial(tokenizer.decode, skip_special_tokens=True)
 
 
-def _policy(config: RunConfig, layout: Layout, source: Path, hf_config: Any, images: VisionInputs) -> MegatronPolicy:
+def _policy(
+    config: RunConfig, layout: Layout, source: Path, hf_config: Any, images: VisionInputs, *, total_steps: int
+) -> MegatronPolicy:
     dtype = DTYPES[config.model.dtype]
     model = build_model(
         hf_config,
@@ -206,11 +210,16 @@ def _policy(config: RunConfig, layout: Layout, source: Path, hf_config: Any, ima
         model,
         layout=layout,
         settings=OptimSettings(
-            lr=optim.lr,
+            lr=LrSchedule(
+                peak=optim.lr,
+                kind=optim.lr_scheduler_type,
+                warmup_steps=optim.lr_warmup_steps,
+                total_steps=total_steps,
+                min_ratio=optim.min_lr_ratio,
+            ),
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
-            lr_warmup_steps=optim.lr_warmup_steps,
             max_grad_norm=config.actor.max_grad_norm,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),

@@ -52,7 +52,7 @@ def _rank(
 ) -> dict[tuple[int, int], dict[Case, StageResult]]:
     results: dict[tuple[int, int], dict[Case, StageResult]] = {}
     for tensor, pipeline in layouts:
-        layout = init_layout(tensor=tensor, pipeline=pipeline)
+        layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
         results[tensor, pipeline] = {}
         for name, folder in folders.items():
             for case, (micro_batches, recompute) in RUNS.items():
@@ -112,7 +112,7 @@ def _compare(
 
 
 def _alone(rank: int, world: int, folders: dict[str, Path], resaved: Path) -> dict[str, Any]:
-    layout = init_layout(tensor=1, pipeline=1)
+    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
     with torch.device("meta"):  # transformers loads models so; adapting torch for Megatron must not break it
         assert torch.arange(3).is_meta
         assert torch.empty(3).is_meta

@@ -26,6 +26,7 @@ from megatron_vppo.models.qwen25_vl.build import build_model
 from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from tests.gloo import run_gloo
@@ -39,8 +40,16 @@ NORM_TOLERANCE = 1e-5
 
 TEMPERATURE = 0.8
 VOCAB = {"tied": 299, "untied": 301}
+LEARNING_RATE = 1.0
+
+
+def constant(rate: float) -> LrSchedule:
+    return LrSchedule(peak=rate, kind="constant", warmup_steps=0, total_steps=1, min_ratio=0.0)
+
+
 OPTIM = OptimSettings(
-    lr=1.0, betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, lr_warmup_steps=0, max_grad_norm=1e9,
+    lr=constant(LEARNING_RATE),
+    betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, max_grad_norm=1e9,
     use_distributed_optimizer=True,
 )  # fmt: skip
 GROUPS = (0, 0, 1, 1, 2, 2)
@@ -129,7 +138,7 @@ def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Te
     return logits.index_fill(1, torch.tensor(BANNED), -1e30)
 
 
-def expected_outcome(folder: Path, entropy_kind: str) -> Outcome:
+def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> Outcome:
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     responses = make_responses()
     batch = make_batch(responses, entropy_kind)
@@ -157,8 +166,9 @@ def expected_outcome(folder: Path, entropy_kind: str) -> Outcome:
         blocks["kl"][row, :length] = (logp_NV.exp() * (logp_NV - masked_NV)).sum(-1).detach()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
     torch.optim.AdamW(
-        model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+        model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
     ).step()
     weights = {_released(name): parameter.detach() for name, parameter in model.named_parameters()}
     return Outcome(
@@ -190,8 +200,8 @@ def make_policy(folder: Path, layout: Layout, *, rows: int, optim: OptimSettings
     )  # fmt: skip
 
 
-def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str) -> Outcome:
-    policy = make_policy(folder, layout, rows=rows)
+def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, optim: OptimSettings) -> Outcome:
+    policy = make_policy(folder, layout, rows=rows, optim=optim)
     responses = make_responses()
     scores = policy.score(responses, step=STEP, views="both", divergence="kl_full")
     metrics = policy.update(make_batch(responses, entropy_kind))
@@ -204,7 +214,7 @@ def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str) ->
 
 def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path) -> bool:
     """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
-    optim = dataclasses.replace(OPTIM, lr=1e-2, eps=1e-8)
+    optim = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
     batch = make_batch(make_responses(), "nll")
     straight = make_policy(folder, layout, rows=2, optim=optim)
     straight.update(batch)
@@ -243,9 +253,9 @@ def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
 def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path) -> list[Any]:
     results = []
     for tensor, pipeline in layouts:
-        layout = init_layout(tensor=tensor, pipeline=pipeline)
+        layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
         outcomes = {
-            (name, rows): one_update(folder, layout, rows=rows, entropy_kind=KINDS[name])
+            (name, rows): one_update(folder, layout, rows=rows, entropy_kind=KINDS[name], optim=OPTIMS[name])
             for name, folder in folders.items()
             for rows in (1, 4)
         }
@@ -257,6 +267,8 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
 
 
 KINDS = {"tied": "nll", "untied": "entropy"}
+OPTIMS = {"tied": dataclasses.replace(OPTIM, max_grad_norm=0.1), "untied": OPTIM}
+"""Gradients of the tied model are clipped."""
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +278,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ou
         folder = tmp_path_factory.mktemp(name)
         model = save_tiny_model(folder, tiny_config(tied=name == "tied", vocab=VOCAB[name]))
         del model
-        expected = expected_outcome(folder, KINDS[name])
+        expected = expected_outcome(folder, KINDS[name], OPTIMS[name])
+        clips = expected.metrics["actor/grad_norm"] > OPTIMS[name].max_grad_norm
+        assert clips == (name == "tied"), expected.metrics
         made[name] = (folder, expected, _start_weights(folder))
     return made
 

@@ -10,6 +10,7 @@ from digits.cold_start import (
     accuracy,
     boxed_number,
     load_rows,
+    misread,
     prompt_inputs,
     train,
     with_responses,
@@ -34,7 +35,7 @@ def trained(data: Path):
     model = make_model(make_config(processor.tokenizer), seed=3)
     reached = train(
         model, processor, load_rows(data, "train", processor), load_rows(data, "val", processor),
-        band=(0, 1), stop_at=0.5, max_steps=2, batch=8, lr=1e-3, seed=4, report=lambda line: None,
+        band=(0, 1), stop_at=0.5, max_steps=2, batch=8, misread_share=0.5, lr=1e-3, seed=4, report=lambda line: None,
     )  # fmt: skip
     return model, processor, reached
 
@@ -125,6 +126,20 @@ def test_the_same_seed_trains_the_same_weights(saved, data):
         assert torch.equal(weight, again.state_dict()[name]), name
 
 
+def test_misread_demonstrations_have_one_wrong_digit():
+    digits_N2 = torch.randint(10, (20_000, 2), generator=torch.Generator().manual_seed(1))
+    told_N2 = misread(digits_N2, share=0.3, generator=torch.Generator().manual_seed(2))
+    wrong_N2 = told_N2 != digits_N2
+    assert told_N2.min() == 0 and told_N2.max() == 9
+    assert not wrong_N2.all(dim=1).any(), "never both digits"
+    assert wrong_N2.float().mean(dim=0).tolist() == pytest.approx([0.15, 0.15], abs=0.01)  # 4 standard errors
+    offsets = ((told_N2 - digits_N2) % 10)[wrong_N2]
+    assert offsets.bincount(minlength=10)[1:].float().div(len(offsets)).tolist() == pytest.approx(
+        [1 / 9] * 9, abs=0.017
+    )
+    assert torch.equal(misread(digits_N2, share=0.0, generator=torch.Generator()), digits_N2)
+
+
 def test_a_model_outside_the_band_is_refused(data):
     processor = make_processor()
     rows = load_rows(data, "val", processor)
@@ -132,7 +147,8 @@ def test_a_model_outside_the_band_is_refused(data):
     with pytest.raises(RuntimeError, match=r"held-out accuracy is 0\.000 after 1 steps, outside 0\.3 \.\. 0\.45"):
         train(
             model, processor, rows, rows,
-            band=(0.3, 0.45), stop_at=0.36, max_steps=1, batch=2, lr=1e-3, seed=4, report=lambda line: None,
+            band=(0.3, 0.45), stop_at=0.36, max_steps=1, batch=2, misread_share=0.0, lr=1e-3, seed=4,
+            report=lambda line: None,
         )  # fmt: skip
 
 

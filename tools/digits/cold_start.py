@@ -25,13 +25,13 @@ MAX_RESPONSE_TOKENS = 40
 """Enough for the longest worded solution; an answer that runs longer counts as wrong."""
 WARMUP_STEPS = 20
 LANDING_AT = 0.12
-"""Mean probability of the digits of a training solution, by which time about a quarter of the answers are right."""
+"""Mean probability of the digits of a demonstration, by which time about a quarter of the answers are right."""
 LANDING_LR = 0.25
 """Factor of the learning rate from there on."""
 STEPS_BETWEEN_CHECKS = 4
 ROWS_PER_CHECK = 256
-CLEAR_OF_BAND = 0.02
-"""How far above the band's lower end the model has to be: about the standard error of one validation."""
+CLEAR_OF_BAND = 0.03
+"""How far above the band's lower end the model has to be: more than the standard error of one validation."""
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,23 @@ def train(
     stop_at: float,
     max_steps: int,
     batch: int,
+    misread_share: float,
     lr: float,
     seed: int,
     report: Callable[[str], None],
 ) -> Accuracy:
-    """AdamW on worded solutions of training pictures until held-out accuracy at temperature 1 reaches `stop_at`.
+    """AdamW on demonstrations for training pictures until held-out accuracy at temperature 1 reaches `stop_at`.
 
     Generating answers costs as much as several steps. So it begins when the probability that the model gives to all
-    digits of a training solution passes LANDING_AT; from there on the rate is low, and the stop is not overshot. A
+    digits of a demonstration passes LANDING_AT; from there on the rate is low, and the stop is not overshot. A
     check that reaches `stop_at` on some rows is confirmed on all of them.
 
     Args:
         band: held-out accuracies, sampled, that the finished model may have.
         stop_at: accuracy to stop at, inside the band.
         max_steps: give up after so many.
+        misread_share: of demonstrations in which one of the two digits is misread, as by a weak teacher. The model
+            learns to look and, with it, to doubt what it sees; that doubt is what rewards can remove.
         report: receives a line now and then.
 
     Raises:
@@ -189,7 +192,9 @@ def train(
         landing += bool(landing or likely > LANDING_AT)
         for group in optimizer.param_groups:
             group["lr"] = lr * (LANDING_LR if landing else min(1.0, step / WARMUP_STEPS))
-        loss, digits = _supervised_step(model, processor, train_rows, optimizer, batch=batch, generator=generator)
+        loss, digits = _supervised_step(
+            model, processor, train_rows, optimizer, batch=batch, misread_share=misread_share, generator=generator
+        )
         likely = 0.7 * likely + 0.3 * digits
         line = f"step {step:4d}  loss {loss:.3f}  digits {likely:.2f}"
         if landing and landing % STEPS_BETWEEN_CHECKS == 0:
@@ -210,6 +215,20 @@ def train(
     return Accuracy(sampled=sampled, greedy=accuracy(model, processor, val_rows, samples=0), steps=step)
 
 
+def misread(digits_B2: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
+    """A copy of the digits in which about `share` of the rows have one of the two replaced by another digit.
+
+    Args:
+        digits_B2: int64 [B, 2], each 0 to 9.
+    """
+    rows = len(digits_B2)
+    wrong_B = torch.rand(rows, generator=generator) < share
+    side_B = torch.randint(2, (rows,), generator=generator)
+    off_by_B = torch.randint(1, 10, (rows,), generator=generator)
+    off_by_B2 = F.one_hot(side_B, 2) * (wrong_B * off_by_B)[:, None]
+    return (digits_B2 + off_by_B2) % 10
+
+
 def _supervised_step(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
@@ -217,9 +236,10 @@ def _supervised_step(
     optimizer: torch.optim.Optimizer,
     *,
     batch: int,
+    misread_share: float,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """One optimizer step on `batch` random rows, each in a random wording.
+    """One optimizer step on `batch` random rows, each in a random wording, some of them misread.
 
     Returns:
         Mean loss per response token before the step, and the mean over rows of the probability of all their digits.
@@ -227,9 +247,8 @@ def _supervised_step(
     tokenizer = processor.tokenizer
     index_B = torch.randint(len(rows), (batch,), generator=generator)
     wording_B = torch.randint(len(SOLUTIONS), (batch,), generator=generator)
-    texts = [
-        solution(int(a), int(b), wording=int(w)) for (a, b), w in zip(rows.digits_N2[index_B], wording_B, strict=True)
-    ]
+    told_B2 = misread(rows.digits_N2[index_B], share=misread_share, generator=generator)
+    texts = [solution(int(a), int(b), wording=int(w)) for (a, b), w in zip(told_B2, wording_B, strict=True)]
     responses = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     inputs, labels_BL = with_responses(prompt_inputs(processor, rows, index_B), responses, pad=tokenizer.pad_token_id)
     model.train()
