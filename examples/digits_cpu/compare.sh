@@ -16,7 +16,7 @@ for seed in "${seeds[@]}"; do
     run="$runs/$name-seed$seed"
     [[ -e "$run/finished" ]] && continue
     echo "compare: $run"
-    vppo train --config "$here/$name.yaml" trainer.val_freq=5 "$@" trainer.runs_dir=runs trainer.project_name=digits_compare \
+    vppo train --config "$here/$name.yaml" trainer.val_freq=3 "$@" trainer.runs_dir=runs trainer.project_name=digits_compare \
       "trainer.experiment_name=$name-seed$seed" "trainer.seed=$seed" trainer.save_hf=false
     touch "$run/finished"
   done
