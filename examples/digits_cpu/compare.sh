@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # VPPO, VPPO as its authors run it, DAPO and GRPO on the same task, several seeds each; then a picture and a table.
 # Runs that have finished are not run again, one that was interrupted goes on. Settings pass through:
-#   SEEDS="1 2 3" compare.sh trainer.total_steps=40
+#   SEEDS="1 2 3" compare.sh trainer.total_steps=20
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 command -v vppo >/dev/null || PATH="$PWD/.venv/bin:$PATH"
@@ -16,7 +16,7 @@ for seed in "${seeds[@]}"; do
     run="$runs/$name-seed$seed"
     [[ -e "$run/finished" ]] && continue
     echo "compare: $run"
-    vppo train --config "$here/$name.yaml" trainer.val_freq=3 "$@" trainer.runs_dir=runs trainer.project_name=digits_compare \
+    vppo train --config "$here/$name.yaml" trainer.val_freq=2 "$@" trainer.runs_dir=runs trainer.project_name=digits_compare \
       "trainer.experiment_name=$name-seed$seed" "trainer.seed=$seed" trainer.save_hf=false
     touch "$run/finished"
   done
