@@ -14,11 +14,15 @@ python tools/make_digits_model.py --data build/digits/data --out build/digits/mo
 for seed in "${seeds[@]}"; do
   for name in config reference dapo grpo; do
     run="$runs/$name-seed$seed"
-    [[ -e "$run/finished" ]] && continue
+    if [[ -e "$run/finished" ]]; then
+      [[ "$(<"$run/finished")" == "$*" ]] && continue
+      echo "compare: $run was made with other settings ($(<"$run/finished")); remove $runs to compare anew" >&2
+      exit 1
+    fi
     echo "compare: $run"
     vppo train --config "$here/$name.yaml" trainer.val_freq=2 "$@" trainer.runs_dir=runs trainer.project_name=digits_compare \
       "trainer.experiment_name=$name-seed$seed" "trainer.seed=$seed" trainer.save_hf=false
-    touch "$run/finished"
+    echo "$*" >"$run/finished"
   done
 done
 python "$here/compare_plot.py" "$runs"

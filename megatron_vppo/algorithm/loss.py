@@ -114,8 +114,13 @@ def surrogate_loss(
     }
     if entropy_N is not None:
         token_sums["actor/entropy"] = entropy_N.detach().sum()
-    weighted_sums = {"actor/pg_loss": pg_loss.detach(), "actor/entropy_penalty": penalty.detach()}
-    return LossTerms(loss=pg_loss + penalty, weighted_sums=weighted_sums, token_sums=token_sums)
+    loss = pg_loss + penalty
+    weighted_sums = {
+        "actor/pg_loss": pg_loss.detach(),
+        "actor/entropy_penalty": penalty.detach(),
+        "actor/loss": loss.detach(),
+    }
+    return LossTerms(loss=loss, weighted_sums=weighted_sums, token_sums=token_sums)
 
 
 def _entropy_term(new_logp_N: Tensor, entropy_N: Tensor | None, *, kind: str) -> Tensor:

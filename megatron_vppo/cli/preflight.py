@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig
 
 from megatron_vppo.config.checks import check_layout
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.qwen25_vl.config import check_supported, check_tensor_parallel, stage_layers
 from megatron_vppo.trainer.engines import num_engines
 from megatron_vppo.trainer.model_folder import model_folder
@@ -16,7 +19,8 @@ def check_before_launch(config: RunConfig) -> int:
     """Number of local ranks to start.
 
     Raises:
-        ValueError: sizes that do not fit the devices, or a layout that the model does not allow, with the numbers.
+        ValueError: sizes that do not fit the devices, a layout that the model does not allow, with the numbers, or a
+            file that is not there.
     """
     parallel = config.parallel
     per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
@@ -34,4 +38,17 @@ def check_before_launch(config: RunConfig) -> int:
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size)
     stage_layers(hf_config, pipeline=parallel.pipeline_model_parallel_size, pipeline_layers=parallel.pipeline_layers)
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
+    _check_files(config)
     return world_size
+
+
+def _check_files(config: RunConfig) -> None:
+    """Ranks would find them missing too, one after the other and after their engines have started."""
+    data, reward = config.data, config.reward.reward_function
+    for source in (data.train_files, data.val_files):
+        if source is not None:
+            check_source(source)
+    files = {"data.format_prompt": data.format_prompt, "reward.reward_function": reward.rpartition(":")[0] or None}
+    for setting, file in files.items():
+        if file is not None and not Path(file).is_file():
+            raise ValueError(f"{setting}: there is no file {Path(file).absolute()}")

@@ -139,10 +139,15 @@ def check_pixels(config: RunConfig) -> None:
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """AdamW's decay rates lie in [0, 1)."""
+    """AdamW's decay rates lie in [0, 1); a rate that does not fall has no floor."""
     betas = config.actor.optim.betas
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"actor.optim.betas is {list(betas)}; both belong in [0, 1), for example [0.9, 0.999]")
+    if config.actor.optim.min_lr_ratio and config.actor.optim.lr_scheduler_type == "constant":
+        raise ValueError(
+            f"actor.optim.min_lr_ratio {config.actor.optim.min_lr_ratio} has no effect with lr_scheduler_type "
+            "'constant'; leave it out, or set actor.optim.lr_scheduler_type to linear or cosine"
+        )
 
 
 def check_intervals(config: RunConfig) -> None:

@@ -67,7 +67,7 @@ class ParallelConfig(Section):
     threads_per_rank: int = Field(default=1, gt=0)
     """CPU threads of a trainer rank on a machine without GPUs."""
     collective_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """How long ranks wait for the slowest before the run fails. A rank without an engine waits while others sample."""
+    """How long ranks wait for the slowest before the run fails; also while it samples, grades or writes."""
 
 
 class PerturbConfig(Section):
@@ -222,14 +222,14 @@ class ActorConfig(Section):
 class ValSamplingConfig(Section):
     n: int = Field(default=1, gt=0)
     """Samples per prompt: k of avg@k."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
 
 
 class RolloutConfig(Section):
     n: int = Field(default=8, gt=1)
     """Responses per prompt."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=-1)
     """-1: off."""

@@ -132,9 +132,9 @@ class VisionDataset:
         return self._guarded(row, index, _decode)
 
     def check_image(self, row: int, index: int) -> tuple[int, int]:
-        """(width, height) of an image that was found to be complete. Raises RowError for a truncated file too.
+        """(width, height) of an image that was found to be complete. Raises RowError for a damaged file.
 
-        Decodes only where the format's own end mark or checksums do not settle it (JPEG's end marker, PNG's CRCs).
+        PNG by its checksums, JPEG by decoding it at an eighth of its size, everything else by decoding it.
         """
         return self._guarded(row, index, _check_complete)
 
@@ -164,12 +164,10 @@ def open_dataset(
     metadata.jsonl or metadata.csv. What is no path is a hub id.
     Raises ValueError for a path that does not exist and for missing columns (with those that do).
     """
-    parsed = parse_source(source)
+    parsed = check_source(source)
     path = Path(parsed.location)
     if path.exists():
         table, root = _load_local(path, parsed.split)
-    elif path.is_absolute() or path.suffix in _FILE_READERS or parsed.location.startswith("."):
-        raise ValueError(f"data source {source!r}: {path.absolute()} does not exist")
     else:
         table, root = datasets.load_dataset(parsed.location, split=parsed.split), Path.cwd()
     for key, setting in ((problem_key, "prompt_key"), (answer_key, "answer_key"), (image_key, "image_key")):
@@ -180,6 +178,16 @@ def open_dataset(
         table = table.select(range(max_rows))
     root = Path(image_dir) if image_dir is not None else root
     return VisionDataset(table, source=source, image_root=root.absolute(), columns=(problem_key, answer_key, image_key))
+
+
+def check_source(source: str) -> Source:
+    """The source in its parts. Raises ValueError for a path that does not exist; hub ids are not looked up."""
+    parsed = parse_source(source)
+    path = Path(parsed.location)
+    is_path = path.is_absolute() or path.suffix in _FILE_READERS or parsed.location.startswith(".")
+    if is_path and not path.exists():
+        raise ValueError(f"data source {source!r}: {path.absolute()} does not exist")
+    return parsed
 
 
 def _load_local(path: Path, split: str) -> tuple[datasets.Dataset, Path]:
@@ -235,6 +243,9 @@ def _check_complete(data: bytes) -> tuple[int, int]:
         if picture.format == "PNG":
             picture.verify()  # walks all chunks and compares their checksums
             return _upright_size(data)
-        if picture.format == "JPEG" and b"\xff\xd9" in data[-64:]:
+        if picture.format == "JPEG":
+            size = (max(1, picture.width // 8), max(1, picture.height // 8))
+            picture.draft("RGB", size)  # still reads every block
+            picture.load()
             return _upright_size(data)
     return _decode(data).size

@@ -186,11 +186,13 @@ def load_prompts(
     *,
     split: str,
     max_prompt_length: int,
+    max_images: int,
     on_bad_row: Literal["error", "skip"] = "error",
     num_workers: int = 0,
 ) -> PromptSet:
     """Checks and tokenises every row; over-long prompts are left out, counted and reported.
 
+    A row with more than `max_images` is a bad one: the rollout engine takes no more.
     `num_workers` processes share the work where it pays; the result does not depend on their number.
     Raises RowError (the first by row) under on_bad_row='error', ValueError where no prompt is left.
     """
@@ -199,6 +201,10 @@ def load_prompts(
     bad: list[RowError] = []
     for chunk in _chunks(dataset, builder, num_workers):
         for row, outcome in chunk:
+            if not isinstance(outcome, RowError) and (images := len(outcome[1])) > max_images:
+                outcome = RowError(
+                    dataset.source, row, f"{images} images; rollout.max_images_per_prompt is {max_images}"
+                )
             if isinstance(outcome, RowError):
                 if on_bad_row == "error":
                     raise RowError(

@@ -56,7 +56,8 @@ class PromptStream:
             if state[name] != value:
                 raise ValueError(
                     f"the checkpoint's data position is for {name}={state[name]}, this run has {name}={value}: "
-                    "resume with the data, data.shuffle and trainer.seed it was made with, or set trainer.resume=false"
+                    "resume with the data, data.shuffle and trainer.seed it was made with, or set another "
+                    "trainer.experiment_name"
                 )
         self._move_to(StreamPosition(state["epoch"], state["offset"]))
 

@@ -33,7 +33,7 @@ SHORTEST_SECONDS = 0.05
 """Phases shorter than this are left off the line; metrics.jsonl has them."""
 
 ETA_STEPS = 10
-"""Steps whose mean wall time, validation and checkpoints included, predicts the rest."""
+"""Steps whose mean wall time, validation included and checkpoints not, predicts the rest."""
 
 
 class Progress:

@@ -57,6 +57,7 @@ def save_checkpoint(
         (unfinished / "dist_ckpt").mkdir(parents=True)
     dist.barrier()
     _use_result_queue_of_ours()
+    _allocate_adam_state(trainable)  # no step may have had anything to train on yet
     dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
     dist.barrier()
     if layout.rank == 0:
@@ -118,7 +119,7 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
 
 
 def _allocate_adam_state(trainable: Trainable) -> None:
-    """What the first step would allocate, for the checkpoint to be read into.
+    """What the first update would allocate, for the checkpoint to be read into; what is there stays.
 
     Megatron (0.16 to 0.19) does it itself for the fused optimizers of Apex and TransformerEngine; for torch's it misses
     the step count, without which its `state_dict` fails.
@@ -128,6 +129,8 @@ def _allocate_adam_state(trainable: Trainable) -> None:
         return
     for group in adam.param_groups:
         for parameter in group["params"]:
+            if adam.state[parameter]:
+                continue
             adam.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32),
                 "exp_avg": torch.zeros_like(parameter),

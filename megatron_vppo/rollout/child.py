@@ -136,6 +136,8 @@ def child_environment(settings: EngineSettings) -> dict[str, str]:
         environment["TORCH_COMPILE_DISABLE"] = "1"
     if Path(settings.model).is_dir():
         environment["HF_HUB_OFFLINE"] = "1"
+    if settings.cuda_visible_devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = settings.cuda_visible_devices
     if settings.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(settings.cpu_threads)

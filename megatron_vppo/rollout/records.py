@@ -18,6 +18,8 @@ class EngineSettings:
     max_model_len: int
     """Tokens of prompt (image tokens included) and response together."""
     device: Literal["cpu", "cuda"] = "cpu"
+    cuda_visible_devices: str | None = None
+    """CUDA_VISIBLE_DEVICES of the engine; None: the trainer's."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     tensor_parallel_size: int = 1
     max_num_seqs: int = 256

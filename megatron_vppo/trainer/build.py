@@ -160,6 +160,7 @@ def _prompts(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder, 
         builder,
         split=split,
         max_prompt_length=config.data.max_prompt_length,
+        max_images=config.rollout.max_images_per_prompt,
         on_bad_row=config.data.on_bad_row,
         num_workers=config.data.num_workers,
     )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.parallel.layout import Layout
@@ -47,6 +49,28 @@ def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
     return count
 
 
+def engine_devices(visible: str | None, *, device_count: int, local_rank: int, size: int) -> str:
+    """CUDA_VISIBLE_DEVICES of an engine: the GPU of the rank that leads it, and those of the ranks after it.
+
+    Args:
+        visible: the trainer's own CUDA_VISIBLE_DEVICES; None: not set.
+        device_count: GPUs that the trainer sees.
+        local_rank: the leader's number on its machine, which is that of its GPU among the visible ones.
+        size: GPUs of an engine.
+
+    Raises:
+        ValueError: the engine would reach over the end of the machine.
+    """
+    devices = visible.split(",") if visible else [str(number) for number in range(device_count)]
+    mine = devices[local_rank : local_rank + size]
+    if len(mine) < size:
+        raise ValueError(
+            f"rollout.tensor_parallel_size={size}: an engine led by local rank {local_rank} would need GPUs "
+            f"{local_rank} to {local_rank + size - 1} of a machine that has {len(devices)}; take a divisor of these"
+        )
+    return ",".join(mine)
+
+
 def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
     """Of a model's transformers configuration."""
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
@@ -67,6 +91,14 @@ def start_engine(
         model=str(source),
         max_model_len=config.data.max_prompt_length + config.data.max_response_length,
         device="cpu" if on_cpu else "cuda",
+        cuda_visible_devices=None
+        if on_cpu
+        else engine_devices(
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            device_count=torch.cuda.device_count(),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            size=config.rollout.tensor_parallel_size,
+        ),
         dtype=config.model.dtype,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         max_num_seqs=config.rollout.max_num_seqs,

@@ -15,7 +15,7 @@ def summarize(run_dir: Path) -> dict[str, Any]:
     """Validation before and after, and whether the engine always held the trainer's weights.
 
     `weight_checksums_ok` is None where no sync was verified; a failed one ends the run. Seconds are those of the steps,
-    validation, checkpoints and weight syncs included.
+    validation and weight syncs included, checkpoints not.
 
     Raises:
         ValueError: the folder has no metrics.

@@ -34,5 +34,6 @@ class Validator:
             "val/accuracy": sum(item.reward.accuracy for item in items) / len(items),
             "val/reward_score": sum(item.reward.overall for item in items) / len(items),
             "val/response_length": sum(len(item.response.token_ids) for item in items) / len(items),
+            "val/errors": float(sum(item.reward.error is not None for item in items)),
             "val/clip_ratio": sum(item.response.finish_reason == "length" for item in items) / len(items),
         }

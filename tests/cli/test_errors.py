@@ -6,14 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import Qwen2Config
 
 from megatron_vppo.cli.launch import take_rank_from_slurm
 from megatron_vppo.cli.main import main
 from tests.models.tiny import tiny_config
 
 CONFIG = """
-data: {train_files: rows.jsonl, rollout_batch_size: 8}
-model: {path: MODEL, dtype: float32}
+data: {train_files: FOLDER/rows.jsonl, rollout_batch_size: 8}
+model: {path: FOLDER/model, dtype: float32}
 actor: {global_batch_size: 8}
 """
 
@@ -21,8 +22,9 @@ actor: {global_batch_size: 8}
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     tiny_config(tied=True, vocab=299).save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").touch()
     path = tmp_path / "config.yaml"
-    path.write_text(CONFIG.replace("MODEL", str(tmp_path / "model")))
+    path.write_text(CONFIG.replace("FOLDER", str(tmp_path)))
     return path
 
 
@@ -36,6 +38,11 @@ def config_file(tmp_path: Path) -> Path:
         ("parallel.pipeline_model_parallel_size=8", "layers"),
         ("rollout.num_engines=3", "num_engines=3"),
         ("model.path=/no/such/folder", "no such folder"),
+        ("data.train_files=nowhere.parquet", "nowhere.parquet does not exist"),
+        ("data.val_files=/no/val.jsonl@test", "/no/val.jsonl does not exist"),
+        ("data.format_prompt=no.jinja", "data.format_prompt: there is no file"),
+        ("reward.reward_function=no.py:score", "reward.reward_function: there is no file"),
+        ("rollout.temperature=2.5", "rollout.temperature"),
     ],
 )
 def test_mistakes_end_in_one_message(
@@ -45,6 +52,19 @@ def test_mistakes_end_in_one_message(
     error = capfd.readouterr().err
     assert error.startswith("vppo: ") and message in error
     assert "Traceback" not in error
+
+
+def test_missing_config_and_run_folder(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train", "--config", str(tmp_path / "no.yaml")], ["report", str(tmp_path / "no_run")]):
+        assert main(arguments) == 2
+        error = capfd.readouterr().err
+        assert error.startswith("vppo: ") and str(tmp_path) in error and error.count("\n") == 1
+
+
+def test_another_architecture_is_named(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path / "text_only")
+    assert main(["train", "--config", str(config_file), f"model.path={tmp_path}/text_only"]) == 2
+    assert "model of type 'qwen2'; supported is 'qwen2_5_vl'" in capfd.readouterr().err
 
 
 def test_slurm_rank(monkeypatch: pytest.MonkeyPatch) -> None:

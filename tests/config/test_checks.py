@@ -82,6 +82,7 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"algorithm": {"filter_low": 0.6, "filter_high": 0.6}}, ["filter_low 0.6 and filter_high 0.6"]),
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
     ({"actor": {"optim": {"betas": [0.9, 1.0]}}}, ["betas is [0.9, 1.0]"]),
+    ({"actor": {"optim": {"min_lr_ratio": 0.1}}}, ["min_lr_ratio 0.1 has no effect", "linear or cosine"]),
     ({"trainer": {"save_freq": 0}}, ["trainer.save_freq is 0"]),
     ({"trainer": {"val_freq": -2}}, ["trainer.val_freq is -2"]),
     ({"reward": {"reward_function": "mathruller"}}, ["reward_function is 'mathruller'", "file.py:function"]),

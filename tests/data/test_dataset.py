@@ -149,10 +149,15 @@ def broken_images(folder: Path) -> dict[str, bytes]:
     noise_image(40, 40).save(webp, "WEBP")
     flipped = bytearray(whole["png"])
     flipped[len(flipped) // 2] ^= 0xFF
+    gap = slice(len(whole["jpg"]) // 3, len(whole["jpg"]) * 2 // 3)
+    holed = bytearray(whole["jpg"])
+    holed[gap] = np.random.default_rng(3).bytes(len(holed[gap]))
+    assert holed.endswith(b"\xff\xd9"), "its end mark is still there"
     return {
         "truncated png": whole["png"][:-200],
         "damaged png": bytes(flipped),
         "truncated jpg": whole["jpg"][: len(whole["jpg"]) // 2],
+        "damaged jpg": bytes(holed),
         "truncated gif": gif.getvalue()[: len(gif.getvalue()) // 2],
         "truncated webp": webp.getvalue()[: len(webp.getvalue()) // 2],
         "no image": b"<html>not found</html>",
@@ -162,7 +167,16 @@ def broken_images(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     "name",
-    ["truncated png", "damaged png", "truncated jpg", "truncated gif", "truncated webp", "no image", "empty file"],
+    [
+        "truncated png",
+        "damaged png",
+        "truncated jpg",
+        "damaged jpg",
+        "truncated gif",
+        "truncated webp",
+        "no image",
+        "empty file",
+    ],
 )
 def test_broken_image_is_named(name: str, picture_folder: Path) -> None:
     data = broken_images(picture_folder)[name]

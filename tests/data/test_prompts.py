@@ -43,7 +43,7 @@ def builder(processor, **options) -> PromptBuilder:
 
 
 def load(folder: Path, processor, rows: list[dict], **options):
-    options = {"split": "train", "max_prompt_length": 4096, **options}
+    options = {"split": "train", "max_prompt_length": 4096, "max_images": 8, **options}
     return load_prompts(write(folder, rows), builder(processor), **options)
 
 
@@ -54,7 +54,7 @@ def test_token_ids_equal_the_processors(processor, picture_folder, repo_root, na
     path = None if name is None else str(repo_root / f"examples/format_prompt/{name}.jinja")
     template = None if path is None else read_template(path)
     build = builder(processor, template=template, system_prompt=system_prompt)
-    prompts = load_prompts(dataset, build, split="val", max_prompt_length=4096)
+    prompts = load_prompts(dataset, build, split="val", max_prompt_length=4096, max_images=8)
     for row, prompt in enumerate(prompts):
         problem = ROWS[row]["problem"]
         body = (problem.strip() if name else problem) + ending
@@ -84,6 +84,13 @@ def test_too_long_prompts_are_left_out_and_counted(processor, picture_folder, ca
     assert load(picture_folder, processor, ROWS, max_prompt_length=lengths[1]).rows == (0, 1, 2)
     with pytest.raises(ValueError, match=r"no usable prompt.*3 too long[\s\S]*data\.max_prompt_length \(5 tokens\)"):
         load(picture_folder, processor, ROWS, max_prompt_length=5)
+
+
+def test_a_row_with_more_images_than_the_engine_takes_is_a_bad_one(processor, picture_folder) -> None:
+    with pytest.raises(RowError, match=r"row 1: 3 images; rollout\.max_images_per_prompt is 2"):
+        load(picture_folder, processor, ROWS, max_images=2)
+    kept = load(picture_folder, processor, ROWS, max_images=2, on_bad_row="skip")
+    assert kept.rows == (0, 2) and [error.row for error in kept.report.bad_rows] == [1]
 
 
 BAD_ROWS = {
@@ -186,5 +193,5 @@ def test_resume_is_exact(ten) -> None:
     resumed = PromptStream(ten, seed=3)
     resumed.load_state_dict(state)
     assert [drawn(resumed, 2) for _ in range(8)] == rest
-    with pytest.raises(ValueError, match=r"seed=3, this run has seed=4.*trainer\.resume=false"):
+    with pytest.raises(ValueError, match=r"seed=3, this run has seed=4.*trainer\.experiment_name"):
         PromptStream(ten, seed=4).load_state_dict(state)

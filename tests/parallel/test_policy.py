@@ -52,6 +52,7 @@ OPTIM = OptimSettings(
     betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, max_grad_norm=1e9,
     use_distributed_optimizer=True,
 )  # fmt: skip
+RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
 GROUPS = (0, 0, 1, 1, 2, 2)
 ANSWER_LENGTH = 4
 STEP = 3
@@ -212,9 +213,9 @@ def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, op
     )  # fmt: skip
 
 
-def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path) -> bool:
+def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path, *, distributed_optimizer: bool) -> bool:
     """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
-    optim = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
+    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed_optimizer)
     batch = make_batch(make_responses(), "nll")
     straight = make_policy(folder, layout, rows=2, optim=optim)
     straight.update(batch)
@@ -238,6 +239,25 @@ def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path) -> 
     return all([name == other and torch.equal(a, b) for (name, a), (other, b) in pairs])
 
 
+def resumed_before_any_update_equals_fresh(folder: Path, layout: Layout, checkpoints: Path) -> bool:
+    """Steps without anything to train on may come first: Adam has no state yet when the checkpoint is written."""
+    batch = make_batch(make_responses(), "nll")
+    fresh, resumed = (make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM) for _ in range(2))
+    save_checkpoint(checkpoints, step=1, trainable=fresh.trainable, layout=layout, state={}, keep=1)
+    load_checkpoint(checkpoints, step=1, trainable=resumed.trainable, layout=layout)
+    untouched = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM)
+    for policy in (fresh, resumed, untouched):
+        policy.update(batch)
+    return all(
+        [
+            torch.equal(a, b) and torch.equal(a, c)
+            for (_, a), (_, b), (_, c) in zip(
+                fresh.hf_weights(), resumed.hf_weights(), untouched.hf_weights(), strict=True
+            )
+        ]
+    )
+
+
 def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
     policy = make_policy(folder, layout, rows=4)
     before = {name: tensor.clone() for name, tensor in policy.hf_weights()}
@@ -259,7 +279,13 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
             for name, folder in folders.items()
             for rows in (1, 4)
         }
-        exact = resumed_equals_straight(folders["tied"], layout, scratch / f"{tensor}{pipeline}{world}")
+        checkpoints = scratch / f"{tensor}{pipeline}{world}"
+        exact = resumed_before_any_update_equals_fresh(folders["tied"], layout, checkpoints / "before") and all(
+            [
+                resumed_equals_straight(folders["tied"], layout, checkpoints / str(kind), distributed_optimizer=kind)
+                for kind in (True, False)
+            ]
+        )
         assert infinite_gradient_changes_nothing(folders["tied"], layout)
         results.append((outcomes, exact))
         parallel_state.destroy_model_parallel()
@@ -321,3 +347,36 @@ def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, w
         assert change.norm() > 0, f"{name} did not change; the test would not see an error"
         error = (outcome.weights[name] - weight).norm() / change.norm()
         assert error < CHANGE_TOLERANCE, f"{where}: the change of {name} is off by {error:.1e} of its norm"
+
+
+def _save_after_one_update(rank: int, world: int, folder: Path, checkpoints: Path) -> None:
+    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
+    policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM)
+    policy.update(make_batch(make_responses(), "nll"))
+    save_checkpoint(checkpoints, step=1, trainable=policy.trainable, layout=layout, state={}, keep=1)
+
+
+def _second_update(rank: int, world: int, folder: Path, checkpoints: Path) -> dict[str, Tensor]:
+    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
+    policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM)
+    load_checkpoint(checkpoints, step=1, trainable=policy.trainable, layout=layout)
+    policy.update(make_batch(make_responses(), "nll"))
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("written, read", [(2, 1), (1, 2)])
+def test_resume_under_another_data_parallel_size(
+    written: int, read: int, models: dict[str, tuple[Path, Outcome, dict[str, Tensor]]], tmp_path: Path
+) -> None:
+    """Weights after a second update, against those of a run that kept its size. Adam divides by the root of what it
+    summed, so the rounding of a sum over ranks is not bounded by that of the gradients: the change is compared."""
+    folder, _, start = models["tied"]
+    run_gloo(_save_after_one_update, written, folder, tmp_path, timeout_seconds=300)
+    kept, changed = (
+        run_gloo(_second_update, size, folder, tmp_path, timeout_seconds=300)[0] for size in (written, read)
+    )
+    before = {_released(name): tensor for name, tensor in start.items()}
+    for name, weight in kept.items():
+        error = (changed[name] - weight).norm() / (weight - before[name]).norm()
+        assert error < CHANGE_TOLERANCE, f"the change of {name} is off by {error:.1e} of its norm"

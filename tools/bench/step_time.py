@@ -89,7 +89,7 @@ def measure(name: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any
         ceilings.append(matmul_gflops(threads=threads))
         lines = read_metrics(Path(runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
     measured = measured_lines(lines, warmup=WARMUP_STEPS, steps=steps)
-    shape = step_shape(config, median(measured, "rollout/sampled_groups"), median(measured, "rollout/kept_groups"),
+    shape = step_shape(config, median(measured, "rollout/sampled_groups"), median(measured, "rollout/trained_groups"),
                        median(measured, "prompt_length/mean"), median(measured, "response_length/mean"))  # fmt: skip
     seconds = phase_seconds(measured)
     machine = hardware()
@@ -202,7 +202,7 @@ def patches_per_prompt(config: RunConfig) -> float:
         AutoProcessor.from_pretrained(_from_root(config.model.path)).image_processor,
         min_pixels=data.min_pixels,
         max_pixels=data.max_pixels,
-        mode="easyr1" if config.algorithm.preset == "reference" else "smart",
+        mode=config.algorithm.resize,
     )
     patches = 0
     for row in range(len(rows)):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 from transformers import Qwen2_5_VLConfig
 
+MODEL_TYPE = "qwen2_5_vl"
 VISION_NORM_EPSILON = 1e-6
 """Fixed in the architecture; not a field of its configuration."""
 
@@ -57,7 +58,11 @@ def check_tensor_parallel(hf_config: Qwen2_5_VLConfig, *, tensor: int) -> None:
 
 
 def check_supported(hf_config: Qwen2_5_VLConfig) -> None:
-    """Raises ValueError for what the architecture's configuration can say and no released model does."""
+    """Raises ValueError for another architecture, and for what this one's configuration can say and no released model
+    does.
+    """
+    if hf_config.model_type != MODEL_TYPE:
+        raise ValueError(f"model.path holds a model of type {hf_config.model_type!r}; supported is {MODEL_TYPE!r}")
     text, vision = hf_config.text_config, hf_config.vision_config
     if text.rope_parameters["rope_type"] != "default" or vision.rope_parameters["rope_type"] != "axial":
         raise ValueError(

@@ -128,7 +128,7 @@ def _update(run: RunData) -> tuple[Chart, ...]:
             "",
             (
                 Line("policy gradient", run.series("actor/pg_loss"), 1),
-                Line("entropy term", run.series("actor/entropy_loss"), 4),
+                Line("entropy term", run.series("actor/entropy_penalty"), 4),
                 Line("sum", run.series("actor/loss"), 2),
             ),
         ),
@@ -165,7 +165,7 @@ def _system(run: RunData) -> tuple[Chart, ...]:
         Chart(
             "Throughput",
             "tokens per second and device",
-            (Line("trained tokens", run.series("perf/throughput"), 3),),
+            (Line("sampled tokens, prompts included", run.series("perf/throughput"), 3),),
             scale="zero",
         ),
         Chart(
