@@ -17,6 +17,7 @@ BASE = [
     "mathruler>=0.1,<0.2",
     "pylatexenc>=2.10,<3",  # imported by mathruler.grader, which does not declare it
     "tensorboard>=2.21,<3",
+    "psutil>=5.9,<8",  # imported by megatron-core 0.19's checkpoint writer, which does not declare it
     "zstandard>=0.25,<0.26",
     "scikit-learn>=1.9,<2",  # the digits data set and its cold-start model
 ]

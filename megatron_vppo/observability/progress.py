@@ -20,8 +20,6 @@ PHASE_LABELS = {
     "gen": "rollout",
     "reward": "reward",
     "score": "score",
-    "old_log_prob": "score",
-    "aug": "score",
     "adv": "adv",
     "update_actor": "update",
     "update_weights": "sync",

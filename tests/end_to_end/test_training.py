@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,7 @@ def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_pa
     assert max(line["training/rollout_logp_diff_max"] for line in trained) < ROLLOUT_DIFFERENCE
     assert all(line["weight_sync/checksums_ok"] == 1.0 for line in trained)
     assert all(line["actor/grad_norm"] > 0 and line["critic/score/max"] == 1.0 for line in trained), "a dead run"
+    _check_names_of_metrics(lines)
     first = trained[0]
     assert 0.35 < first["actor/perception_token_fraction"] < 0.5, "about 40 % of the tokens carry gradient"
     assert first["actor/low_var_kl_mean_selected"] > 10 * first["actor/low_var_kl_mean_rejected"]
@@ -73,6 +75,22 @@ def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_pa
     record = next(iter(read_rollouts(rollout_path(run, LEARNING_STEPS))))
     assert record["images"], "the first records of a step keep their pictures"
     _check_export(run / "huggingface" / f"step_{LEARNING_STEPS}", tmp_path)
+
+
+def _check_names_of_metrics(lines: list[dict[str, float]]) -> None:
+    """The run logs what docs/metrics.md lists, and nothing else."""
+    rows = [line for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `")]
+    documented: set[str] = set()
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row.split("|")[1])
+        documented.add(first)
+        for ending in others:  # a whole name, or `/max` or `_max` in place of the first one's last part
+            whole = not ending.startswith(("/", "_"))
+            documented.add(ending if whole else first.rpartition(ending[0])[0] + ending)
+    logged = {name for line in lines for name in line} - {"step", "time"}
+    placeholders = {"timing_s/...", ".../max", "..._max", ".../min", "..._min", "reward/<name>"}
+    assert logged <= documented, logged - documented
+    assert documented - logged - placeholders == {"actor/rollout_correction_mean"}
 
 
 def _check_export(folder: Path, scratch: Path) -> None:
