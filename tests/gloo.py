@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-PRELOADED = ["torch", "transformers", "megatron_vppo.parallel.policy", "megatron_vppo.models.qwen25_vl.build"]
+PRELOADED = ["torch", "transformers", "megatron_vppo.parallel.policy", "megatron_vppo.models.build"]
 
 
 def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout_seconds: float = 120.0) -> list[Any]:

@@ -1,6 +1,6 @@
-"""Make the digits model: a Qwen2.5-VL of 2.5 M parameters that answers a part of the held-out pictures right.
+"""Make the digits model: a Qwen-VL of 2.5 M parameters that answers a part of the held-out pictures right.
 
-    python tools/make_digits_model.py --data build/digits/data --out build/digits/model
+    python tools/make_digits_model.py --data build/digits/data --out build/digits/model [--family qwen3-vl]
 
 The folder is an ordinary Hugging Face one: transformers and vLLM load it.
 """
@@ -22,7 +22,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
-from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
+from digits.checkpoint import FAMILIES, make_config, make_model, make_processor, save_checkpoint
 from digits.cold_start import load_rows, train
 from digits.folder import STAMP, build_once
 
@@ -31,6 +31,7 @@ def write_model(
     out: Path,
     *,
     data: Path,
+    family: str,
     band: tuple[float, float],
     stop_at: float,
     max_steps: int,
@@ -43,10 +44,10 @@ def write_model(
     """Train from random weights and save into the existing folder `out`."""
     begin = time.perf_counter()
     torch.set_num_threads(threads)  # a seed gives the same weights again for the same number of threads
-    processor = make_processor()
-    model = make_model(make_config(processor.tokenizer), seed=seed)
+    processor = make_processor(family)
+    model = make_model(make_config(processor.tokenizer, family), seed=seed)
     params = sum(p.numel() for p in model.parameters())
-    print(f"a Qwen2.5-VL of {params:,} parameters; supervised steps until {stop_at:.0%} of held-out answers are right")
+    print(f"a {family} of {params:,} parameters; supervised steps until {stop_at:.0%} of held-out answers are right")
     reached = train(
         model,
         processor,
@@ -76,6 +77,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that make_digits_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0])
     parser.add_argument(
         "--band", type=float, nargs=2, default=(0.30, 0.45), metavar=("LOW", "HIGH"), help="allowed held-out accuracy"
     )

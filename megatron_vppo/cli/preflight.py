@@ -10,7 +10,8 @@ from transformers import AutoConfig
 from megatron_vppo.config.checks import check_layout
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
-from megatron_vppo.models.qwen25_vl.config import check_supported, check_tensor_parallel, stage_layers
+from megatron_vppo.models.families import family_of
+from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
 from megatron_vppo.trainer.engines import num_engines
 from megatron_vppo.trainer.model_folder import model_folder
 
@@ -34,9 +35,14 @@ def check_before_launch(config: RunConfig) -> int:
         )
     check_layout(config, world_size)
     hf_config = AutoConfig.from_pretrained(model_folder(config.model.path))
-    check_supported(hf_config)
+    family = family_of(hf_config)
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size)
-    stage_layers(hf_config, pipeline=parallel.pipeline_model_parallel_size, pipeline_layers=parallel.pipeline_layers)
+    stage_layers(
+        hf_config,
+        family=family,
+        pipeline=parallel.pipeline_model_parallel_size,
+        pipeline_layers=parallel.pipeline_layers,
+    )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     _check_files(config)
     return world_size

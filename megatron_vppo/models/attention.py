@@ -21,6 +21,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megatron_vppo.models.deepstack import Deepstack
+
 _SHORTEST_TO_LONGEST = 0.8
 """Least ratio of lengths within a bucket: at most 1/5 of its tokens and 1/3 of its attention scores are padding."""
 
@@ -122,6 +124,8 @@ class PackedSequences(PackedSeqParams):
     plan: AttentionPlan | None = None
     window_plan: AttentionPlan | None = None
     """For layers whose attention stays within windows; only vision towers have them."""
+    deepstack: Deepstack | None = None
+    """What the first language layers add; see deepstack.py."""
 
 
 class PackedAttention(nn.Module):

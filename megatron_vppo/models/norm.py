@@ -1,4 +1,8 @@
-"""RMSNorm in plain torch, with the constructor that Megatron's layer specs call."""
+"""Norms in plain torch, with the constructor that Megatron's layer specs call.
+
+Megatron's own plain norm refuses sequence parallelism; these mark their parameters for it, so that the gradients are
+summed over the tensor-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,7 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32, rounded once.
-
-    Megatron's own plain norm refuses sequence parallelism; this one marks its weight for it, so that its gradient is
-    summed over the tensor-parallel ranks.
-    """
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32, rounded once."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
@@ -23,3 +23,21 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+Norm = type[RMSNorm] | type[LayerNorm]

@@ -17,16 +17,28 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_vppo.models.attention import PackedAttention
-from megatron_vppo.models.norm import RMSNorm
+from megatron_vppo.models.norm import Norm, RMSNorm
 
 
-def plain_layer_spec(*, causal: bool, core_attention: type[PackedAttention] = PackedAttention) -> ModuleSpec:
-    """A pre-norm layer: RMSNorm, self-attention, RMSNorm, gated MLP."""
+def plain_layer_spec(
+    *,
+    causal: bool,
+    norm: Norm = RMSNorm,
+    qk_norm: bool = False,
+    core_attention: type[PackedAttention] = PackedAttention,
+    layer: type[TransformerLayer] = TransformerLayer,
+) -> ModuleSpec:
+    """A pre-norm layer: norm, self-attention, norm, MLP (gated or not, as the configuration says).
+
+    Args:
+        qk_norm: queries and keys are normalised head by head before they are rotated.
+        layer: what holds the modules together; a subclass may do more.
+    """
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
@@ -34,10 +46,12 @@ def plain_layer_spec(*, causal: bool, core_attention: type[PackedAttention] = Pa
                     linear_qkv=ColumnParallelLinear,
                     core_attention=core_attention,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=RMSNorm if qk_norm else None,
+                    k_layernorm=RMSNorm if qk_norm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=_mlp_spec(mlp),
             mlp_bda=get_bias_dropout_add,
         ),

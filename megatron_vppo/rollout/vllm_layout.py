@@ -18,16 +18,16 @@ FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 """vLLM's layer -> the checkpoint's layers, stacked along the output."""
 
 PREFIXES = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."), ("visual.", "visual."))
-"""vLLM's names -> the released checkpoints' names."""
+"""vLLM's names -> those of released Qwen2.5-VL checkpoints, which we compare by."""
 
 ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
-"""Prefixes that newer files use -> the released checkpoints'."""
+"""Prefixes of released Qwen3-VL checkpoints, and of newer Qwen2.5-VL files -> the same."""
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this, with zero rows."""
 
-COLUMN_PARALLEL = ("self_attn.qkv_proj", "mlp.gate_up_proj", "attn.qkv", "merger.mlp.0")
-ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attn.proj", "merger.mlp.2")
+COLUMN_PARALLEL = ("self_attn.qkv_proj", "mlp.gate_up_proj", "attn.qkv", "merger.mlp.0", "linear_fc1")
+ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj", "attn.proj", "merger.mlp.2", "linear_fc2")
 VOCAB_PARALLEL = ("embed_tokens", "lm_head")
 
 

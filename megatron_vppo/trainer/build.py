@@ -22,9 +22,9 @@ from megatron_vppo.data.perturb import PerturbSettings
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
+from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
-from megatron_vppo.models.qwen25_vl.build import build_model
-from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report

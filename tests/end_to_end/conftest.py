@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tools")]
 
 
 @pytest.fixture(scope="session")

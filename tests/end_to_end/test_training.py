@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.observability.rollouts import read_rollouts, rollout_path
@@ -34,7 +35,9 @@ SHORT = (
     "data.rollout_batch_size=8", "actor.global_batch_size=4", "rollout.n=4", "algorithm.online_filtering=false",
     "trainer.total_steps=4", "trainer.save_freq=2", "trainer.val_before_train=false", "trainer.val_freq=-1",
     "data.max_val_rows=8", "parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2",
+    "rollout.num_engines=2", "rollout.cpu_kv_cache_gib=0.125",
 )  # fmt: skip
+"""Two pipeline stages, an engine led by each."""
 
 
 def command(digits: Path, runs: Path, name: str, *overrides: str) -> list[str]:
@@ -95,7 +98,7 @@ def _check_names_of_metrics(lines: list[dict[str, float]]) -> None:
 
 def _check_export(folder: Path, scratch: Path) -> None:
     """transformers and vLLM load the exported folder as it is, and agree on what it says."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
     picture = Image.new("RGB", (112, 56), (200, 30, 90))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the sum?"}]}]
@@ -119,6 +122,27 @@ def _check_export(folder: Path, scratch: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_qwen3_vl_runs_too(digits: Path, tmp_path: Path) -> None:
+    """Random weights: what is looked at is that trainer and engine hold the same model, and that it can be exported."""
+    processor = make_processor("qwen3-vl")
+    start = tmp_path / "start"
+    save_checkpoint(make_model(make_config(processor.tokenizer, "qwen3-vl"), seed=1), processor, start)
+    run = train(
+        digits, tmp_path, "qwen3", *SHORT, f"model.path={start}", "trainer.total_steps=2", "data.max_pixels=16384",
+        "rollout.num_engines=1",
+    )  # fmt: skip
+    lines = [line for line in read_metrics(run) if "actor/loss" in line]
+    assert len(lines) == 2 and all(line["weight_sync/checksums_ok"] == 1.0 for line in lines)
+    assert all(line["training/rollout_logp_diff_max"] < ROLLOUT_DIFFERENCE for line in lines)
+    assert all(line["actor/grad_norm"] > 0 for line in lines)
+    before, after = load_file(start / "model.safetensors"), exported(run, 2)
+    assert before.keys() == after.keys()
+    tower = "model.visual.deepstack_merger_list.0.linear_fc1.weight"
+    assert not torch.equal(before[tower], after[tower])
+    _check_export(run / "huggingface" / "step_2", tmp_path)
+
+
+@pytest.mark.slow
 def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_path: Path) -> None:
     """SIGKILL to the launcher and all ranks in the middle of step 3; started again, on two pipeline stages."""
     straight = train(digits, tmp_path, "straight", *SHORT)
@@ -130,7 +154,7 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     ) as process:  # fmt: skip
         _wait_for_checkpoint(killed / "checkpoints" / "global_step_2", process)
         time.sleep(0.3)
-        assert len(_processes_with(mark)) >= 4, "torchrun, two ranks and an engine at least"
+        assert len(_processes_with(mark)) >= 5, "torchrun, two ranks and two engines at least"
         os.killpg(process.pid, signal.SIGKILL)
     _wait_until_gone(mark)
     assert (killed / "checkpoints" / "global_step_2" / "trainer_state.json").is_file()

@@ -16,13 +16,13 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig
 
+from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.packed import PackedBatch
-from megatron_vppo.models.qwen25_vl.build import build_model
-from megatron_vppo.models.qwen25_vl.model import Qwen25VLModel
-from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
 from megatron_vppo.models.weight_map import stage_entries
 from megatron_vppo.parallel.layout import Layout
 from tests.models.tiny import GRIDS, IMAGE, MERGE, Row, make_pixels, make_rows
@@ -66,15 +66,15 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
     )
 
 
-def load(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32, **options: Any) -> Qwen25VLModel:
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+def load(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32, **options: Any) -> QwenVLModel:
+    config = AutoConfig.from_pretrained(folder)
     model = build_model(config, groups=layout.groups, dtype=dtype, device=layout.device, **options)
     load_hf_weights(model, folder)
     return model
 
 
 def run(
-    model: Qwen25VLModel, micro_batches: tuple[tuple[int, ...], ...], *, vocab: int, repeats: dict[int, int]
+    model: QwenVLModel, micro_batches: tuple[tuple[int, ...], ...], *, vocab: int, repeats: dict[int, int]
 ) -> StageResult:
     """One forward and backward pass of all micro-batches; `repeats` counts how often each row occurs among them."""
     rows, pixels = make_rows(), make_pixels()
@@ -93,7 +93,7 @@ def run(
             total = total + (row.weights * logp).sum() / repeats[member]
         return total * len(micro_batches), {}  # the schedule divides by their number
 
-    def step(batches: Iterator[tuple[tuple[int, ...], PackedBatch]], stage: Qwen25VLModel) -> Any:
+    def step(batches: Iterator[tuple[tuple[int, ...], PackedBatch]], stage: QwenVLModel) -> Any:
         members, batch = next(batches)
         return stage(batch), functools.partial(loss, members)
 
@@ -109,17 +109,18 @@ def run(
         forward_only=False,
     )
     _sum_tied(model)
+    _sum_qk_norms(model)
     return StageResult(hidden, logps, _gradients(model), _problems(model, vocab))
 
 
-def _logps(model: Qwen25VLModel, hidden: Tensor, row: Row, *, vocab: int) -> Tensor:
+def _logps(model: QwenVLModel, hidden: Tensor, row: Row, *, vocab: int) -> Tensor:
     group = model.groups.tp
     local = copy_to_tensor_model_parallel_region(hidden[:-1], group=group) @ model.head_weight_VD().T
     logits = gather_from_tensor_model_parallel_region(local, group=group)[:, :vocab]
     return logits.log_softmax(-1).gather(1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
 
 
-def _sum_tied(model: Qwen25VLModel) -> None:
+def _sum_tied(model: QwenVLModel) -> None:
     apart = len(model.stage_layers) > 1 and model.share_embeddings_and_output_weights
     if apart and (model.pre_process or model.post_process):
         weight = model.shared_embedding_or_output_weight()
@@ -127,7 +128,14 @@ def _sum_tied(model: Qwen25VLModel) -> None:
         dist.all_reduce(weight.grad, group=model.groups.embd)
 
 
-def _gradients(model: Qwen25VLModel) -> dict[str, Tensor]:
+def _sum_qk_norms(model: QwenVLModel) -> None:
+    """Each rank's heads pass through the same norm; Megatron's `finalize_model_grads` sums what they give it."""
+    for name, parameter in model.named_parameters():
+        if "q_layernorm" in name or "k_layernorm" in name:
+            dist.all_reduce(parameter.grad, group=model.groups.tp)
+
+
+def _gradients(model: QwenVLModel) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
     entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank())
     found = {}
@@ -139,7 +147,7 @@ def _gradients(model: Qwen25VLModel) -> dict[str, Tensor]:
     return found
 
 
-def _problems(model: Qwen25VLModel, vocab: int) -> list[str]:
+def _problems(model: QwenVLModel, vocab: int) -> list[str]:
     """What Megatron's optimizer relies on: marks of split parameters, equal tied weights, zero padding rows."""
     problems = []
     parameters = dict(model.named_parameters())

@@ -13,11 +13,11 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
-from megatron_vppo.models.qwen25_vl.weight_map import weight_map
+from megatron_vppo.models.families import family_of
 from megatron_vppo.parallel.layout import init_layout
 from tests.gloo import run_gloo
 from tests.models.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
-from tests.models.tiny import Expected, save_tiny_model, tiny_config, transformers_says
+from tests.models.tiny import Expected, save_tiny_model, tiny_config, tiny_qwen3_config, transformers_says
 
 LOGP_TOLERANCE = 1e-5
 HIDDEN_TOLERANCE = 1e-4
@@ -28,11 +28,19 @@ GRADIENT_TOLERANCE = 1e-4
 TIMEOUT_SECONDS = 600.0
 """Starting four processes on two busy cores takes minutes; the comparison itself takes seconds."""
 
-MODELS = {"untied": (False, 301), "tied": (True, 299)}
-"""(tied, vocabulary); neither vocabulary is divisible by 2."""
-SPLITS = {"untied": (2, 1), "tied": (1, 2)}
+MODELS = {
+    "untied": tiny_config(tied=False, vocab=301),
+    "tied": tiny_config(tied=True, vocab=299),
+    "Qwen3 untied": tiny_qwen3_config(tied=False, vocab=301, taps=(0, 2)),
+    "Qwen3 tied": tiny_qwen3_config(tied=True, vocab=299, taps=(1,)),
+}
+"""No vocabulary is divisible by 2."""
+SPLITS = {"untied": (2, 1), "tied": (1, 2), "Qwen3 untied": (2, 1), "Qwen3 tied": (1, 2)}
 """Uneven pipeline stages of three layers."""
 RUNS = {"packed": (PACKED, False), "one by one": (ONE_BY_ONE, False), "packed, recomputed": (PACKED, True)}
+
+ROUNDED = ("tied", "Qwen3 untied")
+"""Also run in bfloat16."""
 
 Case = tuple[str, str]
 
@@ -40,9 +48,9 @@ Case = tuple[str, str]
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Expected]]:
     made = {}
-    for name, (tied, vocab) in MODELS.items():
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny_model(folder, tiny_config(tied=tied, vocab=vocab))
+    for name, config in MODELS.items():
+        folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
+        save_tiny_model(folder, config)
         made[name] = (folder, transformers_says(folder))
     return made
 
@@ -60,7 +68,7 @@ def _rank(
                 model = load(folder, layout, pipeline_layers=split, recompute=recompute)
                 repeats = Counter(row for members in micro_batches for row in members)
                 results[tensor, pipeline][name, case] = run(
-                    model, micro_batches, vocab=MODELS[name][1], repeats=dict(repeats)
+                    model, micro_batches, vocab=MODELS[name].text_config.vocab_size, repeats=dict(repeats)
                 )
         parallel_state.destroy_model_parallel()
     return results
@@ -90,10 +98,9 @@ def _compare(
             assert (logps - expected.logps[row]).abs().max() < LOGP_TOLERANCE, f"{where}: log-probs of row {row}"
             off = (result.hidden[row] - expected.hidden[row]).abs().max()
             assert off < HIDDEN_TOLERANCE, f"{where}: hidden states of row {row}"
-    tied, vocab = MODELS[name]
     stages = SPLITS[name] if pipeline > 1 else (3,)
     compared = set()
-    for entry in weight_map(tiny_config(tied=tied, vocab=vocab)):
+    for entry in family_of(MODELS[name]).weight_map(MODELS[name]):
         if entry.copy and pipeline == 1:
             continue
         stage = entry.stage(stages)
@@ -117,11 +124,15 @@ def _alone(rank: int, world: int, folders: dict[str, Path], resaved: Path) -> di
         assert torch.arange(3).is_meta
         assert torch.empty(3).is_meta
     rows = dict(Counter(range(6)))
-    rounded = load(folders["tied"], layout, dtype=torch.bfloat16)
-    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+    rounded = {}
+    for name in ROUNDED:
+        model = load(folders[name], layout, dtype=torch.bfloat16, recompute=True)
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        vocab = MODELS[name].text_config.vocab_size
+        rounded[name] = run(model, ONE_BY_ONE, vocab=vocab, repeats=rows).logps
     original, again = (dict(load(folder, layout).named_parameters()) for folder in (folders["untied"], resaved))
     return {
-        "bfloat16": run(rounded, ONE_BY_ONE, vocab=MODELS["tied"][1], repeats=rows).logps,
+        "bfloat16": rounded,
         "different": [name for name in original if not torch.equal(original[name], again[name])],
     }
 
@@ -133,10 +144,11 @@ def test_bfloat16_and_other_files(models: dict[str, tuple[Path, Expected]], tmp_
     _resave(folders["untied"], tmp_path)
     (found,) = run_gloo(_alone, 1, folders, tmp_path, timeout_seconds=TIMEOUT_SECONDS)
     assert found["different"] == []
-    logps, expected = found["bfloat16"], models["tied"][1].logps
-    off = torch.cat([(logps[row].float() - expected[row]).abs() for row in logps])
-    assert off.mean() < 0.05
-    assert off.max() < 0.5
+    for name, logps in found["bfloat16"].items():
+        expected = models[name][1].logps
+        off = torch.cat([(logps[row].float() - expected[row]).abs() for row in logps])
+        assert off.mean() < 0.05, name
+        assert off.max() < 0.5, name
 
 
 def _resave(folder: Path, target: Path) -> None:

@@ -10,11 +10,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from megatron_vppo.models.attention import packed_attention, plan_attention
+from megatron_vppo.models.families import family_of
+from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.packed import PackedBatch
-from megatron_vppo.models.qwen25_vl.config import check_supported, check_tensor_parallel, stage_layers
-from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
+from megatron_vppo.models.qwen3_vl.vision import segment_lengths, stretch_weights
+from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.models.qwen25_vl.vision import window_order
-from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config
+from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
+from megatron_vppo.models.vision_features import patch_positions
+from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config, tiny_qwen3_config
 
 CPU = torch.device("cpu")
 LENGTHS = [(1,), (7, 7, 7), (3, 40, 5, 5, 41, 1, 18, 38, 39), (16, 16, 8, 16, 4, 16), (5, 90)]
@@ -67,7 +72,7 @@ def test_window_order(grid: tuple[int, int, int], window: int) -> None:
     index, boundaries = get_vision_window_index(grids, spatial_merge_size=2, window_size=window, patch_size=14)
     assert torch.equal(order.block_order_M, index)
     assert list(order.window_lengths) == boundaries.diff().tolist()
-    assert torch.equal(order.positions_P2, get_vision_position_ids(grids, 2))
+    assert torch.equal(patch_positions(grid, merge=2), get_vision_position_ids(grids, 2))
 
 
 def test_mrope_positions() -> None:
@@ -108,22 +113,48 @@ def test_impossible_layouts_are_refused_with_numbers() -> None:
 
 def test_pipeline_splits() -> None:
     config = tiny_config(tied=False, vocab=301)
-    assert stage_layers(config, pipeline=3, pipeline_layers=None) == (1, 1, 1)
-    assert stage_layers(config, pipeline=2, pipeline_layers=(2, 1)) == (2, 1)
+    assert stage_layers(config, family=QWEN25_VL, pipeline=3, pipeline_layers=None) == (1, 1, 1)
+    assert stage_layers(config, family=QWEN25_VL, pipeline=2, pipeline_layers=(2, 1)) == (2, 1)
     with pytest.raises(ValueError, match=r"3 layers do not divide over 2.*pipeline_layers, for example \[2, 1\]"):
-        stage_layers(config, pipeline=2, pipeline_layers=None)
+        stage_layers(config, family=QWEN25_VL, pipeline=2, pipeline_layers=None)
     for wrong in ((1, 1), (3,), (3, 0)):
         with pytest.raises(ValueError, match="must have 2 entries"):
-            stage_layers(config, pipeline=2, pipeline_layers=wrong)
+            stage_layers(config, family=QWEN25_VL, pipeline=2, pipeline_layers=wrong)
 
 
 def test_unsupported_architectures_are_refused() -> None:
     config = tiny_config(tied=False, vocab=301, use_sliding_window=True, max_window_layers=1)
     with pytest.raises(ValueError, match="sliding window"):
-        check_supported(config)
+        family_of(config)
     config = tiny_config(tied=False, vocab=301, hidden_act="gelu")
     with pytest.raises(ValueError, match="'gelu'"):
-        check_supported(config)
+        family_of(config)
+
+    config = tiny_qwen3_config(tied=False, vocab=301, taps=(0, 2), attention_bias=True)
+    with pytest.raises(ValueError, match="attention_bias"):
+        family_of(config)
+    for taps in ((2, 0), (1, 3)):
+        with pytest.raises(ValueError, match=r"must rise and lie below the tower's 3 layers"):
+            family_of(tiny_qwen3_config(tied=False, vocab=301, taps=taps))
+
+
+@pytest.mark.parametrize("count, side", [(1, 6), (2, 6), (10, 6), (6, 6), (7, 48), (60, 48)])
+def test_stretch_is_torchs_interpolation(count: int, side: int) -> None:
+    points = torch.randn(1, 3, side, generator=torch.Generator().manual_seed(count))
+    expected = torch.nn.functional.interpolate(points, size=count, mode="linear", align_corners=True)
+    assert (points[0] @ stretch_weights(count, side=side).T - expected[0]).abs().max() < 1e-5
+
+
+def test_deepstack_layers_have_to_lie_on_the_first_stage() -> None:
+    config = tiny_qwen3_config(tied=False, vocab=301, taps=(0, 2))
+    assert stage_layers(config, family=QWEN3_VL, pipeline=2, pipeline_layers=(2, 1)) == (2, 1)
+    with pytest.raises(ValueError, match=r"first pipeline stage has 1 language layers, but the first 2 take features"):
+        stage_layers(config, family=QWEN3_VL, pipeline=3, pipeline_layers=None)
+
+
+def test_segments_of_the_qwen3_tower() -> None:
+    for taps, lengths in {(): (3,), (0, 2): (1, 2), (1,): (2, 1), (0, 1): (1, 1, 1)}.items():
+        assert segment_lengths(tiny_qwen3_config(tied=False, vocab=301, taps=taps).vision_config) == lengths
 
 
 def test_inconsistent_batches_are_refused() -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vppo.models.qwen25_vl.weight_map import canonical_name, weight_map
+from megatron_vppo.models.families import family_of
 from megatron_vppo.models.weight_map import (
+    Entry,
     FusedQKV,
     Gated,
     GroupedQKV,
@@ -19,42 +21,52 @@ from megatron_vppo.models.weight_map import (
     stage_entries,
     stream_entries,
 )
-from tests.models.tiny import save_tiny_model, tiny_config
+from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 
 LAYOUTS = [(3,), (2, 1), (1, 1, 1)]
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, Path]:
+QWEN25_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
+CONFIGS = {
+    f"{family} {'tied' if tied else 'untied'}": make(tied=tied, vocab=301, **HEADS, **options)
+    for tied in (True, False)
+    for family, make, options in (
+        ("qwen25", tiny_config, {"rope_parameters": QWEN25_ROPE}),
+        ("qwen3", tiny_qwen3_config, {"taps": (0, 1)}),
+    )
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     folder = tmp_path_factory.mktemp("saved")
-    model = save_tiny_model(folder, config(tied=request.param))
-    memory = {canonical_name(name) for name, _ in model.named_parameters()}
+    config = CONFIGS[request.param]
+    model = save_tiny_model(folder, config)
+    memory = {family_of(config).canonical_name(name) for name, _ in model.named_parameters()}
     assert memory == set(load_file(folder / "model.safetensors"))
-    return request.param, folder
+    return config, folder
 
 
-def config(*, tied: bool):
-    return tiny_config(tied=tied, vocab=301, num_attention_heads=8, num_key_value_heads=4, rope_parameters=ROPE)
+def weight_map(config: Any) -> tuple[Entry, ...]:
+    return family_of(config).weight_map(config)
 
 
-ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-
-
-def test_every_saved_tensor_is_used_exactly_once(saved: tuple[bool, Path]) -> None:
-    tied, folder = saved
+def test_every_saved_tensor_is_used_exactly_once(saved: tuple[Any, Path]) -> None:
+    config, folder = saved
     tensors = load_file(folder / "model.safetensors")
-    names = [name for entry in stream_entries(weight_map(config(tied=tied))) for name in entry.hf_names]
+    names = [name for entry in stream_entries(weight_map(config)) for name in entry.hf_names]
     assert sorted(names) == sorted(tensors)
-    for entry in weight_map(config(tied=tied)):
+    for entry in weight_map(config):
         shapes = tuple(tuple(tensors[name].shape) for name in entry.hf_names)
         assert shapes == entry.kind.hf_shapes(), entry.hf_names
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards_merge_to_the_same_bits(saved: tuple[bool, Path], size: int) -> None:
-    tied, folder = saved
+def test_shards_merge_to_the_same_bits(saved: tuple[Any, Path], size: int) -> None:
+    config, folder = saved
     tensors = load_file(folder / "model.safetensors")
-    for entry in weight_map(config(tied=tied)):
+    for entry in weight_map(config):
         originals = [tensors[name] for name in entry.hf_names]
         shards = [entry.kind.shard(originals, rank=rank, size=size) for rank in range(size)]
         assert all(tuple(shard.shape) == entry.kind.local_shape(size) for shard in shards), entry.template
@@ -63,18 +75,18 @@ def test_shards_merge_to_the_same_bits(saved: tuple[bool, Path], size: int) -> N
 
 
 @pytest.mark.parametrize("stage_layers", LAYOUTS, ids=str)
-@pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_lies_on_one_stage(tied: bool, stage_layers: tuple[int, ...]) -> None:
-    table = weight_map(config(tied=tied))
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_parameter_lies_on_one_stage(config: Any, stage_layers: tuple[int, ...]) -> None:
+    table = weight_map(config)
     stages = [stage_entries(table, stage_layers=stage_layers, stage=s) for s in range(len(stage_layers))]
     for entries in stages:
         local = [entry.local_name(stage_layers) for entry in entries]
         assert len(set(local)) == len(local)
     held = [entry for entries in stages for entry in entries]
-    copies = int(tied and len(stage_layers) > 1)
+    copies = int(config.tie_word_embeddings and len(stage_layers) > 1)
     assert len(held) == len(stream_entries(table)) + copies
     if stage_layers == (2, 1):
-        (third,) = [e for e in stages[1] if "model.layers.2.mlp.down_proj.weight" in e.hf_names]
+        (third,) = [e for e in stages[1] if e.hf_names[0].endswith("layers.2.mlp.down_proj.weight")]
         assert third.local_name(stage_layers) == "language.decoder.layers.0.mlp.linear_fc2.weight"
 
 

@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL models of a few thousand parameters, rows to run them on, and what transformers says of them.
+"""Random Qwen-VL models of a few thousand parameters, rows to run them on, and what transformers says of them.
 
 Rows cover: several images in a row, one image shown in two rows, images whose merged grid is no multiple of the
 window (odd sides, a single block), text alone, and a row of one token more than an image.
@@ -11,7 +11,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 IMAGE, VIDEO, START, END = 290, 291, 292, 293
 MERGE = 2
@@ -52,10 +59,49 @@ def tiny_config(*, tied: bool, vocab: int, **text: object) -> Qwen2_5_VLConfig:
     )
 
 
-def save_tiny_model(folder: Path, config: Qwen2_5_VLConfig) -> Qwen2_5_VLForConditionalGeneration:
+def tiny_qwen3_config(*, tied: bool, vocab: int, taps: tuple[int, ...], **text: object) -> Qwen3VLConfig:
+    """Heads wider than width / heads, as in the released models."""
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 24,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [6, 3, 3], "mrope_interleaved": True, "rope_theta": 1e4,
+        },
+    }  # fmt: skip
+    return Qwen3VLConfig(
+        text_config={**sizes, **text},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_heads": 4,
+            "patch_size": 14,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 36,
+            "deepstack_visual_indexes": list(taps),
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+        tie_word_embeddings=tied,
+    )
+
+
+MODEL_CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
+
+
+def save_tiny_model(folder: Path, config: Qwen2_5_VLConfig | Qwen3VLConfig) -> PreTrainedModel:
     """Every parameter random, norms and biases too, so that each one matters."""
     torch.manual_seed(5)
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = MODEL_CLASSES[config.model_type](config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             spread = 0.2 if "norm" in name or "ln_q" in name or name.endswith("bias") else 0.12
@@ -104,7 +150,7 @@ class Expected:
 
 
 def transformers_says(folder: Path) -> Expected:
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     pixels = make_pixels()
     hidden, logps = [], []
     for row in make_rows():
@@ -121,7 +167,8 @@ def transformers_says(folder: Path) -> Expected:
         (row.weights * logp).sum().backward()
         hidden.append(out.detach())
         logps.append(logp.detach())
-    released = {"model.visual.": "visual.", "model.language_model.": "model."}
+    in_memory = {"qwen2_5_vl": {"model.visual.": "visual.", "model.language_model.": "model."}, "qwen3_vl": {}}
+    released = in_memory[model.config.model_type]
     gradients = {}
     for name, parameter in model.named_parameters():
         for prefix, short in released.items():

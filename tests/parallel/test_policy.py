@@ -16,21 +16,30 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
 from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
-from megatron_vppo.models.qwen25_vl.build import build_model
-from megatron_vppo.models.qwen25_vl.mrope import mrope_positions
+from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from tests.gloo import run_gloo
-from tests.models.tiny import GRIDS, IMAGE, MERGE, make_pixels, make_rows, save_tiny_model, tiny_config
+from tests.models.tiny import (
+    GRIDS,
+    IMAGE,
+    MERGE,
+    make_pixels,
+    make_rows,
+    save_tiny_model,
+    tiny_config,
+    tiny_qwen3_config,
+)
 
 LOGP_TOLERANCE = 1e-5
 CHANGE_TOLERANCE = 1e-4
@@ -39,7 +48,11 @@ NORM_TOLERANCE = 1e-5
 """Relative."""
 
 TEMPERATURE = 0.8
-VOCAB = {"tied": 299, "untied": 301}
+CONFIGS = {
+    "tied": tiny_config(tied=True, vocab=299),
+    "untied": tiny_config(tied=False, vocab=301),
+    "Qwen3": tiny_qwen3_config(tied=False, vocab=301, taps=(1,)),
+}
 LEARNING_RATE = 1.0
 
 
@@ -117,8 +130,10 @@ class Outcome:
 # ---- what transformers says
 
 
-def _released(name: str) -> str:
-    """A name that transformers 5 uses in memory, as released checkpoints have it."""
+def _released(name: str, model_type: str) -> str:
+    """A name that transformers 5 uses in memory, as released checkpoints have it; Qwen3-VL's are the same."""
+    if model_type == "qwen3_vl":
+        return name
     for prefix, short in {"model.visual.": "visual.", "model.language_model.": "model."}.items():
         if name.startswith(prefix):
             return short + name.removeprefix(prefix)
@@ -140,7 +155,7 @@ def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Te
 
 
 def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> Outcome:
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
     responses = make_responses()
     batch = make_batch(responses, entropy_kind)
     blocks = {name: torch.zeros(len(responses), ANSWER_LENGTH) for name in ("logp", "masked", "entropy", "kl")}
@@ -171,7 +186,9 @@ def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> O
     torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
     ).step()
-    weights = {_released(name): parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {
+        _released(name, model.config.model_type): parameter.detach() for name, parameter in model.named_parameters()
+    }
     return Outcome(
         blocks["logp"], blocks["masked"], blocks["entropy"], blocks["kl"],
         {**sums, "actor/grad_norm": float(norm)}, weights,
@@ -182,7 +199,7 @@ def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> O
 
 
 def make_policy(folder: Path, layout: Layout, *, rows: int, optim: OptimSettings = OPTIM) -> MegatronPolicy:
-    config = Qwen2_5_VLConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     model = build_model(
         config, groups=layout.groups, dtype=torch.float32, device=layout.device,
         pipeline_layers=(1, 2) if layout.pipeline == 2 else None,
@@ -282,8 +299,10 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
         checkpoints = scratch / f"{tensor}{pipeline}{world}"
         exact = resumed_before_any_update_equals_fresh(folders["tied"], layout, checkpoints / "before") and all(
             [
-                resumed_equals_straight(folders["tied"], layout, checkpoints / str(kind), distributed_optimizer=kind)
-                for kind in (True, False)
+                resumed_equals_straight(
+                    folders[name], layout, checkpoints / name / str(kind), distributed_optimizer=kind
+                )
+                for name, kind in (("tied", True), ("tied", False), ("Qwen3", False))
             ]
         )
         assert infinite_gradient_changes_nothing(folders["tied"], layout)
@@ -292,18 +311,17 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
     return results
 
 
-KINDS = {"tied": "nll", "untied": "entropy"}
-OPTIMS = {"tied": dataclasses.replace(OPTIM, max_grad_norm=0.1), "untied": OPTIM}
+KINDS = {"tied": "nll", "untied": "entropy", "Qwen3": "nll"}
+OPTIMS = {"tied": dataclasses.replace(OPTIM, max_grad_norm=0.1), "untied": OPTIM, "Qwen3": OPTIM}
 """Gradients of the tied model are clipped."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome, dict[str, Tensor]]]:
     made = {}
-    for name in ("tied", "untied"):
+    for name, config in CONFIGS.items():
         folder = tmp_path_factory.mktemp(name)
-        model = save_tiny_model(folder, tiny_config(tied=name == "tied", vocab=VOCAB[name]))
-        del model
+        save_tiny_model(folder, config)
         expected = expected_outcome(folder, KINDS[name], OPTIMS[name])
         clips = expected.metrics["actor/grad_norm"] > OPTIMS[name].max_grad_norm
         assert clips == (name == "tied"), expected.metrics
@@ -340,10 +358,9 @@ def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, w
         assert difference < LOGP_TOLERANCE * (5 if field == "kl_BT" else 1), f"{where}: {field} off by {difference}"
     for name, value in expected.metrics.items():
         assert outcome.metrics[name] == pytest.approx(value, rel=NORM_TOLERANCE), f"{where}: {name}"
-    before = {_released(name): tensor for name, tensor in start.items()}
     assert outcome.weights.keys() == expected.weights.keys(), where
     for name, weight in expected.weights.items():
-        change = weight - before[name]
+        change = weight - start[name]
         assert change.norm() > 0, f"{name} did not change; the test would not see an error"
         error = (outcome.weights[name] - weight).norm() / change.norm()
         assert error < CHANGE_TOLERANCE, f"{where}: the change of {name} is off by {error:.1e} of its norm"
@@ -376,7 +393,6 @@ def test_resume_under_another_data_parallel_size(
     kept, changed = (
         run_gloo(_second_update, size, folder, tmp_path, timeout_seconds=300)[0] for size in (written, read)
     )
-    before = {_released(name): tensor for name, tensor in start.items()}
     for name, weight in kept.items():
-        error = (changed[name] - weight).norm() / (weight - before[name]).norm()
+        error = (changed[name] - weight).norm() / (weight - start[name]).norm()
         assert error < CHANGE_TOLERANCE, f"the change of {name} is off by {error:.1e} of its norm"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rollout_rig import MAX_PIXELS, START_SECONDS, Rig
-from tiny_model import build_tokenizer, save_model_folder
+from tiny_model import build_tokenizer, save_model_folder, save_qwen3_folder
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
@@ -15,6 +16,16 @@ from megatron_vppo.rollout.records import EngineSettings
 @pytest.fixture(scope="session")
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = save_model_folder(tmp_path_factory.mktemp("tiny"), tied=True)
+    yield from running(folder, tmp_path_factory, family="qwen2_5_vl")
+
+
+@pytest.fixture(scope="module")
+def qwen3_rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+    folder = save_qwen3_folder(tmp_path_factory.mktemp("tiny_qwen3"), tied=True)
+    yield from running(folder, tmp_path_factory, family="qwen3_vl")
+
+
+def running(folder: Path, tmp_path_factory: pytest.TempPathFactory, *, family: str) -> Iterator[Rig]:
     log_path = tmp_path_factory.mktemp("run") / "engine.log"
     token_id = build_tokenizer().convert_tokens_to_ids
     banned = tuple(
@@ -35,4 +46,4 @@ def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     # Buffers so small that layers are spread over several and single tensors need larger ones.
     with RolloutEngine(settings, log_path=log_path, group_bytes=30_000) as engine:
         engine.wait_ready(timeout_seconds=START_SECONDS)
-        yield Rig(engine, folder, log_path, token_id("<|im_end|>"), banned, token_id("<|image_pad|>"))
+        yield Rig(engine, folder, log_path, token_id("<|im_end|>"), banned, token_id("<|image_pad|>"), family)

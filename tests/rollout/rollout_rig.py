@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tiny_model import build_config, build_model, build_tokenizer
+from tiny_model import build_config, build_model, build_qwen3_config, build_tokenizer
+from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import Completion, SampleRequest
@@ -28,9 +29,11 @@ class Rig:
     eos: int
     banned: tuple[int, ...]
     image_token: int
+    family: str
 
     def model(self, seed: int) -> torch.nn.Module:
-        return build_model(build_config(build_tokenizer(), tied=True), seed=seed)
+        make_config = build_config if self.family == "qwen2_5_vl" else build_qwen3_config
+        return build_model(make_config(build_tokenizer(), tied=True), seed=seed)
 
 
 def weights(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
@@ -60,13 +63,12 @@ def reference_logps(
     temperature: float = 1.0,
 ) -> torch.Tensor:
     """fp32 log-probs of the completion's tokens by transformers, banned tokens left out of the distribution."""
-    from transformers import Qwen2VLImageProcessor
-
     image_token = model.config.image_token_id
     inputs: dict[str, torch.Tensor] = {}
     counts: list[int] = []
     if request.images:
-        processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=MAX_PIXELS)
+        patch = model.config.vision_config.patch_size
+        processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=MAX_PIXELS, patch_size=patch)
         inputs = dict(processor(images=list(request.images), return_tensors="pt"))
         counts = [int(grid.prod()) // 4 for grid in inputs["image_grid_thw"]]
     remaining = iter(counts)

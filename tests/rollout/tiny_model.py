@@ -1,4 +1,4 @@
-"""A random Qwen2.5-VL small enough for two cores, saved as an ordinary Hugging Face folder.
+"""Random Qwen-VL models small enough for two cores, saved as ordinary Hugging Face folders.
 
 The tokenizer is Qwen's byte-level BPE without merges (one token per byte) plus the special tokens that the family
 needs. Head dimensions are 32, the least that vLLM's CPU attention accepts.
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedModel,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -91,10 +95,53 @@ def build_config(tokenizer: Qwen2Tokenizer, *, tied: bool) -> Qwen2_5_VLConfig:
     )
 
 
-def build_model(config: Qwen2_5_VLConfig, *, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_qwen3_config(tokenizer: Qwen2Tokenizer, *, tied: bool) -> Qwen3VLConfig:
+    token_id = tokenizer.convert_tokens_to_ids
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": tied,
+        "bos_token_id": token_id("<|endoftext|>"),
+        "eos_token_id": token_id("<|im_end|>"),
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 96,
+        "depth": 4,
+        "num_heads": 2,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 2],
+    }
+    return Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=tied,
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        eos_token_id=token_id("<|im_end|>"),
+        pad_token_id=token_id("<|endoftext|>"),
+    )
+
+
+def build_model(config: Qwen2_5_VLConfig | Qwen3VLConfig, *, seed: int) -> PreTrainedModel:
     """Random weights, larger than the usual initialisation so that the image visibly changes the next token."""
     torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(config).float().eval()
+    model = AutoModelForImageTextToText.from_config(config).float().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
@@ -114,5 +161,18 @@ def save_model_folder(folder: Path, *, tied: bool, seed: int = 0) -> Path:
         chat_template=CHAT_TEMPLATE,
     )
     build_model(build_config(tokenizer, tied=tied), seed=seed).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def save_qwen3_folder(folder: Path, *, tied: bool, seed: int = 0) -> Path:
+    tokenizer = build_tokenizer()
+    processor = Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(min_pixels=64 * 64, max_pixels=128 * 128, patch_size=16),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(),
+        chat_template=CHAT_TEMPLATE,
+    )
+    build_model(build_qwen3_config(tokenizer, tied=tied), seed=seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

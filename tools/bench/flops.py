@@ -1,4 +1,4 @@
-"""The arithmetic that a training step cannot do without, from the sizes of a Qwen2.5-VL.
+"""The arithmetic that a training step cannot do without, from the sizes of a Qwen-VL.
 
 One multiply-add is 2 FLOPs. Counted: matrix products of both towers, the vocabulary head, and attention (scores and
 weighted values; causal attention at half the square, window attention at full windows). Not counted: norms, activation
@@ -44,21 +44,24 @@ class ModelCost:
 
 
 def model_cost(hf_config: Any) -> ModelCost:
-    """From a transformers Qwen2_5_VLConfig."""
+    """From a transformers Qwen2_5_VLConfig or Qwen3VLConfig."""
     text, vision = hf_config.text_config, hf_config.vision_config
-    head_dim = text.hidden_size // text.num_attention_heads
+    is_qwen3 = hf_config.model_type == "qwen3_vl"
+    head_dim = text.head_dim if is_qwen3 else text.hidden_size // text.num_attention_heads
     attention_matrices = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * head_dim
     language = text.num_hidden_layers * (attention_matrices + 3 * text.hidden_size * text.intermediate_size)
 
     merged_width = vision.hidden_size * vision.spatial_merge_size**2
-    merger = merged_width * (merged_width + vision.out_hidden_size) / vision.spatial_merge_size**2
+    mergers = 1 + len(vision.deepstack_visual_indexes) if is_qwen3 else 1
+    merger = mergers * merged_width * (merged_width + vision.out_hidden_size) / vision.spatial_merge_size**2
     patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    block = 4 * vision.hidden_size**2 + 3 * vision.hidden_size * vision.intermediate_size
-    window_patches = (vision.window_size // vision.patch_size) ** 2
-    full_layers = len(vision.fullatt_block_indexes)
+    mlp_matrices = 2 if is_qwen3 else 3
+    block = 4 * vision.hidden_size**2 + mlp_matrices * vision.hidden_size * vision.intermediate_size
+    window_patches = 0 if is_qwen3 else (vision.window_size // vision.patch_size) ** 2
+    full_layers = vision.depth if is_qwen3 else len(vision.fullatt_block_indexes)
     return ModelCost(
         per_token=2 * language,
-        attention=2 * text.num_hidden_layers * text.hidden_size,
+        attention=2 * text.num_hidden_layers * text.num_attention_heads * head_dim,
         per_head_position=2 * text.vocab_size * text.hidden_size,
         per_patch=int(2 * (vision.depth * block + patch_values * vision.hidden_size + merger)),
         full_attention=4 * full_layers * vision.hidden_size,

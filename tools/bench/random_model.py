@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
-from digits.checkpoint import MERGE, PATCH, SPECIAL_TOKENS, make_model, make_processor, save_checkpoint
+from digits.checkpoint import MERGE, SPECIAL_TOKENS, make_model, make_processor, save_checkpoint
 from digits.folder import build_once
 from digits.pairs import draw_pairs, load_scans, picture
 from PIL import Image
@@ -60,7 +60,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "hidden_size": 256,
             "intermediate_size": 704,
             "num_heads": 4,
-            "patch_size": PATCH,
+            "patch_size": 14,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
             "window_size": 112,

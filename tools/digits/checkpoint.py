@@ -1,20 +1,25 @@
-"""A Qwen2.5-VL of 2.5 M parameters with its tokenizer, picture processor and chat template, made from nothing."""
+"""A Qwen-VL of 2.5 M parameters with its tokenizer, picture processor and chat template, made from nothing."""
 
 from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 SPECIAL_TOKENS = (
@@ -32,10 +37,13 @@ UNKNOWN = "<|unknown|>"
 WORDS = ("system", "user", "assistant", r"\boxed")
 """Words that every turn or answer holds: one token each. Everything else is one token per character."""
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
-PATCH, MERGE = 14, 2
+FAMILIES = ("qwen2.5-vl", "qwen3-vl")
+MERGE = 2
 INITIALIZER_RANGE = 0.06
 """About 1 / sqrt(width); the 0.02 of wide models makes one this narrow start learning much later."""
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
+
+Processor = Qwen2_5_VLProcessor | Qwen3VLProcessor
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -71,50 +79,73 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_processor() -> Qwen2_5_VLProcessor:
-    """Tokenizer, picture processor with Qwen2.5-VL's patches, and the chat template."""
+def make_processor(family: str = "qwen2.5-vl") -> Processor:
+    """Tokenizer, picture processor with the family's patches, and the chat template."""
     pixels = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(size=pixels, patch_size=PATCH, merge_size=MERGE),
-        video_processor=Qwen2VLVideoProcessor(size=pixels, patch_size=PATCH, merge_size=MERGE),
+    patch = _VISION[family]["patch_size"]
+    processor, video = {
+        "qwen2.5-vl": (Qwen2_5_VLProcessor, Qwen2VLVideoProcessor),
+        "qwen3-vl": (Qwen3VLProcessor, Qwen3VLVideoProcessor),
+    }[family]
+    return processor(
+        image_processor=Qwen2VLImageProcessor(size=pixels, patch_size=patch, merge_size=MERGE),
+        video_processor=video(size=pixels, patch_size=patch, merge_size=MERGE),
         tokenizer=make_tokenizer(),
         chat_template=CHAT_TEMPLATE,
     )
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
+_TEXT: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": INITIALIZER_RANGE,
+}
+_ROPE: dict[str, dict[str, Any]] = {
+    "qwen2.5-vl": {"mrope_section": [4, 6, 6]},
+    "qwen3-vl": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
+}
+_VISION: dict[str, dict[str, Any]] = {
+    # A window of 56 pixels is one digit: the first layer sees the digits apart, the second, with full attention, both.
+    "qwen2.5-vl": {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
+    # Pictures of 112 x 56 pixels become 128 x 64: as many patches. The first layer's features are added in the first
+    # language layer.
+    "qwen3-vl": {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
+}
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5-vl") -> Qwen2_5_VLConfig | Qwen3VLConfig:
     """Sizes of the small model; every mechanism of the large one is in it.
 
-    Heads are 32 wide, the narrowest that vLLM's CPU attention takes. A window of 56 pixels is one digit, so the first
-    vision layer sees the digits apart and the second, with full attention, both.
+    Heads are 32 wide, the narrowest that vLLM's CPU attention takes.
     """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    return Qwen2_5_VLConfig(
+    config_class, own_text = {
+        "qwen2.5-vl": (Qwen2_5_VLConfig, {}),
+        "qwen3-vl": (Qwen3VLConfig, {"head_dim": 32}),
+    }[family]
+    return config_class(
         text_config={
+            **_TEXT,
+            **own_text,
             "vocab_size": len(tokenizer),
-            "hidden_size": 192,
-            "intermediate_size": 512,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "rms_norm_eps": 1e-6,
-            "initializer_range": INITIALIZER_RANGE,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **_ROPE[family]},
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|im_end|>"],
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
+            **_VISION[family],
             "depth": 2,
             "hidden_size": 128,
             "intermediate_size": 256,
             "num_heads": 4,
-            "patch_size": PATCH,
             "spatial_merge_size": MERGE,
             "temporal_patch_size": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
             "out_hidden_size": 192,
             "initializer_range": INITIALIZER_RANGE,
         },
@@ -126,13 +157,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def make_model(config: Qwen2_5_VLConfig, *, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def make_model(config: Qwen2_5_VLConfig | Qwen3VLConfig, *, seed: int) -> PreTrainedModel:
     """Random float32 weights."""
     torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration(config).float()
+    return AutoModelForImageTextToText.from_config(config).float()
 
 
-def save_checkpoint(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, folder: Path) -> None:
+def save_checkpoint(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
     """An ordinary Hugging Face folder: weights, config, generation config, tokenizer, processor, chat template."""
     text = model.config.text_config
     model.generation_config = GenerationConfig(

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import PreTrainedModel
 
+from digits.checkpoint import Processor
 from digits.pairs import SOLUTIONS, solution
 
 MAX_RESPONSE_TOKENS = 40
@@ -60,7 +61,7 @@ class Accuracy:
     steps: int
 
 
-def load_rows(folder: Path, split: str, processor: Qwen2_5_VLProcessor) -> Rows:
+def load_rows(folder: Path, split: str, processor: Processor) -> Rows:
     """Pictures of `split`.parquet with the digits that labels.json names.
 
     Raises:
@@ -83,7 +84,7 @@ def load_rows(folder: Path, split: str, processor: Qwen2_5_VLProcessor) -> Rows:
     )
 
 
-def prompt_inputs(processor: Qwen2_5_VLProcessor, rows: Rows, index_B: torch.Tensor) -> dict[str, torch.Tensor]:
+def prompt_inputs(processor: Processor, rows: Rows, index_B: torch.Tensor) -> dict[str, torch.Tensor]:
     """What the processor makes of the chosen rows' prompts and pictures."""
     pictures = list(rows.pictures_N3HW[index_B])
     inputs = processor(
@@ -125,8 +126,8 @@ def boxed_number(text: str) -> int | None:
 
 @torch.no_grad()
 def accuracy(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    model: PreTrainedModel,
+    processor: Processor,
     rows: Rows,
     *,
     samples: int,
@@ -150,8 +151,8 @@ def accuracy(
 
 
 def train(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    model: PreTrainedModel,
+    processor: Processor,
     train_rows: Rows,
     val_rows: Rows,
     *,
@@ -230,8 +231,8 @@ def misread(digits_B2: torch.Tensor, *, share: float, generator: torch.Generator
 
 
 def _supervised_step(
-    model: Qwen2_5_VLForConditionalGeneration,
-    processor: Qwen2_5_VLProcessor,
+    model: PreTrainedModel,
+    processor: Processor,
     rows: Rows,
     optimizer: torch.optim.Optimizer,
     *,

@@ -13,9 +13,7 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -25,8 +23,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 from megatron_vppo.models.attention import PackedAttention, PackedSequences, WindowAttention, plan_attention
 from megatron_vppo.models.norm import RMSNorm
 from megatron_vppo.models.specs import plain_layer_spec
-
-Grid = tuple[int, int, int]
+from megatron_vppo.models.vision_features import AxialRope, Grid, Merger, VisionFeatures, patch_positions
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,6 @@ class WindowOrder:
     """Patches per window."""
     frame_lengths: tuple[int, ...]
     """Patches per frame, for layers with full attention."""
-    positions_P2: Tensor
-    """int64; (row, column) of each patch, in the processor's order (block by block)."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -59,34 +54,11 @@ def window_order(grid: Grid, *, merge: int, window_blocks: int) -> WindowOrder:
     )
     windows_down, windows_across = -(-block_rows // window_blocks), -(-block_columns // window_blocks)
     window_M = (frame_M * windows_down + row_M // window_blocks) * windows_across + column_M // window_blocks
-    row_offset, column_offset = (
-        axis.flatten() for axis in torch.meshgrid(torch.arange(merge), torch.arange(merge), indexing="ij")
-    )
-    positions = (row_M[:, None] * merge + row_offset, column_M[:, None] * merge + column_offset)
     return WindowOrder(
         block_order_M=torch.argsort(window_M, stable=True),
         window_lengths=tuple((torch.bincount(window_M) * merge**2).tolist()),
         frame_lengths=(rows * columns,) * frames,
-        positions_P2=torch.stack([axis.flatten() for axis in positions], dim=1),
     )
-
-
-class Merger(MegatronModule):
-    """Norm, then the patches of a block side by side through a two-layer MLP to the language model's width."""
-
-    def __init__(self, config: TransformerConfig, *, merge: int, out_width: int, tp_group: object) -> None:
-        super().__init__(config)
-        self.width = config.hidden_size * merge**2
-        self.norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
-        shared = {"config": config, "init_method": config.init_method, "bias": True, "tp_group": tp_group}
-        self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **shared)
-        self.linear_fc2 = RowParallelLinear(
-            self.width, out_width, input_is_parallel=True, skip_bias_add=False, **shared
-        )
-
-    def forward(self, hidden_P1h: Tensor) -> Tensor:
-        blocks = self.norm(hidden_P1h).view(-1, 1, self.width)
-        return self.linear_fc2(F.gelu(self.linear_fc1(blocks)[0]))[0]
 
 
 class VisionTower(MegatronModule):
@@ -116,14 +88,19 @@ class VisionTower(MegatronModule):
             post_process=False,
             pg_collection=groups,
         )
-        self.merger = Merger(config, merge=self.merge, out_width=hf_config.out_hidden_size, tp_group=groups.tp)
-        axis_values = config.hidden_size // config.num_attention_heads // 2
-        theta = hf_config.rope_parameters["rope_theta"]
-        frequency = 1.0 / (theta ** (torch.arange(0, axis_values, 2, dtype=torch.float32) / axis_values))
-        self.register_buffer("frequency", frequency, persistent=False)
+        self.merger = Merger(
+            config,
+            merge=self.merge,
+            out_width=hf_config.out_hidden_size,
+            norm=RMSNorm,
+            norm_over_block=False,
+            groups=groups,
+        )
+        self.rope = AxialRope(
+            head_dim=config.hidden_size // config.num_attention_heads, theta=hf_config.rope_parameters["rope_theta"]
+        )
 
-    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> Tensor:
-        """Features [M, h of the language model], picture by picture, each row by row of its merged grid."""
+    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
         device = pixels_PD.device
         orders = [window_order(grid, merge=self.merge, window_blocks=self.window_blocks) for grid in grids_thw]
         block_order_M = _concatenate_orders(orders).to(device)
@@ -133,25 +110,19 @@ class VisionTower(MegatronModule):
                 [n for order in orders for n in order.window_lengths], causal=False, device=device
             ),
         )
-        positions_P2 = torch.cat([order.positions_P2 for order in orders]).to(device)
-        angles_P11D = self._angles(self._reorder(positions_P2, block_order_M))
+        positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
         hidden_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype))
         hidden_P1h = self.blocks(
             hidden_states=self._reorder(hidden_Ph, block_order_M)[:, None, :],
             attention_mask=None,
-            rotary_pos_emb=angles_P11D,
+            rotary_pos_emb=self.rope(self._reorder(positions_P2, block_order_M)),
             packed_seq_params=sequences,
         )
-        merged_Mh = self.merger(hidden_P1h).squeeze(1)
-        return merged_Mh[torch.argsort(block_order_M)]
+        return VisionFeatures(self.merger(hidden_P1h)[torch.argsort(block_order_M)])
 
     def _reorder(self, x_P: Tensor, block_order_M: Tensor) -> Tensor:
         blocks = x_P.view(-1, self.merge**2, x_P.shape[-1])
         return blocks[block_order_M].view_as(x_P)
-
-    def _angles(self, positions_P2: Tensor) -> Tensor:
-        row_and_column = (positions_P2[:, :, None].to(torch.float32) * self.frequency).flatten(1)
-        return torch.cat([row_and_column, row_and_column], dim=-1)[:, None, None, :]
 
 
 def _concatenate_orders(orders: list[WindowOrder]) -> Tensor:

@@ -10,11 +10,10 @@ import math
 
 from transformers import Qwen2_5_VLConfig
 
-from megatron_vppo.models.weight_map import Entry, FusedQKV, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary
+from megatron_vppo.models.language_map import language_entries, whole
+from megatron_vppo.models.weight_map import Entry, FusedQKV, Gated, Kind, Replicated, Split
 
 _IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 
 
 def canonical_name(name: str) -> str:
@@ -27,51 +26,8 @@ def canonical_name(name: str) -> str:
 
 def weight_map(hf_config: Qwen2_5_VLConfig) -> tuple[Entry, ...]:
     """Every parameter of the model, in the order of the forward pass."""
-    text = hf_config.text_config
-    entries = _vision_entries(hf_config)
-    vocabulary = Vocabulary(text.vocab_size, text.hidden_size)
-    entries.append(Entry("language.embedding.word_embeddings.weight", (EMBEDDING,), vocabulary, "first"))
-    for layer in range(text.num_hidden_layers):
-        entries += _language_layer(hf_config, layer)
-    norm = _whole(text.hidden_size)
-    entries.append(Entry("language.decoder.final_layernorm.weight", ("model.norm.weight",), norm, "last"))
-    tied = hf_config.tie_word_embeddings
-    head = (EMBEDDING,) if tied else (HEAD,)
-    entries.append(Entry("language.output_layer.weight", head, vocabulary, "last", copy=tied))
-    return tuple(entries)
-
-
-def ignored_names(hf_config: Qwen2_5_VLConfig) -> frozenset[str]:
-    """Tensors that a checkpoint may hold beside the model's: the head of a tied model, saved again."""
-    return frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
-
-
-def _whole(*shape: int) -> Replicated:
-    return Replicated(hf_shape=shape, shape=shape)
-
-
-def _language_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
-    text = hf_config.text_config
-    hidden, ffn = text.hidden_size, text.intermediate_size
-    head_dim = hidden // text.num_attention_heads
-    hf, ours = f"model.layers.{layer}.", "language.decoder.layers.{}."
-
-    def entry(name: str, hf_names: tuple[str, ...], kind: Kind) -> Entry:
-        return Entry(ours + name, tuple(hf + n for n in hf_names), kind, "layer", layer)
-
-    def qkv(tail: tuple[int, ...]) -> GroupedQKV:
-        return GroupedQKV(text.num_attention_heads, text.num_key_value_heads, head_dim, tail)
-
-    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return [
-        entry("input_layernorm.weight", ("input_layernorm.weight",), _whole(hidden)),
-        entry("self_attention.linear_qkv.weight", tuple(f"{p}.weight" for p in projections), qkv((hidden,))),
-        entry("self_attention.linear_qkv.bias", tuple(f"{p}.bias" for p in projections), qkv(())),
-        entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",), Split((hidden, hidden), 1)),
-        entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), _whole(hidden)),
-        entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,))),
-        entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1)),
-    ]
+    language = language_entries(hf_config, prefix="model.", qkv_bias=True, qk_norm=False)
+    return (*_vision_entries(hf_config), *language)
 
 
 def _vision_entries(hf_config: Qwen2_5_VLConfig) -> list[Entry]:
@@ -84,11 +40,11 @@ def _vision_entries(hf_config: Qwen2_5_VLConfig) -> list[Entry]:
         entries += _vision_layer(hf_config, layer)
     merged, out = hidden * vision.spatial_merge_size**2, vision.out_hidden_size
     merger: dict[str, tuple[str, Kind]] = {
-        "norm.weight": ("ln_q.weight", _whole(hidden)),
+        "norm.weight": ("ln_q.weight", whole(hidden)),
         "linear_fc1.weight": ("mlp.0.weight", Split((merged, merged), 0)),
         "linear_fc1.bias": ("mlp.0.bias", Split((merged,), 0)),
         "linear_fc2.weight": ("mlp.2.weight", Split((out, merged), 1)),
-        "linear_fc2.bias": ("mlp.2.bias", _whole(out)),
+        "linear_fc2.bias": ("mlp.2.bias", whole(out)),
     }
     return entries + [
         Entry(f"vision.merger.{ours}", (f"visual.merger.{hf}",), kind, "first") for ours, (hf, kind) in merger.items()
@@ -107,14 +63,14 @@ def _vision_layer(hf_config: Qwen2_5_VLConfig, layer: int) -> list[Entry]:
         return FusedQKV(heads, hidden // heads, tail)
 
     return [
-        entry("input_layernorm.weight", ("norm1.weight",), _whole(hidden)),
+        entry("input_layernorm.weight", ("norm1.weight",), whole(hidden)),
         entry("self_attention.linear_qkv.weight", ("attn.qkv.weight",), qkv((hidden,))),
         entry("self_attention.linear_qkv.bias", ("attn.qkv.bias",), qkv(())),
         entry("self_attention.linear_proj.weight", ("attn.proj.weight",), Split((hidden, hidden), 1)),
-        entry("self_attention.linear_proj.bias", ("attn.proj.bias",), _whole(hidden)),
-        entry("pre_mlp_layernorm.weight", ("norm2.weight",), _whole(hidden)),
+        entry("self_attention.linear_proj.bias", ("attn.proj.bias",), whole(hidden)),
+        entry("pre_mlp_layernorm.weight", ("norm2.weight",), whole(hidden)),
         entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,))),
         entry("mlp.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), Gated(ffn, ())),
         entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1)),
-        entry("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), _whole(hidden)),
+        entry("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), whole(hidden)),
     ]

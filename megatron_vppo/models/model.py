@@ -1,4 +1,4 @@
-"""Qwen2.5-VL on Megatron Core: what one pipeline stage holds of it.
+"""A Qwen-VL on Megatron Core: what one pipeline stage holds of it.
 
 Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of this rank; h = width.
 """
@@ -11,27 +11,27 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig
 
 from megatron_vppo.models.attention import PackedSequences, plan_attention
+from megatron_vppo.models.deepstack import Deepstack, attach
+from megatron_vppo.models.family import Family
+from megatron_vppo.models.language import LanguageModel
+from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.packed import PackedBatch
-from megatron_vppo.models.qwen25_vl import weight_map
-from megatron_vppo.models.qwen25_vl.language import LanguageModel
-from megatron_vppo.models.qwen25_vl.vision import VisionTower
+from megatron_vppo.models.transformer_config import HfConfig
 
 
-class Qwen25VLModel(MegatronModule):
+class QwenVLModel(MegatronModule):
     """Vision tower (first stage) and the stage's part of the language model.
 
     There is no output projection: a loss takes the hidden states where it needs them and `head_weight_VD`.
     """
 
-    canonical_hf_name = staticmethod(weight_map.canonical_name)
-
     def __init__(
         self,
-        hf_config: Qwen2_5_VLConfig,
+        hf_config: HfConfig,
         *,
+        family: Family,
         language_config: TransformerConfig,
         vision_config: TransformerConfig,
         stage_layers: tuple[int, ...],
@@ -42,15 +42,20 @@ class Qwen25VLModel(MegatronModule):
         stage = groups.pp.rank()
         self.groups = groups
         self.stage_layers = stage_layers
-        self.weight_map = weight_map.weight_map(hf_config)
-        self.ignored_hf_names = weight_map.ignored_names(hf_config)
+        self.canonical_hf_name = family.canonical_name
+        self.weight_map = family.weight_map(hf_config)
+        self.ignored_hf_names = frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
         self.pre_process = stage == 0
         self.post_process = stage == len(stage_layers) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
-        self.vision = VisionTower(vision_config, hf_config.vision_config, groups=groups) if self.pre_process else None
+        self.vision = (
+            family.vision_tower(vision_config, hf_config.vision_config, groups=groups) if self.pre_process else None
+        )
         self.language = LanguageModel(
             language_config,
             hf_config.text_config,
+            family=family,
+            deepstack_layers=family.deepstack_layers(hf_config) if self.pre_process else 0,
             tied=hf_config.tie_word_embeddings,
             layers=stage_layers[stage],
             pre_process=self.pre_process,
@@ -65,21 +70,23 @@ class Qwen25VLModel(MegatronModule):
             ValueError: image tokens without pixels on the first stage.
         """
         plan = plan_attention(batch.lengths, causal=True, device=batch.token_ids_T.device)
-        hidden = self._embed(batch) if self.pre_process else None
-        return self.language(hidden, batch.positions_3T, PackedSequences(plan=plan))
+        hidden, deepstack = self._embed(batch) if self.pre_process else (None, None)
+        return self.language(hidden, batch.positions_3T, PackedSequences(plan=plan, deepstack=deepstack))
 
-    def _embed(self, batch: PackedBatch) -> Tensor:
+    def _embed(self, batch: PackedBatch) -> tuple[Tensor, Deepstack | None]:
         hidden_T1h = self.language.embed(batch.token_ids_T)
         if batch.image_token_index_I.numel() == 0:
-            return hidden_T1h
+            return hidden_T1h, None
         if batch.pixels_PD is None:
             raise ValueError(
                 f"{batch.image_token_index_I.numel()} image tokens but no pixels on the first pipeline stage"
             )
         assert self.vision is not None
-        features_Mh = self.vision(batch.pixels_PD, batch.grids_thw)
-        filling = features_Mh[batch.image_feature_index_I][:, None, :]
-        return hidden_T1h.index_copy(0, batch.image_token_index_I, filling)
+        features = self.vision(batch.pixels_PD, batch.grids_thw)
+        filling_I1h = features.merged_Mh[batch.image_feature_index_I][:, None, :]
+        hidden_T1h = hidden_T1h.index_copy(0, batch.image_token_index_I, filling_I1h)
+        added = [feature_Mh[batch.image_feature_index_I] for feature_Mh in features.deepstack_Mh]
+        return attach(hidden_T1h, added, batch.image_token_index_I)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Called by Megatron's schedules with what the previous pipeline stage sent."""

@@ -1,32 +1,32 @@
-"""One pipeline stage of a Qwen2.5-VL, from its Hugging Face configuration."""
+"""One pipeline stage of a Qwen-VL, from its Hugging Face configuration."""
 
 from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from transformers import Qwen2_5_VLConfig
 
-from megatron_vppo.models.qwen25_vl.config import (
-    check_supported,
+from megatron_vppo.models.families import family_of
+from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.transformer_config import (
+    HfConfig,
     check_tensor_parallel,
     language_config,
     stage_layers,
     vision_config,
 )
-from megatron_vppo.models.qwen25_vl.model import Qwen25VLModel
 from megatron_vppo.models.weight_map import stage_entries
 
 
 def build_model(
-    hf_config: Qwen2_5_VLConfig,
+    hf_config: HfConfig,
     *,
     groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
     pipeline_layers: tuple[int, ...] | None = None,
     recompute: bool = False,
-) -> Qwen25VLModel:
+) -> QwenVLModel:
     """The part of the model that this rank holds. Its weights are uninitialised: load them with `load_hf_weights`.
 
     Args:
@@ -38,12 +38,15 @@ def build_model(
     Raises:
         ValueError: a layout that the model's sizes do not allow, with the numbers.
     """
-    check_supported(hf_config)
+    family = family_of(hf_config)
     check_tensor_parallel(hf_config, tensor=groups.tp.size())
-    layers = stage_layers(hf_config, pipeline=groups.pp.size(), pipeline_layers=pipeline_layers)
-    options = {"tensor": groups.tp.size(), "dtype": dtype, "device": device, "recompute": recompute}
-    model = Qwen25VLModel(
+    layers = stage_layers(hf_config, family=family, pipeline=groups.pp.size(), pipeline_layers=pipeline_layers)
+    options = {
+        "family": family, "tensor": groups.tp.size(), "dtype": dtype, "device": device, "recompute": recompute,
+    }  # fmt: skip
+    model = QwenVLModel(
         hf_config,
+        family=family,
         language_config=language_config(hf_config, pipeline_layers=layers, **options),
         vision_config=vision_config(hf_config, **options),
         stage_layers=layers,
@@ -53,7 +56,7 @@ def build_model(
     return model
 
 
-def _mark_tensor_parallel(model: Qwen25VLModel) -> None:
+def _mark_tensor_parallel(model: QwenVLModel) -> None:
     """Says of every parameter whether it is split over tensor-parallel ranks.
 
     Megatron says it while it draws initial weights, which we do not let it do. Gradient norms are wrong without: what

@@ -2,24 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
-from transformers import Qwen2_5_VLConfig
 
-MODEL_TYPE = "qwen2_5_vl"
+from megatron_vppo.models.family import Family
+
 VISION_NORM_EPSILON = 1e-6
-"""Fixed in the architecture; not a field of its configuration."""
+"""Fixed in the architectures; not a field of their configurations."""
+
+HfConfig = Any
+"""A Qwen-VL configuration of transformers: `text_config`, `vision_config`, `tie_word_embeddings`, token ids."""
+
+
+def head_dim(text: Any) -> int:
+    """Values per attention head of a text configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def stage_layers(
-    hf_config: Qwen2_5_VLConfig, *, pipeline: int, pipeline_layers: tuple[int, ...] | None
+    hf_config: HfConfig, *, family: Family, pipeline: int, pipeline_layers: tuple[int, ...] | None
 ) -> tuple[int, ...]:
     """Language layers of each pipeline stage.
 
     Raises:
-        ValueError: the layers do not divide evenly and no split was given, or the split does not add up.
+        ValueError: the layers do not divide evenly and no split was given, the split does not add up, or the first
+            stage has fewer layers than take deepstack features.
     """
+    layers = _split(hf_config, pipeline=pipeline, pipeline_layers=pipeline_layers)
+    needed = family.deepstack_layers(hf_config)
+    if layers[0] < needed:
+        raise ValueError(
+            f"the first pipeline stage has {layers[0]} language layers, but the first {needed} take features of the "
+            f"vision tower, which lies there; use fewer stages, or set parallel.pipeline_layers with at least {needed} "
+            "in the first place"
+        )
+    return layers
+
+
+def _split(hf_config: HfConfig, *, pipeline: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
     layers = hf_config.text_config.num_hidden_layers
     if pipeline_layers is None:
         if layers % pipeline:
@@ -37,7 +60,7 @@ def stage_layers(
     return tuple(pipeline_layers)
 
 
-def check_tensor_parallel(hf_config: Qwen2_5_VLConfig, *, tensor: int) -> None:
+def check_tensor_parallel(hf_config: HfConfig, *, tensor: int) -> None:
     """Raises ValueError for the first size of either tower that the tensor-parallel size does not divide."""
     text, vision = hf_config.text_config, hf_config.vision_config
     sizes = {
@@ -57,29 +80,10 @@ def check_tensor_parallel(hf_config: Qwen2_5_VLConfig, *, tensor: int) -> None:
             )
 
 
-def check_supported(hf_config: Qwen2_5_VLConfig) -> None:
-    """Raises ValueError for another architecture, and for what this one's configuration can say and no released model
-    does.
-    """
-    if hf_config.model_type != MODEL_TYPE:
-        raise ValueError(f"model.path holds a model of type {hf_config.model_type!r}; supported is {MODEL_TYPE!r}")
-    text, vision = hf_config.text_config, hf_config.vision_config
-    if text.rope_parameters["rope_type"] != "default" or vision.rope_parameters["rope_type"] != "axial":
-        raise ValueError(
-            f"rope types {text.rope_parameters['rope_type']!r} (text) and {vision.rope_parameters['rope_type']!r} "
-            "(vision) are not supported; only 'default' and 'axial' are"
-        )
-    if any(kind != "full_attention" for kind in text.layer_types):
-        raise ValueError("sliding window attention is not supported; set use_sliding_window to false")
-    if text.hidden_act != "silu" or vision.hidden_act != "silu":
-        raise ValueError(f"activations {text.hidden_act!r} and {vision.hidden_act!r} are not supported; only 'silu' is")
-    if vision.out_hidden_size != text.hidden_size:
-        raise ValueError(f"vision features of width {vision.out_hidden_size} do not fit hidden size {text.hidden_size}")
-
-
 def language_config(
-    hf_config: Qwen2_5_VLConfig,
+    hf_config: HfConfig,
     *,
+    family: Family,
     tensor: int,
     pipeline_layers: tuple[int, ...],
     dtype: torch.dtype,
@@ -98,10 +102,14 @@ def language_config(
         ffn_hidden_size=text.intermediate_size,
         num_attention_heads=text.num_attention_heads,
         num_query_groups=text.num_key_value_heads,
-        kv_channels=text.hidden_size // text.num_attention_heads,
+        kv_channels=head_dim(text),
         layernorm_epsilon=text.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         pipeline_model_parallel_layout=placement if pipeline > 1 else None,
@@ -113,7 +121,7 @@ def language_config(
 
 
 def vision_config(
-    hf_config: Qwen2_5_VLConfig, *, tensor: int, dtype: torch.dtype, device: torch.device, recompute: bool
+    hf_config: HfConfig, *, family: Family, tensor: int, dtype: torch.dtype, device: torch.device, recompute: bool
 ) -> TransformerConfig:
     """Megatron's configuration of the vision tower, which lives on the first pipeline stage as a whole."""
     vision = hf_config.vision_config
@@ -126,6 +134,7 @@ def vision_config(
         layernorm_epsilon=VISION_NORM_EPSILON,
         add_bias_linear=True,
         tensor_model_parallel_size=tensor,
+        **family.vision_options(vision),
         **_common(dtype=dtype, device=device, recompute=recompute),
     )
 
@@ -135,9 +144,6 @@ def _common(*, dtype: torch.dtype, device: torch.device, recompute: bool) -> dic
         {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
     )
     return {
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": dtype,

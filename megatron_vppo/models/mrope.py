@@ -60,17 +60,26 @@ def _text_block(position: int, length: int) -> Tensor:
 
 
 class MRope(nn.Module):
-    """Angles of the language model. Frequencies are dealt to the three coordinates in consecutive sections."""
+    """Angles of the language model: which of the three coordinates each frequency turns with.
+
+    In consecutive sections (Qwen2.5-VL), or interleaved (Qwen3-VL): row and column take every third frequency, from the
+    second and third on, as many as their section has; all others are the frame's.
+    """
 
     frequency_F: Tensor
     coordinate_F: Tensor
 
-    def __init__(self, *, head_dim: int, theta: float, sections: Sequence[int]) -> None:
+    def __init__(self, *, head_dim: int, theta: float, sections: Sequence[int], interleaved: bool) -> None:
         super().__init__()
         if sum(sections) != head_dim // 2 or len(sections) != 3:
             raise ValueError(f"mrope_section {list(sections)} must have 3 entries that sum to {head_dim // 2}")
         frequency_F = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-        coordinate_F = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
+        if interleaved:
+            coordinate_F = torch.zeros(head_dim // 2, dtype=torch.int64)
+            for coordinate in (1, 2):
+                coordinate_F[coordinate : 3 * sections[coordinate] : 3] = coordinate
+        else:
+            coordinate_F = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
         self.register_buffer("frequency_F", frequency_F, persistent=False)
         self.register_buffer("coordinate_F", coordinate_F, persistent=False)
 

@@ -5,6 +5,8 @@ Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -12,13 +14,16 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
 
 from megatron_vppo.models.attention import PackedSequences
+from megatron_vppo.models.deepstack import DeepstackLayer
+from megatron_vppo.models.family import Family
+from megatron_vppo.models.mrope import MRope
 from megatron_vppo.models.norm import RMSNorm
-from megatron_vppo.models.qwen25_vl.mrope import MRope
 from megatron_vppo.models.specs import plain_layer_spec
+from megatron_vppo.models.transformer_config import head_dim
 from megatron_vppo.models.weight_map import padded_vocabulary
 
 
@@ -28,14 +33,21 @@ class LanguageModel(LanguageModule):
     def __init__(
         self,
         config: TransformerConfig,
-        hf_config: Qwen2_5_VLTextConfig,
+        hf_config: Any,
         *,
+        family: Family,
+        deepstack_layers: int,
         tied: bool,
         layers: int,
         pre_process: bool,
         post_process: bool,
         groups: ProcessGroupCollection,
     ) -> None:
+        """
+        Args:
+            hf_config: the text configuration.
+            deepstack_layers: how many of this stage's first layers add vision features.
+        """
         super().__init__(config, pg_collection=groups)
         self.pre_process = pre_process
         self.post_process = post_process
@@ -50,13 +62,24 @@ class LanguageModel(LanguageModule):
                 tp_group=groups.tp,
             )
         self.rope = MRope(
-            head_dim=hf_config.hidden_size // hf_config.num_attention_heads,
+            head_dim=head_dim(hf_config),
             theta=hf_config.rope_parameters["rope_theta"],
             sections=hf_config.rope_parameters["mrope_section"],
+            interleaved=family.interleaved_mrope,
         )
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(layer_specs=[plain_layer_spec(causal=True)] * layers, layer_norm=RMSNorm),
+            TransformerBlockSubmodules(
+                layer_specs=[
+                    plain_layer_spec(
+                        causal=True,
+                        qk_norm=family.qk_norm,
+                        layer=DeepstackLayer if layer < deepstack_layers else TransformerLayer,
+                    )
+                    for layer in range(layers)
+                ],
+                layer_norm=RMSNorm,
+            ),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,

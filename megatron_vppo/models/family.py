@@ -1,0 +1,33 @@
+"""What a model family is made of, beside what all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vppo.models.vision_features import VisionTower
+from megatron_vppo.models.weight_map import Entry
+
+
+@dataclass(frozen=True)
+class Family:
+    model_type: str
+    """Of its config.json."""
+    check_supported: Callable[[Any], None]
+    """Raises ValueError for what the configuration can say and no released model does."""
+    deepstack_layers: Callable[[Any], int]
+    """Of a model configuration: how many of the first language layers add vision features. They have to lie on the
+    first pipeline stage, with the tower."""
+    qkv_bias: bool
+    """In the language model."""
+    qk_norm: bool
+    interleaved_mrope: bool
+    vision_options: Callable[[Any], dict[str, Any]]
+    """Of a vision configuration: what Megatron's configuration of the tower holds beside sizes and layout."""
+    vision_tower: Callable[..., VisionTower]
+    """(TransformerConfig, vision configuration, groups=...)."""
+    weight_map: Callable[[Any], tuple[Entry, ...]]
+    """Of a model configuration: every parameter, in the order of the forward pass."""
+    canonical_name: Callable[[str], str]
+    """The released checkpoint's name of a tensor that transformers may name otherwise in memory."""

@@ -1,0 +1,66 @@
+"""A real vLLM engine of a Qwen3-VL against transformers: sampling, weight transfer, and what a wrong bit does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rollout_rig import Rig, picture, prompt_ids, reference_logps, weights
+
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
+from megatron_vppo.rollout.shared_buffer import SharedBuffer
+
+LOGP_TOLERANCE = 1e-5
+
+
+def requests() -> list[SampleRequest]:
+    """Two images, one image, text alone."""
+    seeds = (11, 12, 13)
+    return [
+        SampleRequest(prompt_ids(2), (picture(1), picture(2, width=64, height=160)), seeds),
+        SampleRequest(prompt_ids(1, text="what is the sum?"), (picture(3),), seeds),
+        SampleRequest(prompt_ids(0, text="no picture"), (), seeds),
+    ]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_logps_equal_transformers_after_new_weights(qwen3_rig: Rig, tmp_path: Path, seed: int) -> None:
+    model = qwen3_rig.model(seed)
+    tensors = weights(model, tmp_path)
+    report = qwen3_rig.engine.load_weights(iter(tensors.items()), version=seed, verify=True)
+    assert report.checksums_ok and report.num_tensors == len(tensors)
+    asked = requests()
+    answers = qwen3_rig.engine.generate(asked, SamplingSettings(max_tokens=24, stop_token_ids=(qwen3_rig.eos,)))
+    for request, completions in zip(asked, answers, strict=True):
+        for completion in completions:
+            expected = reference_logps(model, request, completion, banned=qwen3_rig.banned)
+            assert (expected - torch.tensor(completion.logps)).abs().max() < LOGP_TOLERANCE
+    blind = SampleRequest(asked[1].token_ids, (picture(4),), asked[1].seeds)
+    other = reference_logps(model, blind, answers[1][0], banned=qwen3_rig.banned)
+    assert (other - torch.tensor(answers[1][0].logps)).abs().max() > 1e-2, "the picture matters"
+
+
+@pytest.mark.parametrize(
+    ("name", "reported"),
+    [
+        ("model.language_model.layers.1.self_attn.q_norm.weight", "layers.1.self_attn.q_norm.weight"),
+        ("model.visual.deepstack_merger_list.1.linear_fc2.weight", "deepstack_merger_list.1.linear_fc2.weight"),
+        ("model.visual.pos_embed.weight", "pos_embed.weight"),
+    ],
+)
+def test_one_wrong_value_on_the_way_is_found(
+    qwen3_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reported: str
+) -> None:
+    tensors = weights(qwen3_rig.model(0), tmp_path)
+    write, victim = SharedBuffer.write, tensors[name]
+
+    def write_with_an_error(buffer: SharedBuffer, tensor: torch.Tensor, *, offset: int) -> None:
+        write(buffer, tensor, offset=offset)
+        if tensor is victim:
+            buffer.bytes[offset + tensor.nbytes - 4] ^= 1  # lowest bit of the last value
+
+    monkeypatch.setattr(SharedBuffer, "write", write_with_an_error)
+    with pytest.raises(RuntimeError, match="differ from those sent") as error:
+        qwen3_rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
+    assert reported in str(error.value)
