@@ -75,8 +75,8 @@ def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_pa
     assert 0.35 < first["actor/perception_token_fraction"] < 0.5, "about 40 % of the tokens carry gradient"
     assert first["actor/low_var_kl_mean_selected"] > 10 * first["actor/low_var_kl_mean_rejected"]
     assert (run / "report.html").stat().st_size > 50_000
-    record = next(iter(read_rollouts(rollout_path(run, LEARNING_STEPS))))
-    assert record["images"], "the first records of a step keep their pictures"
+    pictured = [record for record in read_rollouts(rollout_path(run, LEARNING_STEPS)) if "images" in record]
+    assert {record["accuracy"] for record in pictured} == {0.0, 1.0}, "right and wrong answers keep their pictures"
     _check_export(run / "huggingface" / f"step_{LEARNING_STEPS}", tmp_path)
 
 
