@@ -24,9 +24,9 @@ from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 
 ROOT = Path(__file__).parents[2]
-LEARNING_STEPS = 6
-LEARNED_POINTS = 0.10
-"""Rise of held-out accuracy asked of a short run; the demo's longer one is asked for 0.20."""
+LEARNING_STEPS = 5
+LEARNED_POINTS = 0.20
+"""Rise of held-out accuracy by a reward that is easy to learn (rewards.py); the demo shows that seeing is learned."""
 ROLLOUT_DIFFERENCE = 1e-4
 """Nats, of any token of the run: trainer against vLLM, both float32."""
 EXPORT_DIFFERENCE = 1e-5
@@ -35,9 +35,9 @@ SHORT = (
     "data.rollout_batch_size=8", "actor.global_batch_size=4", "rollout.n=4", "algorithm.online_filtering=false",
     "trainer.total_steps=4", "trainer.save_freq=2", "trainer.val_before_train=false", "trainer.val_freq=-1",
     "data.max_val_rows=8", "parallel.tensor_model_parallel_size=1", "parallel.pipeline_model_parallel_size=2",
-    "rollout.num_engines=2", "rollout.cpu_kv_cache_gib=0.125",
+    "rollout.cpu_kv_cache_gib=0.125",
 )  # fmt: skip
-"""Two pipeline stages, an engine led by each."""
+"""Two pipeline stages, one engine."""
 
 
 def command(digits: Path, runs: Path, name: str, *overrides: str) -> list[str]:
@@ -61,7 +61,11 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_path: Path) -> None:
-    run = train(digits, tmp_path, "learns", f"trainer.total_steps={LEARNING_STEPS}", "trainer.save_freq=-1")
+    run = train(
+        digits, tmp_path, "learns", f"trainer.total_steps={LEARNING_STEPS}", "trainer.save_freq=-1",
+        "reward.reward_function=tests/end_to_end/rewards.py:starts_small", "data.max_response_length=8",
+        "actor.optim.lr=1e-3", "data.max_val_rows=256",
+    )  # fmt: skip
     lines = read_metrics(run)
     accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     assert accuracy[-1] - accuracy[0] >= LEARNED_POINTS, accuracy
@@ -72,8 +76,8 @@ def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_pa
     assert all(line["actor/grad_norm"] > 0 and line["critic/score/max"] == 1.0 for line in trained), "a dead run"
     _check_names_of_metrics(lines)
     first = trained[0]
-    assert 0.35 < first["actor/perception_token_fraction"] < 0.5, "about 40 % of the tokens carry gradient"
-    assert first["actor/low_var_kl_mean_selected"] > 10 * first["actor/low_var_kl_mean_rejected"]
+    assert first["actor/perception_token_fraction"] == pytest.approx(4 / 8, abs=0.02), "ceil(0.4 x 8) of 8 tokens"
+    assert first["actor/low_var_kl_mean_selected"] > 2 * first["actor/low_var_kl_mean_rejected"] > 0
     assert (run / "report.html").stat().st_size > 50_000
     pictured = [record for record in read_rollouts(rollout_path(run, LEARNING_STEPS)) if "images" in record]
     assert {record["accuracy"] for record in pictured} == {0.0, 1.0}, "right and wrong answers keep their pictures"
@@ -123,13 +127,13 @@ def _check_export(folder: Path, scratch: Path) -> None:
 
 @pytest.mark.slow
 def test_a_qwen3_vl_runs_too(digits: Path, tmp_path: Path) -> None:
-    """Random weights: what is looked at is that trainer and engine hold the same model, and that it can be exported."""
+    """Over two pipeline stages, each of which leads an engine: that they hold the same model, and that it exports."""
     processor = make_processor("qwen3-vl")
     start = tmp_path / "start"
     save_checkpoint(make_model(make_config(processor.tokenizer, "qwen3-vl"), seed=1), processor, start)
     run = train(
         digits, tmp_path, "qwen3", *SHORT, f"model.path={start}", "trainer.total_steps=2", "data.max_pixels=16384",
-        "rollout.num_engines=1",
+        "rollout.num_engines=2",
     )  # fmt: skip
     lines = [line for line in read_metrics(run) if "actor/loss" in line]
     assert len(lines) == 2 and all(line["weight_sync/checksums_ok"] == 1.0 for line in lines)
@@ -154,7 +158,7 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     ) as process:  # fmt: skip
         _wait_for_checkpoint(killed / "checkpoints" / "global_step_2", process)
         time.sleep(0.3)
-        assert len(_processes_with(mark)) >= 5, "torchrun, two ranks and two engines at least"
+        assert len(_processes_with(mark)) >= 4, "torchrun, two ranks and an engine at least"
         os.killpg(process.pid, signal.SIGKILL)
     _wait_until_gone(mark)
     assert (killed / "checkpoints" / "global_step_2" / "trainer_state.json").is_file()

@@ -22,8 +22,9 @@ GONE_SECONDS = 10
 LOGP_TOLERANCE = 1e-5
 
 TRAINER = """
-    import sys, time
+    import signal, sys, time
     from pathlib import Path
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     from megatron_vppo.rollout.engine import RolloutEngine
     from megatron_vppo.rollout.records import EngineSettings
     engine = RolloutEngine(EngineSettings(model=sys.argv[1], max_model_len=64), log_path=Path(sys.argv[2]))

@@ -1,0 +1,10 @@
+"""A reward that a model of random weights can learn in a few steps, given as a user's own function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def starts_small(answers: list[dict[str, Any]]) -> list[float]:
+    """1 for an answer whose first character is a lower-case letter; about a quarter of random ones are."""
+    return [float(answer["response"][:1].islower()) for answer in answers]
