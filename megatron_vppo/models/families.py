@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from megatron_vppo.models.family import Family
+from megatron_vppo.models.language_map import language_entries
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.models.transformer_config import HfConfig
+from megatron_vppo.models.weight_map import Entry
 
 FAMILIES = {family.model_type: family for family in (QWEN25_VL, QWEN3_VL)}
 
@@ -14,12 +16,33 @@ def family_of(hf_config: HfConfig) -> Family:
     """The family of a model's configuration.
 
     Raises:
-        ValueError: another architecture, or a variant of this one that is not supported.
+        ValueError: another architecture, or what this one's configuration can say and no released model does.
     """
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ValueError(
             f"model.path holds a model of type {hf_config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
         )
-    family.check_supported(hf_config)
+    text, vision = hf_config.text_config, hf_config.vision_config
+    if text.rope_parameters["rope_type"] != "default" or vision.rope_parameters["rope_type"] != "axial":
+        raise ValueError(
+            f"rope types {text.rope_parameters['rope_type']!r} (text) and {vision.rope_parameters['rope_type']!r} "
+            "(vision) are not supported; only 'default' and 'axial' are"
+        )
+    if text.hidden_act != "silu" or vision.hidden_act != family.vision_activation:
+        raise ValueError(
+            f"activations {text.hidden_act!r} (text) and {vision.hidden_act!r} (vision) are not supported; only 'silu' "
+            f"and {family.vision_activation!r} are"
+        )
+    if vision.out_hidden_size != text.hidden_size:
+        raise ValueError(f"vision features of width {vision.out_hidden_size} do not fit hidden size {text.hidden_size}")
+    family.check_own(hf_config)
     return family
+
+
+def weight_map(hf_config: HfConfig, *, family: Family) -> tuple[Entry, ...]:
+    """Every parameter of the model, in the order of the forward pass."""
+    language = language_entries(
+        hf_config, prefix=family.language_prefix, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm
+    )
+    return (*family.vision_entries(hf_config.vision_config), *language)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from megatron_vppo.models.weight_map import Entry
 class Family:
     model_type: str
     """Of its config.json."""
-    check_supported: Callable[[Any], None]
-    """Raises ValueError for what the configuration can say and no released model does."""
+    check_own: Callable[[Any], None]
+    """Raises ValueError for what this family's configuration alone can say and no released model does."""
     deepstack_layers: Callable[[Any], int]
     """Of a model configuration: how many of the first language layers add vision features. They have to lie on the
     first pipeline stage, with the tower."""
@@ -23,11 +23,15 @@ class Family:
     """In the language model."""
     qk_norm: bool
     interleaved_mrope: bool
-    vision_options: Callable[[Any], dict[str, Any]]
-    """Of a vision configuration: what Megatron's configuration of the tower holds beside sizes and layout."""
+    vision_activation: str
+    """As its configuration names it."""
+    vision_options: Mapping[str, Any]
+    """What Megatron's configuration of the tower holds beside sizes and layout."""
     vision_tower: Callable[..., VisionTower]
     """(TransformerConfig, vision configuration, groups=...)."""
-    weight_map: Callable[[Any], tuple[Entry, ...]]
-    """Of a model configuration: every parameter, in the order of the forward pass."""
+    vision_entries: Callable[[Any], list[Entry]]
+    """Of a vision configuration: the weight map of the tower."""
+    language_prefix: str
+    """Of the checkpoint's names, as in `{prefix}embed_tokens.weight`."""
     canonical_name: Callable[[str], str]
     """The released checkpoint's name of a tensor that transformers may name otherwise in memory."""

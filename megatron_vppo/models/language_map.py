@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_vppo.models.transformer_config import HfConfig, head_dim
-from megatron_vppo.models.weight_map import Entry, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary
+from megatron_vppo.models.weight_map import Entry, Gated, GroupedQKV, Kind, Split, Vocabulary, whole
 
 HEAD = "lm_head.weight"
-
-
-def whole(*shape: int) -> Replicated:
-    """Held by every rank, in its own shape."""
-    return Replicated(hf_shape=shape, shape=shape)
 
 
 def language_entries(hf_config: HfConfig, *, prefix: str, qkv_bias: bool, qk_norm: bool) -> list[Entry]:

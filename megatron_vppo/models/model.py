@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_vppo.models.attention import PackedSequences, plan_attention
 from megatron_vppo.models.deepstack import Deepstack, attach
+from megatron_vppo.models.families import weight_map
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.language import LanguageModel
 from megatron_vppo.models.language_map import HEAD
@@ -43,7 +44,7 @@ class QwenVLModel(MegatronModule):
         self.groups = groups
         self.stage_layers = stage_layers
         self.canonical_hf_name = family.canonical_name
-        self.weight_map = family.weight_map(hf_config)
+        self.weight_map = weight_map(hf_config, family=family)
         self.ignored_hf_names = frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
         self.pre_process = stage == 0
         self.post_process = stage == len(stage_layers) - 1

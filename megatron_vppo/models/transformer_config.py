@@ -134,7 +134,7 @@ def vision_config(
         layernorm_epsilon=VISION_NORM_EPSILON,
         add_bias_linear=True,
         tensor_model_parallel_size=tensor,
-        **family.vision_options(vision),
+        **family.vision_options,
         **_common(dtype=dtype, device=device, recompute=recompute),
     )
 

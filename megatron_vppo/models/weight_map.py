@@ -69,6 +69,11 @@ class Replicated:
         return (shards[0].reshape(self.hf_shape),)
 
 
+def whole(*shape: int) -> Replicated:
+    """Held by every rank, in the checkpoint's own shape."""
+    return Replicated(hf_shape=shape, shape=shape)
+
+
 @dataclass(frozen=True)
 class Split:
     """Cut into equal parts: dim 0 for column-parallel weights and biases, dim 1 for row-parallel weights."""
@@ -228,7 +233,7 @@ class Entry:
     place: Literal["first", "layer", "last"]
     """Pipeline stage: the first, the one that holds language layer `layer`, or the last."""
     layer: int | None = None
-    """Number in the whole model that stands for `{}`; of a language layer, or of a vision layer on the first stage."""
+    """Number in the whole model of the language layer that `{}` stands for."""
     copy: bool = False
     """A second holder of tensors that another entry has: the tied output layer of a pipeline's last stage. Loaded, kept
     equal by the optimizer step, never exported."""
@@ -242,7 +247,7 @@ class Entry:
     def local_name(self, stage_layers: Sequence[int]) -> str:
         """Its name in the `named_parameters()` of that stage."""
         if self.place != "layer":
-            return self.template.format(self.layer)
+            return self.template
         return self.template.format(self._stage_and_local_layer(stage_layers)[1])
 
     def _stage_and_local_layer(self, stage_layers: Sequence[int]) -> tuple[int, int]:

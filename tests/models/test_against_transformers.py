@@ -13,7 +13,7 @@ import torch
 from megatron.core import parallel_state
 from safetensors.torch import load_file, save_file
 
-from megatron_vppo.models.families import family_of
+from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.parallel.layout import init_layout
 from tests.gloo import run_gloo
 from tests.models.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
@@ -100,7 +100,7 @@ def _compare(
             assert off < HIDDEN_TOLERANCE, f"{where}: hidden states of row {row}"
     stages = SPLITS[name] if pipeline > 1 else (3,)
     compared = set()
-    for entry in family_of(MODELS[name]).weight_map(MODELS[name]):
+    for entry in weight_map(MODELS[name], family=family_of(MODELS[name])):
         if entry.copy and pipeline == 1:
             continue
         stage = entry.stage(stages)

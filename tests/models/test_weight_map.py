@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vppo.models.families import family_of
+from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.weight_map import (
     Entry,
     FusedQKV,
@@ -48,16 +48,16 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return config, folder
 
 
-def weight_map(config: Any) -> tuple[Entry, ...]:
-    return family_of(config).weight_map(config)
+def table_of(config: Any) -> tuple[Entry, ...]:
+    return weight_map(config, family=family_of(config))
 
 
 def test_every_saved_tensor_is_used_exactly_once(saved: tuple[Any, Path]) -> None:
     config, folder = saved
     tensors = load_file(folder / "model.safetensors")
-    names = [name for entry in stream_entries(weight_map(config)) for name in entry.hf_names]
+    names = [name for entry in stream_entries(table_of(config)) for name in entry.hf_names]
     assert sorted(names) == sorted(tensors)
-    for entry in weight_map(config):
+    for entry in table_of(config):
         shapes = tuple(tuple(tensors[name].shape) for name in entry.hf_names)
         assert shapes == entry.kind.hf_shapes(), entry.hf_names
 
@@ -66,7 +66,7 @@ def test_every_saved_tensor_is_used_exactly_once(saved: tuple[Any, Path]) -> Non
 def test_shards_merge_to_the_same_bits(saved: tuple[Any, Path], size: int) -> None:
     config, folder = saved
     tensors = load_file(folder / "model.safetensors")
-    for entry in weight_map(config):
+    for entry in table_of(config):
         originals = [tensors[name] for name in entry.hf_names]
         shards = [entry.kind.shard(originals, rank=rank, size=size) for rank in range(size)]
         assert all(tuple(shard.shape) == entry.kind.local_shape(size) for shard in shards), entry.template
@@ -77,7 +77,7 @@ def test_shards_merge_to_the_same_bits(saved: tuple[Any, Path], size: int) -> No
 @pytest.mark.parametrize("stage_layers", LAYOUTS, ids=str)
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_parameter_lies_on_one_stage(config: Any, stage_layers: tuple[int, ...]) -> None:
-    table = weight_map(config)
+    table = table_of(config)
     stages = [stage_entries(table, stage_layers=stage_layers, stage=s) for s in range(len(stage_layers))]
     for entries in stages:
         local = [entry.local_name(stage_layers) for entry in entries]

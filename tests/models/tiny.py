@@ -28,70 +28,51 @@ ROWS: tuple[tuple[str | int, ...], ...] = ((7, "a", 12), (9,), (3, "b", 4, "a", 
 """Per row: a number of text tokens, or the name of an image."""
 
 
+MEDIA_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+TEXT_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+VISION_SIZES = {"depth": 3, "hidden_size": 48, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64}
+
+
 def tiny_config(*, tied: bool, vocab: int, **text: object) -> Qwen2_5_VLConfig:
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4},
-    }
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
     return Qwen2_5_VLConfig(
-        text_config={**sizes, **text},
+        text_config={**TEXT_SIZES, "vocab_size": vocab, "rope_parameters": rope, **text},
         vision_config={
-            "depth": 3,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_heads": 4,
-            "out_hidden_size": 64,
+            **VISION_SIZES,
             "fullatt_block_indexes": [1],
             "window_size": 56,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
         tie_word_embeddings=tied,
+        **MEDIA_TOKENS,
     )
 
 
 def tiny_qwen3_config(*, tied: bool, vocab: int, taps: tuple[int, ...], **text: object) -> Qwen3VLConfig:
     """Heads wider than width / heads, as in the released models."""
-    sizes = {
-        "vocab_size": vocab,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 24,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "rope_parameters": {
-            "rope_type": "default", "mrope_section": [6, 3, 3], "mrope_interleaved": True, "rope_theta": 1e4,
-        },
-    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [6, 3, 3], "mrope_interleaved": True, "rope_theta": 1e4}
     return Qwen3VLConfig(
-        text_config={**sizes, **text},
+        text_config={**TEXT_SIZES, "vocab_size": vocab, "head_dim": 24, "rope_parameters": rope, **text},
         vision_config={
-            "depth": 3,
-            "hidden_size": 48,
-            "intermediate_size": 64,
-            "num_heads": 4,
+            **VISION_SIZES,
             "patch_size": 14,
-            "out_hidden_size": 64,
             "num_position_embeddings": 36,
             "deepstack_visual_indexes": list(taps),
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
         tie_word_embeddings=tied,
+        **MEDIA_TOKENS,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_model import build_config, build_model, build_qwen3_config, build_tokenizer
@@ -13,6 +14,7 @@ from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import Completion, SampleRequest
+from megatron_vppo.rollout.shared_buffer import SharedBuffer
 
 MAX_PIXELS = 84 * 84
 """Less than the saved processor's own bound, so that the override is seen to act."""
@@ -51,6 +53,18 @@ def picture(seed: int, *, width: int = 112, height: int = 84) -> Image.Image:
 def prompt_ids(images: int, *, text: str = "look") -> tuple[int, ...]:
     slot = "<|vision_start|><|image_pad|><|vision_end|>" * images
     return tuple(build_tokenizer()(f"<|im_start|>user\n{slot}{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
+
+
+def flip_one_bit_on_the_way(victim: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest bit of the tensor's last value changes between the trainer and the engine."""
+    write = SharedBuffer.write
+
+    def write_with_an_error(buffer: SharedBuffer, tensor: torch.Tensor, *, offset: int) -> None:
+        write(buffer, tensor, offset=offset)
+        if tensor is victim:
+            buffer.bytes[offset + tensor.nbytes - 4] ^= 1
+
+    monkeypatch.setattr(SharedBuffer, "write", write_with_an_error)
 
 
 @torch.no_grad()

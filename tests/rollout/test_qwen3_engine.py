@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rollout_rig import Rig, picture, prompt_ids, reference_logps, weights
+from rollout_rig import Rig, flip_one_bit_on_the_way, picture, prompt_ids, reference_logps, weights
 
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
-from megatron_vppo.rollout.shared_buffer import SharedBuffer
 
 LOGP_TOLERANCE = 1e-5
 
@@ -53,14 +52,7 @@ def test_one_wrong_value_on_the_way_is_found(
     qwen3_rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reported: str
 ) -> None:
     tensors = weights(qwen3_rig.model(0), tmp_path)
-    write, victim = SharedBuffer.write, tensors[name]
-
-    def write_with_an_error(buffer: SharedBuffer, tensor: torch.Tensor, *, offset: int) -> None:
-        write(buffer, tensor, offset=offset)
-        if tensor is victim:
-            buffer.bytes[offset + tensor.nbytes - 4] ^= 1  # lowest bit of the last value
-
-    monkeypatch.setattr(SharedBuffer, "write", write_with_an_error)
+    flip_one_bit_on_the_way(tensors[name], monkeypatch)
     with pytest.raises(RuntimeError, match="differ from those sent") as error:
         qwen3_rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
     assert reported in str(error.value)

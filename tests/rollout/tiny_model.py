@@ -55,86 +55,69 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def build_config(tokenizer: Qwen2Tokenizer, *, tied: bool) -> Qwen2_5_VLConfig:
-    token_id = tokenizer.convert_tokens_to_ids
-    text = {
+def media_tokens(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    names = {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "eos_token_id": "<|im_end|>",
+        "pad_token_id": "<|endoftext|>",
+    }
+    return {field: tokenizer.convert_tokens_to_ids(token) for field, token in names.items()}
+
+
+def text_sizes(tokenizer: Qwen2Tokenizer, *, tied: bool, layers: int, **rope: object) -> dict[str, object]:
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "intermediate_size": 192,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **rope},
         "tie_word_embeddings": tied,
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
+        "bos_token_id": tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
     }
-    vision = {
-        "hidden_size": 64,
-        "out_hidden_size": 128,
-        "intermediate_size": 96,
-        "depth": 2,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 56,
-        "fullatt_block_indexes": [1],
-    }
+
+
+VISION_SIZES = {
+    "hidden_size": 64,
+    "out_hidden_size": 128,
+    "intermediate_size": 96,
+    "num_heads": 2,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+
+
+def build_config(tokenizer: Qwen2Tokenizer, *, tied: bool) -> Qwen2_5_VLConfig:
+    text = text_sizes(tokenizer, tied=tied, layers=2, mrope_section=[4, 6, 6])
+    vision = {**VISION_SIZES, "depth": 2, "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]}
     return Qwen2_5_VLConfig(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=tied,
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        eos_token_id=token_id("<|im_end|>"),
-        pad_token_id=token_id("<|endoftext|>"),
+        **media_tokens(tokenizer),
     )
 
 
 def build_qwen3_config(tokenizer: Qwen2Tokenizer, *, tied: bool) -> Qwen3VLConfig:
-    token_id = tokenizer.convert_tokens_to_ids
-    text = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 128,
-        "intermediate_size": 192,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "max_position_embeddings": 2048,
-        "rope_parameters": {
-            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10], "mrope_interleaved": True,
-        },
-        "tie_word_embeddings": tied,
-        "bos_token_id": token_id("<|endoftext|>"),
-        "eos_token_id": token_id("<|im_end|>"),
-    }  # fmt: skip
+    text = text_sizes(tokenizer, tied=tied, layers=3, mrope_section=[12, 10, 10], mrope_interleaved=True)
     vision = {
-        "hidden_size": 64,
-        "out_hidden_size": 128,
-        "intermediate_size": 96,
+        **VISION_SIZES,
         "depth": 4,
-        "num_heads": 2,
         "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0, 2],
     }
     return Qwen3VLConfig(
-        text_config=text,
+        text_config={**text, "head_dim": 64},
         vision_config=vision,
         tie_word_embeddings=tied,
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        eos_token_id=token_id("<|im_end|>"),
-        pad_token_id=token_id("<|endoftext|>"),
+        **media_tokens(tokenizer),
     )
 
 

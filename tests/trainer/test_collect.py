@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.trainer.collect import Collector
+from megatron_vppo.trainer.validate import Validator
 
 
 class Stream:
@@ -104,3 +106,24 @@ def test_without_filtering_every_group_is_kept(tmp_path: Path) -> None:
     assert metrics["critic/score/mean"] == pytest.approx(1 / 8)
     assert metrics["response_length/mean"] == pytest.approx(1.5)
     assert metrics["prompt_length/max"] == 2
+
+
+class BrokenGrader(Grader):
+    """Like Grader, but no answer to row 1 could be graded."""
+
+    def score(self, responses: Any) -> list[ScoredResponse]:
+        failed = Reward(0.0, 0.0, {}, error="it raised")
+        return [
+            replace(item, reward=failed) if item.response.prompt.row == 1 else item for item in super().score(responses)
+        ]
+
+
+def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded() -> None:
+    config = RunConfig.model_validate(
+        {"data": {"train_files": "x"}, "model": {"path": "y"}, "rollout": {"val": {"n": 4}}}
+    )
+    grader: Any = BrokenGrader({0, 1, 2})
+    metrics = Validator(config, Stream().next(4), Sampler(), grader, SamplingSettings(max_tokens=4)).run()  # type: ignore[arg-type]
+    assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
+    assert metrics["val/errors"] == 4.0
+    assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4
