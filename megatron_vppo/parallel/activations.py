@@ -96,8 +96,10 @@ def layer_saved(layer: LayerSizes, tokens: int, *, split: Split, kernels: Kernel
         return between * size
     heads, kv_heads = (tokens * count * layer.head_dim // tensor for count in (layer.heads, layer.kv_heads))
     norms = 2 * norm_saved(between, rms_norm=layer.rms_norm, kernels=kernels)
-    if layer.qk_norm:  # the key is a view of the projections' output, which the value keeps alive; the query a copy
-        norms += norm_saved(heads, rms_norm=True, kernels=kernels)
+    if layer.qk_norm:
+        # The value keeps the projections' output alive. The key is a view of it, the query a copy, unless this rank
+        # has one key-value head.
+        norms += norm_saved(heads, rms_norm=True, kernels=kernels, held=layer.kv_heads == tensor)
         norms += norm_saved(kv_heads, rms_norm=True, kernels=kernels, held=True)
     linear_inputs = 2 * between * size
     projections = (heads + 2 * kv_heads) * size
