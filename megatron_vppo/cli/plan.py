@@ -42,7 +42,7 @@ def run_plan(options: argparse.Namespace) -> int:
     cluster = Cluster(
         gpus=options.gpus, gpu_bytes=options.gpu_memory * GIB, gpus_per_node=min(options.gpus, options.gpus_per_node)
     )
-    pixels_per_token = (hf_config.vision_config.patch_size * hf_config.vision_config.spatial_merge_size) ** 2
+    pixels_per_token = _pixels_per_token(hf_config)
     workload = Workload(
         prompt_tokens=options.prompt_tokens,
         response_tokens=options.response_tokens,
@@ -64,9 +64,9 @@ def run_plan(options: argparse.Namespace) -> int:
         )
 
     result = plan(cluster, workload)
-    print("\n".join(_header(options.model, result, cluster, workload)))
+    print(*_header(options.model, result, cluster, workload), sep="\n")
     if result.fitting:
-        print("\n".join(_table(result, cluster)), *_settings(result.fitting[0], workload), sep="\n")
+        print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
         return 0
     print(f"\nNothing fits.\n{_nearest(result, cluster)}")
     larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in (2, 4, 8, 16, 32))
@@ -97,9 +97,14 @@ def load_config(model: str) -> HfConfig:
     return AutoConfig.from_pretrained(model)
 
 
+def _pixels_per_token(hf_config: HfConfig) -> int:
+    vision = hf_config.vision_config
+    return (vision.patch_size * vision.spatial_merge_size) ** 2
+
+
 def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Iterator[str]:
     yield (
-        f"{model}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; "
+        f"{Path(model).name}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; "
         f"{cluster.gpus} GPUs of {cluster.gpu_bytes // GIB} GiB"
     )
     yield (
@@ -110,7 +115,12 @@ def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Ite
         yield textwrap.fill(f"not possible: {reason.partition(';')[0]}", width=WIDTH, subsequent_indent="  ")
 
 
-COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim.  activ.   head  trainer | engine: TP    GiB  answers"
+FOOTNOTE = (
+    "Best: without recompute, then fewest GPUs per replica (TP x PP x CP), then fewest stages. Engines do not sleep "
+    "while training: they get what the trainer leaves, and hold so many answers of full length at once. Trainer state "
+    "stays on the GPU. Estimates: no GPU has confirmed activations and reserves (docs/plan.md)."
+)
+COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
 
 
 def _table(plan: Plan, cluster: Cluster) -> Iterator[str]:
@@ -121,20 +131,17 @@ def _table(plan: Plan, cluster: Cluster) -> Iterator[str]:
         yield (
             f"{c.tensor:4}{c.pipeline:4}{c.context:4}{c.data:4} {c.recompute:9}"
             f"{_gib(c.state.weights):>9}{_gib(c.state.gradients):>7}{_gib(c.state.optimizer):>8}"
-            f"{_gib(c.activations.layers):>8}{_gib(c.activations.head):>7}{_gib(c.trainer_bytes):>9} |"
-            f"{c.engine.tensor:11}{_gib(c.engine.utilization * cluster.gpu_bytes):>7}{c.engine.answers:9}"
+            f"{_gib(c.activations.layers):>7}{_gib(c.activations.head):>6}{_gib(c.trainer_bytes):>8} |"
+            f"{c.engine.tensor:11}{_gib(c.engine.utilization * cluster.gpu_bytes):>6}{c.engine.answers:8}"
         )
     if len(plan.fitting) > MOST_ROWS:
         yield f"  and {len(plan.fitting) - MOST_ROWS} more"
-    yield (
-        "\nBest: without recompute, then fewest GPUs per replica (TP x PP x CP), then fewest stages. Engines do not\n"
-        "sleep while training: they get what the trainer leaves, and hold so many answers of full length at once.\n"
-        "Trainer state stays on the GPU. Estimates: no GPU has confirmed activations and reserves (docs/plan.md).\n\n"
-        "Settings of the first line:"
-    )
+    yield ""
+    yield textwrap.fill(FOOTNOTE, width=WIDTH)
+    yield "\nSettings of the first line:"
 
 
-def _settings(best: Candidate, workload: Workload) -> Iterator[str]:
+def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Iterator[str]:
     assert best.engine is not None
     yield "parallel:"
     yield f"  tensor_model_parallel_size: {best.tensor}"
@@ -154,6 +161,7 @@ def _settings(best: Candidate, workload: Workload) -> Iterator[str]:
     yield "data:"
     yield f"  max_prompt_length: {workload.prompt_tokens}"
     yield f"  max_response_length: {workload.response_tokens}"
+    yield f"  max_pixels: {workload.image_tokens * pixels_per_token}"
 
 
 def _nearest(plan: Plan, cluster: Cluster) -> str:

@@ -53,7 +53,7 @@ TEXT = {
 }
 VISION = {"depth": 4, "hidden_size": 160, "intermediate_size": 448, "num_heads": 4, "out_hidden_size": 256}
 TOLERANCE = {"none": 0.005, "selective": 0.005, "full": 0.05}
-"""Left out: norm statistics, index tensors; with 'full' hooks do not see deepstack features, which exist all the same."""
+"""Left out: norm statistics, index tensors. With 'full' hooks do not see the deepstack features, which exist too."""
 
 
 def small_config(family: str) -> Any:
