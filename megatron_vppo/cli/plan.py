@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,13 +68,16 @@ def run_plan(options: argparse.Namespace) -> int:
     if result.fitting:
         print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
         return 0
-    print(f"\nNothing fits.\n{_nearest(result, cluster)}")
+    print(f"\nNothing fits.\n{_nearest(result, cluster)}", *_what_would_fit(plan, cluster, workload), sep="\n")
+    return 1
+
+
+def _what_would_fit(plan: Callable[[Cluster, Workload], Plan], cluster: Cluster, workload: Workload) -> Iterator[str]:
     larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in (2, 4, 8, 16, 32))
     enough = next((c for c in larger if plan(c, workload).fitting), None)
-    print(f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help.")
+    yield f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help."
     if workload.rows_per_micro_batch > 1 and plan(cluster, replace(workload, rows_per_micro_batch=1)).fitting:
-        print("What would fit: --rows-per-micro-batch 1 on these.")
-    return 1
+        yield "What would fit: --rows-per-micro-batch 1 on these."
 
 
 def offered() -> Offered:

@@ -192,7 +192,6 @@ def update_activations(
     running layer holds for a moment, and what it makes again where it is recomputed.
     """
     is_first, is_last = stage == 0, stage == len(stage_layers) - 1
-    shared = {"kernels": kernels, "recompute": recompute}
     saved = language_saved(
         language,
         batch,
@@ -201,18 +200,24 @@ def update_activations(
         is_first=is_first,
         is_last=is_last,
         split=split,
-        **shared,  # type: ignore[arg-type]
+        kernels=kernels,
+        recompute=recompute,
     )
     tokens = -(-batch.tokens // split.context)
     output = tokens * language.layer.hidden * kernels.dtype_bytes
     if is_first:
-        saved += vision_saved(vision, batch.patches, tensor=split.tensor, trained=vision_trained, **shared)  # type: ignore[arg-type]
+        saved += vision_saved(
+            vision,
+            batch.patches,
+            tensor=split.tensor,
+            kernels=kernels,
+            recompute=recompute,
+            trained=vision_trained,
+        )
+    running = _running_layer(language, vision, batch, with_vision=is_first, split=split, kernels=kernels)
+    head = head_bytes(language, batch, chunk=chunk, tensor=split.tensor, dtype_bytes=kernels.dtype_bytes)
     return StageActivations(
-        layers=(len(stage_layers) - stage) * (saved + output)
-        + _running_layer(language, vision, batch, with_vision=is_first, split=split, kernels=kernels),
-        head=head_bytes(language, batch, chunk=chunk, tensor=split.tensor, dtype_bytes=kernels.dtype_bytes)
-        if is_last
-        else 0,
+        layers=(len(stage_layers) - stage) * (saved + output) + running, head=head if is_last else 0
     )
 
 

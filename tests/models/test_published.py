@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.published import CONFIGS, PUBLISHED, published_config
+from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel
 from megatron_vppo.models.weight_map import Shape, stage_entries, stream_entries
 from megatron_vppo.parallel.cpu_support import enable_cpu
 
@@ -136,6 +138,30 @@ def stored_values(model: QwenVLModel, *, tensor: int) -> int:
 def test_layouts_that_the_real_sizes_do_not_allow(name: str, tensor: int, pipeline: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(name, tensor=tensor, pipeline=pipeline, stage=0, tensor_rank=0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_documented_sizes(name: str, repo_root: Path) -> None:
+    lines = (repo_root / "docs/plan.md").read_text(encoding="utf-8").splitlines()
+    (row,) = (line for line in lines if line.startswith(f"| {name} |"))
+    config = published_config(name)
+    text, vision = config.text_config, config.vision_config
+    largest = max(size for size in range(1, 65) if tensor_parallel_is_possible(config, size))
+    assert [cell.strip() for cell in row.split("|")[2:7]] == [
+        f"{PUBLISHED[name].parameters:,}",
+        f"{text.num_hidden_layers}, {text.hidden_size}, {text.intermediate_size}",
+        f"{text.num_attention_heads}, {text.num_key_value_heads}",
+        f"{vision.depth}, {vision.hidden_size}, {vision.intermediate_size}",
+        str(largest),
+    ]
+
+
+def tensor_parallel_is_possible(config: HfConfig, tensor: int) -> bool:
+    try:
+        check_tensor_parallel(config, tensor=tensor)
+    except ValueError:
+        return False
+    return True
 
 
 def test_a_name_that_is_not_published() -> None:
