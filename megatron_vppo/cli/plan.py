@@ -61,12 +61,15 @@ def run_plan(options: argparse.Namespace) -> int:
             offered=offered(),
             rollout_tensor=options.rollout_tp,
             answers=options.answers,
+            frozen=frozenset(options.freeze),
         )
 
     result = plan(cluster, workload)
     print(*_header(options.model, result, cluster, workload), sep="\n")
     if result.fitting:
         print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
+        if options.freeze:
+            print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
         return 0
     print(f"\nNothing fits.\n{_nearest(result, cluster)}", *_what_would_fit(plan, cluster, workload), sep="\n")
     return 1
@@ -82,13 +85,8 @@ def _what_would_fit(plan: Callable[[Cluster, Workload], Plan], cluster: Cluster,
 
 def offered() -> Offered:
     """What the settings of this version can say."""
-    fields = ParallelConfig.model_fields
-    return Offered(
-        recompute=typing.get_args(fields["recompute"].annotation),
-        sequence_parallel="sequence_parallel" in fields,
-        context_parallel="context_parallel_size" in fields,
-        engines_sleep=False,
-    )
+    recompute = typing.get_args(ParallelConfig.model_fields["recompute"].annotation)
+    return Offered(recompute=recompute, engines_sleep=False)
 
 
 def load_config(model: str) -> HfConfig:
@@ -119,9 +117,10 @@ def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Ite
 
 
 FOOTNOTE = (
-    "Best: without recompute, then fewest GPUs per replica (TP x PP x CP), then fewest stages. Engines do not sleep "
-    "while training: they get what the trainer leaves, and hold so many answers of full length at once. Trainer state "
-    "stays on the GPU. Estimates: no GPU has confirmed activations and reserves (docs/plan.md)."
+    "Best: a replica (TP x PP x CP) within a node, then without recompute, then the smallest replica. Sequence "
+    "parallelism is on where TP > 1. Engines do not sleep while training: they get what the trainer leaves, and hold "
+    "so many answers of full length at once. Trainer state stays on the GPU. Estimates: no GPU has confirmed "
+    "activations and reserves (docs/plan.md)."
 )
 COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
 

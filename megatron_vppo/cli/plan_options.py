@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import typing
 
-from megatron_vppo.config.schema import ActorConfig, DataConfig
+from megatron_vppo.config.schema import ActorConfig, DataConfig, ModelConfig
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     number("--images-per-row", 1, "pictures of a prompt")
     number("--image-tokens", None, "tokens of a picture; default: as many as data.max_pixels allows")
     number("--rows-per-micro-batch", actor["micro_batch_size_per_device_for_update"].default, "responses")
+    parts = typing.get_args(typing.get_args(ModelConfig.model_fields["freeze"].annotation)[0])
+    parser.add_argument("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
     number("--rollout-tp", None, "GPUs of an engine; default: the fewest that will do")
     number("--answers", 16, "sequences of full length that an engine has to hold at once")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors import safe_open
 from torch import nn
@@ -24,9 +25,12 @@ class MappedModel(Protocol):
 
     weight_map: tuple[Entry, ...]
     stage_layers: tuple[int, ...]
+    stage: int
     groups: ProcessGroupCollection
     ignored_hf_names: Collection[str]
     canonical_hf_name: Callable[[str], str]
+
+    def tensor_group(self, entry: Entry) -> dist.ProcessGroup: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -44,12 +48,12 @@ def load_hf_weights(model: MappedModel, folder: str | Path) -> None:
     checkpoint = _Checkpoint(Path(folder), model.canonical_hf_name)
     checkpoint.check_names(model.weight_map, model.ignored_hf_names)
     unfilled = dict(model.named_parameters())
-    rank, size = model.groups.tp.rank(), model.groups.tp.size()
     with checkpoint:
-        for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+        for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
+            group = model.tensor_group(entry)
             parameter = unfilled.pop(entry.local_name(model.stage_layers))
             tensors = [checkpoint.lazy(name, shape) for name, shape in _names_and_shapes(entry)]
-            local = entry.kind.shard(tensors, rank=rank, size=size)
+            local = entry.kind.shard(tensors, rank=group.rank(), size=group.size())
             if local.shape != parameter.shape:
                 raise ValueError(
                     f"{entry.hf_names} give {tuple(local.shape)} on this rank, but the parameter "

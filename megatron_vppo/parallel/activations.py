@@ -8,12 +8,9 @@ docs/plan.md says what was measured.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from megatron_vppo.models.options import Part, Recompute
 from megatron_vppo.parallel.memory import FLOAT32
-
-Recompute = Literal["none", "selective", "full"]
-"""What runs again in the backward pass: nothing, core attention, or whole layers."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,8 @@ def layer_saved(layer: LayerSizes, tokens: int, *, split: Split, kernels: Kernel
     projections = (heads + 2 * kv_heads) * size
     rotated = (heads + kv_heads) * size + 4 * tokens * layer.head_dim * size  # and cos, sin of queries and of keys
     attention = heads * size  # its result
+    if split.context > 1:  # keys and values before this rank's two chunks of each sequence, gathered from all ranks
+        attention += 2 * kv_heads * (2 * split.context + 1) // 2 * size
     if recompute == "none":
         attention += FLOAT32 * tokens * layer.heads // tensor  # log of its softmax's denominator
     # Gated: gate and up, silu(gate), up + offset, their product. Otherwise: input and result of the activation.
@@ -136,10 +135,18 @@ def language_saved(
 
 
 def vision_saved(
-    vision: VisionSizes, patches: int, *, tensor: int, kernels: Kernels, recompute: Recompute, trained: bool = True
+    vision: VisionSizes,
+    patches: int,
+    *,
+    tensor: int,
+    kernels: Kernels,
+    recompute: Recompute,
+    frozen: frozenset[Part] = frozenset(),
 ) -> int:
-    """Of the whole tower; `tensor` is the number of ranks that it is split over. Nothing where it is not trained."""
-    if not trained:
+    """Of the whole tower; `tensor` is the number of ranks that it is split over. Nothing is kept of what lies before
+    the first trained part: of a frozen tower, and of its mergers too where they are frozen as well.
+    """
+    if {"vision_tower", "projector"} <= frozen:
         return 0
     layer, size = vision.layer, kernels.dtype_bytes
     split = Split(tensor=tensor, context=1, sequence_parallel=False)
@@ -149,7 +156,8 @@ def vision_saved(
     main_norm = norm_saved(width, rms_norm=layer.rms_norm, kernels=kernels)
     angles = FLOAT32 * patches * layer.head_dim if recompute == "full" else 0
     pixels = patches * vision.patch_values * size
-    return pixels + vision.layers * per_layer + main_norm + (1 + vision.taps) * merger + angles
+    mergers = main_norm + (1 + vision.taps) * merger
+    return mergers if "vision_tower" in frozen else pixels + vision.layers * per_layer + angles + mergers
 
 
 def head_bytes(language: LanguageSizes, batch: MicroBatch, *, chunk: int, tensor: int, dtype_bytes: int) -> int:
@@ -184,7 +192,7 @@ def update_activations(
     kernels: Kernels,
     recompute: Recompute,
     chunk: int,
-    vision_trained: bool = True,
+    frozen: frozenset[Part] = frozenset(),
 ) -> StageActivations:
     """Of one pipeline stage under one-forward-one-backward: stage s of p holds up to p - s micro-batches.
 
@@ -212,7 +220,7 @@ def update_activations(
             tensor=split.tensor,
             kernels=kernels,
             recompute=recompute,
-            trained=vision_trained,
+            frozen=frozen,
         )
     running = _running_layer(language, vision, batch, with_vision=is_first, split=split, kernels=kernels)
     head = head_bytes(language, batch, chunk=chunk, tensor=split.tensor, dtype_bytes=kernels.dtype_bytes)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.options import Part
 from megatron_vppo.models.transformer_config import HfConfig, head_dim
 from megatron_vppo.models.weight_map import Entry, stage_entries, stream_entries
 from megatron_vppo.parallel.activations import LanguageSizes, LayerSizes, VisionSizes
@@ -51,13 +52,18 @@ def parameter_count(entries: Sequence[Entry]) -> int:
 
 
 def stage_values(
-    entries: Sequence[Entry], *, stage_layers: tuple[int, ...], stage: int, tensor: int, frozen: tuple[str, ...] = ()
+    entries: Sequence[Entry],
+    *,
+    stage_layers: tuple[int, ...],
+    stage: int,
+    tensor: int,
+    frozen: frozenset[Part] = frozenset(),
 ) -> StageValues:
     """What one rank of a pipeline stage holds, parameter by parameter.
 
     Args:
         entries: the model's weight map.
-        frozen: beginnings of our names of the parameters that are not trained, such as `vision.`.
+        frozen: parts that are not trained.
     """
     mine = stage_entries(entries, stage_layers=stage_layers, stage=stage)
     tied = {name for entry in entries if entry.copy for name in entry.hf_names} if len(stage_layers) > 1 else set()
@@ -65,7 +71,7 @@ def stage_values(
     untrained = 0
     for entry in mine:
         values = math.prod(entry.kind.local_shape(tensor))
-        if entry.template.startswith(frozen):
+        if entry.part in frozen:
             untrained += values
         elif tied.intersection(entry.hf_names):
             buckets += [[values], []]

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.options import Part, Recompute
 from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel, stage_layers
 from megatron_vppo.parallel.activations import (
     Kernels,
     MicroBatch,
-    Recompute,
     Split,
     StageActivations,
     score_activations,
@@ -62,7 +62,8 @@ class Workload:
     def sequence_tokens(self) -> int:
         return self.prompt_tokens + self.response_tokens
 
-    def micro_batch(self, *, merge: int, both_views: bool) -> MicroBatch:
+    def micro_batch(self, *, merge: int, context: int, both_views: bool) -> MicroBatch:
+        """Pictures are dealt to the context-parallel ranks; the patches are those of the rank with the most."""
         rows = self.rows_per_micro_batch
         groups = 1 + (rows - 1 + self.responses_per_prompt - 1) // self.responses_per_prompt
         views, pictures = (2 * rows, groups + rows) if both_views else (rows, groups)
@@ -70,7 +71,7 @@ class Workload:
             tokens=views * (self.sequence_tokens - 1),
             response_tokens=views * self.response_tokens,
             image_tokens=views * self.images_per_row * self.image_tokens,
-            patches=min(pictures, views) * self.images_per_row * self.image_tokens * merge**2,
+            patches=-(-min(pictures, views) * self.images_per_row // context) * self.image_tokens * merge**2,
         )
 
 
@@ -83,12 +84,10 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Offered:
-    """What this version's settings can say beside tensor, pipeline and data sizes."""
+    """What the trainer can do beside layouts."""
 
     recompute: tuple[Recompute, ...]
     """In the order of their cost."""
-    sequence_parallel: bool
-    context_parallel: bool
     engines_sleep: bool
     """Whether an engine gives its memory back while the trainer computes. Otherwise it has room beside all of it."""
 
@@ -118,6 +117,10 @@ class Candidate:
     """None: what the trainer leaves is not enough for an engine."""
 
     @property
+    def replica_gpus(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+    @property
     def trainer_bytes(self) -> int:
         return self.state.total + self.activations.total + TRAINER_RESERVE
 
@@ -141,20 +144,20 @@ def make_plan(
     offered: Offered,
     rollout_tensor: int | None,
     answers: int,
-    frozen: tuple[str, ...] = (),
+    frozen: frozenset[Part] = frozenset(),
 ) -> Plan:
     """Every layout of the cluster's GPUs; of those that differ in recomputation only, the cheapest that fits.
 
-    Best first: without recomputation, then with the smallest model-parallel group (tensor x pipeline x context), then
-    with the shortest pipeline, then with the least context parallelism.
+    Best first: a replica (tensor x pipeline x context) within one node, then without recomputation, then with the
+    smallest replica, then with the shortest pipeline.
 
     Args:
         rollout_tensor: GPUs per engine; None: the fewest that leave room for `answers`.
         answers: sequences of full length that an engine has to hold at once.
-        frozen: beginnings of our names of parameters that are not trained, such as `vision.`.
+        frozen: parts that are not trained.
     """
     model = _Model(hf_config, frozen=frozen)
-    sizes, refused = _layouts(model, cluster=cluster, offered=offered)
+    sizes, refused = _layouts(model, cluster=cluster)
     fitting, others = [], []
     for tensor, pipeline, context in sizes:
         for recompute in offered.recompute:
@@ -163,7 +166,7 @@ def make_plan(
                 pipeline=pipeline,
                 context=context,
                 data=cluster.gpus // (tensor * pipeline * context),
-                sequence_parallel=offered.sequence_parallel and tensor > 1,
+                sequence_parallel=tensor > 1,
                 recompute=recompute,
                 workload=workload,
             )
@@ -177,7 +180,14 @@ def make_plan(
                 fitting.append(replace(candidate, engine=share))
                 break
             others.append(candidate)
-    fitting.sort(key=lambda c: (offered.recompute.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline))
+    fitting.sort(
+        key=lambda c: (
+            c.replica_gpus > cluster.gpus_per_node,
+            offered.recompute.index(c.recompute),
+            c.replica_gpus,
+            c.pipeline,
+        )
+    )
     return Plan(
         parameters=model.parameters,
         fitting=tuple(fitting),
@@ -189,7 +199,7 @@ def make_plan(
 class _Model:
     """A configuration's numbers, worked out once for all layouts."""
 
-    def __init__(self, hf_config: HfConfig, *, frozen: tuple[str, ...]) -> None:
+    def __init__(self, hf_config: HfConfig, *, frozen: frozenset[Part]) -> None:
         self.hf_config, self.frozen = hf_config, frozen
         self.family = family_of(hf_config)
         self.entries = weight_map(hf_config, family=self.family)
@@ -247,25 +257,23 @@ class _Model:
         update = update_activations(
             self.language,
             self.vision,
-            workload.micro_batch(merge=self.merge, both_views=False),
+            workload.micro_batch(merge=self.merge, context=split.context, both_views=False),
             stage_layers=layers,
             recompute=recompute,
-            vision_trained="vision." not in self.frozen,
+            frozen=self.frozen,
             **shared,
         )
         score = score_activations(
             self.language,
             self.vision,
-            workload.micro_batch(merge=self.merge, both_views=True),
+            workload.micro_batch(merge=self.merge, context=split.context, both_views=True),
             stages=len(layers),
             **shared,
         )
         return max(update, score, key=lambda a: a.total)
 
 
-def _layouts(
-    model: _Model, *, cluster: Cluster, offered: Offered
-) -> tuple[list[tuple[int, int, int]], tuple[str, ...]]:
+def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[tuple[int, int, int]], tuple[str, ...]]:
     """(tensor, pipeline, context) sizes that the GPUs and the model allow, and what the model refuses.
 
     A tensor-parallel group stays within a node: its ranks exchange every layer's hidden states.
@@ -273,7 +281,7 @@ def _layouts(
     found, refused = [], []
     for tensor in _divisors(math.gcd(cluster.gpus, cluster.gpus_per_node)):
         try:
-            check_tensor_parallel(model.hf_config, tensor=tensor)
+            check_tensor_parallel(model.hf_config, tensor=tensor, vision_split="tensor")
         except ValueError as error:
             refused.append(f"TP {tensor}: {error}")
             continue
@@ -283,7 +291,7 @@ def _layouts(
             except ValueError as error:
                 refused.append(f"PP {pipeline}: {error}")
                 continue
-            contexts = _divisors(cluster.gpus // (tensor * pipeline)) if offered.context_parallel else [1]
+            contexts = _divisors(cluster.gpus // (tensor * pipeline))
             found += [(tensor, pipeline, context) for context in contexts]
     return found, tuple(dict.fromkeys(refused))
 

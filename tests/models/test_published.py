@@ -19,6 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.build import build_model
+from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.model import QwenVLModel
@@ -42,7 +43,7 @@ CASES = [(name, *layout) for name, layouts in LAYOUTS.items() for layout in layo
 
 
 @contextmanager
-def rank_of(*, tensor: int, pipeline: int, rank: int) -> Iterator[ProcessGroupCollection]:
+def rank_of(*, tensor: int, pipeline: int, rank: int) -> Iterator[tuple[ProcessGroupCollection, VisionGroups]]:
     enable_cpu()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=tensor * pipeline)
     try:
@@ -51,16 +52,23 @@ def rank_of(*, tensor: int, pipeline: int, rank: int) -> Iterator[ProcessGroupCo
             pipeline_model_parallel_size=pipeline,
             create_gloo_process_groups=False,
         )
-        yield ProcessGroupCollection.use_mpu_process_groups()
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        yield groups, VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 def build(name: str, *, tensor: int, pipeline: int, stage: int, tensor_rank: int) -> QwenVLModel:
-    with rank_of(tensor=tensor, pipeline=pipeline, rank=stage * tensor + tensor_rank) as groups:
+    with rank_of(tensor=tensor, pipeline=pipeline, rank=stage * tensor + tensor_rank) as (groups, vision_groups):
         assert (groups.pp.rank(), groups.tp.rank()) == (stage, tensor_rank)
-        return build_model(published_config(name), groups=groups, dtype=torch.bfloat16, device=torch.device("meta"))
+        return build_model(
+            published_config(name),
+            groups=groups,
+            vision_groups=vision_groups,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+        )
 
 
 def test_every_configuration_has_a_size_and_a_layout() -> None:
@@ -158,7 +166,7 @@ def test_the_documented_sizes(name: str, repo_root: Path) -> None:
 
 def tensor_parallel_is_possible(config: HfConfig, tensor: int) -> bool:
     try:
-        check_tensor_parallel(config, tensor=tensor)
+        check_tensor_parallel(config, tensor=tensor, vision_split="tensor")
     except ValueError:
         return False
     return True

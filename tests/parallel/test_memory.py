@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.options import ModelOptions, Part
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.memory import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
@@ -27,7 +28,7 @@ class Case:
     tied: bool
     dtype: torch.dtype
     distributed: bool
-    frozen: tuple[str, ...] = ()
+    frozen: frozenset[Part] = frozenset()
 
 
 CASES = [
@@ -37,8 +38,8 @@ CASES = [
             ("qwen2_5_vl", "qwen3_vl"), (True, False), (torch.bfloat16, torch.float32), (True, False)
         )
     ),
-    Case("qwen2_5_vl", True, torch.bfloat16, True, frozen=("vision.",)),
-    Case("qwen3_vl", False, torch.float32, False, frozen=("language.decoder.", "vision.")),
+    Case("qwen2_5_vl", True, torch.bfloat16, True, frozen=frozenset({"vision_tower"})),
+    Case("qwen3_vl", False, torch.float32, False, frozen=frozenset({"language_model", "projector"})),
 ]
 
 
@@ -64,12 +65,18 @@ def measure_ranks(rank: int, world_size: int, tensor: int, pipeline: int) -> lis
 
 def _measure(case: Case, layout: Layout) -> RankState:
     config = config_of(case)
-    model = build_model(config, groups=layout.groups, dtype=case.dtype, device=layout.device)
-    for name, parameter in model.named_parameters():
+    model = build_model(
+        config,
+        groups=layout.groups,
+        vision_groups=layout.vision_groups,
+        dtype=case.dtype,
+        device=layout.device,
+        options=ModelOptions(frozen=case.frozen),
+    )
+    for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0.01)
-        parameter.requires_grad_(not case.frozen or not name.startswith(case.frozen))
     trainable = make_trainable(
-        model,
+        [model],
         layout=layout,
         settings=OptimSettings(
             lr=LrSchedule(kind="constant", peak=1e-3, warmup_steps=0, total_steps=1, min_ratio=0.0),
@@ -80,8 +87,9 @@ def _measure(case: Case, layout: Layout) -> RankState:
             use_distributed_optimizer=case.distributed,
         ),
         dtype=case.dtype,
+        frozen=case.frozen,
     )
-    trainable.ddp.zero_grad_buffer()
+    trainable.zero_gradients()
     trainable.step()  # the moments are made in the first step
     weights = _storages(model.parameters())
     inner = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
@@ -90,7 +98,7 @@ def _measure(case: Case, layout: Layout) -> RankState:
     kept += [t for state in states for values in state.state.values() for t in values.values() if t.dim() > 0]
     measured = StateBytes(
         weights=sum(weights.values()),
-        gradients=sum(_storages(buffer.grad_data for buffer in trainable.ddp.buffers).values()),
+        gradients=sum(_storages(buffer.grad_data for ddp in trainable.ddps for buffer in ddp.buffers).values()),
         optimizer=sum(size for key, size in _storages(kept).items() if key not in weights),
     )
     values = stage_values(

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_vppo.models.options import Part
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.trainer.plan import (
     ENGINE_RESERVE,
     GIB,
     TRAINER_RESERVE,
+    Candidate,
     Cluster,
     Offered,
     Plan,
@@ -27,7 +29,7 @@ WORKLOAD = Workload(
     responses_per_prompt=8,
     head_chunk_tokens=1024,
 )
-TODAY = Offered(recompute=("none", "full"), sequence_parallel=False, context_parallel=False, engines_sleep=False)
+TODAY = Offered(recompute=("none", "selective", "full"), engines_sleep=False)
 NODE = Cluster(gpus=8, gpu_bytes=80 * GIB, gpus_per_node=8)
 
 
@@ -39,7 +41,7 @@ def plan_of(
     *,
     rollout_tensor: int | None = None,
     answers: int = 16,
-    frozen: tuple[str, ...] = (),
+    frozen: frozenset[Part] = frozenset(),
 ) -> Plan:
     return make_plan(
         published_config(name),
@@ -52,8 +54,12 @@ def plan_of(
     )
 
 
+def sizes_of(c: Candidate) -> tuple[int, int, int, int]:
+    return c.tensor, c.pipeline, c.context, c.data
+
+
 def sizes(plan: Plan) -> list[tuple[int, int, int, int]]:
-    return [(c.tensor, c.pipeline, c.context, c.data) for c in plan.fitting]
+    return [sizes_of(c) for c in plan.fitting]
 
 
 def test_state_of_a_real_size() -> None:
@@ -63,14 +69,14 @@ def test_state_of_a_real_size() -> None:
             values = PUBLISHED["qwen2.5-vl-7b"].parameters / c.tensor
             assert c.state.weights == pytest.approx(2 * values, rel=0.01)
             assert c.state.gradients == 2 * c.state.weights
-            assert c.state.optimizer == 6 * c.state.weights // c.data
-            assert c.tensor * c.pipeline * c.data == 8
+            assert c.state.optimizer == 6 * c.state.weights // (c.data * c.context)
+            assert c.tensor * c.pipeline * c.context * c.data == 8
 
 
 def test_everything_that_fits_is_there_and_sorted() -> None:
     plan = plan_of("qwen2.5-vl-7b")
-    assert set(sizes(plan)) <= {(t, p, 1, 8 // t // p) for t in (1, 2, 4) for p in (1, 2, 4)}
-    order = [(c.recompute == "full", c.tensor * c.pipeline, c.pipeline) for c in plan.fitting]
+    assert {(t, p) for t, p, _, _ in sizes(plan)} <= {(t, p) for t in (1, 2, 4) for p in (1, 2, 4)}
+    order = [(TODAY.recompute.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline) for c in plan.fitting]
     assert order == sorted(order)
     assert len(set(sizes(plan))) == len(plan.fitting) > 3
     assert any("28 attention heads" in reason for reason in plan.refused)
@@ -79,6 +85,13 @@ def test_everything_that_fits_is_there_and_sorted() -> None:
         assert c.engine is not None
         assert c.trainer_bytes == c.state.total + c.activations.layers + c.activations.head + TRAINER_RESERVE
         assert c.trainer_bytes + c.engine.utilization * 80 * GIB <= 80 * GIB
+
+
+def test_a_replica_within_a_node_comes_first() -> None:
+    fitting = plan_of("qwen2.5-vl-32b", replace(NODE, gpus=32), replace(WORKLOAD, rows_per_micro_batch=4)).fitting
+    across = [c.tensor * c.pipeline * c.context > 8 for c in fitting]
+    assert across == sorted(across) and any(across) and not all(across)
+    assert fitting[0].recompute == "full" and "none" in {c.recompute for c in fitting}
 
 
 def test_the_fullest_stage_counts() -> None:
@@ -116,31 +129,30 @@ def test_a_node_is_the_bound_of_tensor_parallelism_and_of_engines() -> None:
     assert max(c.engine.tensor for c in plan.fitting if c.engine) <= 4
 
 
-def test_context_and_sequence_parallelism_where_they_are_offered() -> None:
-    offered = replace(TODAY, context_parallel=True, sequence_parallel=True)
-    with_them = {(c.tensor, c.pipeline, c.context): c for c in plan_of("qwen3-vl-8b", offered=offered).fitting}
-    without = {(c.tensor, c.pipeline, c.context): c for c in plan_of("qwen3-vl-8b").fitting}
-    assert any(context > 1 for *_, context in with_them)
-    common = with_them[4, 1, 1], without[4, 1, 1]
-    assert [c.sequence_parallel for c in common] == [True, False]
-    assert common[0].activations.layers < common[1].activations.layers
-    halved = with_them[4, 1, 2]
-    assert halved.data == 1 and halved.state == common[0].state, "sharded over data x context"
-    assert halved.activations.layers < common[0].activations.layers
+def test_context_and_sequence_parallelism() -> None:
+    found = {(c.tensor, c.pipeline, c.context): c for c in plan_of("qwen3-vl-8b").fitting}
+    assert all(c.sequence_parallel == (c.tensor > 1) for c in found.values())
+    one, two = found[4, 1, 1], found[4, 1, 2]
+    assert (one.data, two.data) == (2, 1)
+    assert two.state == one.state, "sharded over data x context"
+    if one.recompute == two.recompute:
+        assert two.activations.layers < one.activations.layers
 
 
 def test_engines_that_sleep_leave_room_for_activations() -> None:
-    beside = plan_of("qwen2.5-vl-7b").fitting[0]
-    asleep = plan_of("qwen2.5-vl-7b", offered=replace(TODAY, engines_sleep=True))
-    c = next(c for c in asleep.fitting if c.tensor == beside.tensor and c.pipeline == beside.pipeline)
+    offered = replace(TODAY, recompute=("full",))
+    beside = plan_of("qwen2.5-vl-7b", offered=offered, rollout_tensor=2).fitting[0]
+    asleep = plan_of("qwen2.5-vl-7b", offered=replace(offered, engines_sleep=True), rollout_tensor=2)
+    c = next(c for c in asleep.fitting if sizes_of(c) == sizes_of(beside))
     assert beside.engine is not None and c.engine is not None
     assert c.engine.answers > beside.engine.answers
     assert c.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
 
 
 def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
-    whole, frozen = (plan_of("qwen3-vl-8b", frozen=names).fitting for names in ((), ("vision.",)))
-    a, b = (next(c for c in fitting if (c.tensor, c.pipeline) == (4, 1)) for fitting in (whole, frozen))
+    parts: frozenset[Part] = frozenset({"vision_tower", "projector"})
+    whole, frozen = (plan_of("qwen3-vl-8b", frozen=parts).fitting for parts in (frozenset(), parts))
+    a, b = (next(c for c in fitting if (c.tensor, c.pipeline, c.context) == (4, 1, 1)) for fitting in (whole, frozen))
     assert a.recompute == b.recompute
     tower = 27 * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * (4608**2 + 4608 * 4096)
     assert a.state.gradients - b.state.gradients == pytest.approx(4 * tower / 4, rel=0.05)
@@ -151,13 +163,17 @@ def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
 def test_a_micro_batch_counts_pictures_and_views() -> None:
     """Four neighbours of groups of eight lie in two groups at most; the perturbed picture of each is its own."""
     workload = replace(WORKLOAD, rows_per_micro_batch=4)
-    update = workload.micro_batch(merge=2, both_views=False)
-    score = workload.micro_batch(merge=2, both_views=True)
+    update = workload.micro_batch(merge=2, context=1, both_views=False)
+    score = workload.micro_batch(merge=2, context=1, both_views=True)
     assert (update.tokens, score.tokens) == (4 * 6143, 8 * 6143)
     assert (update.patches, score.patches) == (2 * 5120, 6 * 5120)
     assert (update.image_tokens, update.response_tokens) == (4 * 1280, 4 * 2048)
-    assert replace(workload, responses_per_prompt=1).micro_batch(merge=2, both_views=False).patches == 4 * 5120
-    assert WORKLOAD.micro_batch(merge=2, both_views=False).patches == 5120
+    assert (
+        replace(workload, responses_per_prompt=1).micro_batch(merge=2, context=1, both_views=False).patches == 4 * 5120
+    )
+    two = workload.micro_batch(merge=2, context=4, both_views=True)
+    assert two.patches == 2 * 5120, "six pictures on four ranks"
+    assert WORKLOAD.micro_batch(merge=2, context=1, both_views=False).patches == 5120
 
 
 def test_pictures_that_do_not_fit_the_prompt() -> None:
