@@ -19,7 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.mrope import mrope_positions
-from megatron_vppo.models.options import ModelOptions, Recompute
+from megatron_vppo.models.options import ModelOptions, Part, Recompute
 from megatron_vppo.models.packed import PackedBatch
 from megatron_vppo.parallel.activations import (
     Kernels,
@@ -306,6 +306,9 @@ def test_tower_by_hand() -> None:
     # The main merger's norm keeps its input; the tapped one's is kept by the next layer. Each: norm, gelu in, gelu out.
     expected = 32 * 24 * 2 + 3 * layer + width + 2 * 3 * width
     assert vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none") == expected
+    tower: frozenset[Part] = frozenset({"vision_tower"})
+    mergers = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none", frozen=tower)
+    assert mergers == width + 2 * 3 * width
     assert (
         vision_saved(
             PICTURES, 32, tensor=1, kernels=CUDA, recompute="none", frozen=frozenset({"vision_tower", "projector"})

@@ -119,6 +119,7 @@ def test_what_would_need_more() -> None:
     plan = plan_of("qwen2.5-vl-72b")
     assert not plan.fitting and plan.closest is not None
     assert plan.closest.trainer_bytes > 80 * GIB
+    assert (plan.closest.recompute, plan.closest.tensor * plan.closest.pipeline) == ("full", 8)
     assert plan_of("qwen2.5-vl-72b", replace(NODE, gpus=64)).fitting
 
 
