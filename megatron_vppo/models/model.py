@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -146,10 +145,10 @@ class QwenVLModel(MegatronModule):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().sharded_state_dict(*args, **kwargs)
         if self.vision_groups.tower.tp.size() != self.groups.tp.size():
-            for key, tensor in state.items():
-                if key.startswith("vision.") and isinstance(tensor, ShardedTensor):
-                    first, _, last = tensor.replica_id
-                    tensor.replica_id = (first, self.groups.tp.rank(), last)  # the tower's modules know of one rank
+            for key, item in state.items():
+                if key.startswith("vision."):  # whose modules know of one rank
+                    first, _, last = item.replica_id
+                    item.replica_id = (first, self.groups.tp.rank(), last)
         return state
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:

@@ -7,6 +7,7 @@ and an error in the gradient shows in proportion.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
@@ -47,6 +49,7 @@ OPTIM = OptimSettings(
     betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, max_grad_norm=1e9,
     use_distributed_optimizer=True,
 )  # fmt: skip
+RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
 GROUPS = (0, 0, 1, 1, 2, 2)
 ANSWER_LENGTH = 4
 STEP = 3
@@ -215,3 +218,36 @@ def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
         for parameter in stage.parameters():
             parameter.data = parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
     return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def resumed_equals_straight(
+    folder: Path,
+    layout: Layout,
+    checkpoints: Path,
+    *,
+    distributed_optimizer: bool,
+    options: ModelOptions | None = None,
+) -> bool:
+    """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
+    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed_optimizer)
+    batch = make_batch(make_responses(), "nll")
+    straight = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    straight.update(batch)
+    for step in (1, 2):
+        save_checkpoint(
+            checkpoints,
+            step=step,
+            trainable=straight.trainable,
+            layout=layout,
+            state={"data": {"offset": step}},
+            keep=1,
+        )
+    straight.update(batch)
+    resumed = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    assert latest_step(checkpoints) == 2
+    assert [path.name for path in checkpoints.glob("*step*")] == ["global_step_2"]
+    state = load_checkpoint(checkpoints, step=2, trainable=resumed.trainable, layout=layout)
+    assert state == {"step": 2, "data": {"offset": 2}}
+    resumed.update(batch)
+    pairs = zip(straight.hf_weights(), resumed.hf_weights(), strict=True)
+    return all([name == other and torch.equal(a, b) for (name, a), (other, b) in pairs])

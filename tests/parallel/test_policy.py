@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.training import OptimSettings
 from tests.gloo import run_gloo
@@ -22,13 +22,14 @@ from tests.models.tiny import (
 )
 from tests.parallel.policy_rig import (
     OPTIM,
+    RESUMED_OPTIM,
     STEP,
     Outcome,
-    constant,
     expected_outcome,
     make_batch,
     make_policy,
     make_responses,
+    resumed_equals_straight,
 )
 
 LOGP_TOLERANCE = 1e-5
@@ -42,7 +43,6 @@ CONFIGS = {
     "untied": tiny_config(tied=False, vocab=301),
     "Qwen3": tiny_qwen3_config(tied=False, vocab=301, taps=(1,)),
 }
-RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
 
 
 def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, optim: OptimSettings) -> Outcome:
@@ -55,32 +55,6 @@ def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, op
         scores.old_logp_BT, scores.masked_logp_BT, scores.entropy_BT, scores.divergence_BT, metrics, {},
         {name: tensor.clone() for name, tensor in policy.hf_weights()},
     )  # fmt: skip
-
-
-def resumed_equals_straight(folder: Path, layout: Layout, checkpoints: Path, *, distributed_optimizer: bool) -> bool:
-    """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
-    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed_optimizer)
-    batch = make_batch(make_responses(), "nll")
-    straight = make_policy(folder, layout, rows=2, optim=optim)
-    straight.update(batch)
-    for step in (1, 2):
-        save_checkpoint(
-            checkpoints,
-            step=step,
-            trainable=straight.trainable,
-            layout=layout,
-            state={"data": {"offset": step}},
-            keep=1,
-        )
-    straight.update(batch)
-    resumed = make_policy(folder, layout, rows=2, optim=optim)
-    assert latest_step(checkpoints) == 2
-    assert [path.name for path in checkpoints.glob("*step*")] == ["global_step_2"]
-    state = load_checkpoint(checkpoints, step=2, trainable=resumed.trainable, layout=layout)
-    assert state == {"step": 2, "data": {"offset": 2}}
-    resumed.update(batch)
-    pairs = zip(straight.hf_weights(), resumed.hf_weights(), strict=True)
-    return all([name == other and torch.equal(a, b) for (name, a), (other, b) in pairs])
 
 
 def resumed_before_any_update_equals_fresh(folder: Path, layout: Layout, checkpoints: Path) -> bool:
