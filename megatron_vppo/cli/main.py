@@ -15,6 +15,7 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
+from megatron_vppo.cli.plan_options import add_plan_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,6 +46,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan", help="which parallel layouts fit", description="Layouts of a model that fit the GPUs, by arithmetic."
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -67,6 +74,13 @@ def _train(options: argparse.Namespace) -> int:
 
     run_training(config)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.plan import run_plan
+
+    return run_plan(options)
 
 
 def _report(options: argparse.Namespace) -> int:

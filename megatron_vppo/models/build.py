@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def build_model(
     Args:
         groups: process groups; their tensor, context and pipeline sizes are the layout.
         dtype: of parameters and activations, float32 or bfloat16.
+        device: 'meta' gives names, shapes and marks without memory.
         virtual_stage: which of this rank's `options.virtual_stages` stages.
 
     Raises:
@@ -53,16 +55,19 @@ def build_model(
         virtual_stages=options.virtual_stages,
     )
     shared: dict[str, Any] = {"family": family, "options": options, "dtype": dtype, "device": device}
-    model = QwenVLModel(
-        hf_config,
-        family=family,
-        language_config=language_config(hf_config, tensor=tensor, context=groups.cp.size(), stages=stages, **shared),
-        vision_config=vision_config(hf_config, tensor=vision_groups.tower.tp.size(), **shared),
-        stage_layers=stages,
-        virtual_stage=virtual_stage,
-        groups=groups,
-        vision_groups=vision_groups,
-    ).to(device)
+    with device if device.type == "meta" else nullcontext():
+        model = QwenVLModel(
+            hf_config,
+            family=family,
+            language_config=language_config(
+                hf_config, tensor=tensor, context=groups.cp.size(), stages=stages, **shared
+            ),
+            vision_config=vision_config(hf_config, tensor=vision_groups.tower.tp.size(), **shared),
+            stage_layers=stages,
+            virtual_stage=virtual_stage,
+            groups=groups,
+            vision_groups=vision_groups,
+        ).to(device)
     _mark(model, options.frozen)
     return model
 
