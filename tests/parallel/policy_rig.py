@@ -185,14 +185,20 @@ def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> O
 
 
 def make_policy(
-    folder: Path, layout: Layout, *, rows: int, optim: OptimSettings = OPTIM, options: ModelOptions | None = None
+    folder: Path,
+    layout: Layout,
+    *,
+    rows: int,
+    optim: OptimSettings = OPTIM,
+    options: ModelOptions | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> MegatronPolicy:
     """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
     config = AutoConfig.from_pretrained(folder)
     options = options or ModelOptions(pipeline_layers=(1, 2) if layout.pipeline == 2 else None)
     stages = [
         build_model(
-            config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=torch.float32,
+            config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype,
             device=layout.device, options=options, virtual_stage=number,
         )
         for number in range(options.virtual_stages)
@@ -200,7 +206,7 @@ def make_policy(
     for stage in stages:
         load_hf_weights(stage, folder)
     return MegatronPolicy(
-        make_trainable(stages, layout=layout, settings=optim, dtype=torch.float32, frozen=options.frozen),
+        make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=options.frozen),
         layout=layout,
         settings=PolicySettings(
             temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,

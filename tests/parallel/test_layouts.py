@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
@@ -34,6 +35,11 @@ LOGP_TOLERANCE = 1e-5
 KL_TOLERANCE = 5e-5
 GRADIENT_TOLERANCE = 1e-4
 """Relative, of each tensor's norm."""
+
+BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.03, 0.15
+"""Nats; about twice what was seen."""
+BFLOAT16_GRADIENT = 0.06
+"""Of all parameters together, relative to its norm."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,33 @@ def test_equals_transformers(
         mine = [found for key, found in results.items() if key[1] == model]
         record_property(f"{model}: log-probs", max(found.logp for found in mine))
         record_property(f"{model}: gradients", max(found.gradient for found in mine))
+
+
+def _rank_rounded(rank: int, world: int, folders: dict[str, Path]) -> dict[str, tuple[Tensor, float]]:
+    """Differences of log-probs, and of the gradient of all parameters together relative to its norm."""
+    layout = init_layout(tensor=2, context=2, pipeline=1, vision_split="images", timeout_seconds=300)
+    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)
+    found = {}
+    for model, folder in folders.items():
+        expected: Outcome = pickle.loads((folder / EXPECTED).read_bytes())
+        policy = make_policy(folder, layout, rows=6, optim=optim, options=SP_IMAGES, dtype=torch.bfloat16)
+        scores = policy.score(make_responses(), step=STEP, views="both")
+        policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
+        gradients = hf_gradients(policy)
+        off = sum(float((gradients[name] - right).square().sum()) for name, right in expected.gradients.items())
+        norm = sum(float(right.square().sum()) for right in expected.gradients.values())
+        found[model] = ((scores.old_logp_BT - expected.logp_BT).abs(), (off / norm) ** 0.5)
+    return found
+
+
+@pytest.mark.distributed
+def test_bfloat16_is_near(models: dict[str, tuple[Path, Outcome]]) -> None:
+    """Parameters and activations have eight bits; sums of gradients are in float32."""
+    folders = {model: folder for model, (folder, _) in models.items()}
+    for model, (logp_off_BT, gradient) in run_gloo(_rank_rounded, 4, folders, timeout_seconds=600)[0].items():
+        assert logp_off_BT.mean() < BFLOAT16_MEAN, model
+        assert logp_off_BT.max() < BFLOAT16_LARGEST, model
+        assert gradient < BFLOAT16_GRADIENT, f"{model}: {gradient:.3f}"
 
 
 def test_every_gradient_matters(models: dict[str, tuple[Path, Outcome]]) -> None:
