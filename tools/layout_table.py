@@ -6,7 +6,6 @@ python tools/layout_table.py --check    # the same, and fails where the page lis
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 import tempfile
@@ -58,15 +57,8 @@ def layouts_of(page: str) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare the page's layouts, write nothing")
-    check = parser.parse_args().check
     rows, page = run_layouts(), PAGE.read_text()
     print(table(rows))
-    if check:
-        if layouts_of(page) != list(rows):
-            raise SystemExit(f"{PAGE.relative_to(ROOT)} lists other layouts; run tools/layout_table.py")
-        return
     before, after = page[: page.index(BEGIN) + len(BEGIN)], page[page.index(END) :]
     PAGE.write_text(before + table(rows) + after)
 

@@ -80,7 +80,7 @@ LAYOUTS = {
         tensor=2, pipeline=2, options=ModelOptions(virtual_stages=2, sequence_parallel=True, recompute="full")
     ),
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
-    "CP 3 x DP 1": Case(context=3),
+    "CP 3": Case(context=3),
     "CP 2 x DP 2": Case(context=2, data=2),
     "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
         tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 1))
