@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -32,6 +34,7 @@ def build_model(
     Args:
         groups: process groups; their tensor and pipeline sizes are the layout.
         dtype: of parameters and activations, float32 or bfloat16.
+        device: of the parameters; on `meta` the model only says what it would hold.
         pipeline_layers: language model layers of each pipeline stage; None: an even split.
         recompute: language and vision layers keep only their inputs and run again in the backward pass.
 
@@ -44,14 +47,15 @@ def build_model(
     options = {
         "family": family, "tensor": groups.tp.size(), "dtype": dtype, "device": device, "recompute": recompute,
     }  # fmt: skip
-    model = QwenVLModel(
-        hf_config,
-        family=family,
-        language_config=language_config(hf_config, pipeline_layers=layers, **options),
-        vision_config=vision_config(hf_config, **options),
-        stage_layers=layers,
-        groups=groups,
-    ).to(device)
+    with device if device.type == "meta" else contextlib.nullcontext():  # no memory, not even for a moment
+        model = QwenVLModel(
+            hf_config,
+            family=family,
+            language_config=language_config(hf_config, pipeline_layers=layers, **options),
+            vision_config=vision_config(hf_config, **options),
+            stage_layers=layers,
+            groups=groups,
+        ).to(device)
     _mark_tensor_parallel(model)
     return model
 

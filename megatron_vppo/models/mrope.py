@@ -79,7 +79,9 @@ class MRope(nn.Module):
             for coordinate in (1, 2):
                 coordinate_F[coordinate : 3 * sections[coordinate] : 3] = coordinate
         else:
-            coordinate_F = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))
+            coordinate_F = torch.repeat_interleave(
+                torch.arange(3), torch.tensor(list(sections)), output_size=sum(sections)
+            )
         self.register_buffer("frequency_F", frequency_F, persistent=False)
         self.register_buffer("coordinate_F", coordinate_F, persistent=False)
 

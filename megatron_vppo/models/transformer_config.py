@@ -150,7 +150,7 @@ def _common(*, dtype: torch.dtype, device: torch.device, recompute: bool) -> dic
         "bf16": dtype == torch.bfloat16,
         # Weights come from a checkpoint: nothing is drawn at random only to be overwritten.
         "perform_initialization": False,
-        "use_cpu_initialization": device.type == "cpu",
+        "use_cpu_initialization": device.type != "cuda",  # otherwise Megatron allocates on the GPU
         # Each of these needs a CUDA extension, or compiles code in every process.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
