@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_vppo.cli.launch import quieten_libraries
+
+if TYPE_CHECKING:
+    import torch
 
 DTYPES = ("float32", "bfloat16", "float16")
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_commands(convert: argparse.ArgumentParser) -> None:
@@ -43,16 +49,16 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
+    quieten_libraries()
     from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
 
     return _interruptible(
-        lambda: hf_to_megatron(
-            options.source, options.target, dtype=_dtype(options.dtype), processes=options.processes
-        )
+        lambda: hf_to_megatron(options.source, options.target, dtype=_dtype(options.dtype), processes=options.processes)
     )
 
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
+    quieten_libraries()
     from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
 
     return _interruptible(
@@ -65,3 +71,60 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
             processes=options.processes,
         )
     )
+
+
+def _verify(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+
+    found = compare_checkpoints(options.source, options.other)
+    for cast in found.casts:
+        print(f"stored in another dtype; the source was cast: {cast}")
+    for name in found.differing:
+        print(f"differs: {name}")
+    print(
+        f"{found.tensors} tensors, {found.num_bytes / 1e9:.2f} GB: {len(found.differing) or 'none'} differ in any bit"
+    )
+    if found.differing:
+        return 1
+    return _logprobs(options) if options.logprobs or options.vllm else 0
+
+
+def _logprobs(options: argparse.Namespace) -> int:
+    from megatron_vppo.trainer.logprob_check import compare_logprobs
+
+    differences, tolerance = compare_logprobs(options.source, options.other, with_vllm=options.vllm)
+    for found in differences:
+        print(f"row {found.row}, {found.engines}: mean {found.mean:.2e}, largest {found.largest:.2e} nats")
+    worst = max(found.mean for found in differences)
+    print(f"largest mean {worst:.2e} nats, tolerance {tolerance:.0e}")
+    return int(not worst <= tolerance)
+
+
+def _interruptible(convert: Callable[[], None]) -> int:
+    try:
+        convert()
+    except KeyboardInterrupt:
+        print("\nvppo: interrupted; nothing was left behind", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return number
+
+
+def _bytes(text: str) -> int:
+    unit = text[-2:].upper()
+    if unit not in _UNITS or not text[:-2].isdecimal() or int(text[:-2]) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a size such as 5GB or 500MB")
+    return int(text[:-2]) * _UNITS[unit]

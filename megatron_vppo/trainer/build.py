@@ -23,7 +23,7 @@ from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, r
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
@@ -205,7 +205,7 @@ def _policy(
         pipeline_layers=config.parallel.pipeline_layers,
         recompute=config.parallel.recompute == "full",
     )
-    load_hf_weights(model, source)
+    load_weights(model, source)
     optim = config.actor.optim
     trainable = make_trainable(
         model,

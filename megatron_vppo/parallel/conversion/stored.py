@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -39,6 +40,16 @@ class StoredWeights:
             dtypes.add(found.properties.dtype)
         assert len(dtypes) == 1
         return dtypes.pop()
+
+    def check_keys(self, known: Collection[str]) -> None:
+        """Raises ValueError where the checkpoint holds another tensor than the known ones."""
+        held = {
+            k for k, found in self._metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+        }
+        if unknown := sorted(held - set(known)):
+            raise ValueError(
+                f"{self._path} has {len(unknown)} tensors that the model does not know, first {unknown[:5]}"
+            )
 
     def row_steps(self, part: StoredPart, *, num_bytes: int) -> list[tuple[int, int]]:
         """The parameter's rows in this part, in ranges of about `num_bytes`, or of what was stored as one piece."""
