@@ -1,4 +1,4 @@
-"""Converted folder or training checkpoint -> Hugging Face folder: `vppo convert megatron-to-hf`. `--help` lists the arguments."""
+"""Converted folder or training checkpoint -> Hugging Face folder: `vppo convert megatron-to-hf`; see its `--help`."""
 
 import sys
 

@@ -122,7 +122,7 @@ def _picture() -> Image.Image:
 def _answers_of_vllm(
     source: Path, rows: Sequence[Row], hf_config: Any, *, dtype: torch.dtype
 ) -> tuple[list[Row], list[Tensor]]:
-    """The rows with answers that vLLM gives at temperature 0, and its log-probs of them."""
+    """The rows with answers that vLLM samples, and its log-probs of them."""
     settings = EngineSettings(
         model=str(source),
         max_model_len=max(len(row.prompt_ids) for row in rows) + SAMPLED_TOKENS,
@@ -140,7 +140,7 @@ def _answers_of_vllm(
         RolloutEngine(settings, log_path=Path(logs) / "engine.log") as engine,
     ):
         engine.wait_ready(timeout_seconds=START_SECONDS)
-        completions = engine.generate(requests, SamplingSettings(max_tokens=SAMPLED_TOKENS, temperature=0.0))
+        completions = engine.generate(requests, SamplingSettings(max_tokens=SAMPLED_TOKENS))
     answered = [
         Row(row.prompt_ids, done.token_ids, row.picture, row.pixels_PD, row.grid)
         for row, (done,) in zip(rows, completions, strict=True)
