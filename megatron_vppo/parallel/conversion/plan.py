@@ -47,9 +47,13 @@ def plan_model(config_folder: Path) -> ModelPlan:
         )
         objects = {name: item for name, item in sharded.items() if isinstance(item, ShardedObject)}
         assert len(objects) == len(sharded), f"not in the weight map: {sorted(sharded.keys() - objects.keys())}"
+        # Where a tied head lies on another stage than the embedding, it is a layer with such a state of its own.
+        tied_heads = [
+            f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1" for entry in model.weight_map if entry.copy
+        ]
         return ModelPlan(
             entries=entries,
-            object_keys=tuple(item.unique_key for item in objects.values()),
+            object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
             ignored_hf_names=model.ignored_hf_names,
             canonical_hf_name=model.canonical_hf_name,
         )

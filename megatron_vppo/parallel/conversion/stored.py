@@ -25,6 +25,7 @@ class StoredWeights:
         self._metadata = read_metadata(dist_ckpt)
         self._reader = FileSystemReader(dist_ckpt)
         self._reader.set_up_storage_reader(self._metadata, True)
+        self._by_layer: dict[str, dict[Shape, list[ChunkStorageMetadata]]] = {}
 
     def check(self, stored: StoredEntry) -> torch.dtype:
         """The dtype of a parameter. Raises ValueError where it is missing, or has another shape, or is not whole."""
@@ -34,7 +35,7 @@ class StoredWeights:
         for part in stored.parts:
             found = check_stored(self._path, self._metadata, key=part.key, size=part.size, tokens=tokens)
             offset, sizes = part.block(part.row, part.row + part.rows)
-            held = sum(torch.Size(lap[1]).numel() for lap in self._overlaps(found, offset, sizes))
+            held = sum(torch.Size(lap[1]).numel() for lap in self._overlaps(part, offset, sizes))
             if held != torch.Size(sizes).numel():
                 raise ValueError(f"{part.key} in {self._path} has {held} of the {torch.Size(sizes).numel()} values")
             dtypes.add(found.properties.dtype)
@@ -58,7 +59,7 @@ class StoredWeights:
         at = part.stacked
         row_bytes = torch.Size(sizes[at + 1 :]).numel() * found.properties.dtype.itemsize
         step = max(1, num_bytes // row_bytes)
-        starts = {low[at] for low, _, _ in self._overlaps(found, offset, sizes)}
+        starts = {low[at] for low, _, _ in self._overlaps(part, offset, sizes)}
         ends, low = [], offset[at]
         for start in [*sorted(starts - {low}), offset[at] + sizes[at]]:
             if start - low >= step:
@@ -87,7 +88,7 @@ class StoredWeights:
                 storage_offsets=torch.Size(a - b for a, b in zip(start, chunk.offsets, strict=True)),
                 lengths=torch.Size(lengths),
             )
-            for start, lengths, chunk in self._overlaps(found, offset, sizes)
+            for start, lengths, chunk in self._overlaps(part, offset, sizes)
         ]
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))
@@ -100,13 +101,21 @@ class StoredWeights:
         assert isinstance(found, TensorStorageMetadata)
         return found
 
-    @staticmethod
+    def _chunks(self, part: StoredPart) -> list[ChunkStorageMetadata]:
+        """What is stored of the part's layer; large models have thousands of pieces of all layers together."""
+        if part.key not in self._by_layer:
+            layers = self._by_layer[part.key] = {}
+            for chunk in self._described(part.key).chunks:
+                assert all(size == 1 for size in chunk.sizes[: part.stacked]), "a piece of several layers"
+                layers.setdefault(tuple(chunk.offsets[: part.stacked]), []).append(chunk)
+        return self._by_layer[part.key].get(part.offset[: part.stacked], [])
+
     def _overlaps(
-        found: TensorStorageMetadata, offset: Shape, sizes: Shape
+        self, part: StoredPart, offset: Shape, sizes: Shape
     ) -> list[tuple[Shape, Shape, ChunkStorageMetadata]]:
         """(start, lengths, stored piece) of everything stored that lies in a block."""
         laps = []
-        for chunk in found.chunks:
+        for chunk in self._chunks(part):
             start = tuple(max(a, b) for a, b in zip(offset, chunk.offsets, strict=True))
             ends = [min(a + n, b + m) for a, n, b, m in zip(offset, sizes, chunk.offsets, chunk.sizes, strict=True)]
             if all(end > low for low, end in zip(start, ends, strict=True)):
