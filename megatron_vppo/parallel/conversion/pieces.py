@@ -94,8 +94,20 @@ class LazyPlanner(DefaultSavePlanner):
 
 
 def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
+    """What was written where, by file.
+
+    Raises:
+        OSError: a write failed.
+    """
     writer, planner = file_writer(part.dist_ckpt), LazyPlanner(part.pieces, report)
-    return [writer.write_data(plan, planner).value() for plan in part.plans]
+    try:
+        return [writer.write_data(plan, planner).value() for plan in part.plans]
+    except RuntimeError as error:
+        # torch.save then also finds that its file is too short, and says only that.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 def file_writer(dist_ckpt: Path) -> FileSystemWriter:
