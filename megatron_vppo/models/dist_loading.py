@@ -63,7 +63,7 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     # Other models of the pipeline may hold the rest: that all of it is there was seen above, tensor by tensor.
     loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
     for name, parameter in parameters.items():
-        parameter.copy_(loaded[name])
+        parameter.copy_(loaded[name])  # onto itself, where Megatron could fill the tensor that it was given
 
 
 def sharded_parts(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

@@ -1,6 +1,7 @@
 """A conversion that is ended in the middle leaves nothing that looks complete, and no process.
 
-A real conversion in a process of its own, which stops when the first bytes are done until the test ends it.
+A real conversion in a process of its own, which stops when the first bytes are done until the test ends it. Those
+that write files of Hugging Face stop too, after one tensor each.
 """
 
 from __future__ import annotations
@@ -24,12 +25,21 @@ STOPPING = """
 import sys, time
 from megatron_vppo.cli.main import main
 from megatron_vppo.observability.byte_progress import ByteProgress
+from megatron_vppo.parallel.conversion import hf_files
+
+put, done = hf_files._put, []
+
+def put_once(*arguments, **options):
+    if done:
+        time.sleep(300)
+    done.append(put(*arguments, **options))
 
 def stop(progress, num_bytes):
     print("in the middle", flush=True)
     time.sleep(300)
 
 ByteProgress.add = stop
+hf_files._put = put_once
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))
 """

@@ -29,6 +29,7 @@ class TreeSampler:
         self._root = root
         self._interval = interval_seconds
         self._peak = TreePeak(0.0, 0.0, 0.0, 0)
+        self.samples = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
@@ -52,6 +53,7 @@ class TreeSampler:
                 max(peak.mapped, sums["RssFile"] + sums["RssShmem"]),
                 max(peak.processes, len(tree)),
             )
+            self.samples += 1
 
 
 def _resident(pid: int) -> dict[str, float]:
