@@ -49,7 +49,9 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_vppo", "megatron_vppo.*"]),
-    package_data={"megatron_vppo": ["**/*.jinja", "**/*.html", "**/*.js", "**/*.css"]},
+    package_data={
+        "megatron_vppo": ["**/*.jinja", "**/*.html", "**/*.js", "**/*.css", "models/published_configs/*.json"]
+    },
     install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={

@@ -16,6 +16,7 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
+from megatron_vppo.cli.plan_options import add_plan_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_convert_commands(convert)
 
+    plan = commands.add_parser(
+        "plan", help="which parallel layouts fit", description="Layouts of a model that fit the GPUs, by arithmetic."
+    )
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -75,6 +82,13 @@ def _train(options: argparse.Namespace) -> int:
 
     run_training(config)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.plan import run_plan
+
+    return run_plan(options)
 
 
 def _report(options: argparse.Namespace) -> int:

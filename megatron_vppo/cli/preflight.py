@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from megatron_vppo.config.checks import check_layout
+from megatron_vppo.config.checks import check_layout, ranks_per_copy
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
@@ -24,24 +24,26 @@ def check_before_launch(config: RunConfig) -> int:
             file that is not there.
     """
     parallel = config.parallel
-    per_replica = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
+    per_replica = ranks_per_copy(config)
     devices = torch.cuda.device_count()
     world_size = per_replica * (parallel.data_parallel_size or max(1, devices // per_replica))
     if devices and world_size > devices:
         raise ValueError(
-            f"tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data "
-            f"{parallel.data_parallel_size or 1} needs {world_size} GPUs, this machine has {devices}; lower one of "
-            "parallel.*_size, or start several nodes with torchrun or srun"
+            f"tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x data {parallel.data_parallel_size or 1} needs {world_size} "
+            f"GPUs, this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun or "
+            "srun"
         )
     check_layout(config, world_size)
     hf_config = AutoConfig.from_pretrained(model_folder(config.model.path))
     family = family_of(hf_config)
-    check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size)
+    check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)
     stage_layers(
         hf_config,
         family=family,
         pipeline=parallel.pipeline_model_parallel_size,
         pipeline_layers=parallel.pipeline_layers,
+        virtual_stages=parallel.virtual_pipeline_model_parallel_size,
     )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     _check_files(config)

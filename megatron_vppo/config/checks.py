@@ -23,37 +23,63 @@ def problems_of(config: RunConfig) -> list[str]:
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
-    """Tensor x pipeline x data must be the number of trainer ranks. Returns the data-parallel size."""
+    """Tensor x context x pipeline x data must be the number of trainer ranks. Returns the data-parallel size."""
     parallel = config.parallel
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    model = f"tensor_model_parallel_size {tp} x pipeline_model_parallel_size {pp} = {tp * pp} ranks per model copy"
-    if world_size % (tp * pp):
-        below = world_size - world_size % (tp * pp)
-        counts = f"{below} or {below + tp * pp}" if below else f"{tp * pp}"
+    copy = ranks_per_copy(config)
+    model = (
+        f"tensor_model_parallel_size {parallel.tensor_model_parallel_size} x context_parallel_size "
+        f"{parallel.context_parallel_size} x pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} = "
+        f"{copy} ranks per model copy"
+    )
+    if world_size % copy:
+        below = world_size - world_size % copy
+        counts = f"{below} or {below + copy}" if below else f"{copy}"
         raise ValueError(f"{model} does not divide {world_size} ranks; start {counts} ranks, or change parallel.*")
-    fitting = world_size // (tp * pp)
+    fitting = world_size // copy
     asked = parallel.data_parallel_size
     if asked is not None and asked != fitting:
         raise ValueError(
-            f"{model}, x data_parallel_size {asked} = {tp * pp * asked}, but there are {world_size} ranks; "
-            f"set parallel.data_parallel_size={fitting} (or null), or start {tp * pp * asked} ranks"
+            f"{model}, x data_parallel_size {asked} = {copy * asked}, but there are {world_size} ranks; "
+            f"set parallel.data_parallel_size={fitting} (or null), or start {copy * asked} ranks"
         )
     return fitting
 
 
+def ranks_per_copy(config: RunConfig) -> int:
+    """Trainer ranks that hold one copy of the model."""
+    parallel = config.parallel
+    return parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
+
+
 def check_pipeline(config: RunConfig) -> None:
-    """An explicit split of the layers has one positive entry per stage."""
-    layers, stages = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
+    """An explicit split of the layers has one positive entry per stage; virtual stages need a pipeline."""
+    layers, pipeline = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
+    virtual = config.parallel.virtual_pipeline_model_parallel_size
+    if virtual > 1 and pipeline == 1:
+        raise ValueError(
+            f"parallel.virtual_pipeline_model_parallel_size {virtual} interleaves the stages of a pipeline, but "
+            "parallel.pipeline_model_parallel_size is 1; raise it, or set the virtual size to 1"
+        )
     if layers is None:
         return
-    if len(layers) != stages:
+    if len(layers) != pipeline * virtual:
         raise ValueError(
             f"parallel.pipeline_layers {list(layers)} describes {len(layers)} stages, but "
-            f"parallel.pipeline_model_parallel_size is {stages}; give one number per stage"
+            f"parallel.pipeline_model_parallel_size is {pipeline}"
+            + (f" with {virtual} virtual stages on each rank" if virtual > 1 else "")
+            + f"; give one number per stage, {pipeline * virtual} in all"
         )
     if min(layers) < 1:
         raise ValueError(
             f"parallel.pipeline_layers {list(layers)} leaves a stage without a layer; give each at least 1"
+        )
+
+
+def check_freeze(config: RunConfig) -> None:
+    """Something is left to train."""
+    if len(set(config.model.freeze)) == 3:
+        raise ValueError(
+            "model.freeze names vision_tower, projector and language_model: nothing is left to train; drop one of them"
         )
 
 
@@ -168,6 +194,7 @@ def check_reward(config: RunConfig) -> None:
 
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_pipeline,
+    check_freeze,
     check_batches,
     check_sampling,
     check_perturbation,

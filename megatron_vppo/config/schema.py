@@ -52,6 +52,8 @@ class ModelConfig(Section):
     path: str
     """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ()
+    """Parts that are not trained: no gradient, no optimizer state, sent to the rollout engines only once."""
 
 
 class ParallelConfig(Section):
@@ -59,10 +61,21 @@ class ParallelConfig(Section):
     pipeline_model_parallel_size: int = Field(default=1, gt=0)
     data_parallel_size: int | None = Field(default=None, gt=0)
     """None: as many as the devices allow (one on a machine without GPUs)."""
+    context_parallel_size: int = Field(default=1, gt=0)
+    """Ranks that share the tokens of every sequence."""
+    virtual_pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    """Stages that each pipeline rank holds (interleaved schedule); 1: the plain schedule."""
     pipeline_layers: tuple[int, ...] | None = None
-    """Language model layers of each pipeline stage; None: an even split."""
-    recompute: Literal["none", "full"] = "none"
-    """'full': language and vision layers keep only their inputs and run again in the backward pass."""
+    """Language model layers of each pipeline stage, in the order of the model; None: an even split. One entry per
+    stage: pipeline size times virtual size."""
+    sequence_parallel: bool = False
+    """Tensor-parallel ranks share the tokens between the language model's layers instead of each holding all."""
+    vision_split: Literal["tensor", "images"] = "tensor"
+    """How tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank the
+    whole tower and pictures of its own. Context-parallel ranks get pictures of their own in both."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
+    and run again."""
     use_distributed_optimizer: bool = True
     threads_per_rank: int = Field(default=1, gt=0)
     """CPU threads of a trainer rank on a machine without GPUs."""

@@ -1,10 +1,13 @@
 """Attention over packed sequences in plain torch: padded buckets, planned once per micro-batch, used by every layer.
 
-Shape suffix legend: T = tokens of all sequences; B = sequences of a bucket; L = longest sequence of a bucket;
-H = attention heads of this rank; D = values per head.
+Shape suffix legend: T = tokens of this rank; K = tokens of all context-parallel ranks (T where there is one); B =
+pieces of a bucket (sequences, or chunks of them); Q, L = longest query and key length of a bucket; H = attention heads
+of this rank; D = values per head.
 
-Sequences of like length share one call of torch's scaled_dot_product_attention. Causal attention needs no mask where
-the padding comes last: no real token looks ahead at it, and what padding itself attends to is thrown away.
+Pieces of like length share one call of torch's scaled_dot_product_attention. Causal attention of whole sequences needs
+no mask where the padding comes last: no real token looks ahead at it, and what padding itself attends to is thrown
+away. With context parallelism each rank asks for the keys and values of all ranks, and attends with its chunks of each
+sequence to what lies before them.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 
+from megatron_vppo.models.context import own_chunks, own_tokens
 from megatron_vppo.models.deepstack import Deepstack
 
 _SHORTEST_TO_LONGEST = 0.8
@@ -29,86 +34,139 @@ _SHORTEST_TO_LONGEST = 0.8
 
 @dataclass(frozen=True)
 class Bucket:
-    sequences: int
-    longest: int
-    token_index: Tensor | slice
-    """[B*L] int64: which of the T tokens fills each place; padding repeats a real token. A slice where the bucket's
+    pieces: int
+    query_index: Tensor | slice
+    """[B*Q] int64: which of the T tokens fills each place; padding repeats a real token. A slice where the bucket's
     tokens lie together and have no padding."""
-    key_mask_B11L: Tensor | None
-    """False where a key is padding; None where none is, or where causality hides it."""
+    key_index: Tensor | slice
+    """[B*L] int64, of the K tokens; the same where each piece attends to itself."""
+    mask_B1QL: Tensor | None
+    """True where a query sees a key ([B or 1, 1, Q or 1, L]); None where causality or nothing hides keys."""
+    causal: bool
+    """Within pieces that attend to themselves."""
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    lengths: tuple[int, ...]
-    causal: bool
     buckets: tuple[Bucket, ...]
     restore_T: Tensor | None
     """Place of each token among the outputs of all buckets, one bucket after the other; None: they are in order."""
+    gathers_keys: bool = False
+    """Keys and values of all context-parallel ranks are needed, one rank after the other."""
 
 
 def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device) -> AttentionPlan:
     """Groups packed sequences by length. Costs a few small tensor operations per bucket, none per sequence."""
     lengths_S = torch.tensor(lengths, dtype=torch.int64)
     starts_S = lengths_S.cumsum(0) - lengths_S
-    order_S = torch.argsort(lengths_S, descending=True, stable=True)
-    sorted_lengths = lengths_S[order_S].tolist()
-    total = int(lengths_S.sum())
-
-    buckets: list[Bucket] = []
-    restore_T = torch.empty(total, dtype=torch.int64)
-    first, done = 0, 0
-    while first < len(sorted_lengths):
-        longest = sorted_lengths[first]
-        last = first + 1
-        while last < len(sorted_lengths) and sorted_lengths[last] >= _SHORTEST_TO_LONGEST * longest:
-            last += 1
-        members = order_S[first:last]
-        offset_1L = torch.arange(longest)[None, :]
-        real_BL = offset_1L < lengths_S[members][:, None]
-        index_BL = starts_S[members][:, None] + torch.minimum(offset_1L, lengths_S[members][:, None] - 1)
-        place_BL = done + torch.arange(real_BL.numel()).view_as(real_BL)
-        restore_T[index_BL[real_BL]] = place_BL[real_BL]
-        buckets.append(_bucket(index_BL, real_BL, causal=causal, device=device))
-        done += real_BL.numel()
-        first = last
-    in_order = done == total and torch.equal(restore_T, torch.arange(total))
-    return AttentionPlan(tuple(lengths), causal, tuple(buckets), None if in_order else restore_T.to(device))
+    buckets, places = [], []
+    for members, longest in _groups(lengths_S):
+        index_BQ, real_BQ = _padded(starts_S[members], lengths_S[members], longest)
+        whole = bool(real_BQ.all())
+        index = _as_slice(index_BQ.flatten(), whole=whole, device=device)
+        mask = None if whole or causal else real_BQ[:, None, None, :].to(device)
+        buckets.append(Bucket(len(members), index, index, mask, causal))
+        places.append((index_BQ, real_BQ))
+    return AttentionPlan(tuple(buckets), _restore(places, int(lengths_S.sum()), device))
 
 
-def _bucket(index_BL: Tensor, real_BL: Tensor, *, causal: bool, device: torch.device) -> Bucket:
-    sequences, longest = index_BL.shape
-    index = index_BL.flatten()
-    whole = bool(real_BL.all())
-    together = whole and torch.equal(index, torch.arange(int(index[0]), int(index[0]) + index.numel()))
-    return Bucket(
-        sequences=sequences,
-        longest=longest,
-        token_index=slice(int(index[0]), int(index[-1]) + 1) if together else index.to(device),
-        key_mask_B11L=None if whole or causal else real_BL[:, None, None, :].to(device),
+def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, device: torch.device) -> AttentionPlan:
+    """Causal attention of one context-parallel rank's chunks; see context.py for which they are.
+
+    Args:
+        lengths: of the whole sequences, multiples of twice the number of ranks.
+    """
+    lengths_S = torch.tensor(lengths, dtype=torch.int64)
+    starts_S = lengths_S.cumsum(0) - lengths_S
+    chunks_S = lengths_S // (2 * size)
+    gathered_T = torch.empty(int(lengths_S.sum()), dtype=torch.int64)
+    gathered_T[torch.cat([own_tokens(lengths, rank=other, size=size) for other in range(size)])] = torch.arange(
+        len(gathered_T)
     )
+    own_starts_S = starts_S // size
+    buckets, places = [], []
+    for half, chunk in enumerate(own_chunks(rank=rank, size=size)):
+        for members, longest in _groups(chunks_S):
+            lengths_B = chunks_S[members]
+            query_BQ, real_BQ = _padded(own_starts_S[members] + half * lengths_B, lengths_B, longest)
+            key_BL, _ = _padded(starts_S[members], (chunk + 1) * lengths_B, (chunk + 1) * longest)
+            before_B1 = (chunk * lengths_B)[:, None] + torch.arange(longest)[None, :]
+            seen_BQL = torch.arange((chunk + 1) * longest)[None, None, :] <= before_B1[:, :, None]
+            buckets.append(
+                Bucket(
+                    len(members),
+                    query_BQ.flatten().to(device),
+                    gathered_T[key_BL.flatten()].to(device),
+                    seen_BQL[:, None].to(device),
+                    causal=False,
+                )
+            )
+            places.append((query_BQ, real_BQ))
+    return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
+
+
+def _groups(lengths_S: Tensor) -> list[tuple[Tensor, int]]:
+    """(sequences, longest length) of each bucket; the longest sequences first."""
+    order_S = torch.argsort(lengths_S, descending=True, stable=True)
+    descending = lengths_S[order_S].tolist()
+    groups = []
+    first = 0
+    while first < len(descending):
+        last = first + 1
+        while last < len(descending) and descending[last] >= _SHORTEST_TO_LONGEST * descending[first]:
+            last += 1
+        groups.append((order_S[first:last], descending[first]))
+        first = last
+    return groups
+
+
+def _padded(starts_B: Tensor, lengths_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Indices of the tokens of each piece, its last one repeated up to the longest length; and which are real."""
+    offset_1L = torch.arange(longest)[None, :]
+    index_BL = starts_B[:, None] + torch.minimum(offset_1L, lengths_B[:, None] - 1)
+    return index_BL, offset_1L < lengths_B[:, None]
+
+
+def _as_slice(index: Tensor, *, whole: bool, device: torch.device) -> Tensor | slice:
+    first = int(index[0])
+    together = whole and torch.equal(index, torch.arange(first, first + index.numel()))
+    return slice(first, first + index.numel()) if together else index.to(device)
+
+
+def _restore(places: Sequence[tuple[Tensor, Tensor]], total: int, device: torch.device) -> Tensor | None:
+    restore_T = torch.empty(total, dtype=torch.int64)
+    done = 0
+    for index_BL, real_BL in places:
+        restore_T[index_BL[real_BL]] = done + torch.arange(real_BL.numel()).view_as(real_BL)[real_BL]
+        done += real_BL.numel()
+    in_order = done == total and torch.equal(restore_T, torch.arange(total))
+    return None if in_order else restore_T.to(device)
 
 
 def packed_attention(
-    query_THD: Tensor, key_THD: Tensor, value_THD: Tensor, plan: AttentionPlan, *, scale: float
+    query_THD: Tensor, key_KHD: Tensor, value_KHD: Tensor, plan: AttentionPlan, *, scale: float
 ) -> Tensor:
     """softmax(q k^T * scale) v within each sequence; [T, H*D]. Key and value may have fewer heads (grouped queries)."""
     outputs = []
     for bucket in plan.buckets:
         query, key, value = (
-            x[bucket.token_index].view(bucket.sequences, bucket.longest, *x.shape[1:]).transpose(1, 2)
-            for x in (query_THD, key_THD, value_THD)
+            x[index].view(bucket.pieces, -1, *x.shape[1:]).transpose(1, 2)
+            for x, index in (
+                (query_THD, bucket.query_index),
+                (key_KHD, bucket.key_index),
+                (value_KHD, bucket.key_index),
+            )
         )
-        output_BHLD = F.scaled_dot_product_attention(
+        output_BHQD = F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=bucket.key_mask_B11L,
-            is_causal=plan.causal,
+            attn_mask=bucket.mask_B1QL,
+            is_causal=bucket.causal,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        outputs.append(output_BHLD.transpose(1, 2).reshape(bucket.sequences * bucket.longest, -1))
+        outputs.append(output_BHQD.transpose(1, 2).flatten(2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output if plan.restore_T is None else output[plan.restore_T]
 
@@ -142,7 +200,8 @@ class PackedAttention(nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        assert config.kv_channels is not None
+        assert config.kv_channels is not None and pg_collection is not None
+        self.context_group = pg_collection.cp
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -159,7 +218,12 @@ class PackedAttention(nn.Module):
         """query [T, 1, H, D], key and value [T, 1, H or fewer, D] -> [T, 1, H*D]."""
         assert packed_seq_params is not None
         plan = self.select_plan(packed_seq_params)
-        output = packed_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), plan, scale=self.scale)
+        key, value = key.squeeze(1), value.squeeze(1)
+        if plan.gathers_keys:
+            # As one tensor: one collective here, and one that sums its gradient over the ranks.
+            both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.context_group)
+            key, value = both.unbind(1)
+        output = packed_attention(query.squeeze(1), key, value, plan, scale=self.scale)
         return output.unsqueeze(1)
 
     def select_plan(self, sequences: PackedSequences) -> AttentionPlan:

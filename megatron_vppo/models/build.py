@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.options import PLAIN, ModelOptions, Part
 from megatron_vppo.models.transformer_config import (
     HfConfig,
     check_tensor_parallel,
@@ -24,50 +27,61 @@ def build_model(
     hf_config: HfConfig,
     *,
     groups: ProcessGroupCollection,
+    vision_groups: VisionGroups,
     dtype: torch.dtype,
     device: torch.device,
-    pipeline_layers: tuple[int, ...] | None = None,
-    recompute: bool = False,
+    options: ModelOptions = PLAIN,
+    virtual_stage: int = 0,
 ) -> QwenVLModel:
-    """The part of the model that this rank holds. Its weights are uninitialised: load them with `load_hf_weights`.
+    """One pipeline stage of the model that this rank holds. Its weights are uninitialised: load them.
 
     Args:
-        groups: process groups; their tensor and pipeline sizes are the layout.
+        groups: process groups; their tensor, context and pipeline sizes are the layout.
         dtype: of parameters and activations, float32 or bfloat16.
-        device: of the parameters; on `meta` the model only says what it would hold.
-        pipeline_layers: language model layers of each pipeline stage; None: an even split.
-        recompute: language and vision layers keep only their inputs and run again in the backward pass.
+        device: 'meta' gives names, shapes and marks without memory.
+        virtual_stage: which of this rank's `options.virtual_stages` stages.
 
     Raises:
         ValueError: a layout that the model's sizes do not allow, with the numbers.
     """
     family = family_of(hf_config)
-    check_tensor_parallel(hf_config, tensor=groups.tp.size())
-    layers = stage_layers(hf_config, family=family, pipeline=groups.pp.size(), pipeline_layers=pipeline_layers)
-    options = {
-        "family": family, "tensor": groups.tp.size(), "dtype": dtype, "device": device, "recompute": recompute,
-    }  # fmt: skip
-    with device if device.type == "meta" else contextlib.nullcontext():  # no memory, not even for a moment
+    tensor, pipeline = groups.tp.size(), groups.pp.size()
+    check_tensor_parallel(hf_config, tensor=tensor, vision_split=options.vision_split)
+    stages = stage_layers(
+        hf_config,
+        family=family,
+        pipeline=pipeline,
+        pipeline_layers=options.pipeline_layers,
+        virtual_stages=options.virtual_stages,
+    )
+    shared: dict[str, Any] = {"family": family, "options": options, "dtype": dtype, "device": device}
+    with device if device.type == "meta" else nullcontext():
         model = QwenVLModel(
             hf_config,
             family=family,
-            language_config=language_config(hf_config, pipeline_layers=layers, **options),
-            vision_config=vision_config(hf_config, **options),
-            stage_layers=layers,
+            language_config=language_config(
+                hf_config, tensor=tensor, context=groups.cp.size(), stages=stages, **shared
+            ),
+            vision_config=vision_config(hf_config, tensor=vision_groups.tower.tp.size(), **shared),
+            stage_layers=stages,
+            virtual_stage=virtual_stage,
             groups=groups,
+            vision_groups=vision_groups,
         ).to(device)
-    _mark_tensor_parallel(model)
+    _mark(model, options.frozen)
     return model
 
 
-def _mark_tensor_parallel(model: QwenVLModel) -> None:
-    """Says of every parameter whether it is split over tensor-parallel ranks.
+def _mark(model: QwenVLModel, frozen: frozenset[Part]) -> None:
+    """Says of every parameter whether it is split over tensor-parallel ranks, and whether it is trained.
 
-    Megatron says it while it draws initial weights, which we do not let it do. Gradient norms are wrong without: what
-    is not marked counts once for all ranks.
+    Megatron says the former while it draws initial weights, which we do not let it do. Gradient norms are wrong
+    without: what is not marked counts once for all ranks.
     """
     parameters = dict(model.named_parameters())
-    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
         parameter, kind = parameters[entry.local_name(model.stage_layers)], entry.kind
-        if kind.partition_dim is not None and not hasattr(parameter, "tensor_model_parallel"):
+        is_split = kind.partition_dim is not None and model.tensor_group(entry) is model.groups.tp
+        if is_split and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, kind.partition_dim, kind.partition_stride)
+        parameter.requires_grad_(entry.part not in frozen)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
@@ -19,9 +20,12 @@ class MappedModel(Protocol):
 
     weight_map: tuple[Entry, ...]
     stage_layers: tuple[int, ...]
+    stage: int
     groups: ProcessGroupCollection
     ignored_hf_names: Collection[str]
     canonical_hf_name: Callable[[str], str]
+
+    def tensor_group(self, entry: Entry) -> dist.ProcessGroup: ...
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
@@ -39,10 +43,10 @@ def load_hf_weights(model: MappedModel, folder: str | Path) -> None:
     weights = HfFolder(Path(folder), model.canonical_hf_name)
     weights.check_names(model.weight_map, model.ignored_hf_names)
     unfilled = dict(model.named_parameters())
-    rank, size = model.groups.tp.rank(), model.groups.tp.size()
-    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
+        group = model.tensor_group(entry)
         parameter = unfilled.pop(entry.local_name(model.stage_layers))
-        local = entry.kind.shard(weights.tensors(entry), rank=rank, size=size)
+        local = entry.kind.shard(weights.tensors(entry), rank=group.rank(), size=group.size())
         if local.shape != parameter.shape:
             raise ValueError(
                 f"{entry.hf_names} give {tuple(local.shape)} on this rank, but the parameter "

@@ -39,6 +39,7 @@ class LanguageModel(LanguageModule):
         deepstack_layers: int,
         tied: bool,
         layers: int,
+        virtual_stage: int | None,
         pre_process: bool,
         post_process: bool,
         groups: ProcessGroupCollection,
@@ -47,6 +48,7 @@ class LanguageModel(LanguageModule):
         Args:
             hf_config: the text configuration.
             deepstack_layers: how many of this stage's first layers add vision features.
+            virtual_stage: which of this rank's stages it is; None: it has one.
         """
         super().__init__(config, pg_collection=groups)
         self.pre_process = pre_process
@@ -59,6 +61,7 @@ class LanguageModel(LanguageModule):
                 vocab_size=rows,
                 max_sequence_length=hf_config.max_position_embeddings,
                 position_embedding_type="rope",
+                scatter_to_sequence_parallel=False,  # pictures come in first
                 tp_group=groups.tp,
             )
         self.rope = MRope(
@@ -83,6 +86,7 @@ class LanguageModel(LanguageModule):
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
+            vp_stage=virtual_stage,
         )
         if post_process and not (tied and pre_process):
             self.output_layer = ColumnParallelLinear(

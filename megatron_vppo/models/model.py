@@ -1,18 +1,29 @@
 """A Qwen-VL on Megatron Core: what one pipeline stage holds of it.
 
-Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of this rank; h = width.
+Shape suffix legend: T = tokens of this context-parallel rank, of all packed sequences; S = those of them that this rank
+holds between layers (a share of T with sequence parallelism, T otherwise); K = tokens of all ranks; V = vocabulary rows
+of this rank; h = width.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import (
+    gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vppo.models.attention import PackedSequences, plan_attention
+from megatron_vppo.models.attention import PackedSequences, plan_attention, plan_context_attention
+from megatron_vppo.models.context import own_tokens
+from megatron_vppo.models.dealing import VisionGroups, dealt_features
 from megatron_vppo.models.deepstack import Deepstack, attach
 from megatron_vppo.models.families import weight_map
 from megatron_vppo.models.family import Family
@@ -20,6 +31,8 @@ from megatron_vppo.models.language import LanguageModel
 from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.packed import PackedBatch
 from megatron_vppo.models.transformer_config import HfConfig
+from megatron_vppo.models.vision_features import VisionFeatures
+from megatron_vppo.models.weight_map import Entry
 
 
 class QwenVLModel(MegatronModule):
@@ -36,21 +49,27 @@ class QwenVLModel(MegatronModule):
         language_config: TransformerConfig,
         vision_config: TransformerConfig,
         stage_layers: tuple[int, ...],
+        virtual_stage: int,
         groups: ProcessGroupCollection,
+        vision_groups: VisionGroups,
     ) -> None:
         super().__init__(config=language_config)
         self.model_type = ModelType.encoder_or_decoder  # Megatron's schedules ask for it
-        stage = groups.pp.rank()
+        self.vp_stage = virtual_stage  # Megatron's name
+        self.stage = virtual_stage * groups.pp.size() + groups.pp.rank()
         self.groups = groups
+        self.vision_groups = vision_groups
         self.stage_layers = stage_layers
         self.canonical_hf_name = family.canonical_name
         self.weight_map = weight_map(hf_config, family=family)
         self.ignored_hf_names = frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
-        self.pre_process = stage == 0
-        self.post_process = stage == len(stage_layers) - 1
+        self.pre_process = self.stage == 0
+        self.post_process = self.stage == len(stage_layers) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.vision = (
-            family.vision_tower(vision_config, hf_config.vision_config, groups=groups) if self.pre_process else None
+            family.vision_tower(vision_config, hf_config.vision_config, groups=vision_groups.tower)
+            if self.pre_process
+            else None
         )
         self.language = LanguageModel(
             language_config,
@@ -58,36 +77,79 @@ class QwenVLModel(MegatronModule):
             family=family,
             deepstack_layers=family.deepstack_layers(hf_config) if self.pre_process else 0,
             tied=hf_config.tie_word_embeddings,
-            layers=stage_layers[stage],
+            layers=stage_layers[self.stage],
+            virtual_stage=virtual_stage if len(stage_layers) > groups.pp.size() else None,
             pre_process=self.pre_process,
             post_process=self.post_process,
             groups=groups,
         )
 
+    def tensor_group(self, entry: Entry) -> dist.ProcessGroup:
+        """The ranks that a parameter is split over."""
+        return self.groups.tp if entry.part == "language_model" else self.vision_groups.tower.tp
+
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[T, 1, h]: after the final norm on the last stage, what the next stage continues from otherwise.
+        """[T, 1, h] after the final norm on the last stage; what the next stage continues from ([S, 1, h]) otherwise.
 
         Raises:
             ValueError: image tokens without pixels on the first stage.
         """
-        plan = plan_attention(batch.lengths, causal=True, device=batch.token_ids_T.device)
-        hidden, deepstack = self._embed(batch) if self.pre_process else (None, None)
-        return self.language(hidden, batch.positions_3T, PackedSequences(plan=plan, deepstack=deepstack))
+        device, context = batch.token_ids_T.device, self.groups.cp
+        own_T = own_tokens(batch.lengths, rank=context.rank(), size=context.size()).to(device)
+        if context.size() > 1:
+            plan = plan_context_attention(batch.lengths, rank=context.rank(), size=context.size(), device=device)
+        else:
+            plan = plan_attention(batch.lengths, causal=True, device=device)
+        hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
+        hidden = self.language(hidden, batch.positions_3T[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
+        if self.post_process and self.config.sequence_parallel:
+            # The head gives every rank the whole gradient: each takes its share of it back.
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=False, group=self.groups.tp
+            )
+        return hidden
 
-    def _embed(self, batch: PackedBatch) -> tuple[Tensor, Deepstack | None]:
-        hidden_T1h = self.language.embed(batch.token_ids_T)
-        if batch.image_token_index_I.numel() == 0:
-            return hidden_T1h, None
+    def _embed(self, batch: PackedBatch, own_T: Tensor) -> tuple[Tensor, Deepstack | None]:
+        hidden_T1h = self.language.embed(batch.token_ids_T[own_T])
+        added_Jh, image_token_J = [], batch.image_token_index_I
+        if batch.image_token_index_I.numel():
+            place_K = torch.full_like(batch.token_ids_T, -1)
+            place_K[own_T] = torch.arange(len(own_T), device=own_T.device)
+            here_I = place_K[batch.image_token_index_I] >= 0
+            image_token_J = place_K[batch.image_token_index_I][here_I]
+            feature_J = batch.image_feature_index_I[here_I]
+            features = self._features(batch)
+            hidden_T1h = hidden_T1h.index_copy(0, image_token_J, features.merged_Mh[feature_J][:, None, :])
+            added_Jh = [feature_Mh[feature_J] for feature_Mh in features.deepstack_Mh]
+        shared_out = self.groups.tp if self.config.sequence_parallel else None
+        if shared_out is not None:
+            hidden_T1h = scatter_to_sequence_parallel_region(hidden_T1h, group=shared_out)
+        if torch.is_grad_enabled() and not hidden_T1h.requires_grad:
+            hidden_T1h.requires_grad_()  # all of this is frozen; Megatron's schedules and recompute want a gradient
+        return attach(hidden_T1h, added_Jh, image_token_J, shared_out=shared_out)
+
+    def _features(self, batch: PackedBatch) -> VisionFeatures:
         if batch.pixels_PD is None:
             raise ValueError(
                 f"{batch.image_token_index_I.numel()} image tokens but no pixels on the first pipeline stage"
             )
         assert self.vision is not None
-        features = self.vision(batch.pixels_PD, batch.grids_thw)
-        filling_I1h = features.merged_Mh[batch.image_feature_index_I][:, None, :]
-        hidden_T1h = hidden_T1h.index_copy(0, batch.image_token_index_I, filling_I1h)
-        added = [feature_Mh[batch.image_feature_index_I] for feature_Mh in features.deepstack_Mh]
-        return attach(hidden_T1h, added, batch.image_token_index_I)
+        return dealt_features(
+            self.vision,
+            batch.pixels_PD,
+            batch.grids_thw,
+            groups=self.vision_groups,
+            width=self.config.hidden_size,
+        )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state = super().sharded_state_dict(*args, **kwargs)
+        if self.vision_groups.tower.tp.size() != self.groups.tp.size():
+            for key, item in state.items():
+                if key.startswith("vision."):  # whose modules know of one rank
+                    first, _, last = item.replica_id
+                    item.replica_id = (first, self.groups.tp.rank(), last)
+        return state
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Called by Megatron's schedules with what the previous pipeline stage sent."""

@@ -80,7 +80,7 @@ class MRope(nn.Module):
                 coordinate_F[coordinate : 3 * sections[coordinate] : 3] = coordinate
         else:
             coordinate_F = torch.repeat_interleave(
-                torch.arange(3), torch.tensor(list(sections)), output_size=sum(sections)
+                torch.arange(3), torch.tensor(list(sections)), output_size=head_dim // 2
             )
         self.register_buffer("frequency_F", frequency_F, persistent=False)
         self.register_buffer("coordinate_F", coordinate_F, persistent=False)

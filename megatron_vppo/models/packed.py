@@ -27,8 +27,9 @@ class PackedBatch:
     """int64; which merged vision feature fills each of them. Sequences that show the same picture may point to the
     same features, so that its vision forward runs once."""
     pixels_PD: Tensor | None = None
-    """Float patches of the distinct pictures, in the processor's order; None where no sequence shows a picture, or on a
-    pipeline stage that does not hold the vision tower."""
+    """Float patches in the processor's order: of the distinct pictures, or, where pictures are dealt to several ranks,
+    of those dealt to this one (see dealing.py). None where no sequence shows a picture, or on a pipeline stage that
+    does not hold the vision tower."""
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     """Per distinct picture: (frames, rows, columns) in patches."""
 
@@ -45,9 +46,3 @@ class PackedBatch:
                 f"{self.image_token_index_I.numel()} image tokens but {self.image_feature_index_I.numel()} features "
                 "assigned to them; give one feature index per image token"
             )
-        if self.pixels_PD is not None:
-            patches = sum(t * h * w for t, h, w in self.grids_thw)
-            if patches != self.pixels_PD.shape[0]:
-                raise ValueError(
-                    f"the grids {self.grids_thw} have {patches} patches but pixels hold {self.pixels_PD.shape[0]}"
-                )

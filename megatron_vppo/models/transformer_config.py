@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vppo.models.family import Family
+from megatron_vppo.models.options import ModelOptions, Recompute, VisionSplit
 
 VISION_NORM_EPSILON = 1e-6
 """Fixed in the architectures; not a field of their configurations."""
@@ -23,15 +24,23 @@ def head_dim(text: Any) -> int:
 
 
 def stage_layers(
-    hf_config: HfConfig, *, family: Family, pipeline: int, pipeline_layers: tuple[int, ...] | None
+    hf_config: HfConfig,
+    *,
+    family: Family,
+    pipeline: int,
+    pipeline_layers: tuple[int, ...] | None,
+    virtual_stages: int = 1,
 ) -> tuple[int, ...]:
-    """Language layers of each pipeline stage.
+    """Language layers of each pipeline stage, in the order of the model.
+
+    Args:
+        virtual_stages: stages that each of the `pipeline` ranks holds.
 
     Raises:
         ValueError: the layers do not divide evenly and no split was given, the split does not add up, or the first
             stage has fewer layers than take deepstack features.
     """
-    layers = _split(hf_config, pipeline=pipeline, pipeline_layers=pipeline_layers)
+    layers = _split(hf_config, stages=pipeline * virtual_stages, pipeline_layers=pipeline_layers)
     needed = family.deepstack_layers(hf_config)
     if layers[0] < needed:
         raise ValueError(
@@ -42,41 +51,47 @@ def stage_layers(
     return layers
 
 
-def _split(hf_config: HfConfig, *, pipeline: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
+def _split(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
     layers = hf_config.text_config.num_hidden_layers
+    if layers < stages:
+        raise ValueError(f"{layers} layers are too few for {stages} pipeline stages; each needs at least one")
     if pipeline_layers is None:
-        if layers % pipeline:
-            even = [layers // pipeline + (stage < layers % pipeline) for stage in range(pipeline)]
+        if layers % stages:
+            even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
             raise ValueError(
-                f"{layers} layers do not divide over {pipeline} pipeline stages; set parallel.pipeline_layers, "
+                f"{layers} layers do not divide over {stages} pipeline stages; set parallel.pipeline_layers, "
                 f"for example {even}"
             )
-        return (layers // pipeline,) * pipeline
-    if len(pipeline_layers) != pipeline or sum(pipeline_layers) != layers or min(pipeline_layers) < 1:
+        return (layers // stages,) * stages
+    if len(pipeline_layers) != stages or sum(pipeline_layers) != layers or min(pipeline_layers) < 1:
         raise ValueError(
-            f"parallel.pipeline_layers = {list(pipeline_layers)} must have {pipeline} entries (the pipeline size), "
-            f"each at least 1, that sum to {layers} (the layers of the model)"
+            f"parallel.pipeline_layers = {list(pipeline_layers)} must have {stages} entries (the pipeline size, times "
+            f"the virtual stages of each rank), each at least 1, that sum to {layers} (the layers of the model)"
         )
     return tuple(pipeline_layers)
 
 
-def check_tensor_parallel(hf_config: HfConfig, *, tensor: int) -> None:
+def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: VisionSplit = "tensor") -> None:
     """Raises ValueError for the first size of either tower that the tensor-parallel size does not divide."""
     text, vision = hf_config.text_config, hf_config.vision_config
     sizes = {
         "attention heads": text.num_attention_heads,
         "key-value heads": text.num_key_value_heads,
         "MLP width": text.intermediate_size,
-        "vision attention heads": vision.num_heads,
-        "vision MLP width": vision.intermediate_size,
-        "vision merger width": vision.hidden_size * vision.spatial_merge_size**2,
     }
+    if vision_split == "tensor":
+        sizes |= {
+            "vision attention heads": vision.num_heads,
+            "vision MLP width": vision.intermediate_size,
+            "vision merger width": vision.hidden_size * vision.spatial_merge_size**2,
+        }
     for what, size in sizes.items():
         if size % tensor:
             fitting = [t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values())]
+            whole_tower = ", or parallel.vision_split=images" if what.startswith("vision") else ""
             raise ValueError(
                 f"{size} {what} cannot be split over tensor_model_parallel_size = {tensor}; "
-                f"set it to one of {fitting} and use pipeline or data parallelism for the other devices"
+                f"set it to one of {fitting} and use pipeline or data parallelism for the other devices{whole_tower}"
             )
 
 
@@ -85,15 +100,20 @@ def language_config(
     *,
     family: Family,
     tensor: int,
-    pipeline_layers: tuple[int, ...],
+    context: int,
+    stages: tuple[int, ...],
+    options: ModelOptions,
     dtype: torch.dtype,
     device: torch.device,
-    recompute: bool,
 ) -> TransformerConfig:
-    """Megatron's configuration of the language model over `len(pipeline_layers)` stages."""
+    """Megatron's configuration of the language model.
+
+    Args:
+        stages: language layers of each stage.
+    """
     text = hf_config.text_config
-    pipeline = len(pipeline_layers)
-    placement = [["decoder"] * layers for layers in pipeline_layers]
+    pipeline = len(stages) // options.virtual_stages
+    placement = [["decoder"] * layers for layers in stages]
     placement[0].insert(0, "embedding")
     placement[-1].append("loss")
     return TransformerConfig(
@@ -111,19 +131,35 @@ def language_config(
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm,
         tensor_model_parallel_size=tensor,
+        sequence_parallel=options.sequence_parallel and tensor > 1,
+        context_parallel_size=context,
         pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=options.virtual_stages if options.virtual_stages > 1 else None,
+        # With two pipeline ranks, what goes forward and what goes back would meet between the same two in one batch.
+        overlap_p2p_comm=options.virtual_stages > 1,
+        batch_p2p_comm=options.virtual_stages == 1,
         pipeline_model_parallel_layout=placement if pipeline > 1 else None,
         pipeline_dtype=dtype,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # there are no experts; the default is refused with variable lengths
-        **_common(dtype=dtype, device=device, recompute=recompute),
+        **_common(dtype=dtype, device=device, recompute=options.recompute),
     )
 
 
 def vision_config(
-    hf_config: HfConfig, *, family: Family, tensor: int, dtype: torch.dtype, device: torch.device, recompute: bool
+    hf_config: HfConfig,
+    *,
+    family: Family,
+    tensor: int,
+    options: ModelOptions,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> TransformerConfig:
-    """Megatron's configuration of the vision tower, which lives on the first pipeline stage as a whole."""
+    """Megatron's configuration of the vision tower, which lives on the first pipeline stage as a whole.
+
+    Args:
+        tensor: ranks that the tower is split over.
+    """
     vision = hf_config.vision_config
     return TransformerConfig(
         num_layers=vision.depth,
@@ -135,14 +171,18 @@ def vision_config(
         add_bias_linear=True,
         tensor_model_parallel_size=tensor,
         **family.vision_options,
-        **_common(dtype=dtype, device=device, recompute=recompute),
+        **_common(dtype=dtype, device=device, recompute=options.recompute),
     )
 
 
-def _common(*, dtype: torch.dtype, device: torch.device, recompute: bool) -> dict:
-    recomputation = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
-    )
+_RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def _common(*, dtype: torch.dtype, device: torch.device, recompute: Recompute) -> dict:
     return {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -150,12 +190,12 @@ def _common(*, dtype: torch.dtype, device: torch.device, recompute: bool) -> dic
         "bf16": dtype == torch.bfloat16,
         # Weights come from a checkpoint: nothing is drawn at random only to be overwritten.
         "perform_initialization": False,
-        "use_cpu_initialization": device.type != "cuda",  # otherwise Megatron allocates on the GPU
+        "use_cpu_initialization": device.type != "cuda",
         # Each of these needs a CUDA extension, or compiles code in every process.
         "gradient_accumulation_fusion": False,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
-        **recomputation,
+        **_RECOMPUTATION[recompute],
     }

@@ -6,6 +6,7 @@ Shape suffix legend: P = patches of all pictures; M = merged blocks (merge x mer
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,7 +35,15 @@ class VisionFeatures:
 
 
 class VisionTower(Protocol):
+    merge: int
+    """Side of a merged block, in patches."""
+    num_taps: int
+    """Deepstack features."""
+    dtype: torch.dtype
+
     def __call__(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @functools.lru_cache(maxsize=256)

@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from megatron_vppo.models.options import Part
 from megatron_vppo.models.weight_map import Entry, FusedQKV, Kind, Replicated, Split, whole
 
 
-def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind) -> Entry:
-    """A parameter of the tower; it lies on the first pipeline stage."""
-    return Entry(ours, tuple(hf_names), kind, "first")
+def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: Part = "vision_tower") -> Entry:
+    """A parameter of the tower or of its projector; it lies on the first pipeline stage."""
+    return Entry(ours, tuple(hf_names), kind, "first", part=part)
 
 
 def patch_entry(vision: Any, *, hf: str) -> Entry:
@@ -48,4 +49,4 @@ def merger_entries(vision: Any, *, ours: str, fc1: str, fc2: str) -> list[Entry]
         ("linear_fc2.weight", f"{fc2}.weight"): Split((out, merged), 1),
         ("linear_fc2.bias", f"{fc2}.bias"): whole(out),
     }
-    return [vision_entry(ours + name, (hf_name,), kind) for (name, hf_name), kind in kinds.items()]
+    return [vision_entry(ours + name, (hf_name,), kind, part="projector") for (name, hf_name), kind in kinds.items()]

@@ -18,6 +18,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_vppo.models.options import Part
+
 Shape = tuple[int, ...]
 
 
@@ -231,9 +233,11 @@ class Entry:
     """As in released checkpoints, in the order that `kind` takes and gives them."""
     kind: Kind
     place: Literal["first", "layer", "last"]
-    """Pipeline stage: the first, the one that holds language layer `layer`, or the last."""
+    """Pipeline stage: the first, the one that holds language layer `layer`, or the last. Stages count in the order of
+    the model; a rank may hold several."""
     layer: int | None = None
     """Number in the whole model of the language layer that `{}` stands for."""
+    part: Part = "language_model"
     copy: bool = False
     """A second holder of tensors that another entry has: the tied output layer of a pipeline's last stage. Loaded, kept
     equal by the optimizer step, never exported."""

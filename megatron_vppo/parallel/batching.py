@@ -15,7 +15,11 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import ImageRef, Response
 from megatron_vppo.data.packing import assign_to_ranks
 from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.models.context import own_tokens, padded_lengths
+from megatron_vppo.models.dealing import deal_pictures
 from megatron_vppo.models.packed import PackedBatch
+
+_PADDING_TOKEN = 0
 
 PatchSource = Callable[[ImageRef, PerturbKey | None], Tensor]
 """(image, how it is perturbed or None) -> float32 [patches, values per patch]."""
@@ -26,19 +30,23 @@ PositionFn = Callable[[Sequence[int], Sequence[tuple[int, int, int]]], Tensor]
 
 @dataclass(frozen=True)
 class View:
-    """One look at one response: its row in the mini-batch, and how its images are perturbed (None: as they are)."""
+    """One look at one response."""
 
     row: int
+    """In the mini-batch."""
     perturb: PerturbKey | None
+    """How its images are perturbed; None: as they are."""
+    counted: bool = True
+    """False: it is only run, so that this rank takes part in the others' schedule; it has no response tokens."""
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """One packed micro-batch and where its response tokens are."""
+    """One packed micro-batch and where those of its response tokens are that this context-parallel rank predicts."""
 
     packed: PackedBatch
     hidden_index_N: Tensor
-    """int64; the place in the packed tokens whose hidden state predicts each response token."""
+    """int64; the place in this rank's packed tokens whose hidden state predicts each response token."""
     target_N: Tensor
     """int64; the response tokens."""
     row_N: Tensor
@@ -46,6 +54,19 @@ class ResponseBatch:
     """int64; row and column of each response token in [B, T] tensors."""
     perturbed_N: Tensor
     """bool; whether the token is read in a view with perturbed images."""
+
+
+@dataclass(frozen=True)
+class BatchSplit:
+    """How many ranks share a micro-batch, and which one this is."""
+
+    context: int
+    context_rank: int
+    sequence_ranks: int
+    """That hold shares of a context-parallel rank's tokens (sequence parallelism; 1: none)."""
+    picture_ranks: int
+    picture_rank: int
+    """Among which pictures are dealt."""
 
 
 def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) -> tuple[int, ...]:
@@ -75,56 +96,67 @@ def pack_views(
     positions: PositionFn,
     image_token_id: int,
     merge_size: int,
+    split: BatchSplit,
     device: torch.device,
 ) -> ResponseBatch:
     """Packs one micro-batch. The last response token is left out of the input: nothing is predicted from it.
 
     Args:
         patches: where pixels come from; None on pipeline stages without the vision tower.
+        split: what the batch must divide over.
     """
     token_ids: list[int] = []
-    lengths: list[int] = []
     position_blocks: list[Tensor] = []
     hidden_index: list[Tensor] = []
-    targets: list[int] = []
+    targets: list[Tensor] = []
     rows: list[Tensor] = []
     columns: list[Tensor] = []
     perturbed: list[Tensor] = []
     pictures = _Pictures(merge_size)
     feature_index: list[Tensor] = []
-    for view in views:
+    padded = padded_lengths(
+        [num_tokens(responses[view.row]) for view in views], tensor=split.sequence_ranks, context=split.context
+    )
+    for view, length in zip(views, padded, strict=True):
         response = responses[view.row]
         prompt, answer = response.prompt, response.token_ids
-        sequence = [*prompt.token_ids, *answer[:-1]]
+        # Nothing that counts looks ahead at the padding behind it.
+        padding = [_PADDING_TOKEN] * (length - num_tokens(response))
+        sequence = [*prompt.token_ids, *answer[:-1], *padding]
         start = len(token_ids) + len(prompt.token_ids) - 1
-        hidden_index.append(torch.arange(start, start + len(answer)))
-        rows.append(torch.full((len(answer),), view.row))
-        columns.append(torch.arange(len(answer)))
-        perturbed.append(torch.full((len(answer),), view.perturb is not None))
-        targets.extend(answer)
+        counted = len(answer) if view.counted else 0
+        hidden_index.append(torch.arange(start, start + counted))
+        rows.append(torch.full((counted,), view.row))
+        columns.append(torch.arange(counted))
+        perturbed.append(torch.full((counted,), view.perturb is not None))
+        targets.append(torch.tensor(answer[:counted], dtype=torch.int64))
         position_blocks.append(positions(sequence, prompt.grids_thw))
         feature_index.extend(
             pictures.features(ref, view.perturb, grid)
             for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
         )
         token_ids.extend(sequence)
-        lengths.append(len(sequence))
     token_ids_T = torch.tensor(token_ids, dtype=torch.int64)
+    own_T = own_tokens(tuple(padded), rank=split.context_rank, size=split.context)
+    place_K = torch.full_like(token_ids_T, -1)
+    place_K[own_T] = torch.arange(len(own_T))
+    hidden_index_N = place_K[torch.cat(hidden_index)]
+    here_N = hidden_index_N >= 0
     return ResponseBatch(
         packed=PackedBatch(
             token_ids_T=token_ids_T.to(device),
             positions_3T=torch.cat(position_blocks, dim=1).to(device),
-            lengths=tuple(lengths),
+            lengths=tuple(padded),
             image_token_index_I=(token_ids_T == image_token_id).nonzero()[:, 0].to(device),
             image_feature_index_I=_cat(feature_index).to(device),
-            pixels_PD=pictures.pixels(patches).to(device) if patches is not None and pictures.grids else None,
+            pixels_PD=pictures.pixels(patches, split).to(device) if patches is not None and pictures.grids else None,
             grids_thw=tuple(pictures.grids),
         ),
-        hidden_index_N=torch.cat(hidden_index).to(device),
-        target_N=torch.tensor(targets, dtype=torch.int64, device=device),
-        row_N=torch.cat(rows).to(device),
-        column_N=torch.cat(columns).to(device),
-        perturbed_N=torch.cat(perturbed).to(device),
+        hidden_index_N=hidden_index_N[here_N].to(device),
+        target_N=torch.cat(targets)[here_N].to(device),
+        row_N=torch.cat(rows)[here_N].to(device),
+        column_N=torch.cat(columns)[here_N].to(device),
+        perturbed_N=torch.cat(perturbed)[here_N].to(device),
     )
 
 
@@ -148,8 +180,12 @@ class _Pictures:
         first = self._first_feature[key]
         return torch.arange(first, first + count)
 
-    def pixels(self, patches: PatchSource) -> Tensor:
-        return torch.cat([patches(ref, perturb) for ref, perturb in self._first_feature])
+    def pixels(self, patches: PatchSource, split: BatchSplit) -> Tensor:
+        """Patches of the pictures that are dealt to this rank; none of them where there are fewer than ranks."""
+        mine = deal_pictures(tuple(self.grids), ranks=split.picture_ranks)[split.picture_rank]
+        pictures = list(self._first_feature)
+        blocks = [patches(*pictures[number]) for number in mine]
+        return torch.cat(blocks) if blocks else torch.zeros(0, patches(*pictures[0]).shape[1])
 
 
 def _cat(blocks: list[Tensor]) -> Tensor:

@@ -61,7 +61,7 @@ def save_checkpoint(
     dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
     dist.barrier()
     if layout.rank == 0:
-        (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(layout), **state}, indent=1))
+        (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
         (folder / LATEST).write_text(str(step))
@@ -80,15 +80,17 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     """
     source = folder / f"global_step_{step}"
     state: dict[str, Any] = json.loads((source / STATE).read_text())
-    written = {name: state.pop(name) for name in _sizes(layout)}
-    if written != _sizes(layout):
+    present = _sizes(trainable, layout)
+    written = {name: state.pop(name, None) for name in present}
+    if written != present:
         raise ValueError(
-            f"{source} was written with {written}, this run has {_sizes(layout)}; set the same sizes to go "
-            "on, or another trainer.experiment_name to start anew"
+            f"{source} was written with {written}, this run has {present}; set the same to go on, or another "
+            "trainer.experiment_name to start anew"
         )
     _allocate_adam_state(trainable)
     loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
-    trainable.module.load_state_dict(loaded["model"])
+    for stage, key in zip(trainable.stages, _model_keys(trainable), strict=True):
+        stage.load_state_dict(loaded[key])
     _load_optimizer(trainable, loaded["optimizer"])
     _set_rng_state(loaded["rng"])
     return state
@@ -104,15 +106,34 @@ def _use_result_queue_of_ours() -> None:
         filesystem_async._results_queue = manager.Queue()
 
 
-def _sizes(layout: Layout) -> dict[str, int]:
-    return {"tensor_model_parallel_size": layout.tensor, "pipeline_model_parallel_size": layout.pipeline}
+def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
+    """What the optimizer's state is laid out by, under the names of the settings."""
+    model = trainable.stages[0]
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "pipeline_layers": list(model.stage_layers),
+        "vision_split": "tensor" if model.vision_groups.tower.tp.size() == layout.tensor else "images",
+        "freeze": sorted(trainable.frozen),
+    }
+
+
+def _model_keys(trainable: Trainable) -> list[str]:
+    """As Megatron names them: by number where a rank holds several stages. Checkpoints themselves do not have them."""
+    count = len(trainable.stages)
+    return ["model"] if count == 1 else [f"model{number}" for number in range(count)]
 
 
 def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) -> dict[str, Any]:
-    model = trainable.module.sharded_state_dict(metadata=dict(_METADATA))
+    models = {
+        key: stage.sharded_state_dict(metadata=dict(_METADATA))
+        for key, stage in zip(_model_keys(trainable), trainable.stages, strict=True)
+    }
     return {
-        "model": model,
-        "optimizer": trainable.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=dict(_METADATA)),
+        **models,
+        "optimizer": trainable.optimizer.sharded_state_dict(
+            models if len(models) > 1 else models["model"], is_loading=is_loading, metadata=dict(_METADATA)
+        ),
         # One for all: whatever the trainer draws, it draws alike on every rank, or on rank 0 alone.
         "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,40 +13,51 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vppo.models.hf_loading import MappedModel
+from megatron_vppo.models.options import Part
 from megatron_vppo.models.weight_map import Entry, stream_entries
 from megatron_vppo.parallel.conversion.config_files import copy_config_files
 
 
 @torch.no_grad()
-def hf_weights(model: MappedModel) -> Iterator[tuple[str, Tensor]]:
+def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ()) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
 
     A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. One entry (at most a
     QKV or gate-and-up group, or the embedding) exists whole at a time; tensors may be views of parameters, so copy
     what outlives the next optimizer step.
+
+    Args:
+        stages: those that this rank holds.
+        without: parts of the model that are left out.
     """
-    parameters = dict(model.named_parameters())
-    for entry in stream_entries(model.weight_map):
-        shards = _tensor_shards(_stage_shard(entry, model, parameters), entry, model)
+    parameters = [dict(stage.named_parameters()) for stage in stages]
+    for entry in stream_entries(stages[0].weight_map):
+        if entry.part in without:
+            continue
+        shards = _tensor_shards(_stage_shard(entry, stages, parameters), entry, stages[0])
         yield from zip(entry.hf_names, entry.kind.merge(shards), strict=True)
 
 
-def _stage_shard(entry: Entry, model: MappedModel, parameters: dict[str, torch.nn.Parameter]) -> Tensor:
-    """This tensor-parallel rank's shard, brought from the pipeline stage that holds it."""
+def _stage_shard(
+    entry: Entry, stages: Sequence[MappedModel], parameters: Sequence[dict[str, torch.nn.Parameter]]
+) -> Tensor:
+    """This tensor-parallel rank's shard, brought from the pipeline rank that holds it."""
+    model = stages[0]
     group = model.groups.pp
-    owner = entry.stage(model.stage_layers)
+    nth, owner = divmod(entry.stage(model.stage_layers), group.size())
     if group.rank() == owner:
-        shard = parameters[entry.local_name(model.stage_layers)].detach()
+        shard = parameters[nth][entry.local_name(model.stage_layers)].detach()
     else:
-        like = next(iter(parameters.values()))
-        shard = torch.empty(entry.kind.local_shape(model.groups.tp.size()), dtype=like.dtype, device=like.device)
+        like = next(iter(parameters[0].values()))
+        shape = entry.kind.local_shape(model.tensor_group(entry).size())
+        shard = torch.empty(shape, dtype=like.dtype, device=like.device)
     if group.size() > 1:
         dist.broadcast(shard, src=dist.get_global_rank(group, owner), group=group)
     return shard
 
 
 def _tensor_shards(shard: Tensor, entry: Entry, model: MappedModel) -> list[Tensor]:
-    group = model.groups.tp
+    group = model.tensor_group(entry)
     if entry.kind.partition_dim is None or group.size() == 1:
         return [shard]
     shards = [torch.empty_like(shard) for _ in range(group.size())]

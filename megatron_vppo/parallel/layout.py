@@ -6,6 +6,7 @@ Megatron still reads its own globals in places (the optimizer, distributed check
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,27 +17,32 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from megatron_vppo.models.dealing import VisionGroups
+from megatron_vppo.models.options import VisionSplit
 from megatron_vppo.parallel.cpu_support import enable_cpu
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who this rank is. Rank = ((pipeline_rank * data + data_rank) * tensor + tensor_rank)."""
+    """Who this rank is. Rank = ((pipeline_rank * data + data_rank) * context + context_rank) * tensor + tensor_rank."""
 
     tensor: int
+    context: int
     pipeline: int
     data: int
     """Sizes; their product is the number of ranks."""
     rank: int
     tensor_rank: int
+    context_rank: int
     pipeline_rank: int
     data_rank: int
     device: torch.device
     groups: ProcessGroupCollection
+    vision_groups: VisionGroups
 
     @property
     def world_size(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     @property
     def is_first_stage(self) -> bool:
@@ -47,13 +53,24 @@ class Layout:
         return self.pipeline_rank == self.pipeline - 1
 
 
-def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_seconds: float) -> Layout:
+def init_layout(
+    *,
+    tensor: int,
+    pipeline: int,
+    context: int = 1,
+    data: int | None = None,
+    virtual_stages: int = 1,
+    vision_split: VisionSplit = "tensor",
+    timeout_seconds: float,
+) -> Layout:
     """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
 
     A default group that exists already is used as it is. Gloo on machines without CUDA, NCCL with CUDA.
 
     Args:
         data: None: whatever the ranks leave.
+        virtual_stages: pipeline stages that each rank holds.
+        vision_split: see ModelOptions.
         timeout_seconds: how long a collective waits for the slowest rank before the run fails.
 
     Raises:
@@ -63,26 +80,47 @@ def init_layout(*, tensor: int, pipeline: int, data: int | None = None, timeout_
     if not dist.is_initialized():
         _init_default_group(on_cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
     world = dist.get_world_size()
-    if world % (tensor * pipeline) or data not in (None, world // (tensor * pipeline)):
-        needed = tensor * pipeline * (data or 1)
+    replica = tensor * context * pipeline
+    if world % replica or data not in (None, world // replica):
         raise ValueError(
-            f"tensor {tensor} x pipeline {pipeline} x data {'any' if data is None else data} does not fit {world} "
-            f"ranks; start {needed} ranks (or a multiple, with data left open), or change the parallel sizes"
+            f"tensor {tensor} x context {context} x pipeline {pipeline} x data {'any' if data is None else data} does "
+            f"not fit {world} ranks; start {replica * (data or 1)} ranks (or a multiple, with data left open), or "
+            "change the parallel sizes"
         )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        virtual_pipeline_model_parallel_size=virtual_stages if virtual_stages > 1 else None,
+        context_parallel_size=context,
+    )
     if not on_cpu:
         model_parallel_cuda_manual_seed(1234)  # only the trackers' names matter: the models have no dropout
+    groups = ProcessGroupCollection.use_mpu_process_groups()
     return Layout(
         tensor=tensor,
+        context=context,
         pipeline=pipeline,
-        data=world // (tensor * pipeline),
+        data=world // replica,
         rank=dist.get_rank(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
-        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        groups=groups,
+        vision_groups=_vision_groups(groups, vision_split),
     )
+
+
+def _vision_groups(groups: ProcessGroupCollection, split: VisionSplit) -> VisionGroups:
+    if groups.cp.size() == 1 and (split == "tensor" or groups.tp.size() == 1):
+        return VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
+    alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    tower = copy.copy(groups)
+    tower.cp = alone
+    if split == "images":
+        tower.tp = alone
+    return VisionGroups(tower=tower, dealing=groups.cp if split == "tensor" else groups.tp_cp, summing=groups.cp)
 
 
 def destroy_layout() -> None:

@@ -7,6 +7,7 @@ response tokens of one micro-batch (flat), H = hidden size, V = vocabulary rows 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
 from megatron_vppo.data.perturb import PerturbKey
 from megatron_vppo.parallel.batching import (
+    BatchSplit,
     PatchSource,
     PositionFn,
     ResponseBatch,
@@ -72,6 +74,13 @@ class MegatronPolicy:
         self.settings = settings
         self._patches = patches if layout.is_first_stage else None
         self._positions = positions
+        self._split = BatchSplit(
+            context=layout.context,
+            context_rank=layout.context_rank,
+            sequence_ranks=layout.tensor if trainable.config.sequence_parallel else 1,
+            picture_ranks=layout.vision_groups.dealing.size(),
+            picture_rank=layout.vision_groups.dealing.rank(),
+        )
 
     # ---- scoring
 
@@ -94,17 +103,13 @@ class MegatronPolicy:
         def collect(batch: ResponseBatch, hidden_T1H: Tensor, *, non_loss_data: bool) -> None:
             self._score_tokens(batch, hidden_T1H, perturbed, divergence, results_BT)
 
-        mine = self._rows(responses)
-        self.trainable.module.eval()
-        self._run(
-            responses,
-            [self._views(rows, responses, step, perturbed) for rows in self._micro_batches(mine, update=False)],
-            collect,
-            forward_only=True,
-        )
-        self.trainable.module.train()
+        micro_batches = self._micro_batches(responses, rows_each=self.settings.rows_per_experience)
+        views_of = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
+        self.trainable.train(False)
+        self._run(responses, views_of, collect, forward_only=True)
+        self.trainable.train(True)
         stacked = torch.stack([results_BT[name] for name in names])
-        if not self._reports or not self._owns_rows(responses):
+        if not self._reports:
             stacked.zero_()
         dist.all_reduce(stacked)
         logp, entropy, masked_logp, div = stacked.cpu().unbind()
@@ -153,7 +158,7 @@ class MegatronPolicy:
         results_BT["divergence"][masked_at] = two_view_divergence(
             hidden_NH[:first_masked][has_image_N],
             hidden_NH[first_masked:],
-            self.trainable.module.head_weight_VD(),
+            self._head_weight_VD,
             kind=divergence,
             **self._head_arguments(),
         )
@@ -166,12 +171,18 @@ class MegatronPolicy:
         Returns metrics over the whole mini-batch, the same on every rank. A step whose gradient norm is not finite
         changes nothing and is reported as actor/skipped_updates = 1.
         """
+        metrics = self.accumulate_gradients(batch)
+        grad_norm = self.trainable.step()
+        return {
+            **metrics,
+            "actor/grad_norm": grad_norm,
+            "actor/skipped_updates": float(not math.isfinite(grad_norm)),
+        }
+
+    def accumulate_gradients(self, batch: TrainBatch) -> dict[str, float]:
+        """The gradient of the mini-batch's loss, in the parameters' `main_grad`; the metrics of `update`."""
         device = self.layout.device
-        owned = 1.0 if self._owns_rows(batch.responses) else 0.0
-        pg_weight_BT, entropy_weight_BT = (
-            (batch.pg_weight_BT * owned).to(device),
-            (batch.entropy_weight_BT * owned).to(device),
-        )
+        pg_weight_BT, entropy_weight_BT = batch.pg_weight_BT.to(device), batch.entropy_weight_BT.to(device)
         old_logp_BT, advantage_BT = batch.old_logp_BT.to(device), batch.advantage_BT.to(device)
         weighted: dict[str, float] = {}
         per_token: dict[str, float] = {}
@@ -195,50 +206,44 @@ class MegatronPolicy:
             _accumulate(per_token, terms.token_sums)
             return terms.loss, torch.zeros((), dtype=torch.int, device=device), {}
 
-        self.trainable.ddp.zero_grad_buffer()
-        self.trainable.optimizer.zero_grad()
-        mine = self._rows(batch.responses)
+        self.trainable.zero_gradients()
+        micro_batches = self._micro_batches(batch.responses, rows_each=self.settings.rows_per_update)
         self._run(
-            batch.responses,
-            [[View(row, None) for row in rows] for rows in self._micro_batches(mine, update=True)],
-            loss,
-            forward_only=False,
+            batch.responses, [[View(row, None) for row in rows] for rows in micro_batches], loss, forward_only=False
         )
-        grad_norm = self.trainable.step()
-        reports = self._reports and owned
         response_tokens = float(batch.response_mask_BT.sum())
         return {
-            **self._sum_over_ranks(weighted if reports else {}, divide_by=1.0),
-            **self._sum_over_ranks(per_token if reports else {}, divide_by=response_tokens),
-            "actor/grad_norm": grad_norm,
-            "actor/skipped_updates": float(not math.isfinite(grad_norm)),
+            **self._sum_over_ranks(weighted if self._reports else {}, divide_by=1.0),
+            **self._sum_over_ranks(per_token if self._reports else {}, divide_by=response_tokens),
         }
 
-    def hf_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The present weights under their Hugging Face names, whole on every rank; see export.py."""
-        return hf_weights(self.trainable.module)
+    def hf_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """The present weights under their Hugging Face names, whole on every rank; see export.py.
+
+        Args:
+            only_trained: without frozen parts of the model.
+        """
+        return hf_weights(self.trainable.stages, without=self.trainable.frozen if only_trained else ())
+
+    @property
+    def frozen_hf_names(self) -> frozenset[str]:
+        """Tensors that training does not change, under their Hugging Face names."""
+        entries = self.trainable.stages[0].weight_map
+        return frozenset(n for entry in entries if entry.part in self.trainable.frozen for n in entry.hf_names)
 
     # ---- shared
 
-    def _rows(self, responses: Sequence[Response]) -> tuple[int, ...]:
-        """This rank's rows. A rank without any replays row 0 with zero weight: every rank must run the schedule."""
-        return self._assigned(responses) or (0,)
-
-    def _owns_rows(self, responses: Sequence[Response]) -> bool:
-        return bool(self._assigned(responses))
-
-    def _assigned(self, responses: Sequence[Response]) -> tuple[int, ...]:
-        return rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
-
     @property
     def _reports(self) -> bool:
-        """Whether this rank's results count: the last stage has them, the same on all its tensor-parallel ranks."""
+        """Whether this rank's results count: the last stage has them, the same on all its tensor-parallel ranks, and
+        each context-parallel rank those of its own tokens.
+        """
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
-    def _micro_batches(self, rows: Sequence[int], *, update: bool) -> list[Sequence[int]]:
-        """Neighbours stay together: responses to one prompt share one vision forward of its images."""
-        size = self.settings.rows_per_update if update else self.settings.rows_per_experience
-        return [rows[i : i + size] for i in range(0, len(rows), size)]
+    def _micro_batches(self, responses: Sequence[Response], *, rows_each: int) -> list[Sequence[int]]:
+        """This rank's rows. Neighbours stay together: responses to a prompt share one vision forward of its images."""
+        rows = rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
+        return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
 
     def _run(
         self,
@@ -248,7 +253,15 @@ class MegatronPolicy:
         *,
         forward_only: bool,
     ) -> None:
-        """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage."""
+        """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage.
+
+        Every rank must run it, so one without rows runs a row that counts for nothing. With several stages per rank
+        Megatron's schedule takes a multiple of the pipeline size.
+        """
+        stages = len(self.trainable.stages)
+        multiple = self.layout.pipeline if stages > 1 else 1
+        num_micro_batches = math.ceil(max(1, len(micro_views)) / multiple) * multiple
+        idle = [[View(0, None, counted=False)]] * (num_micro_batches - len(micro_views))
 
         def forward_step(batches: object, model: torch.nn.Module) -> tuple[Tensor, Callable[..., object]]:
             batch = next(batches)  # type: ignore[call-overload]
@@ -263,15 +276,17 @@ class MegatronPolicy:
                 positions=self._positions,
                 image_token_id=self.settings.image_token_id,
                 merge_size=self.settings.merge_size,
+                split=self._split,
                 device=self.layout.device,
             )
-            for views in micro_views
+            for views in [*micro_views, *idle]
         )
+        iterators = list(itertools.tee(packed, stages))
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=packed,
-            model=[self.trainable.ddp],
-            num_microbatches=len(micro_views),
+            data_iterator=iterators if stages > 1 else iterators[0],
+            model=list(self.trainable.ddps),
+            num_microbatches=num_micro_batches,
             seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
             micro_batch_size=1,
             forward_only=forward_only,
@@ -281,11 +296,15 @@ class MegatronPolicy:
     def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         return token_logps(
             hidden_NH,
-            self.trainable.module.head_weight_VD(),
+            self._head_weight_VD,
             target_N,
             with_entropy=with_entropy,
             **self._head_arguments(),
         )
+
+    @property
+    def _head_weight_VD(self) -> Tensor:
+        return self.trainable.stages[-1].head_weight_VD()
 
     def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{} for _ in range(self.layout.world_size)]
@@ -296,7 +315,7 @@ class MegatronPolicy:
     def _head_arguments(self) -> dict[str, Any]:
         return {
             "group": self.layout.groups.tp,
-            "vocab_start": self.layout.tensor_rank * self.trainable.module.head_weight_VD().shape[0],
+            "vocab_start": self.layout.tensor_rank * self._head_weight_VD.shape[0],
             "vocab_size": self.settings.vocab_size,
             "banned_ids": self.settings.banned_ids,
             "temperature": self.settings.temperature,

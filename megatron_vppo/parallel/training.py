@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.options import Part
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 
@@ -34,11 +37,26 @@ class OptimSettings:
 class Trainable:
     """A model that Megatron's schedules can train."""
 
-    module: MegatronModule
-    """The bare model."""
-    ddp: DistributedDataParallel
+    stages: tuple[QwenVLModel, ...]
+    """The bare modules: the pipeline stages that this rank holds, in the order of the model."""
+    ddps: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     settings: OptimSettings
+    frozen: frozenset[Part]
+
+    @property
+    def config(self) -> TransformerConfig:
+        """Of the language model; the same for all stages."""
+        return self.stages[0].config
+
+    def train(self, mode: bool) -> None:
+        for stage in self.stages:
+            stage.train(mode)
+
+    def zero_gradients(self) -> None:
+        for ddp in self.ddps:
+            ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def set_step(self, step: int) -> float:
         """Sets the learning rate of training step `step` (from 1) and returns it.
@@ -63,18 +81,29 @@ class Trainable:
         return norm
 
 
-def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSettings, dtype: torch.dtype) -> Trainable:
-    """Wraps a model whose weights are loaded: the optimizer copies them into its fp32 master weights."""
-    config = module.config
-    config.calculate_per_token_loss = True
-    ddp = DistributedDataParallel(
-        config=config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer
-        ),
-        module=module,
-        pg_collection=layout.groups,
-    )
+def make_trainable(
+    stages: Sequence[QwenVLModel],
+    *,
+    layout: Layout,
+    settings: OptimSettings,
+    dtype: torch.dtype,
+    frozen: frozenset[Part] = frozenset(),
+) -> Trainable:
+    """Wraps stages whose weights are loaded: the optimizer copies them into its fp32 master weights."""
+    config = stages[0].config
+    ddps = []
+    for stage in stages:
+        stage.config.calculate_per_token_loss = True
+        ddps.append(
+            DistributedDataParallel(
+                config=stage.config,
+                ddp_config=DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer
+                ),
+                module=stage,
+                pg_collection=layout.groups,
+            )
+        )
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -89,13 +118,32 @@ def make_trainable(module: MegatronModule, *, layout: Layout, settings: OptimSet
             params_dtype=dtype,
             use_distributed_optimizer=settings.use_distributed_optimizer,
         ),
-        [ddp],
+        ddps,
     )
     config.finalize_model_grads_func = _sum_gradients
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = ddp.no_sync
-    return Trainable(module=module, ddp=ddp, optimizer=optimizer, settings=settings)
+    config.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
+    return Trainable(stages=tuple(stages), ddps=tuple(ddps), optimizer=optimizer, settings=settings, frozen=frozen)
 
 
-def _sum_gradients(model: Sequence[torch.nn.Module], num_tokens: torch.Tensor | None = None, **kwargs: object) -> None:
+def _sum_gradients(
+    model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: object
+) -> None:
     finalize_model_grads(list(model), None, **kwargs)  # type: ignore[arg-type]
+    for ddp in model:
+        _sum_whole_tower(ddp.module)
+
+
+def _sum_whole_tower(stage: QwenVLModel) -> None:
+    """Where tensor-parallel ranks hold all of the vision tower, each has the gradient of its own pictures."""
+    groups = stage.groups
+    if stage.vision is None or stage.vision_groups.tower.tp.size() == groups.tp.size():
+        return
+    trained = [parameter for parameter in stage.vision.parameters() if parameter.requires_grad]
+    gradients: list[torch.Tensor] = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat, group=groups.tp)
+    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,21 +60,31 @@ class RolloutEngine:
             raise RuntimeError("the rollout engine has no complete set of weights; call load_weights first")
         return self._session.call("generate", requests=list(requests), settings=settings)
 
-    def load_weights(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
-        """Replace all weights by those of the stream of (Hugging Face name, tensor).
+    def load_weights(
+        self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
+    ) -> SyncReport:
+        """Replace all weights by those of the stream of (Hugging Face name, tensor), but for those named in `kept`.
 
         Tensors may be on any device and of any floating dtype. Afterwards completions carry `version`, and nothing
         that the engine cached from the old weights is left. With `verify` the digest of every weight that the engine
         now computes with is compared with the one expected from the stream. After an error `generate` refuses until a
-        load succeeds.
+        whole load succeeds.
 
-        Raises: see WeightSender.send.
+        Raises:
+            RuntimeError: weights are to be kept, but the engine has no complete set. Others see WeightSender.send.
         """
         sender = self._require_ready()
+        if kept and not self._has_weights:
+            raise RuntimeError("the rollout engine has no complete set of weights, of which some could be kept")
         self._has_weights = False
-        report = sender.send(stream, version=version, verify=verify)
+        report = sender.send(stream, version=version, verify=verify, kept=kept)
         self._has_weights = True
         return report
+
+    def live_digests(self) -> list[dict[str, str]]:
+        """Per worker, the digest of every weight that it now computes with, read back from its kernels."""
+        self._require_ready()
+        return self._session.live_digests()
 
     def close(self) -> None:
         """End the engine and all of its processes. Idempotent."""

@@ -7,7 +7,8 @@ digests that a correctly loaded engine must report are computed from the stream 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -74,15 +75,22 @@ def worker_shard(
     return tensor
 
 
+DigestKey = tuple[int, str]
+"""(worker, weight)."""
+
+
 class StreamCheck:
     """Holds one stream of weights against what the engine's workers consist of."""
 
-    def __init__(self, workers: Sequence[Sequence[LiveWeight]]) -> None:
+    def __init__(self, workers: Sequence[Sequence[LiveWeight]], *, kept: Collection[str] = ()) -> None:
+        """`kept`: names that do not come, since the engine has them from an earlier stream."""
         parameters = dict.fromkeys(weight.parameter for worker in workers for weight in worker)
         self.places = {
             name: (parameter, part) for parameter in parameters for part, name in enumerate(checkpoint_names(parameter))
         }
-        self._missing = dict.fromkeys(self.places)
+        absent = {canonical_name(name) for name in kept}
+        self._missing = dict.fromkeys(name for name in self.places if name not in absent)
+        self.kept_parameters = frozenset(self.places[name][0] for name in absent & self.places.keys())
 
     def take(self, name: str) -> tuple[str, int]:
         """vLLM's parameter and the part of it that `name` fills. ValueError if it fills none, or did already."""
@@ -93,7 +101,7 @@ class StreamCheck:
             )
             raise ValueError(f"weight {name!r} is unknown to the rollout engine's model{hint}")
         if canonical not in self._missing:
-            raise ValueError(f"weight {name!r} came twice in one stream")
+            raise ValueError(f"weight {name!r} came twice in one stream, or is one of those that stay as they are")
         del self._missing[canonical]
         return self.places[canonical]
 
@@ -108,15 +116,36 @@ class StreamCheck:
 class ExpectedDigests:
     """The digest that each live weight of each worker must have, from the trainer's own tensors."""
 
-    def __init__(self, workers: Sequence[Sequence[LiveWeight]], *, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Sequence[LiveWeight]],
+        *,
+        dtype: torch.dtype,
+        kept_parameters: Collection[str] = (),
+        known: Mapping[DigestKey, str] = MappingProxyType({}),
+    ) -> None:
+        """
+        Args:
+            kept_parameters: parameters that do not come.
+            known: digests of an earlier stream, which those must still have; one that is not known is not compared.
+        """
         self._workers = workers
+        self._kept = {
+            (rank, weight.key): known.get((rank, weight.key))
+            for rank, worker in enumerate(workers)
+            for weight in worker
+            if weight.parameter in kept_parameters
+        }
         self._dtype = dtype
         self._by_parameter: dict[str, list[tuple[int, LiveWeight]]] = {}
         for rank, worker in enumerate(workers):
             for weight in worker:
                 self._by_parameter.setdefault(weight.parameter, []).append((rank, weight))
         self._hashes = {
-            (rank, weight.key): hashlib.sha256() for rank, worker in enumerate(workers) for weight in worker
+            (rank, weight.key): hashlib.sha256()
+            for rank, worker in enumerate(workers)
+            for weight in worker
+            if weight.parameter not in kept_parameters
         }
         self._waiting: dict[str, dict[int, Tensor]] = {}
         self._next_part: dict[str, int] = {}
@@ -146,12 +175,18 @@ class ExpectedDigests:
                 shard = shard + 0.0  # the kernel's answer has no -0.0
             self._hashes[rank, weight.key].update(shard.contiguous().flatten().view(torch.uint8).numpy().data)
 
+    def digests(self) -> dict[DigestKey, str]:
+        """Of every weight that came, and of those kept that are known."""
+        kept = {key: digest for key, digest in self._kept.items() if digest is not None}
+        return {**kept, **{key: found.hexdigest() for key, found in self._hashes.items()}}
+
     def compare(self, live: Iterable[dict[str, str]]) -> int:
         """Number of weights compared. RuntimeError that names those which differ."""
+        expected = self.digests()
         wrong: dict[str, list[int]] = {}
         for rank, digests in enumerate(live):
             for weight in self._workers[rank]:
-                if digests.get(weight.key) != self._hashes[rank, weight.key].hexdigest():
+                if (rank, weight.key) in expected and digests.get(weight.key) != expected[rank, weight.key]:
                     wrong.setdefault(weight.key, []).append(rank)
         if wrong:
             parameters = {weight.key: weight.parameter for worker in self._workers for weight in worker}
@@ -163,4 +198,4 @@ class ExpectedDigests:
                 f"{len(wrong)} weights of the rollout engine differ from those sent to it: {shown}"
                 + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
             )
-        return len(self._hashes)
+        return len(expected)

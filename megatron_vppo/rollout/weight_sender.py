@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_vppo.rollout.records import LiveWeight, SyncReport
 from megatron_vppo.rollout.shared_buffer import SharedBuffer, aligned
-from megatron_vppo.rollout.vllm_layout import ExpectedDigests, StreamCheck
+from megatron_vppo.rollout.vllm_layout import DigestKey, ExpectedDigests, StreamCheck
 
 DEFAULT_GROUP_BYTES = 256 << 20
 """Of one buffer. A single larger tensor makes its buffer grow to hold it."""
@@ -75,7 +75,7 @@ class _Group:
 
 
 class WeightSender:
-    """Sends whole models to one engine, again and again."""
+    """Sends a model to one engine, again and again; whole, or without what did not change."""
 
     def __init__(
         self,
@@ -90,10 +90,15 @@ class WeightSender:
         self._workers = workers
         self._dtype = dtype
         self._group_bytes = group_bytes
+        self._digests: Mapping[DigestKey, str] = {}
         self._buffers = (SharedBuffer(group_bytes), SharedBuffer(group_bytes))
 
-    def send(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
-        """Send one complete model.
+    def send(
+        self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
+    ) -> SyncReport:
+        """Send one complete model, but for the tensors named in `kept`, which an earlier stream brought.
+
+        Verification also covers those that were verified then.
 
         A layer's tensors should be adjacent: vLLM keeps the tensors of incomplete layers in memory. Producing the
         stream is usually a collective of all trainer ranks, so on an error of ours it is run to its end before the
@@ -104,15 +109,23 @@ class WeightSender:
             RuntimeError: the engine failed, or verification found a weight that differs.
         """
         try:
-            return self._send(stream, version=version, verify=verify)
+            return self._send(stream, version=version, verify=verify, kept=kept)
         except (ValueError, RuntimeError):
             deque(stream, maxlen=0)
             raise
 
-    def _send(self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool) -> SyncReport:
+    def _send(
+        self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str]
+    ) -> SyncReport:
         start = time.perf_counter()
-        check = StreamCheck(self._workers)
-        expected = ExpectedDigests(self._workers, dtype=self._dtype) if verify else None
+        check = StreamCheck(self._workers, kept=kept)
+        expected = (
+            ExpectedDigests(
+                self._workers, dtype=self._dtype, kept_parameters=check.kept_parameters, known=self._digests
+            )
+            if verify
+            else None
+        )
         verify_seconds = 0.0
         num_tensors = num_bytes = num_groups = 0
         spare, group = self._buffers[1], _Group(self._buffers[0])
@@ -148,6 +161,7 @@ class WeightSender:
         if expected is not None:
             compare_start = time.perf_counter()
             num_checksums = expected.compare(self._session.live_digests())
+            self._digests = expected.digests()
             verify_seconds += time.perf_counter() - compare_start
         return SyncReport(
             version=version,

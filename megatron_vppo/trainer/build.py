@@ -25,6 +25,7 @@ from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
@@ -55,6 +56,9 @@ def run_training(config: RunConfig) -> None:
     layout = init_layout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
+        context=config.parallel.context_parallel_size,
+        virtual_stages=config.parallel.virtual_pipeline_model_parallel_size,
+        vision_split=config.parallel.vision_split,
         data=config.parallel.data_parallel_size,
         timeout_seconds=config.parallel.collective_timeout_seconds,
     )
@@ -196,19 +200,24 @@ def _decoder(tokenizer: Any) -> Any:
 def _policy(
     config: RunConfig, layout: Layout, source: Path, hf_config: Any, images: VisionInputs, *, total_steps: int
 ) -> MegatronPolicy:
-    dtype = DTYPES[config.model.dtype]
-    model = build_model(
-        hf_config,
-        groups=layout.groups,
-        dtype=dtype,
-        device=layout.device,
-        pipeline_layers=config.parallel.pipeline_layers,
-        recompute=config.parallel.recompute == "full",
-    )
-    load_weights(model, source)
+    dtype, options = DTYPES[config.model.dtype], _model_options(config)
+    stages = [
+        build_model(
+            hf_config,
+            groups=layout.groups,
+            vision_groups=layout.vision_groups,
+            dtype=dtype,
+            device=layout.device,
+            options=options,
+            virtual_stage=number,
+        )
+        for number in range(options.virtual_stages)
+    ]
+    for stage in stages:
+        load_weights(stage, source)
     optim = config.actor.optim
     trainable = make_trainable(
-        model,
+        stages,
         layout=layout,
         settings=OptimSettings(
             lr=LrSchedule(
@@ -225,6 +234,7 @@ def _policy(
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
         ),
         dtype=dtype,
+        frozen=options.frozen,
     )
     merge_size = hf_config.vision_config.spatial_merge_size
     settings = PolicySettings(
@@ -240,6 +250,18 @@ def _policy(
     )
     positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
     return MegatronPolicy(trainable, layout=layout, settings=settings, patches=images.patches, positions=positions)
+
+
+def _model_options(config: RunConfig) -> ModelOptions:
+    parallel = config.parallel
+    return ModelOptions(
+        pipeline_layers=parallel.pipeline_layers,
+        virtual_stages=parallel.virtual_pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute=parallel.recompute,
+        vision_split=parallel.vision_split,
+        frozen=frozenset(config.model.freeze),
+    )
 
 
 def _start_step(config: RunConfig, folder: RunFolder) -> int:

@@ -178,7 +178,9 @@ def _transformers_logps(
 def _megatron_logps(
     converted: Path, rows: Sequence[Row], hf_config: Any, *, layout: Layout, dtype: torch.dtype
 ) -> list[Tensor]:
-    model = build_model(hf_config, groups=layout.groups, dtype=dtype, device=layout.device).eval()
+    model = build_model(
+        hf_config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype, device=layout.device
+    ).eval()
     load_weights(model, converted)
     results = []
     for row in rows:

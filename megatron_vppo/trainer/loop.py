@@ -80,9 +80,10 @@ def train(run: Run) -> None:
                     for minibatch in minibatches * config.actor.ppo_epochs:
                         log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
 
-                # 7. The new weights go to the engines, which never serve older ones.
+                # 7. The new weights go to the engines, which never serve older ones and have the frozen ones.
                 with log.span("update_weights"):
-                    log.add_all(sampler.load_weights(policy.hf_weights(), version=step))
+                    trained = policy.hf_weights(only_trained=True)
+                    log.add_all(sampler.load_weights(trained, version=step, kept=policy.frozen_hf_names))
                 run.record(step, minibatches, groups, scores)
 
             # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.

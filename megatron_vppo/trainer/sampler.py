@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 import torch.distributed as dist
@@ -80,8 +80,13 @@ class EngineSampler:
         by_prompt = {i: group for part in gathered for i, group in part.items()}
         return [by_prompt[i] for i in range(len(prompts))]
 
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]], *, version: int) -> dict[str, float]:
+    def load_weights(
+        self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
+    ) -> dict[str, float]:
         """Streams the policy's weights into every engine. Every rank takes part in gathering them.
+
+        Args:
+            kept: names that do not come: the engines have them from the first stream.
 
         Raises RuntimeError on a leader whose engine holds other bits than the stream sent.
         """
@@ -91,7 +96,7 @@ class EngineSampler:
             for _ in weights:
                 pass
             return {}
-        report = self._engine.load_weights(weights, version=version, verify=verify)
+        report = self._engine.load_weights(weights, version=version, verify=verify, kept=kept)
         metrics = {"weight_sync/bytes": float(report.num_bytes), "weight_sync/tensors": float(report.num_tensors)}
         return {**metrics, "weight_sync/checksums_ok": 1.0} if verify else metrics
 

@@ -12,13 +12,15 @@ from megatron_vppo.config.schema import RunConfig
 
 def config_of(**sections: dict[str, Any]) -> RunConfig:
     data = {"train_files": "x", **sections.pop("data", {})}
-    return RunConfig.model_validate({"data": data, "model": {"path": "m"}, **sections})
+    model = {"path": "m", **sections.pop("model", {})}
+    return RunConfig.model_validate({"data": data, "model": model, **sections})
 
 
-def parallel(tp: int, pp: int, dp: int | None = None) -> RunConfig:
+def parallel(tp: int, pp: int, dp: int | None = None, cp: int = 1) -> RunConfig:
     return config_of(
         parallel={
             "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp,
             "pipeline_model_parallel_size": pp,
             "data_parallel_size": dp,
         }
@@ -31,6 +33,12 @@ def parallel(tp: int, pp: int, dp: int | None = None) -> RunConfig:
 )
 def test_layouts_that_fit(tp: int, pp: int, dp: int | None, world: int, expected: int) -> None:
     assert check_layout(parallel(tp, pp, dp), world) == expected
+
+
+def test_context_parallel_ranks_belong_to_a_model_copy() -> None:
+    assert check_layout(parallel(2, 1, cp=2), 8) == 2
+    with pytest.raises(ValueError, match=r"context_parallel_size 3 x .* = 6 ranks per model copy does not divide 8"):
+        check_layout(parallel(2, 1, cp=3), 8)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +62,18 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["pipeline_layers [1, 2, 1] describes 3 stages", "pipeline_model_parallel_size is 2"],
     ),
     ({"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [4, 0]}}, ["[4, 0]", "at least 1"]),
+    (
+        {
+            "parallel": {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "pipeline_layers": [1, 3],
+            }
+        },
+        ["[1, 3] describes 2 stages", "2 with 2 virtual stages on each rank", "4 in all"],
+    ),
+    ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, ["pipeline_model_parallel_size is 1", "raise it"]),
+    ({"model": {"freeze": ["vision_tower", "projector", "language_model"]}}, ["nothing is left to train"]),
     (
         {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 20}},
         [
@@ -111,6 +131,8 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"rollout": {"val": {"temperature": 0}}},
     {"trainer": {"save_freq": -1, "val_freq": -1}},
     {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [1, 3]}},
+    {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}},
+    {"model": {"freeze": ["vision_tower", "projector"]}},
     {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 48}},
     {"reward": {"reward_function": "my/grader.py:score"}},
 ]

@@ -6,6 +6,7 @@ So does Megatron's own loader, and what Megatron itself saves under any layout b
 from __future__ import annotations
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,13 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
+from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.parallel.layout import Layout, init_layout
 from tests.conversion.folders import MarksIfLoaded, same_bits, tensors_of
 from tests.gloo import run_gloo
+from tests.models.tiny import save_tiny_model, tiny_config
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
 """(tensor, pipeline)"""
@@ -30,8 +34,8 @@ NAMES = ("Qwen2.5 tied", "Qwen3 untied")
 def build(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32) -> QwenVLModel:
     """Every value not a number until it is loaded; an uneven split of the layers over two stages."""
     model = build_model(
-        AutoConfig.from_pretrained(folder), groups=layout.groups, dtype=dtype, device=layout.device,
-        pipeline_layers=(1, 2) if layout.pipeline == 2 else None,
+        AutoConfig.from_pretrained(folder), groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype,
+        device=layout.device, options=ModelOptions(pipeline_layers=(1, 2) if layout.pipeline == 2 else None),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in model.parameters():
@@ -41,7 +45,7 @@ def build(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32) -
 
 def differing(left: QwenVLModel, right: QwenVLModel) -> list[str]:
     others = dict(right.named_parameters())
-    assert len(others) > 5
+    assert len(others) >= 5
     return [name for name, parameter in left.named_parameters() if not torch.equal(parameter, others[name])]
 
 
@@ -51,7 +55,7 @@ def _compare(
     layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=120)
     found = {}
     for name, (source, converted) in folders.items():
-        expected, ours, theirs, lower = (build(source, layout) for _ in range(4))
+        expected, ours, theirs = (build(source, layout) for _ in range(3))
         load_hf_weights(expected, source)
         load_weights(ours, converted)
         found[f"{name}: load_weights"] = differing(expected, ours)
@@ -83,6 +87,35 @@ def test_ranks_get_the_bits_of_the_hf_folder(
         assert same_bits(tensors_of(hf_folders[name]), tensors_of(tmp_path / f"{name} back"))
 
 
+def _interleaved(rank: int, world: int, source: Path, converted: Path) -> list[list[str]]:
+    """Two stages on each pipeline rank; each tensor-parallel rank holds the whole vision tower."""
+    layout = init_layout(tensor=2, pipeline=2, virtual_stages=2, vision_split="images", timeout_seconds=120)
+    found = []
+    for virtual_stage in range(2):
+        expected, ours = (
+            build_model(
+                AutoConfig.from_pretrained(source), groups=layout.groups, vision_groups=layout.vision_groups,
+                dtype=torch.float32, device=layout.device, virtual_stage=virtual_stage,
+                options=ModelOptions(virtual_stages=2, vision_split="images"),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+        for parameter in ours.parameters():
+            parameter.data.fill_(float("nan"))
+        load_hf_weights(expected, source)
+        load_weights(ours, converted)
+        found.append(differing(expected, ours))
+    return found
+
+
+@pytest.mark.distributed
+def test_interleaved_stages_and_whole_towers_too(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_tiny_model(source, tiny_config(tied=True, vocab=301, num_hidden_layers=4))
+    hf_to_megatron(source, tmp_path / "converted")
+    assert run_gloo(_interleaved, 4, source, tmp_path / "converted") == [[[], []]] * 4
+
+
 def _refused(rank: int, world: int, source: Path, folders: dict[str, Path]) -> dict[str, str]:
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=120)
     messages = {}
@@ -98,8 +131,6 @@ def _refused(rank: int, world: int, source: Path, folders: dict[str, Path]) -> d
 def test_what_cannot_be_loaded_is_said_and_nothing_of_it_is_executed(
     hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path
 ) -> None:
-    import shutil
-
     marker = tmp_path / "was_executed"
     source = hf_folders["Qwen2.5 tied"]
 

@@ -22,6 +22,7 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.packed import PackedBatch
 from megatron_vppo.models.weight_map import stage_entries
 from megatron_vppo.parallel.layout import Layout
@@ -68,7 +69,14 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
 
 def load(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32, **options: Any) -> QwenVLModel:
     config = AutoConfig.from_pretrained(folder)
-    model = build_model(config, groups=layout.groups, dtype=dtype, device=layout.device, **options)
+    model = build_model(
+        config,
+        groups=layout.groups,
+        vision_groups=layout.vision_groups,
+        dtype=dtype,
+        device=layout.device,
+        options=ModelOptions(**options),
+    )
     load_hf_weights(model, folder)
     return model
 
@@ -137,7 +145,7 @@ def _sum_qk_norms(model: QwenVLModel) -> None:
 
 def _gradients(model: QwenVLModel) -> dict[str, Tensor]:
     parameters = dict(model.named_parameters())
-    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank())
+    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage)
     found = {}
     for entry in entries:
         gradient = parameters.pop(entry.local_name(model.stage_layers)).grad
@@ -151,7 +159,7 @@ def _problems(model: QwenVLModel, vocab: int) -> list[str]:
     """What Megatron's optimizer relies on: marks of split parameters, equal tied weights, zero padding rows."""
     problems = []
     parameters = dict(model.named_parameters())
-    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.groups.pp.rank()):
+    for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
         parameter = parameters[entry.local_name(model.stage_layers)]
         if getattr(parameter, "tensor_model_parallel", False) != (entry.kind.partition_dim is not None):
             problems.append(f"{entry.template}: wrongly marked as split or whole")

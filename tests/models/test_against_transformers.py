@@ -37,7 +37,12 @@ MODELS = {
 """No vocabulary is divisible by 2."""
 SPLITS = {"untied": (2, 1), "tied": (1, 2), "Qwen3 untied": (2, 1), "Qwen3 tied": (1, 2)}
 """Uneven pipeline stages of three layers."""
-RUNS = {"packed": (PACKED, False), "one by one": (ONE_BY_ONE, False), "packed, recomputed": (PACKED, True)}
+RUNS = {
+    "packed": (PACKED, "none"),
+    "one by one": (ONE_BY_ONE, "none"),
+    "packed, recomputed": (PACKED, "full"),
+    "packed, attention recomputed": (PACKED, "selective"),
+}
 
 ROUNDED = ("tied", "Qwen3 untied")
 """Also run in bfloat16."""
@@ -126,7 +131,7 @@ def _alone(rank: int, world: int, folders: dict[str, Path], resaved: Path) -> di
     rows = dict(Counter(range(6)))
     rounded = {}
     for name in ROUNDED:
-        model = load(folders[name], layout, dtype=torch.bfloat16, recompute=True)
+        model = load(folders[name], layout, dtype=torch.bfloat16, recompute="full")
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
         vocab = MODELS[name].text_config.vocab_size
         rounded[name] = run(model, ONE_BY_ONE, vocab=vocab, repeats=rows).logps

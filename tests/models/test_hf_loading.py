@@ -22,15 +22,17 @@ class TwoTensors(nn.Module):
         Entry("down.{}", ("down",), Split((3, 4), 1), "layer", 0),
     )
     stage_layers = (1,)
+    stage = 0
     ignored_hf_names = frozenset({"spare"})
 
     def __init__(self) -> None:
         super().__init__()
-        self.groups = SimpleNamespace(
-            tp=SimpleNamespace(rank=lambda: 1, size=lambda: 2), pp=SimpleNamespace(rank=lambda: 0)
-        )
         self.gated = nn.ParameterList([torch.zeros(4, 3)])
         self.down = nn.ParameterList([torch.zeros(3, 2)])
+
+    @staticmethod
+    def tensor_group(entry: Entry) -> SimpleNamespace:
+        return SimpleNamespace(rank=lambda: 1, size=lambda: 2)
 
     @staticmethod
     def canonical_hf_name(name: str) -> str:

@@ -9,7 +9,9 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from megatron_vppo.models.attention import packed_attention, plan_attention
+from megatron_vppo.models.attention import packed_attention, plan_attention, plan_context_attention
+from megatron_vppo.models.context import own_tokens, padded_lengths
+from megatron_vppo.models.dealing import deal_pictures
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.packed import PackedBatch
@@ -55,11 +57,69 @@ def test_packed_attention_is_dense_attention(lengths: tuple[int, ...], kv_heads:
         assert (mine - right).abs().max() < 5e-6
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("lengths", [(12,), (24, 24), (12, 120, 36, 132, 12, 108)], ids=str)
+def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...], kv_heads: int, ranks: int) -> None:
+    """All ranks' shares together; each gets the gathered keys, one rank after the other, as a collective gives them."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(sum(lengths), heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    upstream = torch.randn(sum(lengths), 128)
+
+    shares = [own_tokens(lengths, rank=rank, size=ranks) for rank in range(ranks)]
+    query, key, value = inputs
+    gathered_key, gathered_value = (torch.cat([x[share] for share in shares]) for x in (key, value))
+    loss = torch.zeros(())
+    outputs = torch.empty(sum(lengths), 128)
+    for rank, share in enumerate(shares):
+        plan = plan_context_attention(lengths, rank=rank, size=ranks, device=CPU)
+        output = packed_attention(query[share], gathered_key, gathered_value, plan, scale=0.2)
+        outputs[share] = output.detach()
+        loss = loss + (output * upstream[share]).sum()
+    gradients = torch.autograd.grad(loss, inputs)
+    parts = zip(*(x.split(lengths) for x in inputs), strict=True)
+    expected = torch.cat([dense(*part, causal=True, scale=0.2) for part in parts])
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)
+
+    assert (outputs - expected).abs().max() < 2e-6
+    for mine, right in zip(gradients, expected_gradients, strict=True):
+        assert (mine - right).abs().max() < 5e-6
+
+
+def test_context_parallel_shares_are_balanced() -> None:
+    lengths = (16, 64, 8)
+    shares = [own_tokens(lengths, rank=rank, size=4) for rank in range(4)]
+    assert torch.cat(shares).sort().values.tolist() == list(range(88))
+    starts = torch.tensor([0] * 16 + [16] * 64 + [80] * 8)
+    keys_met = {int((share - starts[share] + 1).sum()) for share in shares}
+    assert len(keys_met) == 1
+    with pytest.raises(ValueError, match="multiples of 8"):
+        own_tokens((16, 12), rank=0, size=4)
+
+
+@pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
+def test_padding_divides_over_ranks(tensor: int, context: int) -> None:
+    lengths = [7, 16, 1, 30]
+    padded = padded_lengths(lengths, tensor=tensor, context=context)
+    assert all(now >= before for now, before in zip(padded, lengths, strict=True))
+    assert context == 1 or all(now % (2 * context) == 0 for now in padded)
+    assert sum(padded) % (tensor * context) == 0
+    assert sum(padded) - sum(lengths) < len(lengths) * 2 * context + 2 * context * tensor
+    assert padded_lengths(padded, tensor=tensor, context=context) == padded
+
+
+def test_pictures_are_dealt_by_size() -> None:
+    grids = ((1, 4, 4), (1, 40, 40), (1, 8, 8), (1, 8, 10), (1, 6, 4))
+    assert deal_pictures(grids, ranks=2) == ((1,), (0, 2, 3, 4))
+    assert deal_pictures(grids[:2], ranks=3) == ((1,), (0,), ())
+
+
 def test_buckets_bound_padding() -> None:
     generator = random.Random(3)
     lengths = [generator.randint(1, 300) for _ in range(500)]
     plan = plan_attention(lengths, causal=True, device=CPU)
-    padded = sum(bucket.sequences * bucket.longest for bucket in plan.buckets)
+    index = torch.arange(sum(lengths))
+    padded = sum(len(index[bucket.query_index]) for bucket in plan.buckets)
     assert sum(lengths) <= padded <= sum(lengths) / 0.8
     assert len(plan.buckets) < 30
 
@@ -107,8 +167,9 @@ def test_impossible_layouts_are_refused_with_numbers() -> None:
     with pytest.raises(ValueError, match=r"4 attention heads .* 3"):
         check_tensor_parallel(config, tensor=3)
     config.vision_config.num_heads = 3
-    with pytest.raises(ValueError, match="3 vision attention heads"):
+    with pytest.raises(ValueError, match=r"3 vision attention heads .*, or parallel\.vision_split=images"):
         check_tensor_parallel(config, tensor=2)
+    check_tensor_parallel(config, tensor=2, vision_split="images")
 
 
 def test_pipeline_splits() -> None:
@@ -120,6 +181,12 @@ def test_pipeline_splits() -> None:
     for wrong in ((1, 1), (3,), (3, 0)):
         with pytest.raises(ValueError, match="must have 2 entries"):
             stage_layers(config, family=QWEN25_VL, pipeline=2, pipeline_layers=wrong)
+    with pytest.raises(ValueError, match="3 layers are too few for 4 pipeline stages"):
+        stage_layers(config, family=QWEN25_VL, pipeline=2, virtual_stages=2, pipeline_layers=None)
+    config.text_config.num_hidden_layers = 8
+    for given, expected in ((None, (2, 2, 2, 2)), ((1, 3, 2, 2), (1, 3, 2, 2))):
+        split = stage_layers(config, family=QWEN25_VL, pipeline=2, virtual_stages=2, pipeline_layers=given)
+        assert split == expected
 
 
 def test_unsupported_architectures_are_refused() -> None:
@@ -166,5 +233,3 @@ def test_inconsistent_batches_are_refused() -> None:
         PackedBatch(ids, positions[:, :3], (4,), none, none)
     with pytest.raises(ValueError, match="1 image tokens but 0 features"):
         PackedBatch(ids, positions, (4,), torch.tensor([1]), none)
-    with pytest.raises(ValueError, match="8 patches but pixels hold 7"):
-        PackedBatch(ids, positions, (4,), none, none, torch.zeros(7, 6), ((1, 2, 4),))

@@ -168,6 +168,32 @@ def test_incomplete_and_unknown_streams_are_refused(rig: Rig, tmp_path) -> None:
     test_logps_equal_transformers(rig)
 
 
+def test_what_is_frozen_need_not_come_again(rig: Rig, tmp_path) -> None:
+    """The engine keeps the vision tower of its last whole load, bit by bit, and answers with it."""
+    before, after = rig.model(0), rig.model(1)
+    old = weights(before, tmp_path / "old")
+    tensors = weights(after, tmp_path / "new")
+    trained = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
+    frozen = old.keys() - trained.keys()
+    load(rig, seed=0, folder=tmp_path)
+    report = rig.engine.load_weights(iter(trained.items()), version=1, verify=True, kept=frozen)
+    assert report.num_bytes == sum(tensor.nbytes for tensor in trained.values())
+    whole = rig.engine.load_weights(iter({**trained, **{n: old[n] for n in frozen}}.items()), version=2, verify=True)
+    assert report.num_checksums == whole.num_checksums, "what is kept was compared with the digests of its own load"
+
+    rig.engine.load_weights(iter(trained.items()), version=3, verify=False, kept=frozen)
+    after.model.visual.load_state_dict(before.model.visual.state_dict())
+    asked = requests()
+    answers = rig.engine.generate(asked, SamplingSettings(max_tokens=8, stop_token_ids=(rig.eos,)))
+    assert largest_difference(rig, after, asked, answers) < LOGP_TOLERANCE
+
+    with pytest.raises(ValueError, match="stay as they are"):
+        rig.engine.load_weights(iter(tensors.items()), version=4, verify=False, kept=frozen)
+    with pytest.raises(RuntimeError, match="no complete set of weights"):
+        rig.engine.load_weights(iter(trained.items()), version=4, verify=False, kept=frozen)
+    load(rig, seed=0, folder=tmp_path)
+
+
 def test_names_of_newer_files_and_any_order_are_accepted(rig: Rig, tmp_path) -> None:
     tensors = weights(rig.model(0), tmp_path)
     renamed = {

@@ -30,8 +30,8 @@ class Engine:
             for request in requests
         ]
 
-    def load_weights(self, weights: Any, *, version: int, verify: bool) -> Any:
-        self.received = [f"{name} {verify}" for name, _ in weights]
+    def load_weights(self, weights: Any, *, version: int, verify: bool, kept: Any) -> Any:
+        self.received = [f"{name} {verify}" for name, _ in weights] + [f"kept {name}" for name in kept]
         return SimpleNamespace(num_bytes=4, num_tensors=1)
 
 
@@ -55,7 +55,7 @@ def _rank(rank: int, world: int) -> Any:
     drawn = []
     for _ in range(2):
         stream = ((drawn.append(name) or name, torch.ones(1)) for name in ("a", "b"))  # type: ignore[func-returns-value]
-        metrics = sampler.load_weights(stream, version=3)
+        metrics = sampler.load_weights(stream, version=3, kept=("c",))
     seen = [(r.group_id, r.sample, r.token_ids, r.weight_version) for group in groups for r in group]
     return seen, drawn, None if engine is None else engine.received, metrics
 
@@ -69,7 +69,7 @@ def test_engines_share_the_prompts_and_every_rank_draws_every_weight() -> None:
         assert seen == expected
         assert drawn == ["a", "b"] * 2, "a rank that stops drawing would leave the others in a collective"
         if rank in (0, 2):
-            assert received == ["a False", "b False"], "verified at the first sync only"
+            assert received == ["a False", "b False", "kept c"], "verified at the first sync only"
             assert "weight_sync/checksums_ok" not in metrics
         else:
             assert received is None and metrics == {}

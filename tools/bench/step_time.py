@@ -33,6 +33,7 @@ from bench.flops import StepShape, model_cost, phase_flops
 from bench.machine import commit, hardware, matmul_gflops, versions
 from bench.process_memory import MemorySampler, ProcessPeak, by_role
 from bench.timing import measured_lines, median, phase_seconds, startup_seconds
+from megatron_vppo.config.checks import ranks_per_copy
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import open_dataset
@@ -164,8 +165,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 def trainer_threads(config: RunConfig) -> int:
     """Threads of all trainer ranks together, on a machine without GPUs."""
     parallel = config.parallel
-    ranks = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size
-    return ranks * (parallel.data_parallel_size or 1) * parallel.threads_per_rank
+    return ranks_per_copy(config) * (parallel.data_parallel_size or 1) * parallel.threads_per_rank
 
 
 def step_shape(

@@ -69,6 +69,8 @@ class VisionTower(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.merge = hf_config.spatial_merge_size
+        self.num_taps = 0
+        self.dtype = config.params_dtype
         self.window_blocks = hf_config.window_size // hf_config.spatial_merge_size // hf_config.patch_size
         patch_values = hf_config.in_channels * hf_config.temporal_patch_size * hf_config.patch_size**2
         # A convolution whose stride is its kernel is a linear layer on flattened patches.

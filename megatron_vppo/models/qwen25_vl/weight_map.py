@@ -28,7 +28,9 @@ def vision_entries(vision: Qwen2_5_VLVisionConfig) -> list[Entry]:
     return [
         patch_entry(vision, hf="visual."),
         *(entry for layer in range(vision.depth) for entry in _layer(vision, layer)),
-        vision_entry("vision.merger.norm.weight", (f"{merger}ln_q.weight",), whole(vision.hidden_size)),
+        vision_entry(
+            "vision.merger.norm.weight", (f"{merger}ln_q.weight",), whole(vision.hidden_size), part="projector"
+        ),
         *merger_entries(vision, ours="vision.merger.", fc1=f"{merger}mlp.0", fc2=f"{merger}mlp.2"),
     ]
 

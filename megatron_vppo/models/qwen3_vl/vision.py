@@ -55,6 +55,7 @@ class VisionTower(MegatronModule):
     ) -> None:
         super().__init__(config)
         self.merge = hf_config.spatial_merge_size
+        self.dtype = config.params_dtype
         patch_values = hf_config.in_channels * hf_config.temporal_patch_size * hf_config.patch_size**2
         # A convolution whose stride is its kernel is a linear layer on flattened patches.
         self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=True, dtype=config.params_dtype)

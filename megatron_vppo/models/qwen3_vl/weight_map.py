@@ -42,8 +42,8 @@ def vision_entries(vision: Qwen3VLVisionConfig) -> list[Entry]:
 
 def _merger(vision: Qwen3VLVisionConfig, *, ours: str, hf: str, normed: int) -> list[Entry]:
     return [
-        vision_entry(f"{ours}norm.weight", (f"{hf}norm.weight",), whole(normed)),
-        vision_entry(f"{ours}norm.bias", (f"{hf}norm.bias",), whole(normed)),
+        vision_entry(f"{ours}norm.weight", (f"{hf}norm.weight",), whole(normed), part="projector"),
+        vision_entry(f"{ours}norm.bias", (f"{hf}norm.bias",), whole(normed), part="projector"),
         *merger_entries(vision, ours=ours, fc1=f"{hf}linear_fc1", fc2=f"{hf}linear_fc2"),
     ]
 

@@ -39,7 +39,13 @@ def plan_model(config_folder: Path) -> ModelPlan:
     """
     hf_config = read_config(config_folder)
     with _alone() as layout:
-        model = build_model(hf_config, groups=layout.groups, dtype=torch.bfloat16, device=torch.device("meta"))
+        model = build_model(
+            hf_config,
+            groups=layout.groups,
+            vision_groups=layout.vision_groups,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+        )
         sharded = model.sharded_state_dict()
         entries = tuple(
             _stored(entry, sharded.pop(entry.local_name(model.stage_layers)))

@@ -1,0 +1,185 @@
+"""`vppo plan`: a model and a number of GPUs in, a table of the layouts that fit out."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from megatron_vppo.config.schema import ActorConfig, DataConfig, ParallelConfig, RolloutConfig
+from megatron_vppo.models.published import PUBLISHED, published_config
+from megatron_vppo.models.transformer_config import HfConfig
+from megatron_vppo.trainer.plan import (
+    ENGINE_RESERVE,
+    GIB,
+    TRAINER_RESERVE,
+    Candidate,
+    Cluster,
+    Offered,
+    Plan,
+    Workload,
+    make_plan,
+)
+
+MOST_ROWS = 12
+"""Of the table."""
+WIDTH = 100
+"""Characters of a line."""
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Prints the plan. Status 1 where nothing fits.
+
+    Raises:
+        ValueError: no such model, or numbers that contradict each other.
+    """
+    hf_config = load_config(options.model)
+    cluster = Cluster(
+        gpus=options.gpus, gpu_bytes=options.gpu_memory * GIB, gpus_per_node=min(options.gpus, options.gpus_per_node)
+    )
+    pixels_per_token = _pixels_per_token(hf_config)
+    workload = Workload(
+        prompt_tokens=options.prompt_tokens,
+        response_tokens=options.response_tokens,
+        images_per_row=options.images_per_row,
+        image_tokens=options.image_tokens or DataConfig.model_fields["max_pixels"].default // pixels_per_token,
+        rows_per_micro_batch=options.rows_per_micro_batch,
+        responses_per_prompt=RolloutConfig.model_fields["n"].default,
+        head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
+    )
+
+    def plan(cluster: Cluster, workload: Workload) -> Plan:
+        return make_plan(
+            hf_config,
+            cluster=cluster,
+            workload=workload,
+            offered=offered(),
+            rollout_tensor=options.rollout_tp,
+            answers=options.answers,
+            frozen=frozenset(options.freeze),
+        )
+
+    result = plan(cluster, workload)
+    print(*_header(options.model, result, cluster, workload), sep="\n")
+    if result.fitting:
+        print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
+        if options.freeze:
+            print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
+        return 0
+    print(f"\nNothing fits.\n{_nearest(result, cluster)}", *_what_would_fit(plan, cluster, workload), sep="\n")
+    return 1
+
+
+def _what_would_fit(plan: Callable[[Cluster, Workload], Plan], cluster: Cluster, workload: Workload) -> Iterator[str]:
+    larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in (2, 4, 8, 16, 32))
+    enough = next((c for c in larger if plan(c, workload).fitting), None)
+    yield f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help."
+    if workload.rows_per_micro_batch > 1 and plan(cluster, replace(workload, rows_per_micro_batch=1)).fitting:
+        yield "What would fit: --rows-per-micro-batch 1 on these."
+
+
+def offered() -> Offered:
+    """What the settings of this version can say."""
+    recompute = typing.get_args(ParallelConfig.model_fields["recompute"].annotation)
+    return Offered(recompute=recompute, engines_sleep=False)
+
+
+def load_config(model: str) -> HfConfig:
+    """The configuration of a released model or of a Hugging Face folder; nothing is downloaded."""
+    if model in PUBLISHED:
+        return published_config(model)
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"--model {model}: no folder with a config.json, and not one of {', '.join(PUBLISHED)}")
+    return AutoConfig.from_pretrained(model)
+
+
+def _pixels_per_token(hf_config: HfConfig) -> int:
+    vision = hf_config.vision_config
+    return (vision.patch_size * vision.spatial_merge_size) ** 2
+
+
+def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Iterator[str]:
+    yield (
+        f"{Path(model).name}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; "
+        f"{cluster.gpus} GPUs of {cluster.gpu_bytes // GIB} GiB"
+    )
+    yield (
+        f"rows per micro-batch: {workload.rows_per_micro_batch}; tokens per row: {workload.prompt_tokens} + "
+        f"{workload.response_tokens}; pictures per row: {workload.images_per_row} of {workload.image_tokens} tokens"
+    )
+    for reason in plan.refused:
+        yield textwrap.fill(f"not possible: {reason.partition(';')[0]}", width=WIDTH, subsequent_indent="  ")
+
+
+FOOTNOTE = (
+    "Best: a replica (TP x PP x CP) within a node, then without recompute, then the smallest replica. Sequence "
+    "parallelism is on where TP > 1. Engines do not sleep while training: they get what the trainer leaves, and hold "
+    "so many answers of full length at once. Trainer state stays on the GPU. Estimates: no GPU has confirmed "
+    "activations and reserves (docs/plan.md)."
+)
+COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
+
+
+def _table(plan: Plan, cluster: Cluster) -> Iterator[str]:
+    yield f"\nGiB on the fullest GPU; trainer: their sum and {TRAINER_RESERVE // GIB} GiB of reserve. Best first:"
+    yield COLUMNS
+    for c in plan.fitting[:MOST_ROWS]:
+        assert c.engine is not None
+        yield (
+            f"{c.tensor:4}{c.pipeline:4}{c.context:4}{c.data:4} {c.recompute:9}"
+            f"{_gib(c.state.weights):>9}{_gib(c.state.gradients):>7}{_gib(c.state.optimizer):>8}"
+            f"{_gib(c.activations.layers):>7}{_gib(c.activations.head):>6}{_gib(c.trainer_bytes):>8} |"
+            f"{c.engine.tensor:11}{_gib(c.engine.utilization * cluster.gpu_bytes):>6}{c.engine.answers:8}"
+        )
+    if len(plan.fitting) > MOST_ROWS:
+        yield f"  and {len(plan.fitting) - MOST_ROWS} more"
+    yield ""
+    yield textwrap.fill(FOOTNOTE, width=WIDTH)
+    yield "\nSettings of the first line:"
+
+
+def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Iterator[str]:
+    assert best.engine is not None
+    yield "parallel:"
+    yield f"  tensor_model_parallel_size: {best.tensor}"
+    yield f"  pipeline_model_parallel_size: {best.pipeline}"
+    if best.context > 1:
+        yield f"  context_parallel_size: {best.context}"
+    yield f"  data_parallel_size: {best.data}"
+    if best.sequence_parallel:
+        yield "  sequence_parallel: true"
+    yield f"  recompute: {best.recompute}"
+    yield "actor:"
+    yield f"  micro_batch_size_per_device_for_update: {workload.rows_per_micro_batch}"
+    yield f"  micro_batch_size_per_device_for_experience: {workload.rows_per_micro_batch}"
+    yield "rollout:"
+    yield f"  tensor_parallel_size: {best.engine.tensor}"
+    yield f"  gpu_memory_utilization: {best.engine.utilization}"
+    yield "data:"
+    yield f"  max_prompt_length: {workload.prompt_tokens}"
+    yield f"  max_response_length: {workload.response_tokens}"
+    yield f"  max_pixels: {workload.image_tokens * pixels_per_token}"
+
+
+def _nearest(plan: Plan, cluster: Cluster) -> str:
+    closest = plan.closest
+    if closest is None:
+        return "The model's sizes allow none of the layouts."
+    state, activations = closest.state, closest.activations
+    return textwrap.fill(
+        f"The smallest trainer, TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP {closest.data} "
+        f"with recompute {closest.recompute}, takes {_gib(closest.trainer_bytes)} of {cluster.gpu_bytes // GIB} GiB: "
+        f"weights {_gib(state.weights)}, gradients {_gib(state.gradients)}, optimizer {_gib(state.optimizer)}, "
+        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}. An engine needs its weights, "
+        f"{ENGINE_RESERVE // GIB} GiB and room for the answers beside it.",
+        width=WIDTH,
+    )
+
+
+def _gib(number: float) -> str:
+    return f"{number / GIB:.1f}"

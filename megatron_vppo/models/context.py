@@ -1,0 +1,51 @@
+"""Context parallelism: which tokens of packed sequences each rank works on.
+
+Every sequence is cut into twice as many chunks as there are ranks, and each rank takes one from the front and one from
+the back: its queries then meet as many keys as those of any other rank. Shape suffix legend: T = tokens of one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def own_chunks(*, rank: int, size: int) -> tuple[int, int]:
+    """The two chunks of each sequence, out of 2 * size."""
+    return rank, 2 * size - 1 - rank
+
+
+@functools.lru_cache(maxsize=64)
+def own_tokens(lengths: tuple[int, ...], *, rank: int, size: int) -> Tensor:
+    """int64 [T], rising within each sequence: indices into the packed tokens of all ranks.
+
+    Raises:
+        ValueError: a length that does not divide into 2 * size chunks.
+    """
+    if size == 1:
+        return torch.arange(sum(lengths))
+    if any(length % (2 * size) for length in lengths):
+        raise ValueError(f"sequences of {list(lengths)} tokens over {size} ranks must be multiples of {2 * size}")
+    indices, start = [], 0
+    for length in lengths:
+        chunk = length // (2 * size)
+        indices += [torch.arange(chunk) + start + number * chunk for number in own_chunks(rank=rank, size=size)]
+        start += length
+    return torch.cat(indices)
+
+
+def padded_lengths(lengths: Sequence[int], *, tensor: int, context: int) -> list[int]:
+    """Lengths that the sequences must be padded to.
+
+    Each to a multiple of twice the context-parallel size; the last one further, until the tokens of one rank divide
+    over `tensor` ranks (sequence parallelism; 1: none).
+    """
+    each = 2 * context if context > 1 else 1
+    padded = [math.ceil(length / each) * each for length in lengths]
+    while sum(padded) % (context * tensor):
+        padded[-1] += each
+    return padded

@@ -1,0 +1,32 @@
+"""How a model is laid out and run. Nothing here changes what it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Recompute = Literal["none", "selective", "full"]
+VisionSplit = Literal["tensor", "images"]
+Part = Literal["vision_tower", "projector", "language_model"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    pipeline_layers: tuple[int, ...] | None = None
+    """Language layers of each pipeline stage, in the order of the model; None: an even split. With virtual stages there
+    are as many entries as stages in all."""
+    virtual_stages: int = 1
+    """Stages that each pipeline rank holds; stage s lies on rank s % (pipeline size)."""
+    sequence_parallel: bool = False
+    """Between the language model's layers each tensor-parallel rank holds its share of the tokens."""
+    recompute: Recompute = "none"
+    """What runs again in the backward pass instead of being kept: attention alone, or whole layers of both towers."""
+    vision_split: VisionSplit = "tensor"
+    """'tensor': the tower is split over the tensor-parallel ranks; 'images': each of them holds all of it and runs it
+    on pictures of its own. In both cases context-parallel ranks run it on different pictures."""
+    frozen: frozenset[Part] = frozenset()
+    """Parts without gradient."""
+
+
+PLAIN = ModelOptions()
+"""One stage per pipeline rank, everything kept and everything trained."""

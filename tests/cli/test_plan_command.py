@@ -1,0 +1,126 @@
+"""`vppo plan` as a user sees it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megatron_vppo.cli.main import main
+from megatron_vppo.cli.plan import offered
+from megatron_vppo.config.load import load_config
+from tests.models.tiny import tiny_config
+
+EXAMPLE = ["plan", "--model", "qwen2.5-vl-32b", "--gpus", "32", "--gpu-memory", "80"]
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 0) -> str:
+    assert main(arguments) == status
+    out = capsys.readouterr().out
+    assert max(len(line) for line in out.splitlines()) <= 100
+    return out
+
+
+def rows_of(out: str) -> list[list[str]]:
+    lines = [
+        line.replace("|", "")
+        for line in out.splitlines()
+        if re.match(r" +\d+ +\d+ +\d+ +\d+ (none|selective|full)", line)
+    ]
+    return [line.split() for line in lines]
+
+
+def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, *EXAMPLE)
+    assert out.startswith("qwen2.5-vl-32b: 33.45 B parameters")
+    rows = rows_of(out)
+    assert len(rows) > 3
+    for tensor, pipeline, context, data, _, *memory in rows:
+        assert int(tensor) * int(pipeline) * int(context) * int(data) == 32
+        weights, grads, optimizer, activations, head, trainer = map(float, memory[:6])
+        assert weights + grads + optimizer + activations + head + 3 == pytest.approx(trainer, abs=0.3)
+        assert trainer + float(memory[7]) <= 80
+    # TP 8: an eighth of 33.45 B values at 2 and 4 bytes, and at 12 over the data-parallel ranks.
+    eighth = next(row for row in rows if row[:2] == ["8", "1"])
+    gib = 33_452_718_336 / 8 / 2**30
+    assert [float(number) for number in eighth[5:8]] == pytest.approx([2 * gib, 4 * gib, 12 * gib / 4], abs=0.06)
+
+
+def test_the_settings_of_the_best_layout_are_a_configuration(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = printed(capsys, *EXAMPLE, "--rows-per-micro-batch", "2", "--image-tokens", "600", "--freeze", "vision_tower")
+    lines = out.partition("Settings of the first line:\n")[2]
+    path = tmp_path / "config.yaml"
+    values = yaml.safe_load(lines)
+    values["data"]["train_files"] = "train.parquet"
+    values["model"]["path"] = "folder"
+    path.write_text(yaml.safe_dump(values))
+    config = load_config(path)
+    tensor, pipeline, context, data, recompute, *memory = rows_of(out)[0]
+    parallel, rollout = config.parallel, config.rollout
+    assert (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) == (int(tensor), int(pipeline))
+    assert (parallel.data_parallel_size, parallel.recompute) == (int(data), recompute)
+    assert (parallel.context_parallel_size, parallel.sequence_parallel) == (int(context), int(tensor) > 1)
+    assert config.model.freeze == ("vision_tower",)
+    assert rollout.tensor_parallel_size == int(memory[6])
+    assert rollout.gpu_memory_utilization * 80 == pytest.approx(float(memory[7]), abs=0.06)
+    assert config.actor.micro_batch_size_per_device_for_update == 2
+    assert config.actor.micro_batch_size_per_device_for_experience == 2
+    assert config.data.max_pixels == 600 * 28 * 28
+    assert (config.data.max_prompt_length, config.data.max_response_length) == (4096, 2048)
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "plan", "--model", "qwen2.5-vl-72b", "--gpus", "16", "--gpu-memory", "80", status=1)
+    assert "Nothing fits" in out and not rows_of(out)
+    assert re.search(r"takes [\d.]+ of 80 GiB: weights [\d.]+, gradients [\d.]+, optimizer", " ".join(out.split()))
+    gpus = int(re.search(r"What would fit: (\d+) such GPUs", out)[1])  # type: ignore[index]
+    assert rows_of(printed(capsys, "plan", "--model", "qwen2.5-vl-72b", "--gpus", str(gpus), "--gpu-memory", "80"))
+
+
+def test_fewer_rows_are_named_where_they_help(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "--model", "qwen2.5-vl-7b", "--gpus", "4", "--gpu-memory", "80"]
+    assert "What would fit: --rows-per-micro-batch 1" in printed(
+        capsys, *command, "--rows-per-micro-batch", "96", status=1
+    )
+    assert rows_of(printed(capsys, *command, "--rows-per-micro-batch", "1"))
+
+
+def test_too_small_a_gpu_is_not_helped_by_more_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, "plan", "--model", "qwen3-vl-2b", "--gpus", "1", "--gpu-memory", "4", status=1)
+    assert "Up to 32 times as many GPUs would not help." in out
+
+
+def test_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_config(tied=True, vocab=299).save_pretrained(tmp_path)
+    command = ["plan", "--model", str(tmp_path), "--gpus", "2", "--gpu-memory", "40", "--gpus-per-node", "1"]
+    rows = rows_of(printed(capsys, *command))
+    assert {row[0] for row in rows} == {row[1] for row in rows} == {"1"}, (
+        "tensor parallelism stays within a node of one GPU; 3 layers do not halve"
+    )
+
+
+def test_what_this_version_offers() -> None:
+    assert offered().recompute == ("none", "selective", "full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "qwen2.5-vl-8b"], "not one of qwen2.5-vl-3b, "),
+        (["--model", "qwen3-vl-2b", "--images-per-row", "9"], "lower --image-tokens"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--gpus", "8", "--gpu-memory", "80", *arguments]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("vppo: ") and message in error and error.count("\n") == 1
+
+
+def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--model", "qwen3-vl-2b", "--gpus", "0", "--gpu-memory", "80"])
+    assert "--gpus: 0 is not positive" in capfd.readouterr().err

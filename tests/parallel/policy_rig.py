@@ -1,0 +1,253 @@
+"""Rows, settings and policies for tests of the policy, and what transformers says of them.
+
+What an update should do is computed with transformers' model, autograd and torch's AdamW, row by row, without packing.
+Adam's eps is 1 here, so that a weight's change is a smooth function of its gradient (g / (|g| + 1) in the first step)
+and an error in the gradient shows in proportion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
+from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.models.build import build_model
+from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.lr_schedule import LrSchedule
+from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
+from megatron_vppo.parallel.training import OptimSettings, make_trainable
+from tests.models.tiny import (
+    GRIDS,
+    IMAGE,
+    MERGE,
+    make_pixels,
+    make_rows,
+)
+
+TEMPERATURE = 0.8
+LEARNING_RATE = 1.0
+
+
+def constant(rate: float) -> LrSchedule:
+    return LrSchedule(peak=rate, kind="constant", warmup_steps=0, total_steps=1, min_ratio=0.0)
+
+
+OPTIM = OptimSettings(
+    lr=constant(LEARNING_RATE),
+    betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, max_grad_norm=1e9,
+    use_distributed_optimizer=True,
+)  # fmt: skip
+RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
+GROUPS = (0, 0, 1, 1, 2, 2)
+ANSWER_LENGTH = 4
+STEP = 3
+BANNED = (1, 281)
+"""One in the rows of each of two tensor-parallel ranks; no row contains them."""
+
+
+def make_responses() -> list[Response]:
+    """The last tokens of each row are the answer. Two rows make a group, though their prompts differ."""
+    names = list(GRIDS)
+    responses = []
+    for number, row in enumerate(make_rows()):
+        length = ANSWER_LENGTH - number % 2
+        prompt = Prompt(
+            split="train", row=number, problem="", answer="", token_ids=tuple(row.token_ids[:-length]),
+            compact_token_ids=(), images=tuple(ImageRef("train", names.index(n), 0) for n in row.images),
+            grids_thw=tuple(GRIDS[n] for n in row.images),
+        )  # fmt: skip
+        responses.append(
+            Response(prompt, GROUPS[number], number % 2, tuple(row.token_ids[-length:]), (0.0,) * length, "stop", 0)
+        )
+    return responses
+
+
+def patches(ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+    clean = list(make_pixels().values())[ref.row]
+    if perturb is None:
+        return clean
+    generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_row or 0) % 997 + ref.row)
+    return clean + torch.randn(clean.shape, generator=generator)
+
+
+def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(responses), ANSWER_LENGTH)
+    mask_BT = torch.zeros(shape)
+    for row, response in enumerate(responses):
+        mask_BT[row, : len(response.token_ids)] = 1.0
+    noise = [torch.randn(shape, generator=generator) for _ in range(4)]
+    return TrainBatch(
+        responses=tuple(responses),
+        old_logp_BT=(-4.0 + noise[0]) * mask_BT,
+        advantage_BT=noise[1] * mask_BT,
+        pg_weight_BT=noise[2].abs() * mask_BT,
+        entropy_weight_BT=0.1 * noise[3].abs() * mask_BT,
+        response_mask_BT=mask_BT,
+        loss=LossSpec(clip_ratio_low=0.99, clip_ratio_high=50.0, clip_ratio_dual=60.0, entropy_kind=entropy_kind),
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    logp_BT: Tensor
+    masked_logp_BT: Tensor
+    entropy_BT: Tensor
+    kl_BT: Tensor
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    """Of the loss, under Hugging Face names."""
+    weights: dict[str, Tensor]
+    """After the update."""
+
+
+# ---- what transformers says
+
+
+def _released(name: str, model_type: str) -> str:
+    """A name that transformers 5 uses in memory, as released checkpoints have it; Qwen3-VL's are the same."""
+    if model_type == "qwen3_vl":
+        return name
+    for prefix, short in {"model.visual.": "visual.", "model.language_model.": "model."}.items():
+        if name.startswith(prefix):
+            return short + name.removeprefix(prefix)
+    return name
+
+
+def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
+    ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]])
+    images = {}
+    if response.prompt.images:
+        images = {
+            "pixel_values": torch.cat([patches(ref, perturb) for ref in response.prompt.images]),
+            "image_grid_thw": torch.tensor(response.prompt.grids_thw),
+            "mm_token_type_ids": (ids == IMAGE).int(),
+        }
+    out = model.model(input_ids=ids, **images).last_hidden_state[0]
+    logits = model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
+    return logits.index_fill(1, torch.tensor(BANNED), -1e30)
+
+
+def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> Outcome:
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    responses = make_responses()
+    batch = make_batch(responses, entropy_kind)
+    blocks = {name: torch.zeros(len(responses), ANSWER_LENGTH) for name in ("logp", "masked", "entropy", "kl")}
+    sums: dict[str, float] = {}
+    for row, response in enumerate(responses):
+        length = len(response.token_ids)
+        logp_NV = _hf_logits(model, response, None).log_softmax(-1)
+        key = PerturbKey(STEP, response.group_id * 2**16 + response.sample) if response.prompt.images else None
+        with torch.no_grad():
+            masked_NV = _hf_logits(model, response, key).log_softmax(-1)
+        targets = torch.tensor(response.token_ids)[:, None]
+        logp_N = logp_NV.gather(1, targets)[:, 0]
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        terms = surrogate_loss(
+            logp_N, batch.old_logp_BT[row, :length], batch.advantage_BT[row, :length], batch.pg_weight_BT[row, :length],
+            batch.entropy_weight_BT[row, :length], spec=batch.loss, entropy_N=entropy_N,
+        )  # fmt: skip
+        terms.loss.backward()
+        for name, value in terms.weighted_sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+        blocks["logp"][row, :length] = logp_N.detach()
+        blocks["entropy"][row, :length] = entropy_N.detach()
+        blocks["masked"][row, :length] = masked_NV.gather(1, targets)[:, 0]
+        blocks["kl"][row, :length] = (logp_NV.exp() * (logp_NV - masked_NV)).sum(-1).detach()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
+    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+    torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+    ).step()
+    names = {name: _released(name, model.config.model_type) for name, _ in model.named_parameters()}
+    weights = {names[name]: parameter.detach() for name, parameter in model.named_parameters()}
+    return Outcome(
+        blocks["logp"], blocks["masked"], blocks["entropy"], blocks["kl"],
+        {**sums, "actor/grad_norm": float(norm)}, {names[name]: gradient for name, gradient in exact.items()}, weights,
+    )  # fmt: skip
+
+
+# ---- what the policy does
+
+
+def make_policy(
+    folder: Path, layout: Layout, *, rows: int, optim: OptimSettings = OPTIM, options: ModelOptions | None = None
+) -> MegatronPolicy:
+    """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
+    config = AutoConfig.from_pretrained(folder)
+    options = options or ModelOptions(pipeline_layers=(1, 2) if layout.pipeline == 2 else None)
+    stages = [
+        build_model(
+            config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=torch.float32,
+            device=layout.device, options=options, virtual_stage=number,
+        )
+        for number in range(options.virtual_stages)
+    ]  # fmt: skip
+    for stage in stages:
+        load_hf_weights(stage, folder)
+    return MegatronPolicy(
+        make_trainable(stages, layout=layout, settings=optim, dtype=torch.float32, frozen=options.frozen),
+        layout=layout,
+        settings=PolicySettings(
+            temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,
+            image_token_id=IMAGE, merge_size=MERGE,
+            rows_per_update=rows, rows_per_experience=rows, head_chunk_tokens=5, perturb_per="row",
+        ),
+        patches=patches,
+        positions=lambda ids, grids: mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=MERGE),
+    )  # fmt: skip
+
+
+def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
+    """What `accumulate_gradients` left, under Hugging Face names: it takes the parameters' place in an export."""
+    for stage in policy.trainable.stages:
+        for parameter in stage.parameters():
+            parameter.data = parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def resumed_equals_straight(
+    folder: Path,
+    layout: Layout,
+    checkpoints: Path,
+    *,
+    distributed_optimizer: bool,
+    options: ModelOptions | None = None,
+) -> bool:
+    """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
+    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed_optimizer)
+    batch = make_batch(make_responses(), "nll")
+    straight = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    straight.update(batch)
+    for step in (1, 2):
+        save_checkpoint(
+            checkpoints,
+            step=step,
+            trainable=straight.trainable,
+            layout=layout,
+            state={"data": {"offset": step}},
+            keep=1,
+        )
+    straight.update(batch)
+    resumed = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    assert latest_step(checkpoints) == 2
+    assert [path.name for path in checkpoints.glob("*step*")] == ["global_step_2"]
+    state = load_checkpoint(checkpoints, step=2, trainable=resumed.trainable, layout=layout)
+    assert state == {"step": 2, "data": {"offset": 2}}
+    resumed.update(batch)
+    pairs = zip(straight.hf_weights(), resumed.hf_weights(), strict=True)
+    return all([name == other and torch.equal(a, b) for (name, a), (other, b) in pairs])

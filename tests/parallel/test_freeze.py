@@ -1,0 +1,150 @@
+"""Frozen parts have no gradient and no optimizer state, do not change and are not streamed; the rest trains as ever."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_vppo.models.options import ModelOptions, Part
+from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.policy import MegatronPolicy
+from tests.gloo import run_gloo
+from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.parallel.policy_rig import (
+    OPTIM,
+    Outcome,
+    expected_outcome,
+    hf_gradients,
+    make_batch,
+    make_policy,
+    make_responses,
+)
+
+GRADIENT_TOLERANCE = 1e-4
+MODELS = {
+    "Qwen2.5-VL": tiny_config(tied=True, vocab=299),
+    "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,)),
+}
+FROZEN: tuple[frozenset[Part], ...] = (
+    frozenset({"vision_tower"}),
+    frozenset({"vision_tower", "projector"}),
+    frozenset({"projector"}),
+    frozenset({"language_model"}),
+    frozenset({"language_model", "projector"}),
+)
+LAYOUTS = ((1, 1, False), (2, 1, True), (1, 2, False))
+"""Tensor, pipeline, sequence parallel."""
+ADAM_BYTES = 12
+"""Per trained fp32 parameter: master weights are the parameters themselves, two moments, and the fp32 gradient."""
+
+
+def part_of(name: str) -> Part:
+    """Of a tensor, by its Hugging Face name; written without the project's weight map."""
+    if "visual." not in name:
+        return "language_model"
+    return "projector" if ".merger." in name or "deepstack_merger" in name else "vision_tower"
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    gradients: dict[str, Tensor]
+    streamed: set[str]
+    """Names."""
+    all_names: set[str]
+    kept: frozenset[str]
+    changed: set[str]
+    state_bytes: int
+    """Gradient buffers and optimizer state of this rank."""
+    trained_values: int
+    """Of this rank's parameters that are trained."""
+
+
+def _find(policy: MegatronPolicy) -> Found:
+    before = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    policy.update(make_batch(make_responses(), "nll"))
+    after = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    parameters = [p for stage in policy.trainable.stages for p in stage.parameters()]
+    trained = [p for p in parameters if p.requires_grad]
+    assert all(p.grad is None and not hasattr(p, "main_grad") for p in parameters if not p.requires_grad)
+    return Found(
+        gradients={},
+        streamed={name for name, _ in policy.hf_weights(only_trained=True)},
+        all_names=set(before),
+        kept=policy.frozen_hf_names,
+        changed={name for name in before if not torch.equal(before[name], after[name])},
+        state_bytes=_gradient_bytes(policy) + _optimizer_bytes(policy),
+        trained_values=sum(p.numel() for p in trained),
+    )
+
+
+def _gradient_bytes(policy: MegatronPolicy) -> int:
+    return sum(buffer.grad_data.nbytes for ddp in policy.trainable.ddps for buffer in ddp.buffers)
+
+
+def _optimizer_bytes(policy: MegatronPolicy) -> int:
+    parts = getattr(policy.trainable.optimizer, "chained_optimizers", [policy.trainable.optimizer])
+    states = [state for part in parts if part.optimizer is not None for state in part.optimizer.state.values()]
+    return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value) and value.dim())
+
+
+def _rank(rank: int, world: int, layouts: list[tuple[int, int, bool]], folders: dict[str, Path]) -> dict[Any, Found]:
+    found = {}
+    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False, weight_decay=0.0)
+    for tensor, pipeline, sequence_parallel in layouts:
+        layout: Layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
+        for name, folder in folders.items():
+            for frozen in FROZEN:
+                options = ModelOptions(
+                    pipeline_layers=(1, 2) if pipeline == 2 else None,
+                    sequence_parallel=sequence_parallel,
+                    recompute="full" if name == "Qwen3-VL" else "none",
+                    frozen=frozen,
+                )
+                state = _find(make_policy(folder, layout, rows=1, optim=optim, options=options))
+                policy = make_policy(folder, layout, rows=1, optim=optim, options=options)
+                policy.accumulate_gradients(make_batch(make_responses(), "nll"))
+                gradients = hf_gradients(policy)
+                found[tensor, pipeline, name, frozen] = dataclasses.replace(state, gradients=gradients)
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
+    made = {}
+    for name, config in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny_model(folder, config)
+        made[name] = (folder, expected_outcome(folder, "nll", OPTIM))
+    return made
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_frozen_parts(ranks: int, models: dict[str, tuple[Path, Outcome]]) -> None:
+    layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == ranks]
+    folders = {name: folder for name, (folder, _) in models.items()}
+    for found in run_gloo(_rank, ranks, layouts, folders, timeout_seconds=600):
+        for (tensor, pipeline, name, frozen), state in found.items():
+            where = f"TP {tensor} PP {pipeline}, {name}, without {sorted(frozen)}"
+            expected = models[name][1].gradients
+            assert state.all_names == expected.keys(), where
+            trained = {n for n in expected if part_of(n) not in frozen}
+            assert state.streamed == trained, where
+            assert state.kept == expected.keys() - trained, where
+            assert state.changed == trained, where
+            # Buffers are padded by less than a hundred values.
+            assert 0 <= state.state_bytes - ADAM_BYTES * state.trained_values < 400 * pipeline, where
+            for tensor_name, gradient in state.gradients.items():
+                right = expected[tensor_name]
+                if tensor_name not in trained:
+                    assert not gradient.any(), f"{where}: {tensor_name} has a gradient"
+                    continue
+                off = float((gradient - right).norm() / right.norm())
+                assert off < GRADIENT_TOLERANCE, f"{where}: gradient of {tensor_name} off by {off:.1e} of its norm"

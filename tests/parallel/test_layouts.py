@@ -1,0 +1,204 @@
+"""One micro-batched, packed scoring pass and gradient against transformers, for every layout of this table.
+
+Adding a layout is one line of LAYOUTS. `tools/layout_table.py` writes the table of docs/layouts.md from these runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_vppo.models.options import PLAIN, ModelOptions
+from megatron_vppo.parallel.layout import init_layout
+from tests.gloo import run_gloo
+from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.parallel.policy_rig import (
+    OPTIM,
+    STEP,
+    Outcome,
+    expected_outcome,
+    hf_gradients,
+    make_batch,
+    make_policy,
+    make_responses,
+)
+
+LOGP_TOLERANCE = 1e-5
+KL_TOLERANCE = 5e-5
+GRADIENT_TOLERANCE = 1e-4
+"""Relative, of each tensor's norm."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout of the four-layer models below."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    data: int = 1
+    options: ModelOptions = PLAIN
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.context * self.pipeline * self.data
+
+
+SP = ModelOptions(sequence_parallel=True)
+SP_IMAGES = ModelOptions(sequence_parallel=True, vision_split="images")
+IMAGES = ModelOptions(vision_split="images")
+UNEVEN = ModelOptions(pipeline_layers=(1, 3))
+INTERLEAVED = ModelOptions(virtual_stages=2)
+
+LAYOUTS = {
+    "one rank": Case(),
+    "one rank, attention recomputed": Case(options=ModelOptions(recompute="selective")),
+    "TP 2": Case(tensor=2),
+    "TP 2, sequence parallel": Case(tensor=2, options=SP),
+    "TP 2, pictures dealt": Case(tensor=2, options=IMAGES),
+    "CP 2": Case(context=2),
+    "CP 2, recomputed": Case(context=2, options=ModelOptions(recompute="full")),
+    "PP 2, uneven": Case(pipeline=2, options=UNEVEN),
+    "PP 2, interleaved": Case(pipeline=2, options=INTERLEAVED),
+    "DP 2": Case(data=2),
+    "TP 2 x CP 2, sequence parallel": Case(tensor=2, context=2, options=SP),
+    "TP 2 x CP 2, sequence parallel, pictures dealt": Case(tensor=2, context=2, options=SP_IMAGES),
+    "TP 2 x PP 2, sequence parallel, interleaved, recomputed": Case(
+        tensor=2, pipeline=2, options=ModelOptions(virtual_stages=2, sequence_parallel=True, recompute="full")
+    ),
+    "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
+    "CP 3 x DP 1": Case(context=3),
+    "CP 2 x DP 2": Case(context=2, data=2),
+    "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
+        tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 1))
+    ),
+}
+
+MODELS = {
+    "Qwen2.5-VL": tiny_config(tied=True, vocab=299, num_hidden_layers=4),
+    "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,), num_hidden_layers=4),
+}
+"""No vocabulary is divisible by 2."""
+EXPECTED = "expected.pickle"
+ROWS_EACH = (1, 6)
+"""Rows of a micro-batch: one by one, some without a picture; all packed, which leaves other micro-batches idle."""
+
+
+@dataclass(frozen=True)
+class Found:
+    logp: float
+    """Largest difference of log-probs (either view) and entropies, in nats."""
+    kl: float
+    gradient: float
+    """Largest relative difference of a parameter's gradient."""
+    gradient_of: str
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
+    made = {}
+    for name, config in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        save_tiny_model(folder, config)
+        made[name] = (folder, expected_outcome(folder, "entropy", OPTIM))
+        (folder / EXPECTED).write_bytes(pickle.dumps(made[name][1]))
+    return made
+
+
+Results = dict[tuple[str, str, int], Found]
+"""By layout, model and rows of a micro-batch."""
+
+
+@pytest.fixture(scope="module")
+def results_of(models: dict[str, tuple[Path, Outcome]]) -> Callable[[Case], Results]:
+    """Results of all layouts with as many ranks as the given one; processes are started once for all of these."""
+    done: dict[int, Results] = {}
+
+    def results(case: Case) -> Results:
+        if case.ranks not in done:
+            names = [name for name, other in LAYOUTS.items() if other.ranks == case.ranks]
+            folders = {model: folder for model, (folder, _) in models.items()}
+            (done[case.ranks], *others) = run_gloo(_rank, case.ranks, names, folders, timeout_seconds=600)
+            assert all(other.keys() == done[case.ranks].keys() for other in others)
+            for other in others:  # every rank has the whole result, and the same
+                assert {key: found.gradient for key, found in other.items()} == {
+                    key: found.gradient for key, found in done[case.ranks].items()
+                }
+        return done[case.ranks]
+
+    return results
+
+
+def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> Results:
+    found = {}
+    models: dict[str, tuple[Path, Outcome]] = {
+        model: (folder, pickle.loads((folder / EXPECTED).read_bytes())) for model, folder in folders.items()
+    }
+    for name in names:
+        case = LAYOUTS[name]
+        layout = init_layout(
+            tensor=case.tensor,
+            context=case.context,
+            pipeline=case.pipeline,
+            virtual_stages=case.options.virtual_stages,
+            vision_split=case.options.vision_split,
+            timeout_seconds=300,
+        )
+        optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
+        for model, (folder, expected) in models.items():
+            for rows in ROWS_EACH:
+                policy = make_policy(folder, layout, rows=rows, optim=optim, options=case.options)
+                scores = policy.score(make_responses(), step=STEP, views="both", divergence="kl_full")
+                policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
+                assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
+                pairs = (
+                    (scores.old_logp_BT, expected.logp_BT),
+                    (scores.masked_logp_BT, expected.masked_logp_BT),
+                    (scores.entropy_BT, expected.entropy_BT),
+                )
+                found[name, model, rows] = Found(
+                    logp=max(float((mine - right).abs().max()) for mine, right in pairs),
+                    kl=float((scores.divergence_BT - expected.kl_BT).abs().max()),
+                    **_worst_gradient(hf_gradients(policy), expected.gradients),
+                )
+        parallel_state.destroy_model_parallel()
+    return found
+
+
+def _worst_gradient(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float | str]:
+    assert gradients.keys() == expected.keys()
+    off = {name: float((gradients[name] - right).norm() / right.norm()) for name, right in expected.items()}
+    worst = max(off, key=lambda name: off[name])
+    return {"gradient": off[worst], "gradient_of": worst}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_transformers(
+    name: str, results_of: Callable[[Case], Results], record_property: Callable[[str, object], None]
+) -> None:
+    results = {key: found for key, found in results_of(LAYOUTS[name]).items() if key[0] == name}
+    assert len(results) == len(MODELS) * len(ROWS_EACH)
+    for (_, model, rows), found in results.items():
+        where = f"{name}, {model}, {rows} rows a micro-batch"
+        assert found.logp < LOGP_TOLERANCE, f"{where}: log-probs off by {found.logp:.1e}"
+        assert found.kl < KL_TOLERANCE, f"{where}: divergence off by {found.kl:.1e}"
+        off = f"{found.gradient:.1e} of its norm"
+        assert found.gradient < GRADIENT_TOLERANCE, f"{where}: gradient of {found.gradient_of} off by {off}"
+    for model in MODELS:
+        mine = [found for key, found in results.items() if key[1] == model]
+        record_property(f"{model}: log-probs", max(found.logp for found in mine))
+        record_property(f"{model}: gradients", max(found.gradient for found in mine))
+
+
+def test_every_gradient_matters(models: dict[str, tuple[Path, Outcome]]) -> None:
+    for name, (_, expected) in models.items():
+        weakest = min(expected.gradients, key=lambda n: float(expected.gradients[n].norm()))
+        assert float(expected.gradients[weakest].norm()) > 1e-4, f"{name}: {weakest}"

@@ -1,0 +1,182 @@
+"""The search for layouts: which are looked at, what they need, which come first."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_vppo.models.options import Part
+from megatron_vppo.models.published import PUBLISHED, published_config
+from megatron_vppo.trainer.plan import (
+    ENGINE_RESERVE,
+    GIB,
+    TRAINER_RESERVE,
+    Candidate,
+    Cluster,
+    Offered,
+    Plan,
+    Workload,
+    make_plan,
+)
+
+WORKLOAD = Workload(
+    prompt_tokens=4096,
+    response_tokens=2048,
+    images_per_row=1,
+    image_tokens=1280,
+    rows_per_micro_batch=1,
+    responses_per_prompt=8,
+    head_chunk_tokens=1024,
+)
+TODAY = Offered(recompute=("none", "selective", "full"), engines_sleep=False)
+NODE = Cluster(gpus=8, gpu_bytes=80 * GIB, gpus_per_node=8)
+
+
+def plan_of(
+    name: str,
+    cluster: Cluster = NODE,
+    workload: Workload = WORKLOAD,
+    offered: Offered = TODAY,
+    *,
+    rollout_tensor: int | None = None,
+    answers: int = 16,
+    frozen: frozenset[Part] = frozenset(),
+) -> Plan:
+    return make_plan(
+        published_config(name),
+        cluster=cluster,
+        workload=workload,
+        offered=offered,
+        rollout_tensor=rollout_tensor,
+        answers=answers,
+        frozen=frozen,
+    )
+
+
+def sizes_of(c: Candidate) -> tuple[int, int, int, int]:
+    return c.tensor, c.pipeline, c.context, c.data
+
+
+def sizes(plan: Plan) -> list[tuple[int, int, int, int]]:
+    return [sizes_of(c) for c in plan.fitting]
+
+
+def test_state_of_a_real_size() -> None:
+    """bfloat16 weights, fp32 gradients, 12 bytes of optimizer over data-parallel ranks; 1 % for what is not split."""
+    for c in plan_of("qwen2.5-vl-7b").fitting:
+        if c.pipeline == 1:
+            values = PUBLISHED["qwen2.5-vl-7b"].parameters / c.tensor
+            assert c.state.weights == pytest.approx(2 * values, rel=0.01)
+            assert c.state.gradients == 2 * c.state.weights
+            assert c.state.optimizer == 6 * c.state.weights // (c.data * c.context)
+            assert c.tensor * c.pipeline * c.context * c.data == 8
+
+
+def test_everything_that_fits_is_there_and_sorted() -> None:
+    plan = plan_of("qwen2.5-vl-7b")
+    assert {(t, p) for t, p, _, _ in sizes(plan)} <= {(t, p) for t in (1, 2, 4) for p in (1, 2, 4)}
+    order = [(TODAY.recompute.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline) for c in plan.fitting]
+    assert order == sorted(order)
+    assert len(set(sizes(plan))) == len(plan.fitting) > 3
+    assert any("28 attention heads" in reason for reason in plan.refused)
+    assert any("28 layers do not divide over 8" in reason for reason in plan.refused)
+    for c in plan.fitting:
+        assert c.engine is not None
+        assert c.trainer_bytes == c.state.total + c.activations.layers + c.activations.head + TRAINER_RESERVE
+        assert c.trainer_bytes + c.engine.utilization * 80 * GIB <= 80 * GIB
+
+
+def test_a_replica_within_a_node_comes_first() -> None:
+    fitting = plan_of("qwen2.5-vl-32b", replace(NODE, gpus=32), replace(WORKLOAD, rows_per_micro_batch=4)).fitting
+    across = [c.tensor * c.pipeline * c.context > 8 for c in fitting]
+    assert across == sorted(across) and any(across) and not all(across)
+    assert fitting[0].recompute == "full" and "none" in {c.recompute for c in fitting}
+
+
+def test_the_fullest_stage_counts() -> None:
+    """With tied weights of 151,936 x 2,048 on both ends and four micro-batches in flight, the first is fullest."""
+    c = next(c for c in plan_of("qwen3-vl-2b").fitting if (c.tensor, c.pipeline) == (1, 4))
+    assert c.activations.head == 0
+    layer = 2048 * 2048 * 2 + 2 * 2048 * 1024 + 3 * 2048 * 6144
+    tower = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * (4096**2 + 4096 * 2048) + 2304 * 1024 + 1536 * 1024
+    assert c.state.weights == pytest.approx(2 * (7 * layer + 151_936 * 2048 + tower), rel=0.005)
+
+
+def test_an_engine_holds_what_it_is_said_to_hold() -> None:
+    c = plan_of("qwen2.5-vl-7b", rollout_tensor=2).fitting[0]
+    assert c.engine is not None and c.engine.tensor == 2
+    per_answer = 2 * 28 * (4 // 2) * 128 * 2 * (4096 + 2048)
+    room = c.engine.utilization * 80 * GIB - PUBLISHED["qwen2.5-vl-7b"].parameters - ENGINE_RESERVE
+    assert c.engine.answers == int(room / per_answer)
+    more = plan_of("qwen2.5-vl-7b", rollout_tensor=2, answers=c.engine.answers + 1)
+    assert (c.tensor, c.pipeline, c.context, c.data) not in [
+        s for s, kept in zip(sizes(more), more.fitting, strict=True) if kept.recompute == c.recompute
+    ]
+
+
+def test_what_would_need_more() -> None:
+    plan = plan_of("qwen2.5-vl-72b")
+    assert not plan.fitting and plan.closest is not None
+    assert plan.closest.trainer_bytes > 80 * GIB
+    assert (plan.closest.recompute, plan.closest.tensor * plan.closest.pipeline) == ("full", 8)
+    assert plan_of("qwen2.5-vl-72b", replace(NODE, gpus=64)).fitting
+
+
+def test_a_node_is_the_bound_of_tensor_parallelism_and_of_engines() -> None:
+    plan = plan_of("qwen2.5-vl-32b", Cluster(gpus=64, gpu_bytes=80 * GIB, gpus_per_node=4))
+    assert plan.fitting
+    assert max(c.tensor for c in plan.fitting) == 4
+    assert max(c.engine.tensor for c in plan.fitting if c.engine) <= 4
+
+
+def test_context_and_sequence_parallelism() -> None:
+    found = {(c.tensor, c.pipeline, c.context): c for c in plan_of("qwen3-vl-8b").fitting}
+    assert all(c.sequence_parallel == (c.tensor > 1) for c in found.values())
+    one, two = found[4, 1, 1], found[4, 1, 2]
+    assert (one.data, two.data) == (2, 1)
+    assert two.state == one.state, "sharded over data x context"
+    if one.recompute == two.recompute:
+        assert two.activations.layers < one.activations.layers
+
+
+def test_engines_that_sleep_leave_room_for_activations() -> None:
+    offered = replace(TODAY, recompute=("full",))
+    beside = plan_of("qwen2.5-vl-7b", offered=offered, rollout_tensor=2).fitting[0]
+    asleep = plan_of("qwen2.5-vl-7b", offered=replace(offered, engines_sleep=True), rollout_tensor=2)
+    c = next(c for c in asleep.fitting if sizes_of(c) == sizes_of(beside))
+    assert beside.engine is not None and c.engine is not None
+    assert c.engine.answers > beside.engine.answers
+    assert c.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
+
+
+def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
+    parts: frozenset[Part] = frozenset({"vision_tower", "projector"})
+    whole, frozen = (plan_of("qwen3-vl-8b", frozen=parts).fitting for parts in (frozenset(), parts))
+    a, b = (next(c for c in fitting if (c.tensor, c.pipeline, c.context) == (4, 1, 1)) for fitting in (whole, frozen))
+    assert a.recompute == b.recompute
+    tower = 27 * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * (4608**2 + 4608 * 4096)
+    assert a.state.gradients - b.state.gradients == pytest.approx(4 * tower / 4, rel=0.05)
+    assert a.state.weights == pytest.approx(b.state.weights, rel=1e-5)
+    assert b.activations.layers < a.activations.layers
+
+
+def test_a_micro_batch_counts_pictures_and_views() -> None:
+    """Four neighbours of groups of eight lie in two groups at most; the perturbed picture of each is its own."""
+    workload = replace(WORKLOAD, rows_per_micro_batch=4)
+    update = workload.micro_batch(merge=2, context=1, both_views=False)
+    score = workload.micro_batch(merge=2, context=1, both_views=True)
+    assert (update.tokens, score.tokens) == (4 * 6143, 8 * 6143)
+    assert (update.patches, score.patches) == (2 * 5120, 6 * 5120)
+    assert (update.image_tokens, update.response_tokens) == (4 * 1280, 4 * 2048)
+    assert (
+        replace(workload, responses_per_prompt=1).micro_batch(merge=2, context=1, both_views=False).patches == 4 * 5120
+    )
+    two = workload.micro_batch(merge=2, context=4, both_views=True)
+    assert two.patches == 2 * 5120, "six pictures on four ranks"
+    assert WORKLOAD.micro_batch(merge=2, context=1, both_views=False).patches == 5120
+
+
+def test_pictures_that_do_not_fit_the_prompt() -> None:
+    with pytest.raises(ValueError, match="4 pictures of 1280 tokens do not fit a prompt of 4096"):
+        replace(WORKLOAD, images_per_row=4)

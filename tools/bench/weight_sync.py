@@ -1,0 +1,234 @@
+"""How fast trainer ranks stream their weights into a vLLM engine, beside a plain copy of the same bytes, as JSON.
+
+    python tools/bench/weight_sync.py [--tensor 2] [--pipeline 1] [--engine-ranks 1] [--dtype bfloat16] [--model FOLDER]
+
+Real ranks over gloo (NCCL with CUDA), a real engine led by the first of them, the transfer that training uses. The
+model defaults to the one of random_model.py, which is built first where it is missing. What the numbers mean:
+tools/bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from transformers import AutoConfig
+
+from bench.machine import commit, hardware, versions
+from megatron_vppo.models.build import build_model
+from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.parallel.export import hf_weights
+from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.records import EngineSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+RANDOM = ROOT / "build" / "bench" / "random_60m"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+START_SECONDS = 600.0
+WARMUP = 1
+SAMPLE_SECONDS = 0.002
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    model: Path
+    tensor: int
+    pipeline: int
+    engine_ranks: int
+    dtype: str
+    repeats: int
+
+
+@dataclass(frozen=True)
+class RankResult:
+    sync_seconds: list[float]
+    verified_seconds: float | None
+    copy_seconds: list[float]
+    num_bytes: int
+    extra_peak_mib: float
+    layer_group_mib: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=None, help="Hugging Face folder of a Qwen-VL")
+    parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel trainer ranks (default: 2)")
+    parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: 1)")
+    parser.add_argument("--engine-ranks", type=int, default=1, help="workers of the engine (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--repeats", type=int, default=5, help="measured syncs, after one that is not (default: 5)")
+    options = parser.parse_args(arguments)
+    if options.model is None:
+        builder = [sys.executable, "tools/bench/random_model.py", "--out", str(RANDOM)]
+        subprocess.run(builder, cwd=ROOT, stdout=sys.stderr, check=True)
+        options.model = RANDOM / "model"
+    print(json.dumps(measure(Case(**vars(options))), indent=1))
+
+
+def measure(case: Case) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="vppo-bench-") as folder:
+        ranks = case.tensor * case.pipeline
+        mp.spawn(_rank, args=(ranks, case, folder), nprocs=ranks)
+        results = [RankResult(**json.loads((Path(folder) / f"{rank}.json").read_text())) for rank in range(ranks)]
+    leader = results[0]
+    gigabytes = leader.num_bytes / 1e9
+    sync, copy = min(leader.sync_seconds), min(leader.copy_seconds)
+    return {
+        "model": str(case.model),
+        "layout": {"tensor": case.tensor, "pipeline": case.pipeline, "engine_ranks": case.engine_ranks},
+        "dtype": case.dtype,
+        "megabytes": round(leader.num_bytes / 1e6, 1),
+        "sync_s": [round(s, 4) for s in leader.sync_seconds],
+        "sync_verified_s": None if leader.verified_seconds is None else round(leader.verified_seconds, 4),
+        "copy_s": [round(s, 4) for s in leader.copy_seconds],
+        "sync_gb_per_s": round(gigabytes / sync, 3),
+        "copy_gb_per_s": round(gigabytes / copy, 3),
+        "sync_over_copy": round(sync / copy, 2),
+        "extra_peak_mib_by_rank": [round(result.extra_peak_mib, 1) for result in results],
+        "layer_group_mib": round(leader.layer_group_mib, 1),
+        "hardware": hardware(),
+        "versions": versions(),
+        "git": commit(ROOT),
+    }
+
+
+def _rank(rank: int, ranks: int, case: Case, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    os.environ["LOCAL_RANK"] = str(rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    layout = init_layout(tensor=case.tensor, pipeline=case.pipeline, timeout_seconds=START_SECONDS)
+    stage = build_model(
+        AutoConfig.from_pretrained(case.model),
+        groups=layout.groups,
+        vision_groups=layout.vision_groups,
+        dtype=DTYPES[case.dtype],
+        device=layout.device,
+    )
+    load_hf_weights(stage, case.model)
+    engine = _engine(case, Path(folder)) if rank == 0 else None
+    dist.barrier()
+    memory = PeakMemory()
+    seconds, num_bytes = [], 0
+    for repeat in range(WARMUP + case.repeats):
+        if repeat == WARMUP:
+            memory.start()
+        took, num_bytes = _sync(stage, engine, verify=False)
+        seconds.append(took)
+    extra = memory.stop()
+    verified, _ = _sync(stage, engine, verify=True)
+    result = RankResult(
+        sync_seconds=seconds[WARMUP:],
+        verified_seconds=verified if engine else None,
+        copy_seconds=_copies(stage, case.repeats),
+        num_bytes=num_bytes,
+        extra_peak_mib=extra,
+        layer_group_mib=_layer_group_bytes(stage, DTYPES[case.dtype]) / MIB,
+    )
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(vars(result)))
+    if engine is not None:
+        engine.close()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _engine(case: Case, folder: Path) -> RolloutEngine:
+    settings = EngineSettings(
+        model=str(case.model),
+        max_model_len=512,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=case.dtype,  # type: ignore[arg-type]
+        tensor_parallel_size=case.engine_ranks,
+        max_num_seqs=8,
+        cpu_kv_cache_gib=0.125,
+        load_format="empty",
+    )
+    engine = RolloutEngine(settings, log_path=folder / "engine.log")
+    engine.wait_ready(timeout_seconds=START_SECONDS)
+    return engine
+
+
+def _sync(stage: QwenVLModel, engine: RolloutEngine | None, *, verify: bool) -> tuple[float, int]:
+    """(seconds, bytes of the model) of one sync; all ranks together."""
+    dist.barrier()
+    began = time.perf_counter()
+    if engine is None:
+        num_bytes = sum(tensor.nbytes for _, tensor in hf_weights([stage]))
+    else:
+        num_bytes = engine.load_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
+    dist.barrier()
+    return time.perf_counter() - began, num_bytes
+
+
+def _copies(stage: QwenVLModel, repeats: int) -> list[float]:
+    """Seconds of copying the whole model once, tensor by tensor, by one thread; the others wait."""
+    whole = [tensor.clone() for _, tensor in hf_weights([stage])]
+    target = [torch.empty_like(tensor) for tensor in whole]
+    seconds = []
+    if dist.get_rank() == 0:
+        for _ in range(WARMUP + repeats):
+            began = time.perf_counter()
+            for source, place in zip(whole, target, strict=True):
+                place.copy_(source)
+            seconds.append(time.perf_counter() - began)
+    dist.barrier()
+    return seconds[WARMUP:]
+
+
+def _layer_group_bytes(stage: QwenVLModel, dtype: torch.dtype) -> int:
+    """Of the largest language layer, or of the embedding where that is larger: what one layer group of a stream is."""
+    groups: dict[int | str, int] = {}
+    for entry in stage.weight_map:
+        key = entry.layer if entry.layer is not None else entry.template
+        values = sum(torch.Size(shape).numel() for shape in entry.kind.hf_shapes())
+        groups[key] = groups.get(key, 0) + values * dtype.itemsize
+    return max(groups.values())
+
+
+class PeakMemory:
+    """Largest growth of this process's anonymous memory (RssAnon), which shared buffers are no part of."""
+
+    def start(self) -> None:
+        self._base = self._peak = _anonymous_bytes()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> float:
+        """MiB."""
+        self._stop.set()
+        self._thread.join()
+        return (self._peak - self._base) / MIB
+
+    def _follow(self) -> None:
+        while not self._stop.wait(SAMPLE_SECONDS):
+            self._peak = max(self._peak, _anonymous_bytes())
+
+
+def _anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) * 1024
+
+
+if __name__ == "__main__":
+    main()
