@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.launch import (
     end_with_torchrun,
     is_trainer_rank,
@@ -45,6 +46,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--config", required=True, type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
     train.set_defaults(run=_train)
+
+    convert = commands.add_parser(
+        "convert",
+        help="checkpoints: Hugging Face to Megatron and back",
+        description="Converts checkpoints between Hugging Face's and Megatron's format, and compares them.",
+    )
+    add_convert_commands(convert)
 
     plan = commands.add_parser(
         "plan", help="which parallel layouts fit", description="Layouts of a model that fit the GPUs, by arithmetic."

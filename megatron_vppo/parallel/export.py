@@ -15,8 +15,7 @@ from torch import Tensor
 from megatron_vppo.models.hf_loading import MappedModel
 from megatron_vppo.models.options import Part
 from megatron_vppo.models.weight_map import Entry, stream_entries
-
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.gguf")
+from megatron_vppo.parallel.conversion.config_files import copy_config_files
 
 
 @torch.no_grad()
@@ -83,7 +82,7 @@ def save_hf(
         return
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(source, unfinished, ignore=shutil.ignore_patterns(*_WEIGHT_FILES, ".*"))
+    copy_config_files(source, unfinished)
     files: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = pending_bytes = 0

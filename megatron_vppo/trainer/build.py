@@ -23,7 +23,7 @@ from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, r
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
+from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.observability.metrics import RunLog
@@ -214,7 +214,7 @@ def _policy(
         for number in range(options.virtual_stages)
     ]
     for stage in stages:
-        load_hf_weights(stage, source)
+        load_weights(stage, source)
     optim = config.actor.optim
     trainable = make_trainable(
         stages,

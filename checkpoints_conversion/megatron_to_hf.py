@@ -1,0 +1,8 @@
+"""Converted folder or training checkpoint -> Hugging Face folder: `vppo convert megatron-to-hf`; see its `--help`."""
+
+import sys
+
+from megatron_vppo.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", "megatron-to-hf", *sys.argv[1:]]))

@@ -1,0 +1,75 @@
+"""Distributed checkpoint -> the parameters of one rank's model, under any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from megatron_vppo.models.dist_metadata import DIST_CKPT, check_stored, read_metadata
+from megatron_vppo.models.hf_folder import has_hf_weights
+from megatron_vppo.models.hf_loading import MappedModel, load_hf_weights
+from megatron_vppo.models.weight_map import Vocabulary
+
+
+class ShardedModel(MappedModel, Protocol):
+    """A model with a weight map that can say where its parameters lie in a distributed checkpoint."""
+
+    def sharded_state_dict(self) -> dict[str, Any]: ...
+
+
+def load_weights(model: ShardedModel, folder: str | Path) -> None:
+    """Fills every parameter of this rank's model from a Hugging Face folder or a converted one.
+
+    Collective over all ranks where the folder is a converted one.
+
+    Raises:
+        ValueError: the folder holds both kinds of weights, or neither, or they are not those of the model.
+    """
+    folder = Path(folder)
+    converted = (folder / DIST_CKPT).is_dir()
+    if converted and has_hf_weights(folder):
+        raise ValueError(f"{folder} holds both {DIST_CKPT}/ and safetensors files; remove one of them")
+    if not converted and not has_hf_weights(folder):
+        raise ValueError(
+            f"{folder} holds no weights: neither model.safetensors, nor model.safetensors.index.json, nor {DIST_CKPT}/"
+        )
+    if converted:
+        load_dist_weights(model, folder / DIST_CKPT)
+    else:
+        load_hf_weights(model, folder)
+
+
+@torch.no_grad()
+def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
+    """Fills every parameter from a distributed checkpoint, written under whatever layout; collective over all ranks.
+
+    Only the tensors of parameters are read: Megatron's extra states are pickles, and those of our layers are empty.
+
+    Raises:
+        ValueError: the checkpoint is incomplete, lacks a tensor, or has one of another shape.
+    """
+    metadata = read_metadata(dist_ckpt)
+    parameters = dict(model.named_parameters())
+    sharded = {name: item for name, item in model.sharded_state_dict().items() if name in parameters}
+    tokens = next(entry.kind.tokens for entry in model.weight_map if isinstance(entry.kind, Vocabulary))
+    for item in sharded.values():
+        for part in sharded_parts(item):
+            rows = tokens if part.allow_shape_mismatch else None
+            check_stored(dist_ckpt, metadata, key=part.key, size=part.global_shape, tokens=rows)
+    # Other models of the pipeline may hold the rest: that all of it is there was seen above, tensor by tensor.
+    loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
+    for name, parameter in parameters.items():
+        parameter.copy_(loaded[name])  # onto itself, where Megatron could fill the tensor that it was given
+
+
+def sharded_parts(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """The blocks of rows in which Megatron stores a parameter: one, but for a gated projection."""
+    if not isinstance(item, ShardedTensorFactory):
+        return [item]
+    built = item.build()
+    assert isinstance(built, list), f"{item.key} is stored in a way that is not known here"
+    return built

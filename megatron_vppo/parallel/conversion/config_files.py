@@ -1,0 +1,39 @@
+"""Everything of a model's folder but its weights: configuration, tokenizer, processor, chat template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from megatron_vppo.models.dist_metadata import DIST_CKPT
+
+WEIGHT_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", DIST_CKPT,
+)  # fmt: skip
+
+
+def copy_config_files(source: Path, target: Path) -> None:
+    """Into a folder that exists. Hidden files stay behind, weights in whatever format too."""
+    ignore = shutil.ignore_patterns(*WEIGHT_FILES, ".*")
+    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
+
+
+def name_dtype(folder: Path, dtypes: Collection[torch.dtype]) -> None:
+    """Makes config.json say which dtype the weights have, where it says something else and they have only one."""
+    if len(set(dtypes)) != 1:
+        return
+    name = str(next(iter(dtypes))).removeprefix("torch.")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+    wrong = [
+        (section, key) for section in sections for key in ("dtype", "torch_dtype") if section.get(key, name) != name
+    ]
+    for section, key in wrong:
+        section[key] = name
+    if wrong:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")

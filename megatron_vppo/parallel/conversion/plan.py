@@ -1,0 +1,109 @@
+"""Where each parameter of a model lies in a distributed checkpoint, asked of the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from transformers import AutoConfig
+
+from megatron_vppo.models.build import build_model
+from megatron_vppo.models.dist_loading import sharded_parts
+from megatron_vppo.models.families import family_of
+from megatron_vppo.models.weight_map import Entry, stream_entries
+from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
+from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    entries: tuple[StoredEntry, ...]
+    """Every parameter once."""
+    object_keys: tuple[str, ...]
+    """Megatron's extra states, which are empty here; its own loader looks for them."""
+    ignored_hf_names: frozenset[str]
+    canonical_hf_name: Callable[[str], str]
+
+
+def plan_model(config_folder: Path) -> ModelPlan:
+    """From `config.json` alone. To be called where there are no process groups yet.
+
+    Raises:
+        ValueError: no configuration, or one of a model that is not supported.
+    """
+    hf_config = read_config(config_folder)
+    with _alone() as layout:
+        model = build_model(
+            hf_config,
+            groups=layout.groups,
+            vision_groups=layout.vision_groups,
+            dtype=torch.bfloat16,
+            device=torch.device("meta"),
+        )
+        sharded = model.sharded_state_dict()
+        entries = tuple(
+            _stored(entry, sharded.pop(entry.local_name(model.stage_layers)))
+            for entry in stream_entries(model.weight_map)
+        )
+        objects = {name: item for name, item in sharded.items() if isinstance(item, ShardedObject)}
+        assert len(objects) == len(sharded), f"not in the weight map: {sorted(sharded.keys() - objects.keys())}"
+        # Where a tied head lies on another stage than the embedding, it is a layer with such a state of its own.
+        tied_heads = [
+            f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1" for entry in model.weight_map if entry.copy
+        ]
+        return ModelPlan(
+            entries=entries,
+            object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
+            ignored_hf_names=model.ignored_hf_names,
+            canonical_hf_name=model.canonical_hf_name,
+        )
+
+
+def read_config(folder: Path) -> Any:
+    """Raises ValueError with the name of `config.json` where it is missing or describes another kind of model."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; --source names the Hugging Face folder that has it")
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        family_of(hf_config)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return hf_config
+
+
+@contextmanager
+def _alone() -> Iterator[Layout]:
+    """The process groups of a world of one, on the CPU."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
+    finally:
+        destroy_layout()
+
+
+def _stored(entry: Entry, item: Any) -> StoredEntry:
+    shape = entry.kind.local_shape(1)
+    parts, row = [], 0
+    for part in sharded_parts(item):
+        rows = part.local_shape[0]
+        assert tuple(part.local_shape[1:]) == shape[1:], f"{part.key} is cut along another dimension than its first"
+        parts.append(
+            StoredPart(
+                part.key,
+                tuple(part.global_shape),
+                tuple(part.global_offset),
+                row,
+                rows,
+                len(part.global_shape) - len(shape),
+            )
+        )
+        row += rows
+    assert row == shape[0], f"the parts of {entry.template} have {row} rows, it has {shape[0]}"
+    return StoredEntry(entry, shape, tuple(parts))

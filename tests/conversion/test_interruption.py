@@ -1,0 +1,139 @@
+"""A conversion that is ended in the middle leaves nothing that looks complete, and no process.
+
+A real conversion in a process of its own, which stops when the first bytes are done until the test ends it. Those
+that write files of Hugging Face stop too, after one tensor each.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from tests.conversion.folders import left_behind
+
+NAME = "Qwen2.5 tied"
+STOPPING = """
+import sys, time
+from megatron_vppo.cli.main import main
+from megatron_vppo.observability.byte_progress import ByteProgress
+from megatron_vppo.parallel.conversion import hf_files
+
+put, done = hf_files._put, []
+
+def put_once(*arguments, **options):
+    if done:
+        time.sleep(300)
+    done.append(put(*arguments, **options))
+
+def stop(progress, num_bytes):
+    print("in the middle", flush=True)
+    time.sleep(300)
+
+ByteProgress.add = stop
+hf_files._put = put_once
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+LIMITED = """
+import resource, sys
+from megatron_vppo.cli.main import main
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+    sys.exit(main(["convert", *sys.argv[1:]]))
+"""
+"""No file may grow beyond that: what a full disk does to a write, without a disk to fill."""
+
+
+@contextmanager
+def stopped_in_the_middle(tmp_path: Path, repo_root: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    script = tmp_path / "stopping.py"
+    script.write_text(STOPPING)
+    with subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(repo_root)}, start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "in the middle\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        assert time.monotonic() < deadline, f"still there: {alive}"
+        time.sleep(0.05)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("ending", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_ended_by_a_signal(
+    processes: int, ending: signal.Signals, status: int, hf_folders: dict[str, Path], tmp_path: Path, repo_root: Path
+) -> None:
+    target = tmp_path / "target"
+    arguments = ("hf-to-megatron", hf_folders[NAME], target, "--processes", processes)
+    with stopped_in_the_middle(tmp_path, repo_root, *arguments) as process:
+        assert left_behind(target) == [".target.tmp"]
+        workers = children(process.pid)
+        assert len(workers) >= (2 if processes == 2 else 0)
+        process.send_signal(ending)
+        assert process.wait(timeout=60) == status
+    wait_until_gone(workers)
+    assert left_behind(target) == []
+
+
+@pytest.mark.distributed
+def test_killed(hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path, repo_root: Path) -> None:
+    """What is left has another name and no worker. Nobody else may write there meanwhile; the next one cleans up."""
+    target = tmp_path / "target"
+    arguments = ("megatron-to-hf", converted[NAME], target, "--processes", 2)
+    with stopped_in_the_middle(tmp_path, repo_root, *arguments) as process:
+        with pytest.raises(ValueError, match=r"another process is writing .*target"):
+            hf_to_megatron(hf_folders[NAME], target)
+        assert left_behind(target) == [".target.tmp"]
+        workers = children(process.pid)
+        assert len(workers) >= 2
+        process.kill()
+    wait_until_gone(workers)
+    assert left_behind(target) == [".target.tmp"]
+    (tmp_path / ".target.tmp" / "left").touch()
+    hf_to_megatron(hf_folders[NAME], target)
+    assert left_behind(target) == ["target"]
+    assert not (target / "left").exists() and not (target / "model.safetensors").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_full_disk(
+    direction: str, processes: int, hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path,
+    repo_root: Path,
+) -> None:  # fmt: skip
+    source = (hf_folders if direction == "hf-to-megatron" else converted)[NAME]
+    (tmp_path / "limited.py").write_text(LIMITED)
+    arguments = [direction, source, tmp_path / "target", "--processes", str(processes)]
+    done = subprocess.run(
+        [sys.executable, tmp_path / "limited.py", *arguments],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(repo_root)},
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"vppo: {tmp_path / 'target'}: File too large. About 0.00 GB are needed in {tmp_path}")
+    assert left_behind(tmp_path / "target") == []

@@ -1,0 +1,230 @@
+"""Each thing that can be wrong is said with the file and the tensor, and nothing is left of the conversion."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_vppo.cli.main import main
+from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
+from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
+from tests.conversion.folders import MarksIfLoaded, left_behind, rewrite, shard
+
+NAME = "Qwen2.5 untied"
+NORM = "model.norm.weight"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def lose_a_file(folder: Path) -> None:
+    shard(folder, parts=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+
+
+def cut_a_file(folder: Path) -> None:
+    shard(folder, parts=3)
+    path = folder / "model-00003-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def lie_in_the_index(folder: Path) -> None:
+    shard(folder, parts=2)
+    index = folder / "model.safetensors.index.json"
+    described = json.loads(index.read_text())
+    where = described["weight_map"]
+    where[NORM] = next(file for file in sorted(where.values()) if file != where[NORM])
+    index.write_text(json.dumps(described))
+
+
+def hold_a_tensor_twice(folder: Path) -> None:
+    shard(folder, parts=2)
+    for path in folder.glob("*.safetensors"):
+        save_file({**load_file(path), NORM: torch.zeros(64)}, path)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def widen_the_config(folder: Path) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config={**text, "intermediate_size": 100})
+
+
+WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
+    "file missing": (lose_a_file, r"index\.json names files that are not there: \[.*00002-of-00003\.safetensors"),
+    "file cut off": (cut_a_file, r"00003-of-00003\.safetensors has \d+ bytes, .* ends at \d+; download it again"),
+    "no safetensors": (
+        lambda folder: (folder / "model.safetensors").write_bytes(b"\x80" * 500),
+        r"model\.safetensors is not a safetensors file, or was cut off",
+    ),
+    "no header": (
+        lambda folder: (folder / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{" * 50),
+        r"model\.safetensors is not a safetensors file: its header is no JSON",
+    ),
+    "wrong index": (lie_in_the_index, rf"says that {NORM} is in model-.*\.safetensors, which does not hold it"),
+    "twice": (hold_a_tensor_twice, rf"{NORM} comes twice: .*00001-of-00002\.safetensors and .*00002-of-00002"),
+    "missing": (
+        lambda folder: rewrite(folder, lambda tensors: {n: t for n, t in tensors.items() if n != DOWN}),
+        rf"lacks 1 tensors of the model, first \['{DOWN}'\]",
+    ),
+    "unknown": (
+        lambda folder: rewrite(folder, lambda tensors: {**tensors, "model.spare": torch.zeros(3)}),
+        r"does not know, first \['model\.spare'\] in \['model\.safetensors'\]",
+    ),
+    "shape": (
+        lambda folder: rewrite(folder, lambda tensors: {**tensors, NORM: torch.zeros(65)}),
+        rf"{NORM} in .*model\.safetensors has shape \(65,\), the configuration says \(64,\)",
+    ),
+    "integers": (
+        lambda folder: rewrite(folder, lambda tensors: {**tensors, NORM: torch.zeros(64, dtype=torch.int8)}),
+        rf"{NORM} in .*model\.safetensors is stored as I8; weights must be one of F32, BF16, F16",
+    ),
+    "two dtypes in one tower": (
+        lambda folder: rewrite(folder, lambda tensors: {**tensors, DOWN: tensors[DOWN].half()}),
+        r"decoder\.layers\.mlp\.linear_fc2\.weight has layers of dtypes .*; give --dtype",
+    ),
+    "config of another size": (
+        widen_the_config,
+        r"gate_proj\.weight in .*model\.safetensors has shape \(96, 64\), the configuration says \(100, 64\)",
+    ),
+    "no weights": (
+        lambda folder: (folder / "model.safetensors").unlink(),
+        r"holds neither model\.safetensors nor model\.safetensors\.index\.json",
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
+    "another architecture": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'),
+        r"config\.json: .*model of type 'qwen2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_hf_folders_are_refused(what: str, hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    spoil, message = WRONG[what]
+    shutil.copytree(hf_folders[NAME], tmp_path / "source")
+    spoil(tmp_path / "source")
+    with pytest.raises(ValueError, match=message):
+        hf_to_megatron(tmp_path / "source", tmp_path / "target")
+    assert left_behind(tmp_path / "target") == []
+
+
+def test_the_other_family_is_refused(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(hf_folders[NAME], tmp_path / "source")
+    shutil.copy(hf_folders["Qwen3 untied"] / "config.json", tmp_path / "source")
+    with pytest.raises(ValueError, match=r"lacks \d+ tensors of the model, first \['model\.language_model"):
+        hf_to_megatron(tmp_path / "source", tmp_path / "target")
+    assert left_behind(tmp_path / "target") == []
+
+
+def largest(dist_ckpt: Path) -> Path:
+    return max(dist_ckpt.glob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def damage(path: Path) -> None:
+    """The beginning of a stored tensor."""
+    data = bytearray(path.read_bytes())
+    data[:400] = bytes(400)
+    path.write_bytes(data)
+
+
+def execute(dist_ckpt: Path) -> None:
+    evil = MarksIfLoaded(dist_ckpt.parents[1] / "was_executed")
+    (dist_ckpt / ".metadata").write_bytes(pickle.dumps(evil))
+
+
+WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "file missing": (
+        lambda folder: largest(folder).unlink(),
+        r"__1_0\.distcp is missing; the checkpoint is inc",
+    ),
+    "file cut off": (
+        lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-1]),
+        r"__1_0\.distcp has \d+ bytes instead of \d+; the checkpoint is incomplete",
+    ),
+    "file damaged": (lambda folder: damage(largest(folder)), r"vision\.patch_embed\.weight in .* cannot be read"),
+    "no description": (lambda folder: (folder / ".metadata").unlink(), r"lacks \.metadata"),
+    "not finished": (lambda folder: (folder / "metadata.json").unlink(), r"lacks metadata\.json"),
+    "another format": (
+        lambda folder: (folder / "metadata.json").write_text('{"sharded_backend": "zarr"}'),
+        r"metadata\.json: format 'zarr' is not supported",
+    ),
+    "a program as description": (execute, r"\.metadata is not the description .* was not loaded: it names"),
+    "larger config": (
+        lambda folder: widen_the_config(folder.parent),
+        r"mlp\.linear_fc1\.weight in .*dist_ckpt has shape \(3, 192, 64\), the configuration says \(3, 200, 64\)",
+    ),
+    "config of more tokens": (
+        lambda folder: change_vocabulary(folder.parent, 303),
+        r"word_embeddings\.weight in .*dist_ckpt has shape \(301, 64\), the configuration says \(303, 64\)",
+    ),
+    "config of fewer tokens": (
+        lambda folder: change_vocabulary(folder.parent, 299),
+        r"word_embeddings\.weight in .*dist_ckpt has shape \(301, 64\), the configuration says \(299, 64\)",
+    ),
+    "no config": (lambda folder: (folder.parent / "config.json").unlink(), r"has no config\.json; --source names"),
+    "no checkpoint": (shutil.rmtree, r"has no dist_ckpt/; give a converted folder"),
+}
+
+
+def change_vocabulary(folder: Path, tokens: int) -> None:
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    change_config(folder, text_config={**text, "vocab_size": tokens})
+
+
+@pytest.mark.parametrize("what", WRONG_CHECKPOINTS)
+def test_wrong_checkpoints_are_refused(what: str, converted: dict[str, Path], tmp_path: Path) -> None:
+    spoil, message = WRONG_CHECKPOINTS[what]
+    shutil.copytree(converted[NAME], tmp_path / "megatron")
+    spoil(tmp_path / "megatron" / "dist_ckpt")
+    with pytest.raises(ValueError, match=message):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "target")
+    assert left_behind(tmp_path / "target") == []
+    assert not (tmp_path / "was_executed").exists()
+
+
+def test_an_existing_target_is_not_touched(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "mine").touch()
+    with pytest.raises(ValueError, match=r"target exists; remove it, or give another name"):
+        hf_to_megatron(hf_folders[NAME], tmp_path / "target")
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["mine"]
+
+
+def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match=r"target: not enough space\. About 1000000000\.00 GB are needed in .*, \d"),
+        unfinished_folder(tmp_path / "target", num_bytes=10**18),
+    ):
+        raise AssertionError("got in")
+    assert left_behind(tmp_path / "target") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--shard-size", "5"), "write a size such as 5GB"),
+        (("--shard-size", "0GB"), "write a size such as 5GB"),
+        (("--processes", "0"), "at least 1"),
+        (("--dtype", "int8"), "invalid choice"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["convert", "megatron-to-hf", "a", "b", *arguments])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "hf-to-megatron", str(tmp_path), str(tmp_path / "target")]) == 2
+    assert capsys.readouterr().err.startswith(f"vppo: {tmp_path} has no config.json")

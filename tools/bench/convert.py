@@ -1,0 +1,179 @@
+"""Seconds and peak memory of `vppo convert`, beside a plain copy of the same bytes, as one JSON object on stdout.
+
+    python tools/bench/convert.py --shape small|7b [--folder FOLDER] [--processes N]
+
+Builds a checkpoint of random weights in FOLDER, copies it, converts it to Megatron and back, compares what came back
+with what it began with, and copies it once more. All of it lies on the disk of FOLDER, which needs room for three
+times the checkpoint (7b: 50 GB). What is measured and how: tools/bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import Qwen2_5_VLConfig
+
+from bench.machine import commit, hardware, versions
+from bench.resident import TreeSampler
+from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.hf_folder import raw_bytes
+from megatron_vppo.models.weight_map import stream_entries
+from megatron_vppo.parallel.conversion.hf_files import lay_out
+
+ROOT = Path(__file__).resolve().parents[2]
+ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+SHAPES: dict[str, dict[str, dict[str, Any]]] = {
+    # As published: https://huggingface.co/Qwen/Qwen2.5-VL-7B-Instruct/blob/main/config.json
+    "7b": {
+        "text_config": {
+            "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "intermediate_size": 18944, "vocab_size": 152064, "rope_parameters": ROPE,
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 3584,
+        },
+    },
+    "small": {
+        "text_config": {
+            "hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "intermediate_size": 2048, "vocab_size": 32000, "rope_parameters": ROPE,
+        },
+        "vision_config": {
+            "depth": 4, "hidden_size": 256, "num_heads": 4, "intermediate_size": 512, "out_hidden_size": 512,
+        },
+    },
+}  # fmt: skip
+SHARD_BYTES = 4 * 10**9
+BLOCK_VALUES = 32 << 20
+"""Random values that are drawn once and then written again and again, from other places on."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", required=True, choices=SHAPES)
+    parser.add_argument("--folder", type=Path, default=ROOT / "build/bench/convert", help="emptied before and after")
+    parser.add_argument("--processes", type=int, default=1, help="of each conversion (default: 1)")
+    options = parser.parse_args(arguments)
+    print(json.dumps(measure(options.shape, folder=options.folder, processes=options.processes), indent=1))
+
+
+def measure(shape: str, *, folder: Path, processes: int) -> dict[str, Any]:
+    """Builds, copies, converts, compares, cleans up."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    source, converted, back, copy = (folder / name for name in ("source", "converted", "back", "copy"))
+    try:
+        num_bytes = build(shape, source)
+        load = [os.getloadavg()[0]]
+        copies = [copy_seconds(source, copy)]
+        shutil.rmtree(copy)
+        several = ["--processes", str(processes)]
+        runs = {
+            "hf_to_megatron": run(["hf-to-megatron", source, converted, *several], cold=source),
+            "megatron_to_hf": run(["megatron-to-hf", converted, back, "--shard-size", "4GB", *several], cold=converted),
+            "verify": run(["verify", source, back], cold=source),
+        }
+        shutil.rmtree(back)
+        copies.append(copy_seconds(source, copy))
+        load.append(os.getloadavg()[0])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    mean_copy = sum(copies) / len(copies)
+    return {
+        "shape": shape,
+        "gigabytes": round(num_bytes / 1e9, 3),
+        "processes": processes,
+        "copy_seconds": [round(seconds, 1) for seconds in copies],
+        **{name: {**result, "of_copy": round(result["seconds"] / mean_copy, 2)} for name, result in runs.items()},
+        "load_average": {"before": round(load[0], 2), "after": round(load[1], 2)},
+        "hardware": hardware(),
+        "versions": versions(),
+        "git": commit(ROOT),
+    }
+
+
+def build(shape: str, folder: Path) -> int:
+    """A Hugging Face folder of random bfloat16 weights without a tokenizer; its bytes of weights."""
+    folder.mkdir()
+    config = Qwen2_5_VLConfig(**SHAPES[shape], tie_word_embeddings=False, dtype="bfloat16")
+    config.save_pretrained(folder)
+    entries = stream_entries(weight_map(config, family=family_of(config)))
+    tensors = [
+        (name, sizes, torch.bfloat16)
+        for entry in entries
+        for name, sizes in zip(entry.hf_names, entry.kind.hf_shapes(), strict=True)
+    ]
+    block = raw_bytes((0.02 * torch.randn(BLOCK_VALUES, generator=torch.Generator().manual_seed(0))).bfloat16())
+    places = lay_out(folder, tensors, shard_bytes=SHARD_BYTES)
+    for number, place in enumerate(places.values()):
+        with place.path.open("r+b", buffering=0) as file:
+            file.seek(place.start)
+            left, at = place.nbytes, 2 * (number * 7919 % BLOCK_VALUES)
+            while left:
+                left -= file.write(block[at : at + left])
+                at = 0
+    flush(folder)
+    return sum(place.nbytes for place in places.values())
+
+
+def copy_seconds(source: Path, target: Path) -> float:
+    """Of shutil.copytree from a cold page cache, until the copy is on the disk."""
+    forget(source)
+    began = time.perf_counter()
+    shutil.copytree(source, target)
+    flush(target)
+    return time.perf_counter() - began
+
+
+def run(arguments: Sequence[object], *, cold: Path) -> dict[str, Any]:
+    """`vppo convert`, from a cold page cache, until it has ended; it flushes what it writes to the disk itself.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    forget(cold)
+    command = [sys.executable, "-m", "megatron_vppo.cli.main", "convert", *map(str, arguments)]
+    began = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr) as process:
+        memory = TreeSampler(process.pid)
+        status = process.wait()
+        seconds = time.perf_counter() - began
+        peak = memory.stop()
+    if status:
+        raise RuntimeError(f"{' '.join(command)} ended with status {status}")
+    return {"seconds": round(seconds, 1), "peak_mib": {k: round(v, 1) for k, v in asdict(peak).items()}}
+
+
+def forget(folder: Path) -> None:
+    """Takes the files out of the page cache."""
+    for path in files(folder):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def flush(folder: Path) -> None:
+    for path in files(folder):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def files(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+if __name__ == "__main__":
+    main()
