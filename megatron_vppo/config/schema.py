@@ -69,7 +69,8 @@ class ParallelConfig(Section):
     """Language model layers of each pipeline stage, in the order of the model; None: an even split. One entry per
     stage: pipeline size times virtual size."""
     sequence_parallel: bool = False
-    """Tensor-parallel ranks share the tokens between the language model's layers instead of each holding all."""
+    """Tensor-parallel ranks share the tokens between the language model's layers instead of each holding all; nothing
+    to share with one."""
     vision_split: Literal["tensor", "images"] = "tensor"
     """How tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank the
     whole tower and pictures of its own. Context-parallel ranks get pictures of their own in both."""

@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 
 from megatron_vppo.models.context import own_chunks, own_tokens
 from megatron_vppo.models.deepstack import Deepstack
@@ -40,8 +41,9 @@ class Bucket:
     tokens lie together and have no padding."""
     key_index: Tensor | slice
     """[B*L] int64, of the K tokens; the same where each piece attends to itself."""
-    mask_B1QL: Tensor | None
-    """True where a query sees a key ([B or 1, 1, Q or 1, L]); None where causality or nothing hides keys."""
+    mask: Tensor | None
+    """Which keys a query sees: True in [B, 1, 1, L], or the end of the keys being causal (`causal_lower_right`, which
+    fused kernels know without a mask in memory); None where `causal` says it all."""
     causal: bool
     """Within pieces that attend to themselves."""
 
@@ -73,6 +75,9 @@ def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device
 def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, device: torch.device) -> AttentionPlan:
     """Causal attention of one context-parallel rank's chunks; see context.py for which they are.
 
+    A chunk is the end of the keys that it sees. Only chunks of one length share a bucket: none needs padding, so none
+    needs a mask, whose size would be that of the attention scores.
+
     Args:
         lengths: of the whole sequences, multiples of twice the number of ranks.
     """
@@ -86,18 +91,16 @@ def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, devi
     own_starts_S = starts_S // size
     buckets, places = [], []
     for half, chunk in enumerate(own_chunks(rank=rank, size=size)):
-        for members, longest in _groups(chunks_S):
+        for members, length in _groups(chunks_S, shortest_to_longest=1.0):
             lengths_B = chunks_S[members]
-            query_BQ, real_BQ = _padded(own_starts_S[members] + half * lengths_B, lengths_B, longest)
-            key_BL, _ = _padded(starts_S[members], (chunk + 1) * lengths_B, (chunk + 1) * longest)
-            before_B1 = (chunk * lengths_B)[:, None] + torch.arange(longest)[None, :]
-            seen_BQL = torch.arange((chunk + 1) * longest)[None, None, :] <= before_B1[:, :, None]
+            query_BQ, real_BQ = _padded(own_starts_S[members] + half * lengths_B, lengths_B, length)
+            key_BL, _ = _padded(starts_S[members], (chunk + 1) * lengths_B, (chunk + 1) * length)
             buckets.append(
                 Bucket(
                     len(members),
                     query_BQ.flatten().to(device),
                     gathered_T[key_BL.flatten()].to(device),
-                    seen_BQL[:, None].to(device),
+                    causal_lower_right(length, (chunk + 1) * length),
                     causal=False,
                 )
             )
@@ -105,7 +108,7 @@ def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, devi
     return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
 
 
-def _groups(lengths_S: Tensor) -> list[tuple[Tensor, int]]:
+def _groups(lengths_S: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
     """(sequences, longest length) of each bucket; the longest sequences first."""
     order_S = torch.argsort(lengths_S, descending=True, stable=True)
     descending = lengths_S[order_S].tolist()
@@ -113,7 +116,7 @@ def _groups(lengths_S: Tensor) -> list[tuple[Tensor, int]]:
     first = 0
     while first < len(descending):
         last = first + 1
-        while last < len(descending) and descending[last] >= _SHORTEST_TO_LONGEST * descending[first]:
+        while last < len(descending) and descending[last] >= shortest_to_longest * descending[first]:
             last += 1
         groups.append((order_S[first:last], descending[first]))
         first = last
@@ -161,7 +164,7 @@ def packed_attention(
             query,
             key,
             value,
-            attn_mask=bucket.mask_B1QL,
+            attn_mask=bucket.mask,
             is_causal=bucket.causal,
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],

@@ -84,4 +84,6 @@ def _mark(model: QwenVLModel, frozen: frozenset[Part]) -> None:
         is_split = kind.partition_dim is not None and model.tensor_group(entry) is model.groups.tp
         if is_split and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, kind.partition_dim, kind.partition_stride)
+        elif not is_split:  # Megatron marks biases, also those of a layer that one rank has to itself
+            parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
         parameter.requires_grad_(entry.part not in frozen)

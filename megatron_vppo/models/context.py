@@ -39,13 +39,14 @@ def own_tokens(lengths: tuple[int, ...], *, rank: int, size: int) -> Tensor:
 
 
 def padded_lengths(lengths: Sequence[int], *, tensor: int, context: int) -> list[int]:
-    """Lengths that the sequences must be padded to.
+    """Lengths that the sequences must be padded to; with context parallelism they depend on nothing but each length,
+    so that two views of a row are cut alike.
 
-    Each to a multiple of twice the context-parallel size; the last one further, until the tokens of one rank divide
-    over `tensor` ranks (sequence parallelism; 1: none).
+    Args:
+        tensor: ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none).
     """
-    each = 2 * context if context > 1 else 1
-    padded = [math.ceil(length / each) * each for length in lengths]
-    while sum(padded) % (context * tensor):
-        padded[-1] += each
-    return padded
+    if context > 1:
+        each = context * math.lcm(2, tensor)
+        return [math.ceil(length / each) * each for length in lengths]
+    *others, last = lengths
+    return [*others, last + -sum(lengths) % tensor]

@@ -7,6 +7,7 @@ S = feature tensors per picture (those that replace embeddings, then deepstack's
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,22 +18,17 @@ from torch import Tensor
 from megatron_vppo.models.vision_features import Grid, VisionFeatures, VisionTower
 
 
+@dataclass(frozen=True)
 class VisionGroups:
     """Who shares the work of the vision tower."""
 
-    def __init__(
-        self, *, tower: ProcessGroupCollection, dealing: dist.ProcessGroup, summing: dist.ProcessGroup
-    ) -> None:
-        """
-        Args:
-            tower: its tensor-parallel ranks, which all run the same pictures.
-            dealing: ranks among which pictures are dealt.
-            summing: the context-parallel ranks, each of which has the gradient of its own tokens' features. Ranks that
-                are tensor-parallel in the language model have the same gradient each.
-        """
-        self.tower = tower
-        self.dealing = dealing
-        self.summing = summing
+    tower: ProcessGroupCollection
+    """Its tensor-parallel ranks, which all run the same pictures."""
+    dealing: dist.ProcessGroup
+    """Ranks among which pictures are dealt."""
+    summing: dist.ProcessGroup
+    """The context-parallel ranks, each of which has the gradient of its own tokens' features. Ranks that are
+    tensor-parallel in the language model have the same gradient each."""
 
 
 @functools.lru_cache(maxsize=256)

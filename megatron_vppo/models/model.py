@@ -1,8 +1,8 @@
 """A Qwen-VL on Megatron Core: what one pipeline stage holds of it.
 
-Shape suffix legend: T = tokens of this context-parallel rank, of all packed sequences; S = those of them that this rank
-holds between layers (a share of T with sequence parallelism, T otherwise); K = tokens of all ranks; V = vocabulary rows
-of this rank; h = width.
+Shape suffix legend: K = tokens of all packed sequences; T = those of this context-parallel rank (all, without context
+parallelism); S = those of them that this rank holds between layers (a share of T with sequence parallelism); V =
+vocabulary rows of this rank; h = width.
 """
 
 from __future__ import annotations
@@ -94,14 +94,14 @@ class QwenVLModel(MegatronModule):
         Raises:
             ValueError: image tokens without pixels on the first stage.
         """
-        device, context = batch.token_ids_T.device, self.groups.cp
+        device, context = batch.token_ids_K.device, self.groups.cp
         own_T = own_tokens(batch.lengths, rank=context.rank(), size=context.size()).to(device)
         if context.size() > 1:
             plan = plan_context_attention(batch.lengths, rank=context.rank(), size=context.size(), device=device)
         else:
             plan = plan_attention(batch.lengths, causal=True, device=device)
         hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
-        hidden = self.language(hidden, batch.positions_3T[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
+        hidden = self.language(hidden, batch.positions_3K[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:
             # The head gives every rank the whole gradient: each takes its share of it back.
             hidden = gather_from_sequence_parallel_region(
@@ -110,10 +110,10 @@ class QwenVLModel(MegatronModule):
         return hidden
 
     def _embed(self, batch: PackedBatch, own_T: Tensor) -> tuple[Tensor, Deepstack | None]:
-        hidden_T1h = self.language.embed(batch.token_ids_T[own_T])
+        hidden_T1h = self.language.embed(batch.token_ids_K[own_T])
         added_Jh, image_token_J = [], batch.image_token_index_I
         if batch.image_token_index_I.numel():
-            place_K = torch.full_like(batch.token_ids_T, -1)
+            place_K = torch.full_like(batch.token_ids_K, -1)
             place_K[own_T] = torch.arange(len(own_T), device=own_T.device)
             here_I = place_K[batch.image_token_index_I] >= 0
             image_token_J = place_K[batch.image_token_index_I][here_I]

@@ -1,6 +1,6 @@
 """A micro-batch of packed sequences, as every model family takes it.
 
-Shape suffix legend: T = tokens of all packed sequences, one after the other; I = image tokens among them (merged
+Shape suffix legend: K = tokens of all packed sequences, one after the other; I = image tokens among them (merged
 vision features); P = vision patches; D = values per patch (frames x channels x rows x columns).
 """
 
@@ -15,14 +15,14 @@ from torch import Tensor
 class PackedBatch:
     """Sequences without padding between or after them; attention never crosses a sequence."""
 
-    token_ids_T: Tensor
+    token_ids_K: Tensor
     """int64."""
-    positions_3T: Tensor
+    positions_3K: Tensor
     """int64; rotary position of each token along (frame, row, column); the three are equal for text."""
     lengths: tuple[int, ...]
-    """Tokens of each packed sequence, in order; they sum to T."""
+    """Tokens of each packed sequence, in order; they sum to K."""
     image_token_index_I: Tensor
-    """int64; where in T the image tokens are."""
+    """int64; where in K the image tokens are."""
     image_feature_index_I: Tensor
     """int64; which merged vision feature fills each of them. Sequences that show the same picture may point to the
     same features, so that its vision forward runs once."""
@@ -34,13 +34,13 @@ class PackedBatch:
     """Per distinct picture: (frames, rows, columns) in patches."""
 
     def __post_init__(self) -> None:
-        tokens = self.token_ids_T.shape[0]
+        tokens = self.token_ids_K.shape[0]
         if sum(self.lengths) != tokens or min(self.lengths, default=0) < 1:
             raise ValueError(
                 f"the packed lengths {self.lengths} must each be at least 1 and sum to the {tokens} tokens of the batch"
             )
-        if tuple(self.positions_3T.shape) != (3, tokens):
-            raise ValueError(f"positions have shape {tuple(self.positions_3T.shape)}, expected (3, {tokens})")
+        if tuple(self.positions_3K.shape) != (3, tokens):
+            raise ValueError(f"positions have shape {tuple(self.positions_3K.shape)}, expected (3, {tokens})")
         if self.image_token_index_I.shape != self.image_feature_index_I.shape:
             raise ValueError(
                 f"{self.image_token_index_I.numel()} image tokens but {self.image_feature_index_I.numel()} features "

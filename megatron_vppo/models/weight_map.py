@@ -40,7 +40,8 @@ class Kind(Protocol):
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor: ...
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]: ...
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+        """[ranks, *local shape] -> the Hugging Face tensors, which may be views of it."""
 
 
 def _part(total: int, *, rank: int, size: int, what: str) -> tuple[int, int]:
@@ -67,7 +68,7 @@ class Replicated:
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         return hf[0][:].reshape(self.shape)
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
         return (shards[0].reshape(self.hf_shape),)
 
 
@@ -95,8 +96,8 @@ class Split:
         low, high = _part(self.shape[self.partition_dim], rank=rank, size=size, what="rows or columns")
         return hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards), dim=self.partition_dim),)
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+        return (shards.movedim(0, self.partition_dim).reshape(self.shape),)
 
 
 @dataclass(frozen=True)
@@ -120,9 +121,9 @@ class Gated:
         low, high = _part(self.rows, rank=rank, size=size, what="rows of a gated MLP")
         return torch.cat([projection[low:high] for projection in hf])
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        halves = [shard.chunk(2) for shard in shards]
-        return torch.cat([gate for gate, _ in halves]), torch.cat([up for _, up in halves])
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+        gate, up = (half.reshape(self.rows, *self.tail) for half in shards.chunk(2, dim=1))
+        return gate, up
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,9 @@ class GroupedQKV:
             blocks.append(tensor[low * rows : high * rows].reshape(high - low, rows, *self.tail))
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
         rows = [heads * self.head_dim for heads in self._heads_per_group()]
-        groups = torch.cat(list(shards)).reshape(self.kv_heads, sum(rows), *self.tail)
+        groups = shards.reshape(self.kv_heads, sum(rows), *self.tail)
         query, key, value = (block.reshape(-1, *self.tail) for block in groups.split(rows, dim=1))
         return query, key, value
 
@@ -188,8 +189,8 @@ class FusedQKV:
         ]
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        heads = torch.cat(list(shards)).reshape(self.heads, 3, self.head_dim, *self.tail)
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+        heads = shards.reshape(self.heads, 3, self.head_dim, *self.tail)
         return (heads.transpose(0, 1).reshape(-1, *self.tail),)
 
 
@@ -214,8 +215,8 @@ class Vocabulary:
         real = hf[0][low:high] if high > low else hf[0][0:1][:0]
         return torch.cat([real, real.new_zeros(rows - (high - low), self.hidden)])
 
-    def merge(self, shards: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return (torch.cat(list(shards))[: self.tokens],)
+    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+        return (shards.flatten(0, 1)[: self.tokens],)
 
 
 def padded_vocabulary(tokens: int, tensor_size: int) -> int:

@@ -1,11 +1,13 @@
 """Responses -> packed micro-batches, and per-token results back into response-aligned tensors.
 
 Shape suffix legend: B = responses of the whole mini-batch, T = response tokens (right-padded), N = response tokens of
-one micro-batch, flat, in row order.
+one micro-batch, flat, in row order, L = tokens of one packed sequence, K = tokens of all of them, C = those of this
+context-parallel rank.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,59 +107,85 @@ def pack_views(
         patches: where pixels come from; None on pipeline stages without the vision tower.
         split: what the batch must divide over.
     """
-    token_ids: list[int] = []
-    position_blocks: list[Tensor] = []
-    hidden_index: list[Tensor] = []
-    targets: list[Tensor] = []
-    rows: list[Tensor] = []
-    columns: list[Tensor] = []
-    perturbed: list[Tensor] = []
     pictures = _Pictures(merge_size)
-    feature_index: list[Tensor] = []
-    padded = padded_lengths(
+    lengths = padded_lengths(
         [num_tokens(responses[view.row]) for view in views], tensor=split.sequence_ranks, context=split.context
     )
-    for view, length in zip(views, padded, strict=True):
-        response = responses[view.row]
-        prompt, answer = response.prompt, response.token_ids
-        # Nothing that counts looks ahead at the padding behind it.
-        padding = [_PADDING_TOKEN] * (length - num_tokens(response))
-        sequence = [*prompt.token_ids, *answer[:-1], *padding]
-        start = len(token_ids) + len(prompt.token_ids) - 1
-        counted = len(answer) if view.counted else 0
-        hidden_index.append(torch.arange(start, start + counted))
-        rows.append(torch.full((counted,), view.row))
-        columns.append(torch.arange(counted))
-        perturbed.append(torch.full((counted,), view.perturb is not None))
-        targets.append(torch.tensor(answer[:counted], dtype=torch.int64))
-        position_blocks.append(positions(sequence, prompt.grids_thw))
-        feature_index.extend(
-            pictures.features(ref, view.perturb, grid)
-            for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
-        )
-        token_ids.extend(sequence)
-    token_ids_T = torch.tensor(token_ids, dtype=torch.int64)
-    own_T = own_tokens(tuple(padded), rank=split.context_rank, size=split.context)
-    place_K = torch.full_like(token_ids_T, -1)
-    place_K[own_T] = torch.arange(len(own_T))
-    hidden_index_N = place_K[torch.cat(hidden_index)]
-    here_N = hidden_index_N >= 0
+    sequences = [
+        _sequence(responses[view.row], view, length=length, positions=positions, pictures=pictures)
+        for view, length in zip(views, lengths, strict=True)
+    ]
+    token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
     return ResponseBatch(
         packed=PackedBatch(
-            token_ids_T=token_ids_T.to(device),
-            positions_3T=torch.cat(position_blocks, dim=1).to(device),
-            lengths=tuple(padded),
-            image_token_index_I=(token_ids_T == image_token_id).nonzero()[:, 0].to(device),
-            image_feature_index_I=_cat(feature_index).to(device),
+            token_ids_K=token_ids_K.to(device),
+            positions_3K=torch.cat([sequence.positions_3L for sequence in sequences], dim=1).to(device),
+            lengths=tuple(lengths),
+            image_token_index_I=(token_ids_K == image_token_id).nonzero()[:, 0].to(device),
+            image_feature_index_I=_cat([features for s in sequences for features in s.features]).to(device),
             pixels_PD=pictures.pixels(patches, split).to(device) if patches is not None and pictures.grids else None,
             grids_thw=tuple(pictures.grids),
         ),
-        hidden_index_N=hidden_index_N[here_N].to(device),
-        target_N=torch.cat(targets)[here_N].to(device),
-        row_N=torch.cat(rows)[here_N].to(device),
-        column_N=torch.cat(columns)[here_N].to(device),
-        perturbed_N=torch.cat(perturbed)[here_N].to(device),
+        **{name: index.to(device) for name, index in _answers(sequences, lengths, split).items()},
     )
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One view, as the model reads it and as its answer is found again."""
+
+    view: View
+    token_ids: tuple[int, ...]
+    positions_3L: Tensor
+    features: tuple[Tensor, ...]
+    """Per image, the indices of its features."""
+    answer: tuple[int, ...]
+    """None where the view is not counted."""
+    answer_start: int
+    """Where the hidden state is that predicts its first token."""
+
+
+def _sequence(response: Response, view: View, *, length: int, positions: PositionFn, pictures: _Pictures) -> _Sequence:
+    """Padded to `length`; nothing that counts looks ahead at the padding."""
+    prompt, answer = response.prompt, tuple(response.token_ids)
+    padding = (_PADDING_TOKEN,) * (length - num_tokens(response))
+    token_ids = (*prompt.token_ids, *answer[:-1], *padding)
+    return _Sequence(
+        view=view,
+        token_ids=token_ids,
+        positions_3L=positions(token_ids, prompt.grids_thw),
+        features=tuple(
+            pictures.features(ref, view.perturb, grid)
+            for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
+        ),
+        answer=answer if view.counted else (),
+        answer_start=len(prompt.token_ids) - 1,
+    )
+
+
+def _answers(sequences: Sequence[_Sequence], lengths: Sequence[int], split: BatchSplit) -> dict[str, Tensor]:
+    """The fields of ResponseBatch that say where response tokens are, for this rank's share of the tokens."""
+    starts = itertools.accumulate(lengths, initial=0)
+    index, targets, rows, columns, perturbed = [], [], [], [], []
+    for sequence, start in zip(sequences, starts, strict=False):
+        first, count = start + sequence.answer_start, len(sequence.answer)
+        index.append(torch.arange(first, first + count))
+        targets.append(torch.tensor(sequence.answer, dtype=torch.int64))
+        rows.append(torch.full((count,), sequence.view.row))
+        columns.append(torch.arange(count))
+        perturbed.append(torch.full((count,), sequence.view.perturb is not None))
+    own_C = own_tokens(tuple(lengths), rank=split.context_rank, size=split.context)
+    place_K = torch.full((sum(lengths),), -1)
+    place_K[own_C] = torch.arange(len(own_C))
+    hidden_index_N = place_K[torch.cat(index)]
+    here_N = hidden_index_N >= 0
+    return {
+        "hidden_index_N": hidden_index_N[here_N],
+        "target_N": torch.cat(targets)[here_N],
+        "row_N": torch.cat(rows)[here_N],
+        "column_N": torch.cat(columns)[here_N],
+        "perturbed_N": torch.cat(perturbed)[here_N],
+    }
 
 
 class _Pictures:
@@ -185,7 +213,7 @@ class _Pictures:
         mine = deal_pictures(tuple(self.grids), ranks=split.picture_ranks)[split.picture_rank]
         pictures = list(self._first_feature)
         blocks = [patches(*pictures[number]) for number in mine]
-        return torch.cat(blocks) if blocks else torch.zeros(0, patches(*pictures[0]).shape[1])
+        return torch.cat(blocks) if blocks else torch.zeros(0, 0)
 
 
 def _cat(blocks: list[Tensor]) -> Tensor:

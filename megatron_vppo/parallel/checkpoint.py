@@ -81,8 +81,8 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     source = folder / f"global_step_{step}"
     state: dict[str, Any] = json.loads((source / STATE).read_text())
     present = _sizes(trainable, layout)
-    written = {name: state.pop(name, None) for name in present}
-    if written != present:
+    written = {name: state.pop(name) for name in present if name in state}
+    if any(present[name] != value for name, value in written.items()):
         raise ValueError(
             f"{source} was written with {written}, this run has {present}; set the same to go on, or another "
             "trainer.experiment_name to start anew"
@@ -91,7 +91,8 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
     for stage, key in zip(trainable.stages, _model_keys(trainable), strict=True):
         stage.load_state_dict(loaded[key])
-    _load_optimizer(trainable, loaded["optimizer"])
+    if trainable.trains_here:
+        _load_optimizer(trainable, loaded["optimizer"])
     _set_rng_state(loaded["rng"])
     return state
 
@@ -129,14 +130,13 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
         key: stage.sharded_state_dict(metadata=dict(_METADATA))
         for key, stage in zip(_model_keys(trainable), trainable.stages, strict=True)
     }
-    return {
-        **models,
-        "optimizer": trainable.optimizer.sharded_state_dict(
+    # One for all: whatever the trainer draws, it draws alike on every rank, or on rank 0 alone.
+    state = {**models, "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank)}
+    if trainable.trains_here:
+        state["optimizer"] = trainable.optimizer.sharded_state_dict(
             models if len(models) > 1 else models["model"], is_loading=is_loading, metadata=dict(_METADATA)
-        ),
-        # One for all: whatever the trainer draws, it draws alike on every rank, or on rank 0 alone.
-        "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank),
-    }
+        )
+    return state
 
 
 def _allocate_adam_state(trainable: Trainable) -> None:

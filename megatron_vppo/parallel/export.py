@@ -23,8 +23,8 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ())
     """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
 
     A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. One entry (at most a
-    QKV or gate-and-up group, or the embedding) exists whole at a time; tensors may be views of parameters, so copy
-    what outlives the next optimizer step.
+    QKV or gate-and-up group, or the embedding) exists whole at a time, and twice while it is put together. Tensors may
+    be views of parameters, so copy what outlives the next optimizer step.
 
     Args:
         stages: those that this rank holds.
@@ -34,8 +34,14 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ())
     for entry in stream_entries(stages[0].weight_map):
         if entry.part in without:
             continue
-        shards = _tensor_shards(_stage_shard(entry, stages, parameters), entry, stages[0])
-        yield from zip(entry.hf_names, entry.kind.merge(shards), strict=True)
+        yield from zip(entry.hf_names, _whole(entry, stages, parameters), strict=True)
+
+
+def _whole(
+    entry: Entry, stages: Sequence[MappedModel], parameters: Sequence[dict[str, torch.nn.Parameter]]
+) -> tuple[Tensor, ...]:
+    """A function of its own, so that the shards are gone when the whole tensors are used."""
+    return entry.kind.merge(_gathered(_stage_shard(entry, stages, parameters), entry, stages[0]))
 
 
 def _stage_shard(
@@ -56,12 +62,13 @@ def _stage_shard(
     return shard
 
 
-def _tensor_shards(shard: Tensor, entry: Entry, model: MappedModel) -> list[Tensor]:
+def _gathered(shard: Tensor, entry: Entry, model: MappedModel) -> Tensor:
+    """[tensor-parallel ranks, *local shape]; of one rank where all have the same."""
     group = model.tensor_group(entry)
     if entry.kind.partition_dim is None or group.size() == 1:
-        return [shard]
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard.contiguous(), group=group)
+        return shard[None]
+    shards = shard.new_empty(group.size(), *shard.shape)
+    dist.all_gather_into_tensor(shards.flatten(0, 1), shard.contiguous(), group=group)
     return shards
 
 

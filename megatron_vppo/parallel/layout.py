@@ -77,6 +77,8 @@ def init_layout(
         ValueError: sizes that do not multiply to the number of ranks.
     """
     on_cpu = enable_cpu()
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         _init_default_group(on_cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
     world = dist.get_world_size()
@@ -131,8 +133,6 @@ def destroy_layout() -> None:
 
 
 def _init_default_group(*, on_cpu: bool, timeout: timedelta) -> None:
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend = "gloo" if on_cpu else "nccl"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)

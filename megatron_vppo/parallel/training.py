@@ -49,6 +49,11 @@ class Trainable:
         """Of the language model; the same for all stages."""
         return self.stages[0].config
 
+    @property
+    def trains_here(self) -> bool:
+        """Whether this rank has any parameter that is trained; a stage of a frozen language model has none."""
+        return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
+
     def train(self, mode: bool) -> None:
         for stage in self.stages:
             stage.train(mode)
@@ -139,11 +144,6 @@ def _sum_whole_tower(stage: QwenVLModel) -> None:
     groups = stage.groups
     if stage.vision is None or stage.vision_groups.tower.tp.size() == groups.tp.size():
         return
-    trained = [parameter for parameter in stage.vision.parameters() if parameter.requires_grad]
-    gradients: list[torch.Tensor] = [parameter.main_grad for parameter in trained]  # type: ignore[attr-defined]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat, group=groups.tp)
-    for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(summed.view_as(gradient))
+    for parameter in stage.vision.parameters():
+        if parameter.requires_grad:
+            dist.all_reduce(parameter.main_grad, group=groups.tp)  # type: ignore[attr-defined]

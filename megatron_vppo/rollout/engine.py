@@ -70,12 +70,9 @@ class RolloutEngine:
         now computes with is compared with the one expected from the stream. After an error `generate` refuses until a
         whole load succeeds.
 
-        Raises:
-            RuntimeError: weights are to be kept, but the engine has no complete set. Others see WeightSender.send.
+        Raises: see WeightSender.send.
         """
         sender = self._require_ready()
-        if kept and not self._has_weights:
-            raise RuntimeError("the rollout engine has no complete set of weights, of which some could be kept")
         self._has_weights = False
         report = sender.send(stream, version=version, verify=verify, kept=kept)
         self._has_weights = True

@@ -59,8 +59,8 @@ def worker_shard(
     """What worker `rank` of `world_size` keeps of one checkpoint tensor: part number `part` of vLLM's `parameter`."""
     layer, _, leaf = parameter.rpartition(".")
     if layer.endswith(VOCAB_PARALLEL):
-        padded = -(-tensor.shape[0] // VOCAB_PADDING) * VOCAB_PADDING
-        rows = torch.nn.functional.pad(tensor, (0, 0, 0, padded - tensor.shape[0]))
+        missing = -tensor.shape[0] % VOCAB_PADDING
+        rows = torch.nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
         return rows.chunk(world_size, dim=0)[rank]
     if world_size == 1:
         return tensor
@@ -77,6 +77,10 @@ def worker_shard(
 
 DigestKey = tuple[int, str]
 """(worker, weight)."""
+
+
+HASHED_ROWS = 4096
+"""At a time: a copy of so many rows exists, not of a whole embedding."""
 
 
 class StreamCheck:
@@ -171,9 +175,10 @@ class ExpectedDigests:
                 world_size=len(self._workers),
                 kv_replicas=weight.kv_replicas,
             )
-            if weight.repacked:
-                shard = shard + 0.0  # the kernel's answer has no -0.0
-            self._hashes[rank, weight.key].update(shard.contiguous().flatten().view(torch.uint8).numpy().data)
+            for block in shard.split(HASHED_ROWS):
+                # The kernel's answer has no -0.0.
+                values = block + 0.0 if weight.repacked else block.contiguous()
+                self._hashes[rank, weight.key].update(values.flatten().view(torch.uint8).numpy().data)
 
     def digests(self) -> dict[DigestKey, str]:
         """Of every weight that came, and of those kept that are known."""

@@ -91,6 +91,7 @@ class WeightSender:
         self._dtype = dtype
         self._group_bytes = group_bytes
         self._digests: Mapping[DigestKey, str] = {}
+        self._is_complete = False
         self._buffers = (SharedBuffer(group_bytes), SharedBuffer(group_bytes))
 
     def send(
@@ -105,12 +106,13 @@ class WeightSender:
         error is raised.
 
         Raises:
-            ValueError: a name of the stream is unknown, comes twice or is missing.
+            ValueError: a name of the stream is unknown, comes twice or is missing; or tensors are to be kept, but the
+                last stream did not get through.
             RuntimeError: the engine failed, or verification found a weight that differs.
         """
         try:
             return self._send(stream, version=version, verify=verify, kept=kept)
-        except (ValueError, RuntimeError):
+        except (ValueError, RuntimeError, OSError):
             deque(stream, maxlen=0)
             raise
 
@@ -118,6 +120,9 @@ class WeightSender:
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str]
     ) -> SyncReport:
         start = time.perf_counter()
+        if kept and not self._is_complete:
+            raise ValueError("the rollout engine has no complete set of weights, of which some could be kept")
+        self._is_complete = False
         check = StreamCheck(self._workers, kept=kept)
         expected = (
             ExpectedDigests(
@@ -163,6 +168,7 @@ class WeightSender:
             num_checksums = expected.compare(self._session.live_digests())
             self._digests = expected.digests()
             verify_seconds += time.perf_counter() - compare_start
+        self._is_complete = True
         return SyncReport(
             version=version,
             num_tensors=num_tensors,

@@ -191,8 +191,8 @@ def _megatron_logps(
         image_tokens_I = (ids_T == hf_config.image_token_id).nonzero()[:, 0]
         positions_3T = mrope_positions(ids, grids, image_token_id=hf_config.image_token_id, merge_size=merge)
         batch = PackedBatch(
-            token_ids_T=ids_T,
-            positions_3T=positions_3T.to(layout.device),
+            token_ids_K=ids_T,
+            positions_3K=positions_3T.to(layout.device),
             lengths=(len(ids),),
             image_token_index_I=image_tokens_I,
             image_feature_index_I=torch.arange(len(image_tokens_I), device=layout.device),

@@ -57,8 +57,8 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
     ]
     filled = [features[name] for row in rows for name in row.images]
     return PackedBatch(
-        token_ids_T=ids,
-        positions_3T=torch.cat(positions, dim=1),
+        token_ids_K=ids,
+        positions_3K=torch.cat(positions, dim=1),
         lengths=tuple(len(row.token_ids) for row in rows),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.cat(filled) if filled else torch.zeros(0, dtype=torch.int64),

@@ -114,7 +114,7 @@ def _compare(
         ]
         if entry.kind.partition_dim is None:
             assert all(torch.equal(shards[0], other) for other in shards), f"{where}: {entry.template} differs by rank"
-        for hf_name, gradient in zip(entry.hf_names, entry.kind.merge(shards), strict=True):
+        for hf_name, gradient in zip(entry.hf_names, entry.kind.merge(torch.stack(shards)), strict=True):
             reference = expected.gradients[hf_name]
             assert reference.norm() > 1e-3, f"{hf_name} hardly matters in this test"
             relative = (gradient - reference).norm() / reference.norm()

@@ -129,8 +129,8 @@ def two_rows_of_one_picture(*, has_picture: bool) -> PackedBatch:
     positions = mrope_positions(row, [GRID], image_token_id=IMAGE, merge_size=MERGE)
     ids = torch.tensor(row * ROWS)
     return PackedBatch(
-        token_ids_T=ids,
-        positions_3T=torch.cat([positions] * ROWS, dim=1),
+        token_ids_K=ids,
+        positions_3K=torch.cat([positions] * ROWS, dim=1),
         lengths=(ROW_TOKENS,) * ROWS,
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),

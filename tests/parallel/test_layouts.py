@@ -33,6 +33,8 @@ from tests.parallel.policy_rig import (
 
 LOGP_TOLERANCE = 1e-5
 KL_TOLERANCE = 5e-5
+NORM_TOLERANCE = 1e-5
+"""Relative."""
 GRADIENT_TOLERANCE = 1e-4
 """Relative, of each tensor's norm."""
 
@@ -71,6 +73,7 @@ LAYOUTS = {
     "TP 2, pictures dealt": Case(tensor=2, options=IMAGES),
     "CP 2": Case(context=2),
     "CP 2, recomputed": Case(context=2, options=ModelOptions(recompute="full")),
+    "CP 2, attention recomputed": Case(context=2, options=ModelOptions(recompute="selective")),
     "PP 2, uneven": Case(pipeline=2, options=UNEVEN),
     "PP 2, interleaved": Case(pipeline=2, options=INTERLEAVED),
     "DP 2": Case(data=2),
@@ -80,6 +83,7 @@ LAYOUTS = {
         tensor=2, pipeline=2, options=ModelOptions(virtual_stages=2, sequence_parallel=True, recompute="full")
     ),
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
+    "CP 2 x PP 2, interleaved": Case(context=2, pipeline=2, options=INTERLEAVED),
     "CP 3": Case(context=3),
     "CP 2 x DP 2": Case(context=2, data=2),
     "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
@@ -102,6 +106,8 @@ class Found:
     logp: float
     """Largest difference of log-probs (either view) and entropies, in nats."""
     kl: float
+    norm: float
+    """Relative difference of the norm of all gradients together, as the optimizer sees it."""
     gradient: float
     """Largest relative difference of a parameter's gradient."""
     gradient_of: str
@@ -163,6 +169,8 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
                 policy = make_policy(folder, layout, rows=rows, optim=optim, options=case.options)
                 scores = policy.score(make_responses(), step=STEP, views="both", divergence="kl_full")
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
+                policy.trainable.optimizer.prepare_grads()
+                norm = float(policy.trainable.optimizer.get_grad_norm())
                 assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
                 pairs = (
                     (scores.old_logp_BT, expected.logp_BT),
@@ -172,6 +180,7 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
                 found[name, model, rows] = Found(
                     logp=max(float((mine - right).abs().max()) for mine, right in pairs),
                     kl=float((scores.divergence_BT - expected.kl_BT).abs().max()),
+                    norm=abs(norm / expected.metrics["actor/grad_norm"] - 1.0),
                     **_worst_gradient(hf_gradients(policy), expected.gradients),
                 )
         parallel_state.destroy_model_parallel()
@@ -196,6 +205,7 @@ def test_equals_transformers(
         where = f"{name}, {model}, {rows} rows a micro-batch"
         assert found.logp < LOGP_TOLERANCE, f"{where}: log-probs off by {found.logp:.1e}"
         assert found.kl < KL_TOLERANCE, f"{where}: divergence off by {found.kl:.1e}"
+        assert found.norm < NORM_TOLERANCE, f"{where}: norm of all gradients off by {found.norm:.1e}"
         off = f"{found.gradient:.1e} of its norm"
         assert found.gradient < GRADIENT_TOLERANCE, f"{where}: gradient of {found.gradient_of} off by {off}"
     for model in MODELS:

@@ -18,10 +18,12 @@ RANKS = 4
 INTERLEAVED = ModelOptions(virtual_stages=2, sequence_parallel=True)
 IMAGES = ModelOptions(vision_split="images", sequence_parallel=True)
 FROZEN = ModelOptions(frozen=frozenset({"vision_tower", "projector"}))
+TOWER_ONLY = ModelOptions(frozen=frozenset({"language_model"}))
 CASES = {
     "interleaved": ({"tensor": 2, "pipeline": 2, "virtual_stages": 2}, INTERLEAVED),
     "whole towers": ({"tensor": 2, "pipeline": 1, "context": 2, "vision_split": "images"}, IMAGES),
     "frozen": ({"tensor": 1, "pipeline": 1, "context": 2}, FROZEN),
+    "a stage with nothing to train": ({"tensor": 1, "pipeline": 2}, TOWER_ONLY),
 }
 """Arguments of init_layout, and options."""
 MODELS = {

@@ -123,7 +123,7 @@ def _fill_rows(weights: StoredWeights, entry: FilledEntry, report: Report) -> No
 def _fill_whole(weights: StoredWeights, entry: FilledEntry, report: Report) -> None:
     """A parameter whose rows are in another order than those of the tensors."""
     parameter = torch.cat([weights.rows(part, part.row, part.row + part.rows) for part in entry.stored.parts])
-    for place, tensor in zip(entry.places, entry.stored.entry.kind.merge([parameter]), strict=True):
+    for place, tensor in zip(entry.places, entry.stored.entry.kind.merge(parameter[None]), strict=True):
         _put(place, tensor, row=0)
         report(place.nbytes)
 

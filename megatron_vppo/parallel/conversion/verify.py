@@ -107,7 +107,7 @@ def _with_stored(weights: StoredWeights, stored: StoredEntry, tensors: tuple[Laz
         return
     parameter = torch.cat([weights.rows(part, part.row, part.row + part.rows) for part in stored.parts])
     yield _Block(names[0], kind.shard(tensors, rank=0, size=1), parameter, 0)
-    for name, tensor, back in zip(names, tensors, kind.merge([parameter]), strict=True):
+    for name, tensor, back in zip(names, tensors, kind.merge(parameter[None]), strict=True):
         yield _Block(name, tensor[:], back, tensor.nbytes)
 
 
