@@ -129,14 +129,9 @@ def _rank(rank: int, ranks: int, case: Case, folder: str) -> None:
     engine = _engine(case, Path(folder)) if rank == 0 else None
     dist.barrier()
     memory = PeakMemory()
-    seconds, num_bytes = [], 0
-    for repeat in range(WARMUP + case.repeats):
-        if repeat == WARMUP:
-            memory.start()
-        took, num_bytes = _sync(stage, engine, verify=False)
-        seconds.append(took)
+    verified, num_bytes = _sync(stage, engine, verify=True)
+    seconds = [_sync(stage, engine, verify=False)[0] for _ in range(WARMUP + case.repeats)]
     extra = memory.stop()
-    verified, _ = _sync(stage, engine, verify=True)
     result = RankResult(
         sync_seconds=seconds[WARMUP:],
         verified_seconds=verified if engine else None,
@@ -206,9 +201,13 @@ def _layer_group_bytes(stage: QwenVLModel, dtype: torch.dtype) -> int:
 
 
 class PeakMemory:
-    """Largest growth of this process's anonymous memory (RssAnon), which shared buffers are no part of."""
+    """Largest growth, from now on, of this process's anonymous memory (RssAnon), which shared buffers are no part of;
+    with CUDA, of what torch has allocated there."""
 
-    def start(self) -> None:
+    def __init__(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            self._allocated = torch.cuda.memory_allocated()
         self._base = self._peak = _anonymous_bytes()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -218,6 +217,8 @@ class PeakMemory:
         """MiB."""
         self._stop.set()
         self._thread.join()
+        if torch.cuda.is_available():
+            return (torch.cuda.max_memory_allocated() - self._allocated) / MIB
         return (self._peak - self._base) / MIB
 
     def _follow(self) -> None:
