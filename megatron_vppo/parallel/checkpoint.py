@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks.
 
     Raises:
-        ValueError: the checkpoint was written with other tensor or pipeline sizes.
+        ValueError: the checkpoint was written with other sizes, stages, frozen parts or vision split.
     """
     source = folder / f"global_step_{step}"
     state: dict[str, Any] = json.loads((source / STATE).read_text())

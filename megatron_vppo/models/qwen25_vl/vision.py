@@ -62,7 +62,7 @@ def window_order(grid: Grid, *, merge: int, window_blocks: int) -> WindowOrder:
 
 
 class VisionTower(MegatronModule):
-    """The whole tower, split over tensor-parallel ranks; it lives on the first pipeline stage."""
+    """All of its layers, split over the tensor-parallel ranks of `groups`; it lives on the first pipeline stage."""
 
     def __init__(
         self, config: TransformerConfig, hf_config: Qwen2_5_VLVisionConfig, *, groups: ProcessGroupCollection

@@ -48,7 +48,7 @@ def stretch_weights(count: int, *, side: int) -> Tensor:
 
 
 class VisionTower(MegatronModule):
-    """The whole tower, split over tensor-parallel ranks; it lives on the first pipeline stage."""
+    """All of its layers, split over the tensor-parallel ranks of `groups`; it lives on the first pipeline stage."""
 
     def __init__(
         self, config: TransformerConfig, hf_config: Qwen3VLVisionConfig, *, groups: ProcessGroupCollection
