@@ -82,8 +82,7 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("ending", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("processes", "ending", "status"), [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
 def test_ended_by_a_signal(
     processes: int, ending: signal.Signals, status: int, hf_folders: dict[str, Path], tmp_path: Path, repo_root: Path
 ) -> None:
@@ -120,8 +119,7 @@ def test_killed(hf_folders: dict[str, Path], converted: dict[str, Path], tmp_pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("direction", ["hf-to-megatron", "megatron-to-hf"])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(("direction", "processes"), [("hf-to-megatron", 2), ("megatron-to-hf", 1)])
 def test_full_disk(
     direction: str, processes: int, hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path,
     repo_root: Path,

@@ -148,12 +148,18 @@ def test_a_qwen3_vl_runs_too(digits: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_path: Path) -> None:
-    """SIGKILL to the launcher and all ranks in the middle of step 3; started again, on two pipeline stages."""
+    """SIGKILL to the launcher and all ranks in the middle of step 3; started again, on two pipeline stages.
+
+    One starts from the Hugging Face folder, the other from what `vppo convert` made of it, and its last checkpoint
+    converts to what it exported.
+    """
     straight = train(digits, tmp_path, "straight", *SHORT)
     killed = tmp_path / "digits_cpu" / "killed"
+    vppo("convert", "hf-to-megatron", digits / "model", tmp_path / "converted")
+    settings = (*SHORT, f"model.path={tmp_path / 'converted'}")
     mark = f"mark of {tmp_path}"
     with subprocess.Popen(
-        command(digits, tmp_path, "killed", *SHORT), cwd=ROOT, start_new_session=True,
+        command(digits, tmp_path, "killed", *settings), cwd=ROOT, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "VPPO_TEST_MARK": mark},
     ) as process:  # fmt: skip
         _wait_for_checkpoint(killed / "checkpoints" / "global_step_2", process)
@@ -163,7 +169,7 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     _wait_until_gone(mark)
     assert (killed / "checkpoints" / "global_step_2" / "trainer_state.json").is_file()
     assert not (killed / "huggingface").exists()
-    train(digits, tmp_path, "killed", *SHORT)
+    train(digits, tmp_path, "killed", *settings)
 
     expected, found = exported(straight, 4), exported(killed, 4)
     start = load_file(digits / "model" / "model.safetensors")
@@ -173,6 +179,18 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     steps = [json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4]
     assert sorted(path.name for path in (killed / "checkpoints").glob("global_step_*")) == ["global_step_4"]
+    checkpoint, back = killed / "checkpoints" / "global_step_4", tmp_path / "back"
+    vppo("convert", "megatron-to-hf", checkpoint, back, "--source", digits / "model")
+    converted = load_file(back / "model.safetensors")
+    assert converted.keys() == found.keys() and all(torch.equal(converted[name], found[name]) for name in found)
+    assert {path.name for path in back.iterdir()} == {path.name for path in (killed / "huggingface/step_4").iterdir()}
+
+
+def vppo(*arguments: object) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_vppo.cli.main", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def _wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes], timeout_seconds: float = 300) -> None:
