@@ -5,11 +5,12 @@ ARGS ?=
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
-.PHONY: help install test lint demo test-compat
+.PHONY: help install test test-all lint demo test-compat
 
 help:
 	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
-	@echo "make test         install, lint, and every test that runs without a GPU   (ARGS=\"tests/config -k base\")"
+	@echo "make test         install, lint, and the tests that run without a GPU     (ARGS=\"tests/config -k base\")"
+	@echo "make test-all     the same and more combinations of them, one test after the other"
 	@echo "make demo         install, then train a small Qwen2.5-VL with VPPO        (ARGS=\"rollout.n=4\")"
 	@echo "make lint         ruff and mypy"
 	@echo "make test-compat PYTHON=python3.12"
@@ -27,6 +28,9 @@ lint: install
 
 test: lint
 	@echo "test: pytest"
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not extended" $(ARGS)
+
+test-all: lint
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 demo: install

@@ -33,6 +33,7 @@ EXTRAS = {
     "loggers": ["wandb>=0.20,<1", "swanlab>=0.6,<1"],
     "dev": [
         "pytest>=9,<10",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "mypy>=2.4,<3",
         "types-PyYAML>=6,<7",

@@ -19,6 +19,7 @@ def vppo(*arguments: object) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_logprobs_agree_through_all_three_engines(digits: Path, tmp_path: Path) -> None:
     vppo("convert", "hf-to-megatron", digits / "model", tmp_path / "converted")
     printed = vppo("convert", "verify", digits / "model", tmp_path / "converted", "--vllm")

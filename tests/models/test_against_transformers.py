@@ -80,7 +80,14 @@ def _rank(
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layouts", [[(1, 1)], [(2, 1), (1, 2)], [(2, 2)]], ids=["one", "two ranks", "four ranks"])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param([(1, 1)], id="one"),
+        pytest.param([(2, 1), (1, 2)], id="two ranks"),
+        pytest.param([(2, 2)], id="four ranks", marks=pytest.mark.extended),
+    ],
+)
 def test_equals_transformers(layouts: list[tuple[int, int]], models: dict[str, tuple[Path, Expected]]) -> None:
     world = layouts[0][0] * layouts[0][1]
     folders = {name: folder for name, (folder, _) in models.items()}

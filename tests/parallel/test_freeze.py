@@ -126,7 +126,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ou
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_frozen_parts(ranks: int, models: dict[str, tuple[Path, Outcome]]) -> None:
     layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == ranks]
     folders = {name: folder for name, (folder, _) in models.items()}

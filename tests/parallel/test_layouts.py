@@ -195,7 +195,10 @@ def _worst_gradient(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if case.ranks in (2, 4) else pytest.mark.extended) for name, case in LAYOUTS.items()],
+)
 def test_equals_transformers(
     name: str, results_of: Callable[[Case], Results], record_property: Callable[[str, object], None]
 ) -> None:

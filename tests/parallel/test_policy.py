@@ -137,7 +137,14 @@ def _start_weights(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layouts", [[(1, 1)], [(2, 1), (1, 2), (1, 1)], [(2, 2)]], ids=["one", "two", "four"])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        pytest.param([(1, 1)], id="one"),
+        pytest.param([(2, 1), (1, 2), (1, 1)], id="two"),
+        pytest.param([(2, 2)], id="four", marks=pytest.mark.extended),
+    ],
+)
 def test_update_equals_transformers(
     layouts: list[tuple[int, int]], models: dict[str, tuple[Path, Outcome, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
@@ -183,7 +190,7 @@ def _second_update(rank: int, world: int, folder: Path, checkpoints: Path) -> di
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("written, read", [(2, 1), (1, 2)])
+@pytest.mark.parametrize("written, read", [(2, 1), pytest.param(1, 2, marks=pytest.mark.extended)])
 def test_resume_under_another_data_parallel_size(
     written: int, read: int, models: dict[str, tuple[Path, Outcome, dict[str, Tensor]]], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -114,7 +115,6 @@ def test_bad_settings_are_refused_before_a_process_starts() -> None:
 @pytest.mark.slow
 def test_two_workers_with_untied_embeddings_then_a_killed_engine(tmp_path: Path) -> None:
     """Shards verified, log-probs equal, and after SIGKILL of the engine neither process nor memory is left."""
-    shared_before = set(os.listdir("/dev/shm"))
     folder = save_model_folder(tmp_path / "model", tied=False)
     settings = EngineSettings(
         model=str(folder),
@@ -138,8 +138,16 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(tmp_path: Path)
                 expected = reference_logps(model, request, completion, banned=())
                 assert completion.logps == pytest.approx(expected.tolist(), abs=LOGP_TOLERANCE)
         assert len(process_group.members(engine.pid)) >= 4  # engine, watchdog, two workers
+        shared = shared_memory_of(engine.pid)
+        assert shared, "the engine's processes share memory; the test would not see it left behind"
         os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="signal SIGKILL"):
             engine.generate([request], SamplingSettings(max_tokens=12))
         assert wait_until_gone(engine.pid) == []
-        assert set(os.listdir("/dev/shm")) - shared_before == set()
+        assert shared & set(os.listdir("/dev/shm")) == set()
+
+
+def shared_memory_of(engine: int) -> set[str]:
+    """Names of the shared memory that any process of an engine has mapped, whether they still stand there or not."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in process_group.members(engine))
+    return set(re.findall(r"/dev/shm/(\S+)", maps))
