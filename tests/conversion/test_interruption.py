@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,7 @@ def stopped_in_the_middle(tmp_path: Path, repo_root: Path, *arguments: object) -
     with subprocess.Popen(
         [sys.executable, script, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(repo_root)}, start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # whoever runs the tests may ignore it
     ) as process:  # fmt: skip
         try:
             assert process.stdout is not None
