@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import textwrap
-import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from transformers import AutoConfig
 
-from megatron_vppo.config.schema import ActorConfig, DataConfig, ParallelConfig, RolloutConfig
+from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.trainer.plan import (
@@ -20,7 +19,6 @@ from megatron_vppo.trainer.plan import (
     TRAINER_RESERVE,
     Candidate,
     Cluster,
-    Offered,
     Plan,
     Workload,
     make_plan,
@@ -58,7 +56,6 @@ def run_plan(options: argparse.Namespace) -> int:
             hf_config,
             cluster=cluster,
             workload=workload,
-            offered=offered(),
             rollout_tensor=options.rollout_tp,
             answers=options.answers,
             frozen=frozenset(options.freeze),
@@ -81,12 +78,6 @@ def _what_would_fit(plan: Callable[[Cluster, Workload], Plan], cluster: Cluster,
     yield f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help."
     if workload.rows_per_micro_batch > 1 and plan(cluster, replace(workload, rows_per_micro_batch=1)).fitting:
         yield "What would fit: --rows-per-micro-batch 1 on these."
-
-
-def offered() -> Offered:
-    """What the settings of this version can say."""
-    recompute = typing.get_args(ParallelConfig.model_fields["recompute"].annotation)
-    return Offered(recompute=recompute, engines_sleep=False)
 
 
 def load_config(model: str) -> HfConfig:

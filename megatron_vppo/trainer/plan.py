@@ -32,6 +32,8 @@ TRAINER_RESERVE = 3 * GIB
 ENGINE_RESERVE = 3 * GIB
 """An engine's own CUDA context and what its longest prefill needs for a moment. Assumed too."""
 MOST_UTILIZATION = 0.9
+RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+"""In the order of their cost."""
 
 
 @dataclass(frozen=True)
@@ -83,16 +85,6 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Offered:
-    """What the trainer can do beside layouts."""
-
-    recompute: tuple[Recompute, ...]
-    """In the order of their cost."""
-    engines_sleep: bool
-    """Whether an engine gives its memory back while the trainer computes. Otherwise it has room beside all of it."""
-
-
-@dataclass(frozen=True)
 class EngineShare:
     tensor: int
     utilization: float
@@ -109,12 +101,15 @@ class Candidate:
     pipeline: int
     context: int
     data: int
-    sequence_parallel: bool
     recompute: Recompute
     state: StateBytes
     activations: StageActivations
     engine: EngineShare | None
     """None: what the trainer leaves is not enough for an engine."""
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.tensor > 1
 
     @property
     def replica_gpus(self) -> int:
@@ -141,7 +136,6 @@ def make_plan(
     *,
     cluster: Cluster,
     workload: Workload,
-    offered: Offered,
     rollout_tensor: int | None,
     answers: int,
     frozen: frozenset[Part] = frozenset(),
@@ -160,19 +154,16 @@ def make_plan(
     sizes, refused = _layouts(model, cluster=cluster)
     fitting, others = [], []
     for tensor, pipeline, context in sizes:
-        for recompute in offered.recompute:
+        for recompute in RECOMPUTES:
             candidate = model.candidate(
                 tensor=tensor,
                 pipeline=pipeline,
                 context=context,
                 data=cluster.gpus // (tensor * pipeline * context),
-                sequence_parallel=tensor > 1,
                 recompute=recompute,
                 workload=workload,
             )
             free = cluster.gpu_bytes - candidate.trainer_bytes
-            if offered.engines_sleep and free >= 0:
-                free += candidate.activations.total
             share = _engine_share(
                 model, free, cluster=cluster, workload=workload, tensor=rollout_tensor, answers=answers
             )
@@ -183,7 +174,7 @@ def make_plan(
     fitting.sort(
         key=lambda c: (
             c.replica_gpus > cluster.gpus_per_node,
-            offered.recompute.index(c.recompute),
+            RECOMPUTES.index(c.recompute),
             c.replica_gpus,
             c.pipeline,
         )
@@ -217,14 +208,13 @@ class _Model:
         pipeline: int,
         context: int,
         data: int,
-        sequence_parallel: bool,
         recompute: Recompute,
         workload: Workload,
     ) -> Candidate:
         """The layout with the memory of its fullest stage: the first, the second or the last, as those between differ
         only in holding fewer micro-batches.
         """
-        split = Split(tensor=tensor, context=context, sequence_parallel=sequence_parallel)
+        split = Split(tensor=tensor, context=context, sequence_parallel=tensor > 1)
         layers = self.stage_layers(pipeline)
         stages = []
         for stage in sorted({0, min(1, pipeline - 1), pipeline - 1}):
@@ -237,7 +227,6 @@ class _Model:
             pipeline=pipeline,
             context=context,
             data=data,
-            sequence_parallel=sequence_parallel,
             recompute=recompute,
             state=state,
             activations=activations,

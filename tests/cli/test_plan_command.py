@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_vppo.cli.main import main
-from megatron_vppo.cli.plan import offered
 from megatron_vppo.config.load import load_config
+from megatron_vppo.config.schema import ParallelConfig
+from megatron_vppo.trainer.plan import RECOMPUTES
 from tests.models.tiny import tiny_config
 
 EXAMPLE = ["plan", "--model", "qwen2.5-vl-32b", "--gpus", "32", "--gpu-memory", "80"]
@@ -103,8 +105,8 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     )
 
 
-def test_what_this_version_offers() -> None:
-    assert offered().recompute == ("none", "selective", "full")
+def test_every_recomputation_that_can_be_set_is_looked_at() -> None:
+    assert set(typing.get_args(ParallelConfig.model_fields["recompute"].annotation)) == set(RECOMPUTES)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from tests.models.tiny import (
     MERGE,
     make_pixels,
     make_rows,
+    save_tiny_model,
 )
 
 TEMPERATURE = 0.8
@@ -216,6 +217,15 @@ def make_policy(
         patches=patches,
         positions=lambda ids, grids: mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=MERGE),
     )  # fmt: skip
+
+
+def saved_models(configs: dict[str, Any], folder: Path, *, entropy_kind: str) -> dict[str, tuple[Path, Outcome]]:
+    """Random models of these configurations in folders of their own, and what transformers says of each."""
+    made = {}
+    for name, config in configs.items():
+        save_tiny_model(folder / name, config)
+        made[name] = (folder / name, expected_outcome(folder / name, entropy_kind, OPTIM))
+    return made
 
 
 def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:

@@ -15,15 +15,15 @@ from megatron_vppo.models.options import ModelOptions, Part
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
-from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (
     OPTIM,
     Outcome,
-    expected_outcome,
     hf_gradients,
     make_batch,
     make_policy,
     make_responses,
+    saved_models,
 )
 
 GRADIENT_TOLERANCE = 1e-4
@@ -117,12 +117,7 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int, bool]], folders: 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
-    made = {}
-    for name, config in MODELS.items():
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny_model(folder, config)
-        made[name] = (folder, expected_outcome(folder, "nll", OPTIM))
-    return made
+    return saved_models(MODELS, tmp_path_factory.mktemp("models"), entropy_kind="nll")
 
 
 @pytest.mark.distributed

@@ -19,16 +19,16 @@ from torch import Tensor
 from megatron_vppo.models.options import PLAIN, ModelOptions
 from megatron_vppo.parallel.layout import init_layout
 from tests.gloo import run_gloo
-from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (
     OPTIM,
     STEP,
     Outcome,
-    expected_outcome,
     hf_gradients,
     make_batch,
     make_policy,
     make_responses,
+    saved_models,
 )
 
 LOGP_TOLERANCE = 1e-5
@@ -115,12 +115,9 @@ class Found:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Outcome]]:
-    made = {}
-    for name, config in MODELS.items():
-        folder = tmp_path_factory.mktemp(name)
-        save_tiny_model(folder, config)
-        made[name] = (folder, expected_outcome(folder, "entropy", OPTIM))
-        (folder / EXPECTED).write_bytes(pickle.dumps(made[name][1]))
+    made = saved_models(MODELS, tmp_path_factory.mktemp("models"), entropy_kind="entropy")
+    for folder, expected in made.values():
+        (folder / EXPECTED).write_bytes(pickle.dumps(expected))
     return made
 
 

@@ -11,10 +11,10 @@ from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.trainer.plan import (
     ENGINE_RESERVE,
     GIB,
+    RECOMPUTES,
     TRAINER_RESERVE,
     Candidate,
     Cluster,
-    Offered,
     Plan,
     Workload,
     make_plan,
@@ -29,7 +29,6 @@ WORKLOAD = Workload(
     responses_per_prompt=8,
     head_chunk_tokens=1024,
 )
-TODAY = Offered(recompute=("none", "selective", "full"), engines_sleep=False)
 NODE = Cluster(gpus=8, gpu_bytes=80 * GIB, gpus_per_node=8)
 
 
@@ -37,7 +36,6 @@ def plan_of(
     name: str,
     cluster: Cluster = NODE,
     workload: Workload = WORKLOAD,
-    offered: Offered = TODAY,
     *,
     rollout_tensor: int | None = None,
     answers: int = 16,
@@ -47,7 +45,6 @@ def plan_of(
         published_config(name),
         cluster=cluster,
         workload=workload,
-        offered=offered,
         rollout_tensor=rollout_tensor,
         answers=answers,
         frozen=frozen,
@@ -76,7 +73,7 @@ def test_state_of_a_real_size() -> None:
 def test_everything_that_fits_is_there_and_sorted() -> None:
     plan = plan_of("qwen2.5-vl-7b")
     assert {(t, p) for t, p, _, _ in sizes(plan)} <= {(t, p) for t in (1, 2, 4) for p in (1, 2, 4)}
-    order = [(TODAY.recompute.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline) for c in plan.fitting]
+    order = [(RECOMPUTES.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline) for c in plan.fitting]
     assert order == sorted(order)
     assert len(set(sizes(plan))) == len(plan.fitting) > 3
     assert any("28 attention heads" in reason for reason in plan.refused)
@@ -138,16 +135,6 @@ def test_context_and_sequence_parallelism() -> None:
     assert two.state == one.state, "sharded over data x context"
     if one.recompute == two.recompute:
         assert two.activations.layers < one.activations.layers
-
-
-def test_engines_that_sleep_leave_room_for_activations() -> None:
-    offered = replace(TODAY, recompute=("full",))
-    beside = plan_of("qwen2.5-vl-7b", offered=offered, rollout_tensor=2).fitting[0]
-    asleep = plan_of("qwen2.5-vl-7b", offered=replace(offered, engines_sleep=True), rollout_tensor=2)
-    c = next(c for c in asleep.fitting if sizes_of(c) == sizes_of(beside))
-    assert beside.engine is not None and c.engine is not None
-    assert c.engine.answers > beside.engine.answers
-    assert c.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
 
 
 def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
