@@ -52,8 +52,20 @@ class ModelConfig(Section):
     path: str
     """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    backend: Literal["auto", "te", "torch"] = "auto"
+    """Transformer layers of TransformerEngine or of plain torch; 'auto': the former where there are GPUs and it is
+    installed."""
     freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ()
     """Parts that are not trained: no gradient, no optimizer state, sent to the rollout engines only once."""
+
+
+class Fp8Config(Section):
+    recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] | None = None
+    """How inputs and weights of the language model's linear layers are scaled to 8 bits; None: no FP8."""
+    scope: tuple[Literal["scoring", "update"], ...] = ("scoring", "update")
+    """Where it is used: in the two views that token dependency is computed from, and in the policy update."""
+    bf16_layers_at_ends: int = Field(default=0, ge=0)
+    """So many first and so many last language layers stay in bfloat16 (not with 'delayed')."""
 
 
 class ParallelConfig(Section):
@@ -309,6 +321,7 @@ class RunConfig(Section):
     data: DataConfig
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
+    fp8: Fp8Config = Fp8Config()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     actor: ActorConfig = ActorConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -1,4 +1,4 @@
-"""How a model is laid out and run. Nothing here changes what it computes."""
+"""How a model is laid out and run. Nothing here but `fp8` changes what it computes, up to rounding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ from typing import Literal
 Recompute = Literal["none", "selective", "full"]
 VisionSplit = Literal["tensor", "images"]
 Part = Literal["vision_tower", "projector", "language_model"]
+Backend = Literal["te", "torch"]
+Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
+
+
+@dataclass(frozen=True)
+class Fp8Options:
+    """FP8 inputs and weights of the linear layers of the language model's transformer layers, and of nothing else."""
+
+    recipe: Fp8Recipe
+    bf16_layers_at_ends: int = 0
+    """Of the whole model: so many first and so many last layers stay as they are."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +37,10 @@ class ModelOptions:
     on pictures of its own. In both cases context-parallel ranks run it on different pictures."""
     frozen: frozenset[Part] = frozenset()
     """Parts without gradient."""
+    backend: Backend = "torch"
+    """Whose modules layers are made of: TransformerEngine's, or Megatron's and torch's own."""
+    fp8: Fp8Options | None = None
+    """Makes the model able to run so; `precision.py` says when it does."""
 
 
 PLAIN = ModelOptions()

@@ -11,7 +11,7 @@ a safetensors file and reads no more than this rank's part.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -40,8 +40,8 @@ class Kind(Protocol):
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor: ...
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
-        """[ranks, *local shape] -> the Hugging Face tensors, which may be views of it."""
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+        """[ranks, *local shape] -> the Hugging Face tensors, each made when it is asked for; they may be views."""
 
 
 def _part(total: int, *, rank: int, size: int, what: str) -> tuple[int, int]:
@@ -68,8 +68,8 @@ class Replicated:
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         return hf[0][:].reshape(self.shape)
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
-        return (shards[0].reshape(self.hf_shape),)
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+        yield shards[0].reshape(self.hf_shape)
 
 
 def whole(*shape: int) -> Replicated:
@@ -96,8 +96,8 @@ class Split:
         low, high = _part(self.shape[self.partition_dim], rank=rank, size=size, what="rows or columns")
         return hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
-        return (shards.movedim(0, self.partition_dim).reshape(self.shape),)
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+        yield shards.movedim(0, self.partition_dim).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,9 @@ class Gated:
         low, high = _part(self.rows, rank=rank, size=size, what="rows of a gated MLP")
         return torch.cat([projection[low:high] for projection in hf])
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
-        gate, up = (half.reshape(self.rows, *self.tail) for half in shards.chunk(2, dim=1))
-        return gate, up
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+        for half in shards.chunk(2, dim=1):
+            yield half.reshape(self.rows, *self.tail)
 
 
 @dataclass(frozen=True)
@@ -152,11 +152,11 @@ class GroupedQKV:
             blocks.append(tensor[low * rows : high * rows].reshape(high - low, rows, *self.tail))
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
         rows = [heads * self.head_dim for heads in self._heads_per_group()]
         groups = shards.reshape(self.kv_heads, sum(rows), *self.tail)
-        query, key, value = (block.reshape(-1, *self.tail) for block in groups.split(rows, dim=1))
-        return query, key, value
+        for block in groups.split(rows, dim=1):
+            yield block.reshape(-1, *self.tail)
 
     def _heads_per_group(self) -> tuple[int, int, int]:
         return self.heads // self.kv_heads, 1, 1
@@ -189,9 +189,9 @@ class FusedQKV:
         ]
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
         heads = shards.reshape(self.heads, 3, self.head_dim, *self.tail)
-        return (heads.transpose(0, 1).reshape(-1, *self.tail),)
+        yield heads.transpose(0, 1).reshape(-1, *self.tail)
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,8 @@ class Vocabulary:
         real = hf[0][low:high] if high > low else hf[0][0:1][:0]
         return torch.cat([real, real.new_zeros(rows - (high - low), self.hidden)])
 
-    def merge(self, shards: Tensor) -> tuple[Tensor, ...]:
-        return (shards.flatten(0, 1)[: self.tokens],)
+    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+        yield shards.flatten(0, 1)[: self.tokens]
 
 
 def padded_vocabulary(tokens: int, tensor_size: int) -> int:

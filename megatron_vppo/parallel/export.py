@@ -22,9 +22,9 @@ from megatron_vppo.parallel.conversion.config_files import copy_config_files
 def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ()) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
 
-    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. One entry (at most a
-    QKV or gate-and-up group, or the embedding) exists whole at a time, and twice while it is put together. Tensors may
-    be views of parameters, so copy what outlives the next optimizer step.
+    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. The shards of one
+    entry (at most a QKV or gate-and-up group, or the embedding) exist at a time, and beside them those of its whole
+    tensors that the caller holds. Tensors may be views of parameters, so copy what outlives the next optimizer step.
 
     Args:
         stages: those that this rank holds.
@@ -34,14 +34,9 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ())
     for entry in stream_entries(stages[0].weight_map):
         if entry.part in without:
             continue
-        yield from zip(entry.hf_names, _whole(entry, stages, parameters), strict=True)
-
-
-def _whole(
-    entry: Entry, stages: Sequence[MappedModel], parameters: Sequence[dict[str, torch.nn.Parameter]]
-) -> tuple[Tensor, ...]:
-    """A function of its own, so that the shards are gone when the whole tensors are used."""
-    return entry.kind.merge(_gathered(_stage_shard(entry, stages, parameters), entry, stages[0]))
+        shards = _gathered(_stage_shard(entry, stages, parameters), entry, stages[0])
+        yield from zip(entry.hf_names, entry.kind.merge(shards), strict=True)
+        del shards  # before the next entry is gathered
 
 
 def _stage_shard(

@@ -151,6 +151,7 @@ class WeightSender:
                 group.pack(name, tensor)
                 num_tensors += 1
                 num_bytes += tensor.nbytes
+                del tensor  # before the next one is made
             check.finish()
             self._session.end_update_weights()
             self._session.begin_update_weights(group.update_info())

@@ -14,7 +14,7 @@ import torch
 from bench.flops import StepShape, model_cost, phase_flops
 from bench.machine import commit, hardware, matmul_gflops, versions
 from bench.process_memory import MemorySampler, ProcessPeak, by_role, process_tree, read_peak
-from bench.random_model import PICTURE_SIZE, PROMPT_TOKENS, QUESTION, VOCABULARY, make_config, write_rows
+from bench.random_model import PICTURE_SIZE, PROMPT_TOKENS, QUESTION, SIZES, VOCABULARY, make_config, write_rows
 from bench.step_time import floor, patches_per_prompt, run_settings, step_shape, trainer_threads
 from bench.timing import measured_lines, phase_seconds, startup_seconds
 from digits.checkpoint import make_processor
@@ -231,13 +231,16 @@ def test_prompts_of_the_random_model_have_256_tokens() -> None:
     assert inputs["pixel_values"].shape[0] == pixels / 14**2
 
 
-def test_the_random_model_has_60_million_parameters() -> None:
-    config = make_config(make_processor().tokenizer)
+@pytest.mark.parametrize(("size", "head_dim"), [("60m", 64), ("270m", 128)])
+def test_the_random_model_has_the_size_of_its_name(size: str, head_dim: int) -> None:
+    config = make_config(make_processor().tokenizer, size=SIZES[size])
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    assert 57e6 < sum(p.numel() for p in model.parameters()) < 63e6
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx(int(size.removesuffix("m")), rel=0.05)
     assert model.lm_head.weight.shape[0] == VOCABULARY == config.text_config.vocab_size
-    assert config.text_config.hidden_size // config.text_config.num_attention_heads == 64
+    assert config.text_config.hidden_size // config.text_config.num_attention_heads == head_dim
+    assert sum(config.text_config.rope_parameters["mrope_section"]) == head_dim // 2
     # Training bans this token in the engine, so that no response ends before its limit.
     assert config.text_config.eos_token_id == config.video_token_id
 

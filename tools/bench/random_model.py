@@ -1,6 +1,6 @@
-"""A Qwen2.5-VL of about 60 M random parameters and rows that fit it: 256-token prompts, most of them picture.
+"""A Qwen2.5-VL of 60 M random parameters, or 270 M, and rows that fit it: 256-token prompts, most of them picture.
 
-    python tools/bench/random_model.py --out build/bench/random_60m
+    python tools/bench/random_model.py [--size 270m] --out build/bench/random_60m
 
 Writes OUT/model (an ordinary Hugging Face folder) and OUT/data/train.parquet, to measure time with: there is nothing to
 be learned.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,26 @@ QUESTION = "<image>What is the exact sum?"
 """One token per character: with the chat template and the picture, PROMPT_TOKENS."""
 
 
-def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """59 M parameters: 48 M in the language layers, 7 M in the vision tower, 4 M in the vocabulary.
+@dataclass(frozen=True)
+class Size:
+    """Of the language model."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+
+
+SIZES = {
+    "60m": Size(hidden=512, intermediate=1536, layers=16, heads=8, kv_heads=2),
+    "270m": Size(hidden=2048, intermediate=8192, layers=4, heads=16, kv_heads=4),
+}
+"""Many layers, and few of a width as in a 3B."""
+
+
+def make_config(tokenizer: PreTrainedTokenizerFast, *, size: Size = SIZES["60m"]) -> Qwen2_5_VLConfig:
+    """59 M parameters: 48 M in the language layers, 7 M in the vision tower, 4 M in the vocabulary; or 268 M.
 
     The EOS token is `<|video_pad|>`, which training never lets the engine sample: every response runs to its limit.
     """
@@ -43,14 +62,14 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": VOCABULARY,
-            "hidden_size": 512,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
+            "hidden_size": size.hidden,
+            "intermediate_size": size.intermediate,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
             "max_position_embeddings": 1024,
             "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _sections(size)},
             "bos_token_id": ids["<|endoftext|>"],
             "eos_token_id": ids["<|video_pad|>"],
             "pad_token_id": ids["<|endoftext|>"],
@@ -65,7 +84,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
             "temporal_patch_size": 2,
             "window_size": 112,
             "fullatt_block_indexes": [2, 5],
-            "out_hidden_size": 512,
+            "out_hidden_size": size.hidden,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -73,6 +92,12 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=False,
     )
+
+
+def _sections(size: Size) -> list[int]:
+    """Rotated pairs of a head for time, height and width, divided as in the released models."""
+    pairs = size.hidden // size.heads // 2
+    return [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
 
 
 def write_rows(path: Path, *, rows: int, seed: int) -> None:
@@ -91,11 +116,11 @@ def write_rows(path: Path, *, rows: int, seed: int) -> None:
     Dataset.from_dict(columns, features=features).to_parquet(str(path))
 
 
-def build(out: Path, *, rows: int, seed: int) -> dict[str, Any]:
+def build(out: Path, *, size: str, rows: int, seed: int) -> dict[str, Any]:
     """Both folders into the existing folder `out`; the same arguments write the same weights and rows."""
     processor = make_processor()
     processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": PICTURE_SIZE[0] * PICTURE_SIZE[1]}
-    model = make_model(make_config(processor.tokenizer), seed=seed)
+    model = make_model(make_config(processor.tokenizer, size=SIZES[size]), seed=seed)
     save_checkpoint(model, processor, out / "model")
     (out / "data").mkdir()
     write_rows(out / "data" / "train.parquet", rows=rows, seed=seed)
@@ -105,10 +130,11 @@ def build(out: Path, *, rows: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--size", choices=SIZES, default="60m")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    arguments = {"rows": options.rows, "seed": options.seed}
+    arguments = {"size": options.size, "rows": options.rows, "seed": options.seed}
     result, reused = build_once(options.out, arguments, lambda folder: build(folder, **arguments))
     print(json.dumps({**result, "reused": reused}))
 

@@ -1,10 +1,9 @@
 """How fast trainer ranks stream their weights into a vLLM engine, beside a plain copy of the same bytes, as JSON.
 
-    python tools/bench/weight_sync.py [--tensor 2] [--pipeline 1] [--engine-ranks 1] [--dtype bfloat16] [--model FOLDER]
+    python tools/bench/weight_sync.py [--tensor 2] [--pipeline 1] [--engine-ranks 1] [--dtype bfloat16] [--size 60m]
 
 Real ranks over gloo (NCCL with CUDA), a real engine led by the first of them, the transfer that training uses. The
-model defaults to the one of random_model.py, which is built first where it is missing. What the numbers mean:
-tools/bench/README.md.
+model is one of random_model.py, which is built first where it is missing. What the numbers mean: tools/bench/README.md.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ import torch.multiprocessing as mp
 from transformers import AutoConfig
 
 from bench.machine import commit, hardware, versions
+from bench.random_model import SIZES
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
@@ -40,7 +40,6 @@ from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-RANDOM = ROOT / "build" / "bench" / "random_60m"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 START_SECONDS = 600.0
 WARMUP = 1
@@ -70,18 +69,18 @@ class RankResult:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=None, help="Hugging Face folder of a Qwen-VL")
+    parser.add_argument("--size", choices=SIZES, default="60m", help="of the model (default: 60m)")
     parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel trainer ranks (default: 2)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: 1)")
     parser.add_argument("--engine-ranks", type=int, default=1, help="workers of the engine (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--repeats", type=int, default=5, help="measured syncs, after one that is not (default: 5)")
     options = parser.parse_args(arguments)
-    if options.model is None:
-        builder = [sys.executable, "tools/bench/random_model.py", "--out", str(RANDOM)]
-        subprocess.run(builder, cwd=ROOT, stdout=sys.stderr, check=True)
-        options.model = RANDOM / "model"
-    print(json.dumps(measure(Case(**vars(options))), indent=1))
+    folder = ROOT / "build" / "bench" / f"random_{options.size}"
+    builder = [sys.executable, "tools/bench/random_model.py", "--size", options.size, "--out", str(folder)]
+    subprocess.run(builder, cwd=ROOT, stdout=sys.stderr, check=True)
+    settings = {name: value for name, value in vars(options).items() if name != "size"}
+    print(json.dumps(measure(Case(model=folder / "model", **settings)), indent=1))
 
 
 def measure(case: Case) -> dict[str, Any]:
