@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from megatron_vppo.config.checks import check_layout, ranks_per_copy
+from megatron_vppo.config.checks import check_device, check_layout, ranks_per_copy
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
@@ -35,6 +35,7 @@ def check_before_launch(config: RunConfig) -> int:
             "srun"
         )
     check_layout(config, world_size)
+    check_device(config, on_cpu=devices == 0)
     hf_config = AutoConfig.from_pretrained(model_folder(config.model.path))
     family = family_of(hf_config)
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)

@@ -51,6 +51,21 @@ def ranks_per_copy(config: RunConfig) -> int:
     return parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
 
 
+def check_device(config: RunConfig, *, on_cpu: bool) -> None:
+    """Settings that need GPUs."""
+    if not on_cpu:
+        return
+    gpu_only = {
+        "actor.offload": (list(config.actor.offload), []),
+        "rollout.free_cache_engine": (config.rollout.free_cache_engine or False, False),
+        "rollout.weight_transfer": (config.rollout.weight_transfer.replace("auto", "shm"), "shm"),
+        "rollout.quantization": (config.rollout.quantization, None),
+    }
+    for name, (asked, possible) in gpu_only.items():
+        if asked != possible:
+            raise ValueError(f"{name} is {asked}, which needs GPUs, and this machine has none; leave it out")
+
+
 def check_pipeline(config: RunConfig) -> None:
     """An explicit split of the layers has one positive entry per stage; virtual stages need a pipeline."""
     layers, pipeline = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
@@ -80,6 +95,24 @@ def check_freeze(config: RunConfig) -> None:
     if len(set(config.model.freeze)) == 3:
         raise ValueError(
             "model.freeze names vision_tower, projector and language_model: nothing is left to train; drop one of them"
+        )
+
+
+def check_offload(config: RunConfig) -> None:
+    """Memory that the trainer gives back while engines sample is of use only to engines that give theirs back after."""
+    if config.actor.offload and config.rollout.free_cache_engine is False:
+        raise ValueError(
+            f"actor.offload {list(config.actor.offload)} makes room for engines while they sample, but with "
+            "rollout.free_cache_engine=false they hold the same memory all the time; leave one of the two out"
+        )
+
+
+def check_rollout_quantization(config: RunConfig) -> None:
+    """vLLM quantises 16-bit weights."""
+    if config.rollout.quantization is not None and config.model.dtype == "float32":
+        raise ValueError(
+            f"rollout.quantization '{config.rollout.quantization}' needs model.dtype=bfloat16, which is float32; set "
+            "one of them anew"
         )
 
 
@@ -195,6 +228,8 @@ def check_reward(config: RunConfig) -> None:
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_pipeline,
     check_freeze,
+    check_offload,
+    check_rollout_quantization,
     check_batches,
     check_sampling,
     check_perturbation,

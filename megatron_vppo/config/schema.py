@@ -242,6 +242,9 @@ class ActorConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     head_chunk_tokens: int = Field(default=1024, gt=0)
     """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
+    offload: tuple[Literal["params", "grads", "optimizer"], ...] = ()
+    """What waits in host memory while the engines sample: weights, gradients (freed, not copied), optimizer state. The
+    engines take its room, see rollout.free_cache_engine. GPUs only."""
     optim: OptimConfig = OptimConfig()
 
 
@@ -267,6 +270,15 @@ class RolloutConfig(Section):
     num_engines: int | None = Field(default=None, gt=0)
     """None: one per tensor_parallel_size trainer devices on GPUs, one on a machine without GPUs."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
+    """Share of each of its GPUs that an engine takes while it is awake."""
+    free_cache_engine: bool | None = None
+    """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
+    them with the trainer."""
+    weight_transfer: Literal["auto", "shm", "ipc"] = "auto"
+    """Weights reach the engines through host memory (shm) or through buffers on the GPU (ipc); 'auto': ipc on GPUs."""
+    quantization: Literal["fp8"] | None = None
+    """Engines compute the language model's linear layers in FP8, scaled as fp8.recipe says (block by block without
+    one); they quantise the weights that they are sent. GPUs only."""
     cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
     """GiB for the KV cache of an engine on CPU."""
     threads_per_engine: int | None = Field(default=None, gt=0)

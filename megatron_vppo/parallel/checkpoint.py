@@ -26,6 +26,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_vppo.data.workers import die_with_parent
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.offload import optimizer_tensors, require_resident, weight_tensors
 from megatron_vppo.parallel.training import Trainable
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -50,7 +51,11 @@ def save_checkpoint(
     Args:
         state: what the loop needs to go on (JSON values); that of rank 0 is written.
         keep: how many of the newest checkpoints stay.
+
+    Raises:
+        RuntimeError: weights or optimizer state are offloaded (offload.py).
     """
+    require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
     target, unfinished = folder / f"global_step_{step}", folder / f".global_step_{step}.tmp"
     if layout.rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)

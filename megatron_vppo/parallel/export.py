@@ -16,6 +16,7 @@ from megatron_vppo.models.hf_loading import MappedModel
 from megatron_vppo.models.options import Part
 from megatron_vppo.models.weight_map import Entry, stream_entries
 from megatron_vppo.parallel.conversion.config_files import copy_config_files
+from megatron_vppo.parallel.offload import require_resident
 
 
 @torch.no_grad()
@@ -29,8 +30,12 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ())
     Args:
         stages: those that this rank holds.
         without: parts of the model that are left out.
+
+    Raises:
+        RuntimeError: the weights are offloaded (offload.py).
     """
     parameters = [dict(stage.named_parameters()) for stage in stages]
+    require_resident((tensor for named in parameters for tensor in named.values()), what="export")
     for entry in stream_entries(stages[0].weight_map):
         if entry.part in without:
             continue

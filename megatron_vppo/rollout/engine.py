@@ -5,14 +5,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from megatron_vppo.rollout.child import ChildProcess
+from megatron_vppo.rollout.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.records import Completion, EngineSettings, SampleRequest, SamplingSettings, SyncReport
-from megatron_vppo.rollout.weight_sender import DEFAULT_GROUP_BYTES, WeightSender
+from megatron_vppo.rollout.shared_buffer import SharedBuffer
+from megatron_vppo.rollout.weight_sender import DEFAULT_GROUP_BYTES, TransferBuffer, WeightSender
+
+MemoryTag = Literal["weights", "kv_cache"]
+"""What an engine holds of its GPUs' memory and can give back."""
 
 
 class RolloutEngine:
@@ -31,6 +36,7 @@ class RolloutEngine:
         self._session = _Session(self._child)
         self._sender: WeightSender | None = None
         self._has_weights = settings.load_format != "empty"
+        self._asleep: set[MemoryTag] = set()
         self._finalizer = weakref.finalize(self, self._child.close)
 
     @property
@@ -48,14 +54,21 @@ class RolloutEngine:
             raise
         self._sender = WeightSender(
             self._session,
+            buffers=(self._buffer(len(workers)), self._buffer(len(workers))),
             workers=workers,
             dtype=getattr(torch, self.settings.dtype),
-            group_bytes=self._group_bytes,
         )
+
+    def _buffer(self, num_workers: int) -> TransferBuffer:
+        if self.settings.weight_transfer == "shm":
+            return SharedBuffer(self._group_bytes)
+        device = torch.device("cuda", torch.cuda.current_device())
+        return DeviceBuffer(self._group_bytes, device=device, num_readers=num_workers)
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
         """Per request one completion for each of its seeds, in order."""
         self._require_ready()
+        self._require_awake("generate", "weights", "kv_cache")
         if not self._has_weights:
             raise RuntimeError("the rollout engine has no complete set of weights; call load_weights first")
         return self._session.call("generate", requests=list(requests), settings=settings)
@@ -73,14 +86,48 @@ class RolloutEngine:
         Raises: see WeightSender.send.
         """
         sender = self._require_ready()
+        self._require_awake("load_weights", "weights")
         self._has_weights = False
         report = sender.send(stream, version=version, verify=verify, kept=kept)
         self._has_weights = True
         return report
 
-    def live_digests(self) -> list[dict[str, str]]:
-        """Per worker, the digest of every weight that it now computes with, read back from its kernels."""
+    def preserve(self, names: Collection[str]) -> None:
+        """These tensors (Hugging Face names) stay when the engine forgets its weights in its sleep."""
+        parameters = self._require_ready().preserve(names)
+        self._session.call("preserve_over_sleep", parameters=list(parameters))
+
+    def sleep(self, *, keep_weights: bool = False) -> None:
+        """Give the GPUs' memory back, all but what a CUDA process needs to be there.
+
+        Args:
+            keep_weights: they wait in host memory; otherwise they are forgotten, but for the preserved ones, and a
+                whole load has to come after `wake`. Whatever else the engine holds is forgotten in both cases.
+        """
+        sender = self._require_ready()
+        if not self.settings.can_sleep:
+            raise RuntimeError("the rollout engine was started without can_sleep, so it keeps its memory")
+        self._require_awake("sleep", "weights")
+        self._session.call("sleep", keep_weights=keep_weights)
+        self._asleep = {"weights", "kv_cache"}
+        if not keep_weights:
+            self._has_weights = False
+            sender.forget_weights()
+
+    def wake(self, tag: MemoryTag) -> None:
+        """Take this part of the memory again. Weights that were forgotten come back as memory without meaning."""
         self._require_ready()
+        if tag not in self._asleep:
+            raise RuntimeError(f"wake: the rollout engine already holds its {tag}")
+        self._session.call("wake", tag=tag)
+        self._asleep.remove(tag)
+
+    def live_digests(self) -> list[dict[str, str]]:
+        """Per worker, the digest of every weight that it now computes with, read back from its kernels. Quantised
+        weights are left out.
+        """
+        self._require_ready()
+        self._require_awake("live_digests", "weights")
         return self._session.live_digests()
 
     def close(self) -> None:
@@ -96,6 +143,10 @@ class RolloutEngine:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _require_awake(self, what: str, *tags: MemoryTag) -> None:
+        if missing := self._asleep.intersection(tags):
+            raise RuntimeError(f"{what}: the rollout engine sleeps; wake its {' and '.join(sorted(missing))} first")
 
     def _require_ready(self) -> WeightSender:
         if self._sender is None:

@@ -53,9 +53,9 @@ class Engine:
         _quieten_vllm()
         from vllm import LLM
 
-        from megatron_vppo.rollout import shm_transfer
+        from megatron_vppo.rollout import weight_receiver
 
-        shm_transfer.register()
+        weight_receiver.register()
         options: dict[str, Any] = {}
         if settings.device == "cpu":
             # An explicit size also spares vLLM the profiling runs.
@@ -68,6 +68,10 @@ class Engine:
             options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs)
         else:
             options["gpu_memory_utilization"] = settings.gpu_memory_utilization
+            options["enable_sleep_mode"] = settings.can_sleep
+        if settings.quantization is not None:
+            options["quantization"] = settings.quantization
+            options["quantization_config"] = {"ignore": list(settings.unquantized_layers)}
         self._banned = {token: float("-inf") for token in settings.banned_token_ids} or None
         self._llm = LLM(
             settings.model,
@@ -82,11 +86,11 @@ class Engine:
             skip_mm_profiling=settings.device == "cpu",
             seed=settings.seed,
             enforce_eager=settings.enforce_eager,
-            load_format=shm_transfer.EMPTY_LOAD_FORMAT if settings.load_format == "empty" else settings.load_format,
+            load_format=weight_receiver.EMPTY_LOAD_FORMAT if settings.load_format == "empty" else settings.load_format,
             generation_config="vllm",  # nothing of the checkpoint's own sampling defaults
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
-            weight_transfer_config={"backend": shm_transfer.BACKEND},
+            weight_transfer_config={"backend": weight_receiver.BACKENDS[settings.weight_transfer]},
             worker_extension_cls="megatron_vppo.rollout.worker.WorkerExtension",
             **options,
         )
@@ -128,6 +132,16 @@ class Engine:
             logprobs=0,  # of the sampled token alone
             detokenize=False,
         )
+
+    def preserve_over_sleep(self, parameters: list[str]) -> None:
+        self._llm.collective_rpc("vppo_preserve_over_sleep", args=(parameters,))
+
+    def sleep(self, keep_weights: bool) -> None:
+        """Level 1 copies the weights to host memory, level 2 forgets them; both forget the KV cache and all others."""
+        self._llm.sleep(level=1 if keep_weights else 2)
+
+    def wake(self, tag: str) -> None:
+        self._llm.wake_up([tag])
 
     def start_weight_update(self) -> None:
         self._llm.start_weight_update()

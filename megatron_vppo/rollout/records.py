@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+WeightTransfer = Literal["shm", "ipc"]
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
@@ -38,6 +40,15 @@ class EngineSettings:
     """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `load_weights`."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor, such as min_pixels and max_pixels."""
+    can_sleep: bool = False
+    """`RolloutEngine.sleep` and `wake` work; not on CPU."""
+    weight_transfer: WeightTransfer = "shm"
+    """Weights come through host memory, or through buffers on the GPU of the rank that leads the engine."""
+    quantization: str | None = None
+    """vLLM's name of a scheme by which it quantises the linear layers' weights as they are loaded, such as
+    'fp8_per_block'; not on CPU. Weights are sent in `dtype` all the same."""
+    unquantized_layers: tuple[str, ...] = ()
+    """Patterns (fnmatch) of vLLM's names of linear layers that stay in `dtype`."""
     banned_token_ids: tuple[int, ...] = ()
     """Never sampled: the image and vision tokens, whose features a later forward pass would ask for."""
 
@@ -45,6 +56,9 @@ class EngineSettings:
         for name in ("max_model_len", "tensor_parallel_size", "max_num_seqs", "images_per_prompt", "cpu_threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        for name, off in (("can_sleep", False), ("weight_transfer", "shm"), ("quantization", None)):
+            if self.device == "cpu" and getattr(self, name) != off:
+                raise ValueError(f"{name} = {getattr(self, name)!r} needs engines on GPUs")
         if len(self.banned_token_ids) > MAX_BANNED_TOKENS:
             raise ValueError(f"{len(self.banned_token_ids)} banned_token_ids; vLLM takes at most {MAX_BANNED_TOKENS}")
 
@@ -106,12 +120,13 @@ class SyncReport:
     num_tensors: int
     num_bytes: int
     num_groups: int
-    """Shared-memory buffers sent."""
+    """Buffers sent."""
     seconds: float
     """All of it, verification and the time that the stream took to produce its tensors included."""
     verify_seconds: float
     num_checksums: int
-    """Weights of the engine, over its workers, that were compared; 0 without verification."""
+    """Weights of the engine, over its workers, that were compared; 0 without verification. Quantised weights are not
+    among them: they have other bits than what was sent."""
     checksums_ok: bool | None
     """None without verification. A mismatch raises, so it is never False."""
 
@@ -128,3 +143,5 @@ class LiveWeight:
     """True where the kernel keeps a repacked copy, read back through the kernel; zeros then lose their sign."""
     kv_replicas: int
     """Workers that share one key-value head (qkv_proj where there are fewer heads than workers), else 1."""
+    scales: tuple[str, ...] = ()
+    """vLLM's names of the parameters that quantising this one made beside it; empty: it is not quantised."""

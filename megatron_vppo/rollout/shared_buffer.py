@@ -1,4 +1,4 @@
-"""Memory that the trainer writes and every worker of an engine on the same machine reads.
+"""Host memory that the trainer writes and every worker of an engine on the same machine reads.
 
 A memfd has no name in /dev/shm: readers open it through /proc/<writer>/fd/<n>, and the kernel frees it when the last
 process that holds it is gone, however it went.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +30,12 @@ class SharedBuffer:
 
     def __init__(self, capacity: int) -> None:
         self._fd = os.memfd_create("vppo-weights")
-        self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
         self.capacity = 0
         self.grow(capacity)
 
     def grow(self, capacity: int) -> None:
-        """Make room for at least `capacity` bytes; what was written before is kept."""
+        """Make room for at least `capacity` bytes."""
         if capacity > self.capacity:
             os.ftruncate(self._fd, capacity)
             self.bytes = _map(self._fd, capacity)
@@ -44,6 +45,13 @@ class SharedBuffer:
         """Copy a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+    def publish(self) -> dict[str, Any]:
+        """How a `SharedBufferReader` finds the memory; everything written is visible there."""
+        return {"path": self._path, "capacity": self.capacity}
+
+    def free(self) -> None:
+        """Nothing to do: it is host memory, and readers keep it mapped from one transfer to the next."""
 
     def close(self) -> None:
         if self._fd >= 0:

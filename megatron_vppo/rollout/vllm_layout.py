@@ -83,6 +83,23 @@ HASHED_ROWS = 4096
 """At a time: a copy of so many rows exists, not of a whole embedding."""
 
 
+def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]]) -> tuple[str, ...]:
+    """vLLM's names of all parameters that are made of these tensors of a checkpoint, scales of quantised ones included.
+
+    Raises:
+        ValueError: a parameter is stacked from some of these and some others.
+    """
+    wanted = {canonical_name(name) for name in names}
+    found: dict[str, None] = {}
+    for weight in (weight for worker in workers for weight in worker):
+        inside = wanted.intersection(sources := checkpoint_names(weight.parameter))
+        if inside and len(inside) < len(sources):
+            raise ValueError(f"vLLM holds {', '.join(sources)} as one, {weight.parameter}, of which {inside} are meant")
+        if inside:
+            found.update(dict.fromkeys((weight.parameter, *weight.scales)))
+    return tuple(found)
+
+
 class StreamCheck:
     """Holds one stream of weights against what the engine's workers consist of."""
 
@@ -92,9 +109,9 @@ class StreamCheck:
         self.places = {
             name: (parameter, part) for parameter in parameters for part, name in enumerate(checkpoint_names(parameter))
         }
-        absent = {canonical_name(name) for name in kept}
-        self._missing = dict.fromkeys(name for name in self.places if name not in absent)
-        self.kept_parameters = frozenset(self.places[name][0] for name in absent & self.places.keys())
+        self.kept = frozenset(map(canonical_name, kept)) & self.places.keys()
+        self._missing = dict.fromkeys(name for name in self.places if name not in self.kept)
+        self.kept_parameters = frozenset(self.places[name][0] for name in self.kept)
 
     def take(self, name: str) -> tuple[str, int]:
         """vLLM's parameter and the part of it that `name` fills. ValueError if it fills none, or did already."""
@@ -142,20 +159,21 @@ class ExpectedDigests:
         }
         self._dtype = dtype
         self._by_parameter: dict[str, list[tuple[int, LiveWeight]]] = {}
+        self._hashes = {}
         for rank, worker in enumerate(workers):
             for weight in worker:
-                self._by_parameter.setdefault(weight.parameter, []).append((rank, weight))
-        self._hashes = {
-            (rank, weight.key): hashlib.sha256()
-            for rank, worker in enumerate(workers)
-            for weight in worker
-            if weight.parameter not in kept_parameters
-        }
+                if weight.parameter not in kept_parameters and not weight.scales:
+                    self._by_parameter.setdefault(weight.parameter, []).append((rank, weight))
+                    self._hashes[rank, weight.key] = hashlib.sha256()
         self._waiting: dict[str, dict[int, Tensor]] = {}
         self._next_part: dict[str, int] = {}
 
     def add(self, tensor: Tensor, *, parameter: str, part: int) -> None:
-        """Parts of one parameter may come in any order; the early ones are kept until their turn."""
+        """Parts of one parameter may come in any order; the early ones are kept until their turn. Those of a quantised
+        parameter are passed over: the engine will have other bits.
+        """
+        if parameter not in self._by_parameter:
+            return
         waiting = self._waiting.setdefault(parameter, {})
         next_part = self._next_part.get(parameter, 0)
         waiting[part] = tensor if part == next_part else tensor.detach().to("cpu", self._dtype, copy=True)

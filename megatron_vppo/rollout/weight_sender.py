@@ -1,7 +1,7 @@
-"""The trainer's half of the 'shm' weight transfer: a stream of tensors in, vLLM's transfer session out.
+"""The trainer's half of the weight transfer: a stream of tensors in, vLLM's transfer session out.
 
-Two shared buffers take turns: while the engine loads one, the next tensors are packed into the other. Beside them the
-trainer holds no copy of the weights.
+Two buffers take turns, in shared host memory or on the GPU: while the engine loads one, the next tensors are packed
+into the other. Beside them the trainer holds no copy of the weights.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.rollout.records import LiveWeight, SyncReport
-from megatron_vppo.rollout.shared_buffer import SharedBuffer, aligned
-from megatron_vppo.rollout.vllm_layout import DigestKey, ExpectedDigests, StreamCheck
+from megatron_vppo.rollout.shared_buffer import aligned
+from megatron_vppo.rollout.vllm_layout import DigestKey, ExpectedDigests, StreamCheck, canonical_name, parameters_of
 
 DEFAULT_GROUP_BYTES = 256 << 20
 """Of one buffer. A single larger tensor makes its buffer grow to hold it."""
@@ -40,10 +40,29 @@ class WeightSession(Protocol):
     def live_digests(self) -> list[dict[str, str]]: ...
 
 
-class _Group:
-    """Tensors packed into one buffer, described as `shm_transfer.ShmUpdateInfo` wants it."""
+class TransferBuffer(Protocol):
+    """Memory that this process writes and the engine's workers read."""
 
-    def __init__(self, buffer: SharedBuffer) -> None:
+    capacity: int
+
+    def grow(self, capacity: int) -> None:
+        """Hold at least so many bytes; only while nothing is packed."""
+
+    def write(self, tensor: Tensor, *, offset: int) -> None: ...
+
+    def publish(self) -> dict[str, Any]:
+        """Fields of the update info by which a worker finds the buffer. What was written is visible when it returns."""
+
+    def free(self) -> None:
+        """The transfer is over: nobody reads any more, and the next one begins with `grow`."""
+
+    def close(self) -> None: ...
+
+
+class _Group:
+    """Tensors packed into one buffer, described as `weight_receiver.PackedUpdateInfo` wants it."""
+
+    def __init__(self, buffer: TransferBuffer) -> None:
         self.buffer = buffer
         self._names: list[str] = []
         self._dtypes: list[str] = []
@@ -51,11 +70,12 @@ class _Group:
         self._offsets: list[int] = []
         self.num_bytes = 0
 
-    def has_room(self, tensor: Tensor, *, group_bytes: int) -> bool:
-        return not self._names or self.num_bytes + tensor.nbytes <= max(group_bytes, self.buffer.capacity)
+    def has_room(self, tensor: Tensor) -> bool:
+        return not self._names or self.num_bytes + aligned(tensor.nbytes) <= self.buffer.capacity
 
     def pack(self, name: str, tensor: Tensor) -> None:
-        self.buffer.grow(self.num_bytes + aligned(tensor.nbytes))
+        if not self._names:
+            self.buffer.grow(aligned(tensor.nbytes))
         self.buffer.write(tensor, offset=self.num_bytes)
         self._names.append(name)
         self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
@@ -65,8 +85,7 @@ class _Group:
 
     def update_info(self) -> dict[str, Any]:
         return {
-            "path": self.buffer.path,
-            "capacity": self.buffer.capacity,
+            **self.buffer.publish(),
             "names": self._names,
             "dtypes": self._dtypes,
             "shapes": self._shapes,
@@ -81,18 +100,32 @@ class WeightSender:
         self,
         session: WeightSession,
         *,
+        buffers: tuple[TransferBuffer, TransferBuffer],
         workers: Sequence[Sequence[LiveWeight]],
         dtype: torch.dtype,
-        group_bytes: int = DEFAULT_GROUP_BYTES,
     ) -> None:
         """`workers`: what each of the engine's workers consists of; `dtype`: what they compute in."""
         self._session = session
         self._workers = workers
         self._dtype = dtype
-        self._group_bytes = group_bytes
         self._digests: Mapping[DigestKey, str] = {}
-        self._is_complete = False
-        self._buffers = (SharedBuffer(group_bytes), SharedBuffer(group_bytes))
+        self._present: frozenset[str] = frozenset()
+        """Tensors that the engine now holds, as `canonical_name` spells them."""
+        self._preserved: frozenset[str] = frozenset()
+        self._buffers = buffers
+
+    def preserve(self, names: Collection[str]) -> tuple[str, ...]:
+        """From now on these tensors stay when the engine forgets its weights. Returns vLLM's names of what they make.
+
+        Raises ValueError where vLLM holds one of them together with another tensor.
+        """
+        parameters = parameters_of(names, self._workers)
+        self._preserved = frozenset(canonical_name(name) for name in names)
+        return parameters
+
+    def forget_weights(self) -> None:
+        """The engine has forgotten its weights but for the preserved ones."""
+        self._present &= self._preserved
 
     def send(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
@@ -107,7 +140,7 @@ class WeightSender:
 
         Raises:
             ValueError: a name of the stream is unknown, comes twice or is missing; or tensors are to be kept, but the
-                last stream did not get through.
+                engine does not have them: the last stream did not get through, or it forgot them while it slept.
             RuntimeError: the engine failed, or verification found a weight that differs.
         """
         try:
@@ -115,15 +148,21 @@ class WeightSender:
         except (ValueError, RuntimeError, OSError):
             deque(stream, maxlen=0)
             raise
+        finally:
+            for buffer in self._buffers:
+                buffer.free()
 
     def _send(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str]
     ) -> SyncReport:
         start = time.perf_counter()
-        if kept and not self._is_complete:
-            raise ValueError("the rollout engine has no complete set of weights, of which some could be kept")
-        self._is_complete = False
         check = StreamCheck(self._workers, kept=kept)
+        if missing := check.kept - self._present:
+            raise ValueError(
+                f"the rollout engine has no complete set of weights, of which some could be kept: {min(missing)} is "
+                "not there"
+            )
+        self._present = frozenset()
         expected = (
             ExpectedDigests(
                 self._workers, dtype=self._dtype, kept_parameters=check.kept_parameters, known=self._digests
@@ -143,7 +182,7 @@ class WeightSender:
                     hash_start = time.perf_counter()
                     expected.add(tensor, parameter=parameter, part=part)
                     verify_seconds += time.perf_counter() - hash_start
-                if not group.has_room(tensor, group_bytes=self._group_bytes):
+                if not group.has_room(tensor):
                     self._session.end_update_weights()  # of the group before: its buffer is free now
                     self._session.begin_update_weights(group.update_info())
                     num_groups += 1
@@ -169,7 +208,7 @@ class WeightSender:
             num_checksums = expected.compare(self._session.live_digests())
             self._digests = expected.digests()
             verify_seconds += time.perf_counter() - compare_start
-        self._is_complete = True
+        self._present = frozenset(check.places)
         return SyncReport(
             version=version,
             num_tensors=num_tensors,

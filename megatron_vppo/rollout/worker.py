@@ -1,4 +1,4 @@
-"""What we add to vLLM's worker: digests of the weights it really computes with.
+"""What we add to vLLM's worker: digests of the weights it really computes with, and which of them survive sleep.
 
 vLLM's own `compute_weight_checksums` hashes `named_parameters()`. On CPU that says little: most linear layers hand
 their weight to a kernel that keeps a repacked copy, and leave an empty parameter behind. Such weights are read back
@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
 from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
-from megatron_vppo.rollout import shm_transfer
+from megatron_vppo.rollout import weight_receiver
 from megatron_vppo.rollout.records import LiveWeight
 
 # vLLM imports this module in every worker, so the backend is known there even where the package is on the path but not
 # installed, and its entry point therefore not seen.
-shm_transfer.register()
+weight_receiver.register()
 
 IDENTITY_ROWS = 512
 """Input channels read back at a time."""
@@ -32,9 +33,15 @@ class WorkerExtension:
     def vppo_live_weights(self) -> list[LiveWeight]:
         return [weight for weight, _ in _live_weights(self.model_runner.get_model())]  # type: ignore[attr-defined]
 
+    def vppo_preserve_over_sleep(self, parameters: list[str]) -> None:
+        """Keep these over sleep of level 2. vLLM reads the setting whenever it falls asleep; the names are known only
+        once the model is loaded.
+        """
+        self.model_config.sleep_preserve_parameter_names = parameters  # type: ignore[attr-defined]
+
     @torch.no_grad()
     def vppo_live_digests(self) -> dict[str, str]:
-        """sha256 of every live weight, by its key, in the model's dtype."""
+        """sha256 of every live weight that is not quantised, by its key, in the model's dtype."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         dtype = self.model_config.dtype  # type: ignore[attr-defined]
         checksums = {
@@ -43,6 +50,8 @@ class WorkerExtension:
         }
         digests = {}
         for weight, module in _live_weights(model):
+            if weight.scales:
+                continue
             if weight.repacked:
                 digests[weight.key] = _digest(_read_back(module, dtype))
             elif (parameter := model.get_parameter(weight.parameter)).dtype == dtype:
@@ -53,19 +62,30 @@ class WorkerExtension:
 
 
 def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
-    """Every parameter once, and every kernel that may hold a copy of its own."""
+    """Every parameter of the checkpoint once, and every kernel that may hold a copy of its own."""
     first_names: dict[int, str] = {}
     for module_name, module in model.named_modules():
         kv_replicas = getattr(module, "num_kv_head_replicas", 1)
+        scales = _scales(module)
         for leaf, parameter in module.named_parameters(recurse=False):
+            if leaf in scales:
+                continue
             name = f"{module_name}.{leaf}"
             is_first = first_names.setdefault(id(parameter), name) == name
             name = first_names[id(parameter)]
             if is_first and parameter.numel() > 0:
-                yield LiveWeight(key=name, parameter=name, repacked=False, kv_replicas=kv_replicas), module
+                made = tuple(f"{module_name}.{scale}" for scale in scales) if leaf == "weight" else ()
+                yield LiveWeight(name, parameter=name, repacked=False, kv_replicas=kv_replicas, scales=made), module
             if leaf == "weight" and "cpu_linear" in vars(module):
                 key = f"{module_name}.{leaf} in its kernel"
                 yield LiveWeight(key=key, parameter=name, repacked=True, kv_replicas=kv_replicas), module
+
+
+def _scales(module: nn.Module) -> tuple[str, ...]:
+    """Parameters that vLLM made when it quantised this layer's weight; none of a layer that it did not quantise."""
+    if not isinstance(getattr(module, "quant_method", None), OnlineLinearBase):
+        return ()
+    return tuple(leaf for leaf, _ in module.named_parameters(recurse=False) if leaf not in ("weight", "bias"))
 
 
 def _read_back(layer: Any, dtype: torch.dtype) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoProcessor, GenerationConfig
 
 from megatron_vppo.algorithm.assemble import Minibatch
@@ -34,15 +35,17 @@ from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save
 from megatron_vppo.parallel.export import save_hf
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
+from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.collective import from_rank_zero
-from megatron_vppo.trainer.engines import start_engine, vision_token_ids
+from megatron_vppo.trainer.engines import EnginePlace, await_engines, start_engine, vision_token_ids
 from megatron_vppo.trainer.grading import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.model_folder import model_folder
+from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.records import Recorder
 from megatron_vppo.trainer.run_folder import RunFolder
 from megatron_vppo.trainer.sampler import EngineSampler
@@ -69,6 +72,7 @@ def run_training(config: RunConfig) -> None:
         train(run)
         target = folder.huggingface(run.total_steps)
         if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
+            run.placement.writing()
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
     if layout.rank == 0:
         print(f"report: {write_report(folder.root)}", flush=True)
@@ -106,6 +110,9 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
             processor, geometry, template=_template(config), system_prompt=config.data.system_prompt
         )
         stream = _stream(config, datasets["train"], builder) if is_writer else None
+        on_gpus = layout.device.type == "cuda"
+        if on_gpus:  # vLLM measures while it starts how much is free: the trainer takes its memory only afterwards
+            await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
         held_out = from_rank_zero(partial(_validation_prompts, config, datasets, builder))
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
         policy = _policy(config, layout, source, hf_config, images, total_steps=total_steps)
@@ -122,12 +129,13 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
             )
         log = _open_log(config, layout, folder, start_step=start_step, total_steps=total_steps)
         stack.callback(log.close)
-        if engine.client is not None:
-            engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
+        if not on_gpus:
+            await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
         eos = _eos_ids(source, processor.tokenizer)
         yield Run(
             config=config,
             policy=policy,
+            placement=_placement(config, policy, engine),
             sampler=sampler,
             collector=Collector(config, stream, sampler, grader, _train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, _val_sampling(config, eos)) if held_out else None,
@@ -261,6 +269,18 @@ def _model_options(config: RunConfig) -> ModelOptions:
         recompute=parallel.recompute,
         vision_split=parallel.vision_split,
         frozen=frozenset(config.model.freeze),
+    )
+
+
+def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:
+    if engine.sleeps and engine.client is not None:
+        engine.client.preserve(policy.frozen_hf_names)
+    return Placement(
+        TrainerMemory(policy.trainable),
+        engine.client,
+        offloads=config.actor.offload,
+        engines_sleep=engine.sleeps,
+        barrier=dist.barrier,
     )
 
 

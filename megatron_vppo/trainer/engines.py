@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from megatron_vppo.config.checks import check_device
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.rollout.records import EngineSettings, WeightTransfer
 
 VISION_TOKENS = (
     "image_token_id",
@@ -25,12 +27,24 @@ VISION_TOKENS = (
 """Configuration fields of the tokens that must not be sampled: the next forward pass would look for their pixels."""
 
 
+VLLM_FP8 = {
+    None: "fp8_per_block",
+    "blockwise": "fp8_per_block",
+    "tensorwise": "fp8_per_tensor",
+    "delayed": "fp8_per_tensor",
+    "mxfp8": "mxfp8",
+}
+"""The trainer's `fp8.recipe` -> vLLM's scheme that scales weights alike."""
+
+
 @dataclass(frozen=True)
 class EnginePlace:
     client: RolloutEngine | None
     """None on ranks that lead no engine."""
     index: int | None
     count: int
+    sleeps: bool
+    """Engines give their memory back while the trainer computes; the same on every rank."""
 
 
 def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
@@ -76,16 +90,39 @@ def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
 
 
+def engines_sleep(config: RunConfig, *, on_cpu: bool) -> bool:
+    asked = config.rollout.free_cache_engine
+    return not on_cpu if asked is None else asked
+
+
+def weight_transfer(config: RunConfig, *, on_cpu: bool) -> WeightTransfer:
+    asked = config.rollout.weight_transfer
+    if asked == "auto":
+        return "shm" if on_cpu else "ipc"
+    return asked
+
+
+def unquantized_layers(config: RunConfig, *, language_layers: int) -> tuple[str, ...]:
+    """vLLM's names of what stays in 16 bits, as in the trainer: the vision tower and layers at the ends. Embeddings and
+    vocabulary head are never quantised.
+    """
+    ends = config.fp8.bf16_layers_at_ends
+    numbers = {*range(ends), *range(language_layers - ends, language_layers)}
+    return ("visual.*", *(f"language_model.model.layers.{number}.*" for number in sorted(numbers)))
+
+
 def start_engine(
     config: RunConfig, layout: Layout, source: Path, *, images: VisionInputs, hf_config: Any, logs: Path
 ) -> EnginePlace:
     """Starts this rank's engine, if it leads one, without waiting: it loads while the trainer builds its model."""
     on_cpu = layout.device.type == "cpu"
+    check_device(config, on_cpu=on_cpu)
+    sleeps = engines_sleep(config, on_cpu=on_cpu)
     count = num_engines(config, world_size=layout.world_size, on_cpu=on_cpu)
     stride = layout.world_size // count
     index, offset = divmod(layout.rank, stride)
     if offset or index >= count:
-        return EnginePlace(None, None, count)
+        return EnginePlace(None, None, count, sleeps)
     cores = len(os.sched_getaffinity(0))
     settings = EngineSettings(
         model=str(source),
@@ -110,7 +147,20 @@ def start_engine(
         enforce_eager=config.rollout.enforce_eager,
         load_format="empty",
         mm_processor_kwargs=images.mm_processor_kwargs,
+        can_sleep=sleeps,
+        weight_transfer=weight_transfer(config, on_cpu=on_cpu),
+        quantization=None if config.rollout.quantization is None else VLLM_FP8[config.fp8.recipe],
+        unquantized_layers=unquantized_layers(config, language_layers=hf_config.text_config.num_hidden_layers),
         banned_token_ids=vision_token_ids(hf_config),
     )
     client = RolloutEngine(settings, log_path=logs / f"engine_{index}.log")
-    return EnginePlace(client, index, count)
+    return EnginePlace(client, index, count, sleeps)
+
+
+def await_engines(engine: EnginePlace, *, timeout_seconds: float) -> None:
+    """Returns on every rank when every engine has loaded, and sleeps if it can."""
+    if engine.client is not None:
+        engine.client.wait_ready(timeout_seconds=timeout_seconds)
+        if engine.sleeps:
+            engine.client.sleep()
+    dist.barrier()

@@ -14,6 +14,7 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.parallel.policy import MegatronPolicy, Views
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.mismatch import rollout_mismatch
+from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.sampler import EngineSampler
 from megatron_vppo.trainer.validate import Validator
 
@@ -24,6 +25,7 @@ class Run:
 
     config: RunConfig
     policy: MegatronPolicy
+    placement: Placement
     sampler: EngineSampler
     collector: Collector
     validator: Validator | None
@@ -39,19 +41,23 @@ class Run:
 
 def train(run: Run) -> None:
     """From the loaded weights to the last step. A step without any group to train on is counted and leaves no trace."""
-    config, policy, sampler, log = run.config, run.policy, run.sampler, run.log
+    config, policy, placement, sampler, log = run.config, run.policy, run.placement, run.sampler, run.log
     settings = vppo_settings(config)
     views: Views = "both" if settings.needs_dependency else "original"
     divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
 
+    placement.syncing()
     log.add_all(sampler.load_weights(policy.hf_weights(), version=run.start_step))
     if run.validator and run.start_step == 0 and config.trainer.val_before_train:
         with log.step(0), log.span("testing"):
+            placement.sampling()
             log.add_all(run.validator.run())
 
     for step in range(run.start_step + 1, run.total_steps + 1):
         with log.step(step):
             # 1-3. Sample groups, reward them, keep those with right and wrong answers.
+            with log.span("gen"):
+                placement.sampling()
             groups = run.collector.groups(step, log)
             log.add("rollout/skipped_steps", float(not groups))
             if groups:
@@ -59,6 +65,7 @@ def train(run: Run) -> None:
 
                 # 4. How much did each token need the image? Both views in one forward pass of the old policy.
                 with log.span("score"):
+                    placement.scoring()
                     responses = [item.response for item in scored]
                     scores = policy.score(responses, step=step, views=views, divergence=divergence)
                 log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
@@ -76,12 +83,14 @@ def train(run: Run) -> None:
 
                 # 6. Clipped policy updates, one per mini-batch.
                 with log.span("update_actor"):
+                    placement.updating()
                     log.add("actor/lr", policy.trainable.set_step(step))
                     for minibatch in minibatches * config.actor.ppo_epochs:
                         log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
 
                 # 7. The new weights go to the engines, which never serve older ones and have the frozen ones.
                 with log.span("update_weights"):
+                    placement.syncing()
                     trained = policy.hf_weights(only_trained=True)
                     log.add_all(sampler.load_weights(trained, version=step, kept=policy.frozen_hf_names))
                 run.record(step, minibatches, groups, scores)
@@ -89,8 +98,10 @@ def train(run: Run) -> None:
             # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
                 with log.span("testing"):
+                    placement.sampling()
                     log.add_all(run.validator.run())
         if is_due(step, config.trainer.save_freq, run.total_steps):
+            placement.writing()
             run.save(step)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.trainer.loop import Run, train
+from megatron_vppo.trainer.placement import Placement
 
 
 class Notes:
@@ -33,8 +34,10 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
         "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
         "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
     }
+    device: Any = None  # nothing leaves it
     return Run(
         config=config,
+        placement=Placement(device, None, offloads=(), engines_sleep=False, barrier=lambda: None),
         log=RunLog(folder, resume_step=start_step or None),
         start_step=start_step,
         total_steps=total_steps,

@@ -1,0 +1,151 @@
+"""Weights, gradients and optimizer state of one trainer rank: off the device while others need it, and back in place.
+
+What leaves is the memory behind the tensors (their storages), not the tensors: parameters stay views of Megatron's
+buffers, `main_grad` a view of another, optimizer shards views of whatever they were cut from.
+
+Gradients go by Megatron's own function, which frees their buffers and brings them back as zeros. Weights and optimizer
+state go by ours. Megatron's `offload_to_cpu` of a buffer (0.16 to 0.19) knows neither frozen parameters nor those of
+the ordinary optimizer, and that of an optimizer gives every fp32 weight memory of its own, so that the optimizer's
+shard is no view of the model's weight any more and both exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.parallel.training import Trainable
+
+Part = Literal["params", "grads", "optimizer"]
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class TrainerMemory:
+    """What a rank's training holds of its device between micro-batches."""
+
+    def __init__(self, trainable: Trainable) -> None:
+        self._trainable = trainable
+        self._host: dict[Part, _HostCopy] = {"params": _HostCopy(), "optimizer": _HostCopy()}
+        self._away: set[Part] = set()
+
+    def offload(self, parts: Collection[Part]) -> None:
+        """Copy these to host memory and give their device memory back. Gradients are not copied: they are lost.
+
+        Raises:
+            RuntimeError: one of them is away already.
+        """
+        self._check(parts, away=False)
+        if "grads" in parts:
+            for ddp in self._trainable.ddps:
+                ddp.offload_grad_buffers(synchronize=torch.cuda.is_available(), empty_cache=False)
+        # The optimizer first: what it shares with the weights counts as weights, and is found by their memory.
+        if "optimizer" in parts:
+            self._host["optimizer"].offload(optimizer_tensors(self._trainable))
+        if "params" in parts:
+            self._host["params"].offload(weight_tensors(self._trainable))
+        self._away |= set(parts)
+        self.empty_cache()
+
+    def reload(self, parts: Collection[Part]) -> None:
+        """Bring these back to where they were; gradients as zeros.
+
+        Raises:
+            RuntimeError: one of them is there already.
+        """
+        self._check(parts, away=True)
+        if "params" in parts:
+            self._host["params"].reload()
+        if "optimizer" in parts:
+            self._host["optimizer"].reload()
+        if "grads" in parts:
+            for ddp in self._trainable.ddps:
+                ddp.restore_grad_buffers(synchronize=False)
+        self._away -= set(parts)
+
+    def empty_cache(self) -> None:
+        """Give back what torch holds of the device without using it, such as the activations of the last pass."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _check(self, parts: Collection[Part], *, away: bool) -> None:
+        if wrong := [part for part in PARTS if part in parts and (part in self._away) != away]:
+            raise RuntimeError(f"{', '.join(wrong)} of the trainer: {'on the device' if away else 'away'} already")
+
+
+class _HostCopy:
+    """The contents of some storages, while these hold no memory. Host memory is kept for the next time."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.UntypedStorage, Tensor]] = []
+
+    def offload(self, tensors: Iterable[Tensor]) -> None:
+        """Each storage once, however many of the tensors are views of it."""
+        kept = iter([host for _, host in self._pairs])
+        self._pairs = []
+        for storage in storages_of(tensors):
+            host = next(kept, None)
+            if host is None or host.numel() != storage.nbytes():
+                on_device = storage.device.type == "cuda"
+                host = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_device)
+            host.copy_(_bytes_of(storage), non_blocking=True)
+            self._pairs.append((storage, host))
+        _wait_for_copies()
+        for storage, _ in self._pairs:
+            storage.resize_(0)
+
+    def reload(self) -> None:
+        for storage, host in self._pairs:
+            storage.resize_(host.numel())
+            _bytes_of(storage).copy_(host, non_blocking=True)
+        _wait_for_copies()
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _wait_for_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
+    """Each once, in the order of their first tensor; without empty ones."""
+    seen: set[int] = set()
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.nbytes() and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            yield storage
+
+
+def weight_tensors(trainable: Trainable) -> Iterator[Tensor]:
+    """Parameters, frozen ones included, and buffers."""
+    for stage in trainable.stages:
+        yield from stage.parameters()
+        yield from stage.buffers()
+
+
+def optimizer_tensors(trainable: Trainable) -> Iterator[Tensor]:
+    """Moments and fp32 weights; without what lies in the model's own weights, and without counters on the host."""
+    device = next(weight_tensors(trainable)).device
+    weights = {storage.data_ptr() for storage in storages_of(weight_tensors(trainable))}
+    for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
+        if part.optimizer is None:  # of a rank that trains nothing
+            continue
+        own = (parameter for group in part.optimizer.param_groups for parameter in group["params"])
+        state = (value for values in part.optimizer.state.values() for value in values.values())
+        for tensor in (*own, *state):
+            if not isinstance(tensor, Tensor) or tensor.device != device:
+                continue
+            if tensor.untyped_storage().data_ptr() not in weights:
+                yield tensor
+
+
+def require_resident(tensors: Iterable[Tensor], *, what: str) -> None:
+    """RuntimeError if the memory of one of them is away: reading it would give garbage, or end the process."""
+    if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in tensors):
+        raise RuntimeError(f"{what}: the trainer's weights or optimizer state are offloaded; reload them first")
