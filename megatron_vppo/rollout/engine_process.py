@@ -136,12 +136,19 @@ class Engine:
     def preserve_over_sleep(self, parameters: list[str]) -> None:
         self._llm.collective_rpc("vppo_preserve_over_sleep", args=(parameters,))
 
-    def sleep(self, keep_weights: bool) -> None:
-        """Level 1 copies the weights to host memory, level 2 forgets them; both forget the KV cache and all others."""
+    def sleep(self, keep_weights: bool) -> list[list[str]]:
+        """Level 1 copies the weights to host memory, level 2 forgets them; both forget the KV cache.
+
+        Returns per worker the names of tensors that vLLM would have lost at level 2 and that we saved.
+        """
+        saved = [] if keep_weights else self._llm.collective_rpc("vppo_save_scratch")
         self._llm.sleep(level=1 if keep_weights else 2)
+        return saved
 
     def wake(self, tag: str) -> None:
         self._llm.wake_up([tag])
+        if tag == "weights":
+            self._llm.collective_rpc("vppo_restore_scratch")
 
     def start_weight_update(self) -> None:
         self._llm.start_weight_update()

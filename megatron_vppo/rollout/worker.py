@@ -30,6 +30,9 @@ IDENTITY_ROWS = 512
 class WorkerExtension:
     """Mixed into vLLM's worker by `worker_extension_cls`; called by `LLM.collective_rpc`."""
 
+    _vppo_scratch: tuple[tuple[Tensor, Tensor], ...] = ()
+    """Tensors and what they held."""
+
     def vppo_live_weights(self) -> list[LiveWeight]:
         return [weight for weight, _ in _live_weights(self.model_runner.get_model())]  # type: ignore[attr-defined]
 
@@ -38,6 +41,26 @@ class WorkerExtension:
         once the model is loaded.
         """
         self.model_config.sleep_preserve_parameter_names = parameters  # type: ignore[attr-defined]
+
+    def vppo_save_scratch(self) -> list[str]:
+        """Before sleep of level 2; returns the names of what is saved.
+
+        vLLM (0.32) itself saves buffers, but not tensors that a model holds as plain attributes: Qwen3-VL's deepstack
+        scratch, which has to be zero wherever no picture wrote to it. Woken memory may hold anything.
+        """
+        scratch = {
+            name: tensor
+            for name, tensor in unregistered_tensors(self.model_runner.get_model())  # type: ignore[attr-defined]
+            if tensor.device.type == self.device.type  # type: ignore[attr-defined]
+        }
+        self._vppo_scratch = tuple((tensor, tensor.to("cpu", copy=True)) for tensor in scratch.values())
+        return list(scratch)
+
+    def vppo_restore_scratch(self) -> None:
+        """After the weights' memory is awake."""
+        for tensor, saved in self._vppo_scratch:
+            tensor.copy_(saved)
+        self._vppo_scratch = ()
 
     @torch.no_grad()
     def vppo_live_digests(self) -> dict[str, str]:
@@ -79,6 +102,20 @@ def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
             if leaf == "weight" and "cpu_linear" in vars(module):
                 key = f"{module_name}.{leaf} in its kernel"
                 yield LiveWeight(key=key, parameter=name, repacked=True, kv_replicas=kv_replicas), module
+
+
+def unregistered_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in attributes of the model's modules, or in lists and tuples there, that are neither parameters nor
+    buffers nor views of one; without KV caches.
+    """
+    owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    for module_name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute == "kv_cache":
+                continue
+            for number, tensor in enumerate(value if isinstance(value, list | tuple) else [value]):
+                if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in owned:
+                    yield f"{module_name}.{attribute}[{number}]", tensor
 
 
 def _scales(module: nn.Module) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vppo.config.checks import check_layout, problems_of
+from megatron_vppo.config.checks import check_device, check_layout, problems_of
 from megatron_vppo.config.schema import RunConfig
 
 
@@ -75,6 +75,14 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, ["pipeline_model_parallel_size is 1", "raise it"]),
     ({"model": {"freeze": ["vision_tower", "projector", "language_model"]}}, ["nothing is left to train"]),
     (
+        {"actor": {"offload": ["optimizer"]}, "rollout": {"free_cache_engine": False}},
+        ["actor.offload ['optimizer']", "rollout.free_cache_engine=false", "leave one"],
+    ),
+    (
+        {"model": {"dtype": "float32"}, "rollout": {"quantization": "fp8"}},
+        ["rollout.quantization 'fp8' needs model.dtype=bfloat16", "float32"],
+    ),
+    (
         {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 20}},
         [
             "rollout_batch_size 48",
@@ -141,3 +149,25 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("sections", POSSIBLE, ids=str)
 def test_possible_combination(sections: dict[str, dict[str, Any]]) -> None:
     assert problems_of(config_of(**sections)) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"actor": {"offload": ["params", "grads"]}}, "actor.offload is ['params', 'grads'], which needs GPUs"),
+        ({"rollout": {"free_cache_engine": True}}, "rollout.free_cache_engine is True, which needs GPUs"),
+        ({"rollout": {"weight_transfer": "ipc"}}, "rollout.weight_transfer is ipc, which needs GPUs"),
+        ({"rollout": {"quantization": "fp8"}}, "rollout.quantization is fp8, which needs GPUs"),
+    ],
+)
+def test_settings_that_need_gpus(sections: dict[str, dict[str, Any]], words: str) -> None:
+    config = config_of(**sections)
+    check_device(config, on_cpu=False)
+    with pytest.raises(ValueError) as caught:
+        check_device(config, on_cpu=True)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("rollout", [{}, {"free_cache_engine": False, "weight_transfer": "shm"}])
+def test_the_same_file_runs_on_cpu_where_it_asks_for_nothing_else(rollout: dict[str, Any]) -> None:
+    check_device(config_of(rollout=rollout), on_cpu=True)

@@ -56,3 +56,12 @@ def test_one_wrong_value_on_the_way_is_found(
     with pytest.raises(RuntimeError, match="differ from those sent") as error:
         qwen3_rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
     assert reported in str(error.value)
+
+
+def test_what_vllm_would_lose_in_its_sleep_is_what_we_know_of(qwen3_rig: Rig) -> None:
+    """On CPU nothing is lost; a tensor of a kind that is not named here would have to be looked at before it is."""
+    (saved,) = qwen3_rig.engine._session.call("sleep", keep_weights=False)
+    qwen3_rig.engine._session.call("wake", tag="weights")
+    qwen3_rig.engine._session.call("wake", tag="kv_cache")
+    on_device = [name for name in saved if not name.endswith("_scale_cpu[0]")]
+    assert on_device == [".deepstack_input_embeds[0]", ".deepstack_input_embeds[1]"]
