@@ -13,6 +13,8 @@ from transformers import AutoConfig
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig
+from megatron_vppo.parallel.offload import PARTS
+from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.trainer.plan import (
     ENGINE_RESERVE,
     GIB,
@@ -51,7 +53,9 @@ def run_plan(options: argparse.Namespace) -> int:
         head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
     )
 
-    def plan(cluster: Cluster, workload: Workload) -> Plan:
+    def plan(
+        cluster: Cluster, workload: Workload, offload: frozenset[OffloadPart] = frozenset(options.offload)
+    ) -> Plan:
         return make_plan(
             hf_config,
             cluster=cluster,
@@ -59,6 +63,7 @@ def run_plan(options: argparse.Namespace) -> int:
             rollout_tensor=options.rollout_tp,
             answers=options.answers,
             frozen=frozenset(options.freeze),
+            offload=offload,
         )
 
     result = plan(cluster, workload)
@@ -72,12 +77,14 @@ def run_plan(options: argparse.Namespace) -> int:
     return 1
 
 
-def _what_would_fit(plan: Callable[[Cluster, Workload], Plan], cluster: Cluster, workload: Workload) -> Iterator[str]:
+def _what_would_fit(plan: Callable[..., Plan], cluster: Cluster, workload: Workload) -> Iterator[str]:
     larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in (2, 4, 8, 16, 32))
     enough = next((c for c in larger if plan(c, workload).fitting), None)
     yield f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help."
     if workload.rows_per_micro_batch > 1 and plan(cluster, replace(workload, rows_per_micro_batch=1)).fitting:
         yield "What would fit: --rows-per-micro-batch 1 on these."
+    if plan(cluster, workload, frozenset(PARTS)).fitting:
+        yield f"What would fit: --offload {' '.join(PARTS)} on these."
 
 
 def load_config(model: str) -> HfConfig:
@@ -109,9 +116,9 @@ def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Ite
 
 FOOTNOTE = (
     "Best: a replica (TP x PP x CP) within a node, then without recompute, then the smallest replica. Sequence "
-    "parallelism is on where TP > 1. Engines do not sleep while training: they get what the trainer leaves, and hold "
-    "so many answers of full length at once. Trainer state stays on the GPU. Estimates: no GPU has confirmed "
-    "activations and reserves (docs/plan.md)."
+    "parallelism is on where TP > 1. Engines sleep while the trainer computes; awake they get what it holds then (its "
+    "state, but for --offload) leaves, and hold so many answers of full length at once. Estimates: no GPU has "
+    "confirmed activations and reserves (docs/plan.md)."
 )
 COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
 
@@ -148,6 +155,8 @@ def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Ite
     yield "actor:"
     yield f"  micro_batch_size_per_device_for_update: {workload.rows_per_micro_batch}"
     yield f"  micro_batch_size_per_device_for_experience: {workload.rows_per_micro_batch}"
+    if best.offload:
+        yield f"  offload: [{', '.join(part for part in PARTS if part in best.offload)}]"
     yield "rollout:"
     yield f"  tensor_parallel_size: {best.engine.tensor}"
     yield f"  gpu_memory_utilization: {best.engine.utilization}"
@@ -166,8 +175,9 @@ def _nearest(plan: Plan, cluster: Cluster) -> str:
         f"The smallest trainer, TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP {closest.data} "
         f"with recompute {closest.recompute}, takes {_gib(closest.trainer_bytes)} of {cluster.gpu_bytes // GIB} GiB: "
         f"weights {_gib(state.weights)}, gradients {_gib(state.gradients)}, optimizer {_gib(state.optimizer)}, "
-        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}. An engine needs its weights, "
-        f"{ENGINE_RESERVE // GIB} GiB and room for the answers beside it.",
+        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}. Beside what of it stays while it "
+        f"samples ({_gib(closest.sampling_bytes)}) an engine needs its weights, {ENGINE_RESERVE // GIB} GiB and room "
+        "for the answers.",
         width=WIDTH,
     )
 

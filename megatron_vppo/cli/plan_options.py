@@ -27,6 +27,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     number("--rows-per-micro-batch", actor["micro_batch_size_per_device_for_update"].default, "responses")
     parts = typing.get_args(typing.get_args(ModelConfig.model_fields["freeze"].annotation)[0])
     parser.add_argument("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
+    offloads = typing.get_args(typing.get_args(actor["offload"].annotation)[0])
+    parser.add_argument("--offload", nargs="+", choices=offloads, default=[], help="trainer state that makes room")
     number("--rollout-tp", None, "GPUs of an engine; default: the fewest that will do")
     number("--answers", 16, "sequences of full length that an engine has to hold at once")
 

@@ -1,12 +1,12 @@
 """Which parallel layouts of a model fit the GPUs, and what takes their memory.
 
-Weights, gradients and optimizer state of the trainer stay on the GPU; an engine shares it with them.
+Trainer and engine share each GPU by turns (placement.py): every phase has to fit, not their sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,8 @@ from megatron_vppo.parallel.activations import (
     update_activations,
 )
 from megatron_vppo.parallel.memory import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
+from megatron_vppo.parallel.offload import PARTS
+from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.parallel.sizes import language_sizes, parameter_count, stage_values, vision_sizes
 
 GIB = 2**30
@@ -31,6 +33,10 @@ TRAINER_RESERVE = 3 * GIB
 """CUDA context, NCCL's buffers, gaps of the allocator. Assumed; nobody has measured it."""
 ENGINE_RESERVE = 3 * GIB
 """An engine's own CUDA context and what its longest prefill needs for a moment. Assumed too."""
+SLEEPING_ENGINE = GIB
+"""What an engine that sleeps still holds: its CUDA context. Assumed as well."""
+TRANSFER_BUFFER = GIB // 4
+"""Each of the two that weights reach an engine in, unless one tensor is larger."""
 MOST_UTILIZATION = 0.9
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """In the order of their cost."""
@@ -103,9 +109,11 @@ class Candidate:
     data: int
     recompute: Recompute
     state: StateBytes
+    offload: frozenset[OffloadPart]
+    """What is not on the GPU while engines sample."""
     activations: StageActivations
     engine: EngineShare | None
-    """None: what the trainer leaves is not enough for an engine."""
+    """None: what the trainer leaves is not enough for an engine, or the trainer alone is too much."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -117,7 +125,22 @@ class Candidate:
 
     @property
     def trainer_bytes(self) -> int:
+        """While it computes."""
         return self.state.total + self.activations.total + TRAINER_RESERVE
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Of the trainer, while engines sample."""
+        return self._held(PARTS) + TRAINER_RESERVE
+
+    @property
+    def sync_bytes(self) -> int:
+        """Of the trainer, while its weights go to the engines; without the buffers they go in."""
+        return self.state.weights + self._held(("grads", "optimizer")) + TRAINER_RESERVE
+
+    def _held(self, parts: Collection[OffloadPart]) -> int:
+        sizes = {"params": self.state.weights, "grads": self.state.gradients, "optimizer": self.state.optimizer}
+        return sum(sizes[part] for part in parts if part not in self.offload)
 
 
 @dataclass(frozen=True)
@@ -139,6 +162,7 @@ def make_plan(
     rollout_tensor: int | None,
     answers: int,
     frozen: frozenset[Part] = frozenset(),
+    offload: frozenset[OffloadPart] = frozenset(),
 ) -> Plan:
     """Every layout of the cluster's GPUs; of those that differ in recomputation only, the cheapest that fits.
 
@@ -149,6 +173,7 @@ def make_plan(
         rollout_tensor: GPUs per engine; None: the fewest that leave room for `answers`.
         answers: sequences of full length that an engine has to hold at once.
         frozen: parts that are not trained.
+        offload: trainer state that waits in host memory while engines sample.
     """
     model = _Model(hf_config, frozen=frozen)
     sizes, refused = _layouts(model, cluster=cluster)
@@ -162,10 +187,10 @@ def make_plan(
                 data=cluster.gpus // (tensor * pipeline * context),
                 recompute=recompute,
                 workload=workload,
+                offload=offload,
             )
-            free = cluster.gpu_bytes - candidate.trainer_bytes
             share = _engine_share(
-                model, free, cluster=cluster, workload=workload, tensor=rollout_tensor, answers=answers
+                model, candidate, cluster=cluster, workload=workload, tensor=rollout_tensor, answers=answers
             )
             if share is not None:
                 fitting.append(replace(candidate, engine=share))
@@ -197,6 +222,8 @@ class _Model:
         self.parameters = parameter_count(self.entries)
         self.language, self.vision = language_sizes(hf_config), vision_sizes(hf_config)
         self.merge = hf_config.vision_config.spatial_merge_size
+        text = hf_config.text_config
+        self.largest_tensor_bytes = text.vocab_size * text.hidden_size * DTYPE_BYTES
 
     def stage_layers(self, pipeline: int) -> tuple[int, ...]:
         return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=None)
@@ -210,6 +237,7 @@ class _Model:
         data: int,
         recompute: Recompute,
         workload: Workload,
+        offload: frozenset[OffloadPart],
     ) -> Candidate:
         """The layout with the memory of its fullest stage: the first, the second or the last, as those between differ
         only in holding fewer micro-batches.
@@ -229,6 +257,7 @@ class _Model:
             data=data,
             recompute=recompute,
             state=state,
+            offload=offload,
             activations=activations,
             engine=None,
         )
@@ -291,14 +320,20 @@ def _divisors(number: int) -> Iterator[int]:
 
 def _engine_share(
     model: _Model,
-    free: int,
+    trainer: Candidate,
     *,
     cluster: Cluster,
     workload: Workload,
     tensor: int | None,
     answers: int,
 ) -> EngineShare | None:
-    """What a vLLM engine gets of each GPU: all the bytes that are free for it, if they are enough."""
+    """What a vLLM engine gets of each GPU: all the bytes that are free while it samples, if they are enough; None also
+    where the trainer does not fit while it sleeps, or the two do not while weights are sent.
+    """
+    if trainer.trainer_bytes + SLEEPING_ENGINE > cluster.gpu_bytes:
+        return None
+    free = cluster.gpu_bytes - trainer.sampling_bytes
+    buffers = 2 * max(TRANSFER_BUFFER, model.largest_tensor_bytes)
     utilization = min(MOST_UTILIZATION, math.floor(100 * free / cluster.gpu_bytes) / 100)
     layer = model.language.layer
     for size in [tensor] if tensor else _divisors(math.gcd(cluster.gpus, cluster.gpus_per_node)):
@@ -314,6 +349,7 @@ def _engine_share(
         )
         room = utilization * cluster.gpu_bytes - weights - ENGINE_RESERVE
         held = int(room / (per_token * workload.sequence_tokens))
-        if held >= answers:
+        syncs = trainer.sync_bytes + weights + ENGINE_RESERVE + buffers <= cluster.gpu_bytes
+        if held >= answers and syncs:
             return EngineShare(tensor=size, utilization=utilization, weights=weights, answers=held)
     return None

@@ -8,10 +8,12 @@ import pytest
 
 from megatron_vppo.models.options import Part
 from megatron_vppo.models.published import PUBLISHED, published_config
+from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.trainer.plan import (
     ENGINE_RESERVE,
     GIB,
     RECOMPUTES,
+    SLEEPING_ENGINE,
     TRAINER_RESERVE,
     Candidate,
     Cluster,
@@ -40,6 +42,7 @@ def plan_of(
     rollout_tensor: int | None = None,
     answers: int = 16,
     frozen: frozenset[Part] = frozenset(),
+    offload: frozenset[OffloadPart] = frozenset(),
 ) -> Plan:
     return make_plan(
         published_config(name),
@@ -48,6 +51,7 @@ def plan_of(
         rollout_tensor=rollout_tensor,
         answers=answers,
         frozen=frozen,
+        offload=offload,
     )
 
 
@@ -81,7 +85,8 @@ def test_everything_that_fits_is_there_and_sorted() -> None:
     for c in plan.fitting:
         assert c.engine is not None
         assert c.trainer_bytes == c.state.total + c.activations.layers + c.activations.head + TRAINER_RESERVE
-        assert c.trainer_bytes + c.engine.utilization * 80 * GIB <= 80 * GIB
+        assert c.trainer_bytes + SLEEPING_ENGINE <= 80 * GIB
+        assert c.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
 
 
 def test_a_replica_within_a_node_comes_first() -> None:
@@ -110,6 +115,41 @@ def test_an_engine_holds_what_it_is_said_to_hold() -> None:
     assert (c.tensor, c.pipeline, c.context, c.data) not in [
         s for s, kept in zip(sizes(more), more.fitting, strict=True) if kept.recompute == c.recompute
     ]
+
+
+def test_offload_makes_room_for_engines_and_none_for_the_trainer() -> None:
+    """On one GPU of 141 GiB a 7B is 139 GiB with its gradients and optimizer, 8.29 B values at 2 + 4 + 12 bytes; on two
+    of them, with TP 2, the engine gets what each part leaves."""
+    cluster = Cluster(gpus=2, gpu_bytes=141 * GIB, gpus_per_node=2)
+    parts: tuple[frozenset[OffloadPart], ...] = (
+        frozenset(),
+        frozenset({"optimizer"}),
+        frozenset({"optimizer", "grads", "params"}),
+    )
+    plans = [plan_of("qwen2.5-vl-7b", cluster, rollout_tensor=2, offload=offload) for offload in parts]
+    ours = [next(c for c in plan.fitting if (c.tensor, c.pipeline) == (2, 1)) for plan in plans]
+    values = PUBLISHED["qwen2.5-vl-7b"].parameters / 2 / GIB
+    for c, bytes_per_value in zip(ours, (2 + 4 + 12, 2 + 4, 0), strict=True):
+        assert c.trainer_bytes == ours[0].trainer_bytes and c.recompute == ours[0].recompute
+        assert c.engine is not None
+        left = min(0.9, (141 - 3 - bytes_per_value * values) / 141)
+        assert c.engine.utilization == pytest.approx(left, abs=0.015)
+    assert not plan_of("qwen2.5-vl-7b", replace(cluster, gpus=1), offload=parts[2]).fitting, "the trainer alone"
+
+
+def test_weights_on_their_way_have_to_fit_as_well() -> None:
+    """A GPU that holds the trainer's update and, in its turn, the engine, but not both models with the buffers between
+    them."""
+    c = plan_of("qwen2.5-vl-7b", rollout_tensor=1, answers=1, offload=frozenset({"params", "grads", "optimizer"}))
+    engine = 2 * PUBLISHED["qwen2.5-vl-7b"].parameters + ENGINE_RESERVE
+    buffers = 2 * 152_064 * 3584 * 2
+    for layout in c.fitting:
+        assert layout.state.weights + TRAINER_RESERVE + engine + buffers <= 80 * GIB
+    layout = next(found for found in c.fitting if (found.tensor, found.pipeline) == (2, 1))
+    assert layout.sync_bytes == layout.state.weights + TRAINER_RESERVE
+    resident = replace(layout, offload=frozenset({"params"}))
+    assert resident.sync_bytes == layout.state.total + TRAINER_RESERVE
+    assert resident.sampling_bytes == layout.state.gradients + layout.state.optimizer + TRAINER_RESERVE
 
 
 def test_what_would_need_more() -> None:
