@@ -45,7 +45,7 @@ def _views(policy: MegatronPolicy) -> list[tuple[int, ...]]:
     """Which storage each tensor is a view of, as the number of the first tensor that has the same, and where in it."""
     trainable = policy.trainable
     parameters = list(weight_tensors(trainable))
-    shards = [p for part in trainable.optimizer.chained_optimizers for g in part.param_groups for p in g["params"]]
+    shards = [p for g in trainable.optimizer.param_groups for p in g["params"]]
     buffers = [b.param_data for ddp in trainable.ddps for b in ddp.buffers if b.param_data is not None]
     main_grads = [p.main_grad for p in parameters if isinstance(p, torch.nn.Parameter) and p.requires_grad]
     tensors = [*parameters, *buffers, *shards, *_gradient_tensors(trainable), *main_grads]
@@ -64,7 +64,7 @@ def _state(policy: MegatronPolicy) -> list[Tensor]:
 def _rank(
     rank: int, world: int, folder: Path, scratch: Path, dtype: torch.dtype, distributed: bool, options: ModelOptions
 ) -> None:
-    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
+    layout = init_layout(tensor=1, pipeline=2 if options.pipeline_layers else 1, timeout_seconds=300)
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
     still, moved = (make_policy(folder, layout, rows=2, optim=optim, dtype=dtype, options=options) for _ in range(2))
     responses = make_responses()
@@ -74,7 +74,8 @@ def _rank(
 
     memory = TrainerMemory(moved.trainable)
     before, views = _held(moved), _views(moved)
-    assert min(before.values()) > 0
+    trained = [kind for kind, size in before.items() if size]
+    assert trained == (list(ALL) if moved.trainable.trains_here else ["params"])
     assert sum(before.values()) == sum(_held(still).values())
     for _ in range(2):  # the second time into host memory of the first
         memory.offload(("grads", "optimizer"))
@@ -110,6 +111,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny")
     save_tiny_model(path, tiny_config(tied=True, vocab=299))
     return path
+
+
+@pytest.mark.distributed
+def test_a_stage_that_trains_nothing(folder: Path, tmp_path: Path) -> None:
+    options = ModelOptions(frozen=frozenset({"language_model"}), pipeline_layers=(1, 2))
+    run_gloo(_rank, 2, folder, tmp_path, torch.bfloat16, True, options, timeout_seconds=300)
 
 
 @pytest.mark.distributed
