@@ -193,6 +193,7 @@ def make_policy(
     optim: OptimSettings = OPTIM,
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
+    token_alignment: int = 1,
 ) -> MegatronPolicy:
     """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
     config = AutoConfig.from_pretrained(folder)
@@ -213,6 +214,7 @@ def make_policy(
             temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,
             image_token_id=IMAGE, merge_size=MERGE,
             rows_per_update=rows, rows_per_experience=rows, head_chunk_tokens=5, perturb_per="row",
+            token_alignment=token_alignment,
         ),
         patches=patches,
         positions=lambda ids, grids: mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=MERGE),
