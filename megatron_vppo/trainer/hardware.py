@@ -64,29 +64,32 @@ def fp8_options(config: RunConfig) -> Fp8Options | None:
     return Fp8Options(recipe=recipe, bf16_layers_at_ends=config.fp8.bf16_layers_at_ends)
 
 
+def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
+    """What a recipe needs that this machine has not; None: it can run."""
+    demand = _DEMANDS[recipe]
+    if not on_gpu:
+        return f"an NVIDIA GPU ({demand.chips}), and none is seen"
+    if not has_transformer_engine():
+        return "TransformerEngine, which is not installed"
+    if not is_te_min_version(demand.te_version):
+        return f"TransformerEngine {demand.te_version}, and {get_te_version()} is installed"
+    known, reason = getattr(importlib.import_module("transformer_engine.pytorch"), demand.available)(return_reason=True)
+    return None if known else f"{demand.chips}: {reason}"
+
+
 def check_fp8_hardware(config: RunConfig, *, on_gpu: bool) -> None:
-    """Raises ValueError where `fp8.recipe` cannot run here, with what it wants."""
+    """Raises ValueError where `fp8.recipe` cannot run here, with what it needs."""
     options = fp8_options(config)
     if options is None:
         return
-    recipe, demand = options.recipe, _DEMANDS[options.recipe]
-    if not on_gpu:
-        raise ValueError(
-            f"fp8.recipe={recipe} needs an NVIDIA GPU ({demand.chips}), and none is seen; set fp8.recipe=null. "
-            "`vppo fp8-fidelity` emulates it here and shows what it would change"
-        )
-    if choose_backend(config.model.backend, on_gpu=True) != "te":
-        raise ValueError(f"fp8.recipe={recipe} needs TransformerEngine; install it and leave model.backend at 'auto'")
+    recipe, refusal = options.recipe, recipe_refusal(options.recipe, on_gpu=on_gpu)
+    if refusal is not None:
+        emulation = "" if on_gpu else ". `vppo fp8-fidelity` emulates it here and shows what it would change"
+        raise ValueError(f"fp8.recipe={recipe} needs {refusal}; take another recipe, or set it to null{emulation}")
+    if choose_backend(config.model.backend, on_gpu=on_gpu) != "te":
+        raise ValueError(f"fp8.recipe={recipe} goes with layers of TransformerEngine; leave model.backend at 'auto'")
     if config.model.dtype != "bfloat16":
         raise ValueError(f"fp8.recipe={recipe} goes with model.dtype=bfloat16, not {config.model.dtype}")
-    if not is_te_min_version(demand.te_version):
-        raise ValueError(
-            f"fp8.recipe={recipe} needs TransformerEngine {demand.te_version}, {get_te_version()} is installed; "
-            "update it, or take another recipe"
-        )
-    known, reason = getattr(importlib.import_module("transformer_engine.pytorch"), demand.available)(return_reason=True)
-    if not known:
-        raise ValueError(f"fp8.recipe={recipe} needs {demand.chips}: {reason}; take another recipe, or set it to null")
 
 
 def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:

@@ -59,7 +59,10 @@ def test_fp8_without_a_gpu_names_the_emulation() -> None:
 
 def test_fp8_wants_transformer_engine_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     with_transformer_engine(monkeypatch, False)
-    with pytest.raises(ValueError, match="needs TransformerEngine; install it"):
+    with pytest.raises(ValueError, match="needs TransformerEngine, which is not installed"):
+        check_fp8_hardware(config_with(fp8={"recipe": "tensorwise"}), on_gpu=True)
+    monkeypatch.setattr(hardware, "recipe_refusal", lambda recipe, on_gpu: None)
+    with pytest.raises(ValueError, match=r"leave model.backend at 'auto'"):
         check_fp8_hardware(config_with(fp8={"recipe": "tensorwise"}), on_gpu=True)
     with_transformer_engine(monkeypatch, True)
     single = config_with(fp8={"recipe": "tensorwise"}, model={"path": "m", "dtype": "float32"})
