@@ -15,7 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make test-compat PYTHON=python3.12"
 	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
-	@echo "make gpu-check    what only a GPU can prove, in the environment of PYTHON=python3"
+	@echo "make gpu-check    what only a GPU can prove, in $(VENV) or the environment of PYTHON="
 
 install:
 	@PYTHON=$(PYTHON) VENV=$(VENV) tools/install.sh
@@ -42,4 +42,4 @@ test-compat:
 	@$(COMPAT_VENV)/bin/python -m pytest -q tests/models tests/parallel $(ARGS)
 
 gpu-check:
-	@$(or $(PYTHON),python3) tools/gpu_check.py $(ARGS)
+	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) tools/gpu_check.py $(ARGS)

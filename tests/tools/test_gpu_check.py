@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
 from gpu_check import main, read_report, table
 
 TESTS = """
@@ -29,5 +31,6 @@ def test_table(tmp_path: Path) -> None:
     assert lines[4] == "skipped  2 x no such chip"
 
 
-def test_without_a_gpu_nothing_is_claimed() -> None:
+def test_without_a_gpu_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
