@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory, optimizer_tensors, storages_of, weight_tensors
 from megatron_vppo.parallel.policy import MegatronPolicy
-from tests.models.tiny import save_tiny_model, tiny_config
+from megatron_vppo.trainer.hardware import choose_backend
+from tests.gpu.rig import gpu_configs
+from tests.models.tiny import save_tiny_model
 from tests.parallel.policy_rig import RESUMED_OPTIM, make_batch, make_policy, make_responses
 
 pytestmark = pytest.mark.gpu
@@ -40,9 +43,10 @@ def _bytes(policy: MegatronPolicy) -> int:
 def test_memory_is_free_and_training_goes_on(
     dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path
 ) -> None:
-    save_tiny_model(tmp_path, tiny_config(tied=True, vocab=299))
+    save_tiny_model(tmp_path, gpu_configs()["Qwen2.5-VL"])
+    options = ModelOptions(backend=choose_backend("auto" if dtype == torch.bfloat16 else "torch", on_gpu=True))
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
-    still, moved = (make_policy(tmp_path, layout, rows=2, optim=optim, dtype=dtype) for _ in range(2))
+    still, moved = (make_policy(tmp_path, layout, rows=2, optim=optim, dtype=dtype, options=options) for _ in range(2))
     batch = make_batch(make_responses(), "nll")
     for policy in (still, moved):
         policy.update(batch)
