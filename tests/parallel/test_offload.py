@@ -34,7 +34,7 @@ def _held(policy: MegatronPolicy) -> dict[str, int]:
     """Bytes behind each kind of tensors."""
     trainable = policy.trainable
     tensors = {
-        "params": list(weight_tensors(trainable)),
+        "params": [t for stage in trainable.stages for t in (*stage.parameters(), *stage.buffers())],
         "grads": _gradient_tensors(trainable),
         "optimizer": list(optimizer_tensors(trainable)),
     }
