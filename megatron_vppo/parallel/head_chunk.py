@@ -46,7 +46,7 @@ def chunk_logits(hidden_CH: Tensor, weight_VH: Tensor, banned_V: Tensor) -> Tens
     return logits_CV.index_fill_(1, banned_V, NO_LOGIT) if len(banned_V) else logits_CV
 
 
-def chunk_sums(logits_CV: Tensor, local_C: Tensor, owned_C: Tensor, temperature: float) -> Tensor:
+def chunk_sums(logits_CV: Tensor, *, local_C: Tensor, owned_C: Tensor, temperature: float) -> Tensor:
     """[R=4, C] of this rank's slice: peak, sum of e^x, sum of x e^x (see softmax_sums), target logit over temperature.
 
     Args:
@@ -65,6 +65,7 @@ def chunk_gradient(
     grad_logp_C: Tensor,
     entropy_C: Tensor | None,
     grad_entropy_C: Tensor | None,
+    *,
     local_C: Tensor,
     owned_C: Tensor,
     temperature: float,
@@ -73,6 +74,7 @@ def chunk_gradient(
 
     Args:
         entropy_C, grad_entropy_C: None where the entropy has no gradient.
+        local_C, owned_C: as in chunk_sums.
     """
     grads = (grad_logp_C, entropy_C, grad_entropy_C)
     target_logp_C = _at(logits_CV, local_C) / temperature - logsumexp_C
@@ -88,6 +90,7 @@ def chunk_divergence(
     masked_logits_CV: Tensor,
     logsumexp_C: Tensor,
     masked_logsumexp_C: Tensor,
+    *,
     kind: Divergence,
     temperature: float,
 ) -> Tensor:

@@ -133,12 +133,14 @@ def score_two_views(
     results_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
     for rows in _chunks(len(hidden_NH), max(1, chunk_tokens // 2)):
         views = [chunk_logits(view_NH[rows], rows_VH, banned_V) for view_NH in (hidden_NH, masked_hidden_NH)]
-        sums = [chunk_sums(logits_CV, local_N[rows], owned_N[rows], temperature) for logits_CV in views]
+        targets = {"local_C": local_N[rows], "owned_C": owned_N[rows]}
+        sums = [chunk_sums(logits_CV, **targets, temperature=temperature) for logits_CV in views]
         both = _whole(torch.cat(sums, dim=1), group)
         (logp_C, masked_logp_C), (entropy_C, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
         results_RN[:3, rows] = torch.stack([logp_C, entropy_C, masked_logp_C])
         if len(rows_VH):
-            results_RN[3, rows] = chunk_divergence(*views, *both.logsumexp_N.chunk(2), kind, temperature)
+            logsumexps = both.logsumexp_N.chunk(2)
+            results_RN[3, rows] = chunk_divergence(*views, *logsumexps, kind=kind, temperature=temperature)
     # The slices of the vocabulary add up, so one reduction at the end serves all chunks.
     _all_reduce(results_RN[3], group)
     return TwoViewScores(*results_RN)
@@ -184,7 +186,10 @@ class _TokenLogps(torch.autograd.Function):
         sums_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
         for rows in _chunks(len(hidden_NH), chunk_tokens):
             logits_CV = chunk_logits(hidden_NH[rows], rows_VH, banned_V)
-            sums_RN[:, rows] = chunk_sums(logits_CV, local_N[rows], owned_N[rows], temperature)
+            sums_RN[:, rows] = chunk_sums(
+                logits_CV, local_C=local_N[rows], owned_C=owned_N[rows], temperature=temperature
+            )
+            del logits_CV  # before the next chunk's are made
         whole = _whole(sums_RN, group)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, whole.logsumexp_N, whole.entropy_N)
         ctx.settings = (weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids)
@@ -213,15 +218,20 @@ class _TokenLogps(torch.autograd.Function):
         if wants_weight and sum_VH is None:
             sum_VH = weight_VH.new_zeros(weight_VH.shape, dtype=stat_dtype(hidden_NH.dtype))
         for rows in _chunks(len(hidden_NH) if len(rows_VH) else 0, chunk_tokens):
-            logits_CV = chunk_logits(hidden_NH[rows], rows_VH, banned_V)
-            of_entropy = (None, None) if grad_entropy_N is None else (entropy_N[rows], grad_entropy_N[rows])
             grad_CV = chunk_gradient(
-                logits_CV, logsumexp_N[rows], grad_logp_N[rows], *of_entropy, local_N[rows], owned_N[rows], temperature
+                chunk_logits(hidden_NH[rows], rows_VH, banned_V),
+                logsumexp_N[rows],
+                grad_logp_N[rows],
+                *((None, None) if grad_entropy_N is None else (entropy_N[rows], grad_entropy_N[rows])),
+                local_C=local_N[rows],
+                owned_C=owned_N[rows],
+                temperature=temperature,
             )
             if grad_hidden_NH is not None:
                 grad_hidden_NH[rows] = grad_CV @ rows_VH
             if wants_weight:
                 add_product(sum_VH[: len(rows_VH)], grad_CV.T, hidden_NH[rows])
+            del grad_CV  # before the next chunk's logits are made
         if grad_hidden_NH is not None:
             grad_hidden_NH = _all_reduce(grad_hidden_NH, group)
         returned_VH = sum_VH.to(weight_VH.dtype) if wants_weight and weight_grad_VH is None else None

@@ -29,18 +29,16 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def targets() -> Tensor:
-    return torch.tensor([0, 22, 7, 7, 3])
-
-
-EVERYWHERE = torch.ones(POSITIONS, dtype=torch.bool)
+TARGETS_C = torch.tensor([0, 22, 7, 7, 3])
+HERE = {"local_C": TARGETS_C, "owned_C": torch.ones(POSITIONS, dtype=torch.bool)}
+ELSEWHERE = {"local_C": TARGETS_C, "owned_C": torch.zeros(POSITIONS, dtype=torch.bool)}
 
 
 def reference(logits_CV: Tensor, grad_logp_C: Tensor, grad_entropy_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probs of the targets, entropies, and the gradient of the logits, by autograd of log_softmax."""
     logits_CV = logits_CV.clone().requires_grad_()
     logp_CV = (logits_CV / TEMPERATURE).log_softmax(1)
-    logp_C = logp_CV.gather(1, targets()[:, None])[:, 0]
+    logp_C = logp_CV.gather(1, TARGETS_C[:, None])[:, 0]
     entropy_C = -(logp_CV.exp() * logp_CV).sum(1)
     (logp_C * grad_logp_C + entropy_C * grad_entropy_C).sum().backward()
     assert logits_CV.grad is not None
@@ -54,7 +52,7 @@ def logsumexp_of(logits_CV: Tensor) -> Tensor:
 def test_sums_give_the_log_softmax_and_the_entropy() -> None:
     logits_CV = 3 * normal(POSITIONS, VOCABULARY, seed=1)
     expected_logp_C, expected_entropy_C, _ = reference(logits_CV, torch.ones(POSITIONS), torch.ones(POSITIONS))
-    peak_C, total_C, weighted_C, target_C = chunk_sums(logits_CV, targets(), EVERYWHERE, TEMPERATURE)
+    peak_C, total_C, weighted_C, target_C = chunk_sums(logits_CV, **HERE, temperature=TEMPERATURE)
     torch.testing.assert_close(target_C - peak_C - total_C.log(), expected_logp_C, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(total_C.log() - weighted_C / total_C, expected_entropy_C, rtol=1e-13, atol=1e-13)
 
@@ -68,11 +66,11 @@ def test_gradient_of_the_logits_equals_autograd(with_entropy: bool) -> None:
     _, entropy_C, expected_CV = reference(logits_CV, grad_logp_C, grad_entropy_C)
     of_entropy = (entropy_C, grad_entropy_C) if with_entropy else (None, None)
     lse_C = logsumexp_of(logits_CV)
-    grad_CV = chunk_gradient(logits_CV, lse_C, grad_logp_C, *of_entropy, targets(), EVERYWHERE, TEMPERATURE)
+    grad_CV = chunk_gradient(logits_CV, lse_C, grad_logp_C, *of_entropy, **HERE, temperature=TEMPERATURE)
     torch.testing.assert_close(grad_CV, expected_CV, rtol=1e-12, atol=1e-13)
     # Where another rank holds the targets, only the probabilities are left.
-    elsewhere_CV = chunk_gradient(logits_CV, lse_C, grad_logp_C, *of_entropy, targets(), ~EVERYWHERE, TEMPERATURE)
-    one_hot_CV = torch.nn.functional.one_hot(targets(), VOCABULARY) * grad_logp_C[:, None] / TEMPERATURE
+    elsewhere_CV = chunk_gradient(logits_CV, lse_C, grad_logp_C, *of_entropy, **ELSEWHERE, temperature=TEMPERATURE)
+    one_hot_CV = torch.nn.functional.one_hot(TARGETS_C, VOCABULARY) * grad_logp_C[:, None] / TEMPERATURE
     torch.testing.assert_close(elsewhere_CV, expected_CV - one_hot_CV, rtol=1e-12, atol=1e-13)
 
 
@@ -83,7 +81,14 @@ def test_gradient_at_a_likely_target_keeps_its_digits_in_bfloat16() -> None:
     p_CV = exact_CV.softmax(1)
     one_C = torch.ones(1)
     grad_CV = chunk_gradient(
-        logits_CV, exact_CV.logsumexp(1).float(), one_C, None, None, torch.tensor([0]), one_C.bool(), 1.0
+        logits_CV,
+        exact_CV.logsumexp(1).float(),
+        one_C,
+        None,
+        None,
+        local_C=torch.tensor([0]),
+        owned_C=one_C.bool(),
+        temperature=1.0,
     )
     expected_CV = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64) - p_CV
     assert grad_CV.dtype == torch.bfloat16 and expected_CV[0, 0] < 2e-4
@@ -109,7 +114,9 @@ def test_banned_tokens_have_no_probability_and_no_gradient() -> None:
 
 
 def test_a_rank_without_rows_has_neutral_statistics() -> None:
-    sums_RC = chunk_sums(torch.zeros(3, 0), torch.zeros(3, dtype=torch.int64), torch.zeros(3).bool(), TEMPERATURE)
+    sums_RC = chunk_sums(
+        torch.zeros(3, 0), local_C=torch.zeros(3).long(), owned_C=torch.zeros(3).bool(), temperature=TEMPERATURE
+    )
     assert torch.equal(sums_RC, torch.tensor([[NO_LOGIT] * 3, [0.0] * 3, [0.0] * 3, [0.0] * 3]))
 
 
@@ -167,4 +174,4 @@ def test_compiled_passes_equal_eager_ones_for_every_chunk_length() -> None:
 
 def test_on_cpu_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_chunk, "compiled", None)
-    assert chunk_sums(torch.zeros(1, 4), torch.tensor([1]), torch.tensor([True]), 1.0)[1] == 4.0
+    chunk_sums(normal(POSITIONS, VOCABULARY, seed=1), **HERE, temperature=TEMPERATURE)
