@@ -60,6 +60,9 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
 
+    doctor = commands.add_parser("doctor", help="what this machine and environment can do, and what is wrong")
+    doctor.set_defaults(run=_doctor)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -89,6 +92,13 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_vppo.cli.plan import run_plan
 
     return run_plan(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.doctor import run_doctor
+
+    return run_doctor()
 
 
 def _report(options: argparse.Namespace) -> int:
