@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -39,6 +38,7 @@ from bench.workload import Workload, WorkSizes, make_workload, with_layers
 from megatron_vppo.models.options import Backend, Fp8Recipe, Recompute
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.trainer.hardware import choose_backend, recipe_refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 1.0
@@ -57,6 +57,17 @@ TOY = WorkSizes(
     pictures=((56, 56), (56, 84)),
 )  # fmt: skip
 CASES = ("bfloat16", "fp8", "authors")
+RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "blockwise")
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: Literal["ours", "authors"]
+    fp8: Fp8Recipe | None = None
+
+    @property
+    def name(self) -> str:
+        return "authors" if self.kind == "authors" else f"fp8 {self.fp8}" if self.fp8 else "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,7 @@ class Bench:
     layout: Layout
     dtype: torch.dtype
     settings: OurSettings
-    fp8: Fp8Recipe
-    cases: tuple[str, ...]
+    cases: tuple[Case, ...]
     seconds: float
 
 
@@ -88,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows-per-experience", type=int, default=16, help="micro-batch of scoring (default: 16)")
     parser.add_argument("--head-chunk-tokens", type=int, default=4096)
     parser.add_argument("--recompute", choices=get_args(Recompute), default="none", help="ours (default: none)")
-    parser.add_argument("--backend", choices=get_args(Backend), help="ours (default: te where it is installed)")
-    parser.add_argument("--fp8", choices=get_args(Fp8Recipe), default="tensorwise", help="recipe (default: tensorwise)")
+    parser.add_argument("--backend", choices=("auto", *get_args(Backend)), default="auto", help="as model.backend")
+    parser.add_argument("--fp8", nargs="+", choices=get_args(Fp8Recipe), default=list(RECIPES), help="recipes")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds-per-case", type=float, default=15.0)
     return parser
@@ -128,7 +138,11 @@ def _bench(name: str, hf_config: Any, options: argparse.Namespace, *, layout: La
     sizes = TOY if options.small else REALISTIC
     if options.prompts is not None:
         sizes = WorkSizes(**{**asdict(sizes), "prompts": options.prompts})
-    has_te = layout.device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    cases = {
+        "bfloat16": [Case("ours")],
+        "fp8": [Case("ours", fp8=recipe) for recipe in options.fp8],
+        "authors": [Case("authors")],
+    }
     return Bench(
         name=name,
         hf_config=hf_config,
@@ -136,15 +150,14 @@ def _bench(name: str, hf_config: Any, options: argparse.Namespace, *, layout: La
         layout=layout,
         dtype=dtype,
         settings=OurSettings(
-            backend=options.backend or ("te" if has_te else "torch"),
+            backend=choose_backend(options.backend, on_gpu=layout.device.type == "cuda"),
             recompute=options.recompute,
             temperature=TEMPERATURE,
             rows_per_update=options.rows_per_update,
             rows_per_experience=options.rows_per_experience,
             head_chunk_tokens=options.head_chunk_tokens,
         ),
-        fp8=options.fp8,
-        cases=tuple(options.cases),
+        cases=tuple(case for kind in options.cases for case in cases[kind]),
         seconds=options.seconds_per_case,
     )
 
@@ -158,22 +171,24 @@ def run(bench: Bench, ceilings: dict[str, float | None]) -> dict[str, Any]:
     tokens = {"score": 2 * read, "update": read}
     phases: dict[str, dict[str, Any]] = {}
     for case in bench.cases:
-        print(f"{bench.name}: {case}", file=sys.stderr, flush=True)
+        print(f"{bench.name}: {case.name}", file=sys.stderr, flush=True)
         results = _guarded(partial(_run_case, bench, case), bench.layout.device)
         if "error" in results:
             results = dict.fromkeys(flops, results)
-        phases[case] = {
+        phases[case.name] = {
             phase: result if isinstance(result, dict) else _phase_report(result, flops[phase], tokens[phase], ceilings)
             for phase, result in results.items()
         }
     return {
-        "settings": {**asdict(bench.settings), "fp8": bench.fp8, "authors_attention": authors_attention()},
+        "settings": {**asdict(bench.settings), "authors_attention": authors_attention()},
         "workload": bench.workload.shape(),
         "tflop": {phase: count / 1e12 for phase, count in flops.items()},
         "tokens": tokens,
         "cases": phases,
         "ratios": {
-            "fp8_score_over_bfloat16": _speedup(phases, "fp8", "bfloat16", "score"),
+            "fp8_score_over_bfloat16": {
+                case.name: _speedup(phases, case.name, "bfloat16", "score") for case in bench.cases if case.fp8
+            },
             "update_over_authors": _speedup(phases, "bfloat16", "authors", "update"),
             "score_over_authors": _speedup(phases, "bfloat16", "authors", "score"),
         },
@@ -184,23 +199,22 @@ Result = Timing | dict[str, str]
 """Of a phase; a dictionary: why there is none."""
 
 
-def _run_case(bench: Bench, case: str) -> dict[str, Result]:
+def _run_case(bench: Bench, case: Case) -> dict[str, Result]:
     """Builds, scores, updates. What it built is freed when it returns."""
     device, seconds = bench.layout.device, bench.seconds
     batch = bench.workload.train_batch(vocabulary=bench.hf_config.text_config.vocab_size)
-    if case == "authors":
+    if case.fp8 and (needs := recipe_refusal(case.fp8, on_gpu=device.type == "cuda")):
+        return {phase: {"skipped": f"it needs {needs}"} for phase in ("score", "update")}
+    if case.kind == "authors":
         authors = AuthorsWay(
             bench.hf_config, bench.workload, device=device, dtype=bench.dtype, temperature=TEMPERATURE,
             rows_per_update=bench.settings.rows_per_update, rows_per_experience=bench.settings.rows_per_experience,
         )  # fmt: skip
         score, update = authors.score, partial(authors.update, batch)
     else:
-        if case == "fp8" and bench.settings.backend != "te":
-            nothing = {"skipped": "FP8 needs TransformerEngine on a GPU"}
-            return {"score": nothing, "update": nothing}
         ours = OurWay(
             bench.hf_config, bench.workload, layout=bench.layout, dtype=bench.dtype, settings=bench.settings,
-            fp8=bench.fp8 if case == "fp8" else None,
+            fp8=case.fp8,
         )  # fmt: skip
         score, update = ours.score, partial(ours.update, batch)
 

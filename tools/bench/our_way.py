@@ -13,6 +13,7 @@ from megatron_vppo.algorithm.types import Scores, TrainBatch
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute
+from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
@@ -73,7 +74,8 @@ class OurWay:
                 head_chunk_tokens=settings.head_chunk_tokens,
                 perturb_per="row",
                 **media,
-                **_fp8_settings(fp8),
+                fp8_scope=frozenset() if fp8 is None else frozenset({"scoring", "update"}),
+                token_alignment=1 if fp8 is None else TOKEN_ALIGNMENT[fp8],
             ),
             patches=workload.patches,
             positions=partial(mrope_positions, **media),
@@ -85,11 +87,3 @@ class OurWay:
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         return self._policy.update(batch)
-
-
-def _fp8_settings(recipe: Fp8Recipe | None) -> dict[str, Any]:
-    if recipe is None:
-        return {}
-    from megatron_vppo.models.precision import TOKEN_ALIGNMENT
-
-    return {"fp8_scope": frozenset({"scoring", "update"}), "token_alignment": TOKEN_ALIGNMENT[recipe]}
