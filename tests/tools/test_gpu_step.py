@@ -11,10 +11,12 @@ from bench.authors_way import AuthorsWay, SequenceAttention
 from bench.device import time_together
 from bench.flops import GroupShape, model_cost, scoring_flops, update_flops
 from bench.gpu_step import TOY, _guarded, _parser, _speedup, group_shapes, layers_that_fit, measure, toy_config
+from bench.our_way import OurSettings, OurWay
 from bench.workload import make_workload, with_layers
 from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.published import published_config
+from megatron_vppo.parallel.layout import destroy_layout, init_layout
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8
@@ -89,6 +91,28 @@ def test_the_authors_way_scores_what_transformers_says_row_by_row() -> None:
     norm = authors.update(workload.train_batch(vocabulary=320))
     assert math.isfinite(norm) and norm > 0
     assert all(not torch.equal(before[name], after) for name, after in authors._model.state_dict().items())
+
+
+def test_our_way_gives_all_its_memory_back() -> None:
+    config, layout = toy_config(), init_layout(tensor=1, pipeline=1, timeout_seconds=60)
+    workload = make_workload(config, TOY)
+    settings = OurSettings("torch", "none", TEMPERATURE, rows_per_update=2, rows_per_experience=2, head_chunk_tokens=8)
+    ours = OurWay(config, workload, layout=layout, dtype=torch.bfloat16, settings=settings, fp8=None)
+    ours.update(workload.train_batch(vocabulary=320))
+    trainable = ours._policy.trainable
+    parameters = sum(p.numel() for p in trainable.stages[0].parameters())
+
+    def held() -> int:
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in ours._tensors()}
+        return sum(storages.values())
+
+    # bfloat16 weights and float32 gradients in padded buffers; float32 master weights and two moments.
+    assert held() == pytest.approx(parameters * (2 + 4 + 4 + 8), rel=0.01)
+    buffers = [buffer for ddp in trainable.ddps for buffer in ddp.buffers]
+    ours.close()
+    assert held() == 0
+    assert all(b.param_data.untyped_storage().nbytes() == b.grad_data.untyped_storage().nbytes() == 0 for b in buffers)
+    destroy_layout()
 
 
 def test_rows_are_what_was_asked_for() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -87,3 +88,20 @@ class OurWay:
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         return self._policy.update(batch)
+
+    def close(self) -> None:
+        """Gives the memory of weights, gradients and optimizer back. Dropping the policy does not: Megatron's wrapper
+        is never collected, and holds them.
+        """
+        for tensor in self._tensors():
+            tensor.untyped_storage().resize_(0)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        trainable = self._policy.trainable
+        for stage in trainable.stages:
+            for parameter in stage.parameters():
+                yield from (parameter.data, parameter.main_grad)
+        for group in trainable.optimizer.param_groups:
+            yield from group["params"]
+        for _, state in trainable.optimizer.state.items():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
