@@ -1,0 +1,86 @@
+"""`vppo fp8-fidelity`: how much FP8 changes what VPPO decides about the same responses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_vppo.config.load import load_config
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.observability.report.fidelity import precision, subject
+from megatron_vppo.trainer.fp8_fidelity import measure_fidelity
+
+WIDTH = 110
+"""Characters of a line."""
+COLUMNS = (
+    "           log-prob difference, nats           perturbed picture rank correlation     kept in both      scale",
+    "recipe         mean      p50      p99      max     mean      p99      all      each    all    each least    max",
+)
+
+
+def run_fp8_fidelity(options: argparse.Namespace) -> int:
+    """Measures, prints the table and says where the page is.
+
+    Raises:
+        ValueError: started as one of several ranks, or a recipe that the settings do not allow.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("fp8-fidelity runs in one process; start it without torchrun and srun")
+    config = load_config(options.config, options.overrides)
+    trainer = config.trainer
+    folder = options.out or Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name / "fp8_fidelity"
+    report = measure_fidelity(
+        config,
+        recipes=_recipes(config, options.recipe),
+        num_prompts=options.prompts or config.data.rollout_batch_size,
+        folder=folder,
+    )
+    print(*_table(report), sep="\n")
+    print(f"page: {folder / 'fidelity.html'}", flush=True)
+    return 0
+
+
+def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Recipe]:
+    """As asked; else the run's own, and all that go with the other settings where it has none."""
+    if asked:
+        return list(dict.fromkeys(asked))
+    if config.fp8.recipe is not None:
+        return [config.fp8.recipe]
+    every: list[Fp8Recipe] = [*typing.get_args(Fp8Recipe)]
+    if config.fp8.bf16_layers_at_ends:
+        print(f"without delayed, which takes no fp8.bf16_layers_at_ends ({config.fp8.bf16_layers_at_ends})", flush=True)
+        every.remove("delayed")
+    return every
+
+
+def _table(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n{precision(report)} against {report['baseline_dtype']}: {report['model']}"
+    yield from textwrap.wrap(subject(report), WIDTH)
+    yield from ("", *COLUMNS)
+    for recipe, found in report["recipes"].items():
+        logp, masked = found["logp"], found["masked_logp"]
+        nats = (logp["mean"], logp["p50"], logp["p99"], logp["largest"], masked["mean"], masked["p99"])
+        yield (
+            f"{recipe:10}"
+            + "".join(f" {value:8.1e}" for value in nats)
+            + f" {_rank(found['spearman'])} {_rank(found['spearman_per_response']):>9}"
+            + f" {found['overlap']:6.1%} {found['overlap_per_response']:7.1%} {found['overlap_least']:5.0%}"
+            + f" {found['scale']['largest']:6.3f}"
+        )
+    yield ""
+    yield from textwrap.wrap(
+        "rank correlation: Spearman of the tokens' visual dependency. all: over all tokens; each: mean over responses; "
+        f"least: of one response. scale: largest change of the factor on an advantage (largest factor "
+        f"{report['scale_largest']:.3f}).",
+        WIDTH,
+    )
+
+
+def _rank(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:8.4f}"

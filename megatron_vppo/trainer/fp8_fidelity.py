@@ -1,0 +1,200 @@
+"""Does FP8 change what VPPO picks? The same responses scored in the configured dtype and in FP8, and what differs.
+
+Shape suffix legend: B = responses, N = any number of values.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import typing
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.fidelity import Decisions, Differences, compare, decisions, spread
+from megatron_vppo.algorithm.types import Response, Scores
+from megatron_vppo.config.schema import ParallelConfig, RunConfig
+from megatron_vppo.models.fp8_emulation import emulated_fp8, fp8_linears
+from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
+from megatron_vppo.observability.report.fidelity import write_fidelity_page
+from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.trainer.build import eos_ids, make_policy, train_sampling
+from megatron_vppo.trainer.engines import start_engine
+from megatron_vppo.trainer.inputs import open_inputs, read_prompts
+from megatron_vppo.trainer.loop import vppo_settings
+from megatron_vppo.trainer.model_folder import model_folder
+from megatron_vppo.trainer.sampler import EngineSampler, group_seeds
+
+STEP = 1
+"""Training step whose seeds and perturbations are taken."""
+EMULATED = True
+"""Whether FP8 is emulated; `_score_in_fp8` is the one place that knows how it is had."""
+LOG_EDGES = torch.logspace(-8, 1, 37, dtype=torch.float64)
+"""Nats, four bins per decade; the outer bins also hold what lies beyond them."""
+SHARE_EDGES = torch.linspace(0, 1, 21, dtype=torch.float64)
+
+
+def measure_fidelity(
+    config: RunConfig, *, recipes: Sequence[Fp8Recipe], num_prompts: int, folder: Path
+) -> dict[str, Any]:
+    """Samples responses with the config's engine, scores them in every precision, and writes fidelity.json and
+    fidelity.html into `folder`.
+
+    The model runs on one rank, whatever layout the config has for training.
+
+    Args:
+        num_prompts: the first so many with an image, of the validation split where there is one.
+
+    Returns:
+        What fidelity.json holds: figures by recipe, and what they were measured on.
+
+    Raises:
+        ValueError: options that leave nothing in FP8, or no prompt with an image.
+    """
+    config = _on_one_rank(config)
+    ends = config.fp8.bf16_layers_at_ends
+    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=config.parallel.collective_timeout_seconds)
+    if layout.device.type == "cpu":
+        torch.set_num_threads(config.parallel.threads_per_rank)
+    try:
+        policy, responses = _policy_and_responses(config, layout, num_prompts=num_prompts, logs=folder / "logs")
+        for recipe in recipes:  # refused before the minutes of scoring
+            fp8_linears(policy.trainable.stages, Fp8Options(recipe, ends))
+        baseline = _decisions(config, responses, _score(policy, config, responses))
+        figures = {}
+        for recipe in recipes:
+            scores = _score_in_fp8(policy, config, responses, Fp8Options(recipe, ends))
+            figures[recipe] = _figures(compare(baseline, _decisions(config, responses, scores), responses))
+    finally:
+        destroy_layout()
+    report = {"emulated": EMULATED, **_subject(config, responses, baseline), "recipes": figures}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "fidelity.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    write_fidelity_page(report, folder / "fidelity.html")
+    return report
+
+
+def _on_one_rank(config: RunConfig) -> RunConfig:
+    """The same run with one engine, and without gradients and optimizer state."""
+    parallel = ParallelConfig(
+        threads_per_rank=config.parallel.threads_per_rank,
+        collective_timeout_seconds=config.parallel.collective_timeout_seconds,
+    )
+    model = config.model.model_copy(update={"freeze": typing.get_args(Part)})
+    rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel_size": 1})
+    return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout})
+
+
+def _policy_and_responses(
+    config: RunConfig, layout: Layout, *, num_prompts: int, logs: Path
+) -> tuple[MegatronPolicy, list[Response]]:
+    """The engine is gone when they are there: scoring has the machine to itself."""
+    source = model_folder(config.model.path)
+    inputs = open_inputs(config, source)
+    split = "val" if "val" in inputs.datasets else "train"
+    with_image = (prompt for prompt in read_prompts(config, inputs, split) if prompt.images)
+    prompts = list(itertools.islice(with_image, num_prompts))
+    if not prompts:
+        raise ValueError(f"none of the prompts of data.{split}_files has an image: there is no dependency to compare")
+    with ExitStack() as stack:
+        engine = start_engine(config, layout, source, images=inputs.images, hf_config=inputs.hf_config, logs=logs)
+        sampler = EngineSampler(
+            engine.client, engine_index=engine.index, num_engines=engine.count, images=inputs.images,
+            verify=config.rollout.verify_weights,
+        )  # fmt: skip
+        stack.callback(sampler.close)
+        policy = make_policy(config, layout, source, inputs, total_steps=STEP)
+        assert engine.client is not None, "a single rank leads an engine"
+        engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
+        sampler.load_weights(policy.hf_weights(), version=0)
+        seeds = group_seeds(
+            prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
+        )
+        sampling = train_sampling(config, eos_ids(source, inputs.processor.tokenizer))
+        groups = sampler.generate(prompts, seeds=seeds, sampling=sampling)
+    return policy, [response for group in groups for response in group]
+
+
+def _score(policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response]) -> Scores:
+    kind = config.algorithm.dependency
+    return policy.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
+
+
+def _score_in_fp8(
+    policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response], options: Fp8Options
+) -> Scores:
+    with emulated_fp8(policy.trainable.stages, options):
+        return _score(policy, config, responses)
+
+
+def _decisions(config: RunConfig, responses: Sequence[Response], scores: Scores) -> Decisions:
+    return decisions(
+        responses,
+        scores,
+        settings=vppo_settings(config),
+        responses_per_minibatch=config.actor.global_batch_size * config.rollout.n,
+        micro_batch_size=config.actor.micro_batch_size_per_device_for_update,
+    )
+
+
+def _subject(config: RunConfig, responses: Sequence[Response], baseline: Decisions) -> dict[str, Any]:
+    """What was measured on."""
+    return {
+        "model": config.model.path,
+        "baseline_dtype": config.model.dtype,
+        "bf16_layers_at_ends": config.fp8.bf16_layers_at_ends,
+        "split": responses[0].prompt.split,
+        "prompts": len({response.group_id for response in responses}),
+        "responses": len(responses),
+        "tokens": sum(len(response.token_ids) for response in responses),
+        "dependency": config.algorithm.dependency,
+        "dependency_median": spread(baseline.dependency_BT[baseline.dependency_BT > 0]).p50,
+        "top_p_perception_tokens": config.algorithm.top_p_perception_tokens,
+        "scale_largest": baseline.scale_B.max().item(),
+    }
+
+
+def _figures(found: Differences) -> dict[str, Any]:
+    ranked_B = found.spearman_B[found.spearman_B.isfinite()]
+    return {
+        "logp": asdict(spread(found.logp_N)),
+        "masked_logp": asdict(spread(found.masked_logp_N)),
+        "dependency": asdict(spread(found.dependency_N)),
+        "spearman": _finite(found.spearman),
+        "spearman_per_response": _finite(ranked_B.mean().item()),
+        "responses_ranked": len(ranked_B),
+        "overlap": found.overlap,
+        "overlap_per_response": found.overlap_B.mean().item(),
+        "overlap_least": found.overlap_B.min().item(),
+        "trajectory_score": asdict(spread(found.trajectory_score_B)),
+        "scale": asdict(spread(found.scale_B)),
+        "histograms": {
+            "nats": LOG_EDGES.tolist(),
+            "share": SHARE_EDGES.tolist(),
+            "logp": _counts(found.logp_N, LOG_EDGES),
+            "masked_logp": _counts(found.masked_logp_N, LOG_EDGES),
+            "dependency_up": _counts(found.dependency_N[found.dependency_N > 0], LOG_EDGES),
+            "dependency_down": _counts(-found.dependency_N[found.dependency_N <= 0], LOG_EDGES),
+            "overlap": _counts(found.overlap_B, SHARE_EDGES),
+        },
+    }
+
+
+def _counts(value_N: Tensor, edges: Tensor) -> list[int]:
+    """Values per bin; an edge belongs to the bin above it, the last one to the last bin."""
+    bins = len(edges) - 1
+    bin_N = (torch.bucketize(value_N.double(), edges, right=True) - 1).clamp(0, bins - 1)
+    counts: list[int] = torch.bincount(bin_N, minlength=bins).tolist()
+    return counts
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
