@@ -52,6 +52,9 @@ class Differences:
     overlap: float
     """Share of all kept tokens that the other precision keeps too."""
     overlap_B: Tensor
+    lost_dependency: float
+    """Share of the kept tokens' dependency in the baseline that is on tokens which the other precision does not keep:
+    those at the edge of being kept may carry next to none."""
     trajectory_score_B: Tensor
     """Nats, other minus baseline."""
     scale_B: Tensor
@@ -109,7 +112,7 @@ def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]
     """Of decisions about the same responses."""
     lengths = [len(response.token_ids) for response in responses]
     mask_BT = length_mask(lengths, width=baseline.logp_BT.shape[1]).bool()
-    both_BT = baseline.kept_BT & other.kept_BT
+    both_BT, weight_BT = baseline.kept_BT & other.kept_BT, baseline.dependency_BT.double()
     pairs = [
         (baseline.dependency_BT[row, :length], other.dependency_BT[row, :length]) for row, length in enumerate(lengths)
     ]
@@ -121,6 +124,7 @@ def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]
         spearman_B=torch.tensor([spearman(*pair) for pair in pairs], dtype=torch.float64),
         overlap=(both_BT.sum() / baseline.kept_BT.sum()).item(),
         overlap_B=both_BT.sum(1) / baseline.kept_BT.sum(1),
+        lost_dependency=(weight_BT[baseline.kept_BT & ~other.kept_BT].sum() / weight_BT[baseline.kept_BT].sum()).item(),
         trajectory_score_B=other.trajectory_score_B - baseline.trajectory_score_B,
         scale_B=other.scale_B - baseline.scale_B,
     )

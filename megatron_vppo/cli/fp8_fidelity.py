@@ -13,14 +13,14 @@ from typing import Any
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.options import Fp8Recipe
-from megatron_vppo.observability.report.fidelity import precision, subject
+from megatron_vppo.observability.report.fidelity import compared, precision, subject
 from megatron_vppo.trainer.fp8_fidelity import measure_fidelity
 
 WIDTH = 110
 """Characters of a line."""
 COLUMNS = (
-    "           log-prob difference, nats           perturbed picture rank correlation     kept in both      scale",
-    "recipe         mean      p50      p99      max     mean      p99      all      each    all    each least    max",
+    "                 log-prob difference, nats       perturbed pict. rank correlation kept in both             scale",
+    "                  mean     p50     p99     max    mean     p99    all    each    all   each least    lost    max",
 )
 
 
@@ -63,24 +63,24 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"\n{precision(report)} against {report['baseline_dtype']}: {report['model']}"
     yield from textwrap.wrap(subject(report), WIDTH)
     yield from ("", *COLUMNS)
-    for recipe, found in report["recipes"].items():
+    for label, found in compared(report).items():
         logp, masked = found["logp"], found["masked_logp"]
         nats = (logp["mean"], logp["p50"], logp["p99"], logp["largest"], masked["mean"], masked["p99"])
         yield (
-            f"{recipe:10}"
-            + "".join(f" {value:8.1e}" for value in nats)
-            + f" {_rank(found['spearman'])} {_rank(found['spearman_per_response']):>9}"
-            + f" {found['overlap']:6.1%} {found['overlap_per_response']:7.1%} {found['overlap_least']:5.0%}"
-            + f" {found['scale']['largest']:6.3f}"
+            f"{label:14}"
+            + "".join(f" {value:7.1e}" for value in nats)
+            + f" {_or_none(found['spearman'], '7.4f')} {_or_none(found['spearman_per_response'], '7.4f')}"
+            + f" {found['overlap']:6.1%} {found['overlap_per_response']:6.1%} {found['overlap_least']:5.0%}"
+            + f" {_or_none(found['lost_dependency'], '7.1e')} {found['scale']['largest']:6.3f}"
         )
     yield ""
     yield from textwrap.wrap(
         "rank correlation: Spearman of the tokens' visual dependency. all: over all tokens; each: mean over responses; "
-        f"least: of one response. scale: largest change of the factor on an advantage (largest factor "
-        f"{report['scale_largest']:.3f}).",
+        "least: of one response; lost: share of the kept tokens' dependency that is not kept again. scale: largest change of the factor on an "
+        f"advantage (largest factor {report['scale_largest']:.3f}).",
         WIDTH,
     )
 
 
-def _rank(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:8.4f}"
+def _or_none(value: float | None, form: str) -> str:
+    return "   none" if value is None else format(value, form)

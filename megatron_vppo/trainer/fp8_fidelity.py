@@ -28,7 +28,7 @@ from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.trainer.build import eos_ids, make_policy, train_sampling
 from megatron_vppo.trainer.engines import start_engine
-from megatron_vppo.trainer.inputs import open_inputs, read_prompts
+from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.trainer.loop import vppo_settings
 from megatron_vppo.trainer.model_folder import model_folder
 from megatron_vppo.trainer.sampler import EngineSampler, group_seeds
@@ -37,8 +37,9 @@ STEP = 1
 """Training step whose seeds and perturbations are taken."""
 EMULATED = True
 """Whether FP8 is emulated; `_score_in_fp8` is the one place that knows how it is had."""
-LOG_EDGES = torch.logspace(-8, 1, 37, dtype=torch.float64)
-"""Nats, four bins per decade; the outer bins also hold what lies beyond them."""
+LOGP_EDGES = torch.logspace(-8, 1, 37, dtype=torch.float64)
+DEPENDENCY_EDGES = torch.logspace(-16, 1, 52, dtype=torch.float64)
+"""Nats; the outer bins also hold what lies beyond them. Small dependencies go with the square of log-probs."""
 SHARE_EDGES = torch.linspace(0, 1, 21, dtype=torch.float64)
 
 
@@ -65,17 +66,28 @@ def measure_fidelity(
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
     try:
-        policy, responses = _policy_and_responses(config, layout, num_prompts=num_prompts, logs=folder / "logs")
+        source = model_folder(config.model.path)
+        inputs = open_inputs(config, source)
+        policy, responses = _policy_and_responses(
+            config, layout, source, inputs, num_prompts=num_prompts, logs=folder / "logs"
+        )
         for recipe in recipes:  # refused before the minutes of scoring
             fp8_linears(policy.trainable.stages, Fp8Options(recipe, ends))
         baseline = _decisions(config, responses, _score(policy, config, responses))
-        figures = {}
-        for recipe in recipes:
-            scores = _score_in_fp8(policy, config, responses, Fp8Options(recipe, ends))
-            figures[recipe] = _figures(compare(baseline, _decisions(config, responses, scores), responses))
+
+        def figures(scores: Scores) -> dict[str, Any]:
+            return _figures(compare(baseline, _decisions(config, responses, scores), responses))
+
+        found = {
+            recipe: figures(_score_in_fp8(policy, config, responses, Fp8Options(recipe, ends))) for recipe in recipes
+        }
+        controls = {}
+        if config.model.dtype == "float32":  # what training on a GPU does to it without FP8
+            rounded = make_policy(_in_bfloat16(config), layout, source, inputs, total_steps=STEP)
+            controls["bfloat16"] = figures(_score(rounded, config, responses))
     finally:
         destroy_layout()
-    report = {"emulated": EMULATED, **_subject(config, responses, baseline), "recipes": figures}
+    report = {"emulated": EMULATED, **_subject(config, responses, baseline), "recipes": found, "controls": controls}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fidelity.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     write_fidelity_page(report, folder / "fidelity.html")
@@ -93,12 +105,14 @@ def _on_one_rank(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout})
 
 
+def _in_bfloat16(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
+
+
 def _policy_and_responses(
-    config: RunConfig, layout: Layout, *, num_prompts: int, logs: Path
+    config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, num_prompts: int, logs: Path
 ) -> tuple[MegatronPolicy, list[Response]]:
     """The engine is gone when they are there: scoring has the machine to itself."""
-    source = model_folder(config.model.path)
-    inputs = open_inputs(config, source)
     split = "val" if "val" in inputs.datasets else "train"
     with_image = (prompt for prompt in read_prompts(config, inputs, split) if prompt.images)
     prompts = list(itertools.islice(with_image, num_prompts))
@@ -173,16 +187,18 @@ def _figures(found: Differences) -> dict[str, Any]:
         "responses_ranked": len(ranked_B),
         "overlap": found.overlap,
         "overlap_per_response": found.overlap_B.mean().item(),
+        "lost_dependency": _finite(found.lost_dependency),
         "overlap_least": found.overlap_B.min().item(),
         "trajectory_score": asdict(spread(found.trajectory_score_B)),
         "scale": asdict(spread(found.scale_B)),
         "histograms": {
-            "nats": LOG_EDGES.tolist(),
-            "share": SHARE_EDGES.tolist(),
-            "logp": _counts(found.logp_N, LOG_EDGES),
-            "masked_logp": _counts(found.masked_logp_N, LOG_EDGES),
-            "dependency_up": _counts(found.dependency_N[found.dependency_N > 0], LOG_EDGES),
-            "dependency_down": _counts(-found.dependency_N[found.dependency_N <= 0], LOG_EDGES),
+            "logp_edges": LOGP_EDGES.tolist(),
+            "dependency_edges": DEPENDENCY_EDGES.tolist(),
+            "overlap_edges": SHARE_EDGES.tolist(),
+            "logp": _counts(found.logp_N, LOGP_EDGES),
+            "masked_logp": _counts(found.masked_logp_N, LOGP_EDGES),
+            "dependency_up": _counts(found.dependency_N[found.dependency_N > 0], DEPENDENCY_EDGES),
+            "dependency_down": _counts(-found.dependency_N[found.dependency_N <= 0], DEPENDENCY_EDGES),
             "overlap": _counts(found.overlap_B, SHARE_EDGES),
         },
     }

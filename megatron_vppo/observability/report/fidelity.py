@@ -65,90 +65,73 @@ def subject(report: Report) -> str:
 
 def _tiles(report: Report) -> str:
     tiles = []
-    for recipe, found in report["recipes"].items():
+    for label, found in compared(report).items():
+        lost = found["lost_dependency"]
         notes = (
-            f"of the kept tokens are kept in FP8 too. Rank correlation {_number(found['spearman'])}, mean log-prob "
-            f"difference {significant(found['logp']['mean'], 2)} nats"
+            f"of the kept tokens are kept again{'' if lost is None else f'; the others hold {lost:.1e} of their dependency'}. "
+            f"Rank correlation {_number(found['spearman'])}, mean log-prob difference "
+            f"{significant(found['logp']['mean'], 2)} nats"
         )
         tiles.append(
-            f'<div class="tile"><dt>{escape(recipe)}</dt><dd>{show(found["overlap"], "fraction")}'
+            f'<div class="tile"><dt>{escape(label)}</dt><dd>{show(found["overlap"], "fraction")}'
             f"<small>{escape(notes)}</small></dd></div>"
         )
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
 
-def _sections(report: Report) -> Sequence[str]:
-    recipes = report["recipes"]
-    drawn = [found["histograms"] for found in recipes.values()]
-    nats = log_axis([drawn[0]["nats"][0], drawn[0]["nats"][-1]])
-    shares = value_axis([0.0, 1.0], from_zero=True, top=1.0)
+def compared(report: Report) -> dict[str, Any]:
+    """Figures by what is compared with the baseline: the recipes, and what is shown beside them."""
+    return {**report["recipes"], **{f"{name} alone": found for name, found in report["controls"].items()}}
 
-    def section(anchor: str, title: str, lead: str, charts: Sequence[str]) -> str:
+
+def _sections(report: Report) -> Sequence[str]:
+    figures = compared(report)
+
+    def section(anchor: str, title: str, lead: str, bars: Mapping[str, tuple[str, int]], edges: str, *, x: Axis) -> str:
+        """`bars`: label and colour of each histogram, by its name in the report."""
+        counts = {label: found["histograms"] for label, found in figures.items()}
+        y = value_axis([0, *(max(histograms[name]) for histograms in counts.values() for name in bars)], from_zero=True)
+        charts = [
+            histogram_html(
+                label, [Bars(text, histograms[name], color) for name, (text, color) in bars.items()],
+                histograms[edges], x=x, y=y,
+            )
+            for label, histograms in counts.items()
+        ]  # fmt: skip
         return (
             f'<section id="{anchor}"><header class="sectionhead"><h2>{escape(title)}</h2><p>{escape(lead)}</p></header>'
-            f'<div class="grid">{"".join(charts)}</div></section>'
+            f'<div class="grid pairs">{"".join(charts)}</div></section>'
         )
 
+    histograms = next(iter(figures.values()))["histograms"]
+    nats, small_nats = log_axis(histograms["logp_edges"]), log_axis(histograms["dependency_edges"])
     return (
         section(
-            "logps",
-            "Log-prob differences",
-            "Of every response token, absolute. The first bar also holds smaller differences, none at all included.",
-            [
-                histogram_html(
-                    recipe,
-                    [Bars("picture", h["logp"], 1), Bars("perturbed picture", h["masked_logp"], 2)],
-                    h["nats"], x=nats, x_title="nats", values="tokens",
-                )
-                for recipe, h in zip(recipes, drawn, strict=True)
-            ],
+            "logps", "Log-prob differences",
+            "Tokens by absolute difference, nats. The first bin also holds what is smaller, none at all included.",
+            {"logp": ("picture", 1), "masked_logp": ("perturbed picture", 2)}, "logp_edges", x=nats,
         ),
         section(
-            "dependency",
-            "Shift of the visual dependency",
-            f"Of every response token. The median dependency is {significant(report['dependency_median'], 2)} nats.",
-            [
-                histogram_html(
-                    recipe,
-                    [Bars("more dependent in FP8", h["dependency_up"], 3), Bars("less", h["dependency_down"], 4)],
-                    h["nats"], x=nats, x_title="nats", values="tokens",
-                )
-                for recipe, h in zip(recipes, drawn, strict=True)
-            ],
+            "dependency", "Shift of the visual dependency",
+            f"Tokens by absolute shift, nats. The median dependency is {significant(report['dependency_median'], 2)}.",
+            {"dependency_up": ("more dependent", 3), "dependency_down": ("less, or as before", 4)}, "dependency_edges",
+            x=small_nats,
         ),
         section(
-            "kept",
-            "Kept tokens in both",
-            "Share of each response's kept tokens that FP8 keeps too; a choice by chance would have "
+            "kept", "Kept tokens in both",
+            "Responses by the share of their kept tokens that are kept again; a choice by chance would have "
             f"{report['top_p_perception_tokens']:.0%}.",
-            [
-                histogram_html(
-                    recipe, [Bars("responses", h["overlap"], 5)], h["share"], x=shares, x_title="share kept in both",
-                    x_unit="fraction", values="responses",
-                )
-                for recipe, h in zip(recipes, drawn, strict=True)
-            ],
+            {"overlap": ("responses", 5)}, "overlap_edges", x=value_axis([0.0, 1.0], from_zero=True, top=1.0),
         ),
     )  # fmt: skip
 
 
-def histogram_html(
-    title: str,
-    bars: Sequence[Bars],
-    edges: Sequence[float],
-    *,
-    x: Axis,
-    x_title: str,
-    values: str,
-    x_unit: str = "",
-) -> str:
-    """A figure; outlines of several histograms over the same bins lie on each other.
+def histogram_html(title: str, bars: Sequence[Bars], edges: Sequence[float], *, x: Axis, y: Axis) -> str:
+    """A figure; the outlines of several histograms over the same bins lie on each other.
 
     Args:
         edges: one more than bins.
-        values: what is counted, for the vertical axis.
     """
-    y = value_axis([0, *(count for bar in bars for count in bar.counts)], from_zero=True)
     paths = "".join(
         f'<path class="line" style="--c:var(--c{bar.color})" d="{_outline(bar.counts, edges, x, y)}"/>' for bar in bars
     )
@@ -159,8 +142,9 @@ def histogram_html(
     summary = f"{title}: " + ", ".join(f"{bar.label} {sum(bar.counts)}" for bar in bars)
     return (
         f'<figure class="chart" aria-label="{escape(summary, quote=True)}"><figcaption><h3>{escape(title)}</h3>'
-        f'<span class="unit">{escape(values)}</span></figcaption><ul class="legend">{legend}</ul>'
-        f"{frame_html(paths, x, y, unit='', x_title=x_title, x_unit=x_unit)}</figure>"
+        f'</figcaption><ul class="legend">{legend}</ul>'
+        f"{frame_html(paths, x, y, unit='', x_title='nats' if x.log else 'share', x_unit='' if x.log else 'fraction')}"
+        "</figure>"
     )
 
 
