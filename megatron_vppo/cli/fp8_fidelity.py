@@ -76,8 +76,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield from textwrap.wrap(
         "rank correlation: Spearman of the tokens' visual dependency. all: over all tokens; each: mean over responses; "
-        "least: of one response; lost: share of the kept tokens' dependency that is not kept again. scale: largest change of the factor on an "
-        f"advantage (largest factor {report['scale_largest']:.3f}).",
+        "least: of one response; lost: share of the kept tokens' dependency that is not kept again. scale: largest "
+        f"change of the factor on an advantage (largest factor {report['scale_largest']:.3f}).",
         WIDTH,
     )
 

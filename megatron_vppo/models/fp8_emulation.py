@@ -39,7 +39,7 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
         stages: what this rank holds of the model.
 
     Raises:
-        ValueError: options that Megatron refuses too, or that leave no layer in FP8.
+        ValueError: see `check_options`.
         RuntimeError: from a forward pass with gradients.
     """
     linears = fp8_linears(stages, options)
@@ -52,16 +52,7 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
 def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.Module]:
     """The layers of these stages that compute in FP8, in the order of the model."""
     layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
-    if ends and options.recipe == "delayed":
-        raise ValueError(
-            f"fp8.recipe=delayed takes no fp8.bf16_layers_at_ends ({ends}): its scales are updated for all layers at "
-            "once; set fp8.bf16_layers_at_ends=0, or another recipe"
-        )
-    if 2 * ends >= layers:
-        raise ValueError(
-            f"fp8.bf16_layers_at_ends={ends} leaves none of the {layers} language layers in FP8; set it below "
-            f"{layers / 2:g}"
-        )
+    check_options(options, layers=layers)
     return [
         linear
         for stage in stages
@@ -74,6 +65,21 @@ def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.M
             layer.mlp.linear_fc2,
         )
     ]
+
+
+def check_options(options: Fp8Options, *, layers: int) -> None:
+    """Raises ValueError for options that Megatron refuses too, or that leave none of the language layers in FP8."""
+    ends = options.bf16_layers_at_ends
+    if ends and options.recipe == "delayed":
+        raise ValueError(
+            f"fp8.recipe=delayed takes no fp8.bf16_layers_at_ends ({ends}): its scales are updated for all layers at "
+            "once; set fp8.bf16_layers_at_ends=0, or another recipe"
+        )
+    if 2 * ends >= layers:
+        raise ValueError(
+            f"fp8.bf16_layers_at_ends={ends} leaves none of the {layers} language layers in FP8; set it below "
+            f"{layers / 2:g}"
+        )
 
 
 @contextmanager

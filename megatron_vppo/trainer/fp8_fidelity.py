@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.fidelity import Decisions, Differences, compare, decisions, spread
 from megatron_vppo.algorithm.types import Response, Scores
 from megatron_vppo.config.schema import ParallelConfig, RunConfig
-from megatron_vppo.models.fp8_emulation import emulated_fp8, fp8_linears
+from megatron_vppo.models.fp8_emulation import check_options, emulated_fp8
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
 from megatron_vppo.observability.report.fidelity import write_fidelity_page
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -68,11 +68,11 @@ def measure_fidelity(
     try:
         source = model_folder(config.model.path)
         inputs = open_inputs(config, source)
+        for recipe in recipes:
+            check_options(Fp8Options(recipe, ends), layers=inputs.hf_config.text_config.num_hidden_layers)
         policy, responses = _policy_and_responses(
             config, layout, source, inputs, num_prompts=num_prompts, logs=folder / "logs"
         )
-        for recipe in recipes:  # refused before the minutes of scoring
-            fp8_linears(policy.trainable.stages, Fp8Options(recipe, ends))
         baseline = _decisions(config, responses, _score(policy, config, responses))
 
         def figures(scores: Scores) -> dict[str, Any]:

@@ -66,9 +66,8 @@ def subject(report: Report) -> str:
 def _tiles(report: Report) -> str:
     tiles = []
     for label, found in compared(report).items():
-        lost = found["lost_dependency"]
         notes = (
-            f"of the kept tokens are kept again{'' if lost is None else f'; the others hold {lost:.1e} of their dependency'}. "
+            f"of the kept tokens are kept again; dependency lost {_number(found['lost_dependency'], digits=2)}. "
             f"Rank correlation {_number(found['spearman'])}, mean log-prob difference "
             f"{significant(found['logp']['mean'], 2)} nats"
         )
@@ -155,5 +154,5 @@ def _outline(counts: Sequence[int], edges: Sequence[float], x: Axis, y: Axis) ->
     return f"M{places[0]} 1000{steps}V1000"
 
 
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else significant(value, 4)
+def _number(value: float | None, digits: int = 4) -> str:
+    return "undefined" if value is None else significant(value, digits)
