@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_vppo.cli.main import main
+
 ROOT = Path(__file__).parents[2]
 RESPONSES, MOST_TOKENS = 4 * 3, 6
 
 
-def run(digits: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable, "-m", "megatron_vppo.cli.main", "fp8-fidelity", "--config", "examples/digits_cpu/config.yaml",
+def arguments(digits: Path, options: list[str], *overrides: str) -> list[str]:
+    return [
+        "fp8-fidelity", "--config", str(ROOT / "examples/digits_cpu/config.yaml"), *options,
         f"data.train_files={digits}/data/train.parquet", f"data.val_files={digits}/data/val.parquet",
         f"model.path={digits}/model", "rollout.n=3", f"data.max_response_length={MOST_TOKENS}",
-        "rollout.cpu_kv_cache_gib=0.125", "data.max_val_rows=8", *arguments,
+        "rollout.cpu_kv_cache_gib=0.125", "data.max_val_rows=8", *overrides,
     ]  # fmt: skip
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
 @pytest.mark.slow
@@ -29,7 +29,9 @@ def test_command_reports_what_fp8_changes(digits: Path, tmp_path: Path) -> None:
     recipes = ("blockwise", "delayed")
     asked = [f"--recipe={name}" for name in recipes]
     small = ("actor.micro_batch_size_per_device_for_experience=5", "algorithm.dependency=kl_full")
-    done = run(digits, "--prompts=4", f"--out={tmp_path}", *asked, *small)
+    command = [sys.executable, "-m", "megatron_vppo.cli.main"]
+    command += arguments(digits, ["--prompts=4", f"--out={tmp_path}", *asked], *small)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert "Emulated FP8 against float32" in done.stdout and "bfloat16 alone" in done.stdout
     report = json.loads((tmp_path / "fidelity.json").read_text())
@@ -54,16 +56,25 @@ def test_command_reports_what_fp8_changes(digits: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "message"),
+    ("options", "overrides", "environment", "message"),
     [
-        (["--recipe=delayed", "fp8.bf16_layers_at_ends=1"], {}, "delayed takes no fp8.bf16_layers_at_ends"),
-        (["fp8.bf16_layers_at_ends=2"], {}, "leaves none of the 4 language layers"),
-        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "runs in one process"),
+        (["--recipe=delayed"], ["fp8.bf16_layers_at_ends=1"], {}, "delayed takes no fp8.bf16_layers_at_ends"),
+        ([], ["fp8.bf16_layers_at_ends=2"], {}, "leaves none of the 4 language layers"),
+        ([], [], {"RANK": "0", "WORLD_SIZE": "2"}, "runs in one process"),
     ],
 )
 def test_impossible_requests_end_before_the_engine_starts(
-    digits: Path, tmp_path: Path, arguments: list[str], environment: dict[str, str], message: str
+    digits: Path,
+    tmp_path: Path,
+    options: list[str],
+    overrides: list[str],
+    environment: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = run(digits, f"--out={tmp_path}", *arguments, **environment)
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(arguments(digits, [f"--out={tmp_path}", *options], *overrides)) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
