@@ -5,7 +5,7 @@ ARGS ?=
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
-.PHONY: help install test test-all lint demo test-compat
+.PHONY: help install test test-all lint demo test-compat gpu-check
 
 help:
 	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint         ruff and mypy"
 	@echo "make test-compat PYTHON=python3.12"
 	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
+	@echo "make gpu-check    what only a GPU can prove, in $(VENV) or the environment of PYTHON="
 
 install:
 	@PYTHON=$(PYTHON) VENV=$(VENV) tools/install.sh
@@ -39,3 +40,6 @@ demo: install
 test-compat:
 	@PYTHON=$(or $(PYTHON),python3.12) VENV=$(COMPAT_VENV) tools/install.sh compat
 	@$(COMPAT_VENV)/bin/python -m pytest -q tests/models tests/parallel $(ARGS)
+
+gpu-check:
+	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) tools/gpu_check.py $(ARGS)

@@ -81,6 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     fidelity.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
     fidelity.set_defaults(run=_fp8_fidelity)
 
+    doctor = commands.add_parser("doctor", help="what this machine and environment can do, and what is wrong")
+    doctor.set_defaults(run=_doctor)
+
     report = commands.add_parser("report", help="write report.html of a run folder")
     report.add_argument("run_dir", type=Path)
     report.set_defaults(run=_report)
@@ -117,6 +120,13 @@ def _fp8_fidelity(options: argparse.Namespace) -> int:
     from megatron_vppo.cli.fp8_fidelity import run_fp8_fidelity
 
     return run_fp8_fidelity(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.doctor import run_doctor
+
+    return run_doctor()
 
 
 def _report(options: argparse.Namespace) -> int:

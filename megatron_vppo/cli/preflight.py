@@ -11,8 +11,10 @@ from megatron_vppo.config.checks import check_layout, ranks_per_copy
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
 from megatron_vppo.trainer.engines import num_engines
+from megatron_vppo.trainer.hardware import model_options
 from megatron_vppo.trainer.model_folder import model_folder
 
 
@@ -45,6 +47,9 @@ def check_before_launch(config: RunConfig) -> int:
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
     )
+    options = model_options(config, on_gpu=devices > 0)
+    if options.fp8 is not None:
+        check_fp8(hf_config, options.fp8, tensor=parallel.tensor_model_parallel_size, backend=options.backend)
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     _check_files(config)
     return world_size

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,19 @@ def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, devi
     return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
 
 
+Plan = Any
+"""What a kind of attention wants to know of packed sequences: an AttentionPlan here, SequenceBounds in te_parts.py."""
+
+
+def plan_packed(
+    lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
+) -> AttentionPlan:
+    """See LayerParts.plan."""
+    if size > 1:
+        return plan_context_attention(lengths, rank=rank, size=size, device=device)
+    return plan_attention(lengths, causal=causal, device=device)
+
+
 def _groups(lengths_S: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
     """(sequences, longest length) of each bucket; the longest sequences first."""
     order_S = torch.argsort(lengths_S, descending=True, stable=True)
@@ -182,8 +196,8 @@ class PackedSequences(PackedSeqParams):
     in each layer. As it stands, explicit angles per token are applied to all tokens at once ([T, 1, H, D]).
     """
 
-    plan: AttentionPlan | None = None
-    window_plan: AttentionPlan | None = None
+    plan: Plan | None = None
+    window_plan: Plan | None = None
     """For layers whose attention stays within windows; only vision towers have them."""
     deepstack: Deepstack | None = None
     """What the first language layers add; see deepstack.py."""
@@ -230,7 +244,7 @@ class PackedAttention(nn.Module):
         return output.unsqueeze(1)
 
     def select_plan(self, sequences: PackedSequences) -> AttentionPlan:
-        assert sequences.plan is not None
+        assert isinstance(sequences.plan, AttentionPlan)
         return sequences.plan
 
 
@@ -238,5 +252,5 @@ class WindowAttention(PackedAttention):
     """The same, over the plan of windows."""
 
     def select_plan(self, sequences: PackedSequences) -> AttentionPlan:
-        assert sequences.window_plan is not None
+        assert isinstance(sequences.window_plan, AttentionPlan)
         return sequences.window_plan

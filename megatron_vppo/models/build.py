@@ -13,6 +13,8 @@ from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import PLAIN, ModelOptions, Part
+from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.specs import layer_parts
 from megatron_vppo.models.transformer_config import (
     HfConfig,
     check_tensor_parallel,
@@ -42,10 +44,12 @@ def build_model(
         virtual_stage: which of this rank's `options.virtual_stages` stages.
 
     Raises:
-        ValueError: a layout that the model's sizes do not allow, with the numbers.
+        ValueError: a layout or an FP8 recipe that the model's sizes do not allow, with the numbers.
     """
     family = family_of(hf_config)
     tensor, pipeline = groups.tp.size(), groups.pp.size()
+    if options.fp8 is not None:
+        check_fp8(hf_config, options.fp8, tensor=tensor, backend=options.backend)
     check_tensor_parallel(hf_config, tensor=tensor, vision_split=options.vision_split)
     stages = stage_layers(
         hf_config,
@@ -59,6 +63,7 @@ def build_model(
         model = QwenVLModel(
             hf_config,
             family=family,
+            parts=layer_parts(options.backend),
             language_config=language_config(
                 hf_config, tensor=tensor, context=groups.cp.size(), stages=stages, **shared
             ),

@@ -38,15 +38,19 @@ def own_tokens(lengths: tuple[int, ...], *, rank: int, size: int) -> Tensor:
     return torch.cat(indices)
 
 
-def padded_lengths(lengths: Sequence[int], *, tensor: int, context: int) -> list[int]:
-    """Lengths that the sequences must be padded to; with context parallelism they depend on nothing but each length,
-    so that two views of a row are cut alike.
+def padded_lengths(lengths: Sequence[int], *, tensor: int, context: int, alignment: int = 1) -> list[int]:
+    """Lengths that the sequences must be padded to. With context parallelism they depend on nothing but each length, so
+    that two views of a row are cut alike; a further length at the end may then be that of a sequence of padding.
 
     Args:
         tensor: ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none).
+        alignment: what the tokens of every rank must be a multiple of.
     """
-    if context > 1:
-        each = context * math.lcm(2, tensor)
-        return [math.ceil(length / each) * each for length in lengths]
-    *others, last = lengths
-    return [*others, last + -sum(lengths) % tensor]
+    together = context * tensor * alignment
+    if context == 1:
+        *others, last = lengths
+        return [*others, last + -sum(lengths) % together]
+    each = context * math.lcm(2, tensor)
+    padded = [math.ceil(length / each) * each for length in lengths]
+    missing = -sum(padded) % math.lcm(each, together)
+    return [*padded, missing] if missing else padded

@@ -28,7 +28,7 @@ class Family:
     vision_options: Mapping[str, Any]
     """What Megatron's configuration of the tower holds beside sizes and layout."""
     vision_tower: Callable[..., VisionTower]
-    """(TransformerConfig, vision configuration, groups=...)."""
+    """(TransformerConfig, vision configuration, parts=..., groups=...)."""
     vision_entries: Callable[[Any], list[Entry]]
     """Of a vision configuration: the weight map of the tower."""
     language_prefix: str

@@ -21,8 +21,7 @@ from megatron_vppo.models.attention import PackedSequences
 from megatron_vppo.models.deepstack import DeepstackLayer
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.mrope import MRope
-from megatron_vppo.models.norm import RMSNorm
-from megatron_vppo.models.specs import plain_layer_spec
+from megatron_vppo.models.specs import LayerParts, for_plain_linear, layer_spec
 from megatron_vppo.models.transformer_config import head_dim
 from megatron_vppo.models.weight_map import padded_vocabulary
 
@@ -36,6 +35,7 @@ class LanguageModel(LanguageModule):
         hf_config: Any,
         *,
         family: Family,
+        parts: LayerParts,
         deepstack_layers: int,
         tied: bool,
         layers: int,
@@ -74,14 +74,15 @@ class LanguageModel(LanguageModule):
             config,
             TransformerBlockSubmodules(
                 layer_specs=[
-                    plain_layer_spec(
+                    layer_spec(
+                        parts,
                         causal=True,
                         qk_norm=family.qk_norm,
                         layer=DeepstackLayer if layer < deepstack_layers else TransformerLayer,
                     )
                     for layer in range(layers)
                 ],
-                layer_norm=RMSNorm,
+                layer_norm=parts.norm,
             ),
             pre_process=pre_process,
             post_process=post_process,
@@ -92,7 +93,7 @@ class LanguageModel(LanguageModule):
             self.output_layer = ColumnParallelLinear(
                 hf_config.hidden_size,
                 rows,
-                config=config,
+                config=for_plain_linear(config),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,

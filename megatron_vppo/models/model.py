@@ -21,7 +21,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vppo.models.attention import PackedSequences, plan_attention, plan_context_attention
+from megatron_vppo.models.attention import PackedSequences
 from megatron_vppo.models.context import own_tokens
 from megatron_vppo.models.dealing import VisionGroups, dealt_features
 from megatron_vppo.models.deepstack import Deepstack, attach
@@ -30,6 +30,7 @@ from megatron_vppo.models.family import Family
 from megatron_vppo.models.language import LanguageModel
 from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.specs import LayerParts
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.models.vision_features import VisionFeatures
 from megatron_vppo.models.weight_map import Entry
@@ -46,6 +47,7 @@ class QwenVLModel(MegatronModule):
         hf_config: HfConfig,
         *,
         family: Family,
+        parts: LayerParts,
         language_config: TransformerConfig,
         vision_config: TransformerConfig,
         stage_layers: tuple[int, ...],
@@ -61,13 +63,14 @@ class QwenVLModel(MegatronModule):
         self.vision_groups = vision_groups
         self.stage_layers = stage_layers
         self.canonical_hf_name = family.canonical_name
-        self.weight_map = weight_map(hf_config, family=family)
+        self.parts = parts
+        self.weight_map = parts.own_names(weight_map(hf_config, family=family))
         self.ignored_hf_names = frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
         self.pre_process = self.stage == 0
         self.post_process = self.stage == len(stage_layers) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings
         self.vision = (
-            family.vision_tower(vision_config, hf_config.vision_config, groups=vision_groups.tower)
+            family.vision_tower(vision_config, hf_config.vision_config, parts=parts, groups=vision_groups.tower)
             if self.pre_process
             else None
         )
@@ -75,6 +78,7 @@ class QwenVLModel(MegatronModule):
             language_config,
             hf_config.text_config,
             family=family,
+            parts=parts,
             deepstack_layers=family.deepstack_layers(hf_config) if self.pre_process else 0,
             tied=hf_config.tie_word_embeddings,
             layers=stage_layers[self.stage],
@@ -96,10 +100,7 @@ class QwenVLModel(MegatronModule):
         """
         device, context = batch.token_ids_K.device, self.groups.cp
         own_T = own_tokens(batch.lengths, rank=context.rank(), size=context.size()).to(device)
-        if context.size() > 1:
-            plan = plan_context_attention(batch.lengths, rank=context.rank(), size=context.size(), device=device)
-        else:
-            plan = plan_attention(batch.lengths, causal=True, device=device)
+        plan = self.parts.plan(batch.lengths, causal=True, device=device, rank=context.rank(), size=context.size())
         hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
         hidden = self.language(hidden, batch.positions_3K[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:

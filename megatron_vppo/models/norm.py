@@ -40,4 +40,9 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
-Norm = type[RMSNorm] | type[LayerNorm]
+class PlainNorm:
+    """Either of them, as the configuration says; what Megatron's TENorm is for TransformerEngine's."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
+        norm = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]
+        return norm(config, hidden_size, eps)

@@ -1,40 +1,97 @@
-"""Which modules a transformer layer is made of.
-
-Only `plain_layer_spec` exists: Megatron's own parallel linear layers, and norm and attention in plain torch, which run
-on every device. A specification with TransformerEngine's modules belongs here too, beside it.
-"""
+"""Which modules a transformer layer is made of: Megatron's and torch's own, or TransformerEngine's."""
 
 from __future__ import annotations
 
+import copy
 import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_vppo.models.attention import PackedAttention
-from megatron_vppo.models.norm import Norm, RMSNorm
+from megatron_vppo.models.attention import PackedAttention, Plan, WindowAttention, plan_packed
+from megatron_vppo.models.norm import PlainNorm
+from megatron_vppo.models.options import Backend
+from megatron_vppo.models.weight_map import Entry
 
 
-def plain_layer_spec(
+@dataclass(frozen=True)
+class LayerParts:
+    """What layers are built from, whichever model they belong to."""
+
+    name: Backend
+    norm: type
+    """Called with (config, hidden_size, eps); RMSNorm or LayerNorm by `config.normalization`."""
+    column_linear: type
+    """Behind a norm: with a norm of its own, where `fused_norms` says so."""
+    row_linear: type
+    attention: type
+    window_attention: type
+    """Reads `PackedSequences.window_plan`."""
+    plan: Callable[..., Plan]
+    """(lengths, causal, device, rank, size of the context-parallel group) -> what attention wants to know of packed
+    sequences."""
+    fused_norms: tuple[tuple[str, str], ...] = ()
+    """Of a layer's parameters: (prefix as in the weight map, prefix within the linear layer that holds the norm)."""
+
+    def own_names(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        """The weight map with the names that parameters have in layers of these parts. Checkpoints keep the others."""
+
+        def own(template: str) -> str:
+            for name, fused in self.fused_norms:
+                template = template.replace(f".{name}", f".{fused}")
+            return template
+
+        return tuple(replace(entry, template=own(entry.template)) for entry in entries)
+
+
+TORCH_PARTS = LayerParts(
+    name="torch",
+    norm=PlainNorm,
+    column_linear=ColumnParallelLinear,
+    row_linear=RowParallelLinear,
+    attention=PackedAttention,
+    window_attention=WindowAttention,
+    plan=plan_packed,
+)
+"""They run on every device."""
+
+
+def layer_parts(backend: Backend) -> LayerParts:
+    """TransformerEngine is imported only where it is asked for."""
+    if backend == "torch":
+        return TORCH_PARTS
+    from megatron_vppo.models.te_parts import TE_PARTS
+
+    return TE_PARTS
+
+
+def layer_spec(
+    parts: LayerParts,
     *,
     causal: bool,
-    norm: Norm = RMSNorm,
     qk_norm: bool = False,
-    core_attention: type[PackedAttention] = PackedAttention,
+    windowed: bool = False,
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
     """A pre-norm layer: norm, self-attention, norm, MLP (gated or not, as the configuration says).
 
     Args:
         qk_norm: queries and keys are normalised head by head before they are rotated.
+        windowed: attention stays within windows.
         layer: what holds the modules together; a subclass may do more.
     """
-    mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    norm = IdentityOp if parts.fused_norms else parts.norm
+    mlp = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
     return ModuleSpec(
         module=layer,
         submodules=TransformerLayerSubmodules(
@@ -43,22 +100,32 @@ def plain_layer_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=core_attention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm if qk_norm else None,
-                    k_layernorm=RMSNorm if qk_norm else None,
+                    linear_qkv=parts.column_linear,
+                    core_attention=parts.window_attention if windowed else parts.attention,
+                    linear_proj=parts.row_linear,
+                    q_layernorm=parts.norm if qk_norm else None,
+                    k_layernorm=parts.norm if qk_norm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             mlp=_mlp_spec(mlp),
             mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={fused: name for name, fused in parts.fused_norms},
         ),
     )
 
 
-def _mlp_spec(submodules: MLPSubmodules) -> ModuleSpec | functools.partial:
+def for_plain_linear(config: TransformerConfig) -> TransformerConfig:
+    """For Megatron's own linear layers outside of transformer layers: TransformerEngine's add gradients up in fp32 by
+    themselves, these would want Apex.
+    """
+    own = copy.copy(config)
+    own.gradient_accumulation_fusion = False
+    return own
+
+
+def _mlp_spec(submodules: MLPSubmodules) -> Any:
     # Megatron 0.17 made the MLP of a layer a callable; 0.16 takes a ModuleSpec only (it hands over no process group
     # otherwise).
     as_submodule = getattr(MLP, "as_mlp_submodule", None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vppo.models.family import Family
-from megatron_vppo.models.options import ModelOptions, Recompute, VisionSplit
+from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute, VisionSplit
 
 VISION_NORM_EPSILON = 1e-6
 """Fixed in the architectures; not a field of their configurations."""
@@ -142,7 +145,8 @@ def language_config(
         pipeline_dtype=dtype,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # there are no experts; the default is refused with variable lengths
-        **_common(dtype=dtype, device=device, recompute=options.recompute),
+        **_common(dtype=dtype, device=device, activation=F.silu, options=options),
+        **_fp8(options.fp8),
     )
 
 
@@ -171,7 +175,7 @@ def vision_config(
         add_bias_linear=True,
         tensor_model_parallel_size=tensor,
         **family.vision_options,
-        **_common(dtype=dtype, device=device, recompute=options.recompute),
+        **_common(dtype=dtype, device=device, activation=family.vision_options["activation_func"], options=options),
     )
 
 
@@ -182,7 +186,31 @@ _RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
 }
 
 
-def _common(*, dtype: torch.dtype, device: torch.device, recompute: Recompute) -> dict:
+_FP8_FORMAT: Mapping[Fp8Recipe, str] = MappingProxyType(
+    {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+)
+"""'hybrid': gradients are E5M2, whose range one scale per tensor needs."""
+
+_AMAX_HISTORY = 1024
+"""Forward passes that 'delayed' takes its scale from; TransformerEngine's default."""
+
+
+def _fp8(options: Fp8Options | None) -> dict[str, Any]:
+    if options is None:
+        return {}
+    ends = options.bf16_layers_at_ends
+    return {
+        "fp8": _FP8_FORMAT[options.recipe],
+        "fp8_recipe": options.recipe,
+        "fp8_amax_history_len": _AMAX_HISTORY,
+        "fp8_amax_compute_algo": "max",
+        "first_last_layers_bf16": ends > 0,
+        "num_layers_at_start_in_bf16": ends,
+        "num_layers_at_end_in_bf16": ends,
+    }
+
+
+def _common(*, dtype: torch.dtype, device: torch.device, activation: Callable, options: ModelOptions) -> dict[str, Any]:
     return {
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -191,11 +219,22 @@ def _common(*, dtype: torch.dtype, device: torch.device, recompute: Recompute) -
         # Weights come from a checkpoint: nothing is drawn at random only to be overwritten.
         "perform_initialization": False,
         "use_cpu_initialization": device.type != "cuda",
-        # Each of these needs a CUDA extension, or compiles code in every process.
-        "gradient_accumulation_fusion": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        **_RECOMPUTATION[recompute],
+        "masked_softmax_fusion": False,  # of an attention that we do not use
+        **_fusions(on_gpu=device.type == "cuda", backend=options.backend, activation=activation),
+        **_RECOMPUTATION[options.recompute],
+    }
+
+
+APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""The module of NVIDIA Apex that adds weight gradients up in fp32 within the matrix product."""
+
+
+def _fusions(*, on_gpu: bool, backend: Backend, activation: Callable) -> dict[str, bool]:
+    """Each needs a CUDA extension, or compiles code in every process, which does not pay off on CPU."""
+    return {
+        "gradient_accumulation_fusion": on_gpu
+        and (backend == "te" or importlib.util.find_spec(APEX_GRADIENTS) is not None),
+        "bias_activation_fusion": on_gpu and activation is F.silu,
+        "bias_dropout_fusion": on_gpu,
+        "apply_rope_fusion": on_gpu and backend == "te",
     }

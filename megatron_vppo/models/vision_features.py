@@ -18,7 +18,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_vppo.models.norm import Norm
+from megatron_vppo.models.norm import PlainNorm
+from megatron_vppo.models.specs import for_plain_linear
 
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of a picture, in patches."""
@@ -91,7 +92,6 @@ class Merger(MegatronModule):
         *,
         merge: int,
         out_width: int,
-        norm: Norm,
         norm_over_block: bool,
         groups: ProcessGroupCollection,
     ) -> None:
@@ -99,8 +99,13 @@ class Merger(MegatronModule):
         self.width = config.hidden_size * merge**2
         self.norm_over_block = norm_over_block
         normed = self.width if norm_over_block else config.hidden_size
-        self.norm = norm(config, normed, eps=config.layernorm_epsilon)
-        shared = {"config": config, "init_method": config.init_method, "bias": True, "tp_group": groups.tp}
+        self.norm = PlainNorm(config, normed, eps=config.layernorm_epsilon)
+        shared = {
+            "config": for_plain_linear(config),
+            "init_method": config.init_method,
+            "bias": True,
+            "tp_group": groups.tp,
+        }
         self.linear_fc1 = ColumnParallelLinear(self.width, self.width, gather_output=False, **shared)
         self.linear_fc2 = RowParallelLinear(
             self.width, out_width, input_is_parallel=True, skip_bias_add=False, **shared

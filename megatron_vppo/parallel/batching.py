@@ -69,6 +69,8 @@ class BatchSplit:
     picture_ranks: int
     picture_rank: int
     """Among which pictures are dealt."""
+    token_alignment: int = 1
+    """What the tokens that each rank holds must be a multiple of; FP8 needs it."""
 
 
 def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) -> tuple[int, ...]:
@@ -109,12 +111,16 @@ def pack_views(
     """
     pictures = _Pictures(merge_size)
     lengths = padded_lengths(
-        [num_tokens(responses[view.row]) for view in views], tensor=split.sequence_ranks, context=split.context
+        [num_tokens(responses[view.row]) for view in views],
+        tensor=split.sequence_ranks,
+        context=split.context,
+        alignment=split.token_alignment,
     )
     sequences = [
         _sequence(responses[view.row], view, length=length, positions=positions, pictures=pictures)
-        for view, length in zip(views, lengths, strict=True)
+        for view, length in zip(views, lengths, strict=False)
     ]
+    sequences += [_padding(length) for length in lengths[len(views) :]]
     token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
     return ResponseBatch(
         packed=PackedBatch(
@@ -160,6 +166,18 @@ def _sequence(response: Response, view: View, *, length: int, positions: Positio
         ),
         answer=answer if view.counted else (),
         answer_start=len(prompt.token_ids) - 1,
+    )
+
+
+def _padding(length: int) -> _Sequence:
+    """A sequence of no view."""
+    return _Sequence(
+        view=View(0, None, counted=False),
+        token_ids=(_PADDING_TOKEN,) * length,
+        positions_3L=torch.arange(length).expand(3, -1),
+        features=(),
+        answer=(),
+        answer_start=0,
     )
 
 

@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks.
 
     Raises:
-        ValueError: the checkpoint was written with other sizes, stages, frozen parts or vision split.
+        ValueError: the checkpoint was written with other sizes, stages, frozen parts, vision split or backend.
     """
     source = folder / f"global_step_{step}"
     state: dict[str, Any] = json.loads((source / STATE).read_text())
@@ -116,6 +116,7 @@ def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
         "pipeline_layers": list(model.stage_layers),
         "vision_split": "tensor" if model.vision_groups.tower.tp.size() == layout.tensor else "images",
         "freeze": sorted(trainable.frozen),
+        "backend": model.parts.name,
     }
 
 

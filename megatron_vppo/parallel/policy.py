@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
 from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.models.precision import language_precision
 from megatron_vppo.parallel.batching import (
     BatchSplit,
     PatchSource,
@@ -37,6 +38,7 @@ from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
 
 Views = Literal["original", "both"]
 Divergence = Literal["kl_full", "jsd"]
+Phase = Literal["scoring", "update"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class PolicySettings:
     """Responses per micro-batch of the scoring pass."""
     head_chunk_tokens: int
     perturb_per: Literal["row", "image"]
+    fp8_scope: frozenset[Phase] = frozenset()
+    """Where the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
+    token_alignment: int = 1
+    """What the tokens of a rank are padded to a multiple of."""
 
 
 class MegatronPolicy:
@@ -80,6 +86,7 @@ class MegatronPolicy:
             sequence_ranks=layout.tensor if trainable.config.sequence_parallel else 1,
             picture_ranks=layout.vision_groups.dealing.size(),
             picture_rank=layout.vision_groups.dealing.rank(),
+            token_alignment=settings.token_alignment,
         )
 
     # ---- scoring
@@ -106,7 +113,7 @@ class MegatronPolicy:
         micro_batches = self._micro_batches(responses, rows_each=self.settings.rows_per_experience)
         views_of = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
         self.trainable.train(False)
-        self._run(responses, views_of, collect, forward_only=True)
+        self._run(responses, views_of, collect, phase="scoring")
         self.trainable.train(True)
         stacked = torch.stack([results_BT[name] for name in names])
         if not self._reports:
@@ -208,9 +215,7 @@ class MegatronPolicy:
 
         self.trainable.zero_gradients()
         micro_batches = self._micro_batches(batch.responses, rows_each=self.settings.rows_per_update)
-        self._run(
-            batch.responses, [[View(row, None) for row in rows] for rows in micro_batches], loss, forward_only=False
-        )
+        self._run(batch.responses, [[View(row, None) for row in rows] for rows in micro_batches], loss, phase="update")
         response_tokens = float(batch.response_mask_BT.sum())
         return {
             **self._sum_over_ranks(weighted if self._reports else {}, divide_by=1.0),
@@ -251,9 +256,10 @@ class MegatronPolicy:
         micro_views: Sequence[Sequence[View]],
         on_hidden: Callable[..., object],
         *,
-        forward_only: bool,
+        phase: Phase,
     ) -> None:
-        """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage.
+        """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage. Only the
+        update runs backward.
 
         Every rank must run it, so one without rows runs a row that counts for nothing. With several stages per rank
         Megatron's schedule takes a multiple of the pipeline size.
@@ -282,16 +288,17 @@ class MegatronPolicy:
             for views in [*micro_views, *idle]
         )
         iterators = list(itertools.tee(packed, stages))
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if stages > 1 else iterators[0],
-            model=list(self.trainable.ddps),
-            num_microbatches=num_micro_batches,
-            seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
-            micro_batch_size=1,
-            forward_only=forward_only,
-            collect_non_loss_data=forward_only,
-        )
+        with language_precision(self.trainable.stages, fp8=phase in self.settings.fp8_scope):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if stages > 1 else iterators[0],
+                model=list(self.trainable.ddps),
+                num_microbatches=num_micro_batches,
+                seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=phase == "scoring",
+                collect_non_loss_data=phase == "scoring",
+            )
 
     def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
         return token_logps(

@@ -20,7 +20,7 @@ from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.mrope import mrope_positions
-from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
@@ -36,6 +36,7 @@ from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.collective import from_rank_zero
 from megatron_vppo.trainer.engines import start_engine, vision_token_ids
 from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.hardware import model_options, slower_without
 from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.model_folder import model_folder
@@ -152,7 +153,10 @@ def make_policy(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, total_steps: int
 ) -> MegatronPolicy:
     """The model of the folder `source`, with its weights."""
-    dtype, options, hf_config = DTYPES[config.model.dtype], _model_options(config), inputs.hf_config
+    hf_config = inputs.hf_config
+    dtype, options = DTYPES[config.model.dtype], model_options(config, on_gpu=layout.device.type == "cuda")
+    if layout.rank == 0 and layout.device.type == "cuda" and (missing := slower_without(options.backend)):
+        print("model.backend=torch is slower than TransformerEngine's layers:", *missing, sep="\n- ", flush=True)
     stages = [
         build_model(
             hf_config,
@@ -199,22 +203,12 @@ def make_policy(
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
         head_chunk_tokens=config.actor.head_chunk_tokens,
         perturb_per=config.algorithm.perturb.per or "row",
+        fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
+        token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
     )
     positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
     return MegatronPolicy(
         trainable, layout=layout, settings=settings, patches=inputs.images.patches, positions=positions
-    )
-
-
-def _model_options(config: RunConfig) -> ModelOptions:
-    parallel = config.parallel
-    return ModelOptions(
-        pipeline_layers=parallel.pipeline_layers,
-        virtual_stages=parallel.virtual_pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=parallel.recompute,
-        vision_split=parallel.vision_split,
-        frozen=frozenset(config.model.freeze),
     )
 
 

@@ -193,7 +193,7 @@ def vppo(*arguments: object) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def _wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes], timeout_seconds: float = 300) -> None:
+def _wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes], timeout_seconds: float = 900) -> None:
     deadline = time.monotonic() + timeout_seconds
     while not folder.exists():
         assert process.poll() is None, "the run ended before it could be killed"

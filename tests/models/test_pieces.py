@@ -98,6 +98,20 @@ def test_context_parallel_shares_are_balanced() -> None:
 
 
 @pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
+@pytest.mark.parametrize("alignment", [16, 128])
+def test_padding_for_fp8(tensor: int, context: int, alignment: int) -> None:
+    lengths = [7, 16, 1, 30]
+    padded = padded_lengths(lengths, tensor=tensor, context=context, alignment=alignment)
+    assert sum(padded) % (tensor * context * alignment) == 0, "as much for every rank, and aligned"
+    assert sum(padded) >= sum(lengths)
+    if context > 1:
+        alone = padded_lengths(lengths, tensor=tensor, context=context)
+        assert padded[: len(lengths)] == alone, "the cut of a sequence does not depend on the others"
+        assert all(length % (2 * context) == 0 for length in padded)
+    assert padded_lengths(padded, tensor=tensor, context=context, alignment=alignment) == padded
+
+
+@pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
 def test_padding_divides_over_ranks(tensor: int, context: int) -> None:
     lengths = [7, 16, 1, 30]
     padded = padded_lengths(lengths, tensor=tensor, context=context)

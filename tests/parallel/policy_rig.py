@@ -26,7 +26,7 @@ from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
+from megatron_vppo.parallel.policy import MegatronPolicy, Phase, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from tests.models.tiny import (
     GRIDS,
@@ -127,32 +127,41 @@ def _released(name: str, model_type: str) -> str:
     return name
 
 
-def _hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
-    ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]])
+def hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
+    """[answer tokens, V], on the model's device."""
+    ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]], device=model.device)
     images = {}
     if response.prompt.images:
         images = {
-            "pixel_values": torch.cat([patches(ref, perturb) for ref in response.prompt.images]),
-            "image_grid_thw": torch.tensor(response.prompt.grids_thw),
+            "pixel_values": torch.cat([patches(ref, perturb) for ref in response.prompt.images]).to(model.device),
+            "image_grid_thw": torch.tensor(response.prompt.grids_thw, device=model.device),
             "mm_token_type_ids": (ids == IMAGE).int(),
         }
     out = model.model(input_ids=ids, **images).last_hidden_state[0]
     logits = model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
-    return logits.index_fill(1, torch.tensor(BANNED), -1e30)
+    return logits.index_fill(1, torch.tensor(BANNED, device=model.device), -1e30)
 
 
-def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> Outcome:
-    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+def expected_outcome(
+    folder: Path,
+    entropy_kind: str,
+    optim: OptimSettings,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Outcome:
+    """On the CPU, wherever it was computed."""
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=dtype).to(device)
     responses = make_responses()
     batch = make_batch(responses, entropy_kind)
     blocks = {name: torch.zeros(len(responses), ANSWER_LENGTH) for name in ("logp", "masked", "entropy", "kl")}
     sums: dict[str, float] = {}
     for row, response in enumerate(responses):
         length = len(response.token_ids)
-        logp_NV = _hf_logits(model, response, None).log_softmax(-1)
+        logp_NV = hf_logits(model, response, None).float().cpu().log_softmax(-1)
         key = PerturbKey(STEP, response.group_id * 2**16 + response.sample) if response.prompt.images else None
         with torch.no_grad():
-            masked_NV = _hf_logits(model, response, key).log_softmax(-1)
+            masked_NV = hf_logits(model, response, key).float().cpu().log_softmax(-1)
         targets = torch.tensor(response.token_ids)[:, None]
         logp_N = logp_NV.gather(1, targets)[:, 0]
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
@@ -169,13 +178,17 @@ def expected_outcome(folder: Path, entropy_kind: str, optim: OptimSettings) -> O
         blocks["kl"][row, :length] = (logp_NV.exp() * (logp_NV - masked_NV)).sum(-1).detach()
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
-    exact = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    exact = {
+        name: parameter.grad.float().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
     torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
     ).step()
     names = {name: _released(name, model.config.model_type) for name, _ in model.named_parameters()}
-    weights = {names[name]: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = {names[name]: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     return Outcome(
         blocks["logp"], blocks["masked"], blocks["entropy"], blocks["kl"],
         {**sums, "actor/grad_norm": float(norm)}, {names[name]: gradient for name, gradient in exact.items()}, weights,
@@ -193,6 +206,8 @@ def make_policy(
     optim: OptimSettings = OPTIM,
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
+    token_alignment: int = 1,
+    fp8_scope: frozenset[Phase] = frozenset(),
 ) -> MegatronPolicy:
     """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
     config = AutoConfig.from_pretrained(folder)
@@ -213,6 +228,7 @@ def make_policy(
             temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,
             image_token_id=IMAGE, merge_size=MERGE,
             rows_per_update=rows, rows_per_experience=rows, head_chunk_tokens=5, perturb_per="row",
+            token_alignment=token_alignment, fp8_scope=fp8_scope,
         ),
         patches=patches,
         positions=lambda ids, grids: mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=MERGE),
@@ -243,11 +259,12 @@ def resumed_equals_straight(
     *,
     distributed_optimizer: bool,
     options: ModelOptions | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> bool:
     """Two updates in a row, against one, a checkpoint, and the second by a fresh policy that loaded it."""
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed_optimizer)
     batch = make_batch(make_responses(), "nll")
-    straight = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    straight = make_policy(folder, layout, rows=2, optim=optim, options=options, dtype=dtype)
     straight.update(batch)
     for step in (1, 2):
         save_checkpoint(
@@ -259,7 +276,7 @@ def resumed_equals_straight(
             keep=1,
         )
     straight.update(batch)
-    resumed = make_policy(folder, layout, rows=2, optim=optim, options=options)
+    resumed = make_policy(folder, layout, rows=2, optim=optim, options=options, dtype=dtype)
     assert latest_step(checkpoints) == 2
     assert [path.name for path in checkpoints.glob("*step*")] == ["global_step_2"]
     state = load_checkpoint(checkpoints, step=2, trainable=resumed.trainable, layout=layout)

@@ -53,6 +53,7 @@ class Case:
     pipeline: int = 1
     data: int = 1
     options: ModelOptions = PLAIN
+    token_alignment: int = 1
 
     @property
     def ranks(self) -> int:
@@ -85,6 +86,8 @@ LAYOUTS = {
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
     "CP 2 x PP 2, interleaved": Case(context=2, pipeline=2, options=INTERLEAVED),
     "CP 3": Case(context=3),
+    "CP 2, padded as FP8 wants": Case(context=2, token_alignment=128),
+    "TP 2, sequence parallel, padded as FP8 wants": Case(tensor=2, options=SP, token_alignment=32),
     "CP 2 x DP 2": Case(context=2, data=2),
     "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
         tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 1))
@@ -163,7 +166,9 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
         optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
         for model, (folder, expected) in models.items():
             for rows in ROWS_EACH:
-                policy = make_policy(folder, layout, rows=rows, optim=optim, options=case.options)
+                policy = make_policy(
+                    folder, layout, rows=rows, optim=optim, options=case.options, token_alignment=case.token_alignment
+                )
                 scores = policy.score(make_responses(), step=STEP, views="both", divergence="kl_full")
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
                 policy.trainable.optimizer.prepare_grads()

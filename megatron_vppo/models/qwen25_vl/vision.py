@@ -20,9 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from megatron_vppo.models.attention import PackedAttention, PackedSequences, WindowAttention, plan_attention
-from megatron_vppo.models.norm import RMSNorm
-from megatron_vppo.models.specs import plain_layer_spec
+from megatron_vppo.models.attention import PackedSequences
+from megatron_vppo.models.specs import LayerParts, layer_spec
 from megatron_vppo.models.vision_features import AxialRope, Grid, Merger, VisionFeatures, patch_positions
 
 
@@ -65,9 +64,15 @@ class VisionTower(MegatronModule):
     """All of its layers, split over the tensor-parallel ranks of `groups`; it lives on the first pipeline stage."""
 
     def __init__(
-        self, config: TransformerConfig, hf_config: Qwen2_5_VLVisionConfig, *, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        hf_config: Qwen2_5_VLVisionConfig,
+        *,
+        parts: LayerParts,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
+        self.parts = parts
         self.merge = hf_config.spatial_merge_size
         self.num_taps = 0
         self.dtype = config.params_dtype
@@ -76,10 +81,7 @@ class VisionTower(MegatronModule):
         # A convolution whose stride is its kernel is a linear layer on flattened patches.
         self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=False, dtype=config.params_dtype)
         layers = [
-            plain_layer_spec(
-                causal=False,
-                core_attention=PackedAttention if layer in hf_config.fullatt_block_indexes else WindowAttention,
-            )
+            layer_spec(parts, causal=False, windowed=layer not in hf_config.fullatt_block_indexes)
             for layer in range(hf_config.depth)
         ]
         self.blocks = TransformerBlock(
@@ -94,7 +96,6 @@ class VisionTower(MegatronModule):
             config,
             merge=self.merge,
             out_width=hf_config.out_hidden_size,
-            norm=RMSNorm,
             norm_over_block=False,
             groups=groups,
         )
@@ -107,8 +108,8 @@ class VisionTower(MegatronModule):
         orders = [window_order(grid, merge=self.merge, window_blocks=self.window_blocks) for grid in grids_thw]
         block_order_M = _concatenate_orders(orders).to(device)
         sequences = PackedSequences(
-            plan=plan_attention([n for order in orders for n in order.frame_lengths], causal=False, device=device),
-            window_plan=plan_attention(
+            plan=self.parts.plan([n for order in orders for n in order.frame_lengths], causal=False, device=device),
+            window_plan=self.parts.plan(
                 [n for order in orders for n in order.window_lengths], causal=False, device=device
             ),
         )

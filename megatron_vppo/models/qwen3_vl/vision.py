@@ -22,9 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from megatron_vppo.models.attention import PackedSequences, plan_attention
-from megatron_vppo.models.norm import LayerNorm
-from megatron_vppo.models.specs import plain_layer_spec
+from megatron_vppo.models.attention import PackedSequences
+from megatron_vppo.models.specs import LayerParts, layer_spec
 from megatron_vppo.models.vision_features import AxialRope, Grid, Merger, VisionFeatures, by_block, patch_positions
 
 
@@ -51,9 +50,15 @@ class VisionTower(MegatronModule):
     """All of its layers, split over the tensor-parallel ranks of `groups`; it lives on the first pipeline stage."""
 
     def __init__(
-        self, config: TransformerConfig, hf_config: Qwen3VLVisionConfig, *, groups: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        hf_config: Qwen3VLVisionConfig,
+        *,
+        parts: LayerParts,
+        groups: ProcessGroupCollection,
     ) -> None:
         super().__init__(config)
+        self.parts = parts
         self.merge = hf_config.spatial_merge_size
         self.dtype = config.params_dtype
         patch_values = hf_config.in_channels * hf_config.temporal_patch_size * hf_config.patch_size**2
@@ -62,7 +67,7 @@ class VisionTower(MegatronModule):
         self.position_grid = nn.Parameter(
             torch.zeros(hf_config.num_position_embeddings, config.hidden_size, dtype=config.params_dtype)
         )
-        shared = {"merge": self.merge, "out_width": hf_config.out_hidden_size, "norm": LayerNorm, "groups": groups}
+        shared = {"merge": self.merge, "out_width": hf_config.out_hidden_size, "groups": groups}
         self.num_taps = len(hf_config.deepstack_visual_indexes)
         self.num_segments = len(segment_lengths(hf_config))
         # Not in a ModuleList: Megatron's checkpoints take all parameters of one for whole, on every rank.
@@ -71,7 +76,7 @@ class VisionTower(MegatronModule):
             own_config.num_layers = layers  # the size of the stack of layers in checkpoints
             segment = TransformerBlock(
                 own_config,
-                TransformerBlockSubmodules(layer_specs=[plain_layer_spec(causal=False, norm=LayerNorm)] * layers),
+                TransformerBlockSubmodules(layer_specs=[layer_spec(parts, causal=False)] * layers),
                 post_layer_norm=False,
                 pre_process=True,
                 post_process=False,
@@ -92,7 +97,7 @@ class VisionTower(MegatronModule):
         shared = {
             "attention_mask": None,
             "rotary_pos_emb": self.rope(positions_P2),
-            "packed_seq_params": PackedSequences(plan=plan_attention(frames, causal=False, device=device)),
+            "packed_seq_params": PackedSequences(plan=self.parts.plan(frames, causal=False, device=device)),
         }
         embedded_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype)) + self._positions(grids_thw)
         hidden_P1h = embedded_Ph[:, None, :]

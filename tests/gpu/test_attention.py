@@ -1,0 +1,63 @@
+"""Packed attention by the GPU's fused kernels against float64: whole sequences, and a context-parallel rank's share."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.models.attention import packed_attention, plan_attention, plan_context_attention
+from megatron_vppo.models.context import own_tokens
+
+pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
+LENGTHS = (1024, 256, 768, 256)
+HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
+TOLERANCE = 0.01
+"""bfloat16; values are of order one."""
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    sizes = (HEADS, KV_HEADS, KV_HEADS)
+    query, key, value = (torch.randn(sum(LENGTHS), heads, HEAD_DIM, generator=generator) for heads in sizes)
+    return query, key, value
+
+
+def dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
+    """[T, H*D] in float64, sequence by sequence."""
+    blocks = []
+    for q, k, v in zip(*(x.double().split(LENGTHS) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(HEAD_DIM)
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+        blocks.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1))
+    return torch.cat(blocks)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_whole_sequences(causal: bool) -> None:
+    inputs = make_inputs()
+    rounded = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs]
+    plan = plan_attention(LENGTHS, causal=causal, device=DEVICE)
+    output = packed_attention(*rounded, plan, scale=1 / math.sqrt(HEAD_DIM))
+    right = dense(*(x.to(torch.bfloat16) for x in inputs), causal=causal)
+    assert (output.cpu().double() - right).abs().max() < TOLERANCE
+    output.square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in rounded)
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_share_of_a_context_parallel_rank(rank: int) -> None:
+    """Keys and values of all ranks, one after the other, as the ranks' gather gives them."""
+    inputs = [x.to(torch.bfloat16) for x in make_inputs()]
+    shares = [own_tokens(LENGTHS, rank=other, size=4) for other in range(4)]
+    query = inputs[0][shares[rank]].to(DEVICE)
+    key, value = (x[torch.cat(shares)].to(DEVICE) for x in inputs[1:])
+    plan = plan_context_attention(LENGTHS, rank=rank, size=4, device=DEVICE)
+    output = packed_attention(query, key, value, plan, scale=1 / math.sqrt(HEAD_DIM))
+    right = dense(*inputs, causal=True)[shares[rank]]
+    assert (output.cpu().double() - right).abs().max() < TOLERANCE

@@ -1,0 +1,83 @@
+"""What is said on a machine that cannot do what is set. What a GPU can do is asked of TransformerEngine on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.options import Fp8Options
+from megatron_vppo.trainer import hardware
+from megatron_vppo.trainer.hardware import (
+    check_fp8_hardware,
+    choose_backend,
+    fp8_options,
+    model_options,
+    slower_without,
+)
+
+
+def config_with(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"data": {"train_files": "a.parquet"}, "model": {"path": "m"}, **sections})
+
+
+def with_transformer_engine(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
+    monkeypatch.setattr(hardware, "has_transformer_engine", lambda: present)
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_gpu", "installed", "backend"),
+    [
+        ("auto", False, False, "torch"),
+        ("auto", False, True, "torch"),
+        ("auto", True, False, "torch"),
+        ("auto", True, True, "te"),
+        ("torch", True, True, "torch"),
+        ("te", True, True, "te"),
+    ],
+)
+def test_backend(setting: Any, on_gpu: bool, installed: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_transformer_engine(monkeypatch, installed)
+    assert choose_backend(setting, on_gpu=on_gpu) == backend
+
+
+def test_transformer_engine_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_transformer_engine(monkeypatch, True)
+    with pytest.raises(ValueError, match="NVIDIA GPUs alone, and none is seen"):
+        choose_backend("te", on_gpu=False)
+    with_transformer_engine(monkeypatch, False)
+    with pytest.raises(ValueError, match=r"install transformer-engine\[pytorch\]"):
+        choose_backend("te", on_gpu=True)
+
+
+def test_fp8_without_a_gpu_names_the_emulation() -> None:
+    config = config_with(fp8={"recipe": "blockwise"})
+    with pytest.raises(ValueError, match=r"needs an NVIDIA GPU \(Hopper.*vppo fp8-fidelity"):
+        model_options(config, on_gpu=False)
+
+
+def test_fp8_wants_transformer_engine_and_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_transformer_engine(monkeypatch, False)
+    with pytest.raises(ValueError, match="needs TransformerEngine, which is not installed"):
+        check_fp8_hardware(config_with(fp8={"recipe": "tensorwise"}), on_gpu=True)
+    monkeypatch.setattr(hardware, "recipe_refusal", lambda recipe, on_gpu: None)
+    with pytest.raises(ValueError, match=r"leave model.backend at 'auto'"):
+        check_fp8_hardware(config_with(fp8={"recipe": "tensorwise"}), on_gpu=True)
+    with_transformer_engine(monkeypatch, True)
+    single = config_with(fp8={"recipe": "tensorwise"}, model={"path": "m", "dtype": "float32"})
+    with pytest.raises(ValueError, match="bfloat16, not float32"):
+        check_fp8_hardware(single, on_gpu=True)
+
+
+def test_fp8_that_no_phase_uses_is_none() -> None:
+    assert fp8_options(config_with()) is None
+    assert fp8_options(config_with(fp8={"recipe": "delayed", "scope": []})) is None
+    found = fp8_options(config_with(fp8={"recipe": "mxfp8", "bf16_layers_at_ends": 1, "scope": ["scoring"]}))
+    assert found == Fp8Options("mxfp8", bf16_layers_at_ends=1)
+
+
+def test_what_is_slower() -> None:
+    assert slower_without("te") == []
+    assert any("FP8" in line for line in slower_without("torch"))
+    assert any("Apex" in line for line in slower_without("torch")), "which is not installed here"
