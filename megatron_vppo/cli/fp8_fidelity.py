@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.options import Fp8Recipe
 from megatron_vppo.observability.report.fidelity import compared, precision, subject
-from megatron_vppo.trainer.fp8_fidelity import measure_fidelity
+from megatron_vppo.trainer.fp8_fidelity import measure_fidelity, refusal
 
 WIDTH = 110
 """Characters of a line."""
@@ -47,16 +49,18 @@ def run_fp8_fidelity(options: argparse.Namespace) -> int:
 
 
 def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Recipe]:
-    """As asked; else the run's own, and all that go with the other settings where it has none."""
-    if asked:
-        return list(dict.fromkeys(asked))
-    if config.fp8.recipe is not None:
-        return [config.fp8.recipe]
-    every: list[Fp8Recipe] = [*typing.get_args(Fp8Recipe)]
-    if config.fp8.bf16_layers_at_ends:
-        print(f"without delayed, which takes no fp8.bf16_layers_at_ends ({config.fp8.bf16_layers_at_ends})", flush=True)
-        every.remove("delayed")
-    return every
+    """As asked; else the run's own, and all that can be measured where it has none."""
+    chosen = asked or ([config.fp8.recipe] if config.fp8.recipe else None)
+    every: Sequence[Fp8Recipe] = chosen or typing.get_args(Fp8Recipe)
+    reasons = {recipe: refusal(recipe, config, on_gpu=torch.cuda.is_available()) for recipe in every}
+    refused = [f"{recipe}: {reason}" for recipe, reason in reasons.items() if reason is not None]
+    if chosen and refused:
+        raise ValueError("; ".join(refused))
+    for line in refused:
+        print(f"left out: {line}", flush=True)
+    if not any(reason is None for reason in reasons.values()):
+        raise ValueError("no FP8 recipe can be measured here")
+    return [recipe for recipe, reason in reasons.items() if reason is None]
 
 
 def _table(report: Mapping[str, Any]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_vppo.models.fp8_formats import quantise_dequantise
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe
+from megatron_vppo.models.precision import check_ends
 
 AMAX_HISTORY = 1024
 """Forwards that the scale of 'delayed' looks back on: TransformerEngine's default."""
@@ -39,7 +40,7 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
         stages: what this rank holds of the model.
 
     Raises:
-        ValueError: see `check_options`.
+        ValueError: layers of another backend, or ends that the recipe does not take.
         RuntimeError: from a forward pass with gradients.
     """
     linears = fp8_linears(stages, options)
@@ -52,7 +53,9 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
 def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.Module]:
     """The layers of these stages that compute in FP8, in the order of the model."""
     layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
-    check_options(options, layers=layers)
+    check_ends(options, layers=layers)
+    if stages[0].parts.name != "torch":  # others hold the norm before the product in the same module
+        raise ValueError(f"FP8 is emulated in layers of model.backend=torch, not {stages[0].parts.name}")
     return [
         linear
         for stage in stages
@@ -65,21 +68,6 @@ def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.M
             layer.mlp.linear_fc2,
         )
     ]
-
-
-def check_options(options: Fp8Options, *, layers: int) -> None:
-    """Raises ValueError for options that Megatron refuses too, or that leave none of the language layers in FP8."""
-    ends = options.bf16_layers_at_ends
-    if ends and options.recipe == "delayed":
-        raise ValueError(
-            f"fp8.recipe=delayed takes no fp8.bf16_layers_at_ends ({ends}): its scales are updated for all layers at "
-            "once; set fp8.bf16_layers_at_ends=0, or another recipe"
-        )
-    if 2 * ends >= layers:
-        raise ValueError(
-            f"fp8.bf16_layers_at_ends={ends} leaves none of the {layers} language layers in FP8; set it below "
-            f"{layers / 2:g}"
-        )
 
 
 @contextmanager

@@ -21,13 +21,15 @@ from torch import Tensor
 from megatron_vppo.algorithm.fidelity import Decisions, Differences, compare, decisions, spread
 from megatron_vppo.algorithm.types import Response, Scores
 from megatron_vppo.config.schema import ParallelConfig, RunConfig
-from megatron_vppo.models.fp8_emulation import check_options, emulated_fp8
+from megatron_vppo.models.fp8_emulation import emulated_fp8
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
+from megatron_vppo.models.precision import check_ends
 from megatron_vppo.observability.report.fidelity import write_fidelity_page
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.trainer.build import eos_ids, make_policy, train_sampling
 from megatron_vppo.trainer.engines import start_engine
+from megatron_vppo.trainer.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.trainer.loop import vppo_settings
 from megatron_vppo.trainer.model_folder import model_folder
@@ -35,12 +37,22 @@ from megatron_vppo.trainer.sampler import EngineSampler, group_seeds
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""
-EMULATED = True
-"""Whether FP8 is emulated; `_score_in_fp8` is the one place that knows how it is had."""
 LOGP_EDGES = torch.logspace(-8, 1, 37, dtype=torch.float64)
 DEPENDENCY_EDGES = torch.logspace(-16, 1, 52, dtype=torch.float64)
 """Nats; the outer bins also hold what lies beyond them. Small dependencies go with the square of log-probs."""
 SHARE_EDGES = torch.linspace(0, 1, 21, dtype=torch.float64)
+
+
+def refusal(recipe: Fp8Recipe, config: RunConfig, *, on_gpu: bool) -> str | None:
+    """Why a recipe cannot be measured with this config on this machine; None: it can."""
+    if recipe == "delayed" and config.fp8.bf16_layers_at_ends:
+        return f"takes no fp8.bf16_layers_at_ends ({config.fp8.bf16_layers_at_ends})"
+    if not on_gpu:
+        return None
+    if recipe == "delayed":
+        return "scales by what updates have seen, and before the first one by 1; see docs/fp8.md"
+    missing = recipe_refusal(recipe, on_gpu=True)
+    return missing and f"needs {missing}"
 
 
 def measure_fidelity(
@@ -49,7 +61,8 @@ def measure_fidelity(
     """Samples responses with the config's engine, scores them in every precision, and writes fidelity.json and
     fidelity.html into `folder`.
 
-    The model runs on one rank, whatever layout the config has for training.
+    The model runs on one rank, whatever layout the config has for training. On a GPU FP8 is TransformerEngine's,
+    elsewhere it is emulated.
 
     Args:
         num_prompts: the first so many with an image, of the validation split where there is one.
@@ -58,18 +71,20 @@ def measure_fidelity(
         What fidelity.json holds: figures by recipe, and what they were measured on.
 
     Raises:
-        ValueError: options that leave nothing in FP8, or no prompt with an image.
+        ValueError: ends that a recipe does not take, a recipe that this machine cannot run, no prompt with an image.
     """
-    config = _on_one_rank(config)
-    ends = config.fp8.bf16_layers_at_ends
+    config, ends = _on_one_rank(config), config.fp8.bf16_layers_at_ends
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=config.parallel.collective_timeout_seconds)
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
     try:
         source = model_folder(config.model.path)
         inputs = open_inputs(config, source)
+        on_gpu = layout.device.type == "cuda"
         for recipe in recipes:
-            check_options(Fp8Options(recipe, ends), layers=inputs.hf_config.text_config.num_hidden_layers)
+            check_ends(Fp8Options(recipe, ends), layers=inputs.hf_config.text_config.num_hidden_layers)
+            if on_gpu:
+                check_fp8_hardware(_in_fp8(config, recipe), on_gpu=True)
         policy, responses = _policy_and_responses(
             config, layout, source, inputs, num_prompts=num_prompts, logs=folder / "logs"
         )
@@ -78,16 +93,21 @@ def measure_fidelity(
         def figures(scores: Scores) -> dict[str, Any]:
             return _figures(compare(baseline, _decisions(config, responses, scores), responses))
 
-        found = {
-            recipe: figures(_score_in_fp8(policy, config, responses, Fp8Options(recipe, ends))) for recipe in recipes
-        }
+        found = {}
+        for recipe in recipes:
+            if on_gpu:
+                in_fp8 = make_policy(_in_fp8(config, recipe), layout, source, inputs, total_steps=STEP)
+                found[recipe] = figures(_score(in_fp8, config, responses))
+            else:
+                with emulated_fp8(policy.trainable.stages, Fp8Options(recipe, ends)):
+                    found[recipe] = figures(_score(policy, config, responses))
         controls = {}
         if config.model.dtype == "float32":  # what training on a GPU does to it without FP8
             rounded = make_policy(_in_bfloat16(config), layout, source, inputs, total_steps=STEP)
             controls["bfloat16"] = figures(_score(rounded, config, responses))
     finally:
         destroy_layout()
-    report = {"emulated": EMULATED, **_subject(config, responses, baseline), "recipes": found, "controls": controls}
+    report = {"emulated": not on_gpu, **_subject(config, responses, baseline), "recipes": found, "controls": controls}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "fidelity.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     write_fidelity_page(report, folder / "fidelity.html")
@@ -95,14 +115,20 @@ def measure_fidelity(
 
 
 def _on_one_rank(config: RunConfig) -> RunConfig:
-    """The same run with one engine, and without gradients and optimizer state."""
+    """The same run with one engine, and without gradients, optimizer state and FP8."""
     parallel = ParallelConfig(
         threads_per_rank=config.parallel.threads_per_rank,
         collective_timeout_seconds=config.parallel.collective_timeout_seconds,
     )
     model = config.model.model_copy(update={"freeze": typing.get_args(Part)})
     rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel_size": 1})
-    return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout})
+    fp8 = config.fp8.model_copy(update={"recipe": None})
+    return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout, "fp8": fp8})
+
+
+def _in_fp8(config: RunConfig, recipe: Fp8Recipe) -> RunConfig:
+    """Of TransformerEngine's."""
+    return config.model_copy(update={"fp8": config.fp8.model_copy(update={"recipe": recipe, "scope": ("scoring",)})})
 
 
 def _in_bfloat16(config: RunConfig) -> RunConfig:
@@ -140,13 +166,6 @@ def _policy_and_responses(
 def _score(policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
     return policy.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
-
-
-def _score_in_fp8(
-    policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response], options: Fp8Options
-) -> Scores:
-    with emulated_fp8(policy.trainable.stages, options):
-        return _score(policy, config, responses)
 
 
 def _decisions(config: RunConfig, responses: Sequence[Response], scores: Scores) -> Decisions:

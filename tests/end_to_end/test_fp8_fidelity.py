@@ -58,8 +58,8 @@ def test_command_reports_what_fp8_changes(digits: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "overrides", "environment", "message"),
     [
-        (["--recipe=delayed"], ["fp8.bf16_layers_at_ends=1"], {}, "delayed takes no fp8.bf16_layers_at_ends"),
-        ([], ["fp8.bf16_layers_at_ends=2"], {}, "leaves none of the 4 language layers"),
+        (["--recipe=delayed"], ["fp8.bf16_layers_at_ends=1"], {}, "delayed: takes no fp8.bf16_layers_at_ends"),
+        ([], ["fp8.bf16_layers_at_ends=2"], {}, "leaves none of the 4 layers"),
         ([], [], {"RANK": "0", "WORLD_SIZE": "2"}, "runs in one process"),
     ],
 )

@@ -150,8 +150,8 @@ def test_a_bfloat16_model_rounds_products_alone(folder: Path, layout: Layout) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (Fp8Options("delayed", bf16_layers_at_ends=1), "delayed takes no"),
-        (Fp8Options("mxfp8", bf16_layers_at_ends=2), "none of the 3 language layers"),
+        (Fp8Options("delayed", bf16_layers_at_ends=1), "one scope for all layers"),
+        (Fp8Options("mxfp8", bf16_layers_at_ends=2), "none of the 3 layers"),
     ],
 )
 def test_impossible_options_are_refused(policy: MegatronPolicy, options: Fp8Options, message: str) -> None:
