@@ -63,6 +63,7 @@ def quantise_dequantise(
 
 def to_e4m3(x: Tensor) -> Tensor:
     """Nearest E4M3 value, as float32; ties to even, and whatever is larger than 448 becomes 448."""
+    # Not every torch saturates by itself: older ones make NaN of what is too large.
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 

@@ -108,9 +108,10 @@ def test_blockwise_weight_blocks_by_hand() -> None:
 
 @pytest.mark.parametrize("operand", ["input", "weight"])
 def test_mxfp8_blocks_by_hand(operand: str) -> None:
-    # Block 0 (32 values): amax 450 > 448, so 2^1: 225 -> 224, 50 lies between 48 and 52 -> 48 (even).
+    # Block 0 (32 values): amax 450 > 448, so 2^1: 225 -> 224, 50 lies between 48 and 52 -> 48 (even), 0.0007 becomes
+    # 0.18 steps of 1/512 -> 0.
     # Block 1 (3 values): amax 6, 6/448 = 0.0134 <= 2^-6: 384, 339.2 -> 352, -64.
-    row = [450.0, 100.0] + [0.0] * 30 + [6.0, 5.3, -1.0]
+    row = [450.0, 100.0, 0.0007] + [0.0] * 29 + [6.0, 5.3, -1.0]
     # Exactly 448 needs no more than 2^0. The second block is zero.
     other = [448.0, 0.3] + [0.0] * 33
     got_RK = quantise_dequantise(torch.tensor([row, other]), recipe="mxfp8", operand=operand)  # type: ignore[arg-type]
