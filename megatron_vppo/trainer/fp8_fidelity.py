@@ -180,6 +180,8 @@ def _decisions(config: RunConfig, responses: Sequence[Response], scores: Scores)
 
 def _subject(config: RunConfig, responses: Sequence[Response], baseline: Decisions) -> dict[str, Any]:
     """What was measured on."""
+    rows = zip(baseline.dependency_BT, responses, strict=True)
+    dependency_N = torch.cat([row_T[: len(response.token_ids)] for row_T, response in rows])
     return {
         "model": config.model.path,
         "baseline_dtype": config.model.dtype,
@@ -187,9 +189,9 @@ def _subject(config: RunConfig, responses: Sequence[Response], baseline: Decisio
         "split": responses[0].prompt.split,
         "prompts": len({response.group_id for response in responses}),
         "responses": len(responses),
-        "tokens": sum(len(response.token_ids) for response in responses),
+        "tokens": len(dependency_N),
         "dependency": config.algorithm.dependency,
-        "dependency_median": spread(baseline.dependency_BT[baseline.dependency_BT > 0]).p50,
+        "dependency_median": spread(dependency_N).p50,
         "top_p_perception_tokens": config.algorithm.top_p_perception_tokens,
         "scale_largest": baseline.scale_B.max().item(),
     }
