@@ -96,15 +96,13 @@ def measure_fidelity(
         found = {}
         for recipe in recipes:
             if on_gpu:
-                in_fp8 = make_policy(_in_fp8(config, recipe), layout, source, inputs, total_steps=STEP)
-                found[recipe] = figures(_score(in_fp8, config, responses))
+                found[recipe] = figures(_score_anew(_in_fp8(config, recipe), layout, source, inputs, responses))
             else:
                 with emulated_fp8(policy.trainable.stages, Fp8Options(recipe, ends)):
                     found[recipe] = figures(_score(policy, config, responses))
         controls = {}
         if config.model.dtype == "float32":  # what training on a GPU does to it without FP8
-            rounded = make_policy(_in_bfloat16(config), layout, source, inputs, total_steps=STEP)
-            controls["bfloat16"] = figures(_score(rounded, config, responses))
+            controls["bfloat16"] = figures(_score_anew(_in_bfloat16(config), layout, source, inputs, responses))
     finally:
         destroy_layout()
     report = {"emulated": not on_gpu, **_subject(config, responses, baseline), "recipes": found, "controls": controls}
@@ -166,6 +164,18 @@ def _policy_and_responses(
 def _score(policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
     return policy.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
+
+
+def _score_anew(
+    config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, responses: Sequence[Response]
+) -> Scores:
+    """By a model of its own, whose weights are let go at once: Megatron's wrapper around it is never collected."""
+    policy = make_policy(config, layout, source, inputs, total_steps=STEP)
+    scores = _score(policy, config, responses)
+    for stage in policy.trainable.stages:
+        for parameter in stage.parameters():
+            parameter.data = parameter.data.new_empty(0)
+    return scores
 
 
 def _decisions(config: RunConfig, responses: Sequence[Response], scores: Scores) -> Decisions:
