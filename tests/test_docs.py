@@ -126,7 +126,7 @@ def mistakes_in(text: str, folder: Path) -> list[str]:
     for code in code_in(text):
         found += _paths(code)
         found += [f"make {t}" for t in re.findall(r"\bmake ([a-z][\w-]*)", code) if t not in make_targets()]
-        found += [f"vppo {c}" for c in re.findall(r"\bvppo ([a-z]\w*)", code) if c not in subcommands()]
+        found += [f"vppo {c}" for c in re.findall(r"\bvppo ([a-z][\w-]*)", code) if c not in subcommands()]
         for name in SETTING.findall(code):
             if not NOT_SETTINGS.search(name) and not is_setting(name):
                 found.append(f"setting {name}")
@@ -185,6 +185,7 @@ PLANTED = [
     ("\n    make tset   # all tests\n", "make tset"),
     ("Look with `vppo inspect RUN`.", "vppo inspect"),
     ("\n    .venv/bin/vppo trian --config x\n", "vppo trian"),
+    ("`vppo fp8-check`", "vppo fp8-check"),
     ("Set `rollout.number=4`.", "setting rollout.number"),
     ("Set `algorithm.perturb.stages`.", "setting algorithm.perturb.stages"),
     ("Set `rollout.n.k=4`.", "setting rollout.n.k"),

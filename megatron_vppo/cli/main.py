@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
-from megatron_vppo.cli.plan_options import add_plan_options
+from megatron_vppo.cli.plan_options import add_plan_options, positive
+from megatron_vppo.models.options import Fp8Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +62,25 @@ def _parser() -> argparse.ArgumentParser:
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
 
+    fidelity = commands.add_parser(
+        "fp8-fidelity",
+        help="how much FP8 changes what VPPO picks",
+        description="Scores the same responses in the configured dtype and in FP8, emulated where there is no GPU.",
+    )
+    fidelity.add_argument("--config", required=True, type=Path, help="YAML file")
+    fidelity.add_argument(
+        "--prompts", type=positive, metavar="N", help="to answer (default: as many as a training step)"
+    )
+    fidelity.add_argument(
+        "--recipe",
+        action="append",
+        choices=typing.get_args(Fp8Recipe),
+        help="may come several times (default: fp8.recipe, or every recipe)",
+    )
+    fidelity.add_argument("--out", type=Path, metavar="FOLDER", help="default: fp8_fidelity in the run folder")
+    fidelity.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
+    fidelity.set_defaults(run=_fp8_fidelity)
+
     doctor = commands.add_parser("doctor", help="what this machine and environment can do, and what is wrong")
     doctor.set_defaults(run=_doctor)
 
@@ -92,6 +113,13 @@ def _plan(options: argparse.Namespace) -> int:
     from megatron_vppo.cli.plan import run_plan
 
     return run_plan(options)
+
+
+def _fp8_fidelity(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.fp8_fidelity import run_fp8_fidelity
+
+    return run_fp8_fidelity(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -13,12 +13,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
 
     def number(flag: str, value: int | None, text: str) -> None:
         shown = "" if value is None else " (default %(default)s)"
-        parser.add_argument(flag, type=_positive, default=value, metavar="N", help=text + shown)
+        parser.add_argument(flag, type=positive, default=value, metavar="N", help=text + shown)
 
     data, actor = DataConfig.model_fields, ActorConfig.model_fields
     parser.add_argument("--model", required=True, help="Hugging Face folder, or a released size such as qwen2.5-vl-32b")
-    parser.add_argument("--gpus", required=True, type=_positive, metavar="N", help="GPUs in all")
-    parser.add_argument("--gpu-memory", required=True, type=_positive, metavar="GIB", help="of one GPU")
+    parser.add_argument("--gpus", required=True, type=positive, metavar="N", help="GPUs in all")
+    parser.add_argument("--gpu-memory", required=True, type=positive, metavar="GIB", help="of one GPU")
     number("--gpus-per-node", 8, "a tensor-parallel group and an engine stay within a node")
     number("--prompt-tokens", data["max_prompt_length"].default, "longest prompt, image tokens included")
     number("--response-tokens", data["max_response_length"].default, "longest response")
@@ -33,7 +33,8 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     number("--answers", 16, "sequences of full length that an engine has to hold at once")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """For argparse: a number of something."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")

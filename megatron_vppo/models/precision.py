@@ -58,13 +58,18 @@ def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, backend:
                 f"fp8.recipe={recipe} multiplies widths that are multiples of {WIDTH_ALIGNMENT[recipe]}, but the "
                 f"{what} is {width}; lower parallel.tensor_model_parallel_size, or set fp8.recipe=null"
             )
+    check_ends(options, layers=text.num_hidden_layers)
+
+
+def check_ends(options: Fp8Options, *, layers: int) -> None:
+    """Raises ValueError for ends that the recipe does not take, or that leave none of the language layers in FP8."""
     ends = options.bf16_layers_at_ends
-    if recipe == "delayed" and ends:
+    if options.recipe == "delayed" and ends:
         raise ValueError("fp8.recipe=delayed has one scope for all layers; set fp8.bf16_layers_at_ends=0")
-    if 2 * ends >= text.num_hidden_layers:
+    if 2 * ends >= layers:
         raise ValueError(
-            f"fp8.bf16_layers_at_ends={ends} leaves none of the {text.num_hidden_layers} layers in FP8; lower it, or "
-            "set fp8.recipe=null"
+            f"fp8.bf16_layers_at_ends={ends} leaves none of the {layers} layers in FP8; lower it, or set "
+            "fp8.recipe=null"
         )
 
 

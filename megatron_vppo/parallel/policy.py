@@ -34,7 +34,7 @@ from megatron_vppo.parallel.batching import (
 from megatron_vppo.parallel.export import hf_weights
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
-from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
+from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
 
 Views = Literal["original", "both"]
 Divergence = Literal["kl_full", "jsd"]
@@ -150,25 +150,34 @@ class MegatronPolicy:
     ) -> None:
         """Writes one micro-batch's results. Original views come first; a row without image is its own masked view."""
         hidden_NH = hidden_T1H[batch.hidden_index_N, 0]
-        logp_N, entropy_N = self._logps(hidden_NH, batch.target_N, with_entropy=True)
         first_masked = int((~batch.perturbed_N).sum())
-        at = (batch.row_N[:first_masked], batch.column_N[:first_masked])
-        results_BT["logp"][at] = logp_N[:first_masked]
-        assert entropy_N is not None
-        results_BT["entropy"][at] = entropy_N[:first_masked]
-        results_BT["masked_logp"][at] = logp_N[:first_masked]
-        masked_at = (batch.row_N[first_masked:], batch.column_N[first_masked:])
-        results_BT["masked_logp"][masked_at] = logp_N[first_masked:]
-        if divergence is None or first_masked == len(batch.row_N):
+        own, masked = slice(0, first_masked), slice(first_masked, None)
+        at, masked_at = ((batch.row_N[part], batch.column_N[part]) for part in (own, masked))
+        if divergence is None:
+            logp_N, entropy_N = self._logps(hidden_NH, batch.target_N, with_entropy=True)
+            assert entropy_N is not None
+            results_BT["logp"][at], results_BT["entropy"][at] = logp_N[own], entropy_N[own]
+            results_BT["masked_logp"][at] = logp_N[own]
+            results_BT["masked_logp"][masked_at] = logp_N[masked]
             return
-        has_image_N = torch.tensor(perturbed, device=hidden_NH.device)[batch.row_N[:first_masked]]
-        results_BT["divergence"][masked_at] = two_view_divergence(
-            hidden_NH[:first_masked][has_image_N],
-            hidden_NH[first_masked:],
+        has_image_N = torch.tensor(perturbed, device=hidden_NH.device)[batch.row_N[own]]
+        alone_N = (~has_image_N).nonzero()[:, 0]
+        logp_N, entropy_N = self._logps(hidden_NH[alone_N], batch.target_N[alone_N], with_entropy=True)
+        assert entropy_N is not None
+        alone_at = (batch.row_N[alone_N], batch.column_N[alone_N])
+        results_BT["logp"][alone_at] = results_BT["masked_logp"][alone_at] = logp_N
+        results_BT["entropy"][alone_at] = entropy_N
+        both = score_two_views(
+            hidden_NH[own][has_image_N],
+            hidden_NH[masked],
             self._head_weight_VD,
+            batch.target_N[masked],
             kind=divergence,
             **self._head_arguments(),
         )
+        results_BT["logp"][masked_at], results_BT["entropy"][masked_at] = both.logp_N, both.entropy_N
+        results_BT["masked_logp"][masked_at] = both.masked_logp_N
+        results_BT["divergence"][masked_at] = both.divergence_N
 
     # ---- update
 
@@ -301,11 +310,14 @@ class MegatronPolicy:
             )
 
     def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        weight_VD = self._head_weight_VD
         return token_logps(
             hidden_NH,
-            self._head_weight_VD,
+            weight_VD,
             target_N,
             with_entropy=with_entropy,
+            # Where the optimizer sums: no copy of the gradient in the model's dtype in between.
+            weight_grad_VH=weight_VD.main_grad if weight_VD.requires_grad else None,  # type: ignore[attr-defined]
             **self._head_arguments(),
         )
 

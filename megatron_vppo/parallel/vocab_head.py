@@ -1,27 +1,35 @@
 """The vocabulary head: from hidden states of response positions to log-probs, entropy and two-view divergence.
 
 Vocabulary-parallel over one process group, and chunked over tokens, so that no more than `chunk_tokens` rows of logits
-exist at once, in the forward and in the backward pass. Prompt positions never reach it.
+exist at once, in the forward and in the backward pass. Prompt positions never reach it. What it costs beside its matrix
+products: docs/adr/0011-fused-head.md.
 
-Shape suffix legend: N = response positions, C = positions of one chunk, H = hidden size, V = this rank's vocabulary
-rows (padding included until `_local_rows` cuts it off), R = statistics.
+Shape suffix legend: N = response positions, C = positions of one chunk (in two views: first those of the original,
+then as many of the perturbed one), H = hidden size, V = this rank's vocabulary rows (padding included until
+`_local_rows` cuts it off), R = statistics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_vppo.algorithm.dependency import jsd, kl_full
-
-# Logit of a banned token, and the largest of a rank that holds only padded vocabulary rows: finite, so that 0 * it
-# stays 0.
-NO_LOGIT = -1e30
+from megatron_vppo.parallel.head_chunk import (
+    DIVERGENCES,
+    Divergence,
+    add_product,
+    chunk_divergence,
+    chunk_gradient,
+    chunk_logits,
+    chunk_sums,
+    stat_dtype,
+)
 
 
 def token_logps(
@@ -36,6 +44,7 @@ def token_logps(
     chunk_tokens: int,
     with_entropy: bool,
     banned_ids: Sequence[int] = (),
+    weight_grad_VH: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the target tokens, and the entropy of their distributions; both differentiable.
 
@@ -53,69 +62,106 @@ def token_logps(
         chunk_tokens: rows of logits that may exist at once.
         with_entropy: also return the entropy of the full distribution.
         banned_ids: tokens that cannot be sampled: probability and gradient zero, the others share the whole.
+        weight_grad_VH: [V, H], float32 (float64 for float64 hidden states): where the backward pass adds the gradient
+            of `weight_VH`, such as Megatron's `main_grad`; autograd then gets none. None: autograd gets it.
 
     Returns:
         logp_N: [N] nats; float32 (float64 for float64 hidden states), whatever the dtype of the matrix product.
         entropy_N: the same, or None without with_entropy.
     """
     _check(hidden_NH, weight_VH, temperature=temperature, chunk_tokens=chunk_tokens)
-    outside = int(((targets_N < 0) | (targets_N >= vocab_size)).sum())
-    if outside:
-        raise ValueError(f"{outside} of {targets_N.numel()} target tokens lie outside the vocabulary of {vocab_size}")
-    banned = int(torch.isin(targets_N, torch.tensor(banned_ids, device=targets_N.device)).sum()) if banned_ids else 0
-    if banned:
-        raise ValueError(f"{banned} of {targets_N.numel()} target tokens are banned: {tuple(banned_ids)}")
+    _check_targets(targets_N, vocab_size=vocab_size, banned_ids=banned_ids)
+    if weight_grad_VH is not None and (
+        weight_grad_VH.shape != weight_VH.shape or weight_grad_VH.dtype != stat_dtype(hidden_NH.dtype)
+    ):
+        raise ValueError(
+            f"weight_grad_VH is {list(weight_grad_VH.shape)} of {weight_grad_VH.dtype}; it must be "
+            f"{list(weight_VH.shape)} of {stat_dtype(hidden_NH.dtype)}"
+        )
     logp_N, entropy_N = _TokenLogps.apply(
-        hidden_NH, weight_VH, targets_N, group, vocab_start, vocab_size, temperature, chunk_tokens, with_entropy,
-        banned_ids,
+        hidden_NH, weight_VH, targets_N, weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens,
+        with_entropy, banned_ids,
     )  # fmt: skip
     return logp_N, entropy_N if with_entropy else None
 
 
+@dataclass(frozen=True)
+class TwoViewScores:
+    """[N] nats each; float32 (float64 for float64 hidden states); equal on every rank of the group."""
+
+    logp_N: Tensor
+    entropy_N: Tensor
+    """Given the original image."""
+    masked_logp_N: Tensor
+    """Given the perturbed one."""
+    divergence_N: Tensor
+    """Never negative."""
+
+
 @torch.no_grad()
-def two_view_divergence(
+def score_two_views(
     hidden_NH: Tensor,
     masked_hidden_NH: Tensor,
     weight_VH: Tensor,
+    targets_N: Tensor,
     *,
-    kind: Literal["kl_full", "jsd"],
+    kind: Divergence,
     group: dist.ProcessGroup | None,
     vocab_start: int,
     vocab_size: int,
     temperature: float,
     chunk_tokens: int,
     banned_ids: Sequence[int] = (),
-) -> Tensor:
-    """Divergence between the next-token distributions given the original and the perturbed image, without gradient.
+) -> TwoViewScores:
+    """All that scoring wants to know of positions seen in two views, from one matrix product per view; no gradient.
 
     Args:
         hidden_NH, masked_hidden_NH: [N, H], the same positions in the two views.
         kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
         chunk_tokens: rows of logits that may exist at once, of both views together.
-        group, vocab_start, vocab_size, temperature, weight_VH, banned_ids: as in token_logps.
-
-    Returns:
-        [N] nats, float32 (float64 for float64 hidden states), never negative; equal on every rank of the group.
+        weight_VH, targets_N, group, vocab_start, vocab_size, temperature, banned_ids: as in token_logps.
     """
     _check(hidden_NH, weight_VH, temperature=temperature, chunk_tokens=chunk_tokens)
+    _check_targets(targets_N, vocab_size=vocab_size, banned_ids=banned_ids)
     if hidden_NH.shape != masked_hidden_NH.shape:
         raise ValueError(f"the two views have shapes {list(hidden_NH.shape)} and {list(masked_hidden_NH.shape)}")
-    if kind not in ("kl_full", "jsd"):
+    if kind not in DIVERGENCES:
         raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
-    divergence = kl_full if kind == "kl_full" else jsd
-    weight_VH = _local_rows(weight_VH, vocab_start, vocab_size)
-    banned_V = _local_banned(banned_ids, vocab_start, weight_VH)
-    divergence_N = hidden_NH.new_zeros(len(hidden_NH), dtype=_stat_dtype(hidden_NH))
+    rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
+    local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
+    banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
+    results_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
     for rows in _chunks(len(hidden_NH), max(1, chunk_tokens // 2)):
-        logps = []
-        for view_NH in (hidden_NH, masked_hidden_NH):
-            logits_CV = _logits(view_NH[rows], weight_VH, temperature, banned_V)
-            peak_C = _all_reduce(_peak(logits_CV), group, dist.ReduceOp.MAX)
-            total_C = _all_reduce((logits_CV - peak_C[:, None]).exp().sum(1), group)
-            logps.append(logits_CV.sub_((peak_C + total_C.log())[:, None]))
-        divergence_N[rows] = divergence(logps[0], logps[1])
+        views = [chunk_logits(view_NH[rows], rows_VH, banned_V) for view_NH in (hidden_NH, masked_hidden_NH)]
+        targets = {"local_C": local_N[rows], "owned_C": owned_N[rows]}
+        sums = [chunk_sums(logits_CV, **targets, temperature=temperature) for logits_CV in views]
+        both = _whole(torch.cat(sums, dim=1), group)
+        (logp_C, masked_logp_C), (entropy_C, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
+        results_RN[:3, rows] = torch.stack([logp_C, entropy_C, masked_logp_C])
+        if len(rows_VH):
+            logsumexps = both.logsumexp_N.chunk(2)
+            results_RN[3, rows] = chunk_divergence(*views, *logsumexps, kind=kind, temperature=temperature)
     # The slices of the vocabulary add up, so one reduction at the end serves all chunks.
-    return _all_reduce(divergence_N, group)
+    _all_reduce(results_RN[3], group)
+    return TwoViewScores(*results_RN)
+
+
+def two_view_divergence(
+    hidden_NH: Tensor,
+    masked_hidden_NH: Tensor,
+    weight_VH: Tensor,
+    *,
+    kind: Divergence,
+    **settings: Any,
+) -> Tensor:
+    """`divergence_N` of score_two_views alone, which takes the same arguments besides targets.
+
+    Returns:
+        [N] nats.
+    """
+    first = next(i for i in range(settings["vocab_size"]) if i not in settings.get("banned_ids", ()))
+    targets_N = torch.full((len(hidden_NH),), first, device=hidden_NH.device)  # of no effect on the divergence
+    return score_two_views(hidden_NH, masked_hidden_NH, weight_VH, targets_N, kind=kind, **settings).divergence_N
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -125,6 +171,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_VH: Tensor,
         targets_N: Tensor,
+        weight_grad_VH: Tensor | None,
         group: dist.ProcessGroup | None,
         vocab_start: int,
         vocab_size: int,
@@ -136,73 +183,95 @@ class _TokenLogps(torch.autograd.Function):
         rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
         local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
         banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
-        dtype = _stat_dtype(hidden_NH)
-        peak_N = hidden_NH.new_empty(len(hidden_NH), dtype=dtype)
-        # Rows: sum of exp(logit - peak); target logit; sum of exp(logit - peak) * (logit - peak).
-        sums_RN = hidden_NH.new_zeros(3, len(hidden_NH), dtype=dtype)
+        sums_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
         for rows in _chunks(len(hidden_NH), chunk_tokens):
-            logits_CV = _logits(hidden_NH[rows], rows_VH, temperature, banned_V)
-            peak_N[rows] = _peak(logits_CV)
-            if len(rows_VH):
-                target_C = logits_CV.gather(1, local_N[rows, None])[:, 0]
-                sums_RN[1, rows] = torch.where(owned_N[rows], target_C, 0.0)
-            shifted_CV = logits_CV.sub_(peak_N[rows, None])
-            exp_CV = shifted_CV.exp()
-            sums_RN[0, rows] = exp_CV.sum(1)
-            if with_entropy:
-                sums_RN[2, rows] = exp_CV.mul_(shifted_CV).sum(1)
-        # Statistics of each rank refer to its own peak: restate them for the peak of all, then add.
-        top_N = _all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
-        shift_N = peak_N - top_N
-        sums_RN[2] = shift_N.exp() * (sums_RN[2] + shift_N * sums_RN[0])
-        sums_RN[0] *= shift_N.exp()
-        total_N, target_N, weighted_N = _all_reduce(sums_RN, group)
-        log_total_N = total_N.log()
-        logp_N = (target_N - top_N) - log_total_N
-        entropy_N = log_total_N - weighted_N / total_N if with_entropy else torch.zeros_like(logp_N)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, top_N + log_total_N, entropy_N)
-        ctx.settings = (group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids)
+            logits_CV = chunk_logits(hidden_NH[rows], rows_VH, banned_V)
+            sums_RN[:, rows] = chunk_sums(
+                logits_CV, local_C=local_N[rows], owned_C=owned_N[rows], temperature=temperature
+            )
+            del logits_CV  # before the next chunk's are made
+        whole = _whole(sums_RN, group)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, whole.logsumexp_N, whole.entropy_N)
+        ctx.settings = (weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids)
         ctx.set_materialize_grads(False)
         if not with_entropy:
-            ctx.mark_non_differentiable(entropy_N)
-        return logp_N, entropy_N
+            ctx.mark_non_differentiable(whole.entropy_N)
+        return whole.logp_N, whole.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
         hidden_NH, weight_VH, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids = ctx.settings
+        weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids = ctx.settings
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 10
+            return (None,) * 11
+        if grad_logp_N is None:
+            grad_logp_N = torch.zeros_like(logsumexp_N)
         rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
         local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
         banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
         grad_hidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
         # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
-        sum_dtype = _stat_dtype(hidden_NH)
-        grad_weight_VH = weight_VH.new_zeros(weight_VH.shape, dtype=sum_dtype) if wants_weight else None
+        sum_VH = weight_grad_VH
+        if wants_weight and sum_VH is None:
+            sum_VH = weight_VH.new_zeros(weight_VH.shape, dtype=stat_dtype(hidden_NH.dtype))
         for rows in _chunks(len(hidden_NH) if len(rows_VH) else 0, chunk_tokens):
-            logp_CV = _logits(hidden_NH[rows], rows_VH, temperature, banned_V).sub_(logsumexp_N[rows, None])
-            p_CV = logp_CV.exp()
-            grad_CV = torch.zeros_like(p_CV)
-            if grad_entropy_N is not None:
-                grad_CV -= p_CV * logp_CV.add_(entropy_N[rows, None]) * grad_entropy_N[rows, None]
-            if grad_logp_N is not None:
-                grad_CV -= p_CV * grad_logp_N[rows, None]
-                own_C = torch.where(owned_N[rows], grad_logp_N[rows], 0.0)
-                grad_CV.scatter_add_(1, local_N[rows, None], own_C[:, None])
-            grad_CV = grad_CV.div_(temperature).to(hidden_NH.dtype)
+            grad_CV = chunk_gradient(
+                chunk_logits(hidden_NH[rows], rows_VH, banned_V),
+                logsumexp_N[rows],
+                grad_logp_N[rows],
+                *((None, None) if grad_entropy_N is None else (entropy_N[rows], grad_entropy_N[rows])),
+                local_C=local_N[rows],
+                owned_C=owned_N[rows],
+                temperature=temperature,
+            )
             if grad_hidden_NH is not None:
                 grad_hidden_NH[rows] = grad_CV @ rows_VH
-            if grad_weight_VH is not None:
-                grad_weight_VH[: len(rows_VH)] += grad_CV.T @ hidden_NH[rows]
+            if wants_weight:
+                add_product(sum_VH[: len(rows_VH)], grad_CV.T, hidden_NH[rows])
+            del grad_CV  # before the next chunk's logits are made
         if grad_hidden_NH is not None:
             grad_hidden_NH = _all_reduce(grad_hidden_NH, group)
-        if grad_weight_VH is not None:
-            grad_weight_VH = grad_weight_VH.to(weight_VH.dtype)
-        return (grad_hidden_NH, grad_weight_VH, *(None,) * 8)
+        returned_VH = sum_VH.to(weight_VH.dtype) if wants_weight and weight_grad_VH is None else None
+        return (grad_hidden_NH, returned_VH, *(None,) * 9)
+
+
+# ---- the whole vocabulary
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Over all slices of the vocabulary; nats."""
+
+    logp_N: Tensor
+    entropy_N: Tensor
+    logsumexp_N: Tensor
+
+
+def _whole(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Whole:
+    """Statistics of each rank refer to its own peak: restates them for the peak of all, then adds."""
+    peak_N = sums_RN[0]
+    top_N = _all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
+    shift_N = peak_N - top_N
+    shrink_N = shift_N.exp()
+    total_N, weighted_N, target_N = _all_reduce(
+        torch.stack([shrink_N * sums_RN[1], shrink_N * (sums_RN[2] + shift_N * sums_RN[1]), sums_RN[3]]), group
+    )
+    log_total_N = total_N.log()
+    return _Whole(
+        logp_N=(target_N - top_N) - log_total_N,
+        entropy_N=log_total_N - weighted_N / total_N,
+        logsumexp_N=top_N + log_total_N,
+    )
+
+
+def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """In place; every rank of the group gets the result. Without a group the value is already whole."""
+    if group is not None and dist.get_world_size(group) > 1:
+        dist.all_reduce(value, op=op, group=group)
+    return value
 
 
 def _check(hidden_NH: Tensor, weight_VH: Tensor, *, temperature: float, chunk_tokens: int) -> None:
@@ -215,8 +284,13 @@ def _check(hidden_NH: Tensor, weight_VH: Tensor, *, temperature: float, chunk_to
         raise ValueError(f"temperature is {temperature} and chunk_tokens {chunk_tokens}; both must be positive")
 
 
-def _stat_dtype(hidden_NH: Tensor) -> torch.dtype:
-    return torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+def _check_targets(targets_N: Tensor, *, vocab_size: int, banned_ids: Sequence[int]) -> None:
+    outside = int(((targets_N < 0) | (targets_N >= vocab_size)).sum())
+    if outside:
+        raise ValueError(f"{outside} of {targets_N.numel()} target tokens lie outside the vocabulary of {vocab_size}")
+    banned = int(torch.isin(targets_N, torch.tensor(banned_ids, device=targets_N.device)).sum()) if banned_ids else 0
+    if banned:
+        raise ValueError(f"{banned} of {targets_N.numel()} target tokens are banned: {tuple(banned_ids)}")
 
 
 def _local_rows(weight_VH: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
@@ -240,20 +314,3 @@ def _local_banned(banned_ids: Sequence[int], vocab_start: int, weight_VH: Tensor
     """Indices of the banned tokens among this rank's rows."""
     local = [token - vocab_start for token in banned_ids if 0 <= token - vocab_start < len(weight_VH)]
     return torch.tensor(local, dtype=torch.int64, device=weight_VH.device)
-
-
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, temperature: float, banned_V: Tensor) -> Tensor:
-    """[C, V] in float32 or better. The product itself runs in the model's dtype, as the rollout engine computes it."""
-    logits_CV = (hidden_CH @ weight_VH.T).to(_stat_dtype(hidden_CH)).div_(temperature)
-    return logits_CV.index_fill_(1, banned_V, NO_LOGIT) if len(banned_V) else logits_CV
-
-
-def _peak(logits_CV: Tensor) -> Tensor:
-    return logits_CV.amax(1) if logits_CV.shape[1] else logits_CV.new_full((len(logits_CV),), NO_LOGIT)
-
-
-def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """In place; every rank of the group gets the result. Without a group the value is already whole."""
-    if group is not None and dist.get_world_size(group) > 1:
-        dist.all_reduce(value, op=op, group=group)
-    return value

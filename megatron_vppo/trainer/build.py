@@ -10,17 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoConfig, AutoProcessor, GenerationConfig
+from transformers import GenerationConfig
 
 from megatron_vppo.algorithm.assemble import Minibatch
 from megatron_vppo.algorithm.types import Prompt, Scores
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.dataset import VisionDataset, open_dataset
-from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.images import VisionInputs
-from megatron_vppo.data.perturb import PerturbSettings
-from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
@@ -44,6 +39,7 @@ from megatron_vppo.trainer.collective import from_rank_zero
 from megatron_vppo.trainer.engines import EnginePlace, await_engines, start_engine, vision_token_ids
 from megatron_vppo.trainer.grading import Grader
 from megatron_vppo.trainer.hardware import model_options, slower_without
+from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.model_folder import model_folder
 from megatron_vppo.trainer.placement import Placement
@@ -85,21 +81,10 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
     """Builds everything; the engine starts first, since it loads while the rest is built."""
     is_writer = layout.rank == 0
     source = model_folder(config.model.path)
-    hf_config = AutoConfig.from_pretrained(source)
-    processor = AutoProcessor.from_pretrained(source)
-    geometry = ImageGeometry.from_processor(
-        processor.image_processor,
-        min_pixels=config.data.min_pixels,
-        max_pixels=config.data.max_pixels,
-        mode=config.algorithm.resize,
-    )
-    datasets = _datasets(config)
-    perturb = PerturbSettings(**config.algorithm.perturb.model_dump())
-    images = VisionInputs(
-        datasets, processor.image_processor, geometry=geometry, perturb=perturb, run_seed=config.trainer.seed
-    )
+    inputs = open_inputs(config, source)
+    processor, images = inputs.processor, inputs.images
     with ExitStack() as stack:
-        engine = start_engine(config, layout, source, images=images, hf_config=hf_config, logs=folder.logs)
+        engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights,
@@ -107,16 +92,13 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         stack.callback(sampler.close)
         grader = Grader(_reward_pool(config) if is_writer else None, _decoder(processor.tokenizer))
         stack.callback(grader.close)
-        builder = PromptBuilder(
-            processor, geometry, template=_template(config), system_prompt=config.data.system_prompt
-        )
-        stream = _stream(config, datasets["train"], builder) if is_writer else None
+        stream = _stream(config, inputs) if is_writer else None
         on_gpus = layout.device.type == "cuda"
         if on_gpus:  # vLLM measures while it starts how much is free: the trainer takes its memory only afterwards
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        held_out = from_rank_zero(partial(_validation_prompts, config, datasets, builder))
+        held_out = from_rank_zero(partial(_validation_prompts, config, inputs))
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
-        policy = _policy(config, layout, source, hf_config, images, total_steps=total_steps)
+        policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
 
         start_step = from_rank_zero(partial(_start_step, config, folder))
         if start_step:
@@ -132,13 +114,13 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        eos = _eos_ids(source, processor.tokenizer)
+        eos = eos_ids(source, processor.tokenizer)
         yield Run(
             config=config,
             policy=policy,
             placement=_placement(config, policy, engine),
             sampler=sampler,
-            collector=Collector(config, stream, sampler, grader, _train_sampling(config, eos)),
+            collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, _val_sampling(config, eos)) if held_out else None,
             log=log,
             start_step=start_step,
@@ -148,47 +130,16 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         ), source  # fmt: skip
 
 
-def _datasets(config: RunConfig) -> dict[str, VisionDataset]:
-    data = config.data
-    open_split = partial(
-        open_dataset,
-        problem_key=data.prompt_key,
-        answer_key=data.answer_key,
-        image_key=data.image_key,
-        image_dir=data.image_dir,
-    )
-    datasets = {"train": open_split(data.train_files)}
-    if data.val_files is not None:
-        datasets["val"] = open_split(data.val_files, max_rows=data.max_val_rows)
-    return datasets
-
-
-def _template(config: RunConfig) -> str | None:
-    return None if config.data.format_prompt is None else read_template(config.data.format_prompt)
-
-
-def _prompts(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder, split: str) -> PromptSet:
-    return load_prompts(
-        dataset,
-        builder,
-        split=split,
-        max_prompt_length=config.data.max_prompt_length,
-        max_images=config.rollout.max_images_per_prompt,
-        on_bad_row=config.data.on_bad_row,
-        num_workers=config.data.num_workers,
-    )
-
-
-def _stream(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder) -> PromptStream:
-    prompts = _prompts(config, dataset, builder, "train")
+def _stream(config: RunConfig, inputs: RunInputs) -> PromptStream:
+    prompts = read_prompts(config, inputs, "train")
     print(f"train data: {prompts.report.summary()}", flush=True)
     return PromptStream(prompts, seed=config.trainer.seed, shuffle=config.data.shuffle)
 
 
-def _validation_prompts(config: RunConfig, datasets: dict[str, VisionDataset], builder: PromptBuilder) -> list[Prompt]:
-    if "val" not in datasets:
+def _validation_prompts(config: RunConfig, inputs: RunInputs) -> list[Prompt]:
+    if "val" not in inputs.datasets:
         return []
-    prompts = _prompts(config, datasets["val"], builder, "val")
+    prompts = read_prompts(config, inputs, "val")
     print(f"validation data: {prompts.report.summary()}", flush=True)
     return list(prompts)
 
@@ -206,9 +157,11 @@ def _decoder(tokenizer: Any) -> Any:
     return partial(tokenizer.decode, skip_special_tokens=True)
 
 
-def _policy(
-    config: RunConfig, layout: Layout, source: Path, hf_config: Any, images: VisionInputs, *, total_steps: int
+def make_policy(
+    config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, total_steps: int
 ) -> MegatronPolicy:
+    """The model of the folder `source`, with its weights."""
+    hf_config = inputs.hf_config
     dtype, options = DTYPES[config.model.dtype], model_options(config, on_gpu=layout.device.type == "cuda")
     if layout.rank == 0 and layout.device.type == "cuda" and (missing := slower_without(options.backend)):
         print("model.backend=torch is slower than TransformerEngine's layers:", *missing, sep="\n- ", flush=True)
@@ -262,7 +215,9 @@ def _policy(
         token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
     )
     positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
-    return MegatronPolicy(trainable, layout=layout, settings=settings, patches=images.patches, positions=positions)
+    return MegatronPolicy(
+        trainable, layout=layout, settings=settings, patches=inputs.images.patches, positions=positions
+    )
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:
@@ -318,7 +273,7 @@ def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_ste
     )
 
 
-def _eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
+def eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
     """Where the model stops: its generation configuration, else its tokenizer."""
     eos: int | Sequence[int] | None = tokenizer.eos_token_id
     if (source / "generation_config.json").is_file():
@@ -328,7 +283,8 @@ def _eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
     return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
-def _train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
+def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
+    """As rollouts of training are sampled."""
     rollout = config.rollout
     return SamplingSettings(
         temperature=rollout.temperature,

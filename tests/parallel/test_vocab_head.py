@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.parallel.vocab_head import token_logps, two_view_divergence
+from megatron_vppo.parallel.vocab_head import score_two_views, token_logps, two_view_divergence
 from tests.gloo import run_gloo
 
 VOCAB_SIZE = 37  # odd: two ranks cannot share it evenly without padding
@@ -95,6 +96,26 @@ def test_float32_stays_near_float64() -> None:
     actual = run_head(p, p.weight_VH, dtype=torch.float32, chunk_tokens=4, **ONE_RANK)
     assert all(a.dtype == torch.float32 for a in actual)
     assert_near(actual, reference(p), atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradient_is_added_where_the_optimizer_sums(dtype: torch.dtype) -> None:
+    """Two micro-batches into one float32 sum, as into Megatron's main_grad: autograd gets no gradient of the weight."""
+    p = make_problem()
+    hidden_NH, weight_VH = p.hidden_NH.to(dtype), padded(p.weight_VH, 40).to(dtype).requires_grad_()
+    sum_VH = torch.ones(40, HIDDEN_SIZE)
+    for half in (slice(0, 6), slice(6, NUM_TOKENS)):
+        logp_N, entropy_N = token_logps(
+            hidden_NH[half], weight_VH, p.targets_N[half], chunk_tokens=4, with_entropy=True, weight_grad_VH=sum_VH,
+            **ONE_RANK,
+        )  # fmt: skip
+        ((logp_N * p.grad_logp_N[half]).sum() + (entropy_N * p.grad_entropy_N[half]).sum()).backward()
+    assert weight_VH.grad is None
+    exact = dataclasses.replace(p, hidden_NH=hidden_NH.double(), weight_VH=weight_VH.detach()[:VOCAB_SIZE].double())
+    expected_VH = 1 + padded(reference(exact)[3], 40)
+    expected_VH[VOCAB_SIZE:] = 1
+    tolerance = 5e-6 if dtype == torch.float32 else 0.1  # the gradient of the logits has three digits
+    torch.testing.assert_close(sum_VH.double(), expected_VH, rtol=tolerance, atol=tolerance)
 
 
 def test_gradcheck() -> None:
@@ -204,6 +225,10 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
 
 def reference_divergence(p: Problem, kind: str) -> Tensor:
     a_NV, b_NV = reference_logps(p.hidden_NH, p.weight_VH), reference_logps(p.masked_hidden_NH, p.weight_VH)
+    return divergence_of(a_NV, b_NV, kind)
+
+
+def divergence_of(a_NV: Tensor, b_NV: Tensor, kind: str) -> Tensor:
     if kind == "kl_full":
         return (a_NV.exp() * (a_NV - b_NV)).sum(1)
     m_NV = ((a_NV.exp() + b_NV.exp()) / 2).log()
@@ -227,6 +252,31 @@ def test_two_view_divergence_equals_definition(kind: str, chunk_tokens: int) -> 
         )
         assert actual_N.dtype == dtype
         torch.testing.assert_close(actual_N.double(), expected_N, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["kl_full", "jsd"])
+def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
+    """With a ragged last chunk, and with banned tokens, which are no targets."""
+    p = make_problem()
+    banned = [v for v in range(VOCAB_SIZE) if v not in p.targets_N][:3]
+    p = dataclasses.replace(p, weight_VH=p.weight_VH.index_fill(0, torch.tensor(banned), 9.0))  # of no effect
+    scores = score_two_views(
+        p.hidden_NH, p.masked_hidden_NH, padded(p.weight_VH, 40), p.targets_N, kind=kind, chunk_tokens=8,
+        banned_ids=banned, **ONE_RANK,
+    )  # fmt: skip
+    ban_V = torch.zeros(VOCAB_SIZE).index_fill_(0, torch.tensor(banned), -1e9)
+    a_NV, b_NV = (
+        (view_NH @ p.weight_VH.T / TEMPERATURE + ban_V).log_softmax(-1) for view_NH in (p.hidden_NH, p.masked_hidden_NH)
+    )
+    at, kept = p.targets_N[:, None], [v for v in range(VOCAB_SIZE) if v not in banned]
+    expected = (
+        a_NV.gather(1, at)[:, 0],
+        -(a_NV.exp() * a_NV).sum(1),
+        b_NV.gather(1, at)[:, 0],
+        divergence_of(a_NV[:, kept], b_NV[:, kept], kind),
+    )
+    actual = (scores.logp_N, scores.entropy_N, scores.masked_logp_N, scores.divergence_N)
+    assert_near(actual, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["kl_full", "jsd"])
@@ -262,7 +312,7 @@ class Placement:
     rows_per_rank: int
 
 
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[torch.dtype]) -> list[Results]:
@@ -280,7 +330,9 @@ def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[
         views = (p.hidden_NH.to(dtype), p.masked_hidden_NH.to(dtype), mine_VH.to(dtype))
         kl_N = two_view_divergence(*views, kind="kl_full", chunk_tokens=4, **where)
         jsd_N = two_view_divergence(*views, kind="jsd", chunk_tokens=4, **where)
-        results.append((*run_head(p, mine_VH, dtype=dtype, chunk_tokens=4, **where), kl_N, jsd_N))
+        both = score_two_views(*views, p.targets_N, kind="jsd", chunk_tokens=4, **where)
+        run = run_head(p, mine_VH, dtype=dtype, chunk_tokens=4, **where)
+        results.append((*run, kl_N, jsd_N, both.entropy_N, both.masked_logp_N))
     return results
 
 
@@ -290,20 +342,21 @@ def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[
 )
 def test_two_ranks_equal_one(placement: Placement) -> None:
     p = make_problem()
-    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"))
+    masked_logp_N = reference(dataclasses.replace(p, hidden_NH=p.masked_hidden_NH))[0]
+    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"), reference(p)[1], masked_logp_N)
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
     by_rank = run_gloo(head_on_rank, 2, placement, dtypes)
     # bfloat16 is held against float64 only loosely: the matrix product itself has three digits.
     for i, tolerance in enumerate((1e-12, 5e-6, 0.1)):
         one = run_head(p, p.weight_VH, dtype=dtypes[i], chunk_tokens=NUM_TOKENS, **ONE_RANK)
-        for logp_N, entropy_N, grad_hidden_NH, _, kl_N, jsd_N in (rank[i] for rank in by_rank):
+        for logp_N, entropy_N, grad_hidden_NH, _, *two_views in (rank[i] for rank in by_rank):
             assert_near((logp_N, entropy_N, grad_hidden_NH), one[:3], atol=tolerance)
-            assert_near((kl_N, jsd_N), exact, atol=tolerance)
+            assert_near(tuple(two_views), exact, atol=tolerance)
         grad_weight_VH = torch.cat([rank[i][3] for rank in by_rank])
         assert_near((grad_weight_VH[:VOCAB_SIZE],), (one[3],), atol=tolerance)
         assert not grad_weight_VH[VOCAB_SIZE:].any()
         # Every rank of the group goes on with the same numbers, to the bit.
-        for k in (0, 1, 2, 4, 5):
+        for k in (0, 1, 2, 4, 5, 6, 7):
             assert torch.equal(by_rank[0][i][k], by_rank[1][i][k])
 
 
@@ -320,6 +373,10 @@ def test_wrong_arguments_are_named() -> None:
         token_logps(p.hidden_NH, p.weight_VH, p.targets_N, with_entropy=False, **{**where, "temperature": 0.0})
     with pytest.raises(ValueError, match="kl_topM"):
         two_view_divergence(p.hidden_NH, p.hidden_NH, p.weight_VH, kind="kl_topM", **where)
+    with pytest.raises(ValueError, match=r"weight_grad_VH is \[37, 8\] of torch.float32; it must be \[37, 8\] of"):
+        token_logps(
+            p.hidden_NH, p.weight_VH, p.targets_N, with_entropy=False, weight_grad_VH=p.weight_VH.float(), **where
+        )
     with pytest.raises(ValueError, match="the two views have shapes"):
         two_view_divergence(p.hidden_NH, p.hidden_NH[1:], p.weight_VH, kind="jsd", **where)
 

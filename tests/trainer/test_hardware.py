@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models import te_support
 from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.trainer import hardware
 from megatron_vppo.trainer.hardware import (
@@ -23,7 +24,8 @@ def config_with(**sections: Any) -> RunConfig:
 
 
 def with_transformer_engine(monkeypatch: pytest.MonkeyPatch, present: bool) -> None:
-    monkeypatch.setattr(hardware, "has_transformer_engine", lambda: present)
+    for module in (hardware, te_support):
+        monkeypatch.setattr(module, "has_transformer_engine", lambda: present)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ parameters that a token meets, plus attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,3 +126,40 @@ def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
         * (1 + BACKWARD)
         * (shape.trained_responses * response + shape.trained_groups * picture),
     }
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """One prompt with one picture, and the answers to it."""
+
+    prompt_tokens: int
+    patches: int
+    response_tokens: tuple[int, ...]
+
+    @property
+    def sequence_tokens(self) -> tuple[int, ...]:
+        """Tokens that the model reads for each answer: nothing is predicted from the last one."""
+        return tuple(self.prompt_tokens + response - 1 for response in self.response_tokens)
+
+
+def scoring_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
+    """Least FLOPs of scoring all answers in two views, with exact lengths: a group's picture once as it is, and once
+    perturbed for each answer; the head on response positions of both views.
+    """
+    perturbed = sum(len(group.response_tokens) * cost.picture(group.patches) for group in groups)
+    return 2 * _rows_flops(groups, cost) + sum(cost.picture(group.patches) for group in groups) + perturbed
+
+
+def update_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
+    """Least FLOPs of forward and backward over all answers, a group's picture once; nothing is computed twice."""
+    pictures = sum(cost.picture(group.patches) for group in groups)
+    return (1 + BACKWARD) * (_rows_flops(groups, cost) + pictures)
+
+
+def _rows_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
+    """Forward, one view: the language model over every answer, the head where response tokens are predicted."""
+    return sum(
+        cost.sequence(tokens) + cost.per_head_position * response
+        for group in groups
+        for tokens, response in zip(group.sequence_tokens, group.response_tokens, strict=True)
+    )

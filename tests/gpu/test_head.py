@@ -1,0 +1,120 @@
+"""The vocabulary head on a GPU, where its passes are compiled: against float64, and what it keeps in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+
+from megatron_vppo.parallel.head_chunk import add_product
+from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda"
+VOCABULARY, HIDDEN = 19008, 256
+"""An eighth of the vocabulary of Qwen2.5-VL-7B."""
+TEMPERATURE = 0.8
+BANNED = (3, 19000)
+SETTINGS = {
+    "group": None, "vocab_start": 0, "vocab_size": VOCABULARY, "temperature": TEMPERATURE, "banned_ids": BANNED,
+}  # fmt: skip
+
+
+def make_inputs(positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states of two views, weight, targets, gradient of the log-probs; bfloat16 and logits of order three."""
+    generator = torch.Generator().manual_seed(positions)
+    hidden_NH = torch.randn(positions, HIDDEN, generator=generator)
+    masked_hidden_NH = hidden_NH + 0.1 * torch.randn(positions, HIDDEN, generator=generator)
+    weight_VH = torch.randn(VOCABULARY, HIDDEN, generator=generator) * 3 / HIDDEN**0.5
+    targets_N = torch.randint(4, VOCABULARY - 10, (positions,), generator=generator)
+    grad_N = torch.randn(positions, generator=generator)
+    views = [x.to(DEVICE, torch.bfloat16) for x in (hidden_NH, masked_hidden_NH, weight_VH)]
+    return views[0], views[1], views[2], targets_N.to(DEVICE), grad_N.to(DEVICE)
+
+
+def exact_logps(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
+    """Of the logits that a bfloat16 product gives; from there on float64."""
+    logits_NV = (hidden_NH @ weight_VH.T).double() / TEMPERATURE
+    return logits_NV.index_fill(1, torch.tensor(BANNED, device=DEVICE), -1e30).log_softmax(-1)
+
+
+def test_log_probs_entropies_and_divergence_are_exact_to_float32() -> None:
+    hidden_NH, masked_hidden_NH, weight_VH, targets_N, _ = make_inputs(300)
+    scores = score_two_views(
+        hidden_NH, masked_hidden_NH, weight_VH, targets_N, kind="kl_full", chunk_tokens=256, **SETTINGS
+    )
+    a_NV, b_NV = exact_logps(hidden_NH, weight_VH), exact_logps(masked_hidden_NH, weight_VH)
+    expected = (
+        (scores.logp_N, a_NV.gather(1, targets_N[:, None])[:, 0]),
+        (scores.entropy_N, -(a_NV.exp() * a_NV).sum(1)),
+        (scores.masked_logp_N, b_NV.gather(1, targets_N[:, None])[:, 0]),
+        (scores.divergence_N, (a_NV.exp() * (a_NV - b_NV)).sum(1)),
+    )
+    # A product of 128 rows may round single logits otherwise than one of 300: bfloat16, 2^-8 of a logit of ten.
+    for actual_N, expected_N in expected:
+        assert (actual_N - expected_N).abs().mean() < 2e-3 and (actual_N - expected_N).abs().max() < 5e-2
+
+
+@pytest.mark.parametrize("into_sum", [True, False])
+def test_gradients_are_as_near_as_bfloat16_allows(into_sum: bool) -> None:
+    hidden_NH, _, weight_VH, targets_N, grad_N = make_inputs(300)
+    exact = [x.double().requires_grad_() for x in (hidden_NH, weight_VH)]
+    logits_NV = exact[0] @ exact[1].T / TEMPERATURE
+    logp_NV = logits_NV.index_fill(1, torch.tensor(BANNED, device=DEVICE), -1e30).log_softmax(-1)
+    (logp_NV.gather(1, targets_N[:, None])[:, 0] * grad_N).sum().backward()
+    ours = [x.detach().requires_grad_() for x in (hidden_NH, weight_VH)]
+    sum_VH = torch.zeros(VOCABULARY, HIDDEN, device=DEVICE) if into_sum else None
+    logp_N, _ = token_logps(
+        *ours, targets_N, with_entropy=False, chunk_tokens=128, weight_grad_VH=sum_VH, **SETTINGS
+    )  # fmt: skip
+    logp_N.backward(grad_N)
+    assert (ours[1].grad is None) == into_sum
+    found = (ours[0].grad, sum_VH if into_sum else ours[1].grad)
+    for actual, expected in zip(found, (exact[0].grad, exact[1].grad), strict=True):
+        assert actual is not None and expected is not None
+        assert (actual.double() - expected).norm() / expected.norm() < 1e-2
+    assert not found[1][list(BANNED)].any()
+
+
+def test_products_are_added_to_the_sum_without_rounding() -> None:
+    """Fails where this torch cannot multiply bfloat16 and add to float32 in one kernel: the head is slower then."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    left, right = (torch.randn(256, 256, generator=generator, device=DEVICE).bfloat16() for _ in range(2))
+    total = torch.randn(256, 256, generator=generator, device=DEVICE)
+    expected = total.double() + left.double() @ right.double()
+    add_product(total, left, right)
+    assert (total - expected).abs().max() < 1e-4
+
+
+def test_nothing_is_compiled_for_further_lengths() -> None:
+    def run(positions: int) -> None:
+        hidden_NH, _, weight_VH, targets_N, grad_N = make_inputs(positions)
+        hidden_NH.requires_grad_()
+        logp_N, _ = token_logps(
+            hidden_NH, weight_VH, targets_N, with_entropy=False, chunk_tokens=64, **SETTINGS
+        )  # fmt: skip
+        logp_N.backward(grad_N)
+
+    for positions in (64, 40, 64 + 17):
+        run(positions)
+    before = counters["stats"]["unique_graphs"]
+    for positions in (50, 63, 128 + 9):
+        run(positions)
+    assert counters["stats"]["unique_graphs"] == before
+
+
+def test_memory_is_two_chunks_of_logits() -> None:
+    hidden_NH, _, weight_VH, targets_N, grad_N = make_inputs(1024)
+    hidden_NH.requires_grad_()
+    weight_VH.requires_grad_()
+    sum_VH, chunk = torch.zeros(VOCABULARY, HIDDEN, device=DEVICE), 256
+    for measured in (False, True):  # compilation allocates too
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        logp_N, _ = token_logps(
+            hidden_NH, weight_VH, targets_N, with_entropy=False, chunk_tokens=chunk, weight_grad_VH=sum_VH, **SETTINGS
+        )  # fmt: skip
+        logp_N.backward(grad_N)
+        if measured:
+            assert torch.cuda.max_memory_allocated() - before < 2.2 * chunk * VOCABULARY * 2 + 2**22

@@ -1,0 +1,26 @@
+"""Which FP8 recipes `vppo fp8-fidelity` measures with which settings, on which machine."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vppo.config.schema import DataConfig, Fp8Config, ModelConfig, RunConfig
+from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.trainer.fp8_fidelity import refusal
+
+
+def config(ends: int) -> RunConfig:
+    return RunConfig(
+        data=DataConfig(train_files="x"), model=ModelConfig(path="x"), fp8=Fp8Config(bf16_layers_at_ends=ends)
+    )
+
+
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed", "mxfp8"])
+def test_everything_can_be_emulated_but_delayed_with_ends(recipe: Fp8Recipe) -> None:
+    assert refusal(recipe, config(0), on_gpu=False) is None
+    reason = refusal(recipe, config(1), on_gpu=False)
+    assert reason is None if recipe != "delayed" else "bf16_layers_at_ends" in (reason or "")
+
+
+def test_delayed_has_no_scales_to_take_on_a_gpu() -> None:
+    assert "what updates have seen" in (refusal("delayed", config(0), on_gpu=True) or "")

@@ -1,0 +1,166 @@
+"""The vocabulary head beside its own matrix products: scoring of one view, of two, and the update, as one JSON object.
+
+    python tools/bench/head.py [--positions 8192] [--chunk-tokens 4096] [--seconds-per-case 5]
+
+On a GPU by default in the sizes of Qwen2.5-VL-7B and bfloat16, on a CPU small and in float32. What the numbers mean:
+tools/bench/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from bench.device import Timing, bench_device, free_memory, product_tflops, time_together
+from bench.machine import commit, hardware, versions
+from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TEMPERATURE = 1.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    positions: int
+    """Response tokens of a micro-batch."""
+    vocabulary: int
+    hidden: int
+    chunk_tokens: int
+    dtype: str
+
+
+DEFAULTS = {
+    "cuda": Sizes(positions=8192, vocabulary=152064, hidden=3584, chunk_tokens=4096, dtype="bfloat16"),
+    "cpu": Sizes(positions=96, vocabulary=4096, hidden=128, chunk_tokens=32, dtype="float32"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    defaults = DEFAULTS[bench_device().type]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, value in asdict(defaults).items():
+        choices = DTYPES if name == "dtype" else None
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, choices=choices)
+    parser.add_argument("--seconds-per-case", type=float, default=5.0)
+    options = vars(parser.parse_args(arguments))
+    seconds = options.pop("seconds_per_case")
+    print(json.dumps(measure(Sizes(**options), seconds=seconds), indent=1))
+
+
+def measure(sizes: Sizes, *, seconds: float) -> dict[str, Any]:
+    device, dtype = bench_device(), DTYPES[sizes.dtype]
+    problem = Problem(sizes, device)
+    cases = {
+        "score": (problem.score, problem.score_products, 1),
+        "score_two_views": (problem.score_two_views, problem.two_view_products, 2),
+        "update": (problem.update, problem.update_products, 4),
+    }
+    reports = {}
+    for name, (head, products, count) in cases.items():
+        timings = time_together({"head": head, "products": products}, device=device, seconds=seconds)
+        flops = count * 2 * sizes.positions * sizes.vocabulary * sizes.hidden
+        reports[name] = _report(timings, flops)
+        free_memory(device)
+    return {
+        "sizes": asdict(sizes),
+        "device": str(device),
+        "ceiling_tflops": round(product_tflops(device, dtype), 3),
+        "cases": reports,
+        "hardware": hardware(),
+        "versions": versions(),
+        "git": commit(ROOT),
+    }
+
+
+def _report(timings: dict[str, Timing], flops: int) -> dict[str, Any]:
+    head, products = timings["head"], timings["products"]
+    return {
+        "head": head.report(),
+        "products": products.report(),
+        "head_over_products": round(head.median / products.median, 3),
+        "gflop": round(flops / 1e9, 3),
+        "head_tflops": round(flops / head.median / 1e12, 3),
+        "products_tflops": round(flops / products.median / 1e12, 3),
+    }
+
+
+class Problem:
+    """Random hidden states and weights, and what is done with them; legend as in megatron_vppo's vocab_head.py."""
+
+    def __init__(self, sizes: Sizes, device: torch.device) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = DTYPES[sizes.dtype]
+
+        def normal(rows: int) -> Tensor:
+            return torch.randn(rows, sizes.hidden, generator=generator, device=device).to(dtype)
+
+        self.chunk = sizes.chunk_tokens
+        self.hidden_NH, self.masked_hidden_NH = normal(sizes.positions), normal(sizes.positions)
+        self.weight_VH = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
+        self.targets_N = torch.randint(
+            0, sizes.vocabulary, (sizes.positions,), generator=generator, device=device
+        )  # fmt: skip
+        self.grad_N = torch.randn(sizes.positions, generator=generator, device=device)
+        self.weight_grad_VH = torch.zeros(sizes.vocabulary, sizes.hidden, device=device)
+        """Where the optimizer sums, in float32."""
+        self.settings: dict[str, Any] = {
+            "group": None, "vocab_start": 0, "vocab_size": sizes.vocabulary, "temperature": TEMPERATURE,
+            "chunk_tokens": sizes.chunk_tokens,
+        }  # fmt: skip
+
+    # ---- the head
+
+    @torch.no_grad()
+    def score(self) -> None:
+        token_logps(self.hidden_NH, self.weight_VH, self.targets_N, with_entropy=True, **self.settings)
+
+    def score_two_views(self) -> None:
+        score_two_views(
+            self.hidden_NH, self.masked_hidden_NH, self.weight_VH, self.targets_N, kind="kl_full", **self.settings
+        )
+
+    def update(self) -> None:
+        hidden_NH = self.hidden_NH.detach().requires_grad_()
+        weight_VH = self.weight_VH.detach().requires_grad_()
+        logp_N, _ = token_logps(
+            hidden_NH, weight_VH, self.targets_N, with_entropy=False, weight_grad_VH=self.weight_grad_VH,
+            **self.settings,
+        )  # fmt: skip
+        logp_N.backward(self.grad_N)
+
+    # ---- its matrix products: the same chunks, results thrown away
+
+    @torch.no_grad()
+    def score_products(self) -> None:
+        for hidden_CH in self.hidden_NH.split(self.chunk):
+            hidden_CH @ self.weight_VH.T
+
+    @torch.no_grad()
+    def two_view_products(self) -> None:
+        for view_NH in (self.hidden_NH, self.masked_hidden_NH):
+            for hidden_CH in view_NH.split(max(1, self.chunk // 2)):
+                hidden_CH @ self.weight_VH.T
+
+    @torch.no_grad()
+    def update_products(self) -> None:
+        """Logits twice, then the gradients of the hidden states and of the weight, in the model's dtype."""
+        self.score_products()
+        for hidden_CH in self.hidden_NH.split(self.chunk):
+            logits_CV = hidden_CH @ self.weight_VH.T
+            logits_CV @ self.weight_VH
+            logits_CV.T @ hidden_CH
+
+
+if __name__ == "__main__":
+    main()
