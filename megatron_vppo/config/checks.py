@@ -107,6 +107,15 @@ def check_offload(config: RunConfig) -> None:
         )
 
 
+def check_fp8(config: RunConfig) -> None:
+    """TransformerEngine takes the scales of 'delayed' from passes with gradients, and scoring has none."""
+    if config.fp8.recipe == "delayed" and config.fp8.scope == ("scoring",):
+        raise ValueError(
+            "fp8.recipe 'delayed' takes its scales from updates, which fp8.scope leaves out; add 'update' to fp8.scope, "
+            "or take fp8.recipe 'tensorwise'"
+        )
+
+
 def check_rollout_quantization(config: RunConfig) -> None:
     """vLLM quantises 16-bit weights."""
     if config.rollout.quantization is not None and config.model.dtype == "float32":
@@ -229,6 +238,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_pipeline,
     check_freeze,
     check_offload,
+    check_fp8,
     check_rollout_quantization,
     check_batches,
     check_sampling,

@@ -163,7 +163,7 @@ def vision_saved(
 def head_bytes(language: LanguageSizes, batch: MicroBatch, *, chunk: int, tensor: int, dtype_bytes: int) -> int:
     """The vocabulary head at its fullest, in the backward pass of `parallel/vocab_head.py`: five fp32 tensors of a
     chunk's logits, the gradient of this rank's rows in fp32 and in the model's dtype, and the response positions'
-    hidden states and their gradient.
+    hidden states and their gradient. On a GPU, whose passes over a chunk are fused, this is an upper bound.
     """
     rows, hidden = -(-language.vocabulary // tensor), language.layer.hidden
     logits = 5 * FLOAT32 * min(chunk, batch.response_tokens) * rows

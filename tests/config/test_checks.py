@@ -75,6 +75,10 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, ["pipeline_model_parallel_size is 1", "raise it"]),
     ({"model": {"freeze": ["vision_tower", "projector", "language_model"]}}, ["nothing is left to train"]),
     (
+        {"fp8": {"recipe": "delayed", "scope": ["scoring"]}},
+        ["fp8.recipe 'delayed'", "add 'update' to fp8.scope", "'tensorwise'"],
+    ),
+    (
         {"actor": {"offload": ["optimizer"]}, "rollout": {"free_cache_engine": False}},
         ["actor.offload ['optimizer']", "rollout.free_cache_engine=false", "leave one"],
     ),
