@@ -111,7 +111,7 @@ def check_fp8(config: RunConfig) -> None:
     """TransformerEngine takes the scales of 'delayed' from passes with gradients, and scoring has none."""
     if config.fp8.recipe == "delayed" and config.fp8.scope == ("scoring",):
         raise ValueError(
-            "fp8.recipe 'delayed' takes its scales from updates, which fp8.scope leaves out; add 'update' to fp8.scope, "
+            "fp8.recipe 'delayed' takes its scales from updates, which fp8.scope leaves out; add 'update' to it, "
             "or take fp8.recipe 'tensorwise'"
         )
 

@@ -76,7 +76,7 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"model": {"freeze": ["vision_tower", "projector", "language_model"]}}, ["nothing is left to train"]),
     (
         {"fp8": {"recipe": "delayed", "scope": ["scoring"]}},
-        ["fp8.recipe 'delayed'", "add 'update' to fp8.scope", "'tensorwise'"],
+        ["fp8.recipe 'delayed'", "add 'update' to it", "'tensorwise'"],
     ),
     (
         {"actor": {"offload": ["optimizer"]}, "rollout": {"free_cache_engine": False}},
