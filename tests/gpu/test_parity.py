@@ -43,9 +43,10 @@ ROUNDING = 2.0
 together. 1.6 was seen on CPU, where the few rows of this test decide."""
 SINGLE_LOGP, SINGLE_GRADIENT = 1e-4, 1e-3
 DEVICE = "cuda"
-FP8_LOGP = (1e-4, 0.3)
-"""Nats, mean difference from bfloat16 on a random model: more than nothing, so FP8 was in force, and not nonsense."""
-FP8_GRADIENT = 4.0
+FP8_LOGP = (0.01, 2.0)
+"""Nats, mean difference from bfloat16: more than nothing, so FP8 was in force, and not nonsense. Emulated on CPU it is
+0.3 to 0.9 on these models, whose random weights are steep, and 7 to 9 times the rounding error of bfloat16."""
+FP8_GRADIENT = 15.0
 """Times the rounding error of bfloat16."""
 
 
@@ -157,6 +158,8 @@ def test_fp8_is_in_force_where_it_is_asked_for(
     assert apart(gradients(scoring), expected.gradients) < ROUNDING * rounding, "the update stays in bfloat16"
 
     update = policy_for(folder, layout, "te", recipe=recipe, scope=frozenset({"update"}))
+    for _ in range(2):  # 'delayed' takes its scales from passes before
+        update.accumulate_gradients(make_batch(make_responses(), "entropy"))
     assert torch.equal(logps(update), before), "scoring stays in bfloat16"
     assert ROUNDING * rounding < apart(gradients(update), expected.gradients) < FP8_GRADIENT * rounding
 
