@@ -146,6 +146,8 @@ def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Ite
     yield "parallel:"
     yield f"  tensor_model_parallel_size: {best.tensor}"
     yield f"  pipeline_model_parallel_size: {best.pipeline}"
+    if len(set(best.layers)) > 1:
+        yield f"  pipeline_layers: {list(best.layers)}"
     if best.context > 1:
         yield f"  context_parallel_size: {best.context}"
     yield f"  data_parallel_size: {best.data}"

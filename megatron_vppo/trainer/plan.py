@@ -107,6 +107,8 @@ class Candidate:
     pipeline: int
     context: int
     data: int
+    layers: tuple[int, ...]
+    """Of each pipeline stage."""
     recompute: Recompute
     state: StateBytes
     offload: frozenset[OffloadPart]
@@ -226,7 +228,10 @@ class _Model:
         self.largest_tensor_bytes = text.vocab_size * text.hidden_size * DTYPE_BYTES
 
     def stage_layers(self, pipeline: int) -> tuple[int, ...]:
-        return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=None)
+        """Evenly, or nearly; ValueError where the model does not allow it."""
+        layers = self.hf_config.text_config.num_hidden_layers
+        split = near_even(layers, pipeline) if layers % pipeline and layers > pipeline else None
+        return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=split)
 
     def candidate(
         self,
@@ -255,6 +260,7 @@ class _Model:
             pipeline=pipeline,
             context=context,
             data=data,
+            layers=layers,
             recompute=recompute,
             state=state,
             offload=offload,
@@ -312,6 +318,13 @@ def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[tuple[int, int, i
             contexts = _divisors(cluster.gpus // (tensor * pipeline))
             found += [(tensor, pipeline, context) for context in contexts]
     return found, tuple(dict.fromkeys(refused))
+
+
+def near_even(layers: int, stages: int) -> tuple[int, ...]:
+    """What is left over goes to stages in the middle first: the first holds the vision tower, the last the head."""
+    order = [*range(1, stages - 1), stages - 1, 0]
+    more = set(order[: layers % stages])
+    return tuple(layers // stages + (stage in more) for stage in range(stages))
 
 
 def _divisors(number: int) -> Iterator[int]:
