@@ -113,7 +113,7 @@ def apex() -> Iterator[Finding]:
 def layers() -> Iterator[Finding]:
     """What model.backend=auto means here, and which FP8 recipes run."""
     on_gpu = torch.cuda.is_available()
-    backend = choose_backend("auto", on_gpu=on_gpu)
+    backend = choose_backend("auto", on_gpu=on_gpu, dtype="bfloat16")
     version = _version("transformer_engine")
     yield Finding("ok" if backend == "te" or not on_gpu else "note", f"model.backend=auto means {backend!r} here")
     if version is not None:

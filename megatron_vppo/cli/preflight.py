@@ -50,7 +50,13 @@ def check_before_launch(config: RunConfig) -> int:
     )
     options = model_options(config, on_gpu=devices > 0)
     if options.fp8 is not None:
-        check_fp8(hf_config, options.fp8, tensor=parallel.tensor_model_parallel_size, backend=options.backend)
+        check_fp8(
+            hf_config,
+            options.fp8,
+            tensor=parallel.tensor_model_parallel_size,
+            pipeline=parallel.pipeline_model_parallel_size,
+            backend=options.backend,
+        )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     _check_files(config)
     return world_size

@@ -108,8 +108,18 @@ def check_offload(config: RunConfig) -> None:
 
 
 def check_fp8(config: RunConfig) -> None:
-    """TransformerEngine takes the scales of 'delayed' from passes with gradients, and scoring has none."""
-    if config.fp8.recipe == "delayed" and config.fp8.scope == ("scoring",):
+    """What is set is used. TransformerEngine takes the scales of 'delayed' from passes with gradients; scoring has none."""
+    fp8 = config.fp8
+    if fp8.recipe is not None and not fp8.scope:
+        raise ValueError(
+            f"fp8.recipe '{fp8.recipe}' is used nowhere, since fp8.scope is empty; name a phase, or leave both out"
+        )
+    if fp8.recipe is None and fp8.bf16_layers_at_ends and config.rollout.quantization is None:
+        raise ValueError(
+            f"fp8.bf16_layers_at_ends={fp8.bf16_layers_at_ends} keeps layers out of FP8, which nothing uses; set "
+            "fp8.recipe or rollout.quantization, or leave it out"
+        )
+    if fp8.recipe == "delayed" and set(fp8.scope) == {"scoring"}:
         raise ValueError(
             "fp8.recipe 'delayed' takes its scales from updates, which fp8.scope leaves out; add 'update' to it, "
             "or take fp8.recipe 'tensorwise'"

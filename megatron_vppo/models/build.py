@@ -49,7 +49,7 @@ def build_model(
     family = family_of(hf_config)
     tensor, pipeline = groups.tp.size(), groups.pp.size()
     if options.fp8 is not None:
-        check_fp8(hf_config, options.fp8, tensor=tensor, backend=options.backend)
+        check_fp8(hf_config, options.fp8, tensor=tensor, pipeline=pipeline, backend=options.backend)
     check_tensor_parallel(hf_config, tensor=tensor, vision_split=options.vision_split)
     stages = stage_layers(
         hf_config,

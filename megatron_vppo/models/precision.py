@@ -33,12 +33,12 @@ class LanguageStage(Protocol):
     config: TransformerConfig
 
 
-def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, backend: Backend) -> None:
+def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline: int, backend: Backend) -> None:
     """What can be known without a GPU.
 
     Raises:
         ValueError: layers of another backend, a width of the language model that a rank cannot multiply in FP8, or ends
-            that leave no layer between them.
+            that leave no layer between them or are longer than a pipeline stage.
     """
     if backend != "te":
         raise ValueError(
@@ -58,11 +58,13 @@ def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, backend:
                 f"fp8.recipe={recipe} multiplies widths that are multiples of {WIDTH_ALIGNMENT[recipe]}, but the "
                 f"{what} is {width}; lower parallel.tensor_model_parallel_size, or set fp8.recipe=null"
             )
-    check_ends(options, layers=text.num_hidden_layers)
+    check_ends(options, layers=text.num_hidden_layers, pipeline=pipeline)
 
 
-def check_ends(options: Fp8Options, *, layers: int) -> None:
-    """Raises ValueError for ends that the recipe does not take, or that leave none of the language layers in FP8."""
+def check_ends(options: Fp8Options, *, layers: int, pipeline: int = 1) -> None:
+    """Raises ValueError for ends that the recipe does not take, that leave none of the language layers in FP8, or that
+    Megatron does not take, since they are longer than an even pipeline stage.
+    """
     ends = options.bf16_layers_at_ends
     if options.recipe == "delayed" and ends:
         raise ValueError("fp8.recipe=delayed has one scope for all layers; set fp8.bf16_layers_at_ends=0")
@@ -70,6 +72,11 @@ def check_ends(options: Fp8Options, *, layers: int) -> None:
         raise ValueError(
             f"fp8.bf16_layers_at_ends={ends} leaves none of the {layers} layers in FP8; lower it, or set "
             "fp8.recipe=null"
+        )
+    if ends > layers // pipeline:
+        raise ValueError(
+            f"fp8.bf16_layers_at_ends={ends} is more than the {layers // pipeline} layers of one of {pipeline} "
+            "pipeline stages; lower it"
         )
 
 

@@ -1,4 +1,7 @@
-"""Whether TransformerEngine is here, and which FP8 recipes it can run on this machine's GPU. Imports it only to ask."""
+"""Whether TransformerEngine is here, which FP8 recipes it can run on this machine's GPU, and what it keeps of memory.
+
+It is imported only to ask.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from megatron.core.utils import get_te_version, is_te_min_version
+from torch import nn
 
 from megatron_vppo.models.options import Fp8Recipe
 
@@ -30,8 +34,9 @@ _DEMANDS: dict[Fp8Recipe, _Demand] = {
 
 
 def has_transformer_engine() -> bool:
-    """Whether it is installed; it is not imported, which takes seconds."""
-    return importlib.util.find_spec("transformer_engine") is not None
+    """Whether it is installed, its part for torch included; it is not imported, which takes seconds."""
+    parts = ("transformer_engine", "transformer_engine_torch")
+    return all(importlib.util.find_spec(part) is not None for part in parts)
 
 
 def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
@@ -47,3 +52,13 @@ def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
 
     known, reason = getattr(te, demand.available)(return_reason=True)
     return None if known else f"{demand.chips}: {reason}"
+
+
+def drop_fp8_copies(model: nn.Module) -> None:
+    """Frees the 8-bit copies of weights that layers keep from one micro-batch to the next. Every schedule makes them
+    anew at its first one, so between schedules they are of no use.
+
+    TransformerEngine (2.9 to 2.20) has no public way to do so.
+    """
+    for module in model.modules():
+        getattr(module, "_fp8_workspaces", {}).clear()

@@ -204,6 +204,8 @@ def _fp8(options: Fp8Options | None) -> dict[str, Any]:
         "fp8_recipe": options.recipe,
         "fp8_amax_history_len": _AMAX_HISTORY,
         "fp8_amax_compute_algo": "max",
+        # 'delayed' shares amaxes after every micro-batch, of which data-parallel ranks may have different numbers.
+        "tp_only_amax_red": True,
         "first_last_layers_bf16": ends > 0,
         "num_layers_at_start_in_bf16": ends,
         "num_layers_at_end_in_bf16": ends,

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_vppo.models.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
 
 Part = Literal["params", "grads", "optimizer"]
@@ -46,6 +47,8 @@ class TrainerMemory:
             self._host["optimizer"].offload(optimizer_tensors(self._trainable))
         if "params" in parts:
             self._host["params"].offload(weight_tensors(self._trainable))
+            for stage in self._trainable.stages:
+                drop_fp8_copies(stage)
         self._away |= set(parts)
         self.empty_cache()
 

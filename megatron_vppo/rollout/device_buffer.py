@@ -37,7 +37,6 @@ class DeviceBuffer:
         self.free()
         self.capacity = max(self.capacity, capacity)
         self._bytes = torch.empty(self.capacity, dtype=torch.uint8, device=self._device)
-        self._handles = [reduce_tensor(self._bytes)[1] for _ in range(self._num_readers)]
 
     def write(self, tensor: Tensor, *, offset: int) -> None:
         """Copy a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
@@ -48,6 +47,8 @@ class DeviceBuffer:
     def publish(self) -> dict[str, Any]:
         """One handle per reader. Waits for the copies: no event of this process orders the readers after them."""
         torch.cuda.current_stream(self._device).synchronize()
+        if not self._handles:  # not before they are wanted: one that no reader opens keeps the memory
+            self._handles = [reduce_tensor(self._bytes)[1] for _ in range(self._num_readers)]
         return {"handles": self._handles}
 
     def free(self) -> None:

@@ -78,7 +78,7 @@ def run_training(config: RunConfig) -> None:
 
 @contextmanager
 def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[tuple[Run, Path]]:
-    """Builds everything; the engine starts first, since it loads while the rest is built."""
+    """Builds everything. The engine starts first: without GPUs it loads while the rest is built, with them before."""
     is_writer = layout.rank == 0
     source = model_folder(config.model.path)
     inputs = open_inputs(config, source)

@@ -114,7 +114,7 @@ def unquantized_layers(config: RunConfig, *, language_layers: int) -> tuple[str,
 def start_engine(
     config: RunConfig, layout: Layout, source: Path, *, images: VisionInputs, hf_config: Any, logs: Path
 ) -> EnginePlace:
-    """Starts this rank's engine, if it leads one, without waiting: it loads while the trainer builds its model."""
+    """Starts this rank's engine, if it leads one, without waiting for it to load."""
     on_cpu = layout.device.type == "cpu"
     check_device(config, on_cpu=on_cpu)
     sleeps = engines_sleep(config, on_cpu=on_cpu)

@@ -24,6 +24,7 @@ from megatron_vppo.config.schema import ParallelConfig, RunConfig
 from megatron_vppo.models.fp8_emulation import emulated_fp8
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
 from megatron_vppo.models.precision import check_ends
+from megatron_vppo.models.te_support import drop_fp8_copies
 from megatron_vppo.observability.report.fidelity import write_fidelity_page
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -149,9 +150,10 @@ def _policy_and_responses(
             verify=config.rollout.verify_weights,
         )  # fmt: skip
         stack.callback(sampler.close)
-        policy = make_policy(config, layout, source, inputs, total_steps=STEP)
         assert engine.client is not None, "a single rank leads an engine"
+        # Before the model is built: on a GPU vLLM measures while it starts how much memory is free.
         engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
+        policy = make_policy(config, layout, source, inputs, total_steps=STEP)
         sampler.load_weights(policy.hf_weights(), version=0)
         seeds = group_seeds(
             prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
@@ -173,6 +175,7 @@ def _score_anew(
     policy = make_policy(config, layout, source, inputs, total_steps=STEP)
     scores = _score(policy, config, responses)
     for stage in policy.trainable.stages:
+        drop_fp8_copies(stage)
         for parameter in stage.parameters():
             parameter.data = parameter.data.new_empty(0)
     return scores

@@ -11,14 +11,21 @@ from megatron_vppo.models.te_support import has_transformer_engine, recipe_refus
 from megatron_vppo.models.transformer_config import APEX_GRADIENTS
 
 
-def choose_backend(setting: Literal["auto", "te", "torch"], *, on_gpu: bool) -> Backend:
-    """The backend that `model.backend` means on this machine.
+def choose_backend(
+    setting: Literal["auto", "te", "torch"], *, on_gpu: bool, dtype: Literal["float32", "bfloat16"]
+) -> Backend:
+    """The backend that `model.backend` means on this machine, for a model of `model.dtype`.
+
+    TransformerEngine's fused attention takes 16 bits; what it does in float32 is slower than torch.
 
     Raises:
-        ValueError: 'te' without a GPU or without TransformerEngine.
+        ValueError: 'te' in float32, without a GPU, or without TransformerEngine.
     """
-    if setting == "torch" or (setting == "auto" and not (on_gpu and has_transformer_engine())):
+    possible = on_gpu and dtype == "bfloat16" and has_transformer_engine()
+    if setting == "torch" or (setting == "auto" and not possible):
         return "torch"
+    if dtype != "bfloat16":
+        raise ValueError(f"model.backend=te goes with model.dtype=bfloat16, not {dtype}; set 'auto'")
     if not on_gpu:
         raise ValueError("model.backend=te: TransformerEngine runs on NVIDIA GPUs alone, and none is seen; set 'auto'")
     if not has_transformer_engine():
@@ -46,10 +53,10 @@ def check_fp8_hardware(config: RunConfig, *, on_gpu: bool) -> None:
     if refusal is not None:
         emulation = "" if on_gpu else ". `vppo fp8-fidelity` emulates it here and shows what it would change"
         raise ValueError(f"fp8.recipe={recipe} needs {refusal}; take another recipe, or set it to null{emulation}")
-    if choose_backend(config.model.backend, on_gpu=on_gpu) != "te":
-        raise ValueError(f"fp8.recipe={recipe} goes with layers of TransformerEngine; leave model.backend at 'auto'")
     if config.model.dtype != "bfloat16":
         raise ValueError(f"fp8.recipe={recipe} goes with model.dtype=bfloat16, not {config.model.dtype}")
+    if choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype) != "te":
+        raise ValueError(f"fp8.recipe={recipe} goes with layers of TransformerEngine; leave model.backend at 'auto'")
 
 
 def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
@@ -67,7 +74,7 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
         recompute=parallel.recompute,
         vision_split=parallel.vision_split,
         frozen=frozenset(config.model.freeze),
-        backend=choose_backend(config.model.backend, on_gpu=on_gpu),
+        backend=choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype),
         fp8=fp8_options(config),
     )
 

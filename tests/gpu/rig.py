@@ -1,4 +1,4 @@
-"""Models that a GPU's kernels take: heads of 64, widths of 128 and more."""
+"""Models that a GPU's kernels take: language heads of 64, widths of 128 and more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 
 TEXT = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-VISION = {"hidden_size": 128, "intermediate_size": 256, "num_heads": 2, "out_hidden_size": 256}
+VISION = {"intermediate_size": 256, "num_heads": 2, "out_hidden_size": 256}
+VISION_WIDTHS = {"Qwen2.5-VL": 160, "Qwen3-VL": 144}
+"""Heads of 80 and of 72, as in the released towers."""
 
 
 def gpu_configs() -> dict[str, Any]:
@@ -21,7 +23,7 @@ def gpu_configs() -> dict[str, Any]:
             tied=True, vocab=304, taps=(1,), **TEXT, **layers, head_dim=64, rope_parameters=rope3
         ),
     }
-    for config in configs.values():
-        for name, size in VISION.items():
+    for family, config in configs.items():
+        for name, size in {**VISION, "hidden_size": VISION_WIDTHS[family]}.items():
             setattr(config.vision_config, name, size)
     return configs

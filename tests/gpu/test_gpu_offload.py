@@ -44,7 +44,9 @@ def test_memory_is_free_and_training_goes_on(
     dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path, gpu_configs()["Qwen2.5-VL"])
-    options = ModelOptions(backend=choose_backend("auto" if dtype == torch.bfloat16 else "torch", on_gpu=True))
+    options = ModelOptions(
+        backend=choose_backend("auto", on_gpu=True, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
+    )
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
     still, moved = (make_policy(tmp_path, layout, rows=2, optim=optim, dtype=dtype, options=options) for _ in range(2))
     batch = make_batch(make_responses(), "nll")

@@ -139,37 +139,85 @@ def test_layers_of_both_backends_hold_the_same_weights(family: str, layout: Layo
     assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
 
 
+RECIPES: tuple[Fp8Recipe, ...] = ("blockwise", "tensorwise", "delayed", "mxfp8")
+
+
+def skip_unless_possible(recipe: Fp8Recipe) -> None:
+    if (refusal := recipe_refusal(recipe, on_gpu=True)) is not None:
+        pytest.skip(f"{recipe} needs {refusal}")
+
+
 @needs_te
-@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise", "delayed", "mxfp8"])
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "delayed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fp8_is_in_force_where_it_is_asked_for(
+def test_fp8_is_in_force_for_scoring_alone(
     family: str, recipe: Fp8Recipe, layout: Layout, models: Any, rounded: dict[str, Outcome]
 ) -> None:
-    refusal = recipe_refusal(recipe, on_gpu=True)
-    if refusal is not None:
-        pytest.skip(f"{recipe} needs {refusal}")
+    skip_unless_possible(recipe)
     folder, expected = models[family]
-    plain = policy_for(folder, layout, "te", recipe=recipe)
-    before = logps(plain)
+    before = logps(policy_for(folder, layout, "te", recipe=recipe))
     scoring = policy_for(folder, layout, "te", recipe=recipe, scope=frozenset({"scoring"}))
     least, most = FP8_LOGP
     assert least < logps_apart(logps(scoring), before) < most
     rounding = apart(rounded[family].gradients, expected.gradients)
     assert apart(gradients(scoring), expected.gradients) < ROUNDING * rounding, "the update stays in bfloat16"
 
+
+@needs_te
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_is_in_force_for_updates_alone(
+    family: str, recipe: Fp8Recipe, layout: Layout, models: Any, rounded: dict[str, Outcome]
+) -> None:
+    skip_unless_possible(recipe)
+    folder, expected = models[family]
+    before = logps(policy_for(folder, layout, "te", recipe=recipe))
     update = policy_for(folder, layout, "te", recipe=recipe, scope=frozenset({"update"}))
     for _ in range(2):  # 'delayed' takes its scales from passes before
         update.accumulate_gradients(make_batch(make_responses(), "entropy"))
     assert torch.equal(logps(update), before), "scoring stays in bfloat16"
+    rounding = apart(rounded[family].gradients, expected.gradients)
     assert ROUNDING * rounding < apart(gradients(update), expected.gradients) < FP8_GRADIENT * rounding
+
+
+@needs_te
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
+def test_fp8_sees_the_weights_of_the_last_update(recipe: Fp8Recipe, layout: Layout, models: Any) -> None:
+    """Layers keep 8-bit copies of their weights: after an update those of a model that never had other weights."""
+    skip_unless_possible(recipe)
+    folder, _ = models["Qwen2.5-VL"]
+    both: frozenset[Phase] = frozenset({"scoring", "update"})
+    trained, fresh = (policy_for(folder, layout, "te", recipe=recipe, scope=both) for _ in range(2))
+    before = logps(trained)
+    trained.update(make_batch(make_responses(), "nll"))
+    pairs = zip(trained.trainable.stages, fresh.trainable.stages, strict=True)
+    with torch.no_grad():
+        for old, new in pairs:
+            for source, target in zip(old.parameters(), new.parameters(), strict=True):
+                target.copy_(source)
+    after = logps(trained)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, logps(fresh))
+
+
+@needs_te
+@pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
+def test_layers_that_run_again_give_the_same_fp8_gradients(recipe: Fp8Recipe, layout: Layout, models: Any) -> None:
+    """Megatron checkpoints FP8 layers by a way of its own."""
+    skip_unless_possible(recipe)
+    folder, _ = models["Qwen3-VL"]
+    found = [
+        gradients(policy_for(folder, layout, "te", recipe=recipe, scope=frozenset({"update"}), recompute=recompute))
+        for recompute in ("none", "full")
+    ]
+    assert apart(found[1], found[0]) < 1e-3
 
 
 @needs_te
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
 def test_ends_stay_in_bfloat16(recipe: Fp8Recipe, layout: Layout, models: Any) -> None:
     """Of four layers, none, two or all are in FP8."""
-    if (refusal := recipe_refusal(recipe, on_gpu=True)) is not None:
-        pytest.skip(f"{recipe} needs {refusal}")
+    skip_unless_possible(recipe)
     folder, _ = models["Qwen2.5-VL"]
     plain = logps(policy_for(folder, layout, "te"))
     off = []

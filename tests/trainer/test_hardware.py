@@ -41,16 +41,23 @@ def with_transformer_engine(monkeypatch: pytest.MonkeyPatch, present: bool) -> N
 )
 def test_backend(setting: Any, on_gpu: bool, installed: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with_transformer_engine(monkeypatch, installed)
-    assert choose_backend(setting, on_gpu=on_gpu) == backend
+    assert choose_backend(setting, on_gpu=on_gpu, dtype="bfloat16") == backend
 
 
 def test_transformer_engine_is_not_promised(monkeypatch: pytest.MonkeyPatch) -> None:
     with_transformer_engine(monkeypatch, True)
     with pytest.raises(ValueError, match="NVIDIA GPUs alone, and none is seen"):
-        choose_backend("te", on_gpu=False)
+        choose_backend("te", on_gpu=False, dtype="bfloat16")
     with_transformer_engine(monkeypatch, False)
     with pytest.raises(ValueError, match=r"install transformer-engine\[pytorch\]"):
-        choose_backend("te", on_gpu=True)
+        choose_backend("te", on_gpu=True, dtype="bfloat16")
+
+
+def test_float32_runs_on_layers_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_transformer_engine(monkeypatch, True)
+    assert choose_backend("auto", on_gpu=True, dtype="float32") == "torch"
+    with pytest.raises(ValueError, match="bfloat16, not float32; set 'auto'"):
+        choose_backend("te", on_gpu=True, dtype="float32")
 
 
 def test_fp8_without_a_gpu_names_the_emulation() -> None:

@@ -152,7 +152,11 @@ def _bench(name: str, hf_config: Any, options: argparse.Namespace, *, layout: La
         layout=layout,
         dtype=dtype,
         settings=OurSettings(
-            backend=choose_backend(options.backend, on_gpu=layout.device.type == "cuda"),
+            backend=choose_backend(
+                options.backend,
+                on_gpu=layout.device.type == "cuda",
+                dtype="bfloat16" if dtype == torch.bfloat16 else "float32",
+            ),
             recompute=options.recompute,
             temperature=TEMPERATURE,
             rows_per_update=options.rows_per_update,

@@ -15,6 +15,7 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
+from megatron_vppo.models.te_support import drop_fp8_copies
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
@@ -93,6 +94,8 @@ class OurWay:
         """Gives the memory of weights, gradients and optimizer back. Dropping the policy does not: Megatron's wrapper
         is never collected, and holds them.
         """
+        for stage in self._policy.trainable.stages:
+            drop_fp8_copies(stage)
         for tensor in self._tensors():
             tensor.untyped_storage().resize_(0)
 
