@@ -29,7 +29,7 @@ lint: install
 
 test: lint
 	@echo "test: pytest"
-	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not extended" $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not extended" $(ARGS)
 
 test-all: lint
 	@$(VENV)/bin/python -m pytest $(ARGS)

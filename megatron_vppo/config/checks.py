@@ -108,7 +108,7 @@ def check_offload(config: RunConfig) -> None:
 
 
 def check_fp8(config: RunConfig) -> None:
-    """What is set is used. TransformerEngine takes the scales of 'delayed' from passes with gradients; scoring has none."""
+    """What is set is used. TransformerEngine takes the scales of 'delayed' from updates."""
     fp8 = config.fp8
     if fp8.recipe is not None and not fp8.scope:
         raise ValueError(

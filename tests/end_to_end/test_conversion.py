@@ -1,21 +1,12 @@
-"""A converted model through three engines, by the real commands. Training from one is in test_training.py."""
+"""A converted model through three engines, by the real commands. Training from one is in test_killed_run.py."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
-
-def vppo(*arguments: object) -> str:
-    command = [sys.executable, "-m", "megatron_vppo.cli.main", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
+from tests.end_to_end.runs import vppo
 
 
 @pytest.mark.slow
