@@ -14,6 +14,7 @@ from tests.end_to_end.runs import ROLLOUT_DIFFERENCE, SHORT, check_export, expor
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_qwen3_vl_runs_too(digits: Path, tmp_path: Path) -> None:
     """Over two pipeline stages, each of which leads an engine: that they hold the same model, and that it exports."""
     processor = make_processor("qwen3-vl")
