@@ -127,6 +127,7 @@ class Placement:
             self._take(coming, phase)
 
     def _make_room(self, leaving: frozenset[Part], phase: Phase) -> None:
+        """Nobody takes memory here: vLLM compares what the whole GPU has free before and after it falls asleep."""
         if leaving:
             self._trainer.offload(leaving)
             self._away |= leaving
