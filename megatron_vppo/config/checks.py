@@ -114,11 +114,6 @@ def check_fp8(config: RunConfig) -> None:
         raise ValueError(
             f"fp8.recipe '{fp8.recipe}' is used nowhere, since fp8.scope is empty; name a phase, or leave both out"
         )
-    if fp8.recipe is None and fp8.bf16_layers_at_ends and config.rollout.quantization is None:
-        raise ValueError(
-            f"fp8.bf16_layers_at_ends={fp8.bf16_layers_at_ends} keeps layers out of FP8, which nothing uses; set "
-            "fp8.recipe or rollout.quantization, or leave it out"
-        )
     if fp8.recipe == "delayed" and set(fp8.scope) == {"scoring"}:
         raise ValueError(
             "fp8.recipe 'delayed' takes its scales from updates, which fp8.scope leaves out; add 'update' to it, "

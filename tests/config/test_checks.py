@@ -75,7 +75,6 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"parallel": {"virtual_pipeline_model_parallel_size": 2}}, ["pipeline_model_parallel_size is 1", "raise it"]),
     ({"model": {"freeze": ["vision_tower", "projector", "language_model"]}}, ["nothing is left to train"]),
     ({"fp8": {"recipe": "blockwise", "scope": []}}, ["fp8.recipe 'blockwise'", "used nowhere", "fp8.scope is empty"]),
-    ({"fp8": {"bf16_layers_at_ends": 2}}, ["fp8.bf16_layers_at_ends=2", "set fp8.recipe or rollout.quantization"]),
     (
         {"fp8": {"recipe": "delayed", "scope": ["scoring"]}},
         ["fp8.recipe 'delayed'", "add 'update' to it", "'tensorwise'"],

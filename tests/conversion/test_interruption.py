@@ -84,7 +84,10 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("processes", "ending", "status"), [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("processes", "ending", "status"),
+    [pytest.param(1, signal.SIGTERM, 143, marks=pytest.mark.extended), (2, signal.SIGINT, 130)],
+)
 def test_ended_by_a_signal(
     processes: int, ending: signal.Signals, status: int, hf_folders: dict[str, Path], tmp_path: Path, repo_root: Path
 ) -> None:
@@ -121,7 +124,9 @@ def test_killed(hf_folders: dict[str, Path], converted: dict[str, Path], tmp_pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("direction", "processes"), [("hf-to-megatron", 2), ("megatron-to-hf", 1)])
+@pytest.mark.parametrize(
+    ("direction", "processes"), [pytest.param("hf-to-megatron", 2, marks=pytest.mark.extended), ("megatron-to-hf", 1)]
+)
 def test_full_disk(
     direction: str, processes: int, hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path,
     repo_root: Path,

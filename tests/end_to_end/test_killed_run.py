@@ -17,6 +17,7 @@ from tests.end_to_end.runs import ROOT, SHORT, VPPO, exported, train, train_argu
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_path: Path) -> None:
     """SIGKILL to the launcher and all ranks in the middle of step 3; started again, on two pipeline stages.
 
