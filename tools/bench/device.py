@@ -34,12 +34,17 @@ class Timing:
 
     def report(self) -> dict[str, Any]:
         return {
-            "seconds": round(self.median, 5),
-            "fastest_s": round(min(self.seconds), 5),
+            "seconds": _digits(self.median),
+            "fastest_s": _digits(min(self.seconds)),
             "runs": len(self.seconds),
             "first_s": round(self.first_s, 2),
             "peak_mib": None if self.peak_mib is None else round(self.peak_mib),
         }
+
+
+def _digits(value: float) -> float:
+    """Four of them, however small it is."""
+    return float(f"{value:.4g}")
 
 
 def bench_device() -> torch.device:
