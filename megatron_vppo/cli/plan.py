@@ -15,16 +15,8 @@ from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.parallel.offload import PARTS
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.trainer.plan import (
-    ENGINE_RESERVE,
-    GIB,
-    TRAINER_RESERVE,
-    Candidate,
-    Cluster,
-    Plan,
-    Workload,
-    make_plan,
-)
+from megatron_vppo.trainer.candidate import TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.trainer.plan import ENGINE_RESERVE, GIB, Plan, make_plan
 
 MOST_ROWS = 12
 """Of the table."""

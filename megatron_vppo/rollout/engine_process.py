@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -24,8 +26,8 @@ TERM_SECONDS = 3.0
 """For vLLM's helpers to remove their shared memory before they are killed."""
 
 
-def start_watchdog() -> None:
-    """Fork a process that kills this one's group when this one or its parent is gone.
+def start_watchdog(socket_folder: str) -> None:
+    """Fork a process that kills this one's group when this one or its parent is gone, and removes the folder then.
 
     A process and not a thread, so that a kernel that holds the interpreter's lock cannot delay it, and forked before
     anything large is imported. It looks at parent ids: unlike an open pipe they cannot be held by another child of the
@@ -43,6 +45,7 @@ def start_watchdog() -> None:
     deadline = time.monotonic() + TERM_SECONDS
     while time.monotonic() < deadline and len(process_group.members(engine_pid)) > 1:
         time.sleep(0.05)
+    shutil.rmtree(socket_folder, ignore_errors=True)
     os.killpg(engine_pid, signal.SIGKILL)
 
 
@@ -223,7 +226,9 @@ def serve(connection: Connection, engine: Engine) -> None:
 
 def main() -> None:
     os.set_inheritable(int(sys.argv[1]), False)
-    start_watchdog()
+    # vLLM never removes its sockets. The name is short because theirs must not pass 107 bytes, folder included.
+    socket_folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="vppo-")
+    start_watchdog(socket_folder)
     status = 1
     try:
         connection = Connection(int(sys.argv[1]))

@@ -18,7 +18,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vppo.parallel.conversion.config_files import copy_config_files
 from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
 from tests.conversion.folders import left_behind
 
 NAME = "Qwen2.5 tied"
@@ -140,5 +142,19 @@ def test_full_disk(
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"vppo: {tmp_path / 'target'}: File too large. About 0.00 GB are needed in {tmp_path}")
+    assert last.startswith(f"vppo: {tmp_path / 'target'}: File too large. About 0.07 GB are needed in {tmp_path}")
     assert left_behind(tmp_path / "target") == []
+
+
+def test_disk_full_at_the_tokenizer(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "config.json").write_text("{}")
+    (source / "tokenizer.json").write_text("{}" * 10_000)
+    with (
+        pytest.raises(ValueError, match=r"target: No space left on device\. About 0\.07 GB are needed in .*, \d"),
+        unfinished_folder(target, num_bytes=1) as folder,
+    ):
+        (folder / "tokenizer.json").symlink_to("/dev/full")
+        copy_config_files(source, folder)
+    assert left_behind(target) == []

@@ -7,8 +7,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,8 +115,11 @@ def test_bad_settings_are_refused_before_a_process_starts() -> None:
 
 
 @pytest.mark.slow
-def test_two_workers_with_untied_embeddings_then_a_killed_engine(tmp_path: Path) -> None:
-    """Shards verified, log-probs equal, and after SIGKILL of the engine neither process nor memory is left."""
+def test_two_workers_with_untied_embeddings_then_a_killed_engine(
+    tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards verified, log-probs equal, and after SIGKILL of the engine no process, memory or socket is left."""
+    monkeypatch.setenv("TMPDIR", str(short_folder))
     folder = save_model_folder(tmp_path / "model", tied=False)
     settings = EngineSettings(
         model=str(folder),
@@ -140,11 +145,21 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(tmp_path: Path)
         assert len(process_group.members(engine.pid)) >= 4  # engine, watchdog, two workers
         shared = shared_memory_of(engine.pid)
         assert shared, "the engine's processes share memory; the test would not see it left behind"
+        assert any(path.is_socket() for path in short_folder.glob("vppo-*/*"))
         os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="signal SIGKILL"):
             engine.generate([request], SamplingSettings(max_tokens=12))
         assert wait_until_gone(engine.pid) == []
         assert shared & set(os.listdir("/dev/shm")) == set()
+        assert [path for path in short_folder.rglob("*") if path.is_socket()] == []
+        assert list(short_folder.glob("vppo-*")) == []
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """For sockets, whose paths end after 107 bytes: pytest's own folders are too deep."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:
+        yield Path(folder)
 
 
 def shared_memory_of(engine: int) -> set[str]:

@@ -9,19 +9,8 @@ import pytest
 from megatron_vppo.models.options import Part
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.trainer.plan import (
-    ENGINE_RESERVE,
-    GIB,
-    RECOMPUTES,
-    SLEEPING_ENGINE,
-    TRAINER_RESERVE,
-    Candidate,
-    Cluster,
-    Plan,
-    Workload,
-    make_plan,
-    near_even,
-)
+from megatron_vppo.trainer.candidate import TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.trainer.plan import ENGINE_RESERVE, GIB, RECOMPUTES, SLEEPING_ENGINE, Plan, make_plan, near_even
 
 WORKLOAD = Workload(
     prompt_tokens=4096,

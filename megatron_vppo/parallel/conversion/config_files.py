@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -17,9 +18,17 @@ WEIGHT_FILES = (
 
 
 def copy_config_files(source: Path, target: Path) -> None:
-    """Into a folder that exists. Hidden files stay behind, weights in whatever format too."""
-    ignore = shutil.ignore_patterns(*WEIGHT_FILES, ".*")
-    shutil.copytree(source, target, ignore=ignore, dirs_exist_ok=True)
+    """Into a folder that exists. Hidden files stay behind, weights in whatever format too.
+
+    The first failure ends it: shutil.copytree would go on, and keep of a full disk only the text.
+    """
+    names = os.listdir(source)
+    for name in sorted({*names} - shutil.ignore_patterns(*WEIGHT_FILES, ".*")(str(source), names)):
+        if (source / name).is_dir():
+            (target / name).mkdir(exist_ok=True)
+            copy_config_files(source / name, target / name)
+        else:
+            shutil.copy2(source / name, target / name)
 
 
 def name_dtype(folder: Path, dtypes: Collection[torch.dtype]) -> None:

@@ -55,7 +55,7 @@ def unfinished_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
 def no_space(target: Path, *, num_bytes: int, reason: str) -> ValueError:
     parent = target.absolute().parent
     return ValueError(
-        f"{target}: {reason}. About {num_bytes / 1e9:.2f} GB are needed in {parent}, "
+        f"{target}: {reason}. About {(num_bytes + RESERVE_BYTES) / 1e9:.2f} GB are needed in {parent}, "
         f"{shutil.disk_usage(parent).free / 1e9:.2f} GB are free there"
     )
 
