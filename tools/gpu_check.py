@@ -2,8 +2,8 @@
 
     python tools/gpu_check.py [pytest options]
 
-Runs `vppo doctor`, then every test under tests/gpu in this interpreter's environment, and ends with one table. Exit
-status 1 where a check failed, 2 where there is no GPU.
+Runs `vppo doctor`, then every test under tests/gpu in this interpreter's environment, and ends with one table. A
+check that hangs ends the run and shows where. Exit status 1 where a check failed, 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +18,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = "tests/gpu"
+HANGING_SECONDS = 240
+"""The start of an engine takes the longest."""
+PYTEST = (
+    "pytest", "-v", "--tb=short", "-o", f"faulthandler_timeout={HANGING_SECONDS}",
+    "-o", "faulthandler_exit_on_timeout=true",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ def main(options: list[str]) -> int:
     subprocess.run([sys.executable, "-m", "megatron_vppo.cli.main", "doctor"], cwd=ROOT, check=False)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", GPU_TESTS, *options]
+        command = [sys.executable, "-m", *PYTEST, f"--junitxml={report}", GPU_TESTS, *options]
         status = subprocess.run(command, cwd=ROOT, check=False).returncode
         if not report.exists():
             return status or 1

@@ -74,7 +74,8 @@ def quotient_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
         amax: float32, any shape.
         power_of_two: the mantissa is cut off afterwards.
     """
-    scale = (E4M3_MAX / amax).clamp(max=torch.finfo(torch.float32).max)
+    # Not E4M3_MAX / amax: with a number on the left torch multiplies by a reciprocal, which rounds twice.
+    scale = torch.div(torch.full_like(amax, E4M3_MAX), amax).clamp(max=torch.finfo(torch.float32).max)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)
     return torch.where(amax.isfinite() & (amax != 0), scale, 1.0)

@@ -41,11 +41,11 @@ def start_watchdog(socket_folder: str) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     while os.getppid() == engine_pid and process_group.parent_of(engine_pid) == trainer_pid:
         time.sleep(WATCH_SECONDS)
+    shutil.rmtree(socket_folder, ignore_errors=True)  # first: the trainer's patience with this group is short
     os.killpg(engine_pid, signal.SIGTERM)
     deadline = time.monotonic() + TERM_SECONDS
     while time.monotonic() < deadline and len(process_group.members(engine_pid)) > 1:
         time.sleep(0.05)
-    shutil.rmtree(socket_folder, ignore_errors=True)
     os.killpg(engine_pid, signal.SIGKILL)
 
 

@@ -25,10 +25,15 @@ def _digest(tensor: torch.Tensor) -> str:
 def _read(connection: Connection) -> None:
     """Answers each (handle, bytes) with the digest of what lies there; None: lets go of everything."""
     reader = DeviceBufferReader(torch.device("cuda", 0))
+    torch.zeros(CAPACITY, dtype=torch.uint8, device="cuda").clone()  # the context and its kernels are there from now on
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     connection.send("ready")
     while (request := connection.recv()) != "end":
         if request is None:
+            copy = None
             reader.close()
+            torch.cuda.empty_cache()
             connection.send("closed")
             continue
         handle, num_bytes = request

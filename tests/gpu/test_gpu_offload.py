@@ -38,30 +38,40 @@ def _bytes(policy: MegatronPolicy) -> int:
     )
 
 
+def requested_bytes() -> int:
+    """What tensors hold. The blocks that the allocator gives them may be larger, by up to a MiB."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_free_and_training_goes_on(
-    dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path
+    dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny_model(tmp_path, gpu_configs()["Qwen2.5-VL"])
     options = ModelOptions(
         backend=choose_backend("auto", on_gpu=True, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
     )
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
-    still, moved = (make_policy(tmp_path, layout, rows=2, optim=optim, dtype=dtype, options=options) for _ in range(2))
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # TransformerEngine's attention
     batch = make_batch(make_responses(), "nll")
-    for policy in (still, moved):
+
+    def new_policy() -> MegatronPolicy:
+        policy = make_policy(tmp_path, layout, rows=2, optim=optim, dtype=dtype, options=options)
         policy.update(batch)
+        return policy
+
+    new_policy()  # by the end of it all that Megatron has compiled is compiled for every length
+    still, moved = new_policy(), new_policy()
     memory = TrainerMemory(moved.trainable)
     total = _bytes(moved)
     assert total > 1 << 20
     for _ in range(3):
-        before = torch.cuda.memory_allocated()
+        before = requested_bytes()
         memory.offload(ALL)
-        # The allocator counts in blocks of 512 bytes, so at least what the storages hold is gone.
-        assert before - torch.cuda.memory_allocated() >= total
+        assert before - requested_bytes() >= total
         memory.reload(ALL)
-        assert torch.cuda.memory_allocated() == before
+        assert requested_bytes() == before
         for policy in (still, moved):
             policy.update(batch)
         pairs = zip(still.hf_weights(), moved.hf_weights(), strict=True)

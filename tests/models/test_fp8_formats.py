@@ -127,6 +127,11 @@ def test_mx_scale_rounds_the_exponent_up() -> None:
     assert mx_scale(amax).tolist() == expected
 
 
+def test_quotient_scale_is_rounded_once() -> None:
+    amax = torch.cat([torch.tensor([3.75]), torch.rand(1000, generator=torch.Generator().manual_seed(2)) * 10])
+    assert torch.equal(quotient_scale(amax, power_of_two=False), (448.0 / amax.double()).float())
+
+
 def test_quotient_scale_at_its_limits() -> None:
     amax = torch.tensor([0.0, math.inf, math.nan, 1e-39, 7.0, 6.0])
     largest = torch.finfo(torch.float32).max

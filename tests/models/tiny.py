@@ -79,14 +79,14 @@ def tiny_qwen3_config(*, tied: bool, vocab: int, taps: tuple[int, ...], **text: 
 MODEL_CLASSES = {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration}
 
 
-def save_tiny_model(folder: Path, config: Qwen2_5_VLConfig | Qwen3VLConfig) -> PreTrainedModel:
-    """Every parameter random, norms and biases too, so that each one matters."""
+def save_tiny_model(folder: Path, config: Qwen2_5_VLConfig | Qwen3VLConfig, *, spread: float = 0.12) -> PreTrainedModel:
+    """Every parameter random, norms and biases too, so that each one matters; matrices by `spread`."""
     torch.manual_seed(5)
     model = MODEL_CLASSES[config.model_type](config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            spread = 0.2 if "norm" in name or "ln_q" in name or name.endswith("bias") else 0.12
-            parameter.add_(torch.randn_like(parameter), alpha=spread)
+            is_vector = "norm" in name or "ln_q" in name or name.endswith("bias")
+            parameter.add_(torch.randn_like(parameter), alpha=0.2 if is_vector else spread)
     model.save_pretrained(folder)
     return model
 

@@ -235,11 +235,13 @@ def make_policy(
     )  # fmt: skip
 
 
-def saved_models(configs: dict[str, Any], folder: Path, *, entropy_kind: str) -> dict[str, tuple[Path, Outcome]]:
+def saved_models(
+    configs: dict[str, Any], folder: Path, *, entropy_kind: str, spread: float = 0.12
+) -> dict[str, tuple[Path, Outcome]]:
     """Random models of these configurations in folders of their own, and what transformers says of each."""
     made = {}
     for name, config in configs.items():
-        save_tiny_model(folder / name, config)
+        save_tiny_model(folder / name, config, spread=spread)
         made[name] = (folder / name, expected_outcome(folder / name, entropy_kind, OPTIM))
     return made
 

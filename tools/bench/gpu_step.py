@@ -185,6 +185,7 @@ def run(bench: Bench, ceilings: dict[str, float | None]) -> dict[str, Any]:
             phase: result if isinstance(result, dict) else _phase_report(result, flops[phase], tokens[phase], ceilings)
             for phase, result in results.items()
         }
+        print(json.dumps(phases[case.name]), file=sys.stderr, flush=True)  # not lost if a later one ends everything
     return {
         "settings": {**asdict(bench.settings), "authors_attention": authors_attention()},
         "workload": bench.workload.shape(),

@@ -71,6 +71,7 @@ def measure(sizes: Sizes, *, seconds: float) -> dict[str, Any]:
         timings = time_together({"head": head, "products": products}, device=device, seconds=seconds)
         flops = count * 2 * sizes.positions * sizes.vocabulary * sizes.hidden
         reports[name] = _report(timings, flops)
+        print(f"{name}: {json.dumps(reports[name])}", file=sys.stderr, flush=True)
         free_memory(device)
     return {
         "sizes": asdict(sizes),

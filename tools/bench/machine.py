@@ -39,10 +39,13 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path) -> dict[str, Any]:
-    """Of the checkout at `root`, and whether tracked files differ from it; None outside a checkout."""
+    """Of the checkout at `root`, and whether tracked files differ from it; None outside a checkout or without git."""
 
     def git(*arguments: str) -> str | None:
-        answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        try:
+            answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
         return answer.stdout.strip() if answer.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
