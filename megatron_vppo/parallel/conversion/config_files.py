@@ -18,14 +18,14 @@ WEIGHT_FILES = (
 
 
 def copy_config_files(source: Path, target: Path) -> None:
-    """Into a folder that exists. Hidden files stay behind, weights in whatever format too.
+    """Into a folder, which is made where it does not exist. Hidden files stay behind, weights in whatever format too.
 
     The first failure ends it: shutil.copytree would go on, and keep of a full disk only the text.
     """
+    target.mkdir(parents=True, exist_ok=True)
     names = os.listdir(source)
     for name in sorted({*names} - shutil.ignore_patterns(*WEIGHT_FILES, ".*")(str(source), names)):
         if (source / name).is_dir():
-            (target / name).mkdir(exist_ok=True)
             copy_config_files(source / name, target / name)
         else:
             shutil.copy2(source / name, target / name)
