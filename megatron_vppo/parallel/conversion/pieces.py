@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_vppo.models.hf_folder import LazyTensor
 from megatron_vppo.models.weight_map import Kind, Shape
 from megatron_vppo.parallel.conversion.processes import Report
-from megatron_vppo.parallel.conversion.unfinished import flush_entry
 
 
 @dataclass(frozen=True)
@@ -103,17 +101,7 @@ def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
     """
     writer, planner = file_writer(part.dist_ckpt), LazyPlanner(part.pieces, report)
     try:
-        # Each file goes to the disk while the next one is made: at the end gigabytes would be waited for.
-        with ThreadPoolExecutor(max_workers=1) as flusher:
-            written, flushes = [], []
-            for plan in part.plans:
-                results = writer.write_data(plan, planner).value()
-                files = {result.storage_data.relative_path for result in results}
-                flushes += [flusher.submit(flush_entry, part.dist_ckpt / file) for file in files]
-                written.append(results)
-            for flush in flushes:
-                flush.result()
-        return written
+        return [writer.write_data(plan, planner).value() for plan in part.plans]
     except RuntimeError as error:
         # torch.save then also finds that its file is too short, and says only that.
         cause: BaseException | None = error
@@ -123,7 +111,7 @@ def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
 
 
 def file_writer(dist_ckpt: Path) -> FileSystemWriter:
-    # Flushed by us, file by file; nothing is copied ahead, also where there are GPUs.
+    # Flushed once, when everything is written; nothing is copied ahead, also where there are GPUs.
     writer = FileSystemWriter(dist_ckpt, sync_files=False, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     return writer

@@ -42,7 +42,7 @@ def unfinished_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
             yield unfinished
             _flush(unfinished)
             os.rename(unfinished, target)
-            flush_entry(parent)
+            _flush_entry(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise no_space(target, num_bytes=num_bytes, reason=os.strerror(error.errno)) from error
@@ -100,12 +100,11 @@ def _flush(folder: Path) -> None:
     """Everything in it is on the disk when this returns: a name that survives a power cut stands for whole files."""
     for base, _, files in os.walk(folder):
         for file in files:
-            flush_entry(Path(base) / file)
-        flush_entry(Path(base))
+            _flush_entry(Path(base) / file)
+        _flush_entry(Path(base))
 
 
-def flush_entry(path: Path) -> None:
-    """A file, or the names in a folder, are on the disk when this returns."""
+def _flush_entry(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
