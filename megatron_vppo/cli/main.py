@@ -91,9 +91,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
 
     config = load_config(options.config, options.overrides)
+    check_training(config)
     take_rank_from_slurm()
     if not is_trainer_rank():
         quieten_libraries()

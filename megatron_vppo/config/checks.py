@@ -51,6 +51,16 @@ def ranks_per_copy(config: RunConfig) -> int:
     return parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
 
 
+def check_training(config: RunConfig) -> None:
+    """Settings without effect in a run; `vppo fp8-fidelity` takes them."""
+    ends = config.fp8.bf16_layers_at_ends
+    if ends and config.fp8.recipe is None and config.rollout.quantization is None:
+        raise ValueError(
+            f"fp8.bf16_layers_at_ends={ends} keeps layers out of FP8, which nothing uses; set fp8.recipe or "
+            "rollout.quantization, or leave it out"
+        )
+
+
 def check_device(config: RunConfig, *, on_cpu: bool) -> None:
     """Settings that need GPUs."""
     if not on_cpu:

@@ -227,7 +227,8 @@ def serve(connection: Connection, engine: Engine) -> None:
 def main() -> None:
     os.set_inheritable(int(sys.argv[1]), False)
     # vLLM never removes its sockets. The name is short because theirs must not pass 107 bytes, folder included.
-    socket_folder = os.environ["VLLM_RPC_BASE_PATH"] = tempfile.mkdtemp(prefix="vppo-")
+    socket_folder = tempfile.mkdtemp(prefix="vppo-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
+    os.environ["VLLM_RPC_BASE_PATH"] = socket_folder
     start_watchdog(socket_folder)
     status = 1
     try:

@@ -43,6 +43,7 @@ def config_file(tmp_path: Path) -> Path:
         ("data.format_prompt=no.jinja", "data.format_prompt: there is no file"),
         ("reward.reward_function=no.py:score", "reward.reward_function: there is no file"),
         ("rollout.temperature=2.5", "rollout.temperature"),
+        ("fp8.bf16_layers_at_ends=2", "set fp8.recipe or rollout.quantization"),
     ],
 )
 def test_mistakes_end_in_one_message(

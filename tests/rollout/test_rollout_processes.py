@@ -119,7 +119,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
     tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Shards verified, log-probs equal, and after SIGKILL of the engine no process, memory or socket is left."""
-    monkeypatch.setenv("TMPDIR", str(short_folder))
+    monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(short_folder))
     folder = save_model_folder(tmp_path / "model", tied=False)
     settings = EngineSettings(
         model=str(folder),
