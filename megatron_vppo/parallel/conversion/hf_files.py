@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_vppo.models.hf_folder import DTYPES, INDEX, SINGLE, raw_bytes
 from megatron_vppo.models.weight_map import Gated, Shape, Split, Vocabulary
 from megatron_vppo.parallel.conversion.processes import Report
+from megatron_vppo.parallel.conversion.read_ahead import read_ahead
 from megatron_vppo.parallel.conversion.records import StoredEntry
 from megatron_vppo.parallel.conversion.stored import StoredWeights
 
@@ -99,39 +100,51 @@ def _make_file(path: Path, tensors: Sequence[tuple[str, Shape, torch.dtype]]) ->
 def fill(part: tuple[Path, tuple[FilledEntry, ...]], report: Report) -> None:
     dist_ckpt, entries = part
     weights = StoredWeights(dist_ckpt)
-    for entry in entries:
-        if isinstance(entry.stored.entry.kind, Vocabulary | Split | Gated):
-            _fill_rows(weights, entry, report)
-        else:
-            _fill_whole(weights, entry, report)
+    for block in read_ahead(block for entry in entries for block in _blocks(weights, entry)):
+        _put(block)
+        report(block.nbytes)
 
 
-def _fill_rows(weights: StoredWeights, entry: FilledEntry, report: Report) -> None:
+@dataclass(frozen=True)
+class _Block:
+    """Rows of a tensor, from row `row` on."""
+
+    place: Place
+    row: int
+    values: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        """In the file."""
+        return self.values.numel() * self.place.dtype.itemsize
+
+
+def _blocks(weights: StoredWeights, entry: FilledEntry) -> Iterator[_Block]:
+    if isinstance(entry.stored.entry.kind, Vocabulary | Split | Gated):
+        yield from _blocks_of_rows(weights, entry)
+        return
+    # The rows are in another order than those of the tensors.
+    parameter = torch.cat([weights.rows(part, part.row, part.row + part.rows) for part in entry.stored.parts])
+    for place, tensor in zip(entry.places, entry.stored.entry.kind.merge(parameter[None]), strict=True):
+        yield _Block(place, 0, tensor)
+
+
+def _blocks_of_rows(weights: StoredWeights, entry: FilledEntry) -> Iterator[_Block]:
     """A parameter that is the rows of one tensor after those of another."""
     for part in entry.stored.parts:
         for low, high in weights.row_steps(part, num_bytes=PIECE_BYTES):
-            block = weights.rows(part, low, high)
-            first = 0
+            rows, first = weights.rows(part, low, high), 0
             for place in entry.places:
                 begin, end = max(low, first), min(high, first + place.shape[0])
                 if begin < end:
-                    _put(place, block[begin - low : end - low], row=begin - first)
-                    report((end - begin) * (place.nbytes // place.shape[0]))
+                    yield _Block(place, begin - first, rows[begin - low : end - low])
                 first += place.shape[0]
 
 
-def _fill_whole(weights: StoredWeights, entry: FilledEntry, report: Report) -> None:
-    """A parameter whose rows are in another order than those of the tensors."""
-    parameter = torch.cat([weights.rows(part, part.row, part.row + part.rows) for part in entry.stored.parts])
-    for place, tensor in zip(entry.places, entry.stored.entry.kind.merge(parameter[None]), strict=True):
-        _put(place, tensor, row=0)
-        report(place.nbytes)
-
-
-def _put(place: Place, block: Tensor, *, row: int) -> None:
-    """Writes rows of a tensor to their place in its file, from row `row` on."""
-    data = raw_bytes(block.to(place.dtype).contiguous())
-    at = place.start + row * (place.nbytes // place.shape[0])
+def _put(block: _Block) -> None:
+    place = block.place
+    data = raw_bytes(block.values.to(place.dtype).contiguous())
+    at = place.start + block.row * (place.nbytes // place.shape[0])
     descriptor = os.open(place.path, os.O_WRONLY)
     try:
         while data:

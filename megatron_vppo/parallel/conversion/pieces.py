@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_vppo.models.hf_folder import LazyTensor
 from megatron_vppo.models.weight_map import Kind, Shape
 from megatron_vppo.parallel.conversion.processes import Report
+from megatron_vppo.parallel.conversion.read_ahead import read_ahead
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Piece:
     def nbytes(self) -> int:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
+    def read(self) -> Tensor:
+        return self.source.read().to(self.dtype).reshape(self.sizes)
+
     def write_item(self) -> WriteItem:
         chunk = ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=torch.Size(self.sizes))
         data = TensorWriteData(chunk=chunk, properties=TensorProperties(dtype=self.dtype), size=torch.Size(self.size))
@@ -75,11 +80,15 @@ class FilePart:
 
 
 class LazyPlanner(DefaultSavePlanner):
-    """Makes each tensor when the writer asks for it."""
+    """Makes each tensor shortly before the writer asks for it."""
 
-    def __init__(self, pieces: dict[MetadataIndex, Piece], report: Report) -> None:
+    def __init__(self, pieces: Mapping[MetadataIndex, Piece], report: Report) -> None:
+        """
+        Args:
+            pieces: in the order in which the writer will ask for them.
+        """
         super().__init__(flatten_state_dict=False)
-        self._pieces = pieces
+        self._made = read_ahead((index, piece.read()) for index, piece in pieces.items())
         self._report = report
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -87,9 +96,9 @@ class LazyPlanner(DefaultSavePlanner):
             nothing = io.BytesIO()
             torch.save([None], nothing)  # as Megatron writes the empty state of a layer
             return nothing
-        piece = self._pieces[write_item.index]
-        tensor = piece.source.read().to(piece.dtype).reshape(piece.sizes)
-        self._report(piece.nbytes)
+        index, tensor = next(self._made)
+        assert index == write_item.index
+        self._report(tensor.nbytes)
         return tensor
 
 

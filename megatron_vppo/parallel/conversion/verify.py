@@ -16,6 +16,7 @@ from megatron_vppo.models.weight_map import Gated, Split, Vocabulary
 from megatron_vppo.observability.byte_progress import ByteProgress
 from megatron_vppo.parallel.conversion.hf_files import PIECE_BYTES
 from megatron_vppo.parallel.conversion.plan import ModelPlan, plan_model
+from megatron_vppo.parallel.conversion.read_ahead import read_ahead
 from megatron_vppo.parallel.conversion.records import StoredEntry
 from megatron_vppo.parallel.conversion.stored import StoredWeights
 
@@ -52,13 +53,12 @@ def compare_checkpoints(source: Path, other: Path) -> Comparison:
     sources = [(stored, weights.tensors(stored.entry)) for stored in plan.entries]
     total = sum(tensor.nbytes for _, tensors in sources for tensor in tensors)
     progress = ByteProgress(f"comparing {other.name}", total)
-    for stored, tensors in sources:
-        for block in compare(stored, tensors):
-            if block.source.dtype != block.other.dtype:
-                casts[f"{block.source.dtype} -> {block.other.dtype}".replace("torch.", "")] = None
-            if not _equal_bits(block.source.to(block.other.dtype), block.other):
-                differing[block.name] = None
-            progress.add(block.progress)
+    for block in read_ahead(block for stored, tensors in sources for block in compare(stored, tensors)):
+        if block.source.dtype != block.other.dtype:
+            casts[f"{block.source.dtype} -> {block.other.dtype}".replace("torch.", "")] = None
+        if not _equal_bits(block.source.to(block.other.dtype), block.other):
+            differing[block.name] = None
+        progress.add(block.progress)
     progress.close()
     return Comparison(sum(len(tensors) for _, tensors in sources), total, tuple(differing), tuple(casts))
 
