@@ -1,11 +1,21 @@
-"""read_ahead: the same items, of which the next is being made while one is worked on."""
+"""read_ahead: the same items, of which the next is being made while one is worked on. All conversions use it."""
+
+from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_vppo.models.hf_folder import LazyTensor
 from megatron_vppo.parallel.conversion.read_ahead import read_ahead
+from megatron_vppo.parallel.conversion.stored import StoredWeights
+from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
+from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.parallel.conversion.verify import compare_checkpoints
 
 WAIT_SECONDS = 20
 
@@ -37,8 +47,11 @@ def test_no_more_than_one_item_waits() -> None:
             made.append(number)
             yield number
 
-    for number in read_ahead(items()):
-        assert len(made) <= number + 2
+    ahead = read_ahead(items())
+    for number in range(3):
+        assert next(ahead) == number
+        time.sleep(0.05)
+        assert len(made) == number + 2
 
 
 def test_an_error_comes_in_the_place_of_its_item() -> None:
@@ -57,5 +70,31 @@ def test_its_thread_ends_with_it() -> None:
     ahead = read_ahead(iter(range(10)))
     next(ahead)
     assert threading.active_count() == before + 1
-    ahead.close()  # type: ignore[attr-defined]
+    ahead.close()
     assert threading.active_count() == before
+
+
+def test_weights_are_read_beside_the_main_thread(
+    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers: set[threading.Thread] = set()
+
+    def noting(read: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any) -> Any:
+            readers.add(threading.current_thread())
+            return read(*arguments)
+
+        return noted
+
+    monkeypatch.setattr(LazyTensor, "__getitem__", noting(LazyTensor.__getitem__))
+    monkeypatch.setattr(StoredWeights, "rows", noting(StoredWeights.rows))
+    source = hf_folders["Qwen3 tied"]
+    for work in (
+        lambda: hf_to_megatron(source, tmp_path / "megatron"),
+        lambda: megatron_to_hf(tmp_path / "megatron", tmp_path / "back"),
+        lambda: compare_checkpoints(source, tmp_path / "megatron"),
+        lambda: compare_checkpoints(source, tmp_path / "back"),
+    ):
+        readers.clear()
+        work()
+        assert readers and threading.main_thread() not in readers

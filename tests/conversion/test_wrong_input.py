@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vppo.cli.main import main
+from megatron_vppo.models.hf_folder import HfFolder
 from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
 from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
@@ -115,6 +118,23 @@ def test_wrong_hf_folders_are_refused(what: str, hf_folders: dict[str, Path], tm
     spoil(tmp_path / "source")
     with pytest.raises(ValueError, match=message):
         hf_to_megatron(tmp_path / "source", tmp_path / "target")
+    assert left_behind(tmp_path / "target") == []
+
+
+def test_a_file_that_is_cut_off_while_it_is_read(
+    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(hf_folders[NAME], tmp_path / "source")
+    check = HfFolder.check_names
+
+    def check_and_cut(*arguments: Any) -> None:
+        check(*arguments)
+        weights = source / "model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+
+    monkeypatch.setattr(HfFolder, "check_names", check_and_cut)
+    with pytest.raises(ValueError, match=r"model\.safetensors ends within [a-z.0-9_]+; download it again"):
+        hf_to_megatron(source, tmp_path / "target")
     assert left_behind(tmp_path / "target") == []
 
 

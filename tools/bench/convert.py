@@ -2,9 +2,9 @@
 
     python tools/bench/convert.py --shape small|7b [--folder FOLDER] [--processes N]
 
-Builds a checkpoint of random weights in FOLDER, copies it, converts it to Megatron and back, compares what came back
-with what it began with, and copies it once more. All of it lies on the disk of FOLDER, which needs room for three
-times the checkpoint (7b: 50 GB). What is measured and how: tools/bench/README.md.
+Builds a checkpoint of random weights in FOLDER, converts it to Megatron and back, and compares what came back with
+what it began with. It is copied before, between and after the two conversions. All of it lies on the disk of FOLDER,
+which needs room for three times the checkpoint (7b: 50 GB). What is measured and how: tools/bench/README.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import Qwen2_5_VLConfig
 
-from bench.machine import commit, hardware, versions
+from bench.machine import commit, hardware, stolen_seconds, versions
 from bench.resident import TreeSampler
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_folder import raw_bytes
@@ -72,38 +73,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(shape: str, *, folder: Path, processes: int) -> dict[str, Any]:
-    """Builds, copies, converts, compares, cleans up."""
+    """Builds, converts and compares, with a copy on either side of each conversion, cleans up."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    source, converted, back, copy = (folder / name for name in ("source", "converted", "back", "copy"))
+    source, converted, back = (folder / name for name in ("source", "converted", "back"))
     try:
         num_bytes = build(shape, source)
-        load = [os.getloadavg()[0]]
-        copies = [copy_seconds(source, copy)]
-        shutil.rmtree(copy)
         several = ["--processes", str(processes)]
-        runs = {
-            "hf_to_megatron": run(["hf-to-megatron", source, converted, *several], cold=source),
-            "megatron_to_hf": run(["megatron-to-hf", converted, back, "--shard-size", "4GB", *several], cold=converted),
-            "verify": run(["verify", source, back], cold=source),
-        }
-        shutil.rmtree(back)
-        copies.append(copy_seconds(source, copy))
-        load.append(os.getloadavg()[0])
+        copies = [copy(source, folder / "copy")]
+        to_megatron = run(["hf-to-megatron", source, converted, *several], cold=source)
+        copies.append(copy(source, folder / "copy"))
+        to_hf = run(["megatron-to-hf", converted, back, "--shard-size", "4GB", *several], cold=converted)
+        shutil.rmtree(converted)
+        copies.append(copy(source, folder / "copy"))
+        verify = run(["verify", source, back], cold=source)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    mean_copy = sum(copies) / len(copies)
     return {
         "shape": shape,
         "gigabytes": round(num_bytes / 1e9, 3),
         "processes": processes,
-        "copy_seconds": [round(seconds, 1) for seconds in copies],
-        **{name: {**result, "of_copy": round(result["seconds"] / mean_copy, 2)} for name, result in runs.items()},
-        "load_average": {"before": round(load[0], 2), "after": round(load[1], 2)},
+        "copies": copies,
+        "hf_to_megatron": {**to_megatron, "of_copy": _of_copies(to_megatron, copies[:2])},
+        "megatron_to_hf": {**to_hf, "of_copy": _of_copies(to_hf, copies[1:])},
+        "verify": verify,
         "hardware": hardware(),
         "versions": versions(),
         "git": commit(ROOT),
     }
+
+
+def _of_copies(conversion: dict[str, Any], copies: Sequence[dict[str, Any]]) -> float:
+    return round(conversion["seconds"] * len(copies) / sum(made["seconds"] for made in copies), 2)
 
 
 def build(shape: str, folder: Path) -> int:
@@ -130,13 +131,25 @@ def build(shape: str, folder: Path) -> int:
     return sum(place.nbytes for place in places.values())
 
 
-def copy_seconds(source: Path, target: Path) -> float:
-    """Of shutil.copytree from a cold page cache, until the copy is on the disk."""
+@contextmanager
+def timed(found: dict[str, Any]) -> Iterator[None]:
+    """Notes wall-clock seconds, and the share of all cores' time in them that other virtual machines got."""
+    stolen, began = stolen_seconds(), time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    found["seconds"] = round(seconds, 1)
+    found["stolen"] = round((stolen_seconds() - stolen) / seconds / (os.cpu_count() or 1), 2)
+
+
+def copy(source: Path, target: Path) -> dict[str, Any]:
+    """shutil.copytree from a cold page cache, until the copy is on the disk. Then removes it."""
     forget(source)
-    began = time.perf_counter()
-    shutil.copytree(source, target)
-    flush(target)
-    return time.perf_counter() - began
+    found: dict[str, Any] = {}
+    with timed(found):
+        shutil.copytree(source, target)
+        flush(target)
+    shutil.rmtree(target)
+    return found
 
 
 def run(arguments: Sequence[object], *, cold: Path) -> dict[str, Any]:
@@ -147,15 +160,14 @@ def run(arguments: Sequence[object], *, cold: Path) -> dict[str, Any]:
     """
     forget(cold)
     command = [sys.executable, "-m", "megatron_vppo.cli.main", "convert", *map(str, arguments)]
-    began = time.perf_counter()
-    with subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr) as process:
+    found: dict[str, Any] = {}
+    with timed(found), subprocess.Popen(command, cwd=ROOT, stdout=sys.stderr) as process:
         memory = TreeSampler(process.pid)
         status = process.wait()
-        seconds = time.perf_counter() - began
         peak = memory.stop()
     if status:
         raise RuntimeError(f"{' '.join(command)} ended with status {status}")
-    return {"seconds": round(seconds, 1), "peak_mib": {k: round(v, 1) for k, v in asdict(peak).items()}}
+    return {**found, "peak_mib": {k: round(v, 1) for k, v in asdict(peak).items()}}
 
 
 def forget(folder: Path) -> None:

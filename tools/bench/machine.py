@@ -66,6 +66,12 @@ def matmul_gflops(*, threads: int) -> float:
     return 2 * MATRIX**3 / best / 1e9
 
 
+def stolen_seconds() -> float:
+    """CPU seconds since start-up that the host of a virtual machine gave to others, summed over its cores (Linux)."""
+    of_all_cores = Path("/proc/stat").read_text().splitlines()[0].split()
+    return int(of_all_cores[8]) / os.sysconf("SC_CLK_TCK")
+
+
 def _field(path: str, name: str) -> str | None:
     """The value of the first 'name: value' line of a /proc file."""
     try:

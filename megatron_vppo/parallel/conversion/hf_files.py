@@ -23,7 +23,7 @@ from megatron_vppo.parallel.conversion.records import StoredEntry
 from megatron_vppo.parallel.conversion.stored import StoredWeights
 
 PIECE_BYTES = 16 << 20
-"""Rows that are gathered in memory at a time; see to_megatron.py."""
+"""Rows that are gathered in memory at a time, while as many are being read; see to_megatron.py."""
 ALIGNMENT = 8
 """Of the first tensor's bytes in a safetensors file."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class FilePart:
 
 
 class LazyPlanner(DefaultSavePlanner):
-    """Makes each tensor shortly before the writer asks for it."""
+    """Has each tensor made shortly before the writer asks for it. To be closed."""
 
     def __init__(self, pieces: Mapping[MetadataIndex, Piece], report: Report) -> None:
         """
@@ -97,9 +98,13 @@ class LazyPlanner(DefaultSavePlanner):
             torch.save([None], nothing)  # as Megatron writes the empty state of a layer
             return nothing
         index, tensor = next(self._made)
-        assert index == write_item.index
+        if index != write_item.index:
+            raise RuntimeError(f"the writer asks for {write_item.index} when it is {index}'s turn")
         self._report(tensor.nbytes)
         return tensor
+
+    def close(self) -> None:
+        self._made.close()
 
 
 def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
@@ -108,15 +113,22 @@ def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
     Raises:
         OSError: a write failed.
     """
-    writer, planner = file_writer(part.dist_ckpt), LazyPlanner(part.pieces, report)
-    try:
-        return [writer.write_data(plan, planner).value() for plan in part.plans]
-    except RuntimeError as error:
-        # torch.save then also finds that its file is too short, and says only that.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+    writer = file_writer(part.dist_ckpt)
+    with closing(LazyPlanner(part.pieces, report)) as planner:
+        try:
+            return [writer.write_data(plan, planner).value() for plan in part.plans]
+        except RuntimeError as error:
+            raise _behind(error) from None
+
+
+def _behind(error: RuntimeError) -> BaseException:
+    """What ended a write. torch.save then also finds that its file is too short, and says only that."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) or not isinstance(cause, Exception):  # the latter is Ctrl-C or SIGTERM
+            return cause
+        cause = cause.__context__
+    return error
 
 
 def file_writer(dist_ckpt: Path) -> FileSystemWriter:

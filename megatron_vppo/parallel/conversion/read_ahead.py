@@ -6,7 +6,7 @@ after the other they leave the disk idle while they copy, and a core idle throug
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,8 +14,10 @@ Item = TypeVar("Item")
 _END: object = object()
 
 
-def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items in the same order; the next one is made in a thread while the last one is worked on.
+def read_ahead(items: Iterator[Item]) -> Generator[Item, None, None]:
+    """The same items in the same order; the next one is made in a thread while one is worked on.
+
+    The thread ends with the last item, or when this is closed, once the item that it is making is made.
 
     Raises:
         whatever making an item raises, where that item is asked for.

@@ -27,8 +27,8 @@ from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
 from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
 
 PIECE_BYTES = 16 << 20
-"""Rows that are gathered in memory at a time. glibc keeps and reuses blocks of up to 32 MiB; larger ones it takes from
-the kernel each time, page by page, which costs as much as copying them."""
+"""Rows that are gathered in memory at a time, while as many are being read. glibc keeps and reuses blocks of up to 32
+MiB; larger ones it takes from the kernel each time, page by page, which costs as much as copying them."""
 FILE_BYTES = 512 << 20
 """Of each file. torch's writer holds one piece of every tensor until it has finished a file."""
 
