@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
+from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.parallel.offload import PARTS
@@ -85,7 +84,7 @@ def load_config(model: str) -> HfConfig:
         return published_config(model)
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model}: no folder with a config.json, and not one of {', '.join(PUBLISHED)}")
-    return AutoConfig.from_pretrained(model)
+    return read_hf_config(Path(model))
 
 
 def _pixels_per_token(hf_config: HfConfig) -> int:

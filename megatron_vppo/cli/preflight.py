@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from megatron_vppo.config.checks import check_device, check_layout, ranks_per_copy
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
 from megatron_vppo.trainer.engines import num_engines
@@ -38,7 +38,7 @@ def check_before_launch(config: RunConfig) -> int:
         )
     check_layout(config, world_size)
     check_device(config, on_cpu=devices == 0)
-    hf_config = AutoConfig.from_pretrained(model_folder(config.model.path))
+    hf_config = read_hf_config(model_folder(config.model.path))
     family = family_of(hf_config)
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)
     stage_layers(

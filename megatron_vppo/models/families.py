@@ -21,7 +21,7 @@ def family_of(hf_config: HfConfig) -> Family:
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ValueError(
-            f"model.path holds a model of type {hf_config.model_type!r}; supported are {', '.join(sorted(FAMILIES))}"
+            f"a model of type {hf_config.model_type!r} is not supported; {', '.join(sorted(FAMILIES))} are"
         )
     text, vision = hf_config.text_config, hf_config.vision_config
     if text.rope_parameters["rope_type"] != "default" or vision.rope_parameters["rope_type"] != "axial":

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
@@ -15,6 +15,7 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.data.perturb import PerturbSettings
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
+from megatron_vppo.models.hf_config import read_hf_config
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
     Args:
         source: folder of the model.
     """
-    processor = AutoProcessor.from_pretrained(source)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     geometry = ImageGeometry.from_processor(
         processor.image_processor,
         min_pixels=config.data.min_pixels,
@@ -43,7 +44,7 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
     datasets = _datasets(config)
     perturb = PerturbSettings(**config.algorithm.perturb.model_dump())
     return RunInputs(
-        hf_config=AutoConfig.from_pretrained(source),
+        hf_config=read_hf_config(source),
         processor=processor,
         datasets=datasets,
         images=VisionInputs(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.dist_loading import load_weights
+from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.packed import PackedBatch
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -69,7 +70,7 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
     Raises:
         ValueError: the folder has no processor, or its weights cannot be loaded.
     """
-    hf_config, processor = AutoConfig.from_pretrained(source), AutoProcessor.from_pretrained(source)
+    hf_config, processor = read_hf_config(source), AutoProcessor.from_pretrained(source, trust_remote_code=False)
     dtype = torch.bfloat16 if hf_config.dtype == torch.bfloat16 else torch.float32
     rows = _rows(processor)
     sampled: list[Tensor] = []
@@ -158,7 +159,11 @@ def _compact(token_ids: Sequence[int], image_token: int) -> tuple[int, ...]:
 def _transformers_logps(
     source: Path, rows: Sequence[Row], hf_config: Any, *, layout: Layout, dtype: torch.dtype
 ) -> list[Tensor]:
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype).to(layout.device).eval()
+    model = (
+        AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        .to(layout.device)
+        .eval()
+    )
     results = []
     for row in rows:
         ids_1T = torch.tensor([[*row.prompt_ids, *row.answer_ids]], device=layout.device)

@@ -65,7 +65,7 @@ def test_missing_config_and_run_folder(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_another_architecture_is_named(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path / "text_only")
     assert main(["train", "--config", str(config_file), f"model.path={tmp_path}/text_only"]) == 2
-    assert "model of type 'qwen2'; supported are qwen2_5_vl, qwen3_vl" in capfd.readouterr().err
+    assert "config.json: a model of type 'qwen2' is not supported; qwen2_5_vl, qwen3_vl are" in capfd.readouterr().err
 
 
 def test_slurm_rank(monkeypatch: pytest.MonkeyPatch) -> None:

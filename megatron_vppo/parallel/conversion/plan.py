@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.dist_loading import sharded_parts
-from megatron_vppo.models.families import family_of
+from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.weight_map import Entry, stream_entries
 from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -37,7 +36,7 @@ def plan_model(config_folder: Path) -> ModelPlan:
     Raises:
         ValueError: no configuration, or one of a model that is not supported.
     """
-    hf_config = read_config(config_folder)
+    hf_config = read_hf_config(config_folder)
     with _alone() as layout:
         model = build_model(
             hf_config,
@@ -63,19 +62,6 @@ def plan_model(config_folder: Path) -> ModelPlan:
             ignored_hf_names=model.ignored_hf_names,
             canonical_hf_name=model.canonical_hf_name,
         )
-
-
-def read_config(folder: Path) -> Any:
-    """Raises ValueError with the name of `config.json` where it is missing or describes another kind of model."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; --source names the Hugging Face folder that has it")
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        family_of(hf_config)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return hf_config
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def megatron_to_hf(
     if not (checkpoint / DIST_CKPT).is_dir():
         raise ValueError(f"{checkpoint} has no {DIST_CKPT}/; give a converted folder, or one named global_step_N")
     config_folder = source or checkpoint
+    if source is None and not (checkpoint / "config.json").is_file():
+        raise ValueError(f"{checkpoint} has no config.json; --source names the Hugging Face folder that has it")
     plan = plan_model(config_folder)
     weights = StoredWeights(checkpoint / DIST_CKPT)
     dtypes = [weights.check(stored) for stored in plan.entries]
