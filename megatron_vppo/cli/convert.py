@@ -80,6 +80,8 @@ def _verify(options: argparse.Namespace) -> int:
     found = compare_checkpoints(options.source, options.other)
     for cast in found.casts:
         print(f"stored in another dtype; the source was cast: {cast}")
+    for name in found.copies:
+        print(f"{name} equals the embedding that it is tied to; a conversion writes it once")
     for name in found.differing:
         print(f"differs: {name}")
     print(

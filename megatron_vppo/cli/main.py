@@ -22,13 +22,13 @@ from megatron_vppo.models.options import Fp8Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses and calls. Mistakes of the user (ValueError, a file that is not there) end in one line on stderr and exit
-    status 2.
+    """Parses and calls. Mistakes of the user (ValueError, a file that is not there or may not be read) end in one line
+    on stderr and exit status 2.
     """
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError) as error:
         if is_trainer_rank():  # one line among those of many ranks would not say where
             traceback.print_exc()
         print(f"vppo: {error}", file=sys.stderr, flush=True)

@@ -50,7 +50,8 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     Only the tensors of parameters are read: Megatron's extra states are pickles, and those of our layers are empty.
 
     Raises:
-        ValueError: the checkpoint is incomplete, lacks a tensor, or has one of another shape.
+        ValueError: the checkpoint is incomplete, lacks a tensor, or has one of another shape, or an output layer of its
+            own where the configuration ties it.
     """
     metadata = read_metadata(dist_ckpt)
     parameters = dict(model.named_parameters())
@@ -60,6 +61,9 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
         for part in sharded_parts(item):
             rows = tokens if part.allow_shape_mismatch else None
             check_stored(dist_ckpt, metadata, key=part.key, size=part.global_shape, tokens=rows)
+    for entry in model.weight_map:
+        if entry.copy and entry.template in metadata.state_dict_metadata:
+            raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
     # Other models of the pipeline may hold the rest: that all of it is there was seen above, tensor by tensor.
     loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
     for name, parameter in parameters.items():

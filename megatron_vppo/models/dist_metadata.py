@@ -70,7 +70,10 @@ def _check_backend(dist_ckpt: Path) -> None:
     path = dist_ckpt / "metadata.json"
     if not path.is_file():
         raise ValueError(f"{dist_ckpt} lacks metadata.json: it is no distributed checkpoint, or an incomplete one")
-    backend = json.loads(path.read_text()).get("sharded_backend")
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not that of a distributed checkpoint") from error
     if backend != BACKEND:
         raise ValueError(f"{path}: format {backend!r} is not supported, only {BACKEND!r} is")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """What weights may be stored as, by safetensors' names."""
+COMPARED_BYTES = 16 << 20
+"""Of a tensor at a time."""
 HEADER_BYTES = 100 << 20
 """More than any header has; a file that is no safetensors file begins with a number as good as random."""
 
@@ -92,18 +94,47 @@ class HfFolder:
                 raise ValueError(f"{name} comes twice: {other.name} in {other.path} and {tensor.name} in {tensor.path}")
             self._tensors[name] = tensor
 
-    def check_names(self, entries: Iterable[Entry], ignored: Collection[str]) -> None:
-        """Raises ValueError unless the folder holds exactly the tensors of the model, those `ignored` aside."""
+    def check(self, entries: Iterable[Entry], copies: Mapping[str, str]) -> tuple[str, ...]:
+        """Names of the copies that are stored although the model takes them from another tensor.
+
+        Args:
+            copies: by name of such a tensor, the one that it has to equal.
+
+        Raises:
+            ValueError: the folder holds other tensors than the model and its copies, or a copy with other values.
+        """
         known = {name for entry in entries for name in entry.hf_names}
         missing = sorted(known - self._tensors.keys())
-        unknown = sorted(self._tensors.keys() - known - set(ignored))
+        unknown = sorted(self._tensors.keys() - known - copies.keys())
+        files = sorted({self._tensors[name].path.name for name in unknown})
+        config = f"does {self.folder / 'config.json'} belong to these weights?"
+        if missing and unknown:
+            raise ValueError(
+                f"{self.folder} holds the weights of another model: {len(missing)} tensors of this one are missing, "
+                f"first {missing[0]}, and it has {len(unknown)} others, first {unknown[0]} in {files[0]}; {config}"
+            )
         if missing:
-            raise ValueError(f"{self.folder} lacks {len(missing)} tensors of the model, first {missing[:5]}")
+            raise ValueError(f"{self.folder} lacks {len(missing)} tensors of the model, first {missing[:5]}; {config}")
         if unknown:
-            files = sorted({self._tensors[name].path.name for name in unknown})
             raise ValueError(
                 f"{self.folder} has {len(unknown)} tensors that the model does not know, first {unknown[:5]} in "
-                f"{files}; does config.json belong to these weights?"
+                f"{files}; {config}"
+            )
+        stored = tuple(name for name in copies if name in self._tensors)
+        for name in stored:
+            self._check_copy(self._tensors[name], self._tensors[copies[name]])
+        return stored
+
+    @staticmethod
+    def _check_copy(copy: LazyTensor, original: LazyTensor) -> None:
+        step = max(1, COMPARED_BYTES * original.shape[0] // max(1, original.nbytes))
+        if copy.shape != original.shape or any(
+            not torch.equal(copy[low : low + step], original[low : low + step].to(copy.dtype))
+            for low in range(0, original.shape[0], step)
+        ):
+            raise ValueError(
+                f"{copy.name} in {copy.path} differs from {original.name}, which config.json ties it to; set "
+                "tie_word_embeddings to false there, or remove the tensor"
             )
 
     def tensors(self, entry: Entry) -> tuple[LazyTensor, ...]:
@@ -143,9 +174,11 @@ def read_header(path: Path) -> list[LazyTensor]:
         if not 2 <= length <= min(HEADER_BYTES, size - 8):
             raise ValueError(f"{path} is not a safetensors file, or was cut off; download it again")
         try:
-            header: dict[str, Any] = json.loads(file.read(length))
+            header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} is not a safetensors file: its header is no table of tensors")
     header.pop("__metadata__", None)
     tensors = [_described(path, name, described, data=8 + length) for name, described in header.items()]
     for tensor in tensors:
@@ -156,13 +189,17 @@ def read_header(path: Path) -> list[LazyTensor]:
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
-def _described(path: Path, name: str, described: dict[str, Any], *, data: int) -> LazyTensor:
-    if described["dtype"] not in DTYPES:
-        raise ValueError(
-            f"{name} in {path} is stored as {described['dtype']}; weights must be one of {', '.join(DTYPES)}"
-        )
-    begin, end = described["data_offsets"]
-    tensor = LazyTensor(path, name, DTYPES[described["dtype"]], tuple(described["shape"]), data + begin)
+def _described(path: Path, name: str, described: Any, *, data: int) -> LazyTensor:
+    match described:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise ValueError(f"{path} is damaged: it describes {name} as {described}; download it again")
+    if dtype not in DTYPES:
+        raise ValueError(f"{name} in {path} is stored as {dtype}; weights must be one of {', '.join(DTYPES)}")
+    if begin < 0 or not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"{path} is damaged: it describes {name} as {described}; download it again")
+    tensor = LazyTensor(path, name, DTYPES[dtype], tuple(shape), data + begin)
     if end - begin != tensor.nbytes:
         raise ValueError(f"{name} in {path} has {end - begin} bytes, its shape {tensor.shape} needs {tensor.nbytes}")
     return tensor
@@ -170,7 +207,13 @@ def _described(path: Path, name: str, described: dict[str, Any], *, data: int) -
 
 def _of_index(index: Path) -> list[LazyTensor]:
     """What the files named by an index hold, compared with what it says that they hold."""
-    listed: dict[str, str] = json.loads(index.read_text())["weight_map"]
+    try:
+        described = json.loads(index.read_text())
+    except ValueError as error:
+        raise ValueError(f"{index} is no JSON ({error}); download it again") from error
+    listed = described.get("weight_map") if isinstance(described, dict) else None
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ValueError(f"{index} has no weight_map that gives each tensor's file; download it again")
     files = {index.parent / file: None for file in listed.values()}
     absent = sorted(str(path) for path in files if not path.is_file())
     if absent:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -22,7 +22,7 @@ class MappedModel(Protocol):
     stage_layers: tuple[int, ...]
     stage: int
     groups: ProcessGroupCollection
-    ignored_hf_names: Collection[str]
+    hf_copies: Mapping[str, str]
     canonical_hf_name: Callable[[str], str]
 
     def tensor_group(self, entry: Entry) -> dist.ProcessGroup: ...
@@ -38,10 +38,11 @@ def load_hf_weights(model: MappedModel, folder: str | Path) -> None:
     or those that transformers 5 uses in memory.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the configuration says, or is not part of the model.
+        ValueError: a tensor is missing, has another shape than the configuration says, is not part of the model, or
+            is a copy with other values.
     """
     weights = HfFolder(Path(folder), model.canonical_hf_name)
-    weights.check_names(model.weight_map, model.ignored_hf_names)
+    weights.check(model.weight_map, model.hf_copies)
     unfilled = dict(model.named_parameters())
     for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
         group = model.tensor_group(entry)

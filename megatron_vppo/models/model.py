@@ -65,7 +65,8 @@ class QwenVLModel(MegatronModule):
         self.canonical_hf_name = family.canonical_name
         self.parts = parts
         self.weight_map = parts.own_names(weight_map(hf_config, family=family))
-        self.ignored_hf_names = frozenset({HEAD}) if hf_config.tie_word_embeddings else frozenset()
+        tied_head = next((entry for entry in self.weight_map if entry.copy), None)
+        self.hf_copies = {HEAD: tied_head.hf_names[0]} if tied_head else {}
         self.pre_process = self.stage == 0
         self.post_process = self.stage == len(stage_layers) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings

@@ -101,14 +101,15 @@ def test_dtype_is_that_asked_for(hf_folders: dict[str, Path], tmp_path: Path) ->
 def test_pickles_are_neither_loaded_nor_copied(hf_folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(hf_folders["Qwen3 untied"], tmp_path / "source")
     marker = tmp_path / "was_loaded"
-    for file in ("pytorch_model.bin", "training_args.pt", "optimizer.pth"):
+    pickles = ("pytorch_model.bin", "training_args.pt", "optimizer.pth", "a.ckpt", "a.pkl", "a.pickle", "a.joblib")
+    for file in pickles:
         (tmp_path / "source" / file).write_bytes(pickle.dumps(MarksIfLoaded(marker)))
     hf_to_megatron(tmp_path / "source", tmp_path / "megatron")
     assert not marker.exists()
     pickle.loads((tmp_path / "source" / "pytorch_model.bin").read_bytes())
     assert marker.exists(), "the pickle would have left its mark"
     names = {path.name for path in (tmp_path / "megatron").iterdir()}
-    assert names.isdisjoint({"pytorch_model.bin", "training_args.pt", "optimizer.pth"})
+    assert names.isdisjoint(pickles)
 
 
 @pytest.mark.parametrize("program", ["vppo convert", "checkpoints_conversion"])

@@ -19,7 +19,8 @@ from megatron_vppo.models.hf_folder import HfFolder
 from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
 from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
-from tests.conversion.folders import MarksIfLoaded, left_behind, rewrite, shard
+from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, shard
 
 NAME = "Qwen2.5 untied"
 NORM = "model.norm.weight"
@@ -52,6 +53,11 @@ def hold_a_tensor_twice(folder: Path) -> None:
         save_file({**load_file(path), NORM: torch.zeros(64)}, path)
 
 
+def write_header(folder: Path, header: object) -> None:
+    text = json.dumps(header).encode().ljust(512)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(256))
+
+
 def change_config(folder: Path, **changes: object) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -73,6 +79,35 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{" * 50),
         r"model\.safetensors is not a safetensors file: its header is no JSON",
     ),
+    "a header of another kind": (
+        lambda folder: write_header(folder, []),
+        r"model\.safetensors is not a safetensors file: its header is no table of tensors",
+    ),
+    "a tensor without a place": (
+        lambda folder: write_header(folder, {NORM: {"dtype": "F32", "shape": [64]}}),
+        rf"model\.safetensors is damaged: it describes {NORM} as .*; download it again",
+    ),
+    "a tensor without a dtype": (
+        lambda folder: write_header(folder, {NORM: {"shape": [64], "data_offsets": [0, 256]}}),
+        rf"model\.safetensors is damaged: it describes {NORM} as ",
+    ),
+    "a shape of words": (
+        lambda folder: write_header(folder, {NORM: {"dtype": "F32", "shape": ["64"], "data_offsets": [0, 256]}}),
+        rf"model\.safetensors is damaged: it describes {NORM} as ",
+    ),
+    "half an index": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a":'),
+        r"index\.json is no JSON \(.*\); download it again",
+    ),
+    "an index of nothing": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
+        r"index\.json has no weight_map that gives each tensor's file; download it again",
+    ),
+    "an index of numbers": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}'),
+        r"index\.json has no weight_map that gives each tensor's file",
+    ),
+    "no folder": (shutil.rmtree, r"source: no such folder"),
     "wrong index": (lie_in_the_index, rf"says that {NORM} is in model-.*\.safetensors, which does not hold it"),
     "twice": (hold_a_tensor_twice, rf"{NORM} comes twice: .*00001-of-00002\.safetensors and .*00002-of-00002"),
     "missing": (
@@ -106,7 +141,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), r"has no config\.json"),
     "another architecture": (
         lambda folder: (folder / "config.json").write_text('{"model_type": "qwen2"}'),
-        r"config\.json: .*model of type 'qwen2'",
+        r"config\.json: a model of type 'qwen2' is not supported; qwen2_5_vl, qwen3_vl are",
     ),
 }
 
@@ -125,14 +160,15 @@ def test_a_file_that_is_cut_off_while_it_is_read(
     hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = shutil.copytree(hf_folders[NAME], tmp_path / "source")
-    check = HfFolder.check_names
+    check = HfFolder.check
 
-    def check_and_cut(*arguments: Any) -> None:
-        check(*arguments)
+    def check_and_cut(*arguments: Any) -> tuple[str, ...]:
+        copies = check(*arguments)
         weights = source / "model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
+        return copies
 
-    monkeypatch.setattr(HfFolder, "check_names", check_and_cut)
+    monkeypatch.setattr(HfFolder, "check", check_and_cut)
     with pytest.raises(ValueError, match=r"model\.safetensors ends within [a-z.0-9_]+; download it again"):
         hf_to_megatron(source, tmp_path / "target")
     assert left_behind(tmp_path / "target") == []
@@ -141,8 +177,14 @@ def test_a_file_that_is_cut_off_while_it_is_read(
 def test_the_other_family_is_refused(hf_folders: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(hf_folders[NAME], tmp_path / "source")
     shutil.copy(hf_folders["Qwen3 untied"] / "config.json", tmp_path / "source")
-    with pytest.raises(ValueError, match=r"lacks \d+ tensors of the model, first \['model\.language_model"):
+    message = (
+        r"source holds the weights of another model: \d+ tensors of this one are missing, first model\.language_model\."
+        r"\S+, and it has \d+ others, first model\.\S+ in model\.safetensors; does .*source/config\.json belong"
+    )
+    with pytest.raises(ValueError, match=message):
         hf_to_megatron(tmp_path / "source", tmp_path / "target")
+    with pytest.raises(ValueError, match=message):
+        compare_checkpoints(tmp_path / "source", hf_folders[NAME])
     assert left_behind(tmp_path / "target") == []
 
 
@@ -182,6 +224,14 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "larger config": (
         lambda folder: widen_the_config(folder.parent),
         r"mlp\.linear_fc1\.weight in .*dist_ckpt has shape \(3, 192, 64\), the configuration says \(3, 200, 64\)",
+    ),
+    "an output layer that the config ties": (
+        lambda folder: change_config(folder.parent, tie_word_embeddings=True),
+        r"has 1 tensors that the model does not know, first \['language\.output_layer\.weight'\]; does config\.json",
+    ),
+    "a format of no kind": (
+        lambda folder: (folder / "metadata.json").write_text("[]"),
+        r"metadata\.json is not that of a distributed checkpoint",
     ),
     "config of more tokens": (
         lambda folder: change_vocabulary(folder.parent, 303),
@@ -245,6 +295,34 @@ def test_wrong_arguments(arguments: tuple[str, ...], message: str, capsys: pytes
     assert message in capsys.readouterr().err
 
 
-def test_mistakes_end_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "hf-to-megatron", str(tmp_path), str(tmp_path / "target")]) == 2
-    assert capsys.readouterr().err.startswith(f"vppo: {tmp_path} has no config.json")
+def test_a_head_that_differs_from_what_it_is_tied_to(
+    hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model would have no place for it; one that is equal is left out, and said to be."""
+    name, head = "Qwen2.5 tied", "lm_head.weight"
+    equal = shutil.copytree(hf_folders[name], tmp_path / "equal")
+    rewrite(equal, lambda tensors: {**tensors, head: tensors["model.embed_tokens.weight"].clone()})
+    other = shutil.copytree(equal, tmp_path / "other")
+    rewrite(other, Flip(head))
+    with pytest.raises(ValueError, match=rf"{head} in .*model\.safetensors differs from model\.embed_tokens\.weight"):
+        hf_to_megatron(other, tmp_path / "target")
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false there, or remove the tensor"):
+        compare_checkpoints(other, converted[name])
+    assert left_behind(tmp_path / "target") == []
+    assert main(["convert", "verify", str(equal), str(converted[name])]) == 0
+    assert f"{head} equals the embedding that it is tied to" in capsys.readouterr().out
+
+
+def test_mistakes_end_in_one_line(
+    hf_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    source = str(hf_folders[NAME])
+    for arguments, message in (
+        (["hf-to-megatron", str(tmp_path), str(tmp_path / "target")], f"{tmp_path} has no config.json; a model's"),
+        (["hf-to-megatron", f"{tmp_path}/absent", str(tmp_path / "target")], f"{tmp_path}/absent: no such folder"),
+        (["hf-to-megatron", source, f"{tmp_path}/file/target"], f"{tmp_path}/file/target cannot be made: "),
+    ):
+        assert main(["convert", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"vppo: {message}") and error.count("\n") == 1

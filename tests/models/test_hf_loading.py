@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ class TwoTensors(nn.Module):
     )
     stage_layers = (1,)
     stage = 0
-    ignored_hf_names = frozenset({"spare"})
+    hf_copies = MappingProxyType({"spare": "down"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ def tensors() -> dict[str, torch.Tensor]:
         "gate": torch.arange(12.0).view(4, 3),
         "prefix.up": torch.arange(12.0).view(4, 3) + 100,
         "down": torch.arange(12.0).view(3, 4),
-        "spare": torch.zeros(1),
+        "spare": torch.arange(12.0).view(3, 4),
     }
 
 
@@ -63,10 +63,14 @@ def test_errors_name_tensor_and_file(tmp_path: Path) -> None:
     save_file({n: t for n, t in tensors().items() if n != "down"}, file)
     with pytest.raises(ValueError, match=r"lacks 1 tensors of the model, first \['down'\]"):
         load_hf_weights(model, tmp_path)
+    for spare in (torch.zeros(3, 4), torch.zeros(4, 3)):
+        save_file({**tensors(), "spare": spare}, file)
+        with pytest.raises(ValueError, match=r"spare in .*model\.safetensors differs from down, which config"):
+            load_hf_weights(model, tmp_path)
     save_file({**tensors(), "extra": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match=r"does not know, first \['extra'\] in \['model\.safetensors'\]"):
         load_hf_weights(model, tmp_path)
-    save_file({**tensors(), "down": torch.zeros(3, 5)}, file)
+    save_file({**tensors(), "down": torch.zeros(3, 5), "spare": torch.zeros(3, 5)}, file)
     with pytest.raises(ValueError, match=r"down in .*model\.safetensors has shape \(3, 5\), .* says \(3, 4\)"):
         load_hf_weights(model, tmp_path)
     file.unlink()

@@ -13,7 +13,8 @@ import torch
 from megatron_vppo.models.dist_metadata import DIST_CKPT
 
 WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", DIST_CKPT,
+    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.ckpt",
+    "*.pkl", "*.pickle", "*.joblib", DIST_CKPT,
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,8 @@ class ModelPlan:
     """Every parameter once."""
     object_keys: tuple[str, ...]
     """Megatron's extra states, which are empty here; its own loader looks for them."""
-    ignored_hf_names: frozenset[str]
+    hf_copies: Mapping[str, str]
+    """By name of a tensor that the model takes from another one, that one's name."""
     canonical_hf_name: Callable[[str], str]
 
 
@@ -59,7 +60,7 @@ def plan_model(config_folder: Path) -> ModelPlan:
         return ModelPlan(
             entries=entries,
             object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
-            ignored_hf_names=model.ignored_hf_names,
+            hf_copies=model.hf_copies,
             canonical_hf_name=model.canonical_hf_name,
         )
 

@@ -15,6 +15,9 @@ from megatron_vppo.models.dist_metadata import check_stored, read_metadata
 from megatron_vppo.models.weight_map import Shape, Vocabulary
 from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
 
+OPTIMIZER = "optimizer."
+"""What the keys of a training checkpoint begin with that are no weights."""
+
 
 class StoredWeights:
     """The tensors of a distributed checkpoint. Its pickles are not loaded: tensors only, with `weights_only`."""
@@ -43,13 +46,16 @@ class StoredWeights:
         return dtypes.pop()
 
     def check_keys(self, known: Collection[str]) -> None:
-        """Raises ValueError where the checkpoint holds another tensor than the known ones."""
+        """Raises ValueError where the checkpoint holds another tensor than the known ones and the optimizer's."""
         held = {
-            k for k, found in self._metadata.state_dict_metadata.items() if isinstance(found, TensorStorageMetadata)
+            key
+            for key, found in self._metadata.state_dict_metadata.items()
+            if isinstance(found, TensorStorageMetadata) and not key.startswith(OPTIMIZER)
         }
         if unknown := sorted(held - set(known)):
             raise ValueError(
-                f"{self._path} has {len(unknown)} tensors that the model does not know, first {unknown[:5]}"
+                f"{self._path} has {len(unknown)} tensors that the model does not know, first {unknown[:5]}; does "
+                "config.json belong to these weights?"
             )
 
     def row_steps(self, part: StoredPart, *, num_bytes: int) -> list[tuple[int, int]]:

@@ -48,6 +48,7 @@ def megatron_to_hf(
         raise ValueError(f"{checkpoint} has no config.json; --source names the Hugging Face folder that has it")
     plan = plan_model(config_folder)
     weights = StoredWeights(checkpoint / DIST_CKPT)
+    weights.check_keys({part.key for stored in plan.entries for part in stored.parts})
     dtypes = [weights.check(stored) for stored in plan.entries]
     if dtype is not None:
         dtypes = [dtype] * len(dtypes)

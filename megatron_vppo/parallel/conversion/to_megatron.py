@@ -48,7 +48,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = No
     """
     plan = plan_model(source)
     weights = HfFolder(source, plan.canonical_hf_name)
-    weights.check_names([stored.entry for stored in plan.entries], plan.ignored_hf_names)
+    weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     pieces = [piece for stored in plan.entries for piece in pieces_of(stored, weights, dtype=dtype)]
     _check_one_dtype_per_key(pieces)
     total = sum(piece.nbytes for piece in pieces)

@@ -28,14 +28,18 @@ def unfinished_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
         num_bytes: that will be written.
 
     Raises:
-        ValueError: the target exists, another process is writing it, or the disk is too small or becomes full.
+        ValueError: the target exists, cannot be made or is being written by another process, or the disk is too small
+            or becomes full.
     """
     if target.exists():
         raise ValueError(f"{target} exists; remove it, or give another name")
     parent = target.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
     unfinished = parent / f".{target.name}.tmp"
-    lock = _claim(unfinished, target)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = _claim(unfinished, target)
+    except OSError as error:  # a file where a folder should be, no permission, a disk that is read only
+        raise ValueError(f"{target} cannot be made: {error.strerror}: {error.filename}") from error
     try:
         _check_space(target, num_bytes=num_bytes)
         with _exit_on_sigterm():

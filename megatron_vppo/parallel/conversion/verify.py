@@ -33,6 +33,8 @@ class Comparison:
     """Names of the tensors with at least one differing bit."""
     casts: tuple[str, ...]
     """Such as 'float32 -> bfloat16': where the two were stored in different dtypes, the source was cast."""
+    copies: tuple[str, ...]
+    """Names of further tensors of the source that equal the one that they are tied to, and are not written."""
 
 
 def compare_checkpoints(source: Path, other: Path) -> Comparison:
@@ -46,7 +48,7 @@ def compare_checkpoints(source: Path, other: Path) -> Comparison:
     """
     plan = plan_model(source)
     weights = HfFolder(source, plan.canonical_hf_name)
-    weights.check_names([stored.entry for stored in plan.entries], plan.ignored_hf_names)
+    copies = weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     compare = _stored_side(other / DIST_CKPT, plan) if (other / DIST_CKPT).is_dir() else _hf_side(other, plan)
     differing: dict[str, None] = {}
     casts: dict[str, None] = {}
@@ -60,7 +62,8 @@ def compare_checkpoints(source: Path, other: Path) -> Comparison:
             differing[block.name] = None
         progress.add(block.progress)
     progress.close()
-    return Comparison(sum(len(tensors) for _, tensors in sources), total, tuple(differing), tuple(casts))
+    compared = sum(len(tensors) for _, tensors in sources)
+    return Comparison(compared, total, tuple(differing), tuple(casts), copies)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def _stored_side(dist_ckpt: Path, plan: ModelPlan) -> _Compare:
 
 def _hf_side(folder: Path, plan: ModelPlan) -> _Compare:
     weights = HfFolder(folder, plan.canonical_hf_name)
-    weights.check_names([stored.entry for stored in plan.entries], plan.ignored_hf_names)
+    weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     return lambda stored, tensors: _with_hf(tensors, weights.tensors(stored.entry))
 
 
