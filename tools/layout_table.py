@@ -1,7 +1,6 @@
 """Writes the table of docs/layouts.md from a real run of tests/parallel/test_layouts.py.
 
-python tools/layout_table.py            # runs every layout, some minutes on two cores
-python tools/layout_table.py --check    # the same, and fails where the page lists other layouts; writes nothing
+python tools/layout_table.py    # runs every layout, some minutes on two cores
 """
 
 from __future__ import annotations
