@@ -149,10 +149,15 @@ def expected_outcome(
     *,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    responses: list[Response] | None = None,
 ) -> Outcome:
-    """On the CPU, wherever it was computed."""
+    """On the CPU, wherever it was computed. Parameters that took no part have no gradient.
+
+    Args:
+        responses: None: those of `make_responses`.
+    """
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=dtype).to(device)
-    responses = make_responses()
+    responses = responses or make_responses()
     batch = make_batch(responses, entropy_kind)
     blocks = {name: torch.zeros(len(responses), ANSWER_LENGTH) for name in ("logp", "masked", "entropy", "kl")}
     sums: dict[str, float] = {}
@@ -248,10 +253,14 @@ def saved_models(
 
 def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
     """What `accumulate_gradients` left, under Hugging Face names: it takes the parameters' place in an export."""
-    for stage in policy.trainable.stages:
-        for parameter in stage.parameters():
-            parameter.data = parameter.main_grad.clone() if parameter.requires_grad else torch.zeros_like(parameter)
-    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    parameters = [parameter for stage in policy.trainable.stages for parameter in stage.parameters()]
+    weights = [parameter.data for parameter in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
+    gradients = {name: tensor.clone() for name, tensor in policy.hf_weights()}
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    return gradients
 
 
 def resumed_equals_straight(

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_vppo.models.options import ModelOptions, Part
-from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.models.options import PLAIN, ModelOptions, Part
+from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
@@ -29,7 +28,7 @@ from tests.parallel.policy_rig import (
 GRADIENT_TOLERANCE = 1e-4
 MODELS = {
     "Qwen2.5-VL": tiny_config(tied=True, vocab=299),
-    "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,)),
+    "Qwen3-VL": tiny_qwen3_config(tied=True, vocab=301, taps=(0, 2)),
 }
 FROZEN: tuple[frozenset[Part], ...] = (
     frozenset({"vision_tower"}),
@@ -37,9 +36,31 @@ FROZEN: tuple[frozenset[Part], ...] = (
     frozenset({"projector"}),
     frozenset({"language_model"}),
     frozenset({"language_model", "projector"}),
+    frozenset({"language_model", "vision_tower"}),
 )
-LAYOUTS = ((1, 1, False), (2, 1, True), (1, 2, False))
-"""Tensor, pipeline, sequence parallel."""
+IMAGES = ModelOptions(sequence_parallel=True, vision_split="images")
+STAGES = ModelOptions(pipeline_layers=(2, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layout of the three-layer models above, and those that run under it."""
+
+    models: tuple[str, ...]
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    options: ModelOptions = PLAIN
+
+
+LAYOUTS = {
+    "one rank": Case(tuple(MODELS)),
+    "TP 2, sequence parallel": Case(("Qwen2.5-VL",), tensor=2, options=ModelOptions(sequence_parallel=True)),
+    "TP 2, sequence parallel, pictures dealt": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
+    "CP 2, recomputed": Case(("Qwen3-VL",), context=2, options=ModelOptions(recompute="full")),
+    "PP 2": Case(tuple(MODELS), pipeline=2, options=STAGES),
+    "PP 2, recomputed": Case(("Qwen3-VL",), pipeline=2, options=dataclasses.replace(STAGES, recompute="full")),
+}
 ADAM_BYTES = 12
 """Per trained fp32 parameter: master weights are the parameters themselves, two moments, and the fp32 gradient."""
 
@@ -67,13 +88,15 @@ class Found:
 
 def _find(policy: MegatronPolicy) -> Found:
     before = {name: tensor.clone() for name, tensor in policy.hf_weights()}
-    policy.update(make_batch(make_responses(), "nll"))
+    policy.accumulate_gradients(make_batch(make_responses(), "nll"))
+    gradients = hf_gradients(policy)
+    policy.trainable.step()
     after = {name: tensor.clone() for name, tensor in policy.hf_weights()}
     parameters = [p for stage in policy.trainable.stages for p in stage.parameters()]
     trained = [p for p in parameters if p.requires_grad]
     assert all(p.grad is None and not hasattr(p, "main_grad") for p in parameters if not p.requires_grad)
     return Found(
-        gradients={},
+        gradients=gradients,
         streamed={name for name, _ in policy.hf_weights(only_trained=True)},
         all_names=set(before),
         kept=policy.frozen_hf_names,
@@ -93,24 +116,27 @@ def _optimizer_bytes(policy: MegatronPolicy) -> int:
     return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value) and value.dim())
 
 
-def _rank(rank: int, world: int, layouts: list[tuple[int, int, bool]], folders: dict[str, Path]) -> dict[Any, Found]:
+Results = dict[tuple[str, str, frozenset[Part]], Found]
+"""By layout, model and what is frozen."""
+
+
+def _rank(rank: int, world: int, layouts: list[str], folders: dict[str, Path]) -> Results:
     found = {}
     optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False, weight_decay=0.0)
-    for tensor, pipeline, sequence_parallel in layouts:
-        layout: Layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
-        for name, folder in folders.items():
+    for name in layouts:
+        case = LAYOUTS[name]
+        layout = init_layout(
+            tensor=case.tensor,
+            context=case.context,
+            pipeline=case.pipeline,
+            vision_split=case.options.vision_split,
+            timeout_seconds=300,
+        )
+        for model in case.models:
             for frozen in FROZEN:
-                options = ModelOptions(
-                    pipeline_layers=(1, 2) if pipeline == 2 else None,
-                    sequence_parallel=sequence_parallel,
-                    recompute="full" if name == "Qwen3-VL" else "none",
-                    frozen=frozen,
-                )
-                state = _find(make_policy(folder, layout, rows=1, optim=optim, options=options))
-                policy = make_policy(folder, layout, rows=1, optim=optim, options=options)
-                policy.accumulate_gradients(make_batch(make_responses(), "nll"))
-                gradients = hf_gradients(policy)
-                found[tensor, pipeline, name, frozen] = dataclasses.replace(state, gradients=gradients)
+                options = dataclasses.replace(case.options, frozen=frozen)
+                policy = make_policy(folders[model], layout, rows=1, optim=optim, options=options)
+                found[name, model, frozen] = _find(policy)
         parallel_state.destroy_model_parallel()
     return found
 
@@ -123,19 +149,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ou
 @pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.extended), 2])
 def test_frozen_parts(ranks: int, models: dict[str, tuple[Path, Outcome]]) -> None:
-    layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] == ranks]
+    layouts = [name for name, case in LAYOUTS.items() if case.tensor * case.context * case.pipeline == ranks]
     folders = {name: folder for name, (folder, _) in models.items()}
     for found in run_gloo(_rank, ranks, layouts, folders, timeout_seconds=600):
-        for (tensor, pipeline, name, frozen), state in found.items():
-            where = f"TP {tensor} PP {pipeline}, {name}, without {sorted(frozen)}"
-            expected = models[name][1].gradients
+        assert found.keys() == {
+            (name, m, frozen) for name in layouts for m in LAYOUTS[name].models for frozen in FROZEN
+        }
+        for (name, model, frozen), state in found.items():
+            where = f"{name}, {model}, without {sorted(frozen)}"
+            expected = models[model][1].gradients
             assert state.all_names == expected.keys(), where
             trained = {n for n in expected if part_of(n) not in frozen}
             assert state.streamed == trained, where
             assert state.kept == expected.keys() - trained, where
             assert state.changed == trained, where
             # Buffers are padded by less than a hundred values.
-            assert 0 <= state.state_bytes - ADAM_BYTES * state.trained_values < 400 * pipeline, where
+            assert 0 <= state.state_bytes - ADAM_BYTES * state.trained_values < 400 * LAYOUTS[name].pipeline, where
             for tensor_name, gradient in state.gradients.items():
                 right = expected[tensor_name]
                 if tensor_name not in trained:

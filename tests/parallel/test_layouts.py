@@ -6,18 +6,22 @@ Adding a layout is one line of LAYOUTS. `tools/layout_table.py` writes the table
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vppo.models.options import PLAIN, ModelOptions
 from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (
@@ -37,6 +41,8 @@ NORM_TOLERANCE = 1e-5
 """Relative."""
 GRADIENT_TOLERANCE = 1e-4
 """Relative, of each tensor's norm."""
+CHANGE_TOLERANCE = 1e-4
+"""The same, of what an update changes."""
 
 BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.03, 0.15
 """Nats; about twice what was seen."""
@@ -46,7 +52,7 @@ BFLOAT16_GRADIENT = 0.06
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of the four-layer models below."""
+    """A layout of the five-layer models below."""
 
     tensor: int = 1
     context: int = 1
@@ -63,8 +69,9 @@ class Case:
 SP = ModelOptions(sequence_parallel=True)
 SP_IMAGES = ModelOptions(sequence_parallel=True, vision_split="images")
 IMAGES = ModelOptions(vision_split="images")
-UNEVEN = ModelOptions(pipeline_layers=(1, 3))
-INTERLEAVED = ModelOptions(virtual_stages=2)
+UNEVEN = ModelOptions(pipeline_layers=(2, 3))
+INTERLEAVED = ModelOptions(virtual_stages=2, pipeline_layers=(2, 1, 1, 1))
+"""Two layers on the first stage, which both take deepstack features."""
 
 LAYOUTS = {
     "one rank": Case(),
@@ -81,22 +88,30 @@ LAYOUTS = {
     "TP 2 x CP 2, sequence parallel": Case(tensor=2, context=2, options=SP),
     "TP 2 x CP 2, sequence parallel, pictures dealt": Case(tensor=2, context=2, options=SP_IMAGES),
     "TP 2 x PP 2, sequence parallel, interleaved, recomputed": Case(
-        tensor=2, pipeline=2, options=ModelOptions(virtual_stages=2, sequence_parallel=True, recompute="full")
+        tensor=2, pipeline=2, options=dataclasses.replace(INTERLEAVED, sequence_parallel=True, recompute="full")
+    ),
+    "TP 2 x PP 2, interleaved, pictures dealt": Case(
+        tensor=2, pipeline=2, options=dataclasses.replace(INTERLEAVED, vision_split="images")
+    ),
+    "TP 2 x PP 2, sequence parallel, pictures dealt, attention recomputed": Case(
+        tensor=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 2), recompute="selective")
     ),
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
     "CP 2 x PP 2, interleaved": Case(context=2, pipeline=2, options=INTERLEAVED),
     "CP 3": Case(context=3),
+    "PP 3": Case(pipeline=3, options=ModelOptions(pipeline_layers=(2, 2, 1))),
+    "CP 4": Case(context=4),
     "CP 2, padded as FP8 wants": Case(context=2, token_alignment=128),
     "TP 2, sequence parallel, padded as FP8 wants": Case(tensor=2, options=SP, token_alignment=32),
     "CP 2 x DP 2": Case(context=2, data=2),
     "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
-        tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 1))
+        tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(4, 1))
     ),
 }
 
 MODELS = {
-    "Qwen2.5-VL": tiny_config(tied=True, vocab=299, num_hidden_layers=4),
-    "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,), num_hidden_layers=4),
+    "Qwen2.5-VL": tiny_config(tied=False, vocab=299, num_hidden_layers=5),
+    "Qwen3-VL": tiny_qwen3_config(tied=True, vocab=301, taps=(0, 2), num_hidden_layers=5),
 }
 """No vocabulary is divisible by 2."""
 EXPECTED = "expected.pickle"
@@ -114,6 +129,9 @@ class Found:
     gradient: float
     """Largest relative difference of a parameter's gradient."""
     gradient_of: str
+    change: float
+    """The same of what an update with the distributed optimizer makes of a parameter."""
+    change_of: str
 
 
 @pytest.fixture(scope="module")
@@ -163,12 +181,15 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
             vision_split=case.options.vision_split,
             timeout_seconds=300,
         )
-        optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
+        whole = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
         for model, (folder, expected) in models.items():
+            make = functools.partial(
+                make_policy, folder, layout, options=case.options, token_alignment=case.token_alignment
+            )
+            changes = _changes(make(rows=4, optim=OPTIM), folder)
+            change = _worst("change", changes, _minus_start(expected.weights.items(), folder))
             for rows in ROWS_EACH:
-                policy = make_policy(
-                    folder, layout, rows=rows, optim=optim, options=case.options, token_alignment=case.token_alignment
-                )
+                policy = make(rows=rows, optim=whole)
                 scores = policy.score(make_responses(), step=STEP, views="both", divergence="kl_full")
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
                 policy.trainable.optimizer.prepare_grads()
@@ -183,17 +204,29 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
                     logp=max(float((mine - right).abs().max()) for mine, right in pairs),
                     kl=float((scores.divergence_BT - expected.kl_BT).abs().max()),
                     norm=abs(norm / expected.metrics["actor/grad_norm"] - 1.0),
-                    **_worst_gradient(hf_gradients(policy), expected.gradients),
+                    **_worst("gradient", hf_gradients(policy), expected.gradients),
+                    **change,
                 )
         parallel_state.destroy_model_parallel()
     return found
 
 
-def _worst_gradient(gradients: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float | str]:
-    assert gradients.keys() == expected.keys()
-    off = {name: float((gradients[name] - right).norm() / right.norm()) for name, right in expected.items()}
+def _changes(policy: MegatronPolicy, folder: Path) -> dict[str, Tensor]:
+    policy.update(make_batch(make_responses(), "entropy"))
+    return _minus_start(policy.hf_weights(), folder)
+
+
+def _minus_start(weights: Iterable[tuple[str, Tensor]], folder: Path) -> dict[str, Tensor]:
+    start = load_file(folder / "model.safetensors")
+    return {name: weight - start[name] for name, weight in weights}
+
+
+def _worst(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Any]:
+    """The largest relative difference of a tensor, and its name."""
+    assert found.keys() == expected.keys()
+    off = {name: float((found[name] - right).norm() / right.norm()) for name, right in expected.items()}
     worst = max(off, key=lambda name: off[name])
-    return {"gradient": off[worst], "gradient_of": worst}
+    return {what: off[worst], f"{what}_of": worst}
 
 
 @pytest.mark.distributed
@@ -213,6 +246,8 @@ def test_equals_transformers(
         assert found.norm < NORM_TOLERANCE, f"{where}: norm of all gradients off by {found.norm:.1e}"
         off = f"{found.gradient:.1e} of its norm"
         assert found.gradient < GRADIENT_TOLERANCE, f"{where}: gradient of {found.gradient_of} off by {off}"
+        off = f"{found.change:.1e} of its norm"
+        assert found.change < CHANGE_TOLERANCE, f"{where}: change of {found.change_of} off by {off}"
     for model in MODELS:
         mine = [found for key, found in results.items() if key[1] == model]
         record_property(f"{model}: log-probs", max(found.logp for found in mine))
