@@ -9,20 +9,20 @@ import pytest
 
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.observability.rollouts import read_rollouts, rollout_path
-from tests.end_to_end.runs import ROLLOUT_DIFFERENCE, ROOT, check_export, train
-
-LEARNING_STEPS = 5
-LEARNED_POINTS = 0.20
-"""Rise of held-out accuracy by a reward that is easy to learn (rewards.py); the demo shows that seeing is learned."""
+from tests.end_to_end.runs import (
+    LEARNED_POINTS,
+    LEARNING,
+    LEARNING_STEPS,
+    ROLLOUT_DIFFERENCE,
+    ROOT,
+    check_export,
+    train,
+)
 
 
 @pytest.mark.slow
 def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_path: Path) -> None:
-    run = train(
-        digits, tmp_path, "learns", f"trainer.total_steps={LEARNING_STEPS}", "trainer.save_freq=-1",
-        "reward.reward_function=tests/end_to_end/rewards.py:starts_small", "data.max_response_length=8",
-        "actor.optim.lr=1e-3", "data.max_val_rows=256",
-    )  # fmt: skip
+    run = train(digits, tmp_path, "learns", *LEARNING)
     lines = read_metrics(run)
     accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     assert accuracy[-1] - accuracy[0] >= LEARNED_POINTS, accuracy
