@@ -60,3 +60,28 @@ def test_a_built_folder_is_a_checkpoint(tmp_path: Path) -> None:
     copied = convert.copy(tmp_path / "source", tmp_path / "copy")
     assert 0 < copied["seconds"] < 600 and 0 <= copied["stolen"] <= 1
     assert not (tmp_path / "copy").exists()
+
+
+MEDIUM = {
+    "text_config": {
+        "hidden_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 2,
+        "intermediate_size": 11008, "vocab_size": 151936, "rope_parameters": convert.ROPE,
+    },
+    "vision_config": {
+        "depth": 4, "hidden_size": 1280, "num_heads": 16, "intermediate_size": 3420, "out_hidden_size": 2048,
+    },
+}  # fmt: skip
+"""The widths of a 3B and a third of its depth: 3 GB."""
+MOST_MEMORY = 1200
+"""MiB of a conversion, two thirds of which are the libraries'. The goal is 4 GiB whatever the size."""
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+def test_a_conversion_holds_a_fraction_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There and back, and compared; `measure` raises where a bit differs."""
+    monkeypatch.setitem(convert.SHAPES, "medium", MEDIUM)
+    found = convert.measure("medium", folder=tmp_path / "work", processes=1)
+    assert found["gigabytes"] > 3
+    for step in ("hf_to_megatron", "megatron_to_hf", "verify"):
+        assert found[step]["peak_mib"]["resident"] < MOST_MEMORY, f"{step}: {found[step]['peak_mib']}"
