@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+import typing
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.options import Part as ModelPart
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.parallel.offload import PARTS
-from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.trainer.candidate import TRAINER_RESERVE, Candidate, Cluster, Workload
-from megatron_vppo.trainer.plan import ENGINE_RESERVE, GIB, Plan, make_plan
+from megatron_vppo.trainer.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.trainer.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
+from megatron_vppo.trainer.plan import Plan, make_plan
 
+MORE_GPUS = (2, 4, 8, 16, 32)
+"""Times those that do not fit. Nodes fill up before there are several."""
 MOST_ROWS = 12
 """Of the table."""
 WIDTH = 100
@@ -27,12 +32,11 @@ def run_plan(options: argparse.Namespace) -> int:
     """Prints the plan. Status 1 where nothing fits.
 
     Raises:
-        ValueError: no such model, or numbers that contradict each other.
+        ValueError: no such model, numbers that contradict each other, or nothing left to train.
     """
     hf_config = load_config(options.model)
-    cluster = Cluster(
-        gpus=options.gpus, gpu_bytes=options.gpu_memory * GIB, gpus_per_node=min(options.gpus, options.gpus_per_node)
-    )
+    _check_freeze(options.freeze)
+    cluster = Cluster(gpus=options.gpus, gpu_bytes=options.gpu_memory, gpus_per_node=options.gpus_per_node)
     pixels_per_token = _pixels_per_token(hf_config)
     workload = Workload(
         prompt_tokens=options.prompt_tokens,
@@ -43,39 +47,55 @@ def run_plan(options: argparse.Namespace) -> int:
         responses_per_prompt=RolloutConfig.model_fields["n"].default,
         head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
     )
-
-    def plan(
-        cluster: Cluster, workload: Workload, offload: frozenset[OffloadPart] = frozenset(options.offload)
-    ) -> Plan:
-        return make_plan(
-            hf_config,
-            cluster=cluster,
-            workload=workload,
-            rollout_tensor=options.rollout_tp,
-            answers=options.answers,
-            frozen=frozenset(options.freeze),
-            offload=offload,
-        )
-
-    result = plan(cluster, workload)
+    plan = partial(
+        make_plan,
+        hf_config,
+        cluster=cluster,
+        workload=workload,
+        rollout_tensor=options.rollout_tp,
+        answers=options.answers,
+        frozen=frozenset(options.freeze),
+        offload=frozenset(options.offload),
+    )
+    result = plan()
     print(*_header(options.model, result, cluster, workload), sep="\n")
     if result.fitting:
         print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
         if options.freeze:
             print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
         return 0
-    print(f"\nNothing fits.\n{_nearest(result, cluster)}", *_what_would_fit(plan, cluster, workload), sep="\n")
+    print(f"\nNothing fits.\n{_nearest(result, cluster)}")
+    print(*_what_would_fit(plan, cluster, workload, rollout_tensor=options.rollout_tp), sep="\n")
     return 1
 
 
-def _what_would_fit(plan: Callable[..., Plan], cluster: Cluster, workload: Workload) -> Iterator[str]:
-    larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in (2, 4, 8, 16, 32))
-    enough = next((c for c in larger if plan(c, workload).fitting), None)
-    yield f"What would fit: {enough.gpus} such GPUs." if enough else "Up to 32 times as many GPUs would not help."
-    if workload.rows_per_micro_batch > 1 and plan(cluster, replace(workload, rows_per_micro_batch=1)).fitting:
+def _check_freeze(parts: list[str]) -> None:
+    """What a run of these settings would refuse."""
+    if set(parts) == set(typing.get_args(ModelPart)):
+        raise ValueError(f"--freeze names {', '.join(parts)}: nothing is left to train; drop one of them")
+
+
+def _what_would_fit(
+    plan: Callable[..., Plan], cluster: Cluster, workload: Workload, *, rollout_tensor: int | None
+) -> Iterator[str]:
+    larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in MORE_GPUS)
+    enough = next((c for c in larger if _fits(plan, c)), None)
+    factors = f"{', '.join(map(str, MORE_GPUS[:-1]))} or {MORE_GPUS[-1]}"
+    yield f"What would fit: {enough.gpus} such GPUs." if enough else f"{factors} times as many GPUs would not help."
+    if rollout_tensor is not None and plan(rollout_tensor=None).fitting:
+        yield "What would fit: engines of another size, without --rollout-tp, on these."
+    if workload.rows_per_micro_batch > 1 and plan(workload=replace(workload, rows_per_micro_batch=1)).fitting:
         yield "What would fit: --rows-per-micro-batch 1 on these."
-    if plan(cluster, workload, frozenset(PARTS)).fitting:
+    if plan(offload=frozenset(PARTS)).fitting:
         yield f"What would fit: --offload {' '.join(PARTS)} on these."
+
+
+def _fits(plan: Callable[..., Plan], cluster: Cluster) -> bool:
+    """False also where engines of --rollout-tp, which divide the GPUs that there are, do not divide larger nodes."""
+    try:
+        return bool(plan(cluster=cluster).fitting)
+    except ValueError:
+        return False
 
 
 def load_config(model: str) -> HfConfig:
@@ -93,23 +113,22 @@ def _pixels_per_token(hf_config: HfConfig) -> int:
 
 
 def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Iterator[str]:
-    yield (
-        f"{Path(model).name}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; "
-        f"{cluster.gpus} GPUs of {cluster.gpu_bytes // GIB} GiB"
-    )
-    yield (
+    gpus = f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} of {_size(cluster)} GiB"
+    lines = [
+        f"{Path(model).name}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; {gpus}",
         f"rows per micro-batch: {workload.rows_per_micro_batch}; tokens per row: {workload.prompt_tokens} + "
-        f"{workload.response_tokens}; pictures per row: {workload.images_per_row} of {workload.image_tokens} tokens"
-    )
-    for reason in plan.refused:
-        yield textwrap.fill(f"not possible: {reason.partition(';')[0]}", width=WIDTH, subsequent_indent="  ")
+        f"{workload.response_tokens}; pictures per row: {workload.images_per_row} of {workload.image_tokens} tokens",
+        *(f"not possible: {reason.partition(';')[0]}" for reason in plan.refused),
+    ]
+    return (textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines)
 
 
 FOOTNOTE = (
     "Best: a replica (TP x PP x CP) within a node, then without recompute, then the smallest replica. Sequence "
-    "parallelism is on where TP > 1. Engines sleep while the trainer computes; awake they get what it holds then (its "
-    "state, but for --offload) leaves, and hold so many answers of full length at once. Estimates: no GPU has "
-    "confirmed activations and reserves (docs/plan.md)."
+    "parallelism is on where TP > 1. Engines sleep while the trainer computes; awake they get, up to "
+    f"{MOST_UTILIZATION} of a GPU, what the trainer's state (but for --offload) and reserve leave where most is held, "
+    "perhaps in another stage than the one shown, and hold so many answers of full length at once. Estimates: no GPU "
+    "has confirmed activations and reserves (docs/plan.md)."
 )
 COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
 
@@ -121,8 +140,8 @@ def _table(plan: Plan, cluster: Cluster) -> Iterator[str]:
         assert c.engine is not None
         yield (
             f"{c.tensor:4}{c.pipeline:4}{c.context:4}{c.data:4} {c.recompute:9}"
-            f"{_gib(c.state.weights):>9}{_gib(c.state.gradients):>7}{_gib(c.state.optimizer):>8}"
-            f"{_gib(c.activations.layers):>7}{_gib(c.activations.head):>6}{_gib(c.trainer_bytes):>8} |"
+            f"{_gib(c.fullest.state.weights):>9}{_gib(c.fullest.state.gradients):>7}{_gib(c.fullest.state.optimizer):>8}"
+            f"{_gib(c.fullest.activations.layers):>7}{_gib(c.fullest.activations.head):>6}{_gib(c.trainer_bytes):>8} |"
             f"{c.engine.tensor:11}{_gib(c.engine.utilization * cluster.gpu_bytes):>6}{c.engine.answers:8}"
         )
     if len(plan.fitting) > MOST_ROWS:
@@ -163,16 +182,22 @@ def _nearest(plan: Plan, cluster: Cluster) -> str:
     closest = plan.closest
     if closest is None:
         return "The model's sizes allow none of the layouts."
-    state, activations = closest.state, closest.activations
+    state, activations = closest.fullest.state, closest.fullest.activations
     return textwrap.fill(
         f"The smallest trainer, TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP {closest.data} "
-        f"with recompute {closest.recompute}, takes {_gib(closest.trainer_bytes)} of {cluster.gpu_bytes // GIB} GiB: "
+        f"with recompute {closest.recompute}, takes {_gib(closest.trainer_bytes)} of {_size(cluster)} GiB: "
         f"weights {_gib(state.weights)}, gradients {_gib(state.gradients)}, optimizer {_gib(state.optimizer)}, "
-        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}. Beside what of it stays while it "
-        f"samples ({_gib(closest.sampling_bytes)}) an engine needs its weights, {ENGINE_RESERVE // GIB} GiB and room "
-        "for the answers.",
+        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}; a sleeping engine "
+        f"{SLEEPING_ENGINE // GIB} more. An engine that is awake needs its weights and {ENGINE_RESERVE // GIB} GiB "
+        f"beside what the trainer keeps: room for the answers too while it samples, beside "
+        f"{_gib(closest.sampling_bytes)}, and two buffers while weights are sent, beside {_gib(closest.sync_bytes)}.",
         width=WIDTH,
     )
+
+
+def _size(cluster: Cluster) -> str:
+    """Of a GPU in GiB, as it was probably given."""
+    return f"{cluster.gpu_bytes / GIB:.2f}".rstrip("0").rstrip(".")
 
 
 def _gib(number: float) -> str:

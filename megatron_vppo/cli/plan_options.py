@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import typing
 
 from megatron_vppo.config.schema import ActorConfig, DataConfig, ModelConfig
@@ -18,7 +19,7 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     data, actor = DataConfig.model_fields, ActorConfig.model_fields
     parser.add_argument("--model", required=True, help="Hugging Face folder, or a released size such as qwen2.5-vl-32b")
     parser.add_argument("--gpus", required=True, type=positive, metavar="N", help="GPUs in all")
-    parser.add_argument("--gpu-memory", required=True, type=positive, metavar="GIB", help="of one GPU")
+    parser.add_argument("--gpu-memory", required=True, type=gibibytes, metavar="GIB", help="of one GPU, such as 79.6")
     number("--gpus-per-node", 8, "a tensor-parallel group and an engine stay within a node")
     number("--prompt-tokens", data["max_prompt_length"].default, "longest prompt, image tokens included")
     number("--response-tokens", data["max_response_length"].default, "longest response")
@@ -39,3 +40,14 @@ def positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def gibibytes(text: str) -> int:
+    """For argparse: a size in GiB, as bytes."""
+    try:
+        size = float(text) * 2**30
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
+    return int(size)

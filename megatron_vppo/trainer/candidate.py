@@ -1,7 +1,8 @@
-"""What a plan is made for, and one layout of it with the memory of its fullest rank."""
+"""What a plan is made for, and one layout of it with the memory that it takes in each phase."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -11,7 +12,10 @@ from megatron_vppo.parallel.memory import StateBytes
 from megatron_vppo.parallel.offload import PARTS
 from megatron_vppo.parallel.offload import Part as OffloadPart
 
-TRAINER_RESERVE = 3 * 2**30
+GIB = 2**30
+DTYPE_BYTES = 2
+"""bfloat16."""
+TRAINER_RESERVE = 3 * GIB
 """CUDA context, NCCL's buffers, gaps of the allocator. Assumed; nobody has measured it."""
 
 
@@ -61,6 +65,20 @@ class Cluster:
     gpus: int
     gpu_bytes: int
     gpus_per_node: int
+    """Of a full node; where there are fewer GPUs in all, they are on one."""
+
+    @property
+    def node_gpus(self) -> int:
+        return min(self.gpus, self.gpus_per_node)
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Of groups that stay within a node and leave no GPU over."""
+        return divisors(math.gcd(self.gpus, self.node_gpus))
+
+
+def divisors(number: int) -> tuple[int, ...]:
+    return tuple(size for size in range(1, number + 1) if number % size == 0)
 
 
 @dataclass(frozen=True)
@@ -73,8 +91,22 @@ class EngineShare:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """The memory of a rank of one pipeline stage."""
+
+    state: StateBytes
+    activations: StageActivations
+
+    @property
+    def computing(self) -> int:
+        return self.state.total + self.activations.total
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """One layout, and the memory of its fullest rank in bytes."""
+    """One layout, and its memory in bytes. Which stage is fullest differs from phase to phase: while engines sample,
+    activations are gone, and so is what is offloaded.
+    """
 
     tensor: int
     pipeline: int
@@ -83,10 +115,10 @@ class Candidate:
     layers: tuple[int, ...]
     """Of each pipeline stage."""
     recompute: Recompute
-    state: StateBytes
+    stages: tuple[Stage, ...]
+    """Those that may be the fullest in any phase."""
     offload: frozenset[OffloadPart]
     """What is not on the GPU while engines sample."""
-    activations: StageActivations
     engine: EngineShare | None
     """None: what the trainer leaves is not enough for an engine, or the trainer alone is too much."""
 
@@ -99,20 +131,26 @@ class Candidate:
         return self.tensor * self.pipeline * self.context
 
     @property
+    def fullest(self) -> Stage:
+        """While the trainer computes."""
+        return max(self.stages, key=lambda stage: stage.computing)
+
+    @property
     def trainer_bytes(self) -> int:
         """While it computes."""
-        return self.state.total + self.activations.total + TRAINER_RESERVE
+        return self.fullest.computing + TRAINER_RESERVE
 
     @property
     def sampling_bytes(self) -> int:
         """Of the trainer, while engines sample."""
-        return self._held(PARTS) + TRAINER_RESERVE
+        return max(self._held(stage.state, PARTS) for stage in self.stages) + TRAINER_RESERVE
 
     @property
     def sync_bytes(self) -> int:
         """Of the trainer, while its weights go to the engines; without the buffers they go in."""
-        return self.state.weights + self._held(("grads", "optimizer")) + TRAINER_RESERVE
+        held = (stage.state.weights + self._held(stage.state, ("grads", "optimizer")) for stage in self.stages)
+        return max(held) + TRAINER_RESERVE
 
-    def _held(self, parts: Collection[OffloadPart]) -> int:
-        sizes = {"params": self.state.weights, "grads": self.state.gradients, "optimizer": self.state.optimizer}
+    def _held(self, state: StateBytes, parts: Collection[OffloadPart]) -> int:
+        sizes = {"params": state.weights, "grads": state.gradients, "optimizer": state.optimizer}
         return sum(sizes[part] for part in parts if part not in self.offload)

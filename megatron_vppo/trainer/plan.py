@@ -5,8 +5,6 @@ Trainer and engine share each GPU by turns (placement.py): every phase has to fi
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,21 +18,12 @@ from megatron_vppo.parallel.activations import (
     score_activations,
     update_activations,
 )
-from megatron_vppo.parallel.memory import engine_weight_bytes, kv_bytes_per_token, state_bytes
+from megatron_vppo.parallel.memory import StageValues, state_bytes
 from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.parallel.sizes import language_sizes, parameter_count, stage_values, vision_sizes
-from megatron_vppo.trainer.candidate import Candidate, Cluster, EngineShare, Workload
+from megatron_vppo.trainer.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
+from megatron_vppo.trainer.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
 
-GIB = 2**30
-DTYPE_BYTES = 2
-"""bfloat16."""
-ENGINE_RESERVE = 3 * GIB
-"""An engine's own CUDA context and what its longest prefill needs for a moment. Assumed too."""
-SLEEPING_ENGINE = GIB
-"""What an engine that sleeps still holds: its CUDA context. Assumed as well."""
-TRANSFER_BUFFER = GIB // 4
-"""Each of the two that weights reach an engine in, unless one tensor is larger."""
-MOST_UTILIZATION = 0.9
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """In the order of their cost."""
 
@@ -70,8 +59,14 @@ def make_plan(
         answers: sequences of full length that an engine has to hold at once.
         frozen: parts that are not trained.
         offload: trainer state that waits in host memory while engines sample.
+
+    Raises:
+        ValueError: engines of `rollout_tensor` GPUs are impossible on this cluster or for this model.
     """
     model = _Model(hf_config, frozen=frozen)
+    if rollout_tensor is not None:
+        check_engine_size(model.engine, cluster, rollout_tensor)
+    rollout_sizes = engine_sizes(model.engine, cluster) if rollout_tensor is None else (rollout_tensor,)
     sizes, refused = _layouts(model, cluster=cluster)
     fitting, others = [], []
     for tensor, pipeline, context in sizes:
@@ -85,8 +80,8 @@ def make_plan(
                 workload=workload,
                 offload=offload,
             )
-            share = _engine_share(
-                model, candidate, cluster=cluster, workload=workload, tensor=rollout_tensor, answers=answers
+            share = engine_share(
+                model.engine, candidate, cluster=cluster, workload=workload, sizes=rollout_sizes, answers=answers
             )
             if share is not None:
                 fitting.append(replace(candidate, engine=share))
@@ -94,14 +89,14 @@ def make_plan(
             others.append(candidate)
     fitting.sort(
         key=lambda c: (
-            c.replica_gpus > cluster.gpus_per_node,
+            c.replica_gpus > cluster.node_gpus,
             RECOMPUTES.index(c.recompute),
             c.replica_gpus,
             c.pipeline,
         )
     )
     return Plan(
-        parameters=model.parameters,
+        parameters=model.engine.parameters,
         fitting=tuple(fitting),
         closest=min(others, key=lambda c: c.trainer_bytes, default=None),
         refused=refused,
@@ -115,11 +110,10 @@ class _Model:
         self.hf_config, self.frozen = hf_config, frozen
         self.family = family_of(hf_config)
         self.entries = weight_map(hf_config, family=self.family)
-        self.parameters = parameter_count(self.entries)
         self.language, self.vision = language_sizes(hf_config), vision_sizes(hf_config)
+        self.engine = EngineModel(self.language, self.vision, parameters=parameter_count(self.entries))
         self.merge = hf_config.vision_config.spatial_merge_size
-        text = hf_config.text_config
-        self.largest_tensor_bytes = text.vocab_size * text.hidden_size * DTYPE_BYTES
+        self._values: dict[tuple[int, int, int], StageValues] = {}
 
     def stage_layers(self, pipeline: int) -> tuple[int, ...]:
         """Evenly, or nearly; ValueError where the model does not allow it."""
@@ -138,17 +132,16 @@ class _Model:
         workload: Workload,
         offload: frozenset[OffloadPart],
     ) -> Candidate:
-        """The layout with the memory of its fullest stage: the first, the second or the last, as those between differ
-        only in holding fewer micro-batches.
+        """The layout with the memory of its first, second and last stage. Those between cannot be fuller than the
+        second: none has more layers (`near_even`), and each holds fewer micro-batches.
         """
         split = Split(tensor=tensor, context=context, sequence_parallel=tensor > 1)
         layers = self.stage_layers(pipeline)
         stages = []
         for stage in sorted({0, min(1, pipeline - 1), pipeline - 1}):
-            values = stage_values(self.entries, stage_layers=layers, stage=stage, tensor=tensor, frozen=self.frozen)
+            values = self._stage_values(stage, layers, tensor=tensor)
             state = state_bytes(values, dtype_bytes=DTYPE_BYTES, replicas=data * context, distributed=True)
-            stages.append((state, self._activations(stage, layers, split, recompute, workload)))
-        state, activations = max(stages, key=lambda pair: pair[0].total + pair[1].total)
+            stages.append(Stage(state, self._activations(stage, layers, split, recompute, workload)))
         return Candidate(
             tensor=tensor,
             pipeline=pipeline,
@@ -156,11 +149,19 @@ class _Model:
             data=data,
             layers=layers,
             recompute=recompute,
-            state=state,
+            stages=tuple(stages),
             offload=offload,
-            activations=activations,
             engine=None,
         )
+
+    def _stage_values(self, stage: int, layers: tuple[int, ...], *, tensor: int) -> StageValues:
+        """Once for all contexts and recomputations: a large model has a thousand parameters."""
+        key = (stage, len(layers), tensor)
+        if key not in self._values:
+            self._values[key] = stage_values(
+                self.entries, stage_layers=layers, stage=stage, tensor=tensor, frozen=self.frozen
+            )
+        return self._values[key]
 
     def _activations(
         self, stage: int, layers: tuple[int, ...], split: Split, recompute: Recompute, workload: Workload
@@ -197,66 +198,27 @@ def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[tuple[int, int, i
     A tensor-parallel group stays within a node: its ranks exchange every layer's hidden states.
     """
     found, refused = [], []
-    for tensor in _divisors(math.gcd(cluster.gpus, cluster.gpus_per_node)):
+    for tensor in cluster.group_sizes:
         try:
             check_tensor_parallel(model.hf_config, tensor=tensor, vision_split="tensor")
         except ValueError as error:
             refused.append(f"TP {tensor}: {error}")
             continue
-        for pipeline in _divisors(cluster.gpus // tensor):
+        for pipeline in divisors(cluster.gpus // tensor):
             try:
                 model.stage_layers(pipeline)
             except ValueError as error:
                 refused.append(f"PP {pipeline}: {error}")
                 continue
-            contexts = _divisors(cluster.gpus // (tensor * pipeline))
+            contexts = divisors(cluster.gpus // (tensor * pipeline))
             found += [(tensor, pipeline, context) for context in contexts]
     return found, tuple(dict.fromkeys(refused))
 
 
 def near_even(layers: int, stages: int) -> tuple[int, ...]:
-    """What is left over goes to stages in the middle first: the first holds the vision tower, the last the head."""
+    """What is left over goes to stages in the middle first: the first holds the vision tower, the last the head. Of
+    those in the middle none has more than the second stage.
+    """
     order = [*range(1, stages - 1), stages - 1, 0]
     more = set(order[: layers % stages])
     return tuple(layers // stages + (stage in more) for stage in range(stages))
-
-
-def _divisors(number: int) -> Iterator[int]:
-    return (size for size in range(1, number + 1) if number % size == 0)
-
-
-def _engine_share(
-    model: _Model,
-    trainer: Candidate,
-    *,
-    cluster: Cluster,
-    workload: Workload,
-    tensor: int | None,
-    answers: int,
-) -> EngineShare | None:
-    """What a vLLM engine gets of each GPU: all the bytes that are free while it samples, if they are enough; None also
-    where the trainer does not fit while it sleeps, or the two do not while weights are sent.
-    """
-    if trainer.trainer_bytes + SLEEPING_ENGINE > cluster.gpu_bytes:
-        return None
-    free = cluster.gpu_bytes - trainer.sampling_bytes
-    buffers = 2 * max(TRANSFER_BUFFER, model.largest_tensor_bytes)
-    utilization = min(MOST_UTILIZATION, math.floor(100 * free / cluster.gpu_bytes) / 100)
-    layer = model.language.layer
-    for size in [tensor] if tensor else _divisors(math.gcd(cluster.gpus, cluster.gpus_per_node)):
-        if layer.heads % size or model.vision.layer.heads % size:
-            continue
-        weights = engine_weight_bytes(model.parameters, tensor=size, dtype_bytes=DTYPE_BYTES)
-        per_token = kv_bytes_per_token(
-            layers=model.language.layers,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            tensor=size,
-            dtype_bytes=DTYPE_BYTES,
-        )
-        room = utilization * cluster.gpu_bytes - weights - ENGINE_RESERVE
-        held = int(room / (per_token * workload.sequence_tokens))
-        syncs = trainer.sync_bytes + weights + ENGINE_RESERVE + buffers <= cluster.gpu_bytes
-        if held >= answers and syncs:
-            return EngineShare(tensor=size, utilization=utilization, weights=weights, answers=held)
-    return None

@@ -95,9 +95,61 @@ def test_fewer_rows_are_named_where_they_help(capsys: pytest.CaptureFixture[str]
     assert rows_of(printed(capsys, *command, "--rows-per-micro-batch", "1"))
 
 
-def test_too_small_a_gpu_is_not_helped_by_more_of_them(capsys: pytest.CaptureFixture[str]) -> None:
-    out = printed(capsys, "plan", "--model", "qwen3-vl-2b", "--gpus", "1", "--gpu-memory", "4", status=1)
-    assert "Up to 32 times as many GPUs would not help." in out
+@pytest.mark.parametrize(("model", "gpus"), [("qwen3-vl-2b", 1), ("qwen2.5-vl-7b", 2), ("qwen3-vl-8b", 3)])
+def test_more_gpus_fill_their_node(model: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """What makes these fit is tensor parallelism over more GPUs than there are."""
+    command = ["plan", "--model", model, "--gpu-memory", "24"]
+    out = printed(capsys, *command, "--gpus", str(gpus), status=1)
+    enough = int(re.search(r"What would fit: (\d+) such GPUs", out)[1])  # type: ignore[index]
+    assert enough > gpus and not enough % gpus
+    assert rows_of(printed(capsys, *command, "--gpus", str(enough)))
+    assert not rows_of(printed(capsys, *command, "--gpus", str(enough // 2), status=1)), "half as many are too few"
+
+
+@pytest.mark.parametrize(("memory", "per_node"), [("4", "8"), ("24", "1")])
+def test_more_gpus_that_do_not_help(memory: str, per_node: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where even the engine's 3 GiB and weights are too much, and where the node has one GPU."""
+    command = ["plan", "--model", "qwen3-vl-2b", "--gpu-memory", memory, "--gpus-per-node", per_node]
+    out = printed(capsys, *command, "--gpus", "1", status=1)
+    assert "2, 4, 8, 16 or 32 times as many GPUs would not help." in out
+    for gpus in ("2", "4", "8", "16", "32"):
+        assert not rows_of(printed(capsys, *command, "--gpus", gpus, status=1))
+
+
+def test_an_engine_too_small_for_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """73.4 B values of two bytes are 137 GiB."""
+    command = ["plan", "--model", "qwen2.5-vl-72b", "--gpus", "64", "--gpu-memory", "80"]
+    out = printed(capsys, *command, "--rollout-tp", "1", status=1)
+    assert "times as many GPUs would not help" in out
+    assert "What would fit: engines of another size, without --rollout-tp, on these." in out
+    assert "--rollout-tp" not in printed(capsys, *command)
+
+
+def test_engines_that_do_not_divide_larger_nodes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Three of three or of six GPUs are a node's share, but not of twelve in nodes of eight."""
+    config = tiny_config(tied=True, vocab=299, num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
+    config.vision_config.num_heads, config.vision_config.intermediate_size = 6, 96
+    config.vision_config.out_hidden_size = 96
+    config.save_pretrained(tmp_path / "tiny")
+    command = ["plan", "--model", str(tmp_path / "tiny"), "--rollout-tp", "3", "--gpus"]
+    assert rows_of(printed(capsys, *command, "3", "--gpu-memory", "12"))
+    assert rows_of(printed(capsys, *command, "6", "--gpu-memory", "12"))
+    assert main([*command, "12", "--gpu-memory", "12"]) == 2
+    assert "12 GPUs in nodes of 8 do not divide into engines of 3; possible: 1\n" in capsys.readouterr().err
+    assert "times as many GPUs would not help" in printed(capsys, *command, "3", "--gpu-memory", "4", status=1)
+
+
+@pytest.mark.parametrize(("memory", "status"), [("79.6", 0), ("80", 0), ("80.0", 0), ("11.25", 1)])
+def test_memory_as_a_card_reports_it(memory: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Printed as given; utilization is a share of exactly that."""
+    command = ["plan", "--model", "qwen2.5-vl-7b", "--gpus", "8", "--rollout-tp", "1"]
+    out = printed(capsys, *command, "--gpu-memory", memory, status=status)
+    assert f"8 GPUs of {float(memory):g} GiB\n" in out
+    if status:
+        assert " of 11.25 GiB: weights" in " ".join(out.split())
+    else:
+        utilization = float(re.search(r"gpu_memory_utilization: ([\d.]+)", out)[1])  # type: ignore[index]
+        assert float(rows_of(out)[0][12]) == pytest.approx(utilization * float(memory), abs=0.05)
 
 
 def test_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -117,6 +169,12 @@ def test_every_recomputation_that_can_be_set_is_looked_at() -> None:
     [
         (["--model", "qwen2.5-vl-8b"], "not one of qwen2.5-vl-3b, "),
         (["--model", "qwen3-vl-2b", "--images-per-row", "9"], "lower --image-tokens"),
+        (["--model", "qwen2.5-vl-7b", "--gpus", "2", "--rollout-tp", "4"], "--rollout-tp 4: 2 GPUs do not divide"),
+        (["--model", "qwen2.5-vl-7b", "--rollout-tp", "8"], "--rollout-tp 8: 28 attention heads cannot be split"),
+        (
+            ["--model", "qwen3-vl-2b", "--freeze", "vision_tower", "projector", "language_model"],
+            "--freeze names vision_tower, projector, language_model: nothing is left to train; drop one of them",
+        ),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -129,3 +187,10 @@ def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--model", "qwen3-vl-2b", "--gpus", "0", "--gpu-memory", "80"])
     assert "--gpus: 0 is not positive" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("memory", ["0", "-1", "0.0", "nan", "inf", "1e300", "80G"])
+def test_memory_that_is_none(memory: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--model", "qwen3-vl-2b", "--gpus", "1", "--gpu-memory", memory])
+    assert f"--gpu-memory: {memory} is not a positive number of GiB" in capfd.readouterr().err

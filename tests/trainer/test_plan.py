@@ -9,8 +9,9 @@ import pytest
 from megatron_vppo.models.options import Part
 from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.trainer.candidate import TRAINER_RESERVE, Candidate, Cluster, Workload
-from megatron_vppo.trainer.plan import ENGINE_RESERVE, GIB, RECOMPUTES, SLEEPING_ENGINE, Plan, make_plan, near_even
+from megatron_vppo.trainer.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.trainer.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
+from megatron_vppo.trainer.plan import RECOMPUTES, Plan, make_plan, near_even
 
 WORKLOAD = Workload(
     prompt_tokens=4096,
@@ -58,9 +59,9 @@ def test_state_of_a_real_size() -> None:
     for c in plan_of("qwen2.5-vl-7b").fitting:
         if c.pipeline == 1:
             values = PUBLISHED["qwen2.5-vl-7b"].parameters / c.tensor
-            assert c.state.weights == pytest.approx(2 * values, rel=0.01)
-            assert c.state.gradients == 2 * c.state.weights
-            assert c.state.optimizer == 6 * c.state.weights // (c.data * c.context)
+            assert c.fullest.state.weights == pytest.approx(2 * values, rel=0.01)
+            assert c.fullest.state.gradients == 2 * c.fullest.state.weights
+            assert c.fullest.state.optimizer == 6 * c.fullest.state.weights // (c.data * c.context)
             assert c.tensor * c.pipeline * c.context * c.data == 8
 
 
@@ -73,9 +74,12 @@ def test_everything_that_fits_is_there_and_sorted() -> None:
     assert any("28 attention heads" in reason for reason in plan.refused)
     for c in plan.fitting:
         assert c.engine is not None
-        assert c.trainer_bytes == c.state.total + c.activations.layers + c.activations.head + TRAINER_RESERVE
+        assert (
+            c.trainer_bytes
+            == c.fullest.state.total + c.fullest.activations.layers + c.fullest.activations.head + TRAINER_RESERVE
+        )
         assert c.trainer_bytes + SLEEPING_ENGINE <= 80 * GIB
-        assert c.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
+        assert c.fullest.state.total + TRAINER_RESERVE + c.engine.utilization * 80 * GIB <= 80 * GIB
 
 
 def test_layers_that_do_not_divide_are_shared_out_nearly_evenly() -> None:
@@ -100,10 +104,10 @@ def test_a_replica_within_a_node_comes_first() -> None:
 def test_the_fullest_stage_counts() -> None:
     """With tied weights of 151,936 x 2,048 on both ends and four micro-batches in flight, the first is fullest."""
     c = next(c for c in plan_of("qwen3-vl-2b").fitting if (c.tensor, c.pipeline) == (1, 4))
-    assert c.activations.head == 0
+    assert c.fullest.activations.head == 0
     layer = 2048 * 2048 * 2 + 2 * 2048 * 1024 + 3 * 2048 * 6144
     tower = 24 * (4 * 1024**2 + 2 * 1024 * 4096) + 4 * (4096**2 + 4096 * 2048) + 2304 * 1024 + 1536 * 1024
-    assert c.state.weights == pytest.approx(2 * (7 * layer + 151_936 * 2048 + tower), rel=0.005)
+    assert c.fullest.state.weights == pytest.approx(2 * (7 * layer + 151_936 * 2048 + tower), rel=0.005)
 
 
 def test_an_engine_holds_what_it_is_said_to_hold() -> None:
@@ -145,12 +149,12 @@ def test_weights_on_their_way_have_to_fit_as_well() -> None:
     engine = 2 * PUBLISHED["qwen2.5-vl-7b"].parameters + ENGINE_RESERVE
     buffers = 2 * 152_064 * 3584 * 2
     for layout in c.fitting:
-        assert layout.state.weights + TRAINER_RESERVE + engine + buffers <= 80 * GIB
+        assert layout.fullest.state.weights + TRAINER_RESERVE + engine + buffers <= 80 * GIB
     layout = next(found for found in c.fitting if (found.tensor, found.pipeline) == (2, 1))
-    assert layout.sync_bytes == layout.state.weights + TRAINER_RESERVE
+    assert layout.sync_bytes == layout.fullest.state.weights + TRAINER_RESERVE
     resident = replace(layout, offload=frozenset({"params"}))
-    assert resident.sync_bytes == layout.state.total + TRAINER_RESERVE
-    assert resident.sampling_bytes == layout.state.gradients + layout.state.optimizer + TRAINER_RESERVE
+    assert resident.sync_bytes == layout.fullest.state.total + TRAINER_RESERVE
+    assert resident.sampling_bytes == layout.fullest.state.gradients + layout.fullest.state.optimizer + TRAINER_RESERVE
 
 
 def test_what_would_need_more() -> None:
@@ -173,9 +177,9 @@ def test_context_and_sequence_parallelism() -> None:
     assert all(c.sequence_parallel == (c.tensor > 1) for c in found.values())
     one, two = found[4, 1, 1], found[4, 1, 2]
     assert (one.data, two.data) == (2, 1)
-    assert two.state == one.state, "sharded over data x context"
+    assert two.fullest.state == one.fullest.state, "sharded over data x context"
     if one.recompute == two.recompute:
-        assert two.activations.layers < one.activations.layers
+        assert two.fullest.activations.layers < one.fullest.activations.layers
 
 
 def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
@@ -184,9 +188,9 @@ def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
     a, b = (next(c for c in fitting if (c.tensor, c.pipeline, c.context) == (4, 1, 1)) for fitting in (whole, frozen))
     assert a.recompute == b.recompute
     tower = 27 * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * (4608**2 + 4608 * 4096)
-    assert a.state.gradients - b.state.gradients == pytest.approx(4 * tower / 4, rel=0.05)
-    assert a.state.weights == pytest.approx(b.state.weights, rel=1e-5)
-    assert b.activations.layers < a.activations.layers
+    assert a.fullest.state.gradients - b.fullest.state.gradients == pytest.approx(4 * tower / 4, rel=0.05)
+    assert a.fullest.state.weights == pytest.approx(b.fullest.state.weights, rel=1e-5)
+    assert b.fullest.activations.layers < a.fullest.activations.layers
 
 
 def test_a_micro_batch_counts_pictures_and_views() -> None:

@@ -1,0 +1,68 @@
+"""Which sizes an engine may have: as many GPUs as `vppo train` and vLLM can give it."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig
+from megatron_vppo.models.published import PUBLISHED, published_config
+from megatron_vppo.parallel.sizes import language_sizes, vision_sizes
+from megatron_vppo.trainer.candidate import GIB, Cluster
+from megatron_vppo.trainer.engine_share import EngineModel, check_engine_size, engine_sizes
+from megatron_vppo.trainer.engines import engine_devices, num_engines
+
+
+def model_of(name: str) -> EngineModel:
+    config = published_config(name)
+    return EngineModel(language_sizes(config), vision_sizes(config), parameters=PUBLISHED[name].parameters)
+
+
+def cluster_of(gpus: int, gpus_per_node: int = 8) -> Cluster:
+    return Cluster(gpus=gpus, gpu_bytes=80 * GIB, gpus_per_node=gpus_per_node)
+
+
+@pytest.mark.parametrize(
+    ("name", "cluster", "size", "message"),
+    [
+        ("qwen2.5-vl-7b", cluster_of(2), 4, "2 GPUs do not divide into engines of 4; possible: 1, 2"),
+        ("qwen2.5-vl-7b", cluster_of(6), 4, "6 GPUs do not divide into engines of 4; possible: 1, 2"),
+        ("qwen2.5-vl-7b", cluster_of(7), 3, "7 GPUs do not divide into engines of 3; possible: 1"),
+        ("qwen3-vl-8b", cluster_of(12), 8, "12 GPUs in nodes of 8 do not divide into engines of 8; possible: 1, 2, 4"),
+        ("qwen3-vl-8b", cluster_of(64, 4), 8, "64 GPUs in nodes of 4 do not divide into engines of 8"),
+        ("qwen2.5-vl-7b", cluster_of(8), 8, "28 attention heads cannot be split over the 8 GPUs of an engine"),
+        ("qwen2.5-vl-3b", cluster_of(8), 8, "3420 values of the vision MLP cannot be split over the 8 GPUs"),
+        ("qwen2.5-vl-7b", cluster_of(7), 7, "4 key-value heads cannot be split over the 7 GPUs"),
+        ("qwen3-vl-8b", cluster_of(32, 32), 32, "16 vision attention heads cannot be split over the 32 GPUs"),
+        ("qwen2.5-vl-3b", cluster_of(6), 6, "16 attention heads cannot be split over the 6 GPUs"),
+    ],
+)  # fmt: skip
+def test_impossible_sizes(name: str, cluster: Cluster, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^--rollout-tp {size}: {message}"):
+        check_engine_size(model_of(name), cluster, size)
+
+
+def test_possible_sizes() -> None:
+    """Key-value heads may be copied: the 3B has two."""
+    assert engine_sizes(model_of("qwen2.5-vl-3b"), cluster_of(8)) == (1, 2, 4)
+    assert engine_sizes(model_of("qwen2.5-vl-7b"), cluster_of(16)) == (1, 2, 4)
+    assert engine_sizes(model_of("qwen3-vl-8b"), cluster_of(32, 16)) == (1, 2, 4, 8, 16)
+    check_engine_size(model_of("qwen2.5-vl-3b"), cluster_of(8), 4)
+
+
+@pytest.mark.parametrize("gpus_per_node", [4, 6, 8])
+@pytest.mark.parametrize("gpus", [1, 2, 3, 6, 8, 12, 16])
+def test_a_run_starts_engines_of_every_possible_size(gpus: int, gpus_per_node: int) -> None:
+    """Each has its leader, and its GPUs are on the leader's node; together they are all GPUs."""
+    for size in engine_sizes(model_of("qwen3-vl-8b"), cluster_of(gpus, gpus_per_node)):
+        config = RunConfig(
+            data=DataConfig(train_files="rows"),
+            model=ModelConfig(path="folder"),
+            rollout=RolloutConfig(tensor_parallel_size=size),
+        )
+        count = num_engines(config, world_size=gpus, on_cpu=False)
+        assert count * size == gpus
+        for leader in range(0, gpus, gpus // count):
+            node, local_rank = divmod(leader, gpus_per_node)
+            present = min(gpus_per_node, gpus - node * gpus_per_node)
+            devices = engine_devices(None, device_count=present, local_rank=local_rank, size=size)
+            assert len(devices.split(",")) == size
