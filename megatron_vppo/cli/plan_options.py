@@ -26,10 +26,14 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     number("--images-per-row", 1, "pictures of a prompt")
     number("--image-tokens", None, "tokens of a picture; default: as many as data.max_pixels allows")
     number("--rows-per-micro-batch", actor["micro_batch_size_per_device_for_update"].default, "responses")
-    parts = typing.get_args(typing.get_args(ModelConfig.model_fields["freeze"].annotation)[0])
-    parser.add_argument("--freeze", nargs="+", choices=parts, default=[], help="parts that are not trained")
-    offloads = typing.get_args(typing.get_args(actor["offload"].annotation)[0])
-    parser.add_argument("--offload", nargs="+", choices=offloads, default=[], help="trainer state that makes room")
+    for flag, setting, text in (
+        ("--freeze", ModelConfig.model_fields["freeze"], "parts that are not trained"),
+        ("--offload", actor["offload"], "trainer state that makes room"),
+    ):
+        parts = typing.get_args(typing.get_args(setting.annotation)[0])
+        parser.add_argument(
+            flag, nargs="+", choices=parts, default=[], metavar="PART", help=f"{text}: of {', '.join(parts)}"
+        )
     number("--rollout-tp", None, "GPUs of an engine; default: the fewest that will do")
     number("--answers", 16, "sequences of full length that an engine has to hold at once")
 

@@ -193,4 +193,6 @@ def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
 def test_memory_that_is_none(memory: str, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--model", "qwen3-vl-2b", "--gpus", "1", "--gpu-memory", memory])
-    assert f"--gpu-memory: {memory} is not a positive number of GiB" in capfd.readouterr().err
+    error = capfd.readouterr().err
+    assert f"--gpu-memory: {memory} is not a positive number of GiB" in error
+    assert max(len(line) for line in error.splitlines()) <= 100
