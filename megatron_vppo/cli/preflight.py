@@ -13,6 +13,8 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
+from megatron_vppo.parallel.sizes import language_sizes, vision_sizes
+from megatron_vppo.trainer.engine_share import unsplit
 from megatron_vppo.trainer.engines import num_engines
 from megatron_vppo.trainer.hardware import model_options
 from megatron_vppo.trainer.model_folder import model_folder
@@ -58,6 +60,9 @@ def check_before_launch(config: RunConfig) -> int:
             backend=options.backend,
         )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
+    size = config.rollout.tensor_parallel_size
+    if what := unsplit(language_sizes(hf_config), vision_sizes(hf_config), size):
+        raise ValueError(f"rollout.tensor_parallel_size={size}: vLLM cannot split {what} over {size} ranks; take fewer")
     _check_files(config)
     return world_size
 

@@ -33,34 +33,34 @@ class EngineModel:
 
 def engine_sizes(model: EngineModel, cluster: Cluster) -> tuple[int, ...]:
     """GPUs that an engine may have: no GPU is left over, none lies on another node, and vLLM can split the model."""
-    return tuple(size for size in cluster.group_sizes if _unsplit(model, size) is None)
+    return tuple(size for size in cluster.group_sizes if unsplit(model.language, model.vision, size) is None)
 
 
 def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
     """Raises ValueError unless it is one of `engine_sizes`, with these."""
-    unsplit = _unsplit(model, size)
+    what = unsplit(model.language, model.vision, size)
     if size not in cluster.group_sizes:
         nodes = f" in nodes of {cluster.node_gpus}" if cluster.gpus > cluster.node_gpus else ""
         reason = f"{cluster.gpus} GPUs{nodes} do not divide into engines of {size}"
-    elif unsplit is not None:
-        reason = f"{unsplit} cannot be split over the {size} GPUs of an engine"
+    elif what is not None:
+        reason = f"{what} cannot be split over the {size} GPUs of an engine"
     else:
         return
     raise ValueError(f"--rollout-tp {size}: {reason}; possible: {', '.join(map(str, engine_sizes(model, cluster)))}")
 
 
-def _unsplit(model: EngineModel, size: int) -> str | None:
-    """What of the model vLLM refuses to split over so many GPUs. Key-value heads may be copied, the same number of
-    times each.
+def unsplit(language: LanguageSizes, vision: VisionSizes, size: int) -> str | None:
+    """What of a model vLLM refuses to split over so many GPUs. Key-value heads may be copied, the same number of times
+    each.
     """
-    text, vision = model.language.layer, model.vision.layer
+    text, tower = language.layer, vision.layer
     if text.kv_heads % size and size % text.kv_heads:
         return f"{text.kv_heads} key-value heads"
     numbers = {
         "attention heads": text.heads,
         "values of the MLP": text.ffn,
-        "vision attention heads": vision.heads,
-        "values of the vision MLP": vision.ffn,
+        "vision attention heads": tower.heads,
+        "values of the vision MLP": tower.ffn,
     }
     return next((f"{number} {what}" for what, number in numbers.items() if number % size), None)
 

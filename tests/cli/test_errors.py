@@ -37,6 +37,7 @@ def config_file(tmp_path: Path) -> Path:
         ("parallel.tensor_model_parallel_size=4", "key-value heads"),
         ("parallel.pipeline_model_parallel_size=8", "layers"),
         ("rollout.num_engines=3", "num_engines=3"),
+        ("rollout.tensor_parallel_size=8", "tensor_parallel_size=8: vLLM cannot split 4 attention heads over 8 ranks"),
         ("model.path=/no/such/folder", "no such folder"),
         ("data.train_files=nowhere.parquet", "nowhere.parquet does not exist"),
         ("data.val_files=/no/val.jsonl@test", "/no/val.jsonl does not exist"),
