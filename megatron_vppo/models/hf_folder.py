@@ -110,8 +110,9 @@ class HfFolder:
         config = f"does {self.folder / 'config.json'} belong to these weights?"
         if missing and unknown:
             raise ValueError(
-                f"{self.folder} holds the weights of another model: {len(missing)} tensors of this one are missing, "
-                f"first {missing[0]}, and it has {len(unknown)} others, first {unknown[0]} in {files[0]}; {config}"
+                f"{self.folder} does not hold the model's weights: {len(missing)} tensors are missing, first "
+                f"{missing[0]}, and {len(unknown)} are not the model's, first {unknown[0]} in "
+                f"{self._tensors[unknown[0]].path.name}; {config}"
             )
         if missing:
             raise ValueError(f"{self.folder} lacks {len(missing)} tensors of the model, first {missing[:5]}; {config}")
