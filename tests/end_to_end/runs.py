@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 
@@ -49,6 +50,18 @@ def train(digits: Path, runs: Path, name: str, *overrides: str) -> Path:
     """A whole run; returns its folder."""
     vppo(*train_arguments(digits, runs, name, *overrides))
     return runs / "digits_cpu" / name
+
+
+def check_learned(run: Path) -> list[dict[str, float]]:
+    """Of a run with LEARNING: accuracy rose, and engines had the trainer's weights. The lines of its training steps."""
+    lines = read_metrics(run)
+    accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
+    assert accuracy[-1] - accuracy[0] >= LEARNED_POINTS, accuracy
+    trained = [line for line in lines if "actor/pg_loss" in line]
+    assert len(trained) == LEARNING_STEPS
+    assert max(line["training/rollout_logp_diff_max"] for line in trained) < ROLLOUT_DIFFERENCE
+    assert all(line["weight_sync/checksums_ok"] == 1.0 for line in trained)
+    return trained
 
 
 def exported(run: Path, step: int) -> dict[str, torch.Tensor]:

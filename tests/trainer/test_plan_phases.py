@@ -16,21 +16,14 @@ from megatron_vppo.parallel.activations import Kernels, Split, update_activation
 from megatron_vppo.parallel.memory import StageValues, StateBytes, state_bytes
 from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.parallel.sizes import language_sizes, stage_values, vision_sizes
-from megatron_vppo.trainer.candidate import Candidate, Cluster, Workload
+from megatron_vppo.trainer.candidate import Candidate, Cluster
 from megatron_vppo.trainer.plan import make_plan
 from tests.models.tiny import tiny_config
+from tests.trainer.test_plan import WORKLOAD as ONE_ROW
 
 GIB = 2**30
 RESERVE, ENGINE_RESERVE, SLEEPING_ENGINE = 3 * GIB, 3 * GIB, GIB
-WORKLOAD = Workload(
-    prompt_tokens=4096,
-    response_tokens=2048,
-    images_per_row=1,
-    image_tokens=980,
-    rows_per_micro_batch=4,
-    responses_per_prompt=8,
-    head_chunk_tokens=1024,
-)
+WORKLOAD = replace(ONE_ROW, image_tokens=980, rows_per_micro_batch=4)
 ROW = (1, 2, 4)
 
 
