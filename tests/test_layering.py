@@ -39,18 +39,19 @@ def layer(ours: str = "", guarded: str = "") -> Layer:
 
 LAYERS = {
     "algorithm": layer(),
-    "data": layer("algorithm observability", "datasets PIL transformers"),
+    "data": layer("algorithm observability system", "datasets PIL transformers"),
     "models": layer("algorithm data observability", "megatron transformer_engine transformers PIL"),
-    "parallel": layer("algorithm data models observability", "megatron transformer_engine transformers"),
+    "parallel": layer("algorithm data models observability system", "megatron transformer_engine transformers"),
     "rollout": layer("algorithm data observability", "vllm transformers PIL"),
     "trainer": layer(
-        "algorithm data models parallel rollout config observability", "megatron transformers datasets PIL"
+        "algorithm data models parallel rollout config observability system", "megatron transformers datasets PIL"
     ),
     "cli": layer(
-        "algorithm data models parallel rollout trainer config observability",
+        "algorithm data models parallel rollout trainer config observability system",
         "megatron transformers datasets PIL",
     ),
     "config": layer(),
+    "system": layer(),
     "observability": layer("", "PIL"),
 }
 ALGORITHM_OUTSIDE = {"torch"}

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_vppo.data.workers import die_with_parent
+from megatron_vppo.system.processes import die_with_parent
 
 
 def is_trainer_rank() -> bool:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.workers import die_with_parent
+from megatron_vppo.system.processes import die_with_parent
 
 IMAGE_MARK = "<image>"
 _ROWS_PER_CHUNK = 256

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vppo.data.workers import die_with_parent
+from megatron_vppo.system.processes import die_with_parent
 
 _HEADER = struct.Struct("<Q")
 _GRADER_MEMORY_BYTES = 4 << 30  # of the built-in grader: symbolic algebra on hostile answers can ask for any amount

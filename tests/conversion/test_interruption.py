@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron_vppo.parallel.conversion.config_files import copy_config_files
 from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
+from megatron_vppo.system.whole import unfinished_folder
 from tests.conversion.folders import left_behind
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_vppo.data.workers import die_with_parent
+from megatron_vppo.system.processes import die_with_parent
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")

@@ -14,7 +14,7 @@ from megatron_vppo.parallel.conversion.hf_files import FilledEntry, fill, lay_ou
 from megatron_vppo.parallel.conversion.plan import plan_model
 from megatron_vppo.parallel.conversion.processes import run_parts, split_evenly
 from megatron_vppo.parallel.conversion.stored import StoredWeights
-from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
+from megatron_vppo.system.whole import unfinished_folder
 
 SHARD_BYTES = 5 * 10**9
 """Of each file, as transformers writes them."""

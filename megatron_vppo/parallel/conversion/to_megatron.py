@@ -24,7 +24,7 @@ from megatron_vppo.parallel.conversion.pieces import FilePart, LazyPlanner, Piec
 from megatron_vppo.parallel.conversion.plan import plan_model
 from megatron_vppo.parallel.conversion.processes import Report, run_parts, split_evenly
 from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
-from megatron_vppo.parallel.conversion.unfinished import unfinished_folder
+from megatron_vppo.system.whole import unfinished_folder
 
 PIECE_BYTES = 16 << 20
 """Rows that are gathered in memory at a time, while as many are being read. glibc keeps and reuses blocks of up to 32
