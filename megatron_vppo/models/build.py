@@ -22,7 +22,7 @@ from megatron_vppo.models.transformer_config import (
     stage_layers,
     vision_config,
 )
-from megatron_vppo.models.weight_map import stage_entries
+from megatron_vppo.weights.kinds import stage_entries
 
 
 def build_model(

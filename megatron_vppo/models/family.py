@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vppo.models.vision_features import VisionTower
-from megatron_vppo.models.weight_map import Entry
+from megatron_vppo.weights.kinds import Entry
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from megatron_vppo.models.family import Family
 from megatron_vppo.models.mrope import MRope
 from megatron_vppo.models.specs import LayerParts, for_plain_linear, layer_spec
 from megatron_vppo.models.transformer_config import head_dim
-from megatron_vppo.models.weight_map import padded_vocabulary
+from megatron_vppo.weights.kinds import padded_vocabulary
 
 
 class LanguageModel(LanguageModule):

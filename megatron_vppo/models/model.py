@@ -33,7 +33,7 @@ from megatron_vppo.models.packed import PackedBatch
 from megatron_vppo.models.specs import LayerParts
 from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.models.vision_features import VisionFeatures
-from megatron_vppo.models.weight_map import Entry
+from megatron_vppo.weights.kinds import Entry
 
 
 class QwenVLModel(MegatronModule):

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_vppo.models.attention import PackedAttention, Plan, WindowAttention, plan_packed
 from megatron_vppo.models.norm import PlainNorm
 from megatron_vppo.models.options import Backend
-from megatron_vppo.models.weight_map import Entry
+from megatron_vppo.weights.kinds import Entry
 
 
 @dataclass(frozen=True)

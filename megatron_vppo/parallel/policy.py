@@ -31,10 +31,10 @@ from megatron_vppo.parallel.batching import (
     pack_views,
     rows_of_rank,
 )
-from megatron_vppo.parallel.export import hf_weights
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
+from megatron_vppo.weights.stream import hf_weights
 
 Views = Literal["original", "both"]
 Divergence = Literal["kl_full", "jsd"]
@@ -232,7 +232,7 @@ class MegatronPolicy:
         }
 
     def hf_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The present weights under their Hugging Face names, whole on every rank; see export.py.
+        """The present weights under their Hugging Face names, whole on every rank; see weights/stream.py.
 
         Args:
             only_trained: without frozen parts of the model.

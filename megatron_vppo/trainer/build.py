@@ -19,7 +19,6 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.observability.metrics import RunLog
@@ -27,7 +26,6 @@ from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollouts
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
-from megatron_vppo.parallel.export import save_hf
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.offload import TrainerMemory
@@ -47,6 +45,8 @@ from megatron_vppo.trainer.records import Recorder
 from megatron_vppo.trainer.run_folder import RunFolder
 from megatron_vppo.trainer.sampler import EngineSampler
 from megatron_vppo.trainer.validate import Validator
+from megatron_vppo.weights.load import load_weights
+from megatron_vppo.weights.stream import save_hf
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.dist_loading import load_weights
 from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.packed import PackedBatch
@@ -27,6 +26,7 @@ from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 from megatron_vppo.trainer.engines import vision_token_ids
+from megatron_vppo.weights.load import load_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Nats, of the mean absolute difference over the tokens of a row, by the dtype that all sides compute in."""

@@ -16,7 +16,7 @@ from megatron_vppo.cli.main import main
 from megatron_vppo.parallel.conversion import hf_files, to_megatron
 from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
 from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.parallel.export import save_hf
+from megatron_vppo.weights.stream import save_hf
 from tests.conversion.folders import CONFIGS, SIDE_FILES, MarksIfLoaded, same_bits, shard, tensors_of
 
 SMALL_PIECES = 3000

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.packed import PackedBatch
-from megatron_vppo.models.weight_map import stage_entries
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.weights.kinds import stage_entries
+from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import GRIDS, IMAGE, MERGE, Row, make_pixels, make_rows
 
 PACKED = ((3,), (1, 0, 2), (5, 4), (1,))

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_vppo.models.hf_loading import load_hf_weights
-from megatron_vppo.models.weight_map import Entry, Gated, Split
+from megatron_vppo.weights.kinds import Entry, Gated, Split
+from megatron_vppo.weights.load_hf import load_hf_weights
 
 
 class TwoTensors(nn.Module):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.weight_map import (
+from megatron_vppo.weights.kinds import (
     Entry,
     FusedQKV,
     Gated,

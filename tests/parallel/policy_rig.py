@@ -20,7 +20,6 @@ from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
 from megatron_vppo.data.perturb import PerturbKey
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
@@ -28,6 +27,7 @@ from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy, Phase, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
+from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import (
     GRIDS,
     IMAGE,

@@ -14,13 +14,13 @@ from tiny_model import save_model_folder, save_qwen3_folder
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import ModelOptions
-from megatron_vppo.parallel.export import hf_weights, save_hf
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.weights.load_hf import load_hf_weights
+from megatron_vppo.weights.stream import hf_weights, save_hf
 from tests.gloo import run_gloo
 
 RANKS = 4

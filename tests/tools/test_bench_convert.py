@@ -12,7 +12,7 @@ from bench import convert
 from bench.resident import TreeSampler
 from transformers import AutoConfig
 
-from megatron_vppo.models.hf_folder import read_header
+from megatron_vppo.weights.hf_folder import read_header
 
 HOLD = """
 import subprocess, sys

@@ -31,9 +31,9 @@ from transformers import Qwen2_5_VLConfig
 from bench.machine import commit, hardware, stolen_seconds, versions
 from bench.resident import TreeSampler
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.hf_folder import raw_bytes
-from megatron_vppo.models.weight_map import stream_entries
 from megatron_vppo.parallel.conversion.hf_files import lay_out
+from megatron_vppo.weights.hf_folder import raw_bytes
+from megatron_vppo.weights.kinds import stream_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}

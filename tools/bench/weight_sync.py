@@ -32,12 +32,12 @@ from transformers import AutoConfig
 from bench.machine import commit, hardware, versions
 from bench.random_model import SIZES
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_loading import load_hf_weights
 from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.parallel.export import hf_weights
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.weights.load_hf import load_hf_weights
+from megatron_vppo.weights.stream import hf_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,7 +12,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths
 from megatron_vppo.models.vision_map import attention_entries, merger_entries, patch_entry, vision_entry
-from megatron_vppo.models.weight_map import Entry, Kind, Split, whole
+from megatron_vppo.weights.kinds import Entry, Kind, Split, whole
 
 
 def canonical_name(name: str) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.hf_folder import DTYPES, INDEX, SINGLE, raw_bytes
-from megatron_vppo.models.weight_map import Gated, Shape, Split, Vocabulary
 from megatron_vppo.parallel.conversion.processes import Report
 from megatron_vppo.parallel.conversion.read_ahead import read_ahead
 from megatron_vppo.parallel.conversion.records import StoredEntry
 from megatron_vppo.parallel.conversion.stored import StoredWeights
+from megatron_vppo.weights.hf_folder import DTYPES, INDEX, SINGLE, raw_bytes
+from megatron_vppo.weights.kinds import Gated, Shape, Split, Vocabulary
 
 PIECE_BYTES = 16 << 20
 """Rows that are gathered in memory at a time, while as many are being read; see to_megatron.py."""

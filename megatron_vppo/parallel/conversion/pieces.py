@@ -15,10 +15,10 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vppo.models.hf_folder import LazyTensor
-from megatron_vppo.models.weight_map import Kind, Shape
 from megatron_vppo.parallel.conversion.processes import Report
 from megatron_vppo.parallel.conversion.read_ahead import read_ahead
+from megatron_vppo.weights.hf_folder import LazyTensor
+from megatron_vppo.weights.kinds import Kind, Shape
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vppo.models.weight_map import Entry, Shape
+from megatron_vppo.weights.kinds import Entry, Shape
 
 
 @dataclass(frozen=True)

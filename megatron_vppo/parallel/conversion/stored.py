@@ -11,9 +11,9 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from megatron_vppo.models.dist_metadata import check_stored, read_metadata
-from megatron_vppo.models.weight_map import Shape, Vocabulary
 from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
+from megatron_vppo.weights.dist_metadata import check_stored, read_metadata
+from megatron_vppo.weights.kinds import Shape, Vocabulary
 
 OPTIMIZER = "optimizer."
 """What the keys of a training checkpoint begin with that are no weights."""

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-from megatron_vppo.models.dist_metadata import DIST_CKPT
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion.config_files import copy_config_files, name_dtype
 from megatron_vppo.parallel.conversion.hf_files import FilledEntry, fill, lay_out
 from megatron_vppo.parallel.conversion.plan import plan_model
 from megatron_vppo.parallel.conversion.processes import run_parts, split_evenly
 from megatron_vppo.parallel.conversion.stored import StoredWeights
 from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.weights.config_files import copy_config_files, name_dtype
+from megatron_vppo.weights.dist_metadata import DIST_CKPT
 
 SHARD_BYTES = 5 * 10**9
 """Of each file, as transformers writes them."""

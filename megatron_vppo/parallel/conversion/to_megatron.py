@@ -15,16 +15,16 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from megatron_vppo.models.dist_metadata import BACKEND, DIST_CKPT
-from megatron_vppo.models.hf_folder import HfFolder, LazyTensor
-from megatron_vppo.models.weight_map import FusedQKV, Gated, GroupedQKV, Kind, Split, Vocabulary
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion.config_files import copy_config_files, name_dtype
 from megatron_vppo.parallel.conversion.pieces import FilePart, LazyPlanner, Piece, Rows, Shard, file_writer, write_files
 from megatron_vppo.parallel.conversion.plan import plan_model
 from megatron_vppo.parallel.conversion.processes import Report, run_parts, split_evenly
 from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
 from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.weights.config_files import copy_config_files, name_dtype
+from megatron_vppo.weights.dist_metadata import BACKEND, DIST_CKPT
+from megatron_vppo.weights.hf_folder import HfFolder, LazyTensor
+from megatron_vppo.weights.kinds import FusedQKV, Gated, GroupedQKV, Kind, Split, Vocabulary
 
 PIECE_BYTES = 16 << 20
 """Rows that are gathered in memory at a time, while as many are being read. glibc keeps and reuses blocks of up to 32

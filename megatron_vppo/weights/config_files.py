@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vppo.models.dist_metadata import DIST_CKPT
+from megatron_vppo.weights.dist_metadata import DIST_CKPT
 
 WEIGHT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.ckpt",

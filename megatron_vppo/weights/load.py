@@ -9,10 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_vppo.models.dist_metadata import DIST_CKPT, check_stored, read_metadata
-from megatron_vppo.models.hf_folder import has_hf_weights
-from megatron_vppo.models.hf_loading import MappedModel, load_hf_weights
-from megatron_vppo.models.weight_map import Vocabulary
+from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
+from megatron_vppo.weights.hf_folder import has_hf_weights
+from megatron_vppo.weights.kinds import Vocabulary
+from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
 
 class ShardedModel(MappedModel, Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.weight_map import Entry, Shape
+from megatron_vppo.weights.kinds import Entry, Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

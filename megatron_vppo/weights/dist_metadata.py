@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 
-from megatron_vppo.models.weight_map import Shape, padded_vocabulary
+from megatron_vppo.weights.kinds import Shape, padded_vocabulary
 
 DIST_CKPT = "dist_ckpt"
 """Folder with the weights, within a converted folder as within a training checkpoint."""
