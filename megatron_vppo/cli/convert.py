@@ -50,7 +50,7 @@ def _add_shared(parser: argparse.ArgumentParser) -> None:
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
     quieten_libraries()
-    from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+    from megatron_vppo.conversion.to_megatron import hf_to_megatron
 
     return _interruptible(
         lambda: hf_to_megatron(options.source, options.target, dtype=_dtype(options.dtype), processes=options.processes)
@@ -59,7 +59,7 @@ def _hf_to_megatron(options: argparse.Namespace) -> int:
 
 def _megatron_to_hf(options: argparse.Namespace) -> int:
     quieten_libraries()
-    from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
+    from megatron_vppo.conversion.to_hf import megatron_to_hf
 
     return _interruptible(
         lambda: megatron_to_hf(
@@ -75,7 +75,7 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     quieten_libraries()
-    from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+    from megatron_vppo.conversion.verify import compare_checkpoints
 
     found = compare_checkpoints(options.source, options.other)
     for cast in found.casts:
@@ -93,7 +93,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _logprobs(options: argparse.Namespace) -> int:
-    from megatron_vppo.trainer.logprob_check import compare_logprobs
+    from megatron_vppo.conversion.logprobs import compare_logprobs
 
     differences, tolerance = compare_logprobs(options.source, options.other, with_vllm=options.vllm)
     for found in differences:

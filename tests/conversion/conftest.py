@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from tests.conversion.folders import CONFIGS, make_folder
 
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.system.whole import unfinished_folder
 from megatron_vppo.weights.config_files import copy_config_files
 from tests.conversion.folders import left_behind

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from megatron_vppo.parallel.conversion.read_ahead import read_ahead
-from megatron_vppo.parallel.conversion.stored import StoredWeights
-from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+from megatron_vppo.conversion.read_ahead import read_ahead
+from megatron_vppo.conversion.stored import StoredWeights
+from megatron_vppo.conversion.to_hf import megatron_to_hf
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion.verify import compare_checkpoints
 from megatron_vppo.weights.hf_folder import LazyTensor
 
 WAIT_SECONDS = 20

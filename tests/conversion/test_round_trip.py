@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.cli.main import main
-from megatron_vppo.parallel.conversion import hf_files, to_megatron
-from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion import hf_files, to_megatron
+from megatron_vppo.conversion.to_hf import megatron_to_hf
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.weights.stream import save_hf
 from tests.conversion.folders import CONFIGS, SIDE_FILES, MarksIfLoaded, same_bits, shard, tensors_of
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from megatron_vppo.cli.main import main
-from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+from megatron_vppo.conversion.to_hf import megatron_to_hf
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion.verify import compare_checkpoints
 from megatron_vppo.weights.dist_metadata import read_metadata
 from tests.conversion.folders import CONFIGS, Flip, rewrite, tensors_of
 

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vppo.cli.main import main
-from megatron_vppo.parallel.conversion.to_hf import megatron_to_hf
-from megatron_vppo.parallel.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.parallel.conversion.verify import compare_checkpoints
+from megatron_vppo.conversion.to_hf import megatron_to_hf
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.conversion.verify import compare_checkpoints
 from megatron_vppo.system.whole import unfinished_folder
 from megatron_vppo.weights.hf_folder import HfFolder
 from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, shard

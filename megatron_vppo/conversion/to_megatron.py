@@ -15,11 +15,11 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from megatron_vppo.conversion.catalogue import plan_model
+from megatron_vppo.conversion.pieces import FilePart, LazyPlanner, Piece, Rows, Shard, file_writer, write_files
+from megatron_vppo.conversion.places import StoredEntry, StoredPart
+from megatron_vppo.conversion.workers import Report, run_parts, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion.pieces import FilePart, LazyPlanner, Piece, Rows, Shard, file_writer, write_files
-from megatron_vppo.parallel.conversion.plan import plan_model
-from megatron_vppo.parallel.conversion.processes import Report, run_parts, split_evenly
-from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
 from megatron_vppo.system.whole import unfinished_folder
 from megatron_vppo.weights.config_files import copy_config_files, name_dtype
 from megatron_vppo.weights.dist_metadata import BACKEND, DIST_CKPT

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, L
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from megatron_vppo.parallel.conversion.records import StoredEntry, StoredPart
+from megatron_vppo.conversion.places import StoredEntry, StoredPart
 from megatron_vppo.weights.dist_metadata import check_stored, read_metadata
 from megatron_vppo.weights.kinds import Shape, Vocabulary
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_vppo.conversion.catalogue import ModelPlan, plan_model
+from megatron_vppo.conversion.hf_files import PIECE_BYTES
+from megatron_vppo.conversion.places import StoredEntry
+from megatron_vppo.conversion.read_ahead import read_ahead
+from megatron_vppo.conversion.stored import StoredWeights
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion.hf_files import PIECE_BYTES
-from megatron_vppo.parallel.conversion.plan import ModelPlan, plan_model
-from megatron_vppo.parallel.conversion.read_ahead import read_ahead
-from megatron_vppo.parallel.conversion.records import StoredEntry
-from megatron_vppo.parallel.conversion.stored import StoredWeights
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
 from megatron_vppo.weights.hf_folder import HfFolder, LazyTensor
 from megatron_vppo.weights.kinds import Gated, Split, Vocabulary

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vppo.parallel.conversion.processes import Report
-from megatron_vppo.parallel.conversion.read_ahead import read_ahead
-from megatron_vppo.parallel.conversion.records import StoredEntry
-from megatron_vppo.parallel.conversion.stored import StoredWeights
+from megatron_vppo.conversion.places import StoredEntry
+from megatron_vppo.conversion.read_ahead import read_ahead
+from megatron_vppo.conversion.stored import StoredWeights
+from megatron_vppo.conversion.workers import Report
 from megatron_vppo.weights.hf_folder import DTYPES, INDEX, SINGLE, raw_bytes
 from megatron_vppo.weights.kinds import Gated, Shape, Split, Vocabulary
 

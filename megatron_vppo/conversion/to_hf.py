@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
+from megatron_vppo.conversion.catalogue import plan_model
+from megatron_vppo.conversion.hf_files import FilledEntry, fill, lay_out
+from megatron_vppo.conversion.stored import StoredWeights
+from megatron_vppo.conversion.workers import run_parts, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion.hf_files import FilledEntry, fill, lay_out
-from megatron_vppo.parallel.conversion.plan import plan_model
-from megatron_vppo.parallel.conversion.processes import run_parts, split_evenly
-from megatron_vppo.parallel.conversion.stored import StoredWeights
 from megatron_vppo.system.whole import unfinished_folder
 from megatron_vppo.weights.config_files import copy_config_files, name_dtype
 from megatron_vppo.weights.dist_metadata import DIST_CKPT

@@ -15,8 +15,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_vppo.parallel.conversion.processes import Report
-from megatron_vppo.parallel.conversion.read_ahead import read_ahead
+from megatron_vppo.conversion.read_ahead import read_ahead
+from megatron_vppo.conversion.workers import Report
 from megatron_vppo.weights.hf_folder import LazyTensor
 from megatron_vppo.weights.kinds import Kind, Shape
 
