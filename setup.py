@@ -51,7 +51,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_vppo", "megatron_vppo.*"]),
     package_data={
-        "megatron_vppo": ["**/*.jinja", "**/*.html", "**/*.js", "**/*.css", "models/published_configs/*.json"]
+        "megatron_vppo": ["**/*.jinja", "**/*.html", "**/*.js", "**/*.css", "planning/published_configs/*.json"]
     },
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -13,8 +13,8 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
-from megatron_vppo.parallel.sizes import language_sizes, vision_sizes
-from megatron_vppo.trainer.engine_share import unsplit
+from megatron_vppo.planning.engine_share import unsplit
+from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.trainer.engines import num_engines
 from megatron_vppo.trainer.hardware import model_options
 from megatron_vppo.trainer.model_folder import model_folder

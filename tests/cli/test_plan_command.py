@@ -12,7 +12,7 @@ import yaml
 from megatron_vppo.cli.main import main
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import ParallelConfig
-from megatron_vppo.trainer.plan import RECOMPUTES
+from megatron_vppo.planning.layouts import RECOMPUTES
 from tests.models.tiny import tiny_config
 
 EXAMPLE = ["plan", "--model", "qwen2.5-vl-32b", "--gpus", "32", "--gpu-memory", "80"]

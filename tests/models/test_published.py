@@ -23,9 +23,9 @@ from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.language_map import HEAD
 from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.models.published import CONFIGS, PUBLISHED, published_config
 from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel
 from megatron_vppo.parallel.cpu_support import enable_cpu
+from megatron_vppo.planning.published import CONFIGS, PUBLISHED, published_config
 from megatron_vppo.weights.kinds import Shape, stage_entries, stream_entries
 
 # (tensor, pipeline); the layers of all eight divide evenly.

@@ -21,7 +21,8 @@ from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions, Part, Recompute
 from megatron_vppo.models.packed import PackedBatch
-from megatron_vppo.parallel.activations import (
+from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.planning.activations import (
     Kernels,
     LanguageSizes,
     LayerSizes,
@@ -36,8 +37,7 @@ from megatron_vppo.parallel.activations import (
     update_activations,
     vision_saved,
 )
-from megatron_vppo.parallel.layout import Layout, init_layout
-from megatron_vppo.parallel.sizes import language_sizes, vision_sizes
+from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from tests.gloo import run_gloo
 from tests.models.tiny import IMAGE, MEDIA_TOKENS, MERGE, PATCH_VALUES, tiny_config
 

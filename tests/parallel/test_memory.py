@@ -15,9 +15,9 @@ from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.options import ModelOptions, Part
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.memory import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
-from megatron_vppo.parallel.sizes import parameter_count, stage_values
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
+from megatron_vppo.planning.sizes import parameter_count, stage_values
+from megatron_vppo.planning.state import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_vppo.models.published import PUBLISHED, published_config
-from megatron_vppo.parallel.sizes import language_sizes, vision_sizes
-from megatron_vppo.trainer.candidate import GIB, Cluster
-from megatron_vppo.trainer.engine_share import EngineModel, check_engine_size, engine_sizes
+from megatron_vppo.planning.candidate import GIB, Cluster
+from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_sizes
+from megatron_vppo.planning.published import PUBLISHED, published_config
+from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.trainer.engines import engine_devices, num_engines
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from megatron_vppo.models.options import Part
-from megatron_vppo.models.published import PUBLISHED, published_config
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.trainer.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
-from megatron_vppo.trainer.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
-from megatron_vppo.trainer.plan import RECOMPUTES, Plan, make_plan, near_even
+from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
+from megatron_vppo.planning.layouts import RECOMPUTES, Plan, make_plan, near_even
+from megatron_vppo.planning.published import PUBLISHED, published_config
 
 WORKLOAD = Workload(
     prompt_tokens=4096,

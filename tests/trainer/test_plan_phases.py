@@ -10,13 +10,13 @@ from functools import cache
 import pytest
 
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.published import PUBLISHED, published_config
-from megatron_vppo.parallel.activations import Kernels, Split, update_activations
-from megatron_vppo.parallel.memory import StageValues, StateBytes, state_bytes
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.parallel.sizes import language_sizes, stage_values, vision_sizes
-from megatron_vppo.trainer.candidate import Candidate, Cluster
-from megatron_vppo.trainer.plan import make_plan
+from megatron_vppo.planning.activations import Kernels, Split, update_activations
+from megatron_vppo.planning.candidate import Candidate, Cluster
+from megatron_vppo.planning.layouts import make_plan
+from megatron_vppo.planning.published import PUBLISHED, published_config
+from megatron_vppo.planning.sizes import language_sizes, stage_values, vision_sizes
+from megatron_vppo.planning.state import StageValues, StateBytes, state_bytes
 from megatron_vppo.weights.kinds import Entry
 from tests.models.tiny import tiny_config
 from tests.trainer.test_plan import WORKLOAD as ONE_ROW

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_vppo.parallel.activations import LanguageSizes, VisionSizes
-from megatron_vppo.parallel.memory import engine_weight_bytes, kv_bytes_per_token
-from megatron_vppo.trainer.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, Workload
+from megatron_vppo.planning.activations import LanguageSizes, VisionSizes
+from megatron_vppo.planning.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, Workload
+from megatron_vppo.planning.state import engine_weight_bytes, kv_bytes_per_token
 
 ENGINE_RESERVE = 3 * GIB
 """An engine's own CUDA context and what its longest prefill needs for a moment. Assumed too."""

@@ -7,10 +7,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.activations import MicroBatch, StageActivations
-from megatron_vppo.parallel.memory import StateBytes
 from megatron_vppo.parallel.offload import PARTS
 from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.planning.activations import MicroBatch, StageActivations
+from megatron_vppo.planning.state import StateBytes
 
 GIB = 2**30
 DTYPE_BYTES = 2

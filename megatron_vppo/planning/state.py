@@ -1,6 +1,6 @@
 """Bytes of weights, gradients and optimizer state on one trainer rank, as Megatron allocates them.
 
-Formulas of numbers: no model, no process group. `parallel/sizes.py` makes the numbers from a model's configuration.
+Formulas of numbers: no model, no process group. `planning/sizes.py` makes the numbers from a model's configuration.
 """
 
 from __future__ import annotations

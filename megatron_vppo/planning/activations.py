@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vppo.models.options import Part, Recompute
-from megatron_vppo.parallel.memory import FLOAT32
+from megatron_vppo.planning.state import FLOAT32
 
 
 @dataclass(frozen=True)

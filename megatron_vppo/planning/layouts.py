@@ -11,18 +11,12 @@ from typing import Any
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.options import Part, Recompute
 from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel, stage_layers
-from megatron_vppo.parallel.activations import (
-    Kernels,
-    Split,
-    StageActivations,
-    score_activations,
-    update_activations,
-)
-from megatron_vppo.parallel.memory import StageValues, state_bytes
 from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.parallel.sizes import language_sizes, parameter_count, stage_values, vision_sizes
-from megatron_vppo.trainer.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
-from megatron_vppo.trainer.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
+from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
+from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
+from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
+from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
+from megatron_vppo.planning.state import StageValues, state_bytes
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """In the order of their cost."""
