@@ -14,9 +14,9 @@ import torch
 
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.fidelity.measure import measure_fidelity, refusal
+from megatron_vppo.fidelity.page import compared, precision, subject
 from megatron_vppo.models.options import Fp8Recipe
-from megatron_vppo.observability.report.fidelity import compared, precision, subject
-from megatron_vppo.trainer.fp8_fidelity import measure_fidelity, refusal
 
 WIDTH = 110
 """Characters of a line."""

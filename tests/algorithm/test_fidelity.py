@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from megatron_vppo.algorithm.fidelity import average_ranks, compare, decisions, spearman, spread
 from megatron_vppo.algorithm.types import Scores
+from megatron_vppo.fidelity.compare import average_ranks, compare, decisions, spearman, spread
 from tests.algorithm.rows import response, settings
 
 LENGTHS = (7, 4, 5, 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.fp8_formats import Operand, quantise_dequantise
+from megatron_vppo.fidelity.formats import Operand, quantise_dequantise
 from megatron_vppo.models.options import Fp8Recipe
 
 RECIPES: tuple[Fp8Recipe, ...] = ("blockwise", "tensorwise", "delayed", "mxfp8")

@@ -14,7 +14,7 @@ import math
 import pytest
 import torch
 
-from megatron_vppo.models.fp8_formats import block_amax, mx_scale, quantise_dequantise, quotient_scale, to_e4m3
+from megatron_vppo.fidelity.formats import block_amax, mx_scale, quantise_dequantise, quotient_scale, to_e4m3
 from megatron_vppo.models.options import Fp8Recipe
 
 FLOAT32_ROUNDING = 1e-6

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vppo.observability.report.fidelity import Bars, histogram_html, render_fidelity
+from megatron_vppo.fidelity.page import Bars, histogram_html, render_fidelity
 from megatron_vppo.observability.report.scales import Axis
 
 EDGES = [1e-2, 1e-1, 1.0]

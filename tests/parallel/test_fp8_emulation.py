@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_vppo.models.fp8_emulation import emulated_fp8, fp8_linears
-from megatron_vppo.models.fp8_formats import quantise_dequantise
+from megatron_vppo.fidelity.emulation import emulated_fp8, fp8_linears
+from megatron_vppo.fidelity.formats import quantise_dequantise
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy

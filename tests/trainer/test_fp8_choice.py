@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from megatron_vppo.config.schema import DataConfig, Fp8Config, ModelConfig, RunConfig
+from megatron_vppo.fidelity.measure import refusal
 from megatron_vppo.models.options import Fp8Recipe
-from megatron_vppo.trainer.fp8_fidelity import refusal
 
 
 def config(ends: int) -> RunConfig:

@@ -1,6 +1,6 @@
 """FP8 linear layers on hardware that has none: quantised and dequantised operands, multiplied in float32.
 
-What a product of FP8 operands comes to is emulated, in the recipes' own formats and block shapes (fp8_formats.py); the
+What a product of FP8 operands comes to is emulated, in the recipes' own formats and block shapes (formats.py); the
 order in which a GPU adds the products up is not, nor anything of the backward pass.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_vppo.models.fp8_formats import quantise_dequantise
+from megatron_vppo.fidelity.formats import quantise_dequantise
 from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe
 from megatron_vppo.models.precision import check_ends
