@@ -12,8 +12,8 @@ from pathlib import Path
 
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.megatron_config import HfConfig
 from megatron_vppo.models.options import Part as ModelPart
-from megatron_vppo.models.transformer_config import HfConfig
 from megatron_vppo.parallel.offload import PARTS
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE

@@ -20,8 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_config import read_hf_config
-from megatron_vppo.models.mrope import mrope_positions
-from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_vppo.fidelity.formats import quantise_dequantise
-from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe
 from megatron_vppo.models.precision import check_ends
+from megatron_vppo.models.qwen_vl import QwenVLModel
 
 AMAX_HISTORY = 1024
 """Forwards that the scale of 'delayed' looks back on: TransformerEngine's default."""

@@ -23,9 +23,9 @@ from megatron_vppo.config.schema import ParallelConfig, RunConfig
 from megatron_vppo.fidelity.compare import Decisions, Differences, compare, decisions, spread
 from megatron_vppo.fidelity.emulation import emulated_fp8
 from megatron_vppo.fidelity.page import write_fidelity_page
+from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
 from megatron_vppo.models.precision import check_ends
-from megatron_vppo.models.te_support import drop_fp8_copies
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.trainer.build import eos_ids, make_policy, train_sampling

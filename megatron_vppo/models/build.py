@@ -9,19 +9,19 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
-from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.models.options import PLAIN, ModelOptions, Part
-from megatron_vppo.models.precision import check_fp8
-from megatron_vppo.models.specs import layer_parts
-from megatron_vppo.models.transformer_config import (
+from megatron_vppo.models.megatron_config import (
     HfConfig,
     check_tensor_parallel,
     language_config,
     stage_layers,
     vision_config,
 )
+from megatron_vppo.models.options import PLAIN, ModelOptions, Part
+from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.models.specs import layer_parts
+from megatron_vppo.models.vision.dealing import VisionGroups
 from megatron_vppo.weights.kinds import stage_entries
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vppo.models.vision_features import VisionTower
+from megatron_vppo.models.vision.tower import VisionTower
 from megatron_vppo.weights.kinds import Entry
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from megatron_vppo.models.families import FAMILIES, family_of
-from megatron_vppo.models.transformer_config import HfConfig
+from megatron_vppo.models.megatron_config import HfConfig
 
 
 def read_hf_config(folder: Path) -> HfConfig:

@@ -18,8 +18,8 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_vppo.models.attention import PackedAttention, Plan, WindowAttention, plan_packed
-from megatron_vppo.models.norm import PlainNorm
+from megatron_vppo.models.layers.attention import PackedAttention, Plan, WindowAttention, plan_packed
+from megatron_vppo.models.layers.norm import PlainNorm
 from megatron_vppo.models.options import Backend
 from megatron_vppo.weights.kinds import Entry
 
@@ -70,7 +70,7 @@ def layer_parts(backend: Backend) -> LayerParts:
     """TransformerEngine is imported only where it is asked for."""
     if backend == "torch":
         return TORCH_PARTS
-    from megatron_vppo.models.te_parts import TE_PARTS
+    from megatron_vppo.models.layers.te_parts import TE_PARTS
 
     return TE_PARTS
 

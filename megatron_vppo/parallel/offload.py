@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.te_support import drop_fp8_copies
+from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
 
 Part = Literal["params", "grads", "optimizer"]

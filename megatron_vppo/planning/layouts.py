@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.megatron_config import HfConfig, check_tensor_parallel, stage_layers
 from megatron_vppo.models.options import Part, Recompute
-from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel, stage_layers
 from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
 from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors

@@ -19,7 +19,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.rewards import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress

@@ -6,9 +6,9 @@ import importlib.util
 from typing import Literal
 
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.layers.te_support import has_transformer_engine, recipe_refusal
+from megatron_vppo.models.megatron_config import APEX_GRADIENTS
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
-from megatron_vppo.models.te_support import has_transformer_engine, recipe_refusal
-from megatron_vppo.models.transformer_config import APEX_GRADIENTS
 
 
 def choose_backend(

@@ -17,8 +17,8 @@ from transformers import AutoConfig
 from megatron_vppo.conversion.to_hf import megatron_to_hf
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.weights.load import load_weights
 from megatron_vppo.weights.load_hf import load_hf_weights

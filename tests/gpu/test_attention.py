@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.context import own_tokens
+from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
+from megatron_vppo.models.layers.context_parallel import own_tokens
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vppo.models.layers.te_support import has_transformer_engine, recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
-from megatron_vppo.models.te_support import has_transformer_engine, recipe_refusal
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy, Phase
 from tests.gpu.rig import gpu_configs

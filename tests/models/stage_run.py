@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.options import ModelOptions
-from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.weights.kinds import stage_entries
 from megatron_vppo.weights.load_hf import load_hf_weights

@@ -9,18 +9,18 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from megatron_vppo.models.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.context import own_tokens, padded_lengths
-from megatron_vppo.models.dealing import deal_pictures
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.mrope import mrope_positions
-from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
+from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
+from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths, stretch_weights
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.models.qwen25_vl.vision import window_order
-from megatron_vppo.models.transformer_config import check_tensor_parallel, stage_layers
-from megatron_vppo.models.vision_features import patch_positions
+from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.models.vision.tower import patch_positions
 from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config, tiny_qwen3_config
 
 CPU = torch.device("cpu")

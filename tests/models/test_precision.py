@@ -10,9 +10,9 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.megatron_config import language_config, vision_config
 from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
 from megatron_vppo.models.precision import check_fp8, language_precision
-from megatron_vppo.models.transformer_config import language_config, vision_config
 from megatron_vppo.planning.published import PUBLISHED, published_config
 
 CPU = torch.device("cpu")

@@ -19,11 +19,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.dealing import VisionGroups
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.language_map import HEAD
-from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.models.transformer_config import HfConfig, check_tensor_parallel
+from megatron_vppo.models.language.weight_map import HEAD
+from megatron_vppo.models.megatron_config import HfConfig, check_tensor_parallel
+from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.models.vision.dealing import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 from megatron_vppo.planning.published import CONFIGS, PUBLISHED, published_config
 from megatron_vppo.weights.kinds import Shape, stage_entries, stream_entries

@@ -20,7 +20,7 @@ from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
 from megatron_vppo.data.perturb import PerturbKey
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.model import QwenVLModel
-from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.options import ModelOptions, Part, Recompute
-from megatron_vppo.models.packed import PackedBatch
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.activations import (
     Kernels,

@@ -14,8 +14,8 @@ from tiny_model import save_model_folder, save_qwen3_folder
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.model import QwenVLModel
 from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.models import te_support
+from megatron_vppo.models.layers import te_support
 from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.trainer import hardware
 from megatron_vppo.trainer.hardware import (

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AutoModelForImageTextToText
 from bench.workload import Workload, fill_with_noise
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import Response, TrainBatch
-from megatron_vppo.models.mrope import mrope_positions
+from megatron_vppo.models.language.mrope import mrope_positions
 
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 1e-2, 1.0
 

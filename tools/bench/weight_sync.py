@@ -32,7 +32,7 @@ from transformers import AutoConfig
 from bench.machine import commit, hardware, versions
 from bench.random_model import SIZES
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.model import QwenVLModel
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings

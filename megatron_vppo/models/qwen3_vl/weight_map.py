@@ -11,7 +11,7 @@ import itertools
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths
-from megatron_vppo.models.vision_map import attention_entries, merger_entries, patch_entry, vision_entry
+from megatron_vppo.models.vision.weight_map import attention_entries, merger_entries, patch_entry, vision_entry
 from megatron_vppo.weights.kinds import Entry, Kind, Split, whole
 
 

@@ -27,8 +27,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_vppo.models.context import own_chunks, own_tokens
-from megatron_vppo.models.deepstack import Deepstack
+from megatron_vppo.models.language.deepstack import Deepstack
+from megatron_vppo.models.layers.context_parallel import own_chunks, own_tokens
 
 _SHORTEST_TO_LONGEST = 0.8
 """Least ratio of lengths within a bucket: at most 1/5 of its tokens and 1/3 of its attention scores are padding."""
@@ -74,7 +74,7 @@ def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device
 
 
 def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, device: torch.device) -> AttentionPlan:
-    """Causal attention of one context-parallel rank's chunks; see context.py for which they are.
+    """Causal attention of one context-parallel rank's chunks; see context_parallel.py for which they are.
 
     A chunk is the end of the keys that it sees. Only chunks of one length share a bucket: none needs padding, so none
     needs a mask, whose size would be that of the attention scores.

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vppo.models.vision_features import Grid, VisionFeatures, VisionTower
+from megatron_vppo.models.vision.tower import Grid, VisionFeatures, VisionTower
 
 
 @dataclass(frozen=True)

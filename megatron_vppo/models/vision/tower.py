@@ -18,7 +18,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from megatron_vppo.models.norm import PlainNorm
+from megatron_vppo.models.layers.norm import PlainNorm
 from megatron_vppo.models.specs import for_plain_linear
 
 Grid = tuple[int, int, int]

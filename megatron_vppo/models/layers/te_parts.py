@@ -21,14 +21,14 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_vppo.models.attention import PackedSequences, Plan
+from megatron_vppo.models.layers.attention import PackedSequences, Plan
 from megatron_vppo.models.specs import LayerParts
 
 
 @dataclass(frozen=True)
 class SequenceBounds:
     """What TransformerEngine wants to know of packed sequences. With context parallelism: of the whole sequences, which
-    it cuts as context.py does, and whose keys and values it passes round by itself.
+    it cuts as context_parallel.py does, and whose keys and values it passes round by itself.
     """
 
     bounds: Tensor
