@@ -57,7 +57,7 @@ setup(
     extras_require=EXTRAS,
     entry_points={
         "console_scripts": ["vppo = megatron_vppo.cli.main:main"],
-        "vllm.general_plugins": ["vppo_weights = megatron_vppo.rollout.weight_receiver:register"],
+        "vllm.general_plugins": ["vppo_weights = megatron_vppo.rollout.transfer.weight_receiver:register"],
     },
     zip_safe=False,
 )

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.rollout.child import ChildProcess
-from megatron_vppo.rollout.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.records import Completion, EngineSettings, SampleRequest, SamplingSettings, SyncReport
-from megatron_vppo.rollout.shared_buffer import SharedBuffer
-from megatron_vppo.rollout.weight_sender import DEFAULT_GROUP_BYTES, TransferBuffer, WeightSender
+from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
+from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
+from megatron_vppo.rollout.transfer.weight_sender import DEFAULT_GROUP_BYTES, TransferBuffer, WeightSender
 
 MemoryTag = Literal["weights", "kv_cache"]
 """What an engine holds of its GPUs' memory and can give back."""

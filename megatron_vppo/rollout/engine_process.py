@@ -56,7 +56,7 @@ class Engine:
         _quieten_vllm()
         from vllm import LLM
 
-        from megatron_vppo.rollout import weight_receiver
+        from megatron_vppo.rollout.transfer import weight_receiver
 
         weight_receiver.register()
         options: dict[str, Any] = {}

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.quantization.online.fp8 import OnlineLinearBase
 from vllm.model_executor.model_loader.weight_checksum import compute_tensor_digests
 
-from megatron_vppo.rollout import weight_receiver
 from megatron_vppo.rollout.records import LiveWeight
+from megatron_vppo.rollout.transfer import weight_receiver
 
 # vLLM imports this module in every worker, so the backend is known there even where the package is on the path but not
 # installed, and its entry point therefore not seen.

@@ -12,10 +12,10 @@ from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.parallel.policy import MegatronPolicy, Views
+from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.mismatch import rollout_mismatch
 from megatron_vppo.trainer.placement import Placement
-from megatron_vppo.trainer.sampler import EngineSampler
 from megatron_vppo.trainer.validate import Validator
 
 

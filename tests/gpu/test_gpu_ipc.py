@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from megatron_vppo.rollout.device_buffer import DeviceBuffer, DeviceBufferReader
+from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer, DeviceBufferReader
 
 pytestmark = pytest.mark.gpu
 MIB = 2**20

@@ -14,7 +14,7 @@ from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import Completion, SampleRequest
-from megatron_vppo.rollout.shared_buffer import SharedBuffer
+from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 
 MAX_PIXELS = 84 * 84
 """Less than the saved processor's own bound, so that the override is seen to act."""

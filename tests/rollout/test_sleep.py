@@ -20,7 +20,7 @@ from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnline
 from megatron_vppo.rollout import engine as engine_module
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, LiveWeight, SampleRequest, SamplingSettings
-from megatron_vppo.rollout.vllm_layout import ExpectedDigests, StreamCheck, parameters_of
+from megatron_vppo.rollout.transfer.vllm_layout import ExpectedDigests, StreamCheck, parameters_of
 from megatron_vppo.rollout.worker import WorkerExtension, _live_weights
 
 LOGP_TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.rollout.records import Completion, SamplingSettings
-from megatron_vppo.trainer.sampler import EngineSampler
+from megatron_vppo.rollout.sampler import EngineSampler
 from tests.gloo import run_gloo
 
 PROMPTS = [Prompt("train", i, "q", "a", (1, 1, i), (1, i), (ImageRef("train", i, 0),), ((1, 2, 2),)) for i in range(5)]

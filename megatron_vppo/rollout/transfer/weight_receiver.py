@@ -31,9 +31,9 @@ from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from megatron_vppo.rollout.device_buffer import DeviceBufferReader, Handle
 from megatron_vppo.rollout.records import WeightTransfer
-from megatron_vppo.rollout.shared_buffer import SharedBufferReader
+from megatron_vppo.rollout.transfer.device_buffer import DeviceBufferReader, Handle
+from megatron_vppo.rollout.transfer.shared_buffer import SharedBufferReader
 
 BACKENDS: dict[WeightTransfer, str] = {"shm": "shm", "ipc": "vppo_ipc"}
 """Ours, by the setting; vLLM has an 'ipc' of its own."""

@@ -16,8 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.rollout.records import LiveWeight, SyncReport
-from megatron_vppo.rollout.shared_buffer import aligned
-from megatron_vppo.rollout.vllm_layout import DigestKey, ExpectedDigests, StreamCheck, canonical_name, parameters_of
+from megatron_vppo.rollout.transfer.shared_buffer import aligned
+from megatron_vppo.rollout.transfer.vllm_layout import (
+    DigestKey,
+    ExpectedDigests,
+    StreamCheck,
+    canonical_name,
+    parameters_of,
+)
 
 DEFAULT_GROUP_BYTES = 256 << 20
 """Of one buffer. A single larger tensor makes its buffer grow to hold it."""
