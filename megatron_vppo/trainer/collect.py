@@ -16,7 +16,7 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
 from megatron_vppo.trainer.collective import from_rank_zero
-from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.grader import Grader
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
 from megatron_vppo.trainer.collect import score_groups
-from megatron_vppo.trainer.grading import Grader
+from megatron_vppo.trainer.grader import Grader
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory, optimizer_tensors, storages_of, weight_tensors
 from megatron_vppo.parallel.policy import MegatronPolicy
-from megatron_vppo.trainer.hardware import choose_backend
+from megatron_vppo.setup.hardware import choose_backend
 from tests.gpu.rig import gpu_configs
 from tests.models.tiny import save_tiny_model
 from tests.parallel.policy_rig import RESUMED_OPTIM, make_batch, make_policy, make_responses

@@ -9,7 +9,7 @@ from megatron_vppo.planning.candidate import GIB, Cluster
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_sizes
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
-from megatron_vppo.trainer.engines import engine_devices, num_engines
+from megatron_vppo.setup.engines import engine_devices, num_engines
 
 
 def model_of(name: str) -> EngineModel:

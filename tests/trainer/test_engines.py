@@ -12,7 +12,7 @@ from vllm.model_executor.layers.quantization.online.base import OnlineQuantizati
 from megatron_vppo.config.schema import Fp8Config, RunConfig
 from megatron_vppo.rollout.child import child_environment
 from megatron_vppo.rollout.records import EngineSettings
-from megatron_vppo.trainer.engines import VLLM_FP8, engine_devices, engines_sleep, unquantized_layers, weight_transfer
+from megatron_vppo.setup.engines import VLLM_FP8, engine_devices, engines_sleep, unquantized_layers, weight_transfer
 
 
 def test_engines_share_out_the_gpus_of_a_machine() -> None:

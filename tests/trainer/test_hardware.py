@@ -9,14 +9,8 @@ import pytest
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.layers import te_support
 from megatron_vppo.models.options import Fp8Options
-from megatron_vppo.trainer import hardware
-from megatron_vppo.trainer.hardware import (
-    check_fp8_hardware,
-    choose_backend,
-    fp8_options,
-    model_options,
-    slower_without,
-)
+from megatron_vppo.setup import hardware
+from megatron_vppo.setup.hardware import check_fp8_hardware, choose_backend, fp8_options, model_options, slower_without
 
 
 def config_with(**sections: Any) -> RunConfig:

@@ -40,7 +40,7 @@ from megatron_vppo.models.layers.te_support import recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Recipe, Recompute
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.trainer.hardware import choose_backend
+from megatron_vppo.setup.hardware import choose_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 1.0

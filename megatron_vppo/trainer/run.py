@@ -33,17 +33,17 @@ from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine, vision_token_ids
+from megatron_vppo.setup.hardware import model_options, slower_without
+from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
+from megatron_vppo.setup.model_folder import model_folder
+from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.collective import from_rank_zero
-from megatron_vppo.trainer.engines import EnginePlace, await_engines, start_engine, vision_token_ids
-from megatron_vppo.trainer.grading import Grader
-from megatron_vppo.trainer.hardware import model_options, slower_without
-from megatron_vppo.trainer.inputs import RunInputs, open_inputs, read_prompts
+from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
-from megatron_vppo.trainer.model_folder import model_folder
 from megatron_vppo.trainer.placement import Placement
-from megatron_vppo.trainer.records import Recorder
-from megatron_vppo.trainer.run_folder import RunFolder
+from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.load import load_weights
 from megatron_vppo.weights.stream import save_hf
