@@ -18,8 +18,8 @@ from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
 from megatron_vppo.algorithm.token_filter import top_token_mask
+from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.algorithm.types import LossSpec, Response, ScoredResponse, Scores, TrainBatch
-from megatron_vppo.algorithm.weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 
 
 @dataclass(frozen=True, slots=True)

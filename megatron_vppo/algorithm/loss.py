@@ -87,8 +87,8 @@ def surrogate_loss(
 ) -> LossTerms:
     """sum(pg_weight * surrogate) + sum(entropy_weight * entropy term), for the tokens of one micro-batch.
 
-    The weights hold masks, denominators and coefficients (see weights.py), so the losses of the micro-batches add up to
-    the loss of the mini-batch, and so do their gradients.
+    The weights hold masks, denominators and coefficients (see token_weights.py), so the losses of the micro-batches add
+    up to the loss of the mini-batch, and so do their gradients.
 
     Args:
         new_logp_N: [N] fp32 nats, with gradient.

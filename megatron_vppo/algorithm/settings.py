@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 from megatron_vppo.algorithm.shaping import NegativeAdvantages
-from megatron_vppo.algorithm.weights import EntropyTokens, LossAverage, LossDenominator
+from megatron_vppo.algorithm.token_weights import EntropyTokens, LossAverage, LossDenominator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ def load_function(spec: str) -> Callable[..., Any]:
     The file's folder is not put on the import path, where a file called math.py would hide the standard library's.
     """
     if spec == "mathruler":
-        from megatron_vppo.data.grading import compute_score
+        from megatron_vppo.data.mathruler import compute_score
 
         resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
         return compute_score

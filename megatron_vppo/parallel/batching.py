@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, Response
-from megatron_vppo.data.packing import assign_to_ranks
 from megatron_vppo.data.perturb import PerturbKey
 from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.parallel.balancing import assign_to_ranks
 
 _PADDING_TOKEN = 0
 

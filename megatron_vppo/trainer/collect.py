@@ -13,9 +13,9 @@ from megatron_vppo.algorithm.types import Prompt, Response, ScoredResponse
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
-from megatron_vppo.trainer.collective import from_rank_zero
 from megatron_vppo.trainer.grader import Grader
 
 logger = logging.getLogger(__name__)

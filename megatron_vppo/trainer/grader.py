@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_vppo.algorithm.types import Response, Reward, ScoredResponse
-from megatron_vppo.data.rewards import RewardPool
-from megatron_vppo.trainer.collective import from_rank_zero
+from megatron_vppo.data.reward_pool import RewardPool
+from megatron_vppo.parallel.collective import from_rank_zero
 
 
 class Grader:

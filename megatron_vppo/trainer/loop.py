@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vppo.algorithm.assemble import Minibatch, assemble
+from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.parallel.policy import MegatronPolicy, Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.trainer.collect import Collector, Group
-from megatron_vppo.trainer.mismatch import rollout_mismatch
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.validate import Validator
 

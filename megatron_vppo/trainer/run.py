@@ -16,7 +16,7 @@ from megatron_vppo.algorithm.assemble import Minibatch
 from megatron_vppo.algorithm.types import Prompt, Scores
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.rewards import RewardPool
+from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
@@ -26,6 +26,7 @@ from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollouts
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.offload import TrainerMemory
@@ -39,7 +40,6 @@ from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.collect import Collector, Group
-from megatron_vppo.trainer.collective import from_rank_zero
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement

@@ -13,8 +13,8 @@ from megatron_vppo.algorithm.grouping import emulated_split, group_advantages
 from megatron_vppo.algorithm.loss import dual_clip_surrogate, surrogate_loss
 from megatron_vppo.algorithm.shaping import shape_advantages, trajectory_scale, trajectory_scores
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
+from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight
 from megatron_vppo.algorithm.types import LossSpec
-from megatron_vppo.algorithm.weights import entropy_penalty_weight, policy_gradient_weight
 from tests.algorithm.rows import CHECKS, GOLDEN, SharedExample
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 3.0}

@@ -13,8 +13,8 @@ from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import shape_advantages
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
+from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.algorithm.types import LossSpec
-from megatron_vppo.algorithm.weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.config.schema import AlgorithmConfig
 from tests.algorithm.rows import settings
 

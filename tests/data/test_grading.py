@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from mathruler.grader import grade_answer
 
-from megatron_vppo.data.grading import compute_score
+from megatron_vppo.data.mathruler import compute_score
 
 GOLDEN = [
     (r"\boxed{4} then \boxed{5}", "5", 1),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.algorithm.types import Prompt, Response
-from megatron_vppo.data.rewards import RewardPool
+from megatron_vppo.data.reward_pool import RewardPool
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_vppo.data.packing import assign_to_ranks
+from megatron_vppo.parallel.balancing import assign_to_ranks
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.types import Prompt, Response, Scores
 from megatron_vppo.trainer.loop import is_due
-from megatron_vppo.trainer.mismatch import rollout_mismatch
 from megatron_vppo.trainer.summary import summarize
 
 PROMPT = Prompt("train", 0, "q", "a", (1,), (1,), (), ())
