@@ -1,9 +1,13 @@
-"""The borders between the layers, read from the sources with `ast`. Standard library only, so that it runs anywhere.
+"""The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
-    algorithm -> data -> models -> parallel -> rollout -> trainer -> cli      a module imports only from its left
+    cli
+    trainer   fidelity   |   planning   conversion         wings: one command each, none imports another
+    setup                |                                 from settings to parts
+    models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
+    algorithm   weights   config   observability   system  ground floor: imports nothing of ours
 
-`config/` and `observability/` are side rooms that import nothing of ours. What else a layer may import is in LAYERS.
-Imports inside functions and under TYPE_CHECKING count like any other: a border is a border.
+What each room may import is in ROOMS; docs/architecture.md draws the same picture. Imports inside functions and under
+TYPE_CHECKING count like any other: a border is a border.
 
 Also a program: `python tests/test_layering.py` prints the violations and exits with 1 if there are any.
 """
@@ -19,12 +23,12 @@ from pathlib import Path
 PACKAGE = "megatron_vppo"
 ROOT = Path(__file__).resolve().parents[1]
 
-# Outside packages with a border of their own; whatever is not here may be imported by every layer but `algorithm`.
+# Outside packages with a border of their own; whatever is not here may be imported by every room but `algorithm`.
 GUARDED = {"megatron", "vllm", "transformers", "datasets", "PIL", "transformer_engine"}
 
 
 @dataclass(frozen=True)
-class Layer:
+class Room:
     """What a folder of the package may import, beside the standard library."""
 
     ours: frozenset[str]
@@ -33,31 +37,38 @@ class Layer:
     """Members of GUARDED."""
 
 
-def layer(ours: str = "", guarded: str = "") -> Layer:
-    return Layer(frozenset(ours.split()), frozenset(guarded.split()))
+def room(ours: str = "", guarded: str = "") -> Room:
+    return Room(frozenset(ours.split()), frozenset(guarded.split()))
 
 
-LAYERS = {
-    "algorithm": layer(),
-    "data": layer("algorithm observability system", "datasets PIL transformers"),
-    "models": layer("algorithm data observability", "megatron transformer_engine transformers PIL"),
-    "parallel": layer("algorithm data models observability system", "megatron transformer_engine transformers"),
-    "rollout": layer("algorithm data observability", "vllm transformers PIL"),
-    "trainer": layer(
-        "algorithm data models parallel rollout config observability system", "megatron transformers datasets PIL"
-    ),
-    "cli": layer(
-        "algorithm data models parallel rollout trainer config observability system",
-        "megatron transformers datasets PIL",
-    ),
-    "config": layer(),
-    "system": layer(),
-    "observability": layer("", "PIL"),
+GROUND = "algorithm weights config observability system"
+ENGINES = "data models parallel rollout"
+
+ROOMS = {
+    # Ground floor: formulas, tensor names and files, settings, what a person sees, the operating system.
+    "algorithm": room(),
+    "weights": room(guarded="megatron"),
+    "config": room(),
+    "observability": room(guarded="PIL"),
+    "system": room(),
+    # Rows, images, rewards.
+    "data": room("algorithm system", "datasets PIL transformers"),
+    # Megatron's tower.
+    "models": room("weights", "megatron transformer_engine transformers"),
+    "parallel": room("algorithm models weights system", "megatron"),
+    # vLLM's tower.
+    "rollout": room("algorithm data", "vllm PIL"),
+    # From settings to parts.
+    "setup": room(f"{GROUND} {ENGINES}", "megatron transformers"),
+    # Wings: each belongs to one command, none imports another.
+    "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
+    "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
+    # Of `parallel` only the names of what it offloads.
+    "planning": room("models weights parallel", "transformers"),
+    # Of `parallel` only the layout of one rank; engines for the log-probs.
+    "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning conversion"),
 }
-# Rooms that are being moved into: what their borders are is written down when everything has its place.
-MOVING = frozenset({"conversion", "fidelity", "planning", "setup", "weights"})
-LAYERS = {name: Layer(rules.ours | MOVING, rules.guarded) for name, rules in LAYERS.items()}
-LAYERS |= {name: Layer(frozenset(LAYERS) | MOVING, frozenset(GUARDED)) for name in MOVING}
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
 SCHEDULES = "megatron.core.pipeline_parallel"
@@ -88,13 +99,13 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
 def violation(home: str, module: str) -> str | None:
     """Why the folder `home` of the package may not import `module`; None if it may."""
     top, _, rest = module.partition(".")
-    rules = LAYERS[home]
+    rules = ROOMS[home]
     if top == PACKAGE:
         target = rest.partition(".")[0]
         if target == home or target in rules.ours or target in {"", "__version__"}:
             return None
-        if target not in LAYERS:
-            return f"{module} lies in no layer"
+        if target not in ROOMS:
+            return f"{module} lies in no room"
         return f"{home} may not import {PACKAGE}.{target}"
     if top in sys.stdlib_module_names:
         return None
@@ -109,8 +120,8 @@ def violation(home: str, module: str) -> str | None:
 
 def violations_in(source: str, module: str) -> list[str]:
     home = module.split(".")[1]
-    if home not in LAYERS:
-        return [f"{module}: lies in no layer; add its folder to LAYERS or move it into one"]
+    if home not in ROOMS:
+        return [f"{module}: lies in no room; add its folder to ROOMS or move it into one"]
     found = []
     for imported in imports_of(source, module):
         reason = violation(home, imported.module)
@@ -140,7 +151,50 @@ def test_every_module_keeps_the_borders() -> None:
 
 def test_the_whole_package_was_read() -> None:
     homes = {module.split(".")[1] for module, _ in modules()}
-    assert homes == set(LAYERS)
+    assert homes == set(ROOMS)
+
+
+def circle_in(arrows: dict[str, set[str]]) -> list[str]:
+    """The first circle found, as the modules along it; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(arrows.get(module, ())):
+            if found := walk(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(arrows) if (found := walk(module, []))), [])
+
+
+def arrows_of(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules of the package each module imports; a name imported from a module counts as that module."""
+    arrows: dict[str, set[str]] = {module: set() for module in sources}
+    for module, source in sources.items():
+        for imported in imports_of(source, module):
+            for target in (imported.module, imported.module.rpartition(".")[0]):
+                if target in sources:
+                    arrows[module].add(target)
+                    break
+    return arrows
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert circle_in(arrows_of(dict(modules()))) == []
+
+
+def test_a_planted_circle_is_found() -> None:
+    sources = {
+        "megatron_vppo.a": "from megatron_vppo.b import x",
+        "megatron_vppo.b": "def f():\n    from megatron_vppo import c",
+        "megatron_vppo.c": "import megatron_vppo.a",
+    }
+    assert circle_in(arrows_of(sources)) == ["megatron_vppo.a", "megatron_vppo.b", "megatron_vppo.c", "megatron_vppo.a"]
 
 
 # --- Planted violations: the check has to see each of them ------------------------------------------------------------
@@ -151,28 +205,42 @@ PLANTED = [
     ("algorithm.vppo", "from megatron_vppo.config.schema import RunConfig"),
     ("algorithm.vppo", "from ..data import images"),
     ("algorithm.vppo", "def f():\n    from transformers import AutoModel"),
-    ("data.images", "from megatron_vppo.models.registry import families"),
+    ("weights.stream", "from megatron_vppo.models.qwen_vl import QwenVLModel"),
+    ("weights.stream", "from megatron_vppo.parallel.offload import TrainerMemory"),
+    ("data.images", "from megatron_vppo.models.families import family_of"),
     ("data.images", "from megatron_vppo.config import schema"),
     ("data.images", "import vllm"),
     ("data.images", "import megatron.core.parallel_state as mpu"),
     ("models.qwen25_vl.vision", "from megatron_vppo.parallel import layout"),
     ("models.qwen25_vl.vision", "from ...parallel.layout import Layout"),
+    ("models.qwen25_vl.vision", "from megatron_vppo.data.geometry import ImageGeometry"),
     ("models.qwen25_vl.vision", "import vllm"),
     ("models.qwen25_vl.vision", "from megatron.core.pipeline_parallel.schedules import get_forward_backward_func"),
     ("parallel.policy", "import vllm"),
     ("parallel.policy", "from megatron_vppo import rollout"),
+    ("parallel.policy", "from megatron_vppo.data.images import VisionInputs"),
+    ("parallel.policy", "from megatron_vppo.observability.metrics import RunLog"),
     ("parallel.policy", "from megatron_vppo.trainer.loop import train"),
     ("rollout.engine", "from megatron.core import parallel_state"),
-    ("rollout.engine", "from megatron_vppo.models import qwen_vl"),
+    ("rollout.engine", "from megatron_vppo.weights.stream import stream"),
+    ("rollout.engine", "from megatron_vppo.models import families"),
     ("rollout.engine", "import importlib\nimportlib.import_module('megatron.core')"),
     ("rollout.engine", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import megatron"),
+    ("setup.engines", "from megatron_vppo.trainer.loop import train"),
     ("trainer.loop", "from megatron_vppo.cli.main import main"),
     ("trainer.loop", "import vllm"),
+    ("trainer.loop", "from megatron_vppo.fidelity import measure"),
+    ("fidelity.measure", "from megatron_vppo.trainer.loop import Run"),
+    ("planning.layouts", "from megatron_vppo.config.schema import RunConfig"),
+    ("planning.layouts", "from megatron_vppo.setup import engines"),
+    ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
+    ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
     ("cli.main", "from vllm import LLM"),
     ("config.load", "from megatron_vppo.algorithm import types"),
     ("config.load", "from megatron_vppo.observability import metrics"),
     ("observability.metrics", "from megatron_vppo.config import schema"),
     ("observability.metrics", "import megatron_vppo.algorithm.types"),
+    ("system.whole", "from megatron_vppo.observability.json_lines import read_lines"),
     ("helpers.misc", "import os"),
 ]
 
@@ -186,10 +254,14 @@ LEGAL = [
     ("algorithm.vppo", "import math\nimport torch\nfrom megatron_vppo.algorithm.types import Response"),
     ("algorithm.vppo", "from . import types\nfrom .types import Response"),
     ("data.images", "from PIL import Image\nfrom ..algorithm.types import ImageRef"),
-    ("models.qwen25_vl.vision", "from . import weight_map\nfrom ..packed import PackedBatch\nimport megatron.core"),
+    (
+        "models.qwen25_vl.vision",
+        "from . import weight_map\nfrom ..layers.packed import PackedBatch\nimport megatron.core",
+    ),
     ("models.qwen25_vl.__init__", "from . import weight_map\nfrom .vision import VisionTower"),
     ("parallel.policy", "from megatron.core.pipeline_parallel.schedules import get_forward_backward_func"),
     ("rollout.engine", "import vllm\nfrom megatron_vppo.algorithm.types import Sampler"),
+    ("setup.policy", "from megatron_vppo.config.schema import RunConfig\nfrom megatron_vppo.parallel import policy"),
     ("trainer.loop", "from megatron_vppo.parallel import policy\nfrom megatron_vppo.rollout import engine"),
     ("cli.main", "from megatron_vppo.trainer import loop\nfrom megatron_vppo.config.load import load_config"),
     ("config.load", "import yaml\nimport pydantic\nfrom megatron_vppo.config.schema import RunConfig"),
@@ -202,5 +274,5 @@ def test_legal_imports_pass() -> None:
 
 if __name__ == "__main__":
     problems = all_violations()
-    print("\n".join(problems) or "the borders between the layers hold")
+    print("\n".join(problems) or "the borders between the rooms hold")
     sys.exit(bool(problems))

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm import dependency as dependency_kinds
-from megatron_vppo.algorithm.grouping import emulated_split, group_advantages
+from megatron_vppo.algorithm.advantages import group_advantages
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
+from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
 from megatron_vppo.algorithm.token_filter import top_token_mask

@@ -25,6 +25,15 @@ class ImageRef:
 
 
 @dataclass(frozen=True, slots=True)
+class PerturbKey:
+    """Together with the image, which perturbation: the same key gives the same one on every rank and after a resume."""
+
+    step: int
+    response_row: int | None
+    """Row of the step's responses; unused where one perturbation serves all responses of an image."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """One question, tokenised."""
 

@@ -16,8 +16,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_vppo.models.layers.te_support import recipe_refusal
-from megatron_vppo.models.megatron_config import APEX_GRADIENTS
+from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, recipe_refusal
 from megatron_vppo.models.options import Fp8Recipe
 from megatron_vppo.setup.hardware import choose_backend, slower_without
 

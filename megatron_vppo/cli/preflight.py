@@ -10,9 +10,9 @@ from megatron_vppo.config.checks import check_device, check_layout, ranks_per_co
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.hf_config import read_hf_config
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.planning.engine_share import unsplit
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.setup.engines import num_engines

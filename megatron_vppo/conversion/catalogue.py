@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_vppo.conversion.places import StoredEntry, StoredPart
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.weights.kinds import Entry, stream_entries
 from megatron_vppo.weights.load import sharded_parts

@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
-from megatron_vppo.setup.engines import vision_token_ids
 from megatron_vppo.weights.load import load_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}

@@ -15,17 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.perturb import (
-    PerturbKey,
-    PerturbSettings,
-    black_out_patches,
-    black_patch_mask,
-    perturb_image,
-    perturb_rng,
-)
+from megatron_vppo.data.perturb import PerturbSettings, black_out_patches, black_patch_mask, perturb_image, perturb_rng
 
 Value = TypeVar("Value")
 

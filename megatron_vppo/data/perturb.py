@@ -19,18 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor, from_numpy
 
-from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 
 Rng = np.random.Generator | np.random.RandomState
-
-
-@dataclass(frozen=True, slots=True)
-class PerturbKey:
-    """Together with the image, which perturbation: the same key gives the same one on every rank and after a resume."""
-
-    step: int
-    response_row: int | None
-    """Row of the step's responses; unused where one perturbation serves all responses of an image."""
 
 
 @dataclass(frozen=True, slots=True)

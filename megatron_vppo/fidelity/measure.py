@@ -24,7 +24,7 @@ from megatron_vppo.fidelity.compare import Decisions, Differences, compare, deci
 from megatron_vppo.fidelity.emulation import emulated_fp8
 from megatron_vppo.fidelity.page import write_fidelity_page
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe, Part
+from megatron_vppo.models.options import Fp8Options, Fp8Recipe
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -33,8 +33,10 @@ from megatron_vppo.setup.engines import start_engine
 from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
-from megatron_vppo.trainer.loop import vppo_settings
-from megatron_vppo.trainer.run import eos_ids, make_policy, train_sampling
+from megatron_vppo.setup.policy import make_policy
+from megatron_vppo.setup.sampling import eos_ids, train_sampling
+from megatron_vppo.setup.settings import vppo_settings
+from megatron_vppo.weights.kinds import Part
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""

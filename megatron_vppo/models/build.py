@@ -10,19 +10,15 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.megatron_config import (
-    HfConfig,
-    check_tensor_parallel,
-    language_config,
-    stage_layers,
-    vision_config,
-)
-from megatron_vppo.models.options import PLAIN, ModelOptions, Part
+from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.layers.parts import LayerParts
+from megatron_vppo.models.layers.torch_parts import TORCH_PARTS
+from megatron_vppo.models.megatron_config import check_tensor_parallel, language_config, stage_layers, vision_config
+from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.specs import layer_parts
 from megatron_vppo.models.vision.dealing import VisionGroups
-from megatron_vppo.weights.kinds import stage_entries
+from megatron_vppo.weights.kinds import Part, stage_entries
 
 
 def build_model(
@@ -92,3 +88,12 @@ def _mark(model: QwenVLModel, frozen: frozenset[Part]) -> None:
         elif not is_split:  # Megatron marks biases, also those of a layer that one rank has to itself
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
         parameter.requires_grad_(entry.part not in frozen)
+
+
+def layer_parts(backend: Backend) -> LayerParts:
+    """TransformerEngine is imported only where it is asked for."""
+    if backend == "torch":
+        return TORCH_PARTS
+    from megatron_vppo.models.layers.te_parts import TE_PARTS
+
+    return TE_PARTS

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from megatron_vppo.models.family import Family
+from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import language_entries
-from megatron_vppo.models.megatron_config import HfConfig
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.weights.kinds import Entry

@@ -1,37 +1,28 @@
-"""A model's `config.json`, read with errors that name it. Nothing of a folder is ever executed."""
+"""What every file knows of a model's transformers configuration."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig
-
-from megatron_vppo.models.families import FAMILIES, family_of
-from megatron_vppo.models.megatron_config import HfConfig
+HfConfig = Any
+"""A Qwen-VL configuration of transformers: `text_config`, `vision_config`, `tie_word_embeddings`, token ids."""
 
 
-def read_hf_config(folder: Path) -> HfConfig:
-    """The configuration of a supported model.
+def head_dim(text: Any) -> int:
+    """Values per attention head of a text configuration."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
-    Raises:
-        ValueError: no such folder or file, one that cannot be read, or another kind of model.
-    """
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; a model's folder in Hugging Face's format has one")
-    try:
-        described = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); download it again") from error
-    kind = described.get("model_type") if isinstance(described, dict) else None
-    if kind not in FAMILIES:  # before transformers, which would offer to run code for a type that it does not know
-        raise ValueError(f"{path}: a model of type {kind!r} is not supported; {', '.join(sorted(FAMILIES))} are")
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        family_of(hf_config)
-    except Exception as error:  # transformers checks little, and raises whatever it runs into
-        raise ValueError(f"{path}: {error or type(error).__name__}") from error
-    return hf_config
+
+VISION_TOKENS = (
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+)
+"""Configuration fields of the tokens that must not be sampled: the next forward pass would look for their pixels."""
+
+
+def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
+    """Of a model's transformers configuration."""
+    return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)

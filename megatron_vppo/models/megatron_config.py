@@ -12,18 +12,12 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_vppo.models.family import Family
+from megatron_vppo.models.hf_config import HfConfig, head_dim
+from megatron_vppo.models.layers.te_support import APEX_GRADIENTS
 from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute, VisionSplit
 
 VISION_NORM_EPSILON = 1e-6
 """Fixed in the architectures; not a field of their configurations."""
-
-HfConfig = Any
-"""A Qwen-VL configuration of transformers: `text_config`, `vision_config`, `tie_word_embeddings`, token ids."""
-
-
-def head_dim(text: Any) -> int:
-    """Values per attention head of a text configuration."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def stage_layers(
@@ -225,10 +219,6 @@ def _common(*, dtype: torch.dtype, device: torch.device, activation: Callable, o
         **_fusions(on_gpu=device.type == "cuda", backend=options.backend, activation=activation),
         **_RECOMPUTATION[options.recompute],
     }
-
-
-APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
-"""The module of NVIDIA Apex that adds weight gradients up in fp32 within the matrix product."""
 
 
 def _fusions(*, on_gpu: bool, backend: Backend, activation: Callable) -> dict[str, bool]:

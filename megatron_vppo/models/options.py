@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vppo.weights.kinds import Part
+
 Recompute = Literal["none", "selective", "full"]
 VisionSplit = Literal["tensor", "images"]
-Part = Literal["vision_tower", "projector", "language_model"]
 Backend = Literal["te", "torch"]
 Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
 

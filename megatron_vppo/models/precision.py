@@ -12,7 +12,7 @@ from typing import Protocol
 
 from megatron.core.transformer import TransformerConfig
 
-from megatron_vppo.models.megatron_config import HfConfig, head_dim
+from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe
 
 TOKEN_ALIGNMENT: Mapping[Fp8Recipe, int] = MappingProxyType(

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from megatron_vppo.models.families import weight_map
 from megatron_vppo.models.family import Family
-from megatron_vppo.models.language.deepstack import Deepstack, attach
+from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.language.deepstack import attach
 from megatron_vppo.models.language.model import LanguageModel
 from megatron_vppo.models.language.weight_map import HEAD
-from megatron_vppo.models.layers.attention import PackedSequences
 from megatron_vppo.models.layers.context_parallel import own_tokens
 from megatron_vppo.models.layers.packed import PackedBatch
-from megatron_vppo.models.megatron_config import HfConfig
-from megatron_vppo.models.specs import LayerParts
+from megatron_vppo.models.layers.parts import LayerParts
+from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
 from megatron_vppo.models.vision.dealing import VisionGroups, dealt_features
 from megatron_vppo.models.vision.tower import VisionFeatures
 from megatron_vppo.weights.kinds import Entry

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import ImageRef, Response
-from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
 from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.vision.dealing import deal_pictures

@@ -25,9 +25,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_vppo.parallel.layout import Layout
-from megatron_vppo.parallel.offload import optimizer_tensors, require_resident, weight_tensors
+from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.weights.residence import require_resident
 
 LATEST = "latest_checkpointed_iteration.txt"
 STATE = "trainer_state.json"

@@ -146,9 +146,3 @@ def optimizer_tensors(trainable: Trainable) -> Iterator[Tensor]:
                 continue
             if tensor.untyped_storage().data_ptr() not in weights:
                 yield tensor
-
-
-def require_resident(tensors: Iterable[Tensor], *, what: str) -> None:
-    """RuntimeError if the memory of one of them is away: reading it would give garbage, or end the process."""
-    if any(tensor.numel() and not tensor.untyped_storage().nbytes() for tensor in tensors):
-        raise RuntimeError(f"{what}: the trainer's weights or optimizer state are offloaded; reload them first")

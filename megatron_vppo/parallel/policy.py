@@ -19,8 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
-from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
-from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.algorithm.types import PerturbKey, Response, Scores, TrainBatch
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.parallel.batching import (
     BatchSplit,

@@ -1,16 +1,17 @@
 """Bytes that a micro-batch leaves on a trainer rank from its forward to its backward pass.
 
-Formulas of numbers, term by term what autograd keeps of the plain layers (`models/specs.py`): Megatron's linear layers
-with F.scaled_dot_product_attention as a flash kernel. Statistics of one number per token and norm are left out.
-docs/plan.md says what was measured.
+Formulas of numbers, term by term what autograd keeps of the plain layers (`models/layers/torch_parts.py`): Megatron's
+linear layers with F.scaled_dot_product_attention as a flash kernel. Statistics of one number per token and norm are
+left out. docs/plan.md says what was measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vppo.models.options import Part, Recompute
+from megatron_vppo.models.options import Recompute
 from megatron_vppo.planning.state import FLOAT32
+from megatron_vppo.weights.kinds import Part
 
 
 @dataclass(frozen=True)

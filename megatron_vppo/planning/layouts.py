@@ -9,14 +9,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.megatron_config import HfConfig, check_tensor_parallel, stage_layers
-from megatron_vppo.models.options import Part, Recompute
+from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
+from megatron_vppo.models.options import Recompute
 from megatron_vppo.parallel.offload import Part as OffloadPart
 from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
 from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
 from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, state_bytes
+from megatron_vppo.weights.kinds import Part
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """In the order of their cost."""

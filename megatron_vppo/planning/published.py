@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from megatron_vppo.models.megatron_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig
 
 CONFIGS = Path(__file__).with_name("published_configs")
 """One JSON file per model: what decides names, shapes and rotary angles, and nothing else of its config.json."""

@@ -13,19 +13,10 @@ import torch.distributed as dist
 from megatron_vppo.config.checks import check_device
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, WeightTransfer
-
-VISION_TOKENS = (
-    "image_token_id",
-    "video_token_id",
-    "vision_start_token_id",
-    "vision_end_token_id",
-    "vision_token_id",
-)
-"""Configuration fields of the tokens that must not be sampled: the next forward pass would look for their pixels."""
-
 
 VLLM_FP8 = {
     None: "fp8_per_block",
@@ -83,11 +74,6 @@ def engine_devices(visible: str | None, *, device_count: int, local_rank: int, s
             f"{local_rank} to {local_rank + size - 1} of a machine that has {len(devices)}; take a divisor of these"
         )
     return ",".join(mine)
-
-
-def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
-    """Of a model's transformers configuration."""
-    return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
 
 
 def engines_sleep(config: RunConfig, *, on_cpu: bool) -> bool:

@@ -6,8 +6,7 @@ import importlib.util
 from typing import Literal
 
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.models.layers.te_support import has_transformer_engine, recipe_refusal
-from megatron_vppo.models.megatron_config import APEX_GRADIENTS
+from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, has_transformer_engine, recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 
 

@@ -15,7 +15,7 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.data.perturb import PerturbSettings
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
-from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.read_config import read_hf_config
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
-from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.parallel.policy import MegatronPolicy, Views
 from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.validate import Validator
@@ -103,13 +102,6 @@ def train(run: Run) -> None:
         if is_due(step, config.trainer.save_freq, run.total_steps):
             placement.writing()
             run.save(step)
-
-
-def vppo_settings(config: RunConfig) -> VppoSettings:
-    """The algorithm's settings, name by name from the configuration."""
-    return VppoSettings(
-        **{field.name: getattr(config.algorithm, field.name) for field in dataclasses.fields(VppoSettings)}
-    )
 
 
 def is_due(step: int, freq: int, total_steps: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig
 
 from megatron_vppo.algorithm.assemble import Minibatch
 from megatron_vppo.algorithm.types import Prompt, Scores
@@ -18,9 +17,6 @@ from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.stream import PromptStream
-from megatron_vppo.models.build import build_model
-from megatron_vppo.models.language.mrope import mrope_positions
-from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
@@ -28,27 +24,22 @@ from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollo
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
-from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.offload import TrainerMemory
-from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
-from megatron_vppo.parallel.training import OptimSettings, make_trainable
-from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.sampler import EngineSampler
-from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine, vision_token_ids
-from megatron_vppo.setup.hardware import model_options, slower_without
+from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
+from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.setup.sampling import eos_ids, train_sampling, val_sampling
 from megatron_vppo.trainer.collect import Collector, Group
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.validate import Validator
-from megatron_vppo.weights.load import load_weights
 from megatron_vppo.weights.stream import save_hf
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run_training(config: RunConfig) -> None:
@@ -121,7 +112,7 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
             placement=_placement(config, policy, engine),
             sampler=sampler,
             collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
-            validator=Validator(config, held_out, sampler, grader, _val_sampling(config, eos)) if held_out else None,
+            validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
             log=log,
             start_step=start_step,
             total_steps=total_steps,
@@ -155,69 +146,6 @@ def _reward_pool(config: RunConfig) -> RewardPool:
 
 def _decoder(tokenizer: Any) -> Any:
     return partial(tokenizer.decode, skip_special_tokens=True)
-
-
-def make_policy(
-    config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, total_steps: int
-) -> MegatronPolicy:
-    """The model of the folder `source`, with its weights."""
-    hf_config = inputs.hf_config
-    dtype, options = DTYPES[config.model.dtype], model_options(config, on_gpu=layout.device.type == "cuda")
-    if layout.rank == 0 and layout.device.type == "cuda" and (missing := slower_without(options.backend)):
-        print("model.backend=torch is slower than TransformerEngine's layers:", *missing, sep="\n- ", flush=True)
-    stages = [
-        build_model(
-            hf_config,
-            groups=layout.groups,
-            vision_groups=layout.vision_groups,
-            dtype=dtype,
-            device=layout.device,
-            options=options,
-            virtual_stage=number,
-        )
-        for number in range(options.virtual_stages)
-    ]
-    for stage in stages:
-        load_weights(stage, source)
-    optim = config.actor.optim
-    trainable = make_trainable(
-        stages,
-        layout=layout,
-        settings=OptimSettings(
-            lr=LrSchedule(
-                peak=optim.lr,
-                kind=optim.lr_scheduler_type,
-                warmup_steps=optim.lr_warmup_steps,
-                total_steps=total_steps,
-                min_ratio=optim.min_lr_ratio,
-            ),
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=config.actor.max_grad_norm,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-        ),
-        dtype=dtype,
-        frozen=options.frozen,
-    )
-    merge_size = hf_config.vision_config.spatial_merge_size
-    settings = PolicySettings(
-        temperature=config.rollout.temperature,
-        vocab_size=hf_config.text_config.vocab_size,
-        banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
-        image_token_id=hf_config.image_token_id,
-        merge_size=merge_size,
-        rows_per_update=config.actor.micro_batch_size_per_device_for_update,
-        rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
-        head_chunk_tokens=config.actor.head_chunk_tokens,
-        perturb_per=config.algorithm.perturb.per or "row",
-        fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
-        token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
-    )
-    positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
-    return MegatronPolicy(
-        trainable, layout=layout, settings=settings, patches=inputs.images.patches, positions=positions
-    )
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:
@@ -270,39 +198,6 @@ def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_ste
         config=config.model_dump(mode="json"),
         num_devices=layout.world_size,
         progress=Progress(total_steps=total_steps),
-    )
-
-
-def eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Where the model stops: its generation configuration, else its tokenizer."""
-    eos: int | Sequence[int] | None = tokenizer.eos_token_id
-    if (source / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-    if eos is None:
-        raise ValueError(f"{source} names no EOS token, neither in generation_config.json nor in the tokenizer")
-    return (eos,) if isinstance(eos, int) else tuple(eos)
-
-
-def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
-    """As rollouts of training are sampled."""
-    rollout = config.rollout
-    return SamplingSettings(
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        top_k=rollout.top_k,
-        max_tokens=config.data.max_response_length,
-        stop_token_ids=eos,
-    )
-
-
-def _val_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
-    val = config.rollout.val
-    return SamplingSettings(
-        temperature=val.temperature,
-        top_p=val.top_p,
-        top_k=-1,
-        max_tokens=config.data.max_response_length,
-        stop_token_ids=eos,
     )
 
 

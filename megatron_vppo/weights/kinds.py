@@ -18,9 +18,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.options import Part
-
 Shape = tuple[int, ...]
+Part = Literal["vision_tower", "projector", "language_model"]
 
 
 class Kind(Protocol):

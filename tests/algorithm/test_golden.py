@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vppo.algorithm.advantages import group_advantages
 from megatron_vppo.algorithm.dependency import k3_sampled
-from megatron_vppo.algorithm.grouping import emulated_split, group_advantages
 from megatron_vppo.algorithm.loss import dual_clip_surrogate, surrogate_loss
+from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.shaping import shape_advantages, trajectory_scale, trajectory_scores
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight

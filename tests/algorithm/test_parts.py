@@ -7,9 +7,11 @@ from dataclasses import fields
 import pytest
 import torch
 
-from megatron_vppo.algorithm.grouping import emulated_split, group_advantages, keep_group
+from megatron_vppo.algorithm.advantages import group_advantages
+from megatron_vppo.algorithm.grouping import keep_group
 from megatron_vppo.algorithm.loss import dual_clip_surrogate, surrogate_loss
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
+from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import shape_advantages
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask

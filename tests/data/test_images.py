@@ -14,11 +14,11 @@ from pictures import noise_image
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
-from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs, _ByteLru
-from megatron_vppo.data.perturb import PerturbKey, PerturbSettings, black_out_blocks, perturb_rng
+from megatron_vppo.data.perturb import PerturbSettings, black_out_blocks, perturb_rng
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
 LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}

@@ -8,9 +8,8 @@ import torch
 from pictures import noise_image
 from PIL import Image
 
-from megatron_vppo.algorithm.types import ImageRef
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.data.perturb import (
-    PerturbKey,
     PerturbSettings,
     add_gaussian_noise,
     black_out_blocks,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.models.hf_config import read_hf_config
+from megatron_vppo.models.read_config import read_hf_config
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 
 

@@ -20,8 +20,9 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import HEAD
-from megatron_vppo.models.megatron_config import HfConfig, check_tensor_parallel
+from megatron_vppo.models.megatron_config import check_tensor_parallel
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.models.vision.dealing import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu

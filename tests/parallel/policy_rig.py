@@ -17,8 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
-from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
-from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions

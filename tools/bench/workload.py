@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import ImageRef, LossSpec, Prompt, Response, TrainBatch
-from megatron_vppo.data.perturb import PerturbKey
+from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 
 CLIP = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll")
 KEPT_TOKENS = 0.4

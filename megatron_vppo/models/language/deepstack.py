@@ -12,7 +12,6 @@ leaves, and `attach` passes what the leaves have gathered on to the tower, once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +19,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class Deepstack:
-    features_Ih: tuple[Tensor, ...]
-    """One per language layer, from the first on; leaves of the graph."""
-    image_token_index_I: Tensor
-    """int64; the rows of T that they are added to."""
+from megatron_vppo.models.layers.sequences import Deepstack
 
 
 def attach(

@@ -18,11 +18,11 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vppo.models.family import Family
+from megatron_vppo.models.hf_config import head_dim
 from megatron_vppo.models.language.deepstack import DeepstackLayer
 from megatron_vppo.models.language.mrope import MRope
-from megatron_vppo.models.layers.attention import PackedSequences
-from megatron_vppo.models.megatron_config import head_dim
-from megatron_vppo.models.specs import LayerParts, for_plain_linear, layer_spec
+from megatron_vppo.models.layers.parts import LayerParts, for_plain_linear, layer_spec
+from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.weights.kinds import padded_vocabulary
 
 

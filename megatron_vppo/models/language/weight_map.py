@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_vppo.models.megatron_config import HfConfig, head_dim
+from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.weights.kinds import Entry, Gated, GroupedQKV, Kind, Split, Vocabulary, whole
 
 HEAD = "lm_head.weight"

@@ -15,11 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
@@ -27,8 +25,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_vppo.models.language.deepstack import Deepstack
 from megatron_vppo.models.layers.context_parallel import own_chunks, own_tokens
+from megatron_vppo.models.layers.sequences import PackedSequences
 
 _SHORTEST_TO_LONGEST = 0.8
 """Least ratio of lengths within a bucket: at most 1/5 of its tokens and 1/3 of its attention scores are padding."""
@@ -109,10 +107,6 @@ def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, devi
     return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
 
 
-Plan = Any
-"""What a kind of attention wants to know of packed sequences: an AttentionPlan here, SequenceBounds in te_parts.py."""
-
-
 def plan_packed(
     lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
 ) -> AttentionPlan:
@@ -186,21 +180,6 @@ def packed_attention(
         outputs.append(output_BHQD.transpose(1, 2).flatten(2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output if plan.restore_T is None else output[plan.restore_T]
-
-
-@dataclass
-class PackedSequences(PackedSeqParams):
-    """What Megatron hands down to every attention layer.
-
-    The format is deliberately not 'thd': Megatron would then apply rotary angles sequence by sequence in a Python loop,
-    in each layer. As it stands, explicit angles per token are applied to all tokens at once ([T, 1, H, D]).
-    """
-
-    plan: Plan | None = None
-    window_plan: Plan | None = None
-    """For layers whose attention stays within windows; only vision towers have them."""
-    deepstack: Deepstack | None = None
-    """What the first language layers add; see deepstack.py."""
 
 
 class PackedAttention(nn.Module):

@@ -21,8 +21,8 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from megatron_vppo.models.layers.attention import PackedSequences, Plan
-from megatron_vppo.models.specs import LayerParts
+from megatron_vppo.models.layers.parts import LayerParts
+from megatron_vppo.models.layers.sequences import PackedSequences, Plan
 
 
 @dataclass(frozen=True)

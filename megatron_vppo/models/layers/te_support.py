@@ -62,3 +62,7 @@ def drop_fp8_copies(model: nn.Module) -> None:
     """
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()
+
+
+APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
+"""The module of NVIDIA Apex that adds weight gradients up in fp32 within the matrix product."""

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
-from megatron_vppo.models.layers.attention import PackedSequences
-from megatron_vppo.models.specs import LayerParts, layer_spec
+from megatron_vppo.models.layers.parts import LayerParts, layer_spec
+from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.models.vision.tower import AxialRope, Grid, Merger, VisionFeatures, patch_positions
 
 

@@ -22,8 +22,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
-from megatron_vppo.models.layers.attention import PackedSequences
-from megatron_vppo.models.specs import LayerParts, layer_spec
+from megatron_vppo.models.layers.parts import LayerParts, layer_spec
+from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.models.vision.tower import AxialRope, Grid, Merger, VisionFeatures, by_block, patch_positions
 
 

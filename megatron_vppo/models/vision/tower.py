@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_vppo.models.layers.norm import PlainNorm
-from megatron_vppo.models.specs import for_plain_linear
+from megatron_vppo.models.layers.parts import for_plain_linear
 
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of a picture, in patches."""

@@ -9,8 +9,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_vppo.models.options import Part
-from megatron_vppo.weights.kinds import Entry, FusedQKV, Kind, Replicated, Split, whole
+from megatron_vppo.weights.kinds import Entry, FusedQKV, Kind, Part, Replicated, Split, whole
 
 
 def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: Part = "vision_tower") -> Entry:

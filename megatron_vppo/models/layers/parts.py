@@ -1,4 +1,4 @@
-"""Which modules a transformer layer is made of: Megatron's and torch's own, or TransformerEngine's."""
+"""The parts of a transformer layer, and the layer built from them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -18,8 +17,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_vppo.models.layers.attention import PackedAttention, Plan, WindowAttention, plan_packed
-from megatron_vppo.models.layers.norm import PlainNorm
+from megatron_vppo.models.layers.sequences import Plan
 from megatron_vppo.models.options import Backend
 from megatron_vppo.weights.kinds import Entry
 
@@ -52,27 +50,6 @@ class LayerParts:
             return template
 
         return tuple(replace(entry, template=own(entry.template)) for entry in entries)
-
-
-TORCH_PARTS = LayerParts(
-    name="torch",
-    norm=PlainNorm,
-    column_linear=ColumnParallelLinear,
-    row_linear=RowParallelLinear,
-    attention=PackedAttention,
-    window_attention=WindowAttention,
-    plan=plan_packed,
-)
-"""They run on every device."""
-
-
-def layer_parts(backend: Backend) -> LayerParts:
-    """TransformerEngine is imported only where it is asked for."""
-    if backend == "torch":
-        return TORCH_PARTS
-    from megatron_vppo.models.layers.te_parts import TE_PARTS
-
-    return TE_PARTS
 
 
 def layer_spec(

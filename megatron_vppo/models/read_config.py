@@ -1,0 +1,37 @@
+"""A model's `config.json`, read with errors that name it. Nothing in a folder is ever executed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from megatron_vppo.models.families import FAMILIES, family_of
+from megatron_vppo.models.hf_config import HfConfig
+
+
+def read_hf_config(folder: Path) -> HfConfig:
+    """The configuration of a supported model.
+
+    Raises:
+        ValueError: no such folder or file, one that cannot be read, or another kind of model.
+    """
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json; a model's folder in Hugging Face's format has one")
+    try:
+        described = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); download it again") from error
+    kind = described.get("model_type") if isinstance(described, dict) else None
+    if kind not in FAMILIES:  # before transformers, which would offer to run code for a type that it does not know
+        raise ValueError(f"{path}: a model of type {kind!r} is not supported; {', '.join(sorted(FAMILIES))} are")
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        family_of(hf_config)
+    except Exception as error:  # transformers checks little, and raises whatever it runs into
+        raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    return hf_config
