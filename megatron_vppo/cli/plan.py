@@ -18,7 +18,7 @@ from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cl
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import Plan, make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import Part as ModelPart
+from megatron_vppo.weights.kinds import ModelPart
 
 MORE_GPUS = (2, 4, 8, 16, 32)
 """Times those that do not fit. Nodes fill up before there are several."""

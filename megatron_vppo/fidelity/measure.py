@@ -36,7 +36,7 @@ from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.sampling import eos_ids, train_sampling
 from megatron_vppo.setup.settings import vppo_settings
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""
@@ -121,7 +121,7 @@ def _on_one_rank(config: RunConfig) -> RunConfig:
         threads_per_rank=config.parallel.threads_per_rank,
         collective_timeout_seconds=config.parallel.collective_timeout_seconds,
     )
-    model = config.model.model_copy(update={"freeze": typing.get_args(Part)})
+    model = config.model.model_copy(update={"freeze": typing.get_args(ModelPart)})
     rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel_size": 1})
     fp8 = config.fp8.model_copy(update={"recipe": None})
     return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout, "fp8": fp8})

@@ -18,7 +18,7 @@ from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
 from megatron_vppo.models.precision import check_fp8
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.models.vision.dealing import VisionGroups
-from megatron_vppo.weights.kinds import Part, stage_entries
+from megatron_vppo.weights.kinds import ModelPart, stage_entries
 
 
 def build_model(
@@ -73,7 +73,7 @@ def build_model(
     return model
 
 
-def _mark(model: QwenVLModel, frozen: frozenset[Part]) -> None:
+def _mark(model: QwenVLModel, frozen: frozenset[ModelPart]) -> None:
     """Says of every parameter whether it is split over tensor-parallel ranks, and whether it is trained.
 
     Megatron says the former while it draws initial weights, which we do not let it do. Gradient norms are wrong

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 Recompute = Literal["none", "selective", "full"]
 VisionSplit = Literal["tensor", "images"]
@@ -36,7 +36,7 @@ class ModelOptions:
     vision_split: VisionSplit = "tensor"
     """'tensor': the tower is split over the tensor-parallel ranks; 'images': each of them holds all of it and runs it
     on pictures of its own. In both cases context-parallel ranks run it on different pictures."""
-    frozen: frozenset[Part] = frozenset()
+    frozen: frozenset[ModelPart] = frozenset()
     """Parts without gradient."""
     backend: Backend = "torch"
     """Whose modules layers are made of: TransformerEngine's, or Megatron's and torch's own."""

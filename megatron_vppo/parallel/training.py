@@ -20,7 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Trainable:
     ddps: tuple[DistributedDataParallel, ...]
     optimizer: MegatronOptimizer
     settings: OptimSettings
-    frozen: frozenset[Part]
+    frozen: frozenset[ModelPart]
 
     @property
     def config(self) -> TransformerConfig:
@@ -92,7 +92,7 @@ def make_trainable(
     layout: Layout,
     settings: OptimSettings,
     dtype: torch.dtype,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
 ) -> Trainable:
     """Wraps stages whose weights are loaded: the optimizer copies them into its fp32 master weights."""
     config = stages[0].config

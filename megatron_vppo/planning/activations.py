@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_vppo.models.options import Recompute
 from megatron_vppo.planning.state import FLOAT32
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def vision_saved(
     tensor: int,
     kernels: Kernels,
     recompute: Recompute,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
 ) -> int:
     """Of the whole tower; `tensor` is the number of ranks that it is split over. Nothing is kept of what lies before
     the first trained part: of a frozen tower, and of its mergers too where they are frozen as well.
@@ -193,7 +193,7 @@ def update_activations(
     kernels: Kernels,
     recompute: Recompute,
     chunk: int,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageActivations:
     """Of one pipeline stage under one-forward-one-backward: stage s of p holds up to p - s micro-batches.
 

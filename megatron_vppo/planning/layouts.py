@@ -18,7 +18,7 @@ from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, St
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
 from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, state_bytes
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 """In the order of their cost."""
@@ -42,7 +42,7 @@ def make_plan(
     workload: Workload,
     rollout_tensor: int | None,
     answers: int,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
     offload: frozenset[OffloadPart] = frozenset(),
 ) -> Plan:
     """Every layout of the cluster's GPUs; of those that differ in recomputation only, the cheapest that fits.
@@ -102,7 +102,7 @@ def make_plan(
 class _Model:
     """A configuration's numbers, worked out once for all layouts."""
 
-    def __init__(self, hf_config: HfConfig, *, frozen: frozenset[Part]) -> None:
+    def __init__(self, hf_config: HfConfig, *, frozen: frozenset[ModelPart]) -> None:
         self.hf_config, self.frozen = hf_config, frozen
         self.family = family_of(hf_config)
         self.entries = weight_map(hf_config, family=self.family)

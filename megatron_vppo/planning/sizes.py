@@ -9,7 +9,7 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.planning.activations import LanguageSizes, LayerSizes, VisionSizes
 from megatron_vppo.planning.state import StageValues
-from megatron_vppo.weights.kinds import Entry, Part, stage_entries, stream_entries
+from megatron_vppo.weights.kinds import Entry, ModelPart, stage_entries, stream_entries
 
 
 def language_sizes(hf_config: HfConfig) -> LanguageSizes:
@@ -56,7 +56,7 @@ def stage_values(
     stage_layers: tuple[int, ...],
     stage: int,
     tensor: int,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageValues:
     """What one rank of a pipeline stage holds, parameter by parameter.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-Part = Literal["vision_tower", "projector", "language_model"]
+ModelPart = Literal["vision_tower", "projector", "language_model"]
 
 
 class Kind(Protocol):
@@ -237,7 +237,7 @@ class Entry:
     the model; a rank may hold several."""
     layer: int | None = None
     """Number in the whole model of the language layer that `{}` stands for."""
-    part: Part = "language_model"
+    part: ModelPart = "language_model"
     copy: bool = False
     """A second holder of tensors that another entry has: the tied output layer of a pipeline's last stage. Loaded, kept
     equal by the optimizer step, never exported."""

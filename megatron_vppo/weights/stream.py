@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_vppo.weights.config_files import copy_config_files
-from megatron_vppo.weights.kinds import Entry, Part, stream_entries
+from megatron_vppo.weights.kinds import Entry, ModelPart, stream_entries
 from megatron_vppo.weights.load_hf import MappedModel
 from megatron_vppo.weights.residence import require_resident
 
 
 @torch.no_grad()
-def hf_weights(stages: Sequence[MappedModel], *, without: Collection[Part] = ()) -> Iterator[tuple[str, Tensor]]:
+def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] = ()) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
 
     A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. The shards of one

@@ -38,7 +38,7 @@ from megatron_vppo.planning.activations import (
     vision_saved,
 )
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import IMAGE, MEDIA_TOKENS, MERGE, PATCH_VALUES, tiny_config
 
@@ -307,7 +307,7 @@ def test_tower_by_hand() -> None:
     # The main merger's norm keeps its input; the tapped one's is kept by the next layer. Each: norm, gelu in, gelu out.
     expected = 32 * 24 * 2 + 3 * layer + width + 2 * 3 * width
     assert vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none") == expected
-    tower: frozenset[Part] = frozenset({"vision_tower"})
+    tower: frozenset[ModelPart] = frozenset({"vision_tower"})
     mergers = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none", frozen=tower)
     assert mergers == width + 2 * 3 * width
     assert (

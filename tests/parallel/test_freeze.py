@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vppo.models.options import PLAIN, ModelOptions
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (
@@ -31,7 +31,7 @@ MODELS = {
     "Qwen2.5-VL": tiny_config(tied=True, vocab=299),
     "Qwen3-VL": tiny_qwen3_config(tied=True, vocab=301, taps=(0, 2)),
 }
-FROZEN: tuple[frozenset[Part], ...] = (
+FROZEN: tuple[frozenset[ModelPart], ...] = (
     frozenset({"vision_tower"}),
     frozenset({"vision_tower", "projector"}),
     frozenset({"projector"}),
@@ -66,7 +66,7 @@ ADAM_BYTES = 12
 """Per trained fp32 parameter: master weights are the parameters themselves, two moments, and the fp32 gradient."""
 
 
-def part_of(name: str) -> Part:
+def part_of(name: str) -> ModelPart:
     """Of a tensor, by its Hugging Face name; written without the project's weight map."""
     if "visual." not in name:
         return "language_model"
@@ -117,7 +117,7 @@ def _optimizer_bytes(policy: MegatronPolicy) -> int:
     return sum(value.nbytes for state in states for value in state.values() if torch.is_tensor(value) and value.dim())
 
 
-Results = dict[tuple[str, str, frozenset[Part]], Found]
+Results = dict[tuple[str, str, frozenset[ModelPart]], Found]
 """By layout, model and what is frozen."""
 
 

@@ -18,7 +18,7 @@ from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.planning.sizes import parameter_count, stage_values
 from megatron_vppo.planning.state import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 
@@ -29,7 +29,7 @@ class Case:
     tied: bool
     dtype: torch.dtype
     distributed: bool
-    frozen: frozenset[Part] = frozenset()
+    frozen: frozenset[ModelPart] = frozenset()
 
 
 CASES = [

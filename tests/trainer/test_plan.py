@@ -11,7 +11,7 @@ from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cl
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import RECOMPUTES, Plan, make_plan, near_even
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import Part
+from megatron_vppo.weights.kinds import ModelPart
 
 WORKLOAD = Workload(
     prompt_tokens=4096,
@@ -32,7 +32,7 @@ def plan_of(
     *,
     rollout_tensor: int | None = None,
     answers: int = 16,
-    frozen: frozenset[Part] = frozenset(),
+    frozen: frozenset[ModelPart] = frozenset(),
     offload: frozenset[OffloadPart] = frozenset(),
 ) -> Plan:
     return make_plan(
@@ -183,7 +183,7 @@ def test_context_and_sequence_parallelism() -> None:
 
 
 def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
-    parts: frozenset[Part] = frozenset({"vision_tower", "projector"})
+    parts: frozenset[ModelPart] = frozenset({"vision_tower", "projector"})
     whole, frozen = (plan_of("qwen3-vl-8b", frozen=parts).fitting for parts in (frozenset(), parts))
     a, b = (next(c for c in fitting if (c.tensor, c.pipeline, c.context) == (4, 1, 1)) for fitting in (whole, frozen))
     assert a.recompute == b.recompute

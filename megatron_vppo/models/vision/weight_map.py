@@ -9,10 +9,10 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from megatron_vppo.weights.kinds import Entry, FusedQKV, Kind, Part, Replicated, Split, whole
+from megatron_vppo.weights.kinds import Entry, FusedQKV, Kind, ModelPart, Replicated, Split, whole
 
 
-def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: Part = "vision_tower") -> Entry:
+def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: ModelPart = "vision_tower") -> Entry:
     """A parameter of the tower or of its projector; it lies on the first pipeline stage."""
     return Entry(ours, tuple(hf_names), kind, "first", part=part)
 
