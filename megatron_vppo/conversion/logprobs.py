@@ -204,7 +204,7 @@ def _megatron_logps(
             pixels_PD=None if row.pixels_PD is None else row.pixels_PD.to(layout.device),
             grids_thw=grids,
         )
-        logits_TV = model(batch)[:, 0] @ model.head_weight_VD().T
+        logits_TV = model(batch)[:, 0] @ model.head_weight_Vh().T
         results.append(_answer_logps(logits_TV[:, : hf_config.text_config.vocab_size], row, hf_config))
     return results
 

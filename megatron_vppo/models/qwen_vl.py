@@ -39,7 +39,7 @@ from megatron_vppo.weights.kinds import Entry
 class QwenVLModel(MegatronModule):
     """Vision tower (first stage) and the stage's part of the language model.
 
-    There is no output projection: a loss takes the hidden states where it needs them and `head_weight_VD`.
+    There is no output projection: a loss takes the hidden states where it needs them and `head_weight_Vh`.
     """
 
     def __init__(
@@ -158,12 +158,12 @@ class QwenVLModel(MegatronModule):
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language.decoder.set_input_tensor(received)
 
-    def head_weight_VD(self) -> torch.nn.Parameter:
+    def head_weight_Vh(self) -> torch.nn.Parameter:
         """This rank's vocabulary rows of the output weight (the tied embedding's where it is tied); last stage only.
 
         Rows that pad the vocabulary to a multiple of the tensor-parallel size are zero and lie at the end.
         """
-        return self.language.head_weight_VD()
+        return self.language.head_weight_Vh()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
         """Called by Megatron where embedding and output weights are tied and lie on two pipeline stages."""

@@ -169,7 +169,7 @@ class MegatronPolicy:
         both = score_two_views(
             hidden_NH[own][has_image_N],
             hidden_NH[masked],
-            self._head_weight_VD,
+            self._head_weight_Vh,
             batch.target_N[masked],
             kind=divergence,
             **self._head_arguments(),
@@ -309,20 +309,20 @@ class MegatronPolicy:
             )
 
     def _logps(self, hidden_NH: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        weight_VD = self._head_weight_VD
+        weight_Vh = self._head_weight_Vh
         return token_logps(
             hidden_NH,
-            weight_VD,
+            weight_Vh,
             target_N,
             with_entropy=with_entropy,
             # Where the optimizer sums: no copy of the gradient in the model's dtype in between.
-            weight_grad_VH=weight_VD.main_grad if weight_VD.requires_grad else None,  # type: ignore[attr-defined]
+            weight_grad_VH=weight_Vh.main_grad if weight_Vh.requires_grad else None,  # type: ignore[attr-defined]
             **self._head_arguments(),
         )
 
     @property
-    def _head_weight_VD(self) -> Tensor:
-        return self.trainable.stages[-1].head_weight_VD()
+    def _head_weight_Vh(self) -> Tensor:
+        return self.trainable.stages[-1].head_weight_Vh()
 
     def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{} for _ in range(self.layout.world_size)]
@@ -333,7 +333,7 @@ class MegatronPolicy:
     def _head_arguments(self) -> dict[str, Any]:
         return {
             "group": self.layout.groups.tp,
-            "vocab_start": self.layout.tensor_rank * self._head_weight_VD.shape[0],
+            "vocab_start": self.layout.tensor_rank * self._head_weight_Vh.shape[0],
             "vocab_size": self.settings.vocab_size,
             "banned_ids": self.settings.banned_ids,
             "temperature": self.settings.temperature,

@@ -123,7 +123,7 @@ def run(
 
 def _logps(model: QwenVLModel, hidden: Tensor, row: Row, *, vocab: int) -> Tensor:
     group = model.groups.tp
-    local = copy_to_tensor_model_parallel_region(hidden[:-1], group=group) @ model.head_weight_VD().T
+    local = copy_to_tensor_model_parallel_region(hidden[:-1], group=group) @ model.head_weight_Vh().T
     logits = gather_from_tensor_model_parallel_region(local, group=group)[:, :vocab]
     return logits.log_softmax(-1).gather(1, torch.tensor(row.token_ids[1:])[:, None])[:, 0]
 

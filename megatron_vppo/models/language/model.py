@@ -110,14 +110,14 @@ class LanguageModel(LanguageModule):
         if self.pre_process:
             self.embedding.word_embeddings.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         if self.post_process:
-            self.head_weight_VD().is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
+            self.head_weight_Vh().is_embedding_or_output_parameter = True  # type: ignore[attr-defined]
         if tied_apart and (self.pre_process or self.post_process):
             weight = self.shared_embedding_or_output_weight()
             weight.shared_embedding = True  # type: ignore[attr-defined]
             if self.post_process:
                 weight.shared = True  # type: ignore[attr-defined]
 
-    def head_weight_VD(self) -> torch.nn.Parameter:
+    def head_weight_Vh(self) -> torch.nn.Parameter:
         """This rank's rows of the output weight; the last pipeline stage has one."""
         if not self.post_process:
             raise RuntimeError("only the last pipeline stage holds the output weight")
