@@ -2,6 +2,10 @@
 VENV ?= .venv
 COMPAT_VENV ?= .venv-compat
 ARGS ?=
+# What asks Megatron or transformers for numbers, and needs neither vLLM nor a data set.
+COMPAT_TESTS = tests/models tests/parallel tests/weights tests/planning/test_activations.py \
+	tests/planning/test_state.py tests/fidelity/test_emulation.py tests/fidelity/test_formats.py \
+	$(addprefix tests/proofs/test_,against_transformers.py frozen_parts.py layouts.py released_models.py without_images.py)
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
@@ -39,7 +43,7 @@ demo: install
 
 test-compat:
 	@PYTHON=$(or $(PYTHON),python3.12) VENV=$(COMPAT_VENV) tools/install.sh compat
-	@$(COMPAT_VENV)/bin/python -m pytest -q tests/models tests/parallel $(ARGS)
+	@$(COMPAT_VENV)/bin/python -m pytest -q $(COMPAT_TESTS) $(ARGS)
 
 gpu-check:
 	@$(or $(PYTHON),$(wildcard $(VENV)/bin/python),python3) tools/gpu_check.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Writes the table of docs/layouts.md from a real run of tests/parallel/test_layouts.py.
+"""Writes the table of docs/layouts.md from a real run of tests/proofs/test_layouts.py.
 
 python tools/layout_table.py    # runs every layout, some minutes on two cores
 """
@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = "tests/parallel/test_layouts.py"
+TESTS = "tests/proofs/test_layouts.py"
 PAGE = ROOT / "docs" / "layouts.md"
 BEGIN, END = "<!-- table: tools/layout_table.py -->\n", "<!-- end of table -->\n"
 

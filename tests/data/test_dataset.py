@@ -10,10 +10,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from pictures import noise_image
 from PIL import Image, ImageOps
 
 from megatron_vppo.data.dataset import RowError, Source, VisionDataset, open_dataset, parse_source
+from tests.data.images import noise_image
 
 ROWS = [
     {"problem": "<image>How many?", "answer": "3", "images": ["a.png"]},

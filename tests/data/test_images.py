@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import noise_image
 from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
@@ -19,6 +18,7 @@ from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import VisionInputs, _ByteLru
 from megatron_vppo.data.perturb import PerturbSettings, black_out_blocks, perturb_rng
+from tests.data.images import noise_image
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
 LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from pictures import noise_image
 from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
@@ -19,6 +18,7 @@ from megatron_vppo.data.perturb import (
     perturb_image,
     perturb_rng,
 )
+from tests.data.images import noise_image
 
 REF = ImageRef("train", 7, 0)
 KEY = PerturbKey(step=3, response_row=1)

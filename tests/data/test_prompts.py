@@ -7,13 +7,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-from pictures import noise_image
 
 from megatron_vppo.algorithm.types import ImageRef
 from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.prompts import PromptBuilder, load_prompts, read_template
 from megatron_vppo.data.stream import PromptStream, StreamPosition
+from tests.data.images import noise_image
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
 LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}

@@ -207,8 +207,8 @@ def test_workers_die_with_a_parent_that_is_killed(functions: str) -> None:
     """Even one that is stuck in a function and never looks at its pipe again."""
     program = textwrap.dedent(f"""
         import sys, threading
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from test_reward_pool import RewardPool, score, worker_pids
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        from tests.data.test_reward_pool import RewardPool, score, worker_pids
         pool = RewardPool({f"{functions}:sequential"!r}, reward_type="sequential", num_workers=2, timeout_seconds=600)
         print(*worker_pids(pool), flush=True)
         score(pool, ["hang"])

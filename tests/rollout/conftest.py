@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rollout_rig import MAX_PIXELS, START_SECONDS, Rig
-from tiny_model import build_tokenizer, save_model_folder, save_qwen3_folder
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
+from tests.rollout.rig import MAX_PIXELS, START_SECONDS, Rig
+from tests.rollout.tiny_model import build_tokenizer, save_model_folder, save_qwen3_folder
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import subprocess
 import layout_table
 import pytest
 
-from tests.parallel.test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOGP_TOLERANCE, MODELS
+from tests.proofs.test_layouts import GRADIENT_TOLERANCE, LAYOUTS, LOGP_TOLERANCE, MODELS
 
 
 def test_the_page_lists_the_tested_layouts_within_their_bounds() -> None:

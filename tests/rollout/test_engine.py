@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from rollout_rig import Rig, flip_one_bit_on_the_way, picture, prompt_ids, reference_logps, weights
 
 from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings
+from tests.rollout.rig import Rig, flip_one_bit_on_the_way, picture, prompt_ids, reference_logps, weights
 
 LOGP_TOLERANCE = 1e-5
 

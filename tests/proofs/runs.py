@@ -33,7 +33,7 @@ LEARNED_POINTS = 0.20
 """Rise of held-out accuracy by a reward that is easy to learn (rewards.py); the demo shows that seeing is learned."""
 LEARNING = (
     f"trainer.total_steps={LEARNING_STEPS}", "trainer.save_freq=-1",
-    "reward.reward_function=tests/end_to_end/rewards.py:starts_small", "data.max_response_length=8",
+    "reward.reward_function=tests/proofs/rewards.py:starts_small", "data.max_response_length=8",
     "actor.optim.lr=1e-3", "data.max_val_rows=256",
 )  # fmt: skip
 

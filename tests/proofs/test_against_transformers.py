@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.parallel.layout import init_layout
 from tests.gloo import run_gloo
-from tests.models.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
 from tests.models.tiny import Expected, save_tiny_model, tiny_config, tiny_qwen3_config, transformers_says
+from tests.proofs.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
 
 LOGP_TOLERANCE = 1e-5
 HIDDEN_TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ from digits.checkpoint import make_config, make_model, make_processor, save_chec
 from safetensors.torch import load_file
 
 from megatron_vppo.observability.metrics import read_metrics
-from tests.end_to_end.runs import (
+from tests.proofs.runs import (
     LEARNING,
     ROLLOUT_DIFFERENCE,
     SHORT,

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rollout_rig import START_SECONDS, picture, prompt_ids, reference_logps, weights
-from tiny_model import build_config, build_model, build_tokenizer, save_model_folder
 
 from megatron_vppo.rollout import process_group
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
+from tests.rollout.rig import START_SECONDS, picture, prompt_ids, reference_logps, weights
+from tests.rollout.tiny_model import build_config, build_model, build_tokenizer, save_model_folder
 
 GONE_SECONDS = 10
 LOGP_TOLERANCE = 1e-5

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.end_to_end.runs import ROOT, SHORT, VPPO, exported, train, train_arguments, vppo
+from tests.proofs.runs import ROOT, SHORT, VPPO, exported, train, train_arguments, vppo
 
 
 @pytest.mark.slow

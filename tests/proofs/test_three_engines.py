@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.runs import vppo
+from tests.proofs.runs import vppo
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_vppo.observability.report.data import load_run
 from megatron_vppo.observability.report.sections import sections
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_every_line_is_of_a_documented_metric(tmp_path: Path) -> None:

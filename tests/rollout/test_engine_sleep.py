@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from rollout_rig import Rig, prompt_ids, reference_logps, weights
 from vllm.model_executor.layers.quantization.online.fp8 import Fp8PerBlockOnlineLinearMethod
 
 from megatron_vppo.rollout import engine as engine_module
@@ -22,6 +21,7 @@ from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, LiveWeight, SampleRequest, SamplingSettings
 from megatron_vppo.rollout.transfer.vllm_layout import ExpectedDigests, StreamCheck, parameters_of
 from megatron_vppo.rollout.worker import WorkerExtension, _live_weights
+from tests.rollout.rig import Rig, prompt_ids, reference_logps, weights
 
 LOGP_TOLERANCE = 1e-5
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conversion.conftest import converted, hf_folders  # noqa: F401 (fixtures, shared)
+
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tools")]
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.observability.rollouts import read_rollouts, rollout_path
-from tests.end_to_end.runs import (
+from tests.proofs.runs import (
     LEARNING,
     LEARNING_STEPS,
     ROOT,

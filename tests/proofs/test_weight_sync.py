@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import parallel_state
-from rollout_rig import START_SECONDS
-from tiny_model import save_model_folder, save_qwen3_folder
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
@@ -22,6 +20,8 @@ from megatron_vppo.rollout.records import EngineSettings
 from megatron_vppo.weights.load_hf import load_hf_weights
 from megatron_vppo.weights.stream import hf_weights, save_hf
 from tests.gloo import run_gloo
+from tests.rollout.rig import START_SECONDS
+from tests.rollout.tiny_model import save_model_folder, save_qwen3_folder
 
 RANKS = 4
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2))

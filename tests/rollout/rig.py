@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import build_config, build_model, build_qwen3_config, build_tokenizer
 from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import Completion, SampleRequest
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
+from tests.rollout.tiny_model import build_config, build_model, build_qwen3_config, build_tokenizer
 
 MAX_PIXELS = 84 * 84
 """Less than the saved processor's own bound, so that the override is seen to act."""
