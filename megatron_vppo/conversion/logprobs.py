@@ -22,6 +22,7 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
@@ -198,7 +199,7 @@ def _megatron_logps(
         batch = PackedBatch(
             token_ids_K=ids_T,
             positions_3K=positions_3T.to(layout.device),
-            lengths=(len(ids),),
+            packing=Packing((len(ids),)),
             image_token_index_I=image_tokens_I,
             image_feature_index_I=torch.arange(len(image_tokens_I), device=layout.device),
             pixels_PD=None if row.pixels_PD is None else row.pixels_PD.to(layout.device),

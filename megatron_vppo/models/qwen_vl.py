@@ -100,8 +100,8 @@ class QwenVLModel(MegatronModule):
             ValueError: image tokens without pixels on the first stage.
         """
         device, context = batch.token_ids_K.device, self.groups.cp
-        own_T = own_tokens(batch.lengths, rank=context.rank(), size=context.size()).to(device)
-        plan = self.parts.plan(batch.lengths, causal=True, device=device, rank=context.rank(), size=context.size())
+        own_T = own_tokens(batch.packing, rank=context.rank(), size=context.size()).to(device)
+        plan = self.parts.plan(batch.packing, causal=True, device=device, rank=context.rank(), size=context.size())
         hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
         hidden = self.language(hidden, batch.positions_3K[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:

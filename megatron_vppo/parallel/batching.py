@@ -7,7 +7,6 @@ context-parallel rank.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
-from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
+from megatron_vppo.models.layers.context_parallel import own_tokens, padded_packing
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.vision.dealing import deal_pictures
 from megatron_vppo.parallel.balancing import assign_to_ranks
 
@@ -109,7 +109,7 @@ def pack_views(
         split: what the batch must divide over.
     """
     pictures = _Pictures(merge_size)
-    lengths = padded_lengths(
+    packing = padded_packing(
         [num_tokens(responses[view.row]) for view in views],
         tensor=split.sequence_ranks,
         context=split.context,
@@ -117,21 +117,22 @@ def pack_views(
     )
     sequences = [
         _sequence(responses[view.row], view, length=length, positions=positions, pictures=pictures)
-        for view, length in zip(views, lengths, strict=False)
+        for view, length in zip(views, packing.lengths[: len(views)], strict=True)
     ]
-    sequences += [_padding(length) for length in lengths[len(views) :]]
+    if packing.ends_in_filler:
+        sequences.append(_filler(packing.lengths[-1]))
     token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
     return ResponseBatch(
         packed=PackedBatch(
             token_ids_K=token_ids_K.to(device),
             positions_3K=torch.cat([sequence.positions_3L for sequence in sequences], dim=1).to(device),
-            lengths=tuple(lengths),
+            packing=packing,
             image_token_index_I=(token_ids_K == image_token_id).nonzero()[:, 0].to(device),
             image_feature_index_I=_cat([features for s in sequences for features in s.features]).to(device),
             pixels_PD=pictures.pixels(patches, split).to(device) if patches is not None and pictures.grids else None,
             grids_thw=tuple(pictures.grids),
         ),
-        **{name: index.to(device) for name, index in _answers(sequences, lengths, split).items()},
+        **{name: index.to(device) for name, index in _answers(sequences, packing, split).items()},
     )
 
 
@@ -145,7 +146,7 @@ class _Sequence:
     features: tuple[Tensor, ...]
     """Per image, the indices of its features."""
     answer: tuple[int, ...]
-    """None where the view is not counted."""
+    """Empty where the view is not counted."""
     answer_start: int
     """Where the hidden state is that predicts its first token."""
 
@@ -168,7 +169,7 @@ def _sequence(response: Response, view: View, *, length: int, positions: Positio
     )
 
 
-def _padding(length: int) -> _Sequence:
+def _filler(length: int) -> _Sequence:
     """A sequence of no view."""
     return _Sequence(
         view=View(0, None, counted=False),
@@ -180,19 +181,18 @@ def _padding(length: int) -> _Sequence:
     )
 
 
-def _answers(sequences: Sequence[_Sequence], lengths: Sequence[int], split: BatchSplit) -> dict[str, Tensor]:
+def _answers(sequences: Sequence[_Sequence], packing: Packing, split: BatchSplit) -> dict[str, Tensor]:
     """The fields of ResponseBatch that say where response tokens are, for this rank's share of the tokens."""
-    starts = itertools.accumulate(lengths, initial=0)
     index, targets, rows, columns, perturbed = [], [], [], [], []
-    for sequence, start in zip(sequences, starts, strict=False):
+    for sequence, start in zip(sequences, packing.starts, strict=True):
         first, count = start + sequence.answer_start, len(sequence.answer)
         index.append(torch.arange(first, first + count))
         targets.append(torch.tensor(sequence.answer, dtype=torch.int64))
         rows.append(torch.full((count,), sequence.view.row))
         columns.append(torch.arange(count))
         perturbed.append(torch.full((count,), sequence.view.perturb is not None))
-    own_C = own_tokens(tuple(lengths), rank=split.context_rank, size=split.context)
-    place_K = torch.full((sum(lengths),), -1)
+    own_C = own_tokens(packing, rank=split.context_rank, size=split.context)
+    place_K = torch.full((packing.num_tokens,), -1)
     place_K[own_C] = torch.arange(len(own_C))
     hidden_index_N = place_K[torch.cat(index)]
     here_N = hidden_index_N >= 0

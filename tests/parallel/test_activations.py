@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.options import ModelOptions, Recompute
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout, init_layout
@@ -132,7 +133,7 @@ def two_rows_of_one_picture(*, has_picture: bool) -> PackedBatch:
     return PackedBatch(
         token_ids_K=ids,
         positions_3K=torch.cat([positions] * ROWS, dim=1),
-        lengths=(ROW_TOKENS,) * ROWS,
+        packing=Packing((ROW_TOKENS,) * ROWS),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),
         pixels_PD=torch.zeros(PATCHES if has_picture else 0, PATCH_VALUES),
@@ -196,7 +197,7 @@ def in_flight(rank: int, world_size: int, micro_batches: int) -> int:
         next(data)
         ids = torch.arange(5)
         nothing = torch.zeros(0, dtype=torch.int64)
-        output = stage(PackedBatch(ids, ids.expand(3, 5), (5,), nothing, nothing))
+        output = stage(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing))
         running += 1
         most = max(most, running)
         output.register_hook(finished)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from megatron_vppo.models.layers.context_parallel import own_chunks, own_tokens
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.sequences import PackedSequences
 
 _SHORTEST_TO_LONGEST = 0.8
@@ -56,10 +57,9 @@ class AttentionPlan:
     """Keys and values of all context-parallel ranks are needed, one rank after the other."""
 
 
-def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device) -> AttentionPlan:
+def plan_attention(packing: Packing, *, causal: bool, device: torch.device) -> AttentionPlan:
     """Groups packed sequences by length. Costs a few small tensor operations per bucket, none per sequence."""
-    lengths_S = torch.tensor(lengths, dtype=torch.int64)
-    starts_S = lengths_S.cumsum(0) - lengths_S
+    lengths_S, starts_S = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
     buckets, places = [], []
     for members, longest in _groups(lengths_S):
         index_BQ, real_BQ = _padded(starts_S[members], lengths_S[members], longest)
@@ -68,23 +68,22 @@ def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device
         mask = None if whole or causal else real_BQ[:, None, None, :].to(device)
         buckets.append(Bucket(len(members), index, index, mask, causal))
         places.append((index_BQ, real_BQ))
-    return AttentionPlan(tuple(buckets), _restore(places, int(lengths_S.sum()), device))
+    return AttentionPlan(tuple(buckets), _restore(places, packing.num_tokens, device))
 
 
-def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, device: torch.device) -> AttentionPlan:
+def plan_context_attention(packing: Packing, *, rank: int, size: int, device: torch.device) -> AttentionPlan:
     """Causal attention of one context-parallel rank's chunks; see context_parallel.py for which they are.
 
     A chunk is the end of the keys that it sees. Only chunks of one length share a bucket: none needs padding, so none
     needs a mask, whose size would be that of the attention scores.
 
     Args:
-        lengths: of the whole sequences, multiples of twice the number of ranks.
+        packing: the whole sequences; their lengths are multiples of twice the number of ranks.
     """
-    lengths_S = torch.tensor(lengths, dtype=torch.int64)
-    starts_S = lengths_S.cumsum(0) - lengths_S
+    lengths_S, starts_S = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
     chunks_S = lengths_S // (2 * size)
-    gathered_T = torch.empty(int(lengths_S.sum()), dtype=torch.int64)
-    gathered_T[torch.cat([own_tokens(lengths, rank=other, size=size) for other in range(size)])] = torch.arange(
+    gathered_T = torch.empty(packing.num_tokens, dtype=torch.int64)
+    gathered_T[torch.cat([own_tokens(packing, rank=other, size=size) for other in range(size)])] = torch.arange(
         len(gathered_T)
     )
     own_starts_S = starts_S // size
@@ -107,13 +106,11 @@ def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, devi
     return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
 
 
-def plan_packed(
-    lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
-) -> AttentionPlan:
+def plan_packed(packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1) -> AttentionPlan:
     """See LayerParts.plan."""
     if size > 1:
-        return plan_context_attention(lengths, rank=rank, size=size, device=device)
-    return plan_attention(lengths, causal=causal, device=device)
+        return plan_context_attention(packing, rank=rank, size=size, device=device)
+    return plan_attention(packing, causal=causal, device=device)
 
 
 def _groups(lengths_S: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_vppo.models.layers.packing import Packing
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -19,8 +21,8 @@ class PackedBatch:
     """int64."""
     positions_3K: Tensor
     """int64; rotary position of each token along (frame, row, column); the three are equal for text."""
-    lengths: tuple[int, ...]
-    """Tokens of each packed sequence, in order; they sum to K."""
+    packing: Packing
+    """Where each sequence lies in K."""
     image_token_index_I: Tensor
     """int64; where in K the image tokens are."""
     image_feature_index_I: Tensor
@@ -35,9 +37,10 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         tokens = self.token_ids_K.shape[0]
-        if sum(self.lengths) != tokens or min(self.lengths, default=0) < 1:
+        if self.packing.num_tokens != tokens or min(self.packing.lengths, default=0) < 1:
             raise ValueError(
-                f"the packed lengths {self.lengths} must each be at least 1 and sum to the {tokens} tokens of the batch"
+                f"the packed lengths {self.packing.lengths} must each be at least 1 and sum to the {tokens} tokens of "
+                "the batch"
             )
         if tuple(self.positions_3K.shape) != (3, tokens):
             raise ValueError(f"positions have shape {tuple(self.positions_3K.shape)}, expected (3, {tokens})")

@@ -36,7 +36,7 @@ class LayerParts:
     window_attention: type
     """Reads `PackedSequences.window_plan`."""
     plan: Callable[..., Plan]
-    """(lengths, causal, device, rank, size of the context-parallel group) -> what attention wants to know of packed
+    """(Packing, causal, device, rank, size of the context-parallel group) -> what attention wants to know of packed
     sequences."""
     fused_norms: tuple[tuple[str, str], ...] = ()
     """Of a layer's parameters: (prefix as in the weight map, prefix within the linear layer that holds the norm)."""

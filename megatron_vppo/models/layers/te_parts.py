@@ -5,7 +5,6 @@ Shape suffix legend: T = tokens of this rank; H = attention heads of this rank; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +20,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import PackedSequences, Plan
 
@@ -38,11 +38,11 @@ class SequenceBounds:
 
 
 def sequence_bounds(
-    lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
+    packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
 ) -> SequenceBounds:
     """See LayerParts.plan. Every rank gets the same."""
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return SequenceBounds(bounds.to(device), max(lengths))
+    bounds = torch.tensor([*packing.starts, packing.num_tokens], dtype=torch.int32)
+    return SequenceBounds(bounds.to(device), packing.longest)
 
 
 class TEPackedAttention(TEDotProductAttention):

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts, layer_spec
 from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.models.vision.tower import AxialRope, Grid, Merger, VisionFeatures, patch_positions
@@ -107,11 +108,13 @@ class VisionTower(MegatronModule):
         device = pixels_PD.device
         orders = [window_order(grid, merge=self.merge, window_blocks=self.window_blocks) for grid in grids_thw]
         block_order_M = _concatenate_orders(orders).to(device)
+        frames, windows = (
+            Packing(tuple(length for lengths in each for length in lengths))
+            for each in ([order.frame_lengths for order in orders], [order.window_lengths for order in orders])
+        )
         sequences = PackedSequences(
-            plan=self.parts.plan([n for order in orders for n in order.frame_lengths], causal=False, device=device),
-            window_plan=self.parts.plan(
-                [n for order in orders for n in order.window_lengths], causal=False, device=device
-            ),
+            plan=self.parts.plan(frames, causal=False, device=device),
+            window_plan=self.parts.plan(windows, causal=False, device=device),
         )
         positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
         hidden_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype))

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts, layer_spec
 from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.models.vision.tower import AxialRope, Grid, Merger, VisionFeatures, by_block, patch_positions
@@ -93,7 +94,7 @@ class VisionTower(MegatronModule):
     def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
         device = pixels_PD.device
         positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
-        frames = [rows * columns for count, rows, columns in grids_thw for _ in range(count)]
+        frames = Packing(tuple(rows * columns for count, rows, columns in grids_thw for _ in range(count)))
         shared = {
             "attention_mask": None,
             "rotary_pos_emb": self.rope(positions_P2),
