@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.offload import PARTS
+from megatron_vppo.parallel.offload import MEMORY_PARTS
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import Plan, make_plan
@@ -86,8 +86,8 @@ def _what_would_fit(
         yield "What would fit: engines of another size, without --rollout-tp, on these."
     if workload.rows_per_micro_batch > 1 and plan(workload=replace(workload, rows_per_micro_batch=1)).fitting:
         yield "What would fit: --rows-per-micro-batch 1 on these."
-    if plan(offload=frozenset(PARTS)).fitting:
-        yield f"What would fit: --offload {' '.join(PARTS)} on these."
+    if plan(offload=frozenset(MEMORY_PARTS)).fitting:
+        yield f"What would fit: --offload {' '.join(MEMORY_PARTS)} on these."
 
 
 def _fits(plan: Callable[..., Plan], cluster: Cluster) -> bool:
@@ -168,7 +168,7 @@ def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Ite
     yield f"  micro_batch_size_per_device_for_update: {workload.rows_per_micro_batch}"
     yield f"  micro_batch_size_per_device_for_experience: {workload.rows_per_micro_batch}"
     if best.offload:
-        yield f"  offload: [{', '.join(part for part in PARTS if part in best.offload)}]"
+        yield f"  offload: [{', '.join(part for part in MEMORY_PARTS if part in best.offload)}]"
     yield "rollout:"
     yield f"  tensor_parallel_size: {best.engine.tensor}"
     yield f"  gpu_memory_utilization: {best.engine.utilization}"

@@ -156,7 +156,7 @@ def _policy_and_responses(
         # Before the model is built: on a GPU vLLM measures while it starts how much memory is free.
         engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
         policy = make_policy(config, layout, source, inputs, total_steps=STEP)
-        sampler.load_weights(policy.hf_weights(), version=0)
+        sampler.send_weights(policy.hf_weights(), version=0)
         seeds = group_seeds(
             prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
         )

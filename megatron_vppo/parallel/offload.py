@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
 
-Part = Literal["params", "grads", "optimizer"]
-PARTS: tuple[Part, ...] = get_args(Part)
+MemoryPart = Literal["params", "grads", "optimizer"]
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 
 class TrainerMemory:
@@ -29,10 +29,10 @@ class TrainerMemory:
 
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
-        self._host: dict[Part, _HostCopy] = {"params": _HostCopy(), "optimizer": _HostCopy()}
-        self._away: set[Part] = set()
+        self._host: dict[MemoryPart, _HostCopy] = {"params": _HostCopy(), "optimizer": _HostCopy()}
+        self._away: set[MemoryPart] = set()
 
-    def offload(self, parts: Collection[Part]) -> None:
+    def offload(self, parts: Collection[MemoryPart]) -> None:
         """Copy these to host memory and give their device memory back. Gradients are not copied: they are lost.
 
         Raises:
@@ -52,7 +52,7 @@ class TrainerMemory:
         self._away |= set(parts)
         self.empty_cache()
 
-    def reload(self, parts: Collection[Part]) -> None:
+    def reload(self, parts: Collection[MemoryPart]) -> None:
         """Bring these back to where they were; gradients as zeros.
 
         Raises:
@@ -73,8 +73,8 @@ class TrainerMemory:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _check(self, parts: Collection[Part], *, away: bool) -> None:
-        if wrong := [part for part in PARTS if part in parts and (part in self._away) != away]:
+    def _check(self, parts: Collection[MemoryPart], *, away: bool) -> None:
+        if wrong := [part for part in MEMORY_PARTS if part in parts and (part in self._away) != away]:
             raise RuntimeError(f"{', '.join(wrong)} of the trainer: {'on the device' if away else 'away'} already")
 
 

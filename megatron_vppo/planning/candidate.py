@@ -7,8 +7,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.offload import PARTS
-from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.parallel.offload import MEMORY_PARTS, MemoryPart
 from megatron_vppo.planning.activations import MicroBatch, StageActivations
 from megatron_vppo.planning.state import StateBytes
 
@@ -117,7 +116,7 @@ class Candidate:
     recompute: Recompute
     stages: tuple[Stage, ...]
     """Those that may be the fullest in any phase."""
-    offload: frozenset[OffloadPart]
+    offload: frozenset[MemoryPart]
     """What is not on the GPU while engines sample."""
     engine: EngineShare | None
     """None: what the trainer leaves is not enough for an engine, or the trainer alone is too much."""
@@ -143,7 +142,7 @@ class Candidate:
     @property
     def sampling_bytes(self) -> int:
         """Of the trainer, while engines sample."""
-        return max(self._held(stage.state, PARTS) for stage in self.stages) + TRAINER_RESERVE
+        return max(self._held(stage.state, MEMORY_PARTS) for stage in self.stages) + TRAINER_RESERVE
 
     @property
     def sync_bytes(self) -> int:
@@ -151,6 +150,6 @@ class Candidate:
         held = (stage.state.weights + self._held(stage.state, ("grads", "optimizer")) for stage in self.stages)
         return max(held) + TRAINER_RESERVE
 
-    def _held(self, state: StateBytes, parts: Collection[OffloadPart]) -> int:
+    def _held(self, state: StateBytes, parts: Collection[MemoryPart]) -> int:
         sizes = {"params": state.weights, "grads": state.gradients, "optimizer": state.optimizer}
         return sum(sizes[part] for part in parts if part not in self.offload)

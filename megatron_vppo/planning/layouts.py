@@ -12,7 +12,7 @@ from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.parallel.offload import MemoryPart
 from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
 from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
@@ -43,7 +43,7 @@ def make_plan(
     rollout_tensor: int | None,
     answers: int,
     frozen: frozenset[ModelPart] = frozenset(),
-    offload: frozenset[OffloadPart] = frozenset(),
+    offload: frozenset[MemoryPart] = frozenset(),
 ) -> Plan:
     """Every layout of the cluster's GPUs; of those that differ in recomputation only, the cheapest that fits.
 
@@ -126,7 +126,7 @@ class _Model:
         data: int,
         recompute: Recompute,
         workload: Workload,
-        offload: frozenset[OffloadPart],
+        offload: frozenset[MemoryPart],
     ) -> Candidate:
         """The layout with the memory of its first, second and last stage. Those between cannot be fuller than the
         second: none has more layers (`near_even`), and each holds fewer micro-batches.

@@ -37,7 +37,7 @@ class EngineSettings:
     enforce_eager: bool = True
     """Also keeps the sampler's helpers from being compiled, which takes 25 s of the first generate on two cores."""
     load_format: Literal["auto", "empty"] = "auto"
-    """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `load_weights`."""
+    """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `send_weights`."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor, such as min_pixels and max_pixels."""
     can_sleep: bool = False
@@ -109,12 +109,12 @@ class Completion:
     finish_reason: str
     """'stop' or 'length'."""
     weight_version: int
-    """The version given to the last `load_weights` before sampling; -1 for the weights of the checkpoint."""
+    """The version given to the last `send_weights` before sampling; -1 for the weights of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One `load_weights`."""
+    """One `send_weights`."""
 
     version: int
     num_tensors: int

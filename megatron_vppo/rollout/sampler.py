@@ -80,7 +80,7 @@ class EngineSampler:
         by_prompt = {i: group for part in gathered for i, group in part.items()}
         return [by_prompt[i] for i in range(len(prompts))]
 
-    def load_weights(
+    def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
     ) -> dict[str, float]:
         """Streams the policy's weights into every engine. Every rank takes part in gathering them.
@@ -96,7 +96,7 @@ class EngineSampler:
             for _ in weights:
                 pass
             return {}
-        report = self._engine.load_weights(weights, version=version, verify=verify, kept=kept)
+        report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)
         metrics = {"weight_sync/bytes": float(report.num_bytes), "weight_sync/tensors": float(report.num_tensors)}
         return {**metrics, "weight_sync/checksums_ok": 1.0} if verify else metrics
 

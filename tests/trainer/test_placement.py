@@ -106,7 +106,7 @@ def make_run(
     weights, engine = Trainer(device), Engine(device)
     scores = Scores(*(torch.full((2, 2), -1.0) for _ in range(3)), None)
 
-    def load_weights(stream: Any, *, version: int, kept: Collection[str] = ()) -> dict[str, float]:
+    def send_weights(stream: Any, *, version: int, kept: Collection[str] = ()) -> dict[str, float]:
         with device.work(f"load {version}", BUFFERS, "params", "weights"):
             engine.version = weights.version
         return {}
@@ -158,7 +158,7 @@ def make_run(
             hf_weights=lambda only_trained=False: iter(()), frozen_hf_names=frozenset(), score=score, update=update,
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
-        "sampler": SimpleNamespace(load_weights=load_weights),
+        "sampler": SimpleNamespace(send_weights=send_weights),
         "collector": SimpleNamespace(groups=groups),
         "validator": SimpleNamespace(run=validate),
     }  # fmt: skip

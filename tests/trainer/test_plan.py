@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.parallel.offload import MemoryPart
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import RECOMPUTES, Plan, make_plan, near_even
@@ -33,7 +33,7 @@ def plan_of(
     rollout_tensor: int | None = None,
     answers: int = 16,
     frozen: frozenset[ModelPart] = frozenset(),
-    offload: frozenset[OffloadPart] = frozenset(),
+    offload: frozenset[MemoryPart] = frozenset(),
 ) -> Plan:
     return make_plan(
         published_config(name),
@@ -126,7 +126,7 @@ def test_offload_makes_room_for_engines_and_none_for_the_trainer() -> None:
     """On one GPU of 141 GiB a 7B is 139 GiB with its gradients and optimizer, 8.29 B values at 2 + 4 + 12 bytes; on two
     of them, with TP 2, the engine gets what each part leaves."""
     cluster = Cluster(gpus=2, gpu_bytes=141 * GIB, gpus_per_node=2)
-    parts: tuple[frozenset[OffloadPart], ...] = (
+    parts: tuple[frozenset[MemoryPart], ...] = (
         frozenset(),
         frozenset({"optimizer"}),
         frozenset({"optimizer", "grads", "params"}),

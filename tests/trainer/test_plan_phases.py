@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.parallel.offload import MemoryPart
 from megatron_vppo.planning.activations import Kernels, Split, update_activations
 from megatron_vppo.planning.candidate import Candidate, Cluster
 from megatron_vppo.planning.layouts import make_plan
@@ -48,7 +48,7 @@ def state_of(name: str, layers: tuple[int, ...], stage: int, tensor: int, replic
 
 
 def rows(
-    name: str, gpus: int, memory: int, *, answers: int = 16, offload: frozenset[OffloadPart] = frozenset()
+    name: str, gpus: int, memory: int, *, answers: int = 16, offload: frozenset[MemoryPart] = frozenset()
 ) -> tuple[Candidate, ...]:
     return make_plan(
         config_of(name),
@@ -76,7 +76,7 @@ def activations_of(name: str, c: Candidate, stage: int) -> int:
 
 
 CLUSTERS = ((4, 80), (8, 24), (8, 48), (8, 80), (16, 40), (32, 48), (64, 80))
-OFFLOADS: tuple[frozenset[OffloadPart], ...] = (
+OFFLOADS: tuple[frozenset[MemoryPart], ...] = (
     frozenset(),
     frozenset({"optimizer"}),
     frozenset({"params", "grads", "optimizer"}),

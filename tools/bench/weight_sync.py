@@ -169,7 +169,7 @@ def _sync(stage: QwenVLModel, engine: RolloutEngine | None, *, verify: bool) -> 
     if engine is None:
         num_bytes = sum(tensor.nbytes for _, tensor in hf_weights([stage]))
     else:
-        num_bytes = engine.load_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
+        num_bytes = engine.send_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
     dist.barrier()
     return time.perf_counter() - began, num_bytes
 
