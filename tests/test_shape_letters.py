@@ -1,8 +1,8 @@
 """Shape letters mean the same in every file of the package. The alphabet is the table in CONTRIBUTING.md, Notation.
 
-A name carries its tensor's shape as a suffix: `advantage_BT` is [responses, response tokens]. The suffix is what follows
-the last underscore of a name whose other characters are lower-case letters, digits and underscores, if it consists of
-capital letters, `h` and digits and has at least one letter. So `bf16` and `MAX_T` have none. Digits are literal sizes:
+A name carries its tensor's shape as a suffix: `advantage_BT` is [responses, response tokens]. The suffix is what comes
+after the last underscore of a name whose other characters are lower-case letters, digits and underscores. It consists
+of capital letters, `h` and digits, with at least one letter. So `bf16` and `MAX_T` have none. Digits are literal sizes:
 `positions_3K` is [3, packed tokens]. Shapes in docstrings, as in "[B, T] float32", use the same letters.
 
 Every module with such names or shapes has a legend in its docstring, one sentence: "Shape suffix legend: B = responses;
@@ -133,7 +133,7 @@ NOT_YET = {
     "megatron_vppo/models/qwen25_vl/vision.py",
     "megatron_vppo/models/qwen3_vl/vision.py",
     "megatron_vppo/models/qwen_vl.py",
-    "megatron_vppo/models/vision/dealing.py",
+    "megatron_vppo/models/vision/image_parallel.py",
     "megatron_vppo/models/vision/tower.py",
     "megatron_vppo/parallel/batching.py",
     "megatron_vppo/parallel/head_chunk.py",

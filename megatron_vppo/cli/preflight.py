@@ -11,7 +11,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
-from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.planning.engine_share import unsplit
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
@@ -52,7 +52,7 @@ def check_before_launch(config: RunConfig) -> int:
     )
     options = model_options(config, on_gpu=devices > 0)
     if options.fp8 is not None:
-        check_fp8(
+        check_fp8_model(
             hf_config,
             options.fp8,
             tensor=parallel.tensor_model_parallel_size,

@@ -28,7 +28,7 @@ class ModelPlan:
     """Megatron's extra states, which are empty here; its own loader looks for them."""
     hf_copies: Mapping[str, str]
     """By name of a tensor that the model takes from another one, that one's name."""
-    canonical_hf_name: Callable[[str], str]
+    released_name: Callable[[str], str]
 
 
 def plan_model(config_folder: Path) -> ModelPlan:
@@ -61,7 +61,7 @@ def plan_model(config_folder: Path) -> ModelPlan:
             entries=entries,
             object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
             hf_copies=model.hf_copies,
-            canonical_hf_name=model.canonical_hf_name,
+            released_name=model.released_name,
         )
 
 

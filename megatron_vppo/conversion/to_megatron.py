@@ -47,7 +47,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = No
             exists, or the disk is full. Nothing is left under the target's name.
     """
     plan = plan_model(source)
-    weights = HfFolder(source, plan.canonical_hf_name)
+    weights = HfFolder(source, plan.released_name)
     weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     pieces = [piece for stored in plan.entries for piece in pieces_of(stored, weights, dtype=dtype)]
     _check_one_dtype_per_key(pieces)

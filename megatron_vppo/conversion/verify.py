@@ -47,7 +47,7 @@ def compare_checkpoints(source: Path, other: Path) -> Comparison:
         ValueError: one of them is incomplete, or has a tensor too many, too few or twice.
     """
     plan = plan_model(source)
-    weights = HfFolder(source, plan.canonical_hf_name)
+    weights = HfFolder(source, plan.released_name)
     copies = weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     compare = _stored_side(other / DIST_CKPT, plan) if (other / DIST_CKPT).is_dir() else _hf_side(other, plan)
     differing: dict[str, None] = {}
@@ -90,7 +90,7 @@ def _stored_side(dist_ckpt: Path, plan: ModelPlan) -> _Compare:
 
 
 def _hf_side(folder: Path, plan: ModelPlan) -> _Compare:
-    weights = HfFolder(folder, plan.canonical_hf_name)
+    weights = HfFolder(folder, plan.released_name)
     weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
     return lambda stored, tensors: _with_hf(tensors, weights.tensors(stored.entry))
 

@@ -15,9 +15,9 @@ from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.torch_parts import TORCH_PARTS
 from megatron_vppo.models.megatron_config import check_tensor_parallel, language_config, stage_layers, vision_config
 from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
-from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.vision.dealing import VisionGroups
+from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.weights.kinds import ModelPart, stage_entries
 
 
@@ -45,7 +45,7 @@ def build_model(
     family = family_of(hf_config)
     tensor, pipeline = groups.tp.size(), groups.pp.size()
     if options.fp8 is not None:
-        check_fp8(hf_config, options.fp8, tensor=tensor, pipeline=pipeline, backend=options.backend)
+        check_fp8_model(hf_config, options.fp8, tensor=tensor, pipeline=pipeline, backend=options.backend)
     check_tensor_parallel(hf_config, tensor=tensor, vision_split=options.vision_split)
     stages = stage_layers(
         hf_config,

@@ -33,5 +33,5 @@ class Family:
     """Of a vision configuration: the weight map of the tower."""
     language_prefix: str
     """Of the checkpoint's names, as in `{prefix}embed_tokens.weight`."""
-    canonical_name: Callable[[str], str]
+    released_name: Callable[[str], str]
     """The released checkpoint's name of a tensor that transformers may name otherwise in memory."""

@@ -33,7 +33,7 @@ class LanguageStage(Protocol):
     config: TransformerConfig
 
 
-def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline: int, backend: Backend) -> None:
+def check_fp8_model(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline: int, backend: Backend) -> None:
     """What can be known without a GPU.
 
     Raises:

@@ -24,14 +24,14 @@ from torch import Tensor
 from megatron_vppo.models.families import weight_map
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.language.deepstack import attach
+from megatron_vppo.models.language.deepstack import prepare_deepstack
 from megatron_vppo.models.language.model import LanguageModel
 from megatron_vppo.models.language.weight_map import HEAD
-from megatron_vppo.models.layers.context_parallel import own_tokens
+from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
-from megatron_vppo.models.vision.dealing import VisionGroups, dealt_features
+from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features
 from megatron_vppo.models.vision.tower import VisionFeatures
 from megatron_vppo.weights.kinds import Entry
 
@@ -62,7 +62,7 @@ class QwenVLModel(MegatronModule):
         self.groups = groups
         self.vision_groups = vision_groups
         self.stage_layers = stage_layers
-        self.canonical_hf_name = family.canonical_name
+        self.released_name = family.released_name
         self.parts = parts
         self.weight_map = parts.own_names(weight_map(hf_config, family=family))
         tied_head = next((entry for entry in self.weight_map if entry.copy), None)
@@ -100,7 +100,7 @@ class QwenVLModel(MegatronModule):
             ValueError: image tokens without pixels on the first stage.
         """
         device, context = batch.token_ids_K.device, self.groups.cp
-        own_T = own_tokens(batch.packing, rank=context.rank(), size=context.size()).to(device)
+        own_T = tokens_of_rank(batch.packing, rank=context.rank(), size=context.size()).to(device)
         plan = self.parts.plan(batch.packing, causal=True, device=device, rank=context.rank(), size=context.size())
         hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
         hidden = self.language(hidden, batch.positions_3K[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
@@ -128,7 +128,7 @@ class QwenVLModel(MegatronModule):
             hidden_T1h = scatter_to_sequence_parallel_region(hidden_T1h, group=shared_out)
         if torch.is_grad_enabled() and not hidden_T1h.requires_grad:
             hidden_T1h.requires_grad_()  # all of this is frozen; Megatron's schedules and recompute want a gradient
-        return attach(hidden_T1h, added_Jh, image_token_J, shared_out=shared_out)
+        return prepare_deepstack(hidden_T1h, added_Jh, image_token_J, shared_out=shared_out)
 
     def _features(self, batch: PackedBatch) -> VisionFeatures:
         if batch.pixels_PD is None:
@@ -136,7 +136,7 @@ class QwenVLModel(MegatronModule):
                 f"{batch.image_token_index_I.numel()} image tokens but no pixels on the first pipeline stage"
             )
         assert self.vision is not None
-        return dealt_features(
+        return image_parallel_features(
             self.vision,
             batch.pixels_PD,
             batch.grids_thw,

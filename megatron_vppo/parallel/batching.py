@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
-from megatron_vppo.models.layers.context_parallel import own_tokens, padded_packing
+from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
-from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.balancing import assign_to_ranks
 
 _PADDING_TOKEN = 0
@@ -191,7 +191,7 @@ def _answers(sequences: Sequence[_Sequence], packing: Packing, split: BatchSplit
         rows.append(torch.full((count,), sequence.view.row))
         columns.append(torch.arange(count))
         perturbed.append(torch.full((count,), sequence.view.perturb is not None))
-    own_C = own_tokens(packing, rank=split.context_rank, size=split.context)
+    own_C = tokens_of_rank(packing, rank=split.context_rank, size=split.context)
     place_K = torch.full((packing.num_tokens,), -1)
     place_K[own_C] = torch.arange(len(own_C))
     hidden_index_N = place_K[torch.cat(index)]
@@ -227,7 +227,7 @@ class _Pictures:
 
     def pixels(self, patches: PatchSource, split: BatchSplit) -> Tensor:
         """Patches of the pictures that are dealt to this rank; none of them where there are fewer than ranks."""
-        mine = deal_pictures(tuple(self.grids), ranks=split.picture_ranks)[split.picture_rank]
+        mine = assign_images(tuple(self.grids), ranks=split.picture_ranks)[split.picture_rank]
         pictures = list(self._first_feature)
         blocks = [patches(*pictures[number]) for number in mine]
         return torch.cat(blocks) if blocks else torch.zeros(0, 0)

@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from megatron_vppo.models.options import VisionSplit
-from megatron_vppo.models.vision.dealing import VisionGroups
+from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 
 
@@ -116,13 +116,13 @@ def init_layout(
 
 def _vision_groups(groups: ProcessGroupCollection, split: VisionSplit) -> VisionGroups:
     if groups.cp.size() == 1 and (split == "tensor" or groups.tp.size() == 1):
-        return VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
+        return VisionGroups(tower=groups, images=groups.cp, gradients=groups.cp)
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     tower = copy.copy(groups)
     tower.cp = alone
     if split == "images":
         tower.tp = alone
-    return VisionGroups(tower=tower, dealing=groups.cp if split == "tensor" else groups.tp_cp, summing=groups.cp)
+    return VisionGroups(tower=tower, images=groups.cp if split == "tensor" else groups.tp_cp, gradients=groups.cp)
 
 
 def destroy_layout() -> None:

@@ -83,8 +83,8 @@ class MegatronPolicy:
             context=layout.context,
             context_rank=layout.context_rank,
             sequence_ranks=layout.tensor if trainable.config.sequence_parallel else 1,
-            picture_ranks=layout.vision_groups.dealing.size(),
-            picture_rank=layout.vision_groups.dealing.rank(),
+            picture_ranks=layout.vision_groups.images.size(),
+            picture_rank=layout.vision_groups.images.rank(),
             token_alignment=settings.token_alignment,
         )
 

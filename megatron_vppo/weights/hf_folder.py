@@ -70,10 +70,10 @@ class LazyTensor:
 class HfFolder:
     """Which tensors a folder holds and where: `model.safetensors`, or the shards that an index names."""
 
-    def __init__(self, folder: Path, canonical_name: Callable[[str], str]) -> None:
+    def __init__(self, folder: Path, released_name: Callable[[str], str]) -> None:
         """
         Args:
-            canonical_name: the released checkpoint's name of a tensor, from the one in the file.
+            released_name: the released checkpoint's name of a tensor, from the one in the file.
 
         Raises:
             ValueError: files are missing or cut off, are no safetensors files, or do not hold what the index says.
@@ -88,7 +88,7 @@ class HfFolder:
         else:
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder in Hugging Face's format")
         for tensor in tensors:
-            name = canonical_name(tensor.name)
+            name = released_name(tensor.name)
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ValueError(f"{name} comes twice: {other.name} in {other.path} and {tensor.name} in {tensor.path}")

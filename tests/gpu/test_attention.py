@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.layers.context_parallel import own_tokens
+from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packing import Packing
 
 pytestmark = pytest.mark.gpu
@@ -56,7 +56,7 @@ def test_whole_sequences(causal: bool) -> None:
 def test_share_of_a_context_parallel_rank(rank: int) -> None:
     """Keys and values of all ranks, one after the other, as the ranks' gather gives them."""
     inputs = [x.to(torch.bfloat16) for x in make_inputs()]
-    shares = [own_tokens(PACKING, rank=other, size=4) for other in range(4)]
+    shares = [tokens_of_rank(PACKING, rank=other, size=4) for other in range(4)]
     query = inputs[0][shares[rank]].to(DEVICE)
     key, value = (x[torch.cat(shares)].to(DEVICE) for x in inputs[1:])
     plan = plan_context_attention(PACKING, rank=rank, size=4, device=DEVICE)

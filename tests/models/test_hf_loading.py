@@ -35,7 +35,7 @@ class TwoTensors(nn.Module):
         return SimpleNamespace(rank=lambda: 1, size=lambda: 2)
 
     @staticmethod
-    def canonical_hf_name(name: str) -> str:
+    def released_name(name: str) -> str:
         return name.removeprefix("prefix.")
 
 

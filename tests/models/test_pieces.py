@@ -12,7 +12,7 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.layers.context_parallel import own_tokens, padded_packing
+from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
@@ -20,7 +20,7 @@ from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths, stretch_weights
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.models.qwen25_vl.vision import window_order
-from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.models.vision.tower import patch_positions
 from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config, tiny_qwen3_config
 
@@ -67,7 +67,7 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
     inputs = [torch.randn(sum(lengths), heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     upstream = torch.randn(sum(lengths), 128)
 
-    shares = [own_tokens(Packing(lengths), rank=rank, size=ranks) for rank in range(ranks)]
+    shares = [tokens_of_rank(Packing(lengths), rank=rank, size=ranks) for rank in range(ranks)]
     query, key, value = inputs
     gathered_key, gathered_value = (torch.cat([x[share] for share in shares]) for x in (key, value))
     loss = torch.zeros(())
@@ -89,13 +89,13 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
 
 def test_context_parallel_shares_are_balanced() -> None:
     lengths = (16, 64, 8)
-    shares = [own_tokens(Packing(lengths), rank=rank, size=4) for rank in range(4)]
+    shares = [tokens_of_rank(Packing(lengths), rank=rank, size=4) for rank in range(4)]
     assert torch.cat(shares).sort().values.tolist() == list(range(88))
     starts = torch.tensor([0] * 16 + [16] * 64 + [80] * 8)
     keys_met = {int((share - starts[share] + 1).sum()) for share in shares}
     assert len(keys_met) == 1
     with pytest.raises(ValueError, match="multiples of 8"):
-        own_tokens(Packing((16, 12)), rank=0, size=4)
+        tokens_of_rank(Packing((16, 12)), rank=0, size=4)
 
 
 @pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
@@ -131,8 +131,8 @@ def test_padding_divides_over_ranks(tensor: int, context: int) -> None:
 
 def test_pictures_are_dealt_by_size() -> None:
     grids = ((1, 4, 4), (1, 40, 40), (1, 8, 8), (1, 8, 10), (1, 6, 4))
-    assert deal_pictures(grids, ranks=2) == ((1,), (0, 2, 3, 4))
-    assert deal_pictures(grids[:2], ranks=3) == ((1,), (0,), ())
+    assert assign_images(grids, ranks=2) == ((1,), (0, 2, 3, 4))
+    assert assign_images(grids[:2], ranks=3) == ((1,), (0,), ())
 
 
 def test_buckets_bound_padding() -> None:

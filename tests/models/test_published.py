@@ -24,7 +24,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import HEAD
 from megatron_vppo.models.megatron_config import check_tensor_parallel
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.vision.dealing import VisionGroups
+from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 from megatron_vppo.planning.published import CONFIGS, PUBLISHED, published_config
 from megatron_vppo.weights.kinds import Shape, stage_entries, stream_entries
@@ -54,7 +54,7 @@ def rank_of(*, tensor: int, pipeline: int, rank: int) -> Iterator[tuple[ProcessG
             create_gloo_process_groups=False,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        yield groups, VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
+        yield groups, VisionGroups(tower=groups, images=groups.cp, gradients=groups.cp)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -82,7 +82,7 @@ def test_every_tensor_of_the_checkpoint_maps(name: str) -> None:
     family = family_of(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    theirs = {family.canonical_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    theirs = {family.released_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del theirs[HEAD]  # not stored
 

@@ -6,7 +6,7 @@ language model.
 
 Language layers may run again in the backward pass (recompute). What they read beside their inputs must then not lead
 back into the vision tower: its graph would be walked once per layer, and is gone after the first. So layers read
-leaves, and `attach` passes what the leaves have gathered on to the tower, once.
+leaves, and `prepare_deepstack` passes what the leaves have gathered on to the tower, once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from megatron_vppo.models.layers.sequences import Deepstack
 
 
-def attach(
+def prepare_deepstack(
     hidden_T1h: Tensor,
     features_Jh: Sequence[Tensor],
     image_token_index_J: Tensor,

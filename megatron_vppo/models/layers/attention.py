@@ -25,7 +25,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_vppo.models.layers.context_parallel import own_chunks, own_tokens
+from megatron_vppo.models.layers.context_parallel import chunks_of_rank, tokens_of_rank
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.sequences import PackedSequences
 
@@ -83,12 +83,12 @@ def plan_context_attention(packing: Packing, *, rank: int, size: int, device: to
     lengths_S, starts_S = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
     chunks_S = lengths_S // (2 * size)
     gathered_T = torch.empty(packing.num_tokens, dtype=torch.int64)
-    gathered_T[torch.cat([own_tokens(packing, rank=other, size=size) for other in range(size)])] = torch.arange(
+    gathered_T[torch.cat([tokens_of_rank(packing, rank=other, size=size) for other in range(size)])] = torch.arange(
         len(gathered_T)
     )
     own_starts_S = starts_S // size
     buckets, places = [], []
-    for half, chunk in enumerate(own_chunks(rank=rank, size=size)):
+    for half, chunk in enumerate(chunks_of_rank(rank=rank, size=size)):
         for members, length in _groups(chunks_S, shortest_to_longest=1.0):
             lengths_B = chunks_S[members]
             query_BQ, real_BQ = _padded(own_starts_S[members] + half * lengths_B, lengths_B, length)

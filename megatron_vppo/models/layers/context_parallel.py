@@ -16,13 +16,13 @@ from torch import Tensor
 from megatron_vppo.models.layers.packing import Packing
 
 
-def own_chunks(*, rank: int, size: int) -> tuple[int, int]:
+def chunks_of_rank(*, rank: int, size: int) -> tuple[int, int]:
     """The two chunks of each sequence, out of 2 * size."""
     return rank, 2 * size - 1 - rank
 
 
 @functools.lru_cache(maxsize=64)
-def own_tokens(packing: Packing, *, rank: int, size: int) -> Tensor:
+def tokens_of_rank(packing: Packing, *, rank: int, size: int) -> Tensor:
     """int64 [T], rising within each sequence: indices into the packed tokens of all ranks.
 
     Raises:
@@ -37,7 +37,7 @@ def own_tokens(packing: Packing, *, rank: int, size: int) -> Tensor:
     indices = []
     for start, length in zip(packing.starts, packing.lengths, strict=True):
         chunk = length // (2 * size)
-        indices += [torch.arange(chunk) + start + number * chunk for number in own_chunks(rank=rank, size=size)]
+        indices += [torch.arange(chunk) + start + number * chunk for number in chunks_of_rank(rank=rank, size=size)]
     return torch.cat(indices)
 
 

@@ -7,7 +7,7 @@ from transformers import Qwen2_5_VLConfig
 
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.qwen25_vl.vision import VisionTower
-from megatron_vppo.models.qwen25_vl.weight_map import canonical_name, vision_entries
+from megatron_vppo.models.qwen25_vl.weight_map import released_name, vision_entries
 
 
 def _check(hf_config: Qwen2_5_VLConfig) -> None:
@@ -27,5 +27,5 @@ QWEN25_VL = Family(
     vision_tower=VisionTower,
     vision_entries=vision_entries,
     language_prefix="model.",
-    canonical_name=canonical_name,
+    released_name=released_name,
 )

@@ -10,7 +10,7 @@ from transformers import Qwen3VLConfig
 
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.qwen3_vl.vision import VisionTower
-from megatron_vppo.models.qwen3_vl.weight_map import canonical_name, vision_entries
+from megatron_vppo.models.qwen3_vl.weight_map import released_name, vision_entries
 
 
 def _check(hf_config: Qwen3VLConfig) -> None:
@@ -40,5 +40,5 @@ QWEN3_VL = Family(
     vision_tower=VisionTower,
     vision_entries=vision_entries,
     language_prefix="model.language_model.",
-    canonical_name=canonical_name,
+    released_name=released_name,
 )

@@ -15,7 +15,7 @@ from megatron_vppo.models.vision.weight_map import attention_entries, merger_ent
 from megatron_vppo.weights.kinds import Entry, Kind, Split, whole
 
 
-def canonical_name(name: str) -> str:
+def released_name(name: str) -> str:
     """Names are the same everywhere."""
     return name
 

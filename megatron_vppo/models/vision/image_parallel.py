@@ -24,15 +24,15 @@ class VisionGroups:
 
     tower: ProcessGroupCollection
     """Its tensor-parallel ranks, which all run the same pictures."""
-    dealing: dist.ProcessGroup
+    images: dist.ProcessGroup
     """Ranks among which pictures are dealt."""
-    summing: dist.ProcessGroup
+    gradients: dist.ProcessGroup
     """The context-parallel ranks, each of which has the gradient of its own tokens' features. Ranks that are
     tensor-parallel in the language model have the same gradient each."""
 
 
 @functools.lru_cache(maxsize=256)
-def deal_pictures(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int, ...], ...]:
+def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int, ...], ...]:
     """Numbers of the pictures of each rank, rising. The largest goes first, to the rank with the fewest patches."""
     patches = [frames * rows * columns for frames, rows, columns in grids_thw]
     dealt: list[list[int]] = [[] for _ in range(ranks)]
@@ -44,22 +44,22 @@ def deal_pictures(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int
     return tuple(tuple(sorted(pictures)) for pictures in dealt)
 
 
-def dealt_features(
+def image_parallel_features(
     tower: VisionTower, pixels_PD: Tensor, grids_thw: tuple[Grid, ...], *, groups: VisionGroups, width: int
 ) -> VisionFeatures:
     """Features of all pictures on every rank; the tower runs on this rank's pictures alone.
 
     Args:
-        pixels_PD: patches of this rank's pictures (see deal_pictures), in their order; none where it has none.
+        pixels_PD: patches of this rank's pictures (see assign_images), in their order; none where it has none.
         grids_thw: of all pictures.
         width: of the features.
 
     Raises:
         ValueError: the pixels are not those of this rank's pictures.
     """
-    ranks = groups.dealing.size()
-    dealt = deal_pictures(grids_thw, ranks=ranks)
-    mine = dealt[groups.dealing.rank()]
+    ranks = groups.images.size()
+    dealt = assign_images(grids_thw, ranks=ranks)
+    mine = dealt[groups.images.rank()]
     own_grids = tuple(grids_thw[picture] for picture in mine)
     patches = sum(frames * rows * columns for frames, rows, columns in own_grids)
     if patches != len(pixels_PD):
@@ -100,16 +100,16 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, own_OSh: Tensor, rows: int, groups: VisionGroups) -> Tensor:
-        ctx.groups, ctx.start, ctx.count = groups, groups.dealing.rank() * rows, len(own_OSh)
+        ctx.groups, ctx.start, ctx.count = groups, groups.images.rank() * rows, len(own_OSh)
         padded = own_OSh.new_zeros(rows, *own_OSh.shape[1:])
         padded[: len(own_OSh)] = own_OSh
-        parts = [torch.empty_like(padded) for _ in range(groups.dealing.size())]
-        dist.all_gather(parts, padded, group=groups.dealing)
+        parts = [torch.empty_like(padded) for _ in range(groups.images.size())]
+        dist.all_gather(parts, padded, group=groups.images)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         grad_MSh = grads[0].contiguous()
-        if ctx.groups.summing.size() > 1:
-            dist.all_reduce(grad_MSh, group=ctx.groups.summing)
+        if ctx.groups.gradients.size() > 1:
+            dist.all_reduce(grad_MSh, group=ctx.groups.gradients)
         return grad_MSh[ctx.start : ctx.start + ctx.count], None, None
