@@ -151,12 +151,29 @@ def _paths(code: str) -> list[str]:
     return found
 
 
+def too_long_in(text: str) -> list[int]:
+    """Numbers of the lines over 120 columns. Only rows of tables may be longer."""
+    lines = enumerate(text.splitlines(), start=1)
+    return [number for number, line in lines if len(line) > 120 and not line.startswith("|")]
+
+
 # --- The documents as they are ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_a_document_names_exists(path: Path) -> None:
     assert mistakes_in(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_have_at_most_120_columns(path: Path) -> None:
+    assert too_long_in(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_planted_long_line_is_found() -> None:
+    long = "word " * 30
+    assert too_long_in(f"short\n{long}\n") == [2]
+    assert too_long_in(f"| a | {long} |\n") == []
 
 
 def test_the_documents_name_enough_to_be_worth_checking() -> None:
