@@ -5,6 +5,7 @@
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports nothing of ours
+    config.choices                                         the one module that every room may import; imports nothing
 
 What each room may import is in ROOMS; docs/architecture.md draws the same picture. Imports inside functions and under
 TYPE_CHECKING count like any other: a border is a border.
@@ -72,6 +73,8 @@ ROOMS = {
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
 SCHEDULES = "megatron.core.pipeline_parallel"
+# The choices that settings have. Every room may import them, and they import nothing but `typing`.
+CHOICES = f"{PACKAGE}.config.choices"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def violation(home: str, module: str) -> str | None:
     """Why the folder `home` of the package may not import `module`; None if it may."""
     top, _, rest = module.partition(".")
     rules = ROOMS[home]
+    if f"{module}.".startswith(f"{CHOICES}."):
+        return None
     if top == PACKAGE:
         target = rest.partition(".")[0]
         if target == home or target in rules.ours or target in {"", "__version__"}:
@@ -125,6 +130,8 @@ def violations_in(source: str, module: str) -> list[str]:
     found = []
     for imported in imports_of(source, module):
         reason = violation(home, imported.module)
+        if module == CHOICES and imported.module.partition(".")[0] not in {"__future__", "typing"}:
+            reason = f"config.choices imports typing alone, not {imported.module}"
         if reason:
             found.append(f"{module}, line {imported.line}: {reason}")
     return found
@@ -205,6 +212,7 @@ PLANTED = [
     ("algorithm.vppo", "from megatron_vppo.config.schema import RunConfig"),
     ("algorithm.vppo", "from ..data import images"),
     ("algorithm.vppo", "def f():\n    from transformers import AutoModel"),
+    ("algorithm.vppo", "from megatron_vppo.config.choices_of_mine import Recompute"),
     ("weights.stream", "from megatron_vppo.models.qwen_vl import QwenVLModel"),
     ("weights.stream", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("data.images", "from megatron_vppo.models.families import family_of"),
@@ -236,6 +244,8 @@ PLANTED = [
     ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
     ("cli.main", "from vllm import LLM"),
+    ("config.choices", "from megatron_vppo.config.schema import RunConfig"),
+    ("config.choices", "import pydantic"),
     ("config.load", "from megatron_vppo.algorithm import types"),
     ("config.load", "from megatron_vppo.observability import metrics"),
     ("observability.metrics", "from megatron_vppo.config import schema"),
@@ -253,6 +263,9 @@ def test_planted_violations_are_caught() -> None:
 LEGAL = [
     ("algorithm.vppo", "import math\nimport torch\nfrom megatron_vppo.algorithm.types import Response"),
     ("algorithm.vppo", "from . import types\nfrom .types import Response"),
+    ("algorithm.vppo", "from megatron_vppo.config.choices import NegativeAdvantages"),
+    ("rollout.seeds", "from megatron_vppo.config import choices"),
+    ("config.choices", "from __future__ import annotations\nfrom typing import Literal"),
     ("data.images", "from PIL import Image\nfrom ..algorithm.types import ImageRef"),
     (
         "models.qwen25_vl.vision",

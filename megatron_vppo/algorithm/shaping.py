@@ -6,12 +6,11 @@ Shape suffix legend: B = responses, T = response tokens (right-padded).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-NegativeAdvantages = Literal["same", "unscaled", "mirrored"]
+from megatron_vppo.config.choices import NegativeAdvantages
 
 MIN_SCORE_RANGE = 1e-6
 """Nats; rows whose scores span no more than this keep scale one (spec 1.3)."""

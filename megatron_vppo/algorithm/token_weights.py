@@ -5,18 +5,14 @@ Shape suffix legend: B = responses, T = response tokens (right-padded).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-LossDenominator = Literal["all", "selected"]
-LossAverage = Literal["token", "seq"]
-EntropyTokens = Literal["all", "selected"]
+from megatron_vppo.config.choices import CountedTokens, LossAverage
 
 
 def policy_gradient_weight(
-    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: LossDenominator, average: LossAverage
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: CountedTokens, average: LossAverage
 ) -> Tensor:
     """Weight of each token's surrogate such that the weighted sum is the loss of the whole mini-batch.
 
@@ -44,7 +40,7 @@ def policy_gradient_weight(
 
 
 def entropy_penalty_weight(
-    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: EntropyTokens
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: CountedTokens
 ) -> Tensor:
     """Weight of each token's entropy term: coefficient times a plain mean over the tokens that it covers.
 

@@ -16,8 +16,8 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, recipe_refusal
-from megatron_vppo.models.options import Fp8Recipe
 from megatron_vppo.setup.hardware import choose_backend, slower_without
 
 DISTRIBUTION = "megatron_vppo"

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.fidelity.measure import measure_fidelity, refusal
 from megatron_vppo.fidelity.page import compared, precision, subject
-from megatron_vppo.models.options import Fp8Recipe
 
 WIDTH = 110
 """Characters of a line."""

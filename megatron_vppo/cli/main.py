@@ -18,7 +18,7 @@ from megatron_vppo.cli.launch import (
     take_rank_from_slurm,
 )
 from megatron_vppo.cli.plan_options import add_plan_options, positive
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.config.choices import Fp8Recipe
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.read_config import read_hf_config
@@ -18,7 +19,6 @@ from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cl
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import Plan, make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import ModelPart
 
 MORE_GPUS = (2, 4, 8, 16, 32)
 """Times those that do not fit. Nodes fill up before there are several."""

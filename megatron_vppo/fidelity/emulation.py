@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.formats import quantise_dequantise
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe
+from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.models.qwen_vl import QwenVLModel
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.config.choices import Fp8Recipe
 
 Operand = Literal["input", "weight"]
 

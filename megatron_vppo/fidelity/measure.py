@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response, Scores
+from megatron_vppo.config.choices import Fp8Recipe, ModelPart
 from megatron_vppo.config.schema import ParallelConfig, RunConfig
 from megatron_vppo.fidelity.compare import Decisions, Differences, compare, decisions, spread
 from megatron_vppo.fidelity.emulation import emulated_fp8
 from megatron_vppo.fidelity.page import write_fidelity_page
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe
+from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -36,7 +37,6 @@ from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.sampling import eos_ids, train_sampling
 from megatron_vppo.setup.settings import vppo_settings
-from megatron_vppo.weights.kinds import ModelPart
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""

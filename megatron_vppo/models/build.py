@@ -9,6 +9,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.parts import LayerParts
@@ -18,7 +19,7 @@ from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
 from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.models.vision.image_parallel import VisionGroups
-from megatron_vppo.weights.kinds import ModelPart, stage_entries
+from megatron_vppo.weights.kinds import stage_entries
 
 
 def build_model(

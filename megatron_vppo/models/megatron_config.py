@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe, Recompute, VisionSplit
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute, VisionSplit
+from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 
 VISION_NORM_EPSILON = 1e-6
 """Fixed in the architectures; not a field of their configurations."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vppo.weights.kinds import ModelPart
+from megatron_vppo.config.choices import Fp8Recipe, ModelPart, Recompute, VisionSplit
 
-Recompute = Literal["none", "selective", "full"]
-VisionSplit = Literal["tensor", "images"]
 Backend = Literal["te", "torch"]
-Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from typing import Protocol
 
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.models.hf_config import HfConfig, head_dim
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe
+from megatron_vppo.models.options import Backend, Fp8Options
 
 TOKEN_ALIGNMENT: Mapping[Fp8Recipe, int] = MappingProxyType(
     {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}

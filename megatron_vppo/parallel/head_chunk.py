@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.dependency import jsd, kl_full
+from megatron_vppo.config.choices import Divergence
 
-Divergence = Literal["kl_full", "jsd"]
 DIVERGENCES = {"kl_full": kl_full, "jsd": jsd}
 
 # Logit of a banned token, and the largest of a rank that holds only padded vocabulary rows: finite, so that 0 * it

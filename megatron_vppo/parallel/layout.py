@@ -17,7 +17,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_vppo.models.options import VisionSplit
+from megatron_vppo.config.choices import VisionSplit
 from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 

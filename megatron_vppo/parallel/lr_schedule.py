@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-LrScheduleKind = Literal["constant", "linear", "cosine"]
+from megatron_vppo.config.choices import LrScheduleKind
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ shard is no view of the model's weight any more and both exist.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
 
-MemoryPart = Literal["params", "grads", "optimizer"]
 MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import PerturbKey, Response, Scores, TrainBatch
+from megatron_vppo.config.choices import Divergence, Fp8Phase, PerturbUnit
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.parallel.batching import (
     BatchSplit,
@@ -36,8 +37,6 @@ from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
 from megatron_vppo.weights.stream import hf_weights
 
 Views = Literal["original", "both"]
-Divergence = Literal["kl_full", "jsd"]
-Phase = Literal["scoring", "update"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class PolicySettings:
     rows_per_experience: int
     """Responses per micro-batch of the scoring pass."""
     head_chunk_tokens: int
-    perturb_per: Literal["row", "image"]
-    fp8_scope: frozenset[Phase] = frozenset()
+    perturb_per: PerturbUnit
+    fp8_scope: frozenset[Fp8Phase] = frozenset()
     """Where the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
     token_alignment: int = 1
     """What the tokens of a rank are padded to a multiple of."""
@@ -264,7 +263,7 @@ class MegatronPolicy:
         micro_views: Sequence[Sequence[View]],
         on_hidden: Callable[..., object],
         *,
-        phase: Phase,
+        phase: Fp8Phase,
     ) -> None:
         """Runs the schedule over the micro-batches; `on_hidden(batch, hidden)` is called on the last stage. Only the
         update runs backward.

@@ -17,10 +17,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)

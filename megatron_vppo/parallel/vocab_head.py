@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vppo.config.choices import Divergence
 from megatron_vppo.parallel.head_chunk import (
     DIVERGENCES,
-    Divergence,
     add_product,
     chunk_divergence,
     chunk_gradient,

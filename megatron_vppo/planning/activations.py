@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vppo.models.options import Recompute
+from megatron_vppo.config.choices import ModelPart, Recompute
 from megatron_vppo.planning.state import FLOAT32
-from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,19 @@ Trainer and engine share each GPU by turns (placement.py): every phase has to fi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
+from megatron_vppo.config.choices import MemoryPart, ModelPart, Recompute
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
-from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.offload import MemoryPart
 from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
 from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
 from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, state_bytes
-from megatron_vppo.weights.kinds import ModelPart
 
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 """In the order of their cost."""
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from megatron_vppo.config.choices import Dtype
+
 WeightTransfer = Literal["shm", "ipc"]
 
 
@@ -22,7 +24,7 @@ class EngineSettings:
     device: Literal["cpu", "cuda"] = "cpu"
     cuda_visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES of the engine; None: the trainer's."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     tensor_parallel_size: int = 1
     max_num_seqs: int = 256
     """Samples in flight."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.config.choices import SeedKind, VerifyWeights
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
 from megatron_vppo.rollout.seeds import sample_seeds
-
-SeedKind = Literal["independent", "shared", "engine"]
 
 
 class EngineSampler:
@@ -27,7 +25,7 @@ class EngineSampler:
         engine_index: int | None,
         num_engines: int,
         images: VisionInputs,
-        verify: str,
+        verify: VerifyWeights,
     ) -> None:
         """
         Args:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from megatron_vppo.parallel.offload import MemoryPart
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.rollout.engine import MemoryTag
 
 PhaseName = Literal["start", "sync", "sample", "score", "update", "write"]

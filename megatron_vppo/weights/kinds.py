@@ -18,8 +18,9 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
+
 Shape = tuple[int, ...]
-ModelPart = Literal["vision_tower", "projector", "language_model"]
 
 
 class Kind(Protocol):

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.weights.config_files import copy_config_files
-from megatron_vppo.weights.kinds import Entry, ModelPart, stream_entries
+from megatron_vppo.weights.kinds import Entry, stream_entries
 from megatron_vppo.weights.load_hf import MappedModel
 from megatron_vppo.weights.residence import require_resident
 

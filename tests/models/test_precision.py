@@ -8,10 +8,11 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.megatron_config import language_config, vision_config
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
+from megatron_vppo.models.options import Fp8Options, ModelOptions
 from megatron_vppo.models.precision import check_fp8_model, language_precision
 from megatron_vppo.planning.published import PUBLISHED, published_config
 

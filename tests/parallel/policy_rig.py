@@ -18,13 +18,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
+from megatron_vppo.config.choices import Fp8Phase
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.policy import MegatronPolicy, Phase, PolicySettings
+from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import (
@@ -211,7 +212,7 @@ def make_policy(
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
     token_alignment: int = 1,
-    fp8_scope: frozenset[Phase] = frozenset(),
+    fp8_scope: frozenset[Fp8Phase] = frozenset(),
 ) -> MegatronPolicy:
     """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
     config = AutoConfig.from_pretrained(folder)

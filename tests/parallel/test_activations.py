@@ -16,11 +16,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
+from megatron_vppo.config.choices import ModelPart, Recompute
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
-from megatron_vppo.models.options import ModelOptions, Recompute
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.activations import (
@@ -39,7 +40,6 @@ from megatron_vppo.planning.activations import (
     vision_saved,
 )
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
-from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import IMAGE, MEDIA_TOKENS, MERGE, PATCH_VALUES, tiny_config
 

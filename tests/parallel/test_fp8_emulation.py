@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.emulation import emulated_fp8, fp8_linears
 from megatron_vppo.fidelity.formats import quantise_dequantise
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
+from megatron_vppo.models.options import Fp8Options, ModelOptions
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo

@@ -10,10 +10,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.options import PLAIN, ModelOptions
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
-from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (

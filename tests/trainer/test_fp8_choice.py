@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.schema import DataConfig, Fp8Config, ModelConfig, RunConfig
 from megatron_vppo.fidelity.measure import refusal
-from megatron_vppo.models.options import Fp8Recipe
 
 
 def config(ends: int) -> RunConfig:

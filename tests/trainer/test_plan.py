@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vppo.parallel.offload import MemoryPart
+from megatron_vppo.config.choices import MemoryPart, ModelPart
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import RECOMPUTES, Plan, make_plan, near_even
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import ModelPart
 
 WORKLOAD = Workload(
     prompt_tokens=4096,

@@ -9,8 +9,8 @@ from functools import cache
 
 import pytest
 
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.parallel.offload import MemoryPart
 from megatron_vppo.planning.activations import Kernels, Split, update_activations
 from megatron_vppo.planning.candidate import Candidate, Cluster
 from megatron_vppo.planning.layouts import make_plan

@@ -11,10 +11,11 @@ import torch
 
 from bench.workload import Workload, fill_with_noise
 from megatron_vppo.algorithm.types import Scores, TrainBatch
+from megatron_vppo.config.choices import Fp8Recipe, Recompute
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute
+from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule

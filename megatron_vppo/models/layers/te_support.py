@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron.core.utils import get_te_version, is_te_min_version
 from torch import nn
 
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.config.choices import Fp8Recipe
 
 
 @dataclass(frozen=True)
