@@ -1,4 +1,4 @@
-"""From scored responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
+"""From graded responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
 
 Shape suffix legend: B = responses (of the step, or of one mini-batch), T = response tokens (right-padded).
 """
@@ -17,10 +17,10 @@ from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
+from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages, trajectory_scale
 from megatron_vppo.algorithm.token_filter import top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
-from megatron_vppo.algorithm.types import LossSpec, Response, ScoredResponse, Scores, TrainBatch
+from megatron_vppo.algorithm.types import GradedResponse, LossSpec, Response, Scores, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class VppoRecord:
     """fp32; 1.0 on tokens that carry policy gradient."""
     scale_B: Tensor
     """fp32; alpha of each response, before the rule for negative advantages."""
-    trajectory_score_B: Tensor | None
+    dependency_mean_B: Tensor | None
     """fp32 nats; mean dependency of each response."""
     group_advantage_B: Tensor
     """fp32; before shaping."""
@@ -47,7 +47,7 @@ class Minibatch:
 
 
 def assemble(
-    scored: Sequence[ScoredResponse],
+    graded: Sequence[GradedResponse],
     scores: Scores,
     *,
     settings: VppoSettings,
@@ -61,7 +61,7 @@ def assemble(
     authors' scopes look at.
 
     Args:
-        scored: the responses of the step; those of one group next to each other.
+        graded: the responses of the step; those of one group next to each other.
         scores: of these rows, T at least the longest response.
         responses_per_minibatch: rows per optimizer step; the last mini-batch takes what is left.
         data_parallel_size, micro_batch_size: layout of the update, emulated for the scopes 'device_minibatch' (unless
@@ -71,7 +71,7 @@ def assemble(
         ValueError: rows and scores do not match, a second view or a divergence is missing, or a group has one response.
         RuntimeError: the scores hold NaN or infinity.
     """
-    responses = tuple(item.response for item in scored)
+    responses = tuple(item.response for item in graded)
     _check_scores(responses, scores, settings)
     if responses_per_minibatch < 1:
         raise ValueError(
@@ -79,7 +79,7 @@ def assemble(
         )
     width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
-    reward_B = torch.tensor([item.reward.overall for item in scored], dtype=torch.float32)
+    reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
     # Over the whole step: a group's baseline does not change where a mini-batch boundary falls.
     advantage_B = group_advantages(reward_B, group_B).to(device)
@@ -112,10 +112,10 @@ def visual_dependency(
     if not settings.needs_dependency:
         return None
     if settings.dependency == "k3_sampled":
-        if scores.masked_logp_BT is None:
-            raise ValueError("dependency 'k3_sampled' needs masked_logp_BT: score both views of every response")
+        if scores.perturbed_logp_BT is None:
+            raise ValueError("dependency 'k3_sampled' needs perturbed_logp_BT: score both views of every response")
         dependency_BT = dependency_kinds.k3_sampled(
-            scores.old_logp_BT, scores.masked_logp_BT, mask_BT, expm1=settings.dependency_expm1
+            scores.old_logp_BT, scores.perturbed_logp_BT, mask_BT, expm1=settings.dependency_expm1
         )
     else:
         if scores.divergence_BT is None:
@@ -140,8 +140,10 @@ def _assemble_rows(
 ) -> Minibatch:
     trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
     token_mask_BT = _token_mask(responses, dependency_BT, mask_BT, settings)
-    score_B = None if dependency_BT is None else trajectory_scores(dependency_BT, mask_BT)
-    scale = _scale(responses, score_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size)
+    dependency_mean_B = None if dependency_BT is None else dependency_means(dependency_BT, mask_BT)
+    scale = _scale(
+        responses, dependency_mean_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size
+    )
     shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
     pg_weight_BT = policy_gradient_weight(
         token_mask_BT, trained_BT, denominator=settings.loss_denominator, average=settings.loss_avg_mode
@@ -170,9 +172,9 @@ def _assemble_rows(
             entropy_kind=settings.entropy_kind,
         ),
     )
-    record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, score_B, advantage_B)
+    record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(
-        dependency_BT, token_mask_BT, trained_BT, mask_BT, score_B, scale, correction_BT=correction_BT
+        dependency_BT, token_mask_BT, trained_BT, mask_BT, dependency_mean_B, scale, correction_BT=correction_BT
     )
     return Minibatch(batch, record, {**metrics, **advantage_metrics(batch.advantage_BT, trained_BT)})
 
@@ -196,25 +198,27 @@ def _token_mask(
 
 def _scale(
     responses: Sequence[Response],
-    score_B: Tensor | None,
+    dependency_mean_B: Tensor | None,
     trained_BT: Tensor,
     settings: VppoSettings,
     *,
     devices: int,
     micro_batch_size: int,
 ) -> TrajectoryScale:
-    if not settings.use_advantage_shaping or score_B is None:
+    if not settings.use_advantage_shaping or dependency_mean_B is None:
         return TrajectoryScale(torch.ones_like(trained_BT[:, 0]), (), (), ())
     counted_B = trained_BT.sum(1) > 0
     if settings.text_only_rows == "bypass":
         counted_B &= _has_image(responses).to(counted_B.device)
     device_B, micro_batch_B = emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
     return trajectory_scale(
-        score_B,
+        dependency_mean_B,
         counted_B,
         scale_min=settings.advantage_scaling_min,
-        min_scope_B=device_B.to(score_B.device) if settings.shaping_min_scope == "device_minibatch" else None,
-        mean_scope_B=micro_batch_B.to(score_B.device) if settings.shaping_mean_scope == "microbatch" else None,
+        min_scope_B=device_B.to(dependency_mean_B.device) if settings.shaping_min_scope == "device_minibatch" else None,
+        mean_scope_B=micro_batch_B.to(dependency_mean_B.device)
+        if settings.shaping_mean_scope == "microbatch"
+        else None,
     )
 
 
@@ -242,8 +246,8 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
     if len(responses) == 0:
         raise ValueError("no responses to train on; skip the step instead")
     wanted = {"old_logp_BT": scores.old_logp_BT}
-    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.masked_logp_BT is not None:
-        wanted["masked_logp_BT"] = scores.masked_logp_BT
+    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.perturbed_logp_BT is not None:
+        wanted["perturbed_logp_BT"] = scores.perturbed_logp_BT
     if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:
         wanted["divergence_BT"] = scores.divergence_BT
     for name, value_BT in wanted.items():

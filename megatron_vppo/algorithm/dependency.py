@@ -16,7 +16,7 @@ SMALL_LOG_RATIO = 1.0
 
 def k3_sampled(
     old_logp_BT: Tensor,
-    masked_logp_BT: Tensor,
+    perturbed_logp_BT: Tensor,
     mask_BT: Tensor,
     *,
     expm1: bool,
@@ -28,7 +28,7 @@ def k3_sampled(
     With x the clamped log-prob difference (perturbed minus original): exp(x) - 1 - x, limited to [0, maximum].
 
     Args:
-        old_logp_BT, masked_logp_BT: [B, T] nats, of the sampled tokens given the original and the perturbed image.
+        old_logp_BT, perturbed_logp_BT: [B, T] nats, of the sampled tokens given the original and the perturbed image.
         mask_BT: [B, T], 1 on response tokens.
         expm1: use expm1(x) - x. The authors' exp(x) - x - 1 cancels in fp32: 93 % of inputs with |x| <= 3e-4 give zero.
         x_clamp: bound on |x|, nats.
@@ -37,29 +37,29 @@ def k3_sampled(
     Returns:
         [B, T] nats, dtype of the inputs, 0.0 where padded.
     """
-    x_BT = (masked_logp_BT - old_logp_BT).clamp(-x_clamp, x_clamp)
+    x_BT = (perturbed_logp_BT - old_logp_BT).clamp(-x_clamp, x_clamp)
     k3_BT = torch.expm1(x_BT) - x_BT if expm1 else x_BT.exp() - x_BT - 1
     # where, not a product: whatever stands in the padding must not reach the result.
     return torch.where(mask_BT.bool(), k3_BT.clamp(0.0, maximum), torch.zeros_like(k3_BT))
 
 
-def kl_full(logp_NV: Tensor, masked_logp_NV: Tensor) -> Tensor:
+def kl_full(logp_NV: Tensor, perturbed_logp_NV: Tensor) -> Tensor:
     """KL(original || perturbed) over the vocabulary: the quantity the paper defines (Eq. 3).
 
     Args:
-        logp_NV, masked_logp_NV: [N, V] finite log-probs, each normalised over the *whole* vocabulary. V may be one
+        logp_NV, perturbed_logp_NV: [N, V] finite log-probs, each normalised over the *whole* vocabulary. V may be one
             slice of it: the results of the slices add up to the divergence.
 
     Returns:
         [N] nats, never negative.
     """
-    return _excess(logp_NV, masked_logp_NV)
+    return _excess(logp_NV, perturbed_logp_NV)
 
 
-def jsd(logp_NV: Tensor, masked_logp_NV: Tensor) -> Tensor:
+def jsd(logp_NV: Tensor, perturbed_logp_NV: Tensor) -> Tensor:
     """Jensen-Shannon divergence between the two views; symmetric, at most log 2. Arguments and slices as kl_full."""
-    mixture_NV = torch.logaddexp(logp_NV, masked_logp_NV) - LOG_2
-    return 0.5 * (_excess(logp_NV, mixture_NV) + _excess(masked_logp_NV, mixture_NV))
+    mixture_NV = torch.logaddexp(logp_NV, perturbed_logp_NV) - LOG_2
+    return 0.5 * (_excess(logp_NV, mixture_NV) + _excess(perturbed_logp_NV, mixture_NV))
 
 
 def _excess(logp_NV: Tensor, logq_NV: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def minibatch_metrics(
     token_mask_BT: Tensor,
     trained_BT: Tensor,
     mask_BT: Tensor,
-    score_B: Tensor | None,
+    dependency_mean_B: Tensor | None,
     scale: TrajectoryScale,
     *,
     correction_BT: Tensor | None,
@@ -51,14 +51,14 @@ def minibatch_metrics(
     metrics["actor/perception_token_fraction"] = (kept_BT.sum() / trained_BT.sum()).item()
     if correction_BT is not None:
         metrics["actor/rollout_correction_mean"] = (correction_BT.sum() / mask_BT.sum()).item()
-    if dependency_BT is None or score_B is None:
+    if dependency_BT is None or dependency_mean_B is None:
         return metrics
     metrics["actor/low_var_kl_mean_selected"] = dependency_BT[kept_BT].mean().item()
     if bool(rejected_BT.any()):
         metrics["actor/low_var_kl_mean_rejected"] = dependency_BT[rejected_BT].mean().item()
     smallest_kept_B = dependency_BT.masked_fill(~kept_BT, float("inf")).amin(1)
     metrics["actor/low_var_kl_threshold"] = smallest_kept_B[rows_B].mean().item()
-    metrics["actor/sensitivity_score_mean"] = score_B[rows_B].mean().item()
+    metrics["actor/sensitivity_score_mean"] = dependency_mean_B[rows_B].mean().item()
     metrics["actor/scaling_factor_mean"] = scale.scale_B[rows_B].mean().item()
     for name, values in (
         ("actor/global_sensitivity_score_min", scale.min_scores),

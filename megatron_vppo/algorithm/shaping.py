@@ -30,7 +30,7 @@ class TrajectoryScale:
     """Scale that a row with the largest score would get, of each mean scope."""
 
 
-def trajectory_scores(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
+def dependency_means(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
     """Mean dependency over all tokens of each response, kept or not.
 
     Args:
@@ -44,7 +44,7 @@ def trajectory_scores(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def trajectory_scale(
-    score_B: Tensor,
+    dependency_mean_B: Tensor,
     counted_B: Tensor,
     *,
     scale_min: float,
@@ -62,27 +62,27 @@ def trajectory_scale(
     cannot happen when both scopes are all rows.
 
     Args:
-        score_B: [B] nats.
+        dependency_mean_B: [B] nats.
         counted_B: [B] bool; rows that take part. The others get scale 1.0 and enter no statistic.
         scale_min: beta_min, in (0, 1].
         min_scope_B, mean_scope_B: [B] int64, equal numbers mark rows of one scope; None: all rows are one scope.
     """
-    one_scope_B = torch.zeros_like(score_B, dtype=torch.int64)
+    one_scope_B = torch.zeros_like(dependency_mean_B, dtype=torch.int64)
     min_scope_B = one_scope_B if min_scope_B is None else min_scope_B
     mean_scope_B = one_scope_B if mean_scope_B is None else mean_scope_B
-    relative_B, spread_B = torch.zeros_like(score_B), torch.zeros_like(counted_B)
+    relative_B, spread_B = torch.zeros_like(dependency_mean_B), torch.zeros_like(counted_B)
     min_scores, max_scores, target_maxima = [], [], []
     for scope in sorted(set(min_scope_B.tolist())):
         rows_B = counted_B & (min_scope_B == scope)
         if int(rows_B.sum()) < 2:
             continue
-        low, high = score_B[rows_B].min(), score_B[rows_B].max()
+        low, high = dependency_mean_B[rows_B].min(), dependency_mean_B[rows_B].max()
         min_scores.append(low.item())
         max_scores.append(high.item())
         if high - low > MIN_SCORE_RANGE:
-            relative_B[rows_B] = ((score_B[rows_B] - low) / (high - low)).clamp(0.0, 1.0)
+            relative_B[rows_B] = ((dependency_mean_B[rows_B] - low) / (high - low)).clamp(0.0, 1.0)
             spread_B |= rows_B
-    scale_B = torch.ones_like(score_B)
+    scale_B = torch.ones_like(dependency_mean_B)
     for scope in sorted(set(mean_scope_B[spread_B].tolist())):
         rows_B = spread_B & (mean_scope_B == scope)
         target_max = scale_min + (1.0 - scale_min) / (relative_B[rows_B].mean() + MEAN_EPS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -26,11 +27,16 @@ class ImageRef:
 
 @dataclass(frozen=True, slots=True)
 class PerturbKey:
-    """Together with the image, which perturbation: the same key gives the same one on every rank and after a resume."""
+    """Seeds the perturbation of an image: the same key gives the same one on every rank and after a resume."""
 
     step: int
     response_row: int | None
-    """Row of the step's responses; unused where one perturbation serves all responses of an image."""
+    """A number of the response that is unique within the step. None if one perturbation serves all responses."""
+
+    @classmethod
+    def of(cls, response: Response, step: int, *, per: Literal["row", "image"]) -> PerturbKey:
+        """The key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
+        return cls(step=step, response_row=response.group_id * 2**16 + response.sample if per == "row" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,11 @@ class Reward:
     metrics: Mapping[str, float]
     """Everything else the reward function returned."""
     error: str | None = None
-    """Why it scored zero, if the reward function raised or ran out of time."""
+    """Why `overall` is zero, if the reward function raised or ran out of time."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredResponse:
+class GradedResponse:
     response: Response
     text: str
     """Decoded without special tokens."""
@@ -98,7 +104,7 @@ class Scores:
     """Nats, given the original image, at the rollout temperature."""
     entropy_BT: Tensor
     """Nats; of the full distribution given the original image."""
-    masked_logp_BT: Tensor | None
+    perturbed_logp_BT: Tensor | None
     """Nats, given the perturbed image; None where no second view was asked for."""
     divergence_BT: Tensor | None
     """Nats; kl_full or jsd between the two views; None for k3_sampled."""

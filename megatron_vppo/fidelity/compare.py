@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.padding import length_mask
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.types import Response, Reward, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, Response, Reward, Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +24,13 @@ class Decisions:
     """What VPPO makes of one scoring of responses that have an image each."""
 
     logp_BT: Tensor
-    masked_logp_BT: Tensor
+    perturbed_logp_BT: Tensor
     """fp32 nats, given the original and the perturbed picture."""
     dependency_BT: Tensor
     """fp32 nats; 0.0 where padded."""
     kept_BT: Tensor
     """bool; tokens that carry policy gradient."""
-    trajectory_score_B: Tensor
+    dependency_mean_B: Tensor
     """fp32 nats."""
     scale_B: Tensor
     """fp32; alpha of the advantage."""
@@ -41,7 +41,7 @@ class Differences:
     """Another precision against the baseline. N are the response tokens, in row order."""
 
     logp_N: Tensor
-    masked_logp_N: Tensor
+    perturbed_logp_N: Tensor
     """Nats, absolute."""
     dependency_N: Tensor
     """Nats, other minus baseline."""
@@ -55,7 +55,7 @@ class Differences:
     lost_dependency: float
     """Share of the kept tokens' dependency in the baseline that is on tokens which the other precision does not keep:
     those at the edge of being kept may carry next to none."""
-    trajectory_score_B: Tensor
+    dependency_mean_B: Tensor
     """Nats, other minus baseline."""
     scale_B: Tensor
     """Other minus baseline."""
@@ -88,10 +88,10 @@ def decisions(
     Raises:
         ValueError, RuntimeError: see `assemble`.
     """
-    assert scores.masked_logp_BT is not None, "both views are scored"
+    assert scores.perturbed_logp_BT is not None, "both views are scored"
     unrewarded = Reward(overall=0.0, accuracy=0.0, metrics={})  # nothing that is compared looks at rewards
     minibatches = assemble(
-        [ScoredResponse(response, "", unrewarded) for response in responses],
+        [GradedResponse(response, "", unrewarded) for response in responses],
         scores,
         settings=dataclasses.replace(settings, use_vppo_on_perception=True, use_advantage_shaping=True),
         responses_per_minibatch=responses_per_minibatch,
@@ -100,10 +100,10 @@ def decisions(
     records = [minibatch.record for minibatch in minibatches]
     return Decisions(
         logp_BT=scores.old_logp_BT,
-        masked_logp_BT=scores.masked_logp_BT,
+        perturbed_logp_BT=scores.perturbed_logp_BT,
         dependency_BT=torch.cat([record.dependency_BT for record in records if record.dependency_BT is not None]),
         kept_BT=torch.cat([record.token_mask_BT for record in records]).bool(),
-        trajectory_score_B=torch.cat([r.trajectory_score_B for r in records if r.trajectory_score_B is not None]),
+        dependency_mean_B=torch.cat([r.dependency_mean_B for r in records if r.dependency_mean_B is not None]),
         scale_B=torch.cat([record.scale_B for record in records]),
     )
 
@@ -118,14 +118,14 @@ def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]
     ]
     return Differences(
         logp_N=(other.logp_BT - baseline.logp_BT)[mask_BT].abs(),
-        masked_logp_N=(other.masked_logp_BT - baseline.masked_logp_BT)[mask_BT].abs(),
+        perturbed_logp_N=(other.perturbed_logp_BT - baseline.perturbed_logp_BT)[mask_BT].abs(),
         dependency_N=(other.dependency_BT - baseline.dependency_BT)[mask_BT],
         spearman=spearman(baseline.dependency_BT[mask_BT], other.dependency_BT[mask_BT]),
         spearman_B=torch.tensor([spearman(*pair) for pair in pairs], dtype=torch.float64),
         overlap=(both_BT.sum() / baseline.kept_BT.sum()).item(),
         overlap_B=both_BT.sum(1) / baseline.kept_BT.sum(1),
         lost_dependency=(weight_BT[baseline.kept_BT & ~other.kept_BT].sum() / weight_BT[baseline.kept_BT].sum()).item(),
-        trajectory_score_B=other.trajectory_score_B - baseline.trajectory_score_B,
+        dependency_mean_B=other.dependency_mean_B - baseline.dependency_mean_B,
         scale_B=other.scale_B - baseline.scale_B,
     )
 

@@ -216,7 +216,7 @@ def _figures(found: Differences) -> dict[str, Any]:
     ranked_B = found.spearman_B[found.spearman_B.isfinite()]
     return {
         "logp": asdict(spread(found.logp_N)),
-        "masked_logp": asdict(spread(found.masked_logp_N)),
+        "masked_logp": asdict(spread(found.perturbed_logp_N)),
         "dependency": asdict(spread(found.dependency_N)),
         "spearman": _finite(found.spearman),
         "spearman_per_response": _finite(ranked_B.mean().item()),
@@ -225,14 +225,14 @@ def _figures(found: Differences) -> dict[str, Any]:
         "overlap_per_response": found.overlap_B.mean().item(),
         "lost_dependency": _finite(found.lost_dependency),
         "overlap_least": found.overlap_B.min().item(),
-        "trajectory_score": asdict(spread(found.trajectory_score_B)),
+        "trajectory_score": asdict(spread(found.dependency_mean_B)),
         "scale": asdict(spread(found.scale_B)),
         "histograms": {
             "logp_edges": LOGP_EDGES.tolist(),
             "dependency_edges": DEPENDENCY_EDGES.tolist(),
             "overlap_edges": SHARE_EDGES.tolist(),
             "logp": _counts(found.logp_N, LOGP_EDGES),
-            "masked_logp": _counts(found.masked_logp_N, LOGP_EDGES),
+            "masked_logp": _counts(found.perturbed_logp_N, LOGP_EDGES),
             "dependency_up": _counts(found.dependency_N[found.dependency_N > 0], DEPENDENCY_EDGES),
             "dependency_down": _counts(-found.dependency_N[found.dependency_N <= 0], DEPENDENCY_EDGES),
             "overlap": _counts(found.overlap_B, SHARE_EDGES),

@@ -87,16 +87,18 @@ def chunk_gradient(
 
 def chunk_divergence(
     logits_CV: Tensor,
-    masked_logits_CV: Tensor,
+    perturbed_logits_CV: Tensor,
     logsumexp_C: Tensor,
-    masked_logsumexp_C: Tensor,
+    perturbed_logsumexp_C: Tensor,
     *,
     kind: Divergence,
     temperature: float,
 ) -> Tensor:
     """[C]; see divergence_sum."""
     passed = _on_device(divergence_sum, logits_CV)
-    return passed(logits_CV, masked_logits_CV, logsumexp_C, masked_logsumexp_C, kind=kind, temperature=temperature)
+    return passed(
+        logits_CV, perturbed_logits_CV, logsumexp_C, perturbed_logsumexp_C, kind=kind, temperature=temperature
+    )
 
 
 def add_product(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
@@ -162,17 +164,17 @@ def target_gradient(
 
 def divergence_sum(
     logits_CV: Tensor,
-    masked_logits_CV: Tensor,
+    perturbed_logits_CV: Tensor,
     logsumexp_C: Tensor,
-    masked_logsumexp_C: Tensor,
+    perturbed_logsumexp_C: Tensor,
     *,
     kind: Divergence,
     temperature: float,
 ) -> Tensor:
     """This slice's part of the divergence between the two views' distributions, [C]."""
     logp_CV = _scaled(logits_CV, temperature).sub_(logsumexp_C[:, None])
-    masked_logp_CV = _scaled(masked_logits_CV, temperature).sub_(masked_logsumexp_C[:, None])
-    return DIVERGENCES[kind](logp_CV, masked_logp_CV)
+    perturbed_logp_CV = _scaled(perturbed_logits_CV, temperature).sub_(perturbed_logsumexp_C[:, None])
+    return DIVERGENCES[kind](logp_CV, perturbed_logp_CV)
 
 
 # ---- how they run

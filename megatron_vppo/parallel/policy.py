@@ -121,7 +121,7 @@ class MegatronPolicy:
         return Scores(
             old_logp_BT=logp,
             entropy_BT=entropy,
-            masked_logp_BT=masked_logp if views == "both" else None,
+            perturbed_logp_BT=masked_logp if views == "both" else None,
             divergence_BT=div if divergence is not None else None,
         )
 
@@ -134,9 +134,7 @@ class MegatronPolicy:
         ]
 
     def perturb_key(self, response: Response, step: int) -> PerturbKey:
-        if self.settings.perturb_per == "image":
-            return PerturbKey(step=step, response_row=None)
-        return PerturbKey(step=step, response_row=response.group_id * 2**16 + response.sample)
+        return PerturbKey.of(response, step, per=self.settings.perturb_per)
 
     def _score_tokens(
         self,
@@ -174,7 +172,7 @@ class MegatronPolicy:
             **self._head_arguments(),
         )
         results_BT["logp"][masked_at], results_BT["entropy"][masked_at] = both.logp_N, both.entropy_N
-        results_BT["masked_logp"][masked_at] = both.masked_logp_N
+        results_BT["masked_logp"][masked_at] = both.perturbed_logp_N
         results_BT["divergence"][masked_at] = both.divergence_N
 
     # ---- update

@@ -92,7 +92,7 @@ class TwoViewScores:
     logp_N: Tensor
     entropy_N: Tensor
     """Given the original image."""
-    masked_logp_N: Tensor
+    perturbed_logp_N: Tensor
     """Given the perturbed one."""
     divergence_N: Tensor
     """Never negative."""
@@ -101,7 +101,7 @@ class TwoViewScores:
 @torch.no_grad()
 def score_two_views(
     hidden_NH: Tensor,
-    masked_hidden_NH: Tensor,
+    perturbed_hidden_NH: Tensor,
     weight_VH: Tensor,
     targets_N: Tensor,
     *,
@@ -116,15 +116,15 @@ def score_two_views(
     """All that scoring wants to know of positions seen in two views, from one matrix product per view; no gradient.
 
     Args:
-        hidden_NH, masked_hidden_NH: [N, H], the same positions in the two views.
+        hidden_NH, perturbed_hidden_NH: [N, H], the same positions in the two views.
         kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
         chunk_tokens: rows of logits that may exist at once, of both views together.
         weight_VH, targets_N, group, vocab_start, vocab_size, temperature, banned_ids: as in token_logps.
     """
     _check(hidden_NH, weight_VH, temperature=temperature, chunk_tokens=chunk_tokens)
     _check_targets(targets_N, vocab_size=vocab_size, banned_ids=banned_ids)
-    if hidden_NH.shape != masked_hidden_NH.shape:
-        raise ValueError(f"the two views have shapes {list(hidden_NH.shape)} and {list(masked_hidden_NH.shape)}")
+    if hidden_NH.shape != perturbed_hidden_NH.shape:
+        raise ValueError(f"the two views have shapes {list(hidden_NH.shape)} and {list(perturbed_hidden_NH.shape)}")
     if kind not in DIVERGENCES:
         raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
     rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
@@ -132,12 +132,12 @@ def score_two_views(
     banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
     results_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
     for rows in _chunks(len(hidden_NH), max(1, chunk_tokens // 2)):
-        views = [chunk_logits(view_NH[rows], rows_VH, banned_V) for view_NH in (hidden_NH, masked_hidden_NH)]
+        views = [chunk_logits(view_NH[rows], rows_VH, banned_V) for view_NH in (hidden_NH, perturbed_hidden_NH)]
         targets = {"local_C": local_N[rows], "owned_C": owned_N[rows]}
         sums = [chunk_sums(logits_CV, **targets, temperature=temperature) for logits_CV in views]
         both = _whole(torch.cat(sums, dim=1), group)
-        (logp_C, masked_logp_C), (entropy_C, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
-        results_RN[:3, rows] = torch.stack([logp_C, entropy_C, masked_logp_C])
+        (logp_C, perturbed_logp_C), (entropy_C, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
+        results_RN[:3, rows] = torch.stack([logp_C, entropy_C, perturbed_logp_C])
         if len(rows_VH):
             logsumexps = both.logsumexp_N.chunk(2)
             results_RN[3, rows] = chunk_divergence(*views, *logsumexps, kind=kind, temperature=temperature)
@@ -148,7 +148,7 @@ def score_two_views(
 
 def two_view_divergence(
     hidden_NH: Tensor,
-    masked_hidden_NH: Tensor,
+    perturbed_hidden_NH: Tensor,
     weight_VH: Tensor,
     *,
     kind: Divergence,
@@ -161,7 +161,7 @@ def two_view_divergence(
     """
     first = next(i for i in range(settings["vocab_size"]) if i not in settings.get("banned_ids", ()))
     targets_N = torch.full((len(hidden_NH),), first, device=hidden_NH.device)  # of no effect on the divergence
-    return score_two_views(hidden_NH, masked_hidden_NH, weight_VH, targets_N, kind=kind, **settings).divergence_N
+    return score_two_views(hidden_NH, perturbed_hidden_NH, weight_VH, targets_N, kind=kind, **settings).divergence_N
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -27,7 +27,7 @@ def make_scores(seed: int, *, kind: str = "k3_sampled") -> Scores:
     return Scores(
         old_logp_BT=logp_BT,
         entropy_BT=torch.zeros(4, WIDTH),
-        masked_logp_BT=masked_BT,
+        perturbed_logp_BT=masked_BT,
         divergence_BT=divergence_BT.abs() if kind != "k3_sampled" else None,
     )
 
@@ -39,7 +39,7 @@ def dependency(scores: Scores, kind: str) -> list[list[float]]:
         if scores.divergence_BT is not None:
             rows.append(scores.divergence_BT[row, :length].tolist())
             continue
-        x = [float(scores.masked_logp_BT[row, t] - scores.old_logp_BT[row, t]) for t in range(length)]  # type: ignore[index]
+        x = [float(scores.perturbed_logp_BT[row, t] - scores.old_logp_BT[row, t]) for t in range(length)]  # type: ignore[index]
         rows.append([math.exp(v) - 1 - v for v in x])
     return rows
 
@@ -89,13 +89,13 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
     moved = [b - a for a, b in zip(scales(left, low=0.9), scales(right, low=0.9), strict=True)]
     assert found.scale_B.tolist() == pytest.approx(moved, abs=FLOAT32)
     means = [sum(b) / len(b) - sum(a) / len(a) for a, b in zip(left, right, strict=True)]
-    assert found.trajectory_score_B.tolist() == pytest.approx(means, abs=FLOAT32)
+    assert found.dependency_mean_B.tolist() == pytest.approx(means, abs=FLOAT32)
 
     at = [(row, t) for row, length in enumerate(LENGTHS) for t in range(length)]
     logps = [abs(float(after.old_logp_BT[place] - before.old_logp_BT[place])) for place in at]
-    masked = [abs(float(after.masked_logp_BT[place] - before.masked_logp_BT[place])) for place in at]  # type: ignore[index]
+    masked = [abs(float(after.perturbed_logp_BT[place] - before.perturbed_logp_BT[place])) for place in at]  # type: ignore[index]
     assert found.logp_N.tolist() == pytest.approx(logps, abs=FLOAT32)
-    assert found.masked_logp_N.tolist() == pytest.approx(masked, abs=FLOAT32)
+    assert found.perturbed_logp_N.tolist() == pytest.approx(masked, abs=FLOAT32)
 
 
 def test_equal_scores_differ_in_nothing() -> None:
@@ -106,7 +106,7 @@ def test_equal_scores_differ_in_nothing() -> None:
     found = compare(same, same, responses)
     assert found.overlap == 1.0 and found.lost_dependency == 0.0
     assert found.spearman == pytest.approx(1.0, abs=EXACT)
-    for values in (found.logp_N, found.masked_logp_N, found.dependency_N, found.scale_B, found.trajectory_score_B):
+    for values in (found.logp_N, found.perturbed_logp_N, found.dependency_N, found.scale_B, found.dependency_mean_B):
         assert values.abs().max() == 0
 
 

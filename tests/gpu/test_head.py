@@ -25,11 +25,11 @@ def make_inputs(positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
     """Hidden states of two views, weight, targets, gradient of the log-probs; bfloat16 and logits of order three."""
     generator = torch.Generator().manual_seed(positions)
     hidden_NH = torch.randn(positions, HIDDEN, generator=generator)
-    masked_hidden_NH = hidden_NH + 0.1 * torch.randn(positions, HIDDEN, generator=generator)
+    perturbed_hidden_NH = hidden_NH + 0.1 * torch.randn(positions, HIDDEN, generator=generator)
     weight_VH = torch.randn(VOCABULARY, HIDDEN, generator=generator) * 3 / HIDDEN**0.5
     targets_N = torch.randint(4, VOCABULARY - 10, (positions,), generator=generator)
     grad_N = torch.randn(positions, generator=generator)
-    views = [x.to(DEVICE, torch.bfloat16) for x in (hidden_NH, masked_hidden_NH, weight_VH)]
+    views = [x.to(DEVICE, torch.bfloat16) for x in (hidden_NH, perturbed_hidden_NH, weight_VH)]
     return views[0], views[1], views[2], targets_N.to(DEVICE), grad_N.to(DEVICE)
 
 
@@ -40,15 +40,15 @@ def exact_logps(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 def test_log_probs_entropies_and_divergence_are_exact_to_float32() -> None:
-    hidden_NH, masked_hidden_NH, weight_VH, targets_N, _ = make_inputs(300)
+    hidden_NH, perturbed_hidden_NH, weight_VH, targets_N, _ = make_inputs(300)
     scores = score_two_views(
-        hidden_NH, masked_hidden_NH, weight_VH, targets_N, kind="kl_full", chunk_tokens=256, **SETTINGS
+        hidden_NH, perturbed_hidden_NH, weight_VH, targets_N, kind="kl_full", chunk_tokens=256, **SETTINGS
     )
-    a_NV, b_NV = exact_logps(hidden_NH, weight_VH), exact_logps(masked_hidden_NH, weight_VH)
+    a_NV, b_NV = exact_logps(hidden_NH, weight_VH), exact_logps(perturbed_hidden_NH, weight_VH)
     expected = (
         (scores.logp_N, a_NV.gather(1, targets_N[:, None])[:, 0]),
         (scores.entropy_N, -(a_NV.exp() * a_NV).sum(1)),
-        (scores.masked_logp_N, b_NV.gather(1, targets_N[:, None])[:, 0]),
+        (scores.perturbed_logp_N, b_NV.gather(1, targets_N[:, None])[:, 0]),
         (scores.divergence_N, (a_NV.exp() * (a_NV - b_NV)).sum(1)),
     )
     # A product of 128 rows may round single logits otherwise than one of 300: bfloat16, 2^-8 of a logit of ten.

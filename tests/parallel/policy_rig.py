@@ -104,7 +104,7 @@ def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
 @dataclass(frozen=True)
 class Outcome:
     logp_BT: Tensor
-    masked_logp_BT: Tensor
+    perturbed_logp_BT: Tensor
     entropy_BT: Tensor
     kl_BT: Tensor
     metrics: dict[str, float]
@@ -164,7 +164,7 @@ def expected_outcome(
     for row, response in enumerate(responses):
         length = len(response.token_ids)
         logp_NV = hf_logits(model, response, None).float().cpu().log_softmax(-1)
-        key = PerturbKey(STEP, response.group_id * 2**16 + response.sample) if response.prompt.images else None
+        key = PerturbKey.of(response, STEP, per="row") if response.prompt.images else None
         with torch.no_grad():
             masked_NV = hf_logits(model, response, key).float().cpu().log_softmax(-1)
         targets = torch.tensor(response.token_ids)[:, None]

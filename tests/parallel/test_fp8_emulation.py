@@ -99,7 +99,7 @@ def test_weights_and_scores_are_back(policy: MegatronPolicy, fails: bool) -> Non
     again = policy.score(responses, step=STEP, views="both", divergence="kl_full")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     assert [p.data_ptr() for p in policy.trainable.stages[0].parameters()] == places
-    for name in ("old_logp_BT", "masked_logp_BT", "divergence_BT", "entropy_BT"):
+    for name in ("old_logp_BT", "perturbed_logp_BT", "divergence_BT", "entropy_BT"):
         assert torch.equal(getattr(plain, name), getattr(again, name))
         assert not torch.equal(getattr(plain, name), getattr(quantised, name))
     assert (plain.old_logp_BT - quantised.old_logp_BT).abs().max() < 1.0, "near, not elsewhere"

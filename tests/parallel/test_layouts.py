@@ -194,10 +194,10 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
                 policy.trainable.optimizer.prepare_grads()
                 norm = float(policy.trainable.optimizer.get_grad_norm())
-                assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
+                assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
                 pairs = (
                     (scores.old_logp_BT, expected.logp_BT),
-                    (scores.masked_logp_BT, expected.masked_logp_BT),
+                    (scores.perturbed_logp_BT, expected.perturbed_logp_BT),
                     (scores.entropy_BT, expected.entropy_BT),
                 )
                 found[name, model, rows] = Found(

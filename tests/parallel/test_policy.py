@@ -50,9 +50,9 @@ def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, op
     responses = make_responses()
     scores = policy.score(responses, step=STEP, views="both", divergence="kl_full")
     metrics = policy.update(make_batch(responses, entropy_kind))
-    assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
+    assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
     return Outcome(
-        scores.old_logp_BT, scores.masked_logp_BT, scores.entropy_BT, scores.divergence_BT, metrics, {},
+        scores.old_logp_BT, scores.perturbed_logp_BT, scores.entropy_BT, scores.divergence_BT, metrics, {},
         {name: tensor.clone() for name, tensor in policy.hf_weights()},
     )  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_update_equals_transformers(
 
 
 def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, where: str) -> None:
-    for field in ("logp_BT", "masked_logp_BT", "entropy_BT", "kl_BT"):
+    for field in ("logp_BT", "perturbed_logp_BT", "entropy_BT", "kl_BT"):
         difference = (getattr(outcome, field) - getattr(expected, field)).abs().max()
         assert difference < LOGP_TOLERANCE * (5 if field == "kl_BT" else 1), f"{where}: {field} off by {difference}"
     for name, value in expected.metrics.items():

@@ -22,7 +22,7 @@ ONE_RANK = {"group": None, "vocab_start": 0, "vocab_size": VOCAB_SIZE, "temperat
 @dataclass(frozen=True)
 class Problem:
     hidden_NH: Tensor
-    masked_hidden_NH: Tensor
+    perturbed_hidden_NH: Tensor
     weight_VH: Tensor
     """Without padding."""
     targets_N: Tensor
@@ -39,7 +39,7 @@ def make_problem(*, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Problem:
     hidden_NH = normal(num_tokens, HIDDEN_SIZE)
     return Problem(
         hidden_NH=hidden_NH,
-        masked_hidden_NH=hidden_NH + 0.3 * normal(num_tokens, HIDDEN_SIZE),
+        perturbed_hidden_NH=hidden_NH + 0.3 * normal(num_tokens, HIDDEN_SIZE),
         weight_VH=normal(VOCAB_SIZE, HIDDEN_SIZE),
         targets_N=torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=g),
         grad_logp_N=normal(num_tokens),
@@ -161,7 +161,9 @@ def test_bfloat16_softmax_runs_in_float32() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     p = make_problem()
-    scaled = Problem(p.hidden_NH * 100, p.masked_hidden_NH, p.weight_VH, p.targets_N, p.grad_logp_N, p.grad_entropy_N)
+    scaled = Problem(
+        p.hidden_NH * 100, p.perturbed_hidden_NH, p.weight_VH, p.targets_N, p.grad_logp_N, p.grad_entropy_N
+    )
     logp_N, entropy_N, grad_hidden, grad_weight = run_head(
         scaled, scaled.weight_VH, dtype=torch.float64, chunk_tokens=4, **ONE_RANK
     )
@@ -209,7 +211,7 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
     weight_VH = p.weight_VH.clone()
     if kind == "two_view":
         with Watch():
-            two_view_divergence(hidden_NH, p.masked_hidden_NH, weight_VH, kind="jsd", chunk_tokens=24, **ONE_RANK)
+            two_view_divergence(hidden_NH, p.perturbed_hidden_NH, weight_VH, kind="jsd", chunk_tokens=24, **ONE_RANK)
         assert Watch.rows == 12  # half for each view
         return
     args = {"chunk_tokens": 12, "with_entropy": True, **ONE_RANK}
@@ -224,7 +226,7 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
 
 
 def reference_divergence(p: Problem, kind: str) -> Tensor:
-    a_NV, b_NV = reference_logps(p.hidden_NH, p.weight_VH), reference_logps(p.masked_hidden_NH, p.weight_VH)
+    a_NV, b_NV = reference_logps(p.hidden_NH, p.weight_VH), reference_logps(p.perturbed_hidden_NH, p.weight_VH)
     return divergence_of(a_NV, b_NV, kind)
 
 
@@ -244,7 +246,7 @@ def test_two_view_divergence_equals_definition(kind: str, chunk_tokens: int) -> 
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         actual_N = two_view_divergence(
             p.hidden_NH.to(dtype),
-            p.masked_hidden_NH.to(dtype),
+            p.perturbed_hidden_NH.to(dtype),
             padded(p.weight_VH, 40).to(dtype),
             kind=kind,
             chunk_tokens=chunk_tokens,
@@ -261,12 +263,13 @@ def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
     banned = [v for v in range(VOCAB_SIZE) if v not in p.targets_N][:3]
     p = dataclasses.replace(p, weight_VH=p.weight_VH.index_fill(0, torch.tensor(banned), 9.0))  # of no effect
     scores = score_two_views(
-        p.hidden_NH, p.masked_hidden_NH, padded(p.weight_VH, 40), p.targets_N, kind=kind, chunk_tokens=8,
+        p.hidden_NH, p.perturbed_hidden_NH, padded(p.weight_VH, 40), p.targets_N, kind=kind, chunk_tokens=8,
         banned_ids=banned, **ONE_RANK,
     )  # fmt: skip
     ban_V = torch.zeros(VOCAB_SIZE).index_fill_(0, torch.tensor(banned), -1e9)
     a_NV, b_NV = (
-        (view_NH @ p.weight_VH.T / TEMPERATURE + ban_V).log_softmax(-1) for view_NH in (p.hidden_NH, p.masked_hidden_NH)
+        (view_NH @ p.weight_VH.T / TEMPERATURE + ban_V).log_softmax(-1)
+        for view_NH in (p.hidden_NH, p.perturbed_hidden_NH)
     )
     at, kept = p.targets_N[:, None], [v for v in range(VOCAB_SIZE) if v not in banned]
     expected = (
@@ -275,7 +278,7 @@ def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
         b_NV.gather(1, at)[:, 0],
         divergence_of(a_NV[:, kept], b_NV[:, kept], kind),
     )
-    actual = (scores.logp_N, scores.entropy_N, scores.masked_logp_N, scores.divergence_N)
+    actual = (scores.logp_N, scores.entropy_N, scores.perturbed_logp_N, scores.divergence_N)
     assert_near(actual, expected, atol=1e-12)
 
 
@@ -284,7 +287,7 @@ def test_small_divergences_keep_their_digits_in_float32(kind: str) -> None:
     """Views that differ by 1e-4 diverge by about 1e-8, far below what a plain float32 sum resolves."""
     p = make_problem()
     hidden_NH = p.hidden_NH.float()
-    masked_NH = hidden_NH + 2e-3 * (p.masked_hidden_NH - p.hidden_NH).float()
+    masked_NH = hidden_NH + 2e-3 * (p.perturbed_hidden_NH - p.hidden_NH).float()
     exact = Problem(
         hidden_NH.double(),
         masked_NH.double(),
@@ -327,12 +330,12 @@ def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[
     }
     results = []
     for dtype in dtypes:
-        views = (p.hidden_NH.to(dtype), p.masked_hidden_NH.to(dtype), mine_VH.to(dtype))
+        views = (p.hidden_NH.to(dtype), p.perturbed_hidden_NH.to(dtype), mine_VH.to(dtype))
         kl_N = two_view_divergence(*views, kind="kl_full", chunk_tokens=4, **where)
         jsd_N = two_view_divergence(*views, kind="jsd", chunk_tokens=4, **where)
         both = score_two_views(*views, p.targets_N, kind="jsd", chunk_tokens=4, **where)
         run = run_head(p, mine_VH, dtype=dtype, chunk_tokens=4, **where)
-        results.append((*run, kl_N, jsd_N, both.entropy_N, both.masked_logp_N))
+        results.append((*run, kl_N, jsd_N, both.entropy_N, both.perturbed_logp_N))
     return results
 
 
@@ -342,8 +345,8 @@ def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[
 )
 def test_two_ranks_equal_one(placement: Placement) -> None:
     p = make_problem()
-    masked_logp_N = reference(dataclasses.replace(p, hidden_NH=p.masked_hidden_NH))[0]
-    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"), reference(p)[1], masked_logp_N)
+    perturbed_logp_N = reference(dataclasses.replace(p, hidden_NH=p.perturbed_hidden_NH))[0]
+    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"), reference(p)[1], perturbed_logp_N)
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
     by_rank = run_gloo(head_on_rank, 2, placement, dtypes)
     # bfloat16 is held against float64 only loosely: the matrix product itself has three digits.

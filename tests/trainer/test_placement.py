@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vppo.algorithm.types import Prompt, Response, Reward, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward, Scores
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.trainer.loop import Run, train
@@ -93,10 +93,10 @@ class Engine:
         self.device.take(tag)
 
 
-def _group() -> list[ScoredResponse]:
+def _group() -> list[GradedResponse]:
     prompt = Prompt("train", 0, "q", "a", (1,), (1,), (), ())
     responses = [Response(prompt, 0, sample, (5, 6), (-1.0, -1.0), "stop", 0) for sample in range(2)]
-    return [ScoredResponse(r, "", Reward(float(r.sample), float(r.sample), {})) for r in responses]
+    return [GradedResponse(r, "", Reward(float(r.sample), float(r.sample), {})) for r in responses]
 
 
 def make_run(

@@ -22,7 +22,7 @@ def test_mismatch_counts_response_tokens_only() -> None:
         Response(PROMPT, 0, 1, (4,), (-0.5,), "length", 0),
     ]
     old = torch.tensor([[-1.0, -2.25, -2.9], [-0.5, 9.0, 9.0]])
-    scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(2, 3), masked_logp_BT=None, divergence_BT=None)
+    scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(2, 3), perturbed_logp_BT=None, divergence_BT=None)
     metrics = rollout_mismatch(responses, scores, bound=0.2)
     assert metrics["training/rollout_logp_diff_mean"] == pytest.approx((0.25 + 0.1) / 4)
     assert metrics["training/rollout_logp_diff_max"] == pytest.approx(0.25)

@@ -107,7 +107,7 @@ class Problem:
             return torch.randn(rows, sizes.hidden, generator=generator, device=device).to(dtype)
 
         self.chunk = sizes.chunk_tokens
-        self.hidden_NH, self.masked_hidden_NH = normal(sizes.positions), normal(sizes.positions)
+        self.hidden_NH, self.perturbed_hidden_NH = normal(sizes.positions), normal(sizes.positions)
         self.weight_VH = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
         self.targets_N = torch.randint(
             0, sizes.vocabulary, (sizes.positions,), generator=generator, device=device
@@ -128,7 +128,7 @@ class Problem:
 
     def score_two_views(self) -> None:
         score_two_views(
-            self.hidden_NH, self.masked_hidden_NH, self.weight_VH, self.targets_N, kind="kl_full", **self.settings
+            self.hidden_NH, self.perturbed_hidden_NH, self.weight_VH, self.targets_N, kind="kl_full", **self.settings
         )
 
     def update(self) -> None:
@@ -149,7 +149,7 @@ class Problem:
 
     @torch.no_grad()
     def two_view_products(self) -> None:
-        for view_NH in (self.hidden_NH, self.masked_hidden_NH):
+        for view_NH in (self.hidden_NH, self.perturbed_hidden_NH):
             for hidden_CH in view_NH.split(max(1, self.chunk // 2)):
                 hidden_CH @ self.weight_VH.T
 
