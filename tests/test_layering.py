@@ -64,8 +64,7 @@ ROOMS = {
     # Wings: each belongs to one command, none imports another.
     "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
     "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
-    # Of `parallel` only the names of what it offloads.
-    "planning": room("models weights parallel", "transformers"),
+    "planning": room("models weights", "transformers"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
     "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning conversion"),
@@ -241,6 +240,7 @@ PLANTED = [
     ("fidelity.measure", "from megatron_vppo.trainer.loop import Run"),
     ("planning.layouts", "from megatron_vppo.config.schema import RunConfig"),
     ("planning.layouts", "from megatron_vppo.setup import engines"),
+    ("planning.candidate", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
     ("cli.main", "from vllm import LLM"),

@@ -10,11 +10,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_vppo.config.choices import ModelPart
+from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.offload import MEMORY_PARTS
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import Plan, make_plan

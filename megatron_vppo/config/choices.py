@@ -5,7 +5,7 @@ The setting's description in `schema.py` says what each choice does; here is wha
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 # --- Data and rewards -------------------------------------------------------------------------------------------------
 
@@ -92,6 +92,7 @@ LrScheduleKind = Literal["constant", "linear", "cosine"]
 
 MemoryPart = Literal["params", "grads", "optimizer"]
 """The parts of the trainer's memory that can leave the GPU."""
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 # --- Rollout ----------------------------------------------------------------------------------------------------------
 

@@ -12,16 +12,13 @@ shard is no view of the model's weight any more and both exist.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import get_args
 
 import torch
 from torch import Tensor
 
-from megatron_vppo.config.choices import MemoryPart
+from megatron_vppo.config.choices import MEMORY_PARTS, MemoryPart
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
-
-MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 
 class TrainerMemory:

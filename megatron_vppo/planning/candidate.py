@@ -6,8 +6,7 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_vppo.config.choices import MemoryPart, Recompute
-from megatron_vppo.parallel.offload import MEMORY_PARTS
+from megatron_vppo.config.choices import MEMORY_PARTS, MemoryPart, Recompute
 from megatron_vppo.planning.activations import MicroBatch, StageActivations
 from megatron_vppo.planning.state import StateBytes
 
