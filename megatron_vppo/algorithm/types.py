@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
+
+from megatron_vppo.config.choices import PerturbUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class PerturbKey:
     """A number of the response that is unique within the step. None if one perturbation serves all responses."""
 
     @classmethod
-    def of(cls, response: Response, step: int, *, per: Literal["row", "image"]) -> PerturbKey:
+    def of(cls, response: Response, step: int, *, per: PerturbUnit) -> PerturbKey:
         """The key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
         return cls(step=step, response_row=response.group_id * 2**16 + response.sample if per == "row" else None)
 

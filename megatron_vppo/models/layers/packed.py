@@ -29,9 +29,9 @@ class PackedBatch:
     """int64; which merged vision feature fills each of them. Sequences that show the same picture may point to the
     same features, so that its vision forward runs once."""
     pixels_PD: Tensor | None = None
-    """Float patches in the processor's order, of the distinct images. Where ranks share the images, those of this rank's
-    images (see image_parallel.py). None where no sequence shows an image, and on pipeline stages without the vision
-    tower."""
+    """Float patches in the processor's order, of the distinct images. Where ranks share the images, those of this
+    rank's images (see image_parallel.py). None where no sequence shows an image, and on pipeline stages without the
+    vision tower."""
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     """Per distinct picture: (frames, rows, columns) in patches."""
 
