@@ -26,6 +26,8 @@ NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py"})
 """Names that stand for a user's own files, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
+TO_COME = frozenset({"evaluation/"})
+"""Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
 
@@ -57,10 +59,18 @@ def code_in(text: str) -> Iterator[str]:
         yield span.replace("\n", " ")
 
 
-def links_in(text: str) -> Iterator[str]:
+def links_in(text: str) -> Iterator[tuple[str, str]]:
+    """(path, anchor) of every link that stays within the repository; either may be empty."""
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)):
-        if not re.match(r"[a-z]+://|#|mailto:", target):
-            yield target.partition("#")[0]
+        if not re.match(r"[a-z]+://|mailto:", target):
+            path, _, anchor = target.partition("#")
+            yield path, anchor
+
+
+def anchors_in(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # --- What exists ------------------------------------------------------------------------------------------------------
@@ -122,7 +132,12 @@ def is_setting(name: str) -> bool:
 
 def mistakes_in(text: str, folder: Path) -> list[str]:
     """Everything that the text of a document in `folder` names and that does not exist."""
-    found = [f"link to {target}" for target in links_in(text) if not (folder / target).exists()]
+    found = []
+    for path, anchor in links_in(text):
+        if not (folder / path).exists():
+            found.append(f"link to {path}")
+        elif anchor and anchor not in anchors_in((folder / path).read_text(encoding="utf-8") if path else text):
+            found.append(f"link to {path}#{anchor}")
     for code in code_in(text):
         found += _paths(code)
         found += [f"make {t}" for t in re.findall(r"\bmake ([a-z][\w-]*)", code) if t not in make_targets()]
@@ -146,7 +161,7 @@ def _paths(code: str) -> list[str]:
         if FILE.fullmatch(word):
             if word not in files and word not in NOT_SHIPPED:
                 found.append(f"file {word}")
-        elif FOLDER.fullmatch(word) and word not in folders:
+        elif FOLDER.fullmatch(word) and word not in folders | TO_COME:
             found.append(f"folder {word}")
     return found
 
@@ -212,6 +227,8 @@ PLANTED = [
     ("It is in `megatron_vppo/training/`.", "folder megatron_vppo/training/"),
     ("\n    megatron_vppo/\n      controllers/     nothing\n", "folder controllers/"),
     ("[here](docs/nowhere.md#part)", "link to docs/nowhere.md"),
+    ("[here](docs/algorithm.md#the-part)", "link to docs/algorithm.md#the-part"),
+    ("# A title\n[here](#another-title)", "link to #another-title"),
     ("![picture](docs/images/no_such_picture.png)", "link to docs/images/no_such_picture.png"),
     ("`tests/parallel/test_nothing.py`", "file tests/parallel/test_nothing.py"),
     ("Shown by `test_that_all_is_well`.", "test test_that_all_is_well"),
@@ -230,7 +247,7 @@ Prose may say make haste, vppo nonsense and nowhere.py. <!-- `make nothing` and 
 
 `make demo ARGS="rollout.n=4"`, `vppo report RUN`, `tests/test_docs.py`, `grouping.py`, `megatron_vppo/models/*.py`,
 `reward.reward_function=my_reward.py:score`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
-`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`. [Docs](docs/algorithm.md) and
+`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`. [Docs](docs/algorithm.md#what-is-computed), [top](#title) and
 [paper](https://arxiv.org/abs/1).
 
     make install                # and then

@@ -16,6 +16,7 @@ Also a program: `python tests/test_layering.py` prints the violations and exits 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,6 +202,20 @@ def test_a_planted_circle_is_found() -> None:
         "megatron_vppo.c": "import megatron_vppo.a",
     }
     assert circle_in(arrows_of(sources)) == ["megatron_vppo.a", "megatron_vppo.b", "megatron_vppo.c", "megatron_vppo.a"]
+
+
+def documented_rooms(text: str) -> dict[str, Room]:
+    """The rooms by the table of docs/architecture.md: | `room/` | subject | rooms | guarded packages |."""
+    groups = {"nothing": "", "ground floor": GROUND, "engines": ENGINES, "everything": " ".join({*ROOMS} - {"cli"})}
+    rooms = {}
+    for name, ours, guarded in re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|([^|]*)\|$", text, flags=re.MULTILINE):
+        cells = [cell.strip() for cell in ours.split(",")]
+        rooms[name] = room(" ".join(groups.get(cell, cell) for cell in cells), guarded.replace(",", " "))
+    return rooms
+
+
+def test_the_documented_table_says_the_same() -> None:
+    assert documented_rooms((ROOT / "docs/architecture.md").read_text(encoding="utf-8")) == ROOMS
 
 
 # --- Planted violations: the check has to see each of them ------------------------------------------------------------
