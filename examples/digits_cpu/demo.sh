@@ -26,4 +26,4 @@ PY
 echo "demo: training, into $run"
 started=$SECONDS
 vppo train --config "$here/config.yaml" "$@"
-python -m megatron_vppo.trainer.summary "$run" --seconds-rl $((SECONDS - started))
+vppo summary "$run" --seconds-rl $((SECONDS - started))

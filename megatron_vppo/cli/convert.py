@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.launch import quieten_libraries
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def add_commands(convert: argparse.ArgumentParser) -> None:
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
-    parser.add_argument("--processes", type=_positive, default=1, metavar="N", help="that share the work (default: 1)")
+    parser.add_argument("--processes", type=positive, default=1, metavar="N", help="that share the work (default: 1)")
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
@@ -116,13 +117,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else getattr(torch, name)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return number
 
 
 def _bytes(text: str) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_vppo.planning.activations import LanguageSizes, VisionSizes
+from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
+from megatron_vppo.planning.activations import LanguageSizes
 from megatron_vppo.planning.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, Workload
 from megatron_vppo.planning.state import engine_weight_bytes, kv_bytes_per_token
 
@@ -22,8 +23,8 @@ MOST_UTILIZATION = 0.9
 class EngineModel:
     """The numbers of a model that its engines depend on."""
 
+    hf_config: HfConfig
     language: LanguageSizes
-    vision: VisionSizes
     parameters: int
 
     @property
@@ -33,12 +34,12 @@ class EngineModel:
 
 def engine_sizes(model: EngineModel, cluster: Cluster) -> tuple[int, ...]:
     """GPUs that an engine may have: no GPU is left over, none lies on another node, and vLLM can split the model."""
-    return tuple(size for size in cluster.group_sizes if unsplit(model.language, model.vision, size) is None)
+    return tuple(size for size in cluster.group_sizes if vllm_split_refusal(model.hf_config, size) is None)
 
 
 def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
     """Raises ValueError unless it is one of `engine_sizes`, with these."""
-    what = unsplit(model.language, model.vision, size)
+    what = vllm_split_refusal(model.hf_config, size)
     if size not in cluster.group_sizes:
         nodes = f" in nodes of {cluster.node_gpus}" if cluster.gpus > cluster.node_gpus else ""
         reason = f"{cluster.gpus} GPUs{nodes} do not divide into engines of {size}"
@@ -47,22 +48,6 @@ def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
     else:
         return
     raise ValueError(f"--rollout-tp {size}: {reason}; possible: {', '.join(map(str, engine_sizes(model, cluster)))}")
-
-
-def unsplit(language: LanguageSizes, vision: VisionSizes, size: int) -> str | None:
-    """What of a model vLLM refuses to split over so many GPUs. Key-value heads may be copied, the same number of times
-    each.
-    """
-    text, tower = language.layer, vision.layer
-    if text.kv_heads % size and size % text.kv_heads:
-        return f"{text.kv_heads} key-value heads"
-    numbers = {
-        "attention heads": text.heads,
-        "values of the MLP": text.ffn,
-        "vision attention heads": tower.heads,
-        "values of the vision MLP": tower.ffn,
-    }
-    return next((f"{number} {what}" for what, number in numbers.items() if number % size), None)
 
 
 def engine_share(

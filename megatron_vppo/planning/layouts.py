@@ -105,7 +105,7 @@ class _Model:
         self.family = family_of(hf_config)
         self.entries = weight_map(hf_config, family=self.family)
         self.language, self.vision = language_sizes(hf_config), vision_sizes(hf_config)
-        self.engine = EngineModel(self.language, self.vision, parameters=parameter_count(self.entries))
+        self.engine = EngineModel(hf_config, self.language, parameters=parameter_count(self.entries))
         self.merge = hf_config.vision_config.spatial_merge_size
         self._values: dict[tuple[int, int, int], StageValues] = {}
 

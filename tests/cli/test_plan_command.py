@@ -186,7 +186,7 @@ def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixtu
 def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--model", "qwen3-vl-2b", "--gpus", "0", "--gpu-memory", "80"])
-    assert "--gpus: 0 is not positive" in capfd.readouterr().err
+    assert "--gpus: 0 is not a whole number of at least 1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("memory", ["0", "-1", "0.0", "nan", "inf", "1e300", "80G"])

@@ -10,11 +10,10 @@ from megatron_vppo.config.checks import check_device, check_layout, ranks_per_co
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.hf_config import vllm_split_refusal
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.planning.engine_share import unsplit
-from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.model_folder import model_folder
@@ -61,7 +60,7 @@ def check_before_launch(config: RunConfig) -> int:
         )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     size = config.rollout.tensor_parallel_size
-    if what := unsplit(language_sizes(hf_config), vision_sizes(hf_config), size):
+    if what := vllm_split_refusal(hf_config, size):
         raise ValueError(f"rollout.tensor_parallel_size={size}: vLLM cannot split {what} over {size} ranks; take fewer")
     _check_files(config)
     return world_size
