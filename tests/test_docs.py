@@ -200,6 +200,26 @@ def test_the_documents_name_enough_to_be_worth_checking() -> None:
     assert {"train", "report"} <= set(re.findall(r"\bvppo ([a-z]\w*)", code))
 
 
+def messages_in(source: str) -> Iterator[str]:
+    """Every string of a module; an f-string with "..." for each value in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_quoted_messages_are_ours() -> None:
+    """The first column of the table of errors: `parts of ... a message`, or vLLM's `message`."""
+    text = (ROOT / "docs/debugging.md").read_text(encoding="utf-8").partition("## Errors and what to do")[2]
+    quoted = re.findall(r"^\| `([^`]+)`", text.partition("\n## ")[0], flags=re.MULTILINE)
+    assert len(quoted) > 12
+    ours = [m for path in (ROOT / "megatron_vppo").rglob("*.py") for m in messages_in(path.read_text())]
+    ours += [path.read_text() for path in (ROOT / "tools").rglob("*") if path.suffix in {".sh", ".py"}]
+    fragments = {part.strip(" ()") for message in quoted for part in message.split("...")} - {""}
+    assert sorted(part for part in fragments if not any(part in own for own in ours)) == []
+
+
 def test_yaml_in_the_readme_is_a_whole_configuration(tmp_path: Path) -> None:
     blocks = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
     assert blocks
