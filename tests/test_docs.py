@@ -267,7 +267,8 @@ Prose may say make haste, vppo nonsense and nowhere.py. <!-- `make nothing` and 
 
 `make demo ARGS="rollout.n=4"`, `vppo report RUN`, `tests/test_docs.py`, `grouping.py`, `megatron_vppo/models/*.py`,
 `reward.reward_function=my_reward.py:score`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
-`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`. [Docs](docs/algorithm.md#what-is-computed), [top](#title) and
+`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`.
+[Docs](docs/algorithm.md#what-is-computed), [top](#title) and
 [paper](https://arxiv.org/abs/1).
 
     make install                # and then
