@@ -12,9 +12,9 @@ import signal
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
@@ -28,6 +28,7 @@ from megatron_vppo.cli.launch import (
 from megatron_vppo.cli.plan_options import add_plan_options
 from megatron_vppo.config.choices import Fp8Recipe
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 READER_LEFT = 128 + signal.SIGPIPE
 """The exit status when nobody reads the output any more: what a shell reports for a program that SIGPIPE ended."""
 
@@ -106,76 +107,88 @@ def _parser() -> argparse.ArgumentParser:
         epilog="'vppo COMMAND --help' describes a command. megatron_vppo/config/schema.py describes every setting.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_plan, _add_doctor, _add_convert, _add_report, _add_summary, _add_fp8_fidelity):
+        add(commands)
+    return parser
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], summary: str, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=summary, description=text)
-        command.set_defaults(run=run)
-        return command
 
-    train = add(
+def _add_train(commands: Commands) -> None:
+    train = commands.add_parser(
         "train",
-        _train,
-        "train a model",
-        "Trains a model as the configuration file says. Starts one process per trainer rank, unless torchrun or srun "
-        "has started them already. A run that was stopped goes on from its last checkpoint (trainer.resume).",
+        help="train a model",
+        description="Trains a model as the configuration file says. Starts one process per trainer rank, unless "
+        "torchrun or srun has started them already. A run that was stopped goes on from its last checkpoint "
+        "(trainer.resume).",
     )
     _add_settings(train)
+    train.set_defaults(run=_train)
 
-    add_plan_options(
-        add(
-            "plan",
-            _plan,
-            "find parallel layouts that fit your GPUs",
-            "Computes which parallel layouts of a model fit the memory of the GPUs, and prints the settings of the "
-            "best one. Needs no GPU and no weights. Exit status 1: no layout fits.",
-        )
+
+def _add_plan(commands: Commands) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="find parallel layouts that fit your GPUs",
+        description="Computes which parallel layouts of a model fit the memory of the GPUs, and prints the settings of "
+        "the best one. Needs no GPU and no weights. Exit status 1: no layout fits.",
     )
-    add(
+    add_plan_options(plan)
+    plan.set_defaults(run=_plan)
+
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
         "doctor",
-        _doctor,
-        "check this machine and its packages",
-        "Checks the machine, the installed packages and which FP8 recipes can run here. Each line is 'ok', 'note' (it "
-        "works, but could be better) or 'problem' (something will fail; the line says what to do). Exit status 1: "
-        "there is a problem.",
+        help="check this machine and its packages",
+        description="Checks the machine, the installed packages and which FP8 recipes can run here. Each line is 'ok', "
+        "'note' (it works, but could be better) or 'problem' (something will fail; the line says what to do). Exit "
+        "status 1: there is a problem.",
     )
-    add_convert_commands(
-        commands.add_parser(
-            "convert",
-            help="convert checkpoints between Hugging Face and Megatron",
-            description="Converts checkpoints between Hugging Face's and Megatron's format, and compares them.",
-        )
+    doctor.set_defaults(run=_doctor)
+
+
+def _add_convert(commands: Commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert checkpoints between Hugging Face and Megatron",
+        description="Converts checkpoints between Hugging Face's and Megatron's format, and compares them.",
     )
-    report = add(
+    add_convert_commands(convert)
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser(
         "report",
-        _report,
-        "write a run's charts and samples as one HTML page",
-        "Writes RUN_DIR/report.html: charts of the metrics and sampled responses, with every token shaded by how much "
-        "it depends on the image. Works while the run is going on, too.",
+        help="write a run's charts and samples as one HTML page",
+        description="Writes RUN_DIR/report.html: charts of the metrics, and sampled responses with every token shaded "
+        "by how much it depends on the image. A run that has not ended can be reported, too.",
     )
     _add_run_dir(report)
+    report.set_defaults(run=_report)
 
-    summary = add(
+
+def _add_summary(commands: Commands) -> None:
+    summary = commands.add_parser(
         "summary",
-        _summary,
-        "print the outcome of a run as JSON",
-        "Prints one line of JSON: validation accuracy at the start and at the end, steps, seconds, the largest "
-        "difference between the log-probs of vLLM and of the trainer, and whether weight checksums agreed.",
+        help="print the outcome of a run as JSON",
+        description="Prints one line of JSON: validation accuracy at the start and at the end, steps, seconds, the "
+        "largest difference between the log-probs of vLLM and of the trainer, and whether weight checksums agreed.",
     )
     _add_run_dir(summary)
     summary.add_argument(
         "--seconds-rl",
         type=float,
         metavar="SECONDS",
-        help="print these as seconds_rl, such as the wall-clock time of the whole command (default: sum over the "
-        "training steps)",
+        help="value of seconds_rl, such as the wall-clock time of the whole command (default: the sum over the steps)",
     )
+    summary.set_defaults(run=_summary)
 
-    fidelity = add(
+
+def _add_fp8_fidelity(commands: Commands) -> None:
+    fidelity = commands.add_parser(
         "fp8-fidelity",
-        _fp8_fidelity,
-        "measure how much FP8 changes what VPPO selects",
-        "Samples responses, scores them in the configured dtype and again in FP8, and compares which tokens VPPO would "
-        "train on. FP8 is emulated where there is no GPU that has it.",
+        help="measure how much FP8 changes what VPPO selects",
+        description="Samples responses, scores them in the configured dtype and again in FP8, and compares which "
+        "tokens VPPO would train on. FP8 is emulated where no GPU has it.",
     )
     _add_settings(fidelity)
     fidelity.add_argument(
@@ -191,9 +204,9 @@ def _parser() -> argparse.ArgumentParser:
         help="FP8 recipe to measure; repeat it for several (default: fp8.recipe, or every recipe if that is not set)",
     )
     fidelity.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder for results (default: fp8_fidelity in the run folder)"
+        "--out", type=Path, metavar="FOLDER", help="folder for the results (default: fp8_fidelity in the run folder)"
     )
-    return parser
+    fidelity.set_defaults(run=_fp8_fidelity)
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
