@@ -26,7 +26,7 @@ NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py"})
 """Names that stand for a user's own files, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
-TO_COME = frozenset({"evaluation/"})
+TO_COME = frozenset({"evaluation/", "launching/"})
 """Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
@@ -97,14 +97,9 @@ def make_targets() -> frozenset[str]:
 @cache
 def subcommands() -> frozenset[str]:
     tree = ast.parse((ROOT / "megatron_vppo/cli/main.py").read_text())
-    return frozenset(
-        str(node.args[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "add_parser"
-        and isinstance(node.args[0], ast.Constant)
-    )
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    adding = [node for node in calls if ast.unparse(node.func).rpartition(".")[2] in ("add", "add_parser")]
+    return frozenset(str(node.args[0].value) for node in adding if isinstance(node.args[0], ast.Constant))
 
 
 @cache
