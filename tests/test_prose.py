@@ -182,6 +182,13 @@ def test_words_and_docstrings_are_as_contributing_asks() -> None:
     assert {path: mistakes for path, mistakes in found.items() if mistakes} == {}
 
 
+def test_every_room_says_what_it_is_for() -> None:
+    """The docstring of a package's __init__ is the sign on its door."""
+    rooms = {path: source for path, source in sources().items() if path.endswith("__init__.py")}
+    assert len(rooms) > 20
+    assert [path for path, source in rooms.items() if ast.get_docstring(ast.parse(source)) is None] == []
+
+
 def test_no_two_classes_share_a_name() -> None:
     package = {path: source for path, source in sources().items() if path.startswith("megatron_vppo/")}
     shared = {name: places for name, places in classes_in(package).items() if len(places) > 1}
