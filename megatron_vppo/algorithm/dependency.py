@@ -1,7 +1,7 @@
 """How much a token depends on the image: the divergence between the policy with and without it (paper Eq. 3).
 
-Shape suffix legend: B = responses, T = response tokens (right-padded), N = any number of tokens, V = vocabulary or one
-slice of it.
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of any number of responses,
+flat; V = vocabulary rows, all of them or one slice.
 """
 
 from __future__ import annotations

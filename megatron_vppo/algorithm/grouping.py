@@ -1,7 +1,4 @@
-"""Which groups are trained on, what an answer is worth within its group, and the authors' split of rows.
-
-Shape suffix legend: B = responses.
-"""
+"""The rule by which groups of responses are trained on."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import LossSpec
+from megatron_vppo.algorithm.types import LossSpec, TokenTerms
 
 LOG_RATIO_CLAMP = 20.0
 """Nats; keeps exp() of a runaway token finite."""
@@ -29,7 +29,7 @@ class Surrogate:
 
 
 @dataclass(frozen=True, slots=True)
-class LossTerms:
+class LossSums:
     """The loss of some tokens of a mini-batch; everything in it adds up over any split of the mini-batch."""
 
     loss: Tensor
@@ -76,15 +76,8 @@ def dual_clip_surrogate(
 
 
 def surrogate_loss(
-    new_logp_N: Tensor,
-    old_logp_N: Tensor,
-    advantage_N: Tensor,
-    pg_weight_N: Tensor,
-    entropy_weight_N: Tensor,
-    *,
-    spec: LossSpec,
-    entropy_N: Tensor | None = None,
-) -> LossTerms:
+    new_logp_N: Tensor, terms: TokenTerms, *, spec: LossSpec, entropy_N: Tensor | None = None
+) -> LossSums:
     """sum(pg_weight * surrogate) + sum(entropy_weight * entropy term), for the tokens of one micro-batch.
 
     The weights hold masks, denominators and coefficients (see token_weights.py), so the losses of the micro-batches add
@@ -92,22 +85,22 @@ def surrogate_loss(
 
     Args:
         new_logp_N: [N] fp32 nats, with gradient.
-        old_logp_N, advantage_N, pg_weight_N, entropy_weight_N: [N] fp32; the fields of TrainBatch at these tokens.
+        terms: the mini-batch at these tokens.
         entropy_N: [N] nats, of the full distribution, with gradient; needed for entropy_kind 'entropy', otherwise only
             reported.
     """
     surrogate = dual_clip_surrogate(
         new_logp_N,
-        old_logp_N,
-        advantage_N,
+        terms.old_logp_N,
+        terms.advantage_N,
         clip_ratio_low=spec.clip_ratio_low,
         clip_ratio_high=spec.clip_ratio_high,
         clip_ratio_dual=spec.clip_ratio_dual,
     )
-    pg_loss = (pg_weight_N * surrogate.loss_N).sum()
-    penalty = (entropy_weight_N * _entropy_term(new_logp_N, entropy_N, kind=spec.entropy_kind)).sum()
+    pg_loss = (terms.pg_weight_N * surrogate.loss_N).sum()
+    penalty = (terms.entropy_weight_N * _entropy_term(new_logp_N, entropy_N, kind=spec.entropy_kind)).sum()
     token_sums = {
-        "actor/ppo_kl": (old_logp_N - new_logp_N).detach().sum(),
+        "actor/ppo_kl": (terms.old_logp_N - new_logp_N).detach().sum(),
         "actor/entropy_loss": -new_logp_N.detach().sum(),
         "actor/pg_clipfrac_higher": surrogate.clipped_high_N.sum().to(torch.float32),
         "actor/pg_clipfrac_lower": surrogate.clipped_dual_N.sum().to(torch.float32),
@@ -120,7 +113,7 @@ def surrogate_loss(
         "actor/entropy_penalty": penalty.detach(),
         "actor/loss": loss.detach(),
     }
-    return LossTerms(loss=loss, weighted_sums=weighted_sums, token_sums=token_sums)
+    return LossSums(loss=loss, weighted_sums=weighted_sums, token_sums=token_sums)
 
 
 def _entropy_term(new_logp_N: Tensor, entropy_N: Tensor | None, *, kind: str) -> Tensor:

@@ -1,6 +1,6 @@
 """Metrics of what VPPO decided, under the names of VPPO-RL, so that dashboards overlay.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded).
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
 
 from __future__ import annotations

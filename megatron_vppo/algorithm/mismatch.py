@@ -1,4 +1,7 @@
-"""How far the rollout engine's log-probs are from the trainer's, for the same tokens and weights."""
+"""The distance of the rollout engine's log-probs from the trainer's, for the same tokens and weights.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
+"""
 
 from __future__ import annotations
 

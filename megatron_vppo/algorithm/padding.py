@@ -1,6 +1,6 @@
 """Ragged rows to right-padded tensors.
 
-Shape suffix legend: B = rows, T = positions (right-padded).
+Shape suffix legend: B = responses, or other ragged rows; T = response tokens, right-padded.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
 """The records that the stages of a training step hand to each other.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded). Records are built once, when every field is
-known, and never edited. They are light (token ids, log-probs, references to images; never pixels), so every rank
-holds all of them and every statistic of the algorithm is computed on the same rows by every rank.
+Records are built once, when every field is known, and never edited. They are light (token ids, log-probs, references to
+images; never pixels), so every rank holds all of them, and every rank computes the algorithm's statistics on the same
+rows.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from megatron_vppo.config.choices import PerturbUnit
@@ -143,3 +146,24 @@ class TrainBatch:
     response_mask_BT: Tensor
     """fp32; 1.0 on response tokens; for metrics."""
     loss: LossSpec
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """The batch with its tensors on a device."""
+        names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT", "response_mask_BT")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
+        """The terms of some tokens, given their rows and columns; int64 [N] each."""
+        return TokenTerms(
+            self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTerms:
+    """A TrainBatch at some response tokens: what their loss needs besides the present log-probs. [N] fp32 each."""
+
+    old_logp_N: Tensor
+    advantage_N: Tensor
+    pg_weight_N: Tensor
+    entropy_weight_N: Tensor

@@ -5,10 +5,10 @@ Shape suffix legend: B = responses, N = any number of values.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
-import typing
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -19,24 +19,24 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response, Scores
-from megatron_vppo.config.choices import Fp8Recipe, ModelPart
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.schema import ParallelConfig, RunConfig
 from megatron_vppo.fidelity.compare import Decisions, Differences, compare, decisions, spread
 from megatron_vppo.fidelity.emulation import emulated_fp8
 from megatron_vppo.fidelity.page import write_fidelity_page
-from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
-from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
 from megatron_vppo.setup.engines import start_engine
 from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
-from megatron_vppo.setup.policy import make_policy
+from megatron_vppo.setup.policy import make_scorer
 from megatron_vppo.setup.sampling import eos_ids, train_sampling
 from megatron_vppo.setup.settings import vppo_settings
+from megatron_vppo.weights.stream import hf_weights
 
 STEP = 1
 """Training step whose seeds and perturbations are taken."""
@@ -88,10 +88,10 @@ def measure_fidelity(
             check_ends(Fp8Options(recipe, ends), layers=inputs.hf_config.text_config.num_hidden_layers)
             if on_gpu:
                 check_fp8_hardware(_in_fp8(config, recipe), on_gpu=True)
-        policy, responses = _policy_and_responses(
+        scorer, responses = _scorer_and_responses(
             config, layout, source, inputs, num_prompts=num_prompts, logs=folder / "logs"
         )
-        baseline = _decisions(config, responses, _score(policy, config, responses))
+        baseline = _decisions(config, responses, _score(scorer, config, responses))
 
         def figures(scores: Scores) -> dict[str, Any]:
             return _figures(compare(baseline, _decisions(config, responses, scores), responses))
@@ -101,8 +101,8 @@ def measure_fidelity(
             if on_gpu:
                 found[recipe] = figures(_score_anew(_in_fp8(config, recipe), layout, source, inputs, responses))
             else:
-                with emulated_fp8(policy.trainable.stages, Fp8Options(recipe, ends)):
-                    found[recipe] = figures(_score(policy, config, responses))
+                with emulated_fp8(scorer.stages, Fp8Options(recipe, ends)):
+                    found[recipe] = figures(_score(scorer, config, responses))
         controls = {}
         if config.model.dtype == "float32":  # what training on a GPU does to it without FP8
             controls["bfloat16"] = figures(_score_anew(_in_bfloat16(config), layout, source, inputs, responses))
@@ -116,15 +116,14 @@ def measure_fidelity(
 
 
 def _on_one_rank(config: RunConfig) -> RunConfig:
-    """The same run with one engine, and without gradients, optimizer state and FP8."""
+    """The same run with one engine, and without FP8."""
     parallel = ParallelConfig(
         threads_per_rank=config.parallel.threads_per_rank,
         collective_timeout_seconds=config.parallel.collective_timeout_seconds,
     )
-    model = config.model.model_copy(update={"freeze": typing.get_args(ModelPart)})
     rollout = config.rollout.model_copy(update={"num_engines": 1, "tensor_parallel_size": 1})
     fp8 = config.fp8.model_copy(update={"recipe": None})
-    return config.model_copy(update={"parallel": parallel, "model": model, "rollout": rollout, "fp8": fp8})
+    return config.model_copy(update={"parallel": parallel, "rollout": rollout, "fp8": fp8})
 
 
 def _in_fp8(config: RunConfig, recipe: Fp8Recipe) -> RunConfig:
@@ -136,9 +135,9 @@ def _in_bfloat16(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
 
 
-def _policy_and_responses(
+def _scorer_and_responses(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, num_prompts: int, logs: Path
-) -> tuple[MegatronPolicy, list[Response]]:
+) -> tuple[Scorer, list[Response]]:
     """The engine is gone when they are there: scoring has the machine to itself."""
     split = "val" if "val" in inputs.datasets else "train"
     with_image = (prompt for prompt in read_prompts(config, inputs, split) if prompt.images)
@@ -155,31 +154,27 @@ def _policy_and_responses(
         assert engine.client is not None, "a single rank leads an engine"
         # Before the model is built: on a GPU vLLM measures while it starts how much memory is free.
         engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
-        policy = make_policy(config, layout, source, inputs, total_steps=STEP)
-        sampler.send_weights(policy.hf_weights(), version=0)
+        scorer = make_scorer(config, layout, source, inputs)
+        sampler.send_weights(hf_weights(scorer.stages), version=0)
         seeds = group_seeds(
             prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
         )
         sampling = train_sampling(config, eos_ids(source, inputs.processor.tokenizer))
         groups = sampler.generate(prompts, seeds=seeds, sampling=sampling)
-    return policy, [response for group in groups for response in group]
+    return scorer, [response for group in groups for response in group]
 
 
-def _score(policy: MegatronPolicy, config: RunConfig, responses: Sequence[Response]) -> Scores:
+def _score(scorer: Scorer, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
-    return policy.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
+    return scorer.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
 
 
 def _score_anew(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, responses: Sequence[Response]
 ) -> Scores:
-    """By a model of its own, whose weights are let go at once: Megatron's wrapper around it is never collected."""
-    policy = make_policy(config, layout, source, inputs, total_steps=STEP)
-    scores = _score(policy, config, responses)
-    for stage in policy.trainable.stages:
-        drop_fp8_copies(stage)
-        for parameter in stage.parameters():
-            parameter.data = parameter.data.new_empty(0)
+    """Scores by a model of its own, which is gone afterwards."""
+    scores = _score(make_scorer(config, layout, source, inputs), config, responses)
+    gc.collect()  # modules refer to each other in circles
     return scores
 
 

@@ -54,10 +54,6 @@ class Trainable:
         """Whether this rank has any parameter that is trained; a stage of a frozen language model has none."""
         return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
 
-    def train(self, mode: bool) -> None:
-        for stage in self.stages:
-            stage.train(mode)
-
     def zero_gradients(self) -> None:
         for ddp in self.ddps:
             ddp.zero_grad_buffer()

@@ -10,7 +10,8 @@ from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
-from megatron_vppo.parallel.policy import MegatronPolicy, Views
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.trainer.collect import Collector, Group

@@ -33,13 +33,10 @@ def shared_example(**changes: Any) -> Minibatch:
 
 def loss_of(minibatch: Minibatch, new_logp_BT: Tensor, entropy_BT: Tensor | None = None) -> float:
     b = minibatch.batch
-    at = b.response_mask_BT.bool()
+    at = b.response_mask_BT.nonzero(as_tuple=True)
     return surrogate_loss(
         new_logp_BT[at],
-        b.old_logp_BT[at],
-        b.advantage_BT[at],
-        b.pg_weight_BT[at],
-        b.entropy_weight_BT[at],
+        b.terms_at(at),
         spec=b.loss,
         entropy_N=None if entropy_BT is None else entropy_BT[at],
     ).loss.item()

@@ -15,7 +15,7 @@ from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.shaping import dependency_means, shape_advantages, trajectory_scale
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight
-from megatron_vppo.algorithm.types import LossSpec
+from megatron_vppo.algorithm.types import LossSpec, TokenTerms
 from tests.algorithm.rows import CHECKS, GOLDEN, SharedExample
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 3.0}
@@ -89,10 +89,12 @@ def shared_loss(
     at = e.wide_mask_BT.bool()
     terms = surrogate_loss(
         e.new_logp_BT[at],
-        e.old_logp_BT[at],
-        advantage_BT[at],
-        policy_gradient_weight(token_mask_BT, e.wide_mask_BT, denominator=denominator, average=average)[at],
-        entropy_penalty_weight(token_mask_BT, e.wide_mask_BT, coefficient=coefficient, tokens="all")[at],
+        TokenTerms(
+            e.old_logp_BT[at],
+            advantage_BT[at],
+            policy_gradient_weight(token_mask_BT, e.wide_mask_BT, denominator=denominator, average=average)[at],
+            entropy_penalty_weight(token_mask_BT, e.wide_mask_BT, coefficient=coefficient, tokens="all")[at],
+        ),
         spec=SPEC,
     )
     return terms.loss.item(), {name: value.item() / 9 for name, value in terms.token_sums.items()}
@@ -310,7 +312,9 @@ def test_entropy_penalty_is_an_advantage_shift_at_ratio_one() -> None:
     new_logp_N = logit_NV.log_softmax(-1).gather(1, target_N[:, None])[:, 0]
 
     def gradient(advantage_N: Tensor, pg_weight_N: Tensor, entropy_weight_N: Tensor) -> Tensor:
-        terms = surrogate_loss(new_logp_N, new_logp_N.detach(), advantage_N, pg_weight_N, entropy_weight_N, spec=SPEC)
+        terms = surrogate_loss(
+            new_logp_N, TokenTerms(new_logp_N.detach(), advantage_N, pg_weight_N, entropy_weight_N), spec=SPEC
+        )
         return torch.autograd.grad(terms.loss, logit_NV, retain_graph=True)[0]
 
     mean_N = torch.full((40,), 1 / 40, dtype=torch.float64)
@@ -332,10 +336,7 @@ def test_expected_penalty_gradient_is_zero_for_nll_but_not_for_entropy() -> None
     zero_N = torch.zeros(1, dtype=torch.float64)
     terms = surrogate_loss(
         logp_V[:1],
-        zero_N,
-        zero_N,
-        zero_N,
-        zero_N + 1,
+        TokenTerms(zero_N, zero_N, zero_N, zero_N + 1),
         spec=LossSpec(**CLIP, entropy_kind="entropy"),
         entropy_N=entropy_N,
     )
@@ -349,7 +350,7 @@ def test_losses_of_unequal_ranks_add_up_to_the_token_mean() -> None:
     losses = []
     for row, advantage in ((0, 1.0), (1, -1.0)):
         zero_N = torch.zeros(7)
-        terms = surrogate_loss(zero_N, zero_N, zero_N + advantage, weight_BT[row], zero_N, spec=SPEC)
+        terms = surrogate_loss(zero_N, TokenTerms(zero_N, zero_N + advantage, weight_BT[row], zero_N), spec=SPEC)
         losses.append(terms.loss.item())
     # The authors scale each rank's loss by the number of ranks, and FSDP divides the gradient by it again.
     assert [2 * loss for loss in losses] == pytest.approx([-0.6, 1.4], abs=1e-7)
@@ -368,6 +369,8 @@ def test_rows_whose_views_agree() -> None:
     assert scale.scale_B.tolist() == [1.0, 1.0, 1.0]
     weight_BT = policy_gradient_weight(token_mask_BT, mask_BT, denominator="all", average="token")
     terms = surrogate_loss(
-        logp_BT.flatten(), logp_BT.flatten(), torch.ones(15), weight_BT.flatten(), torch.zeros(15), spec=SPEC
+        logp_BT.flatten(),
+        TokenTerms(logp_BT.flatten(), torch.ones(15), weight_BT.flatten(), torch.zeros(15)),
+        spec=SPEC,
     )
     assert terms.loss.item() == pytest.approx(-0.4, abs=1e-7)

@@ -85,16 +85,13 @@ def loss_and_gradient(
     b, total, gradient_FV = minibatch.batch, 0.0, torch.zeros(FEATURES, VOCAB, dtype=torch.float64)
     rows_of_devices = torch.arange(NUM_ROWS).tensor_split(devices)
     for rows in (part for device_rows in rows_of_devices for part in device_rows.split(micro_batch_size)):
-        at = b.response_mask_BT[rows].bool()
+        at = b.response_mask_BT[rows].nonzero(as_tuple=True)
         original = torch.tensor(order)[rows]
         weight_FV = p.new_weight_FV.clone().requires_grad_()
         new_logp_BT = logps(p.feature_BTF[original], weight_FV, p.target_BT[original])
         terms = surrogate_loss(
             new_logp_BT[at],
-            b.old_logp_BT[rows][at],
-            b.advantage_BT[rows][at],
-            b.pg_weight_BT[rows][at],
-            b.entropy_weight_BT[rows][at],
+            b.terms_at((rows[at[0]], at[1])),
             spec=b.loss,
         )
         terms.loss.backward()

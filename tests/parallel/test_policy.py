@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -88,8 +88,20 @@ def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
     )
 
 
-def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path) -> list[Any]:
-    results = []
+@dataclass(frozen=True)
+class Found:
+    """What a rank found under one layout."""
+
+    outcomes: dict[tuple[str, int], Outcome]
+    """By model and rows of a micro-batch."""
+    resumed_exactly: bool
+    skipped_infinite_gradient: bool
+
+
+def _rank(
+    rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path
+) -> dict[tuple[int, int], Found]:
+    found = {}
     for tensor, pipeline in layouts:
         layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
         outcomes = {
@@ -98,7 +110,9 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
             for rows in (1, 4)
         }
         checkpoints = scratch / f"{tensor}{pipeline}{world}"
-        exact = resumed_before_any_update_equals_fresh(folders["tied"], layout, checkpoints / "before") and all(
+        resumed_exactly = resumed_before_any_update_equals_fresh(
+            folders["tied"], layout, checkpoints / "before"
+        ) and all(
             [
                 resumed_equals_straight(
                     folders[name], layout, checkpoints / name / str(kind), distributed_optimizer=kind
@@ -106,10 +120,11 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
                 for name, kind in (("tied", True), ("tied", False), ("Qwen3", False))
             ]
         )
-        assert infinite_gradient_changes_nothing(folders["tied"], layout)
-        results.append((outcomes, exact))
+        found[tensor, pipeline] = Found(
+            outcomes, resumed_exactly, infinite_gradient_changes_nothing(folders["tied"], layout)
+        )
         parallel_state.destroy_model_parallel()
-    return results
+    return found
 
 
 KINDS = {"tied": "nll", "untied": "entropy", "Qwen3": "nll"}
@@ -151,13 +166,15 @@ def test_update_equals_transformers(
     world = max(tensor * pipeline for tensor, pipeline in layouts)
     folders = {name: folder for name, (folder, _, _) in models.items()}
     by_rank = run_gloo(_rank, world, layouts, folders, tmp_path, timeout_seconds=300)
-    for ranks in by_rank:
-        for layout, (outcomes, exact) in zip(layouts, ranks, strict=True):
-            assert exact, f"{layout}: resumed weights differ"
-            for (name, rows), outcome in outcomes.items():
-                where = f"TP {layout[0]} PP {layout[1]} of {world} ranks, {name}, {rows} rows a micro-batch"
+    for of_rank in by_rank:
+        assert list(of_rank) == layouts
+        for (tensor, pipeline), found in of_rank.items():
+            where = f"TP {tensor} PP {pipeline} of {world} ranks"
+            assert found.resumed_exactly, f"{where}: resumed weights differ"
+            assert found.skipped_infinite_gradient, f"{where}: an infinite gradient changed the weights"
+            for (name, rows), outcome in found.outcomes.items():
                 _, expected, start = models[name]
-                _compare(outcome, expected, start, where=where)
+                _compare(outcome, expected, start, where=f"{where}, {name}, {rows} rows a micro-batch")
 
 
 def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, where: str) -> None:

@@ -99,11 +99,10 @@ class AuthorsWay:
 
     def update(self, batch: TrainBatch) -> float:
         """One optimizer step; returns the gradient norm."""
-        parts = (batch.old_logp_BT, batch.advantage_BT, batch.pg_weight_BT, batch.entropy_weight_BT)
-        on_device = [part.to(self._device) for part in parts]
+        batch = batch.to(self._device)
         for packed in self._update_batches:
-            at = (packed.row_N, packed.column_N)
-            surrogate_loss(self._forward(packed), *(part[at] for part in on_device), spec=batch.loss).loss.backward()
+            terms = batch.terms_at((packed.row_N, packed.column_N))
+            surrogate_loss(self._forward(packed), terms, spec=batch.loss).loss.backward()
         return self._step()
 
     def _forward(self, batch: PackedRows) -> Tensor:

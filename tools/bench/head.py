@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.device import Timing, bench_device, free_memory, product_tflops, time_together
 from bench.machine import commit, hardware, versions
-from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
+from megatron_vppo.parallel.vocab_head import VocabHead
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -107,60 +107,55 @@ class Problem:
             return torch.randn(rows, sizes.hidden, generator=generator, device=device).to(dtype)
 
         self.chunk = sizes.chunk_tokens
-        self.hidden_NH, self.perturbed_hidden_NH = normal(sizes.positions), normal(sizes.positions)
-        self.weight_VH = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
+        self.hidden_Nh, self.perturbed_hidden_Nh = normal(sizes.positions), normal(sizes.positions)
+        self.weight_Vh = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
         self.targets_N = torch.randint(
             0, sizes.vocabulary, (sizes.positions,), generator=generator, device=device
         )  # fmt: skip
         self.grad_N = torch.randn(sizes.positions, generator=generator, device=device)
-        self.weight_grad_VH = torch.zeros(sizes.vocabulary, sizes.hidden, device=device)
-        """Where the optimizer sums, in float32."""
-        self.settings: dict[str, Any] = {
-            "group": None, "vocab_start": 0, "vocab_size": sizes.vocabulary, "temperature": TEMPERATURE,
-            "chunk_tokens": sizes.chunk_tokens,
-        }  # fmt: skip
+        self.head = VocabHead(self.weight_Vh, sizes.vocabulary, TEMPERATURE, sizes.chunk_tokens)
+        # The update adds the weight's gradient where the optimizer sums it, in float32.
+        trained_Vh, sum_Vh = (
+            self.weight_Vh.detach().requires_grad_(),
+            torch.zeros_like(self.weight_Vh, dtype=torch.float32),
+        )
+        self.trained_head = replace(self.head, weight_Vh=trained_Vh, weight_grad_Vh=sum_Vh)
 
     # ---- the head
 
     @torch.no_grad()
     def score(self) -> None:
-        token_logps(self.hidden_NH, self.weight_VH, self.targets_N, with_entropy=True, **self.settings)
+        self.head.token_logps(self.hidden_Nh, self.targets_N, with_entropy=True)
 
     def score_two_views(self) -> None:
-        score_two_views(
-            self.hidden_NH, self.perturbed_hidden_NH, self.weight_VH, self.targets_N, kind="kl_full", **self.settings
-        )
+        self.head.two_views(self.hidden_Nh, self.perturbed_hidden_Nh, self.targets_N, kind="kl_full")
 
     def update(self) -> None:
-        hidden_NH = self.hidden_NH.detach().requires_grad_()
-        weight_VH = self.weight_VH.detach().requires_grad_()
-        logp_N, _ = token_logps(
-            hidden_NH, weight_VH, self.targets_N, with_entropy=False, weight_grad_VH=self.weight_grad_VH,
-            **self.settings,
-        )  # fmt: skip
+        hidden_Nh = self.hidden_Nh.detach().requires_grad_()
+        logp_N, _ = self.trained_head.token_logps(hidden_Nh, self.targets_N, with_entropy=False)
         logp_N.backward(self.grad_N)
 
     # ---- its matrix products: the same chunks, results thrown away
 
     @torch.no_grad()
     def score_products(self) -> None:
-        for hidden_CH in self.hidden_NH.split(self.chunk):
-            hidden_CH @ self.weight_VH.T
+        for hidden_Uh in self.hidden_Nh.split(self.chunk):
+            hidden_Uh @ self.weight_Vh.T
 
     @torch.no_grad()
     def two_view_products(self) -> None:
-        for view_NH in (self.hidden_NH, self.perturbed_hidden_NH):
-            for hidden_CH in view_NH.split(max(1, self.chunk // 2)):
-                hidden_CH @ self.weight_VH.T
+        for view_Nh in (self.hidden_Nh, self.perturbed_hidden_Nh):
+            for hidden_Uh in view_Nh.split(max(1, self.chunk // 2)):
+                hidden_Uh @ self.weight_Vh.T
 
     @torch.no_grad()
     def update_products(self) -> None:
         """Logits twice, then the gradients of the hidden states and of the weight, in the model's dtype."""
         self.score_products()
-        for hidden_CH in self.hidden_NH.split(self.chunk):
-            logits_CV = hidden_CH @ self.weight_VH.T
-            logits_CV @ self.weight_VH
-            logits_CV.T @ hidden_CH
+        for hidden_Uh in self.hidden_Nh.split(self.chunk):
+            logits_UV = hidden_Uh @ self.weight_Vh.T
+            logits_UV @ self.weight_Vh
+            logits_UV.T @ hidden_Uh
 
 
 if __name__ == "__main__":

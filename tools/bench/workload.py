@@ -44,7 +44,7 @@ class Workload:
     def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
         """A perturbed picture has other values in training, not here; it is another picture for the model all the same.
 
-        A PatchSource, see megatron_vppo/parallel/batching.py.
+        Makes a workload the Pixels of megatron_vppo/parallel/batching.py.
         """
         return self.pixels[ref.row]
 
