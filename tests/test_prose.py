@@ -72,7 +72,6 @@ ALLOWED = {
 NAMESAKES = {
     "Section": "to be renamed",
     "VisionTower": "to be renamed",
-    "Split": "to be renamed",
     "Engine": "to be renamed",
 }
 """Classes that may share a name, with the reason."""

@@ -45,4 +45,4 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
             flag, nargs="+", choices=parts, default=[], metavar="PART", help=f"{text}; any of {', '.join(parts)}"
         )
     number("--rollout-tp", None, "GPUs of one vLLM engine (default: the fewest that fit)")
-    number("--answers", 16, "responses of full length that an engine must hold at once")
+    number("--answers", 16, "sequences of full length, prompt and response, that an engine must hold at once")

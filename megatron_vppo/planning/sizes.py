@@ -1,4 +1,4 @@
-"""The numbers that memory depends on, from a model's configuration and its weight map."""
+"""The numbers that memory depends on, read from a model's configuration and its weight map."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def vision_sizes(hf_config: HfConfig) -> VisionSizes:
 
 
 def parameter_count(entries: Sequence[Entry]) -> int:
-    """Values of the whole model; a tied output layer is one with the embedding."""
+    """The values of the whole model. A tied output layer is counted once, as the embedding."""
     return sum(math.prod(shape) for entry in stream_entries(entries) for shape in entry.kind.hf_shapes())
 
 
@@ -59,11 +59,13 @@ def stage_values(
     tensor: int,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageValues:
-    """What one rank of a pipeline stage holds, parameter by parameter.
+    """Counts the values that one rank of a pipeline stage holds, parameter by parameter.
 
     Args:
         entries: the model's weight map.
-        frozen: parts that are not trained.
+        stage_layers: language layers of each pipeline stage.
+        tensor: tensor-parallel ranks.
+        frozen: parts of the model that are not trained.
     """
     mine = stage_entries(entries, stage_layers=stage_layers, stage=stage)
     tied = {name for entry in entries if entry.copy for name in entry.hf_names} if len(stage_layers) > 1 else set()
