@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ("megatron_vppo", "tools", "checkpoints_conversion")
 
 NOT_YET = (
-    "megatron_vppo/algorithm/",
     "megatron_vppo/cli/",
     "megatron_vppo/config/",
     "megatron_vppo/conversion/",
@@ -28,7 +27,6 @@ NOT_YET = (
     "megatron_vppo/fidelity/",
     "megatron_vppo/models/",
     "megatron_vppo/observability/",
-    "megatron_vppo/parallel/",
     "megatron_vppo/planning/",
     "megatron_vppo/rollout/",
     "megatron_vppo/setup/",

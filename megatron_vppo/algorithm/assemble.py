@@ -1,6 +1,6 @@
 """From graded responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
 
-Shape suffix legend: B = responses (of the step, or of one mini-batch), T = response tokens (right-padded).
+Shape suffix legend: B = responses of the step or of one mini-batch; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm import dependency as dependency_kinds
 from megatron_vppo.algorithm.advantages import group_advantages
+from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.reference_split import emulated_split
@@ -25,16 +25,16 @@ from megatron_vppo.algorithm.types import GradedResponse, LossSpec, Response, Sc
 
 @dataclass(frozen=True, slots=True)
 class VppoRecord:
-    """What VPPO decided about one mini-batch, for the log and the report."""
+    """VPPO's decisions about one mini-batch, for the log and the report."""
 
     dependency_BT: Tensor | None
-    """fp32 nats; 0.0 where padded and for rows without an image; None where nothing asked for it."""
+    """fp32 nats; 0.0 where padded and for rows without an image. None if neither filter nor shaping needs it."""
     token_mask_BT: Tensor
     """fp32; 1.0 on tokens that carry policy gradient."""
     scale_B: Tensor
-    """fp32; alpha of each response, before the rule for negative advantages."""
+    """fp32; the alpha of each response, before the rule for negative advantages."""
     dependency_mean_B: Tensor | None
-    """fp32 nats; mean dependency of each response."""
+    """fp32 nats; the mean dependency of each response."""
     group_advantage_B: Tensor
     """fp32; before shaping."""
 
@@ -57,18 +57,20 @@ def assemble(
 ) -> list[Minibatch]:
     """Splits a step's responses, in order, into optimizer mini-batches with all weights of their loss.
 
-    With the scopes 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size, which only the
-    authors' scopes look at.
+    Under the shaping scope 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size. Only
+    the authors' scopes look at them.
 
     Args:
-        graded: the responses of the step; those of one group next to each other.
-        scores: of these rows, T at least the longest response.
+        graded: the responses of the step; the responses of a group lie next to each other.
+        scores: the scores of these responses; T is at least the longest response.
         responses_per_minibatch: rows per optimizer step; the last mini-batch takes what is left.
-        data_parallel_size, micro_batch_size: layout of the update, emulated for the scopes 'device_minibatch' (unless
-            settings.reference_devices says otherwise) and 'microbatch'.
+        data_parallel_size: devices of the update. The scope 'device_minibatch' emulates that many, unless
+            settings.reference_devices says otherwise.
+        micro_batch_size: rows per micro-batch of the update. The scope 'microbatch' emulates such micro-batches.
 
     Raises:
-        ValueError: rows and scores do not match, a second view or a divergence is missing, or a group has one response.
+        ValueError: rows and scores do not match, the perturbed view or a divergence is missing, or a group has one
+            response.
         RuntimeError: the scores hold NaN or infinity.
     """
     responses = tuple(item.response for item in graded)
@@ -81,7 +83,7 @@ def assemble(
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
     reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
-    # Over the whole step: a group's baseline does not change where a mini-batch boundary falls.
+    # Over the whole step, so that a mini-batch boundary within a group does not change the group's baseline.
     advantage_B = group_advantages(reward_B, group_B).to(device)
     dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
     minibatches = []
@@ -105,7 +107,7 @@ def assemble(
 def visual_dependency(
     responses: Sequence[Response], scores: Scores, mask_BT: Tensor, *, settings: VppoSettings
 ) -> Tensor | None:
-    """[B, T] fp32 nats, of the kind that the settings ask for; None where neither filter nor shaping uses it.
+    """The dependency [B, T] in fp32 nats, of the kind that is set; None if neither filter nor shaping needs it.
 
     Rows without an image have dependency zero: there is nothing to perturb.
     """
@@ -114,7 +116,7 @@ def visual_dependency(
     if settings.dependency == "k3_sampled":
         if scores.perturbed_logp_BT is None:
             raise ValueError("dependency 'k3_sampled' needs perturbed_logp_BT: score both views of every response")
-        dependency_BT = dependency_kinds.k3_sampled(
+        dependency_BT = k3_sampled(
             scores.old_logp_BT, scores.perturbed_logp_BT, mask_BT, expm1=settings.dependency_expm1
         )
     else:
@@ -210,15 +212,16 @@ def _scale(
     counted_B = trained_BT.sum(1) > 0
     if settings.text_only_rows == "bypass":
         counted_B &= _has_image(responses).to(counted_B.device)
-    device_B, micro_batch_B = emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
+    device_B, micro_batch_B = (
+        number_B.to(counted_B.device)
+        for number_B in emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
+    )
     return trajectory_scale(
         dependency_mean_B,
         counted_B,
         scale_min=settings.advantage_scaling_min,
-        min_scope_B=device_B.to(dependency_mean_B.device) if settings.shaping_min_scope == "device_minibatch" else None,
-        mean_scope_B=micro_batch_B.to(dependency_mean_B.device)
-        if settings.shaping_mean_scope == "microbatch"
-        else None,
+        min_scope_B=device_B if settings.shaping_min_scope == "device_minibatch" else None,
+        mean_scope_B=micro_batch_B if settings.shaping_mean_scope == "microbatch" else None,
     )
 
 
@@ -227,9 +230,9 @@ def _has_image(responses: Sequence[Response]) -> Tensor:
 
 
 def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:
-    """[B] 1.0 for responses that are trained on; truncated ones are left out by truncated_responses 'mask'."""
-    cut = settings.truncated_responses == "mask"
-    return torch.tensor([0.0 if cut and r.finish_reason == "length" else 1.0 for r in responses])
+    """[B] 1.0 for responses that are trained on; truncated_responses='mask' leaves out truncated ones."""
+    masks_truncated = settings.truncated_responses == "mask"
+    return torch.tensor([0.0 if masks_truncated and r.finish_reason == "length" else 1.0 for r in responses])
 
 
 def _rollout_logps(responses: Sequence[Response], *, width: int) -> Tensor:

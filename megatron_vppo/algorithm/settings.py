@@ -60,5 +60,5 @@ class VppoSettings:
 
     @property
     def needs_dependency(self) -> bool:
-        """Whether the perturbed view has to be scored at all."""
+        """True if the perturbed view has to be scored at all."""
         return self.use_vppo_on_perception or self.use_advantage_shaping

@@ -45,7 +45,7 @@ class View:
     row: int
     """The response's row in the mini-batch."""
     perturb: PerturbKey | None
-    """How its images are perturbed. None: they are not."""
+    """The perturbation of its images. None: they are shown as they are."""
     counted: bool = True
     """False: the view only runs so that this rank takes part in the others' schedule; it has no response tokens."""
 
@@ -99,7 +99,7 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How many ranks share a micro-batch, and which one this is."""
+    """The ranks that share a micro-batch, and this rank's place among them."""
 
     context: int
     context_rank: int

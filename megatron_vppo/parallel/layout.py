@@ -1,7 +1,7 @@
 """Sizes and process groups of a run: checked once, built once, passed as arguments to everything below.
 
-Megatron still reads its own globals in places (the optimizer, distributed checkpoints), so the groups are Megatron's
-`parallel_state`, filled here and nowhere else.
+Megatron still reads its own globals in places (the optimizer, distributed checkpoints). So the groups are those of
+Megatron's `parallel_state`, which is filled here and nowhere else.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from megatron_vppo.parallel.cpu_support import enable_cpu
 
 @dataclass(frozen=True)
 class Layout:
-    """Who this rank is. Rank = ((pipeline_rank * data + data_rank) * context + context_rank) * tensor + tensor_rank."""
+    """The sizes of the run and this rank's place in it.
+
+    rank = ((pipeline_rank * data + data_rank) * context + context_rank) * tensor + tensor_rank
+    """
 
     tensor: int
     context: int
     pipeline: int
     data: int
-    """Sizes; their product is the number of ranks."""
+    """The numbers of ranks along each axis; their product is the number of all ranks."""
     rank: int
     tensor_rank: int
     context_rank: int
@@ -39,6 +42,8 @@ class Layout:
     device: torch.device
     groups: ProcessGroupCollection
     vision_groups: VisionGroups
+    vision_split: VisionSplit
+    """The split in force. It is 'tensor' if there is one tensor-parallel rank: nothing is split then."""
 
     @property
     def world_size(self) -> int:
@@ -65,16 +70,17 @@ def init_layout(
 ) -> Layout:
     """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
 
-    A default group that exists already is used as it is. Gloo on machines without CUDA, NCCL with CUDA.
+    Ranks talk over gloo on machines without CUDA and over NCCL with CUDA. A default group that exists already is used
+    as it is.
 
     Args:
-        data: None: whatever the ranks leave.
+        data: the data-parallel size. None: the number of ranks divided by the other sizes.
         virtual_stages: pipeline stages that each rank holds.
         vision_split: see ModelOptions.
-        timeout_seconds: how long a collective waits for the slowest rank before the run fails.
+        timeout_seconds: the time that a collective waits for the slowest rank before the run fails.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of ranks.
+        ValueError: the product of the sizes is not the number of ranks.
     """
     on_cpu = enable_cpu()
     if not on_cpu:
@@ -111,12 +117,16 @@ def init_layout(
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         groups=groups,
         vision_groups=_vision_groups(groups, vision_split),
+        vision_split="tensor" if tensor == 1 else vision_split,
     )
 
 
 def _vision_groups(groups: ProcessGroupCollection, split: VisionSplit) -> VisionGroups:
     if groups.cp.size() == 1 and (split == "tensor" or groups.tp.size() == 1):
         return VisionGroups(tower=groups, images=groups.cp, gradients=groups.cp)
+    # With 'tensor' the tower is split over the tensor-parallel ranks as the language model is, and the context-parallel
+    # ranks share the images. With 'images' every rank holds a whole tower, and all ranks of a replica's stage share the
+    # images. Either way each image is seen by one tower, whose context-parallel group is therefore a single rank.
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     tower = copy.copy(groups)
     tower.cp = alone
@@ -126,7 +136,7 @@ def _vision_groups(groups: ProcessGroupCollection, split: VisionSplit) -> Vision
 
 
 def destroy_layout() -> None:
-    """Gives back the process groups, the default one included; a new layout may follow."""
+    """Destroys the process groups, the default one included; a new layout may follow."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()

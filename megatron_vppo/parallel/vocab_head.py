@@ -65,8 +65,8 @@ class VocabHead:
     banned_ids: tuple[int, ...] = ()
     """Tokens that cannot be sampled: probability and gradient are zero, the others share the whole."""
     weight_grad_Vh: Tensor | None = None
-    """Where the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32 (float64 for a
-    float64 weight). Autograd then gets none. None: autograd gets it."""
+    """The tensor to which the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32
+    (float64 for a float64 weight). Autograd then gets none. None: autograd gets it."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are not positive and for a gradient that does not fit the weight."""

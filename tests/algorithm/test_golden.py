@@ -116,7 +116,7 @@ def test_shared_example_shaping() -> None:
     dependency_mean_B = dependency_means(shared_dependency(), e.wide_mask_BT)
     torch.testing.assert_close(dependency_mean_B, torch.tensor(g4["S"]), rtol=0, atol=PRINTED)
     scale = trajectory_scale(dependency_mean_B, torch.tensor([True, True]), scale_min=0.9)
-    assert (scale.min_scores, scale.max_scores) == ((g4["gmin"],), (g4["gmax"],))
+    assert (scale.smallest_means, scale.largest_means) == ((g4["gmin"],), (g4["gmax"],))
     assert scale.target_maxima == (g4["target_max"],)
     torch.testing.assert_close(scale.scale_B, torch.tensor(g4["alpha"]), rtol=0, atol=PRINTED)
     shaped_BT = shape_advantages(e.advantage_B, scale.scale_B, negative="same")[:, None] * e.wide_mask_BT

@@ -50,7 +50,7 @@ def _rank(rank: int, world: int, folders: dict[str, Path], checkpoints: Path) ->
 def _other_parts_are_refused(folder: Path, layout: Layout, checkpoints: Path) -> None:
     """The optimizer has no state for what was frozen."""
     policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM, options=ModelOptions())
-    with pytest.raises(ValueError, match=r"'freeze': \['projector', 'vision_tower'\].*set the same to go on"):
+    with pytest.raises(ValueError, match=r"'freeze': \['projector', 'vision_tower'\].*set the same to continue"):
         load_checkpoint(checkpoints, step=2, trainable=policy.trainable, layout=layout)
 
 
