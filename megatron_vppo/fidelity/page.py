@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from megatron_vppo.observability import report as report_of_run
 from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.report.charts import frame_html
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
@@ -35,7 +36,7 @@ def write_fidelity_page(report: Report, path: Path) -> None:
 
 def render_fidelity(report: Report) -> str:
     """The page as one HTML document."""
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    style = files(report_of_run).joinpath("page.css").read_text(encoding="utf-8")
     title = f"{precision(report)} against {report['baseline_dtype']}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
