@@ -1,4 +1,4 @@
-"""The records that the stages of a training step hand to each other.
+"""The records that the phases of a training step hand to each other.
 
 Records are built once, when every field is known, and never edited. They are light (token ids, log-probs, references to
 images; never pixels), so every rank holds all of them, and every rank computes the algorithm's statistics on the same

@@ -26,9 +26,9 @@ from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.vocab_head import VocabHead
 
 ReadHidden = Callable[[ResponseBatch, Tensor], None]
-"""(micro-batch, hidden states [C, 1, h] after the final norm); called on the last stage."""
+"""(micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
 LossOf = Callable[[ResponseBatch, Tensor], Tensor]
-"""The same, to the micro-batch's loss: a scalar with gradient."""
+"""(micro-batch, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last stage."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class PolicySettings:
 
 
 class ScheduleRunner:
-    """Runs micro-batches through the stages of a model. Every method is a collective over all trainer ranks."""
+    """Runs micro-batches through the stages of a model.
+
+    `forward` and `forward_backward` are collectives over all trainer ranks.
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class ScheduleRunner:
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
     def micro_batches(self, responses: Sequence[Response], *, rows_each: int) -> list[Sequence[int]]:
-        """This rank's rows. Neighbours stay together: responses to a prompt share one vision forward of its images."""
+        """Cuts this rank's rows into micro-batches. Neighbours stay together: responses to a prompt share its images."""
         rows = rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
         return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
 
@@ -104,8 +107,8 @@ class ScheduleRunner:
         """The vocabulary head of the last stage.
 
         Args:
-            trained: a backward pass will follow. It adds the weight's gradient to Megatron's `main_grad`, where the
-                optimizer sums, without a copy in the model's dtype in between.
+            trained: a backward pass follows. It adds the weight's gradient to Megatron's `main_grad`, the optimizer's
+                own sum, without a copy in the model's dtype in between.
         """
         weight_Vh = self.stages[-1].head_weight_Vh()
         return VocabHead(
