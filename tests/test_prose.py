@@ -48,6 +48,8 @@ WORDS = {
     r"scored responses?": "graded response",
     r"anew": "again, or a verb with re-",
     r"but for": "except for",
+    r"beside": "next to, or besides",
+    r"so many": "a number, or as many as",
     r"spec \d[\d.]*": "a file, an equation of the paper or a section of docs/",
 }
 """Words that prose does not use, as patterns, with what it says instead."""
