@@ -1,7 +1,7 @@
 """From one command to a process per trainer rank.
 
 Ranks that `srun` has started get their numbers here; a launcher that writes and submits SLURM batch scripts would be a
-command of its own, with a room `launching/` beside `trainer/`.
+command of its own, with a room `launching/` next to `trainer/`.
 """
 
 from __future__ import annotations

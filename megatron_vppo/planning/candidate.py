@@ -112,7 +112,7 @@ class PlanRequest:
 
 @dataclass(frozen=True)
 class EngineShare:
-    """A rollout engine beside the trainer."""
+    """A rollout engine that shares its GPUs with the trainer."""
 
     tensor: int
     """GPUs of the engine."""

@@ -1,4 +1,4 @@
-"""The share of a GPU that a rollout engine gets beside the trainer, and the numbers of GPUs that an engine can have."""
+"""The share of a GPU that the trainer leaves to a rollout engine, and the numbers of GPUs that an engine can have."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_logger_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown logger 'wandbb' in trainer\.loggers: use swanlab, wandb"):
+    with pytest.raises(ValueError, match=r"trainer\.loggers names 'wandbb', which is not one of swanlab, wandb"):
         RunLog(tmp_path, loggers=("wandbb",))
 
 
