@@ -99,7 +99,7 @@ class ScheduleRunner:
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
     def micro_batches(self, responses: Sequence[Response], *, rows_each: int) -> list[Sequence[int]]:
-        """Cuts this rank's rows into micro-batches. Neighbours stay together: responses to a prompt share its images."""
+        """Cuts this rank's rows into micro-batches. Neighbours stay together: responses to a prompt share images."""
         rows = rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
         return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
 
