@@ -1,9 +1,11 @@
-"""The vocabulary head beside its own matrix products: scoring of one view, of two, and the update, as one JSON object.
+"""Times the vocabulary head against its matrix products alone: one view, two views and the update, as one JSON object.
 
     python tools/bench/head.py [--positions 8192] [--chunk-tokens 4096] [--seconds-per-case 5]
 
-On a GPU by default in the sizes of Qwen2.5-VL-7B and bfloat16, on a CPU small and in float32. What the numbers mean:
-tools/bench/README.md.
+The default on a GPU is bfloat16 in the sizes of Qwen2.5-VL-7B, on a CPU a small case in float32. tools/bench/README.md
+explains the numbers.
+
+Shape suffix legend: N = response tokens; V = vocabulary rows; U = positions of one chunk; h = hidden size.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ TEMPERATURE = 1.0
 @dataclass(frozen=True)
 class Sizes:
     positions: int
-    """Response tokens of a micro-batch."""
+    """The response tokens of a micro-batch."""
     vocabulary: int
     hidden: int
     chunk_tokens: int
@@ -97,7 +99,7 @@ def _report(timings: dict[str, Timing], flops: int) -> dict[str, Any]:
 
 
 class Problem:
-    """Random hidden states and weights, and what is done with them; legend as in megatron_vppo's vocab_head.py."""
+    """Random hidden states and weights, the head on them, and its matrix products."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -121,7 +123,7 @@ class Problem:
         )
         self.trained_head = replace(self.head, weight_Vh=trained_Vh, weight_grad_Vh=sum_Vh)
 
-    # ---- the head
+    # --- The head -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(self) -> None:
@@ -135,7 +137,7 @@ class Problem:
         logp_N, _ = self.trained_head.token_logps(hidden_Nh, self.targets_N, with_entropy=False)
         logp_N.backward(self.grad_N)
 
-    # ---- its matrix products: the same chunks, results thrown away
+    # --- Its matrix products: the same chunks, results dropped --------------------------------------------------------
 
     @torch.no_grad()
     def score_products(self) -> None:
@@ -150,7 +152,7 @@ class Problem:
 
     @torch.no_grad()
     def update_products(self) -> None:
-        """Logits twice, then the gradients of the hidden states and of the weight, in the model's dtype."""
+        """Computes logits twice, then the gradients of hidden states and weight in the model's dtype."""
         self.score_products()
         for hidden_Uh in self.hidden_Nh.split(self.chunk):
             logits_UV = hidden_Uh @ self.weight_Vh.T

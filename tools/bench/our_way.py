@@ -81,15 +81,15 @@ class OurWay:
         )
 
     def score(self) -> Scores:
-        """Both views of every row."""
+        """Scores both views of every row."""
         return self._policy.score(self._workload.responses, step=STEP, views="both")
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         return self._policy.update(batch)
 
     def close(self) -> None:
-        """Gives the memory of weights, gradients and optimizer back. Dropping the policy does not: Megatron's wrapper
-        is never collected, and holds them.
+        """Frees the memory of weights, gradients and optimizer. Dropping the policy is not enough, because Megatron's
+        wrapper holds them and is never collected.
         """
         for stage in self._policy.trainable.stages:
             drop_fp8_copies(stage)
