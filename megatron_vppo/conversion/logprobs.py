@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 from megatron_vppo.weights.load import load_weights
@@ -77,7 +76,7 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
     sampled: list[Tensor] = []
     if with_vllm:
         rows, sampled = _answers_of_vllm(source, rows, hf_config, dtype=dtype)
-    with _alone() as layout:
+    with single_rank() as layout:
         reference = _transformers_logps(source, rows, hf_config, layout=layout, dtype=dtype)
         gc.collect()
         ours = _megatron_logps(converted, rows, hf_config, layout=layout, dtype=dtype)
@@ -89,14 +88,6 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
         for engines, left, right in pairs
         for number, (a, b) in enumerate(zip(left, right, strict=True))
     ], TOLERANCE[dtype]
-
-
-@contextmanager
-def _alone() -> Iterator[Layout]:
-    try:
-        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
-    finally:
-        destroy_layout()
 
 
 def _rows(processor: Any) -> list[Row]:

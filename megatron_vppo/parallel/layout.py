@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -142,9 +145,28 @@ def destroy_layout() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def single_rank(*, backend: Literal["gloo", "nccl"] | None = None) -> Iterator[Layout]:
+    """Gives this process a layout of its own, whatever a launcher has set; it is given back at the end of the block.
+
+    Args:
+        backend: the backend of the process groups; None: NCCL with CUDA, Gloo without.
+    """
+    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    _init_world_of_one(chosen, timeout=timedelta(seconds=60))
+    try:
+        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
+    finally:
+        destroy_layout()
+
+
 def _init_default_group(*, on_cpu: bool, timeout: timedelta) -> None:
     backend = "gloo" if on_cpu else "nccl"
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _init_world_of_one(backend, timeout=timeout)
+
+
+def _init_world_of_one(backend: str, *, timeout: timedelta) -> None:
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

@@ -94,26 +94,26 @@ def _check_files(dist_ckpt: Path, metadata: Metadata) -> None:
 
 
 def check_stored(
-    dist_ckpt: Path, metadata: Metadata, *, key: str, size: Shape, tokens: int | None
+    dist_ckpt: Path, metadata: Metadata, *, key: str, size: Shape, unpadded_rows: int | None
 ) -> TensorStorageMetadata:
-    """The description of one tensor, checked against the model.
+    """Returns the description of one tensor, after checking it against the model.
 
     Args:
-        size: of the whole tensor as the model has it.
-        tokens: rows of the vocabulary without padding, which may be padded otherwise than in the model; None: `key` is
-            no table of tokens.
+        key: the name of the tensor in the checkpoint.
+        size: the shape of the whole tensor as the model has it.
+        unpadded_rows: see `Kind`: such a tensor may have been padded for another number of ranks than the model's.
 
     Raises:
-        ValueError: it is missing or has another shape.
+        ValueError: it is missing, has another shape, or is not stored as weights are.
     """
     found = metadata.state_dict_metadata.get(key)
     if not isinstance(found, TensorStorageMetadata):
         raise ValueError(f"{dist_ckpt} lacks the tensor {key}; does config.json belong to these weights?")
-    if tokens is not None:
+    if unpadded_rows is not None:
         # Written by n tensor-parallel ranks it is padded to a multiple of n, and consists of n blocks of rows.
-        rows = {tokens, padded_vocabulary(tokens, len(found.chunks))}
+        rows = {unpadded_rows, padded_vocabulary(unpadded_rows, len(found.chunks))}
         fits = found.size[0] in rows and tuple(found.size[1:]) == size[1:]
-        size = (tokens, *size[1:])
+        size = (unpadded_rows, *size[1:])
     else:
         fits = tuple(found.size) == size
     if not fits:

@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
 from megatron_vppo.weights.hf_folder import has_hf_weights
-from megatron_vppo.weights.kinds import Vocabulary
+from megatron_vppo.weights.kinds import stage_entries
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
 
@@ -56,11 +56,17 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     metadata = read_metadata(dist_ckpt)
     parameters = dict(model.named_parameters())
     sharded = {name: item for name, item in model.sharded_state_dict().items() if name in parameters}
-    tokens = next(entry.kind.tokens for entry in model.weight_map if isinstance(entry.kind, Vocabulary))
-    for item in sharded.values():
-        for part in sharded_parts(item):
-            rows = tokens if part.allow_shape_mismatch else None
-            check_stored(dist_ckpt, metadata, key=part.key, size=part.global_shape, tokens=rows)
+    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage)
+    kinds = {entry.local_name(model.stage_layers): entry.kind for entry in entries}
+    for name, item in sharded.items():
+        for block in sharded_blocks(item):
+            check_stored(
+                dist_ckpt,
+                metadata,
+                key=block.key,
+                size=block.global_shape,
+                unpadded_rows=kinds[name].unpadded_rows,
+            )
     for entry in model.weight_map:
         if entry.copy and entry.template in metadata.state_dict_metadata:
             raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
@@ -70,8 +76,8 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
         parameter.copy_(loaded[name])  # onto itself, where Megatron could fill the tensor that it was given
 
 
-def sharded_parts(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The blocks of rows in which Megatron stores a parameter: one, but for a gated projection."""
+def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """Returns the blocks of rows in which Megatron stores a parameter: two for a gated projection, else one."""
     if not isinstance(item, ShardedTensorFactory):
         return [item]
     built = item.build()

@@ -35,21 +35,21 @@ STOPPING = """
 import sys, time
 from megatron_vppo.cli.main import main
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion import hf_files
+from megatron_vppo.weights.hf_folder import FileTensor
 
-put, done = hf_files._put, []
+write, done = FileTensor.write_rows, []
 
-def put_once(*arguments, **options):
+def write_once(*arguments, **options):
     if done:
         time.sleep(300)
-    done.append(put(*arguments, **options))
+    done.append(write(*arguments, **options))
 
 def stop(progress, num_bytes):
     print("in the middle", flush=True)
     time.sleep(300)
 
 ByteProgress.add = stop
-hf_files._put = put_once
+FileTensor.write_rows = write_once
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))
 """

@@ -30,7 +30,7 @@ from transformers import Qwen2_5_VLConfig
 
 from bench.machine import commit, hardware, stolen_seconds, versions
 from bench.resident import TreeSampler
-from megatron_vppo.conversion.hf_files import lay_out
+from megatron_vppo.conversion.hf_writer import lay_out
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.weights.hf_folder import raw_bytes
 from megatron_vppo.weights.kinds import stream_entries

@@ -1,0 +1,88 @@
+"""What each kind says of itself, against what its `shard` does for every number of ranks."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.weights.kinds import FusedQKV, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary, whole
+
+KINDS: dict[str, Kind] = {
+    "whole": whole(6, 4),
+    "reshaped": Replicated(hf_shape=(6, 2, 2), shape=(6, 4)),
+    "columns of a weight": Split((6, 4), 1),
+    "rows of a weight": Split((6, 4), 0),
+    "rows of a bias": Split((6,), 0),
+    "gated": Gated(6, (2,)),
+    "grouped QKV": GroupedQKV(heads=12, kv_heads=6, head_dim=2, tail=(3,)),
+    "one key-value head": GroupedQKV(heads=3, kv_heads=1, head_dim=2, tail=(3,)),
+    "fused QKV": FusedQKV(heads=4, head_dim=2, tail=(3,)),
+    "bias of one fused head": FusedQKV(heads=1, head_dim=4, tail=()),
+    "vocabulary": Vocabulary(6, 3),
+}
+EVERY_SIZE = range(1, 15)
+
+
+def tensors_of(kind: Kind) -> list[Tensor]:
+    """Hugging Face tensors in which no value occurs twice, and none is the zero of padding."""
+    numbers = itertools.count(1)
+    return [
+        torch.tensor([float(next(numbers)) for _ in range(torch.Size(shape).numel())]).reshape(shape)
+        for shape in kind.hf_shapes()
+    ]
+
+
+def shards_of(kind: Kind, size: int) -> list[Tensor] | None:
+    """The parameter of every rank; None where the kind refuses this number of ranks."""
+    try:
+        return [kind.shard(tensors_of(kind), rank=rank, size=size) for rank in range(size)]
+    except ValueError:
+        return None
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
+
+
+def test_rows_are_stacked_where_the_kind_says_so(kind: Kind) -> None:
+    parameter = kind.shard(tensors_of(kind), rank=0, size=1)
+    rows = [row for tensor in tensors_of(kind) for row in tensor]
+    stacked = len(rows) == len(parameter) and all(map(torch.equal, rows, parameter))
+    assert kind.stacks_rows == stacked
+
+
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shards_are_the_blocks_of_rows_that_the_kind_says(kind: Kind, size: int) -> None:
+    shards = shards_of(kind, size)
+    together = None if shards is None else torch.cat(shards)
+    parameter = kind.shard(tensors_of(kind), rank=0, size=1)
+    are_blocks = together is not None and torch.equal(together, parameter)
+    assert are_blocks == (kind.row_blocks % size == 0)
+
+
+def test_only_what_may_be_padded_ever_is(kind: Kind) -> None:
+    rows = len(kind.shard(tensors_of(kind), rank=0, size=1))
+    padded = any(
+        bool((shard == 0).any()) for size in EVERY_SIZE if (shards := shards_of(kind, size)) for shard in shards
+    )
+    assert kind.unpadded_rows == (rows if padded else None)
+
+
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shards_have_the_shape_that_the_kind_says_and_merge_again(kind: Kind, size: int) -> None:
+    shards = shards_of(kind, size)
+    if shards is None:
+        return
+    assert {tuple(shard.shape) for shard in shards} == {kind.local_shape(size)}
+    merged = list(kind.merge(torch.stack(shards)))
+    assert all(torch.equal(a, b) for a, b in zip(merged, tensors_of(kind), strict=True))
+
+
+def test_some_sizes_are_refused() -> None:
+    refused = {name: [size for size in EVERY_SIZE if shards_of(kind, size) is None] for name, kind in KINDS.items()}
+    assert refused["whole"] == refused["vocabulary"] == []
+    assert refused["grouped QKV"] == [size for size in EVERY_SIZE if size not in (1, 2, 3, 6)]
