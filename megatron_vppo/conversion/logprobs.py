@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
+from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import vision_token_ids
-from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.read_config import read_hf_config
@@ -179,14 +179,14 @@ def _megatron_logps(
         hf_config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype, device=layout.device
     ).eval()
     load_weights(model, converted)
+    positions = family_of(hf_config).positions(hf_config)
     results = []
     for row in rows:
         ids = [*row.prompt_ids, *row.answer_ids]
         ids_T = torch.tensor(ids, device=layout.device)
-        merge = hf_config.vision_config.spatial_merge_size
         grids = (row.grid,) if row.grid else ()
         image_tokens_I = (ids_T == hf_config.image_token_id).nonzero()[:, 0]
-        positions_3T = mrope_positions(ids, grids, image_token_id=hf_config.image_token_id, merge_size=merge)
+        positions_3T = positions(ids, grids)
         batch = PackedBatch(
             token_ids_K=ids_T,
             positions_3K=positions_3T.to(layout.device),

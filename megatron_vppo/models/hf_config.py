@@ -1,4 +1,4 @@
-"""What every file knows of a model's transformers configuration."""
+"""A model's configuration in transformers, and two values read from it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ VISION_TOKENS = (
 """Configuration fields of the tokens that must not be sampled: the next forward pass would look for their pixels."""
 
 
-def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
-    """Of a model's transformers configuration."""
+def vision_token_ids(hf_config: HfConfig) -> tuple[int, ...]:
+    """The ids of the tokens in VISION_TOKENS that the configuration has."""
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
 
 

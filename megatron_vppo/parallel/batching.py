@@ -7,7 +7,7 @@ context-parallel rank; I = image tokens among K; P = patches; D = values of a pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
+from megatron_vppo.models.family import PositionFn
 from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
@@ -22,9 +23,6 @@ from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.balancing import assign_to_ranks
 
 _PADDING_TOKEN = 0
-
-PositionFn = Callable[[Sequence[int], Sequence[tuple[int, int, int]]], Tensor]
-"""(token ids, image grids) -> int64 [3, L] rotary positions."""
 
 
 class Pixels(Protocol):
@@ -159,6 +157,7 @@ class Packer:
         ]
         if packing.ends_in_filler:
             sequences.append(_filler(packing.lengths[-1]))
+        images_of_ranks = assign_images(tuple(images.grids), ranks=self.split.image_ranks)
         token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
         return ResponseBatch(
             packed=PackedBatch(
@@ -167,21 +166,18 @@ class Packer:
                 packing=packing,
                 image_token_index_I=(token_ids_K == self.image_token_id).nonzero()[:, 0].to(self.device),
                 image_feature_index_I=_concatenated([i for s in sequences for i in s.features]).to(self.device),
-                pixels_PD=self._own_pixels(images),
+                pixels_PD=self._pixels_of(images, images_of_ranks[self.split.image_rank]),
                 grids_thw=tuple(images.grids),
+                images_of_ranks=images_of_ranks,
             ),
             tokens=_response_tokens(sequences, packing, self.split).to(self.device),
         )
 
-    def _own_pixels(self, images: _Images) -> Tensor | None:
-        """Patches of the images that are this rank's; none of them if there are fewer images than ranks.
-
-        The model assigns images to ranks by the same function of the same grids, so both know whose are whose.
-        """
+    def _pixels_of(self, images: _Images, own_images: Sequence[int]) -> Tensor | None:
+        """Patches of this rank's images, given by their numbers; no rows if there are fewer images than ranks."""
         if self.pixels is None or not images.grids:
             return None
-        mine = assign_images(tuple(images.grids), ranks=self.split.image_ranks)[self.split.image_rank]
-        patches = [self.pixels.patches(*images.keys[number]) for number in mine]
+        patches = [self.pixels.patches(*images.keys[number]) for number in own_images]
         return (torch.cat(patches) if patches else torch.zeros(0, 0)).to(self.device)
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
+from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.batching import BatchSplit, Packer, Pixels, ResponseBatch, View, rows_of_rank
@@ -72,12 +72,11 @@ class ScheduleRunner:
         self.layout = layout
         self.settings = settings
         self._vocab_size = hf_config.text_config.vocab_size
-        image_token_id, merge_size = hf_config.image_token_id, hf_config.vision_config.spatial_merge_size
         self._packer = Packer(
             pixels=pixels if layout.is_first_stage else None,
-            positions=partial(mrope_positions, image_token_id=image_token_id, merge_size=merge_size),
-            image_token_id=image_token_id,
-            merge_size=merge_size,
+            positions=family_of(hf_config).positions(hf_config),
+            image_token_id=hf_config.image_token_id,
+            merge_size=hf_config.vision_config.spatial_merge_size,
             split=BatchSplit(
                 context=layout.context,
                 context_rank=layout.context_rank,

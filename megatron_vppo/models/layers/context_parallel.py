@@ -1,7 +1,19 @@
 """Context parallelism: which tokens of packed sequences each rank works on.
 
-Every sequence is cut into twice as many chunks as there are ranks, and each rank takes one from the front and one from
-the back: its queries then meet as many keys as those of any other rank. Shape suffix legend: T = tokens of one rank.
+Shape suffix legend: C = tokens of one context-parallel rank.
+
+Every sequence is cut into twice as many chunks as there are ranks. Rank r holds chunk r and chunk 2 * size - 1 - r. Two
+ranks, a sequence of 8 tokens and one of 4:
+
+    packed tokens   0  1 | 2  3 | 4  5 | 6  7 || 8 | 9 | 10 | 11
+    chunk             0      1      2      3     0   1    2    3
+    held by rank      0      1      1      0     0   1    1    0
+
+    rank 0: tokens 0 1 6 7 8 11        rank 1: tokens 2 3 4 5 9 10
+
+Attention is causal: a query meets the keys before it, so late chunks cost more than early ones. A chunk from the front
+and its mirror image from the back together cost the same for every rank. In the first sequence, rank 0 meets 1 + 2 + 7
++ 8 keys and rank 1 meets 3 + 4 + 5 + 6, both 18. Two halves would cost 10 and 26.
 """
 
 from __future__ import annotations
@@ -17,13 +29,13 @@ from megatron_vppo.models.layers.packing import Packing
 
 
 def chunks_of_rank(*, rank: int, size: int) -> tuple[int, int]:
-    """The two chunks of each sequence, out of 2 * size."""
+    """The numbers of a rank's two chunks of each sequence, out of 2 * size."""
     return rank, 2 * size - 1 - rank
 
 
 @functools.lru_cache(maxsize=64)
 def tokens_of_rank(packing: Packing, *, rank: int, size: int) -> Tensor:
-    """int64 [T], rising within each sequence: indices into the packed tokens of all ranks.
+    """int64 [C]: the indices of a rank's tokens among all packed tokens, rising.
 
     Raises:
         ValueError: a length that does not divide into 2 * size chunks.

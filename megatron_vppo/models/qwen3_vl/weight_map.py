@@ -15,11 +15,6 @@ from megatron_vppo.models.vision.weight_map import attention_entries, merger_ent
 from megatron_vppo.weights.kinds import Entry, Kind, Split, whole
 
 
-def released_name(name: str) -> str:
-    """Names are the same everywhere."""
-    return name
-
-
 def vision_entries(vision: Qwen3VLVisionConfig) -> list[Entry]:
     """Every parameter of the tower."""
     hidden, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
