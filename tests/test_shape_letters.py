@@ -113,10 +113,6 @@ NOT_YET = {
     "megatron_vppo/conversion/logprobs.py",
     "megatron_vppo/data/images.py",
     "megatron_vppo/data/perturb.py",
-    "megatron_vppo/fidelity/compare.py",
-    "megatron_vppo/fidelity/emulation.py",
-    "megatron_vppo/fidelity/formats.py",
-    "megatron_vppo/fidelity/measure.py",
     "megatron_vppo/trainer/recorder.py",
 }
 """Files whose letters are still being renamed."""

@@ -1,4 +1,4 @@
-"""What a model family provides. Everything else is shared by all families.
+"""The parts that a model family provides. Everything else is shared by all families.
 
 The shared part is Qwen's, not any model's. A family of another maker would also have to change:
 

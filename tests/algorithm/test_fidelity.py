@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from megatron_vppo.algorithm.types import Scores
-from megatron_vppo.fidelity.compare import average_ranks, compare, decisions, spearman, spread
+from megatron_vppo.fidelity.compare import average_ranks, compare, decide, spearman, spread
 from tests.algorithm.rows import response, settings
 
 LENGTHS = (7, 4, 5, 1)
@@ -65,7 +65,7 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
     responses = [response(length, group=n // 2, sample=n % 2) for n, length in enumerate(LENGTHS)]
     options = settings(dependency=kind, use_vppo_on_perception=filtering, use_advantage_shaping=filtering)
     one, other = (
-        decisions(responses, scores, settings=options, responses_per_minibatch=4, micro_batch_size=2)
+        decide(responses, scores, settings=options, responses_per_minibatch=4, micro_batch_size=2)
         for scores in (before, after)
     )
     found = compare(one, other, responses)
@@ -100,7 +100,7 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
 
 def test_equal_scores_differ_in_nothing() -> None:
     responses = [response(length, group=n // 2, sample=n % 2) for n, length in enumerate(LENGTHS)]
-    same = decisions(
+    same = decide(
         responses, make_scores(3), settings=settings(), responses_per_minibatch=2, micro_batch_size=2
     )  # two mini-batches: a scale each
     found = compare(same, same, responses)

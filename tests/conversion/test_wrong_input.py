@@ -319,7 +319,7 @@ def test_mistakes_end_in_one_line(
     (tmp_path / "file").touch()
     source = str(hf_folders[NAME])
     for arguments, message in (
-        (["hf-to-megatron", str(tmp_path), str(tmp_path / "target")], f"{tmp_path} has no config.json; a model's"),
+        (["hf-to-megatron", str(tmp_path), str(tmp_path / "target")], f"{tmp_path} has no config.json; give"),
         (["hf-to-megatron", f"{tmp_path}/absent", str(tmp_path / "target")], f"{tmp_path}/absent: no such folder"),
         (["hf-to-megatron", source, f"{tmp_path}/file/target"], f"{tmp_path}/file/target cannot be made: "),
     ):

@@ -174,5 +174,5 @@ def tensor_parallel_is_possible(config: HfConfig, tensor: int) -> bool:
 
 
 def test_a_name_that_is_not_published() -> None:
-    with pytest.raises(ValueError, match=r"'qwen2.5-vl-8b' here; there are qwen2.5-vl-3b, "):
+    with pytest.raises(ValueError, match=r"no released model 'qwen2.5-vl-8b'; known are qwen2.5-vl-3b, "):
         published_config("qwen2.5-vl-8b")

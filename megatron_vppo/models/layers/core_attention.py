@@ -1,4 +1,4 @@
-"""What the kinds of core attention share: Megatron's signature, packed sequences without a batch dimension, the plan.
+"""The base of every core attention: Megatron's signature on the outside, packed sequences and a plan on the inside.
 
 Shape suffix legend: C = tokens of this context-parallel rank (patches, in a vision tower); H = attention heads of this
 rank; E = values per attention head.

@@ -30,7 +30,7 @@ class PackedBatch:
     positions_3K: Tensor
     """int64; rotary position of each token along (frame, row, column). The three are equal for text."""
     packing: Packing
-    """Where each sequence lies in K."""
+    """The place of each sequence in K."""
     image_token_index_I: Tensor
     """int64; the places of the image tokens in K."""
     image_feature_index_I: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class AttentionPlan:
-    """What attention has to know of packed sequences, worked out once per micro-batch and read by every layer.
+    """The facts about packed sequences that attention needs, worked out once per micro-batch and read by every layer.
 
     Each implementation of attention has a plan of its own: `BucketPlan` in attention.py, `SequenceBounds` in
     te_parts.py.
@@ -30,9 +30,9 @@ class PackedSequences(PackedSeqParams):
 
     plan: AttentionPlan | None = None
     window_plan: AttentionPlan | None = None
-    """For layers whose attention stays within windows; only vision towers have them."""
+    """The plan of layers whose attention stays within windows; only vision towers have them."""
     deepstack: Deepstack | None = None
-    """What the first language layers add to image tokens."""
+    """The features that the first language layers add to image tokens."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from megatron_vppo.models.layers.sequences import AttentionPlan
 
 @dataclass(frozen=True)
 class SequenceBounds(AttentionPlan):
-    """Where packed sequences begin and end. With context parallelism these are the whole sequences: TransformerEngine
-    cuts them as context_parallel.py does, and exchanges keys and values itself.
+    """The beginnings and ends of packed sequences. With context parallelism these are the whole sequences:
+    TransformerEngine cuts them as context_parallel.py does, and exchanges keys and values itself.
     """
 
     bounds: Tensor

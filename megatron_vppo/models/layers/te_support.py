@@ -16,7 +16,7 @@ from megatron_vppo.config.choices import Fp8Recipe
 
 @dataclass(frozen=True)
 class _Demand:
-    """What a recipe needs to run."""
+    """The requirements of a recipe."""
 
     te_version: str
     """The first version of TransformerEngine with which Megatron runs it (megatron/core/fp8_utils.py)."""

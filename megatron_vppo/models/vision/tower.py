@@ -1,4 +1,5 @@
-"""What the vision towers of all families share: patch grids, rotary angles, merged features, and the tower's frame.
+"""The parts that the vision towers of all families share: patch grids, rotary angles, merged features, and the tower's
+frame.
 
 Shape suffix legend: P = patches of all images; D = values of one patch; F = rotary angles, one per frequency of an
 axis; M = merged vision features (merge x merge patches each); h = hidden size; E = values per attention head.
