@@ -129,7 +129,7 @@ def test_padding_divides_over_ranks(tensor: int, context: int) -> None:
     assert padded_packing(padded, tensor=tensor, context=context) == Packing(padded)
 
 
-def test_pictures_are_dealt_by_size() -> None:
+def test_images_are_assigned_by_size() -> None:
     grids = ((1, 4, 4), (1, 40, 40), (1, 8, 8), (1, 8, 10), (1, 6, 4))
     assert assign_images(grids, ranks=2) == ((1,), (0, 2, 3, 4))
     assert assign_images(grids[:2], ranks=3) == ((1,), (0,), ())

@@ -57,7 +57,7 @@ class Case:
 LAYOUTS = {
     "one rank": Case(tuple(MODELS)),
     "TP 2, sequence parallel": Case(("Qwen2.5-VL",), tensor=2, options=ModelOptions(sequence_parallel=True)),
-    "TP 2, sequence parallel, pictures dealt": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
+    "TP 2, sequence parallel, images shared out": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
     "CP 2, recomputed": Case(("Qwen3-VL",), context=2, options=ModelOptions(recompute="full")),
     "PP 2": Case(tuple(MODELS), pipeline=2, options=STAGES),
     "PP 2, recomputed": Case(("Qwen3-VL",), pipeline=2, options=dataclasses.replace(STAGES, recompute="full")),

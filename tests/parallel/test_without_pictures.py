@@ -33,7 +33,7 @@ MODELS = {
 }
 LAYOUTS = {
     "TP 2, sequence parallel": ({"tensor": 2, "pipeline": 1}, ModelOptions(sequence_parallel=True)),
-    "TP 2, pictures dealt": (
+    "TP 2, images shared out": (
         {"tensor": 2, "pipeline": 1, "vision_split": "images"},
         ModelOptions(vision_split="images", recompute="full"),
     ),

@@ -75,15 +75,7 @@ class LanguageModel(LanguageModule):
             vp_stage=virtual_stage,
         )
         if post_process and not (tied and pre_process):
-            self.output_layer = ColumnParallelLinear(
-                hf_config.hidden_size,
-                vocabulary,
-                config=for_plain_linear(config),
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                tp_group=groups.tp,
-            )
+            self.output_layer = _output_layer(config, vocabulary, groups)
         self._mark_output_weights()
 
     def _mark_output_weights(self) -> None:
@@ -127,6 +119,18 @@ class LanguageModel(LanguageModule):
             rotary_pos_emb=self.rope(positions_3C),
             packed_seq_params=sequences,
         )
+
+
+def _output_layer(config: TransformerConfig, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        config.hidden_size,
+        vocabulary,
+        config=for_plain_linear(config),
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        tp_group=groups.tp,
+    )
 
 
 def _layer_specs(

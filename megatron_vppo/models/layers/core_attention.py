@@ -42,7 +42,7 @@ class PackedCoreAttention:
         return output.flatten(1).unsqueeze(1)
 
     def attend(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: AttentionPlan | None) -> Tensor:
-        """[C, H*E] or [C, H, E]."""
+        """Attends by the plan; returns [C, H*E] or [C, H, E]."""
         raise NotImplementedError
 
     def select_plan(self, sequences: PackedSequences) -> AttentionPlan | None:

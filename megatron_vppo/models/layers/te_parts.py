@@ -49,8 +49,8 @@ def sequence_bounds(
 class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
     """TransformerEngine's attention over our packed sequences.
 
-    Megatron's attention layer is not told that sequences are packed (see PackedSequences), so the format 'thd' is said
-    here.
+    Megatron's attention layer is not told that sequences are packed (see PackedSequences). Only here do they get the
+    format 'thd'.
     """
 
     def __init__(self, *, attn_mask_type: AttnMaskType, **of_megatron: Any) -> None:
