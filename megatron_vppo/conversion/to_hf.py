@@ -12,7 +12,7 @@ from megatron_vppo.conversion.dist_reader import StoredWeights
 from megatron_vppo.conversion.hf_writer import FilledEntry, fill, lay_out
 from megatron_vppo.conversion.workers import run_shares, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import exit_on_sigterm, whole_folder
 from megatron_vppo.weights.config_files import copy_config_files, name_dtype
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
 
@@ -61,7 +61,7 @@ def megatron_to_hf(
         for name, shape in zip(stored.entry.hf_names, stored.entry.kind.hf_shapes(), strict=True)
     ]
     total = sum(math.prod(shape) * kept.itemsize for _, shape, kept in shapes)
-    with unfinished_folder(target, num_bytes=total) as folder:
+    with exit_on_sigterm(), whole_folder(target, num_bytes=total) as folder:
         copy_config_files(config_folder, folder)
         name_dtype(folder, dtypes)
         tensors = lay_out(folder, shapes, shard_bytes=shard_bytes)

@@ -29,7 +29,7 @@ from megatron_vppo.conversion.places import StoredBlock, StoredEntry, rows_by_te
 from megatron_vppo.conversion.read_ahead import PIECE_BYTES
 from megatron_vppo.conversion.workers import OnBytes, run_shares, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import exit_on_sigterm, whole_folder
 from megatron_vppo.weights.config_files import copy_config_files, name_dtype
 from megatron_vppo.weights.dist_metadata import BACKEND, DIST_CKPT
 from megatron_vppo.weights.hf_folder import FileTensor, HfFolder
@@ -57,7 +57,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = No
     pieces = [piece for stored in catalogue.entries for piece in pieces_of(stored, weights, dtype=dtype)]
     _check_one_dtype_per_key(pieces)
     total = sum(piece.nbytes for piece in pieces)
-    with unfinished_folder(target, num_bytes=total) as folder:
+    with exit_on_sigterm(), whole_folder(target, num_bytes=total) as folder:
         copy_config_files(source, folder)
         name_dtype(folder, {piece.dtype for piece in pieces})
         progress = ByteProgress(f"writing {target.name}", total)

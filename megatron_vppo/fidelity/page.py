@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vppo.observability import report as report_of_run
-from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.report.charts import frame_html
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
+from megatron_vppo.system.whole import whole_file
 
 Report = Mapping[str, Any]
 """The contents of fidelity.json, from measure.py."""
@@ -30,7 +30,7 @@ class Bars:
 
 def write_fidelity_page(report: Report, path: Path) -> None:
     """Writes the page, which refers to no other file, whole or not at all."""
-    with replaced_file(path) as file:
+    with whole_file(path) as file:
         file.write(render_fidelity(report).encode("utf-8"))
 
 

@@ -1,4 +1,4 @@
-"""JSON lines that survive a crash: every line is valid JSON, and files are replaced as a whole.
+"""JSON lines that survive a crash: every line is valid JSON.
 
 JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and
 `number` below read back. Other readers find a string in place of a number, but never a broken file.
@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def dump_line(record: Mapping[str, Any]) -> str:
@@ -38,21 +35,6 @@ def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to write. If the block ends without an exception, it is on disk and takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _finite(value: Any) -> Any:

@@ -11,7 +11,8 @@ from typing import Any, TypedDict
 
 import zstandard
 
-from megatron_vppo.observability.json_lines import dump_line, parse_lines, replaced_file
+from megatron_vppo.observability.json_lines import dump_line, parse_lines
+from megatron_vppo.system.whole import whole_file
 
 
 class RolloutRecord(TypedDict, total=False):
@@ -74,7 +75,7 @@ def write_rollouts(run_dir: str | Path, step: int, records: Iterable[RolloutReco
     """
     path = rollout_path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path) as file, zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as packed:
+    with whole_file(path) as file, zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as packed:
         for index, record in enumerate(records):
             _check_lengths(record, where=f"step {step}, record {index}")
             packed.write(dump_line(record).encode())

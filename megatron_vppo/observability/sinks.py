@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_vppo.observability.json_lines import dump_line, parse_lines, replaced_file
+from megatron_vppo.observability.json_lines import dump_line, parse_lines
+from megatron_vppo.system.whole import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -111,7 +112,7 @@ SERVICES: dict[str, type[WandbSink] | type[SwanlabSink]] = {"wandb": WandbSink, 
 
 def _cut_after(path: Path, last_step: int) -> None:
     """Keeps the complete lines of steps up to last_step. The file is replaced as a whole, or not at all."""
-    with open(path, encoding="utf-8", errors="replace") as lines, replaced_file(path) as kept:
+    with open(path, encoding="utf-8", errors="replace") as lines, whole_file(path) as kept:
         for record in parse_lines(lines):
             if isinstance(record.get("step"), int) and record["step"] <= last_step:
                 kept.write(dump_line(record).encode())

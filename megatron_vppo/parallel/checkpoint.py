@@ -12,7 +12,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder
 from megatron_vppo.weights.residence import require_resident
 
 LATEST = "latest_checkpointed_iteration.txt"
@@ -55,28 +57,36 @@ def save_checkpoint(
 
     Raises:
         RuntimeError: weights or optimizer state are offloaded (offload.py).
+        ValueError: the folder cannot be made, another run is writing it, or the disk is full.
     """
     require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
-    target, unfinished = folder / f"global_step_{step}", folder / f".global_step_{step}.tmp"
+    with _filled_by_all_ranks(folder / f"global_step_{step}", layout) as unfinished:
+        _use_result_queue_of_ours()
+        _allocate_adam_state(trainable)  # no step may have had anything to train on yet
+        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
+        if layout.rank == 0:
+            (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
     if layout.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "dist_ckpt").mkdir(parents=True)
-    dist.barrier()
-    _use_result_queue_of_ours()
-    _allocate_adam_state(trainable)  # no step may have had anything to train on yet
-    dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
-    dist.barrier()
-    if layout.rank == 0:
-        (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-        (folder / LATEST).write_text(str(step))
+        with whole_file(folder / LATEST) as file:
+            file.write(str(step).encode())
         older = sorted(other for other in _steps(folder) if other < step)
         for old in older[: max(0, len(older) - (keep - 1))]:  # this one is kept too
-            shutil.rmtree(folder / f"global_step_{old}")
+            remove_folder(folder / f"global_step_{old}")
         for leftover in folder.glob(".global_step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     dist.barrier()
+
+
+@contextmanager
+def _filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
+    """Gives every rank the same folder to write into; it becomes `target` when all of them are done."""
+    with ExitStack() as on_rank_zero:
+        if layout.rank == 0:
+            unfinished = on_rank_zero.enter_context(whole_folder(target, replace=True))
+            (unfinished / "dist_ckpt").mkdir()
+        dist.barrier()  # the folder is there
+        yield unfinished_folder(target)
+        dist.barrier()  # every rank has written its files, and rank 0 may rename the folder
 
 
 def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:

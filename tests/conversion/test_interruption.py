@@ -23,7 +23,7 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.config_files import copy_config_files
 from tests.conversion.folders import left_behind
 
@@ -189,7 +189,7 @@ def test_disk_full_at_the_tokenizer(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}" * 10_000)
     with (
         pytest.raises(ValueError, match=r"target: No space left on device\. About 0\.07 GB are needed in .*, \d"),
-        unfinished_folder(target, num_bytes=1) as folder,
+        whole_folder(target, num_bytes=1) as folder,
     ):
         (folder / "tokenizer.json").symlink_to("/dev/full")
         copy_config_files(source, folder)

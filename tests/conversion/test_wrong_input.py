@@ -18,7 +18,7 @@ from megatron_vppo.cli.main import main
 from megatron_vppo.conversion.to_hf import megatron_to_hf
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.conversion.verify import compare_checkpoints
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.hf_folder import HfFolder
 from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, shard
 
@@ -273,7 +273,7 @@ def test_an_existing_target_is_not_touched(hf_folders: dict[str, Path], tmp_path
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"target: not enough space\. About 1000000000\.07 GB are needed in .*, \d"),
-        unfinished_folder(tmp_path / "target", num_bytes=10**18),
+        whole_folder(tmp_path / "target", num_bytes=10**18),
     ):
         raise AssertionError("got in")
     assert left_behind(tmp_path / "target") == []

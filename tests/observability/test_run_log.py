@@ -16,7 +16,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.metrics import RunLog, peak_memory_gb, read_metrics
 
 
@@ -137,16 +136,6 @@ for step in (1, 2, 3):
     done = subprocess.run([sys.executable, "-c", program], timeout=60)
     assert done.returncode == -signal.SIGKILL
     assert [(line["step"], line["actor/loss"]) for line in strict_lines(tmp_path)] == [(1, 1.0), (2, 2.0)]
-
-
-def test_a_rewrite_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("old\n")
-    with pytest.raises(OSError, match="disk full"), replaced_file(path) as file:
-        file.write(b"half of the new")
-        raise OSError("disk full")
-    assert path.read_text() == "old\n"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_step_leaves_no_line_and_no_values(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.progress import clock
 from megatron_vppo.observability.report.charts import chart_html
 from megatron_vppo.observability.report.data import RunData, load_run
 from megatron_vppo.observability.report.samples import pick_samples, samples_html
 from megatron_vppo.observability.report.scales import significant, step_axis
 from megatron_vppo.observability.report.sections import sections
+from megatron_vppo.system.whole import whole_file
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -26,7 +26,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     path = Path(run_dir) / "report.html"
     html = render_report(run_dir)
-    with replaced_file(path) as file:
+    with whole_file(path) as file:
         file.write(html.encode("utf-8"))
     return path
 
