@@ -48,8 +48,8 @@ CONFIGS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": (
         "examples/digits_cpu/config.yaml",
         [
-            ["tools/make_digits_data.py", "--out", DEMO_DATA],
-            ["tools/make_digits_model.py", "--data", DEMO_DATA, "--out", DEMO_MODEL],
+            ["tools/digits/make_data.py", "--out", DEMO_DATA],
+            ["tools/digits/make_model.py", "--data", DEMO_DATA, "--out", DEMO_MODEL],
         ],
     ),
     "compute": ("tools/bench/configs/compute.yaml", [["tools/bench/random_model.py", "--out", RANDOM]]),
