@@ -1,7 +1,7 @@
 """Reading and writing at the same time.
 
-A conversion reads as many bytes as it writes, and each of them costs a copy out of the page cache and one into it. One
-after the other they leave the disk idle while they copy, and a core idle throughout.
+A conversion reads as many bytes as it writes, and each byte costs a copy out of the page cache and one into it. If the
+two took turns, the disk would be idle during the copies and a core would be idle throughout.
 """
 
 from __future__ import annotations

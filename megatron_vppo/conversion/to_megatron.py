@@ -131,7 +131,7 @@ def _write(
     ]
     written = run_shares(write_share, shares, on_bytes=on_bytes)
     writer.finish(metadata, [results for share in written for results in share])
-    torch.save({}, dist_ckpt / "common.pt")  # what Megatron keeps beside tensors: nothing here
+    torch.save({}, dist_ckpt / "common.pt")  # Megatron keeps here what is not a tensor: nothing
     (dist_ckpt / "metadata.json").write_text(
         json.dumps(
             {

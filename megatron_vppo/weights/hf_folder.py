@@ -1,7 +1,7 @@
-"""The weights of a Hugging Face folder, read part by part with plain reads.
+"""The safetensors files of a Hugging Face folder, read and written by rows.
 
-Nothing is mapped into memory and nothing is executed: a safetensors file is a JSON header and raw bytes, and no other
-kind of file is looked at.
+Nothing is mapped into memory and nothing is executed: a safetensors file is a JSON header and raw bytes, and files of
+other kinds are not opened.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vppo.weights.kinds import Entry, Shape
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What weights may be stored as, by safetensors' names."""
+"""The dtypes that weights may be stored in, by safetensors' names."""
 COMPARED_BYTES = 16 << 20
 """The bytes of a tensor that are compared at a time."""
 HEADER_BYTES = 100 << 20
@@ -92,21 +92,21 @@ class FileTensor:
 
 
 class HfFolder:
-    """Which tensors a folder holds and where: `model.safetensors`, or the shards that an index names."""
+    """The tensors of a folder: those of `model.safetensors`, or of the files that an index names."""
 
     def __init__(self, folder: Path, released_name: Callable[[str], str]) -> None:
         """
         Args:
-            released_name: the released checkpoint's name of a tensor, from the one in the file.
+            released_name: translates the name of a tensor in a file to that of the released checkpoint.
 
         Raises:
-            ValueError: files are missing or cut off, are no safetensors files, or do not hold what the index says.
+            ValueError: files are missing or cut off, are not safetensors files, or do not hold what the index says.
         """
         self.folder = folder
         self._tensors: dict[str, FileTensor] = {}
         index = folder / INDEX
         if index.is_file():
-            tensors = _of_index(index)
+            tensors = _read_index(index)
         elif (folder / SINGLE).is_file():
             tensors = read_header(folder / SINGLE)
         else:
@@ -119,13 +119,16 @@ class HfFolder:
             self._tensors[name] = tensor
 
     def check(self, entries: Iterable[Entry], copies: Mapping[str, str]) -> tuple[str, ...]:
-        """Names of the copies that are stored although the model takes them from another tensor.
+        """Checks that the folder holds exactly the tensors of the model, and copies of some perhaps.
 
         Args:
-            copies: by name of such a tensor, the one that it has to equal.
+            copies: the tensors that the model takes from another one: their names, each with that one's name.
+
+        Returns:
+            The names of the copies that the folder holds.
 
         Raises:
-            ValueError: the folder holds other tensors than the model and its copies, or a copy with other values.
+            ValueError: tensors are missing or unknown, or a copy has other values than its original.
         """
         known = {name for entry in entries for name in entry.hf_names}
         missing = sorted(known - self._tensors.keys())
@@ -162,7 +165,7 @@ class HfFolder:
             )
 
     def tensors(self, entry: Entry) -> tuple[FileTensor, ...]:
-        """What makes one parameter, in the order that its kind takes.
+        """Returns the tensors that make one parameter, in the order that its kind takes.
 
         Raises:
             ValueError: a tensor has another shape than the configuration says.
@@ -177,12 +180,13 @@ class HfFolder:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Gives access to the memory of a contiguous tensor on the CPU."""
     array: Any = tensor.view(torch.uint8).numpy()
     return memoryview(array).cast("B")
 
 
 def has_hf_weights(folder: Path) -> bool:
+    """Returns True if the folder holds safetensors files that transformers would load."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
@@ -202,10 +206,10 @@ def write_index(folder: Path, files: Mapping[str, str], *, total_bytes: int) -> 
 
 
 def read_header(path: Path) -> list[FileTensor]:
-    """The tensors of a safetensors file, in the order of their bytes.
+    """Reads the names, dtypes, shapes and positions of a safetensors file, in the order of the bytes.
 
     Raises:
-        ValueError: not such a file, or one that was cut off, or a tensor of a kind that weights are not stored as.
+        ValueError: it is not such a file, or was cut off, or holds a dtype that weights are not stored in.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -215,9 +219,9 @@ def read_header(path: Path) -> list[FileTensor]:
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file: its header is no table of tensors")
+        raise ValueError(f"{path} is not a safetensors file: its header is not a table of tensors")
     header.pop("__metadata__", None)
     tensors = [_described(path, name, described, data=8 + length) for name, described in header.items()]
     for tensor in tensors:
@@ -244,12 +248,12 @@ def _described(path: Path, name: str, described: Any, *, data: int) -> FileTenso
     return tensor
 
 
-def _of_index(index: Path) -> list[FileTensor]:
-    """What the files named by an index hold, compared with what it says that they hold."""
+def _read_index(index: Path) -> list[FileTensor]:
+    """Reads the headers of all files that an index names, and checks that they hold what it says."""
     try:
         described = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(f"{index} is no JSON ({error}); download it again") from error
+        raise ValueError(f"{index} is not JSON ({error}); download it again") from error
     listed = described.get("weight_map") if isinstance(described, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise ValueError(f"{index} has no weight_map that gives each tensor's file; download it again")

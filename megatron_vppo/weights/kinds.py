@@ -30,7 +30,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(Protocol):
-    """How the tensors of one entry become the parameter of a tensor-parallel rank, and back."""
+    """The correspondence between the tensors of one entry and its parameter on each tensor-parallel rank."""
 
     @property
     def partition_dim(self) -> int | None:
@@ -117,7 +117,7 @@ def whole(*shape: int) -> Replicated:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut into equal parts: dim 0 for column-parallel weights and biases, dim 1 for row-parallel weights."""
+    """A tensor cut into equal shares: dim 0 of column-parallel weights and biases, dim 1 of row-parallel weights."""
 
     shape: Shape
     partition_dim: int
@@ -175,7 +175,11 @@ class Gated:
 
 @dataclass(frozen=True)
 class GroupedQKV:
-    """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value."""
+    """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value.
+
+    Hugging Face    q0 q1 q2 q3      k0 k1      v0 v1           4 heads, 2 key-value heads
+    one rank        q0 q1 k0 v0 q2 q3 k1 v1
+    """
 
     heads: int
     kv_heads: int
@@ -220,7 +224,11 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class FusedQKV:
-    """One tensor [all queries; all keys; all values] -> one, ordered by head: its query, its key, its value."""
+    """One tensor of all queries, all keys, all values -> one ordered by head: its query, its key, its value.
+
+    Hugging Face    q0 q1 k0 k1 v0 v1           2 heads
+    one rank        q0 k0 v0 q1 k1 v1
+    """
 
     heads: int
     head_dim: int
@@ -245,7 +253,7 @@ class FusedQKV:
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         low, high = _share(self.heads, rank=rank, size=size, unit="attention heads")
-        starts = [part * self.heads * self.head_dim for part in range(3)]
+        starts = [number * self.heads * self.head_dim for number in range(3)]  # of queries, keys, values
         blocks = [
             hf[0][start + low * self.head_dim : start + high * self.head_dim].reshape(
                 high - low, self.head_dim, *self.tail
@@ -300,31 +308,35 @@ def padded_vocabulary(tokens: int, tensor_size: int) -> int:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of the whole model."""
+    """One parameter of the whole model.
+
+    Example: `Entry("language.decoder.layers.{}.mlp.linear_fc2.weight", ("model.layers.5.mlp.down_proj.weight",),
+    Split((3584, 18944), 1), "layer", 5)` is split by columns over the ranks of the stage that holds layer 5.
+    """
 
     template: str
-    """Its name in a pipeline stage's `named_parameters()`, with `{}` for the layer's number within the stage."""
+    """The name in a pipeline stage's `named_parameters()`, with `{}` for the layer's number within the stage."""
     hf_names: tuple[str, ...]
-    """As in released checkpoints, in the order that `kind` takes and gives them."""
+    """The names in released checkpoints, in the order that `kind` takes and returns the tensors."""
     kind: Kind
     place: Literal["first", "layer", "last"]
-    """Pipeline stage: the first, the one that holds language layer `layer`, or the last. Stages count in the order of
-    the model; a rank may hold several."""
+    """The pipeline stage: the first, the one that holds language layer `layer`, or the last. Stages are counted in the
+    order of the model; a rank may hold several."""
     layer: int | None = None
-    """Number in the whole model of the language layer that `{}` stands for."""
+    """The number, in the whole model, of the language layer that `{}` stands for."""
     part: ModelPart = "language_model"
     copy: bool = False
-    """A second holder of tensors that another entry has: the tied output layer of a pipeline's last stage. Loaded, kept
-    equal by the optimizer step, never exported."""
+    """True if another entry has the same tensors: the tied output layer of a pipeline's last stage. It is loaded, kept
+    equal by the optimizer step, and never exported."""
 
     def stage(self, stage_layers: Sequence[int]) -> int:
-        """Which pipeline stage holds it, given the number of language layers of each stage."""
+        """Returns the pipeline stage that holds it, given the number of language layers of each stage."""
         if self.place != "layer":
             return 0 if self.place == "first" else len(stage_layers) - 1
         return self._stage_and_local_layer(stage_layers)[0]
 
     def local_name(self, stage_layers: Sequence[int]) -> str:
-        """Its name in the `named_parameters()` of that stage."""
+        """Returns its name in the `named_parameters()` of that stage."""
         if self.place != "layer":
             return self.template
         return self.template.format(self._stage_and_local_layer(stage_layers)[1])
@@ -340,12 +352,15 @@ class Entry:
 
 
 def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stage: int) -> list[Entry]:
-    """What one pipeline stage holds, tied copies included (they exist only where the two holders are apart)."""
+    """Selects the entries of one pipeline stage.
+
+    A tied copy is among them if there are several stages; a single one holds the tensor once.
+    """
     return [
         entry for entry in entries if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
     ]
 
 
 def stream_entries(entries: Iterable[Entry]) -> list[Entry]:
-    """Everything once, in the order of the model: what an export walks over."""
+    """Selects the entries of an export: every tensor once, in the order of the model."""
     return [entry for entry in entries if not entry.copy]

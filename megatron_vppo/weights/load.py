@@ -1,4 +1,4 @@
-"""Distributed checkpoint -> the parameters of one rank's model, under any layout."""
+"""The loading of one rank's model, from a Hugging Face folder or a converted one, under any layout."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class ShardedModel(MappedModel, Protocol):
 def load_weights(model: ShardedModel, folder: str | Path) -> None:
     """Fills every parameter of this rank's model from a Hugging Face folder or a converted one.
 
-    Collective over all ranks where the folder is a converted one.
+    A collective over all ranks if the folder is a converted one.
 
     Raises:
-        ValueError: the folder holds both kinds of weights, or neither, or they are not those of the model.
+        ValueError: the folder holds both kinds of weights, or neither, or those of another model.
     """
     folder = Path(folder)
     converted = (folder / DIST_CKPT).is_dir()
@@ -45,13 +45,13 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
-    """Fills every parameter from a distributed checkpoint, written under whatever layout; collective over all ranks.
+    """Fills every parameter from a distributed checkpoint that any layout has written; a collective over all ranks.
 
     Only the tensors of parameters are read: Megatron's extra states are pickles, and those of our layers are empty.
 
     Raises:
-        ValueError: the checkpoint is incomplete, lacks a tensor, or has one of another shape, or an output layer of its
-            own where the configuration ties it.
+        ValueError: the checkpoint is incomplete, lacks a tensor, has one of another shape, or has an output layer of
+            its own although the configuration ties it.
     """
     metadata = read_metadata(dist_ckpt)
     parameters = dict(model.named_parameters())
@@ -70,10 +70,11 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     for entry in model.weight_map:
         if entry.copy and entry.template in metadata.state_dict_metadata:
             raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
-    # Other models of the pipeline may hold the rest: that all of it is there was seen above, tensor by tensor.
+    # Megatron's own check wants all ranks together to read everything, which fails if a rank holds several stages and
+    # loads one after the other. That nothing is missing was seen above, tensor by tensor.
     loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
     for name, parameter in parameters.items():
-        parameter.copy_(loaded[name])  # onto itself, where Megatron could fill the tensor that it was given
+        parameter.copy_(loaded[name])  # where Megatron could fill the parameter itself, this copies it onto itself
 
 
 def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
@@ -81,5 +82,5 @@ def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTe
     if not isinstance(item, ShardedTensorFactory):
         return [item]
     built = item.build()
-    assert isinstance(built, list), f"{item.key} is stored in a way that is not known here"
+    assert isinstance(built, list), f"{item.key} is not stored as blocks of rows"
     return built

@@ -21,18 +21,18 @@ from megatron_vppo.weights.residence import require_resident
 
 @torch.no_grad()
 def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
+    """Yields every tensor of the checkpoint once, in the order of the model and whole on every rank.
 
-    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. The shards of one
-    entry (at most a QKV or gate-and-up group, or the embedding) exist at a time, and beside them those of its whole
-    tensors that the caller holds. Tensors may be views of parameters, so copy what outlives the next optimizer step.
+    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. At any time there are
+    the shards of one entry (at most QKV, gate and up, or the embedding), next to whole tensors that the caller keeps.
+    Tensors may be views of parameters, so copy what has to outlive the next optimizer step.
 
     Args:
-        stages: those that this rank holds.
-        without: parts of the model that are left out.
+        stages: the pipeline stages that this rank holds.
+        without: the parts of the model to leave out.
 
     Raises:
-        RuntimeError: the weights are offloaded (offload.py).
+        RuntimeError: the weights are offloaded (parallel/offload.py).
     """
     parameters = [dict(stage.named_parameters()) for stage in stages]
     require_resident((tensor for named in parameters for tensor in named.values()), what="export")
@@ -47,7 +47,7 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] 
 def _stage_shard(
     entry: Entry, stages: Sequence[MappedModel], parameters: Sequence[dict[str, torch.nn.Parameter]]
 ) -> Tensor:
-    """This tensor-parallel rank's shard, brought from the pipeline rank that holds it."""
+    """Brings this tensor-parallel rank's shard from the pipeline rank that holds its stage."""
     model = stages[0]
     group = model.groups.pp
     nth, owner = divmod(entry.stage(model.stage_layers), group.size())
@@ -63,7 +63,7 @@ def _stage_shard(
 
 
 def _gathered(shard: Tensor, entry: Entry, model: MappedModel) -> Tensor:
-    """[tensor-parallel ranks, *local shape]; of one rank where all have the same."""
+    """Gathers [tensor-parallel ranks, *local shape]; [1, *shape] if all ranks have the same."""
     group = model.tensor_group(entry)
     if entry.kind.partition_dim is None or group.size() == 1:
         return shard[None]

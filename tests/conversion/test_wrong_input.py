@@ -77,11 +77,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no header": (
         lambda folder: (folder / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{" * 50),
-        r"model\.safetensors is not a safetensors file: its header is no JSON",
+        r"model\.safetensors is not a safetensors file: its header is not JSON",
     ),
     "a header of another kind": (
         lambda folder: write_header(folder, []),
-        r"model\.safetensors is not a safetensors file: its header is no table of tensors",
+        r"model\.safetensors is not a safetensors file: its header is not a table of tensors",
     ),
     "a tensor without a place": (
         lambda folder: write_header(folder, {NORM: {"dtype": "F32", "shape": [64]}}),
@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "half an index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a":'),
-        r"index\.json is no JSON \(.*\); download it again",
+        r"index\.json is not JSON \(.*\); download it again",
     ),
     "an index of nothing": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
