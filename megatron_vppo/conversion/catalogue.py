@@ -18,7 +18,7 @@ from megatron_vppo.conversion.places import StoredBlock, StoredEntry
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.parallel.layout import single_rank
-from megatron_vppo.weights.kinds import Entry, stream_entries
+from megatron_vppo.weights.entries import Entry, stream_entries
 from megatron_vppo.weights.load import sharded_blocks
 
 

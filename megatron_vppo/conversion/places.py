@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vppo.weights.kinds import Entry, Shape
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Shape
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
 from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.models.vision.image_parallel import VisionGroups
-from megatron_vppo.weights.kinds import stage_entries
+from megatron_vppo.weights.entries import stage_entries
 
 
 def build_model(

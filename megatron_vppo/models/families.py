@@ -7,7 +7,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import language_entries
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 FAMILIES = {family.model_type: family for family in (QWEN25_VL, QWEN3_VL)}
 

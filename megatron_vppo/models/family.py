@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.vision.tower import Grid, VisionTower
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 PositionFn = Callable[[Sequence[int], Sequence[Grid]], Tensor]
 """(token ids of one sequence, grids of its images) -> int64 [3, tokens] rotary positions."""

@@ -34,7 +34,7 @@ from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
 from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features
 from megatron_vppo.models.vision.tower import VisionFeatures
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 
 class QwenVLModel(MegatronModule):

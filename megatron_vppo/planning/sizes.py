@@ -10,7 +10,7 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.planning.activations import LanguageSizes, LayerSizes, VisionSizes
 from megatron_vppo.planning.state import StageValues
-from megatron_vppo.weights.kinds import Entry, stage_entries, stream_entries
+from megatron_vppo.weights.entries import Entry, stage_entries, stream_entries
 
 
 def language_sizes(hf_config: HfConfig) -> LanguageSizes:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vppo.weights.kinds import Entry, Shape
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,8 +1,7 @@
 """The kinds of correspondence between Hugging Face tensors and the parameters of a Megatron model.
 
-One immutable table of `Entry` per model family says which Hugging Face tensors make which parameter, and how. Loading,
-export, conversion and the live stream to the rollout engines all read it. Kinds are pure: `shard` cuts what one
-tensor-parallel rank holds, and `merge` puts the shards of all ranks together again, bit for bit.
+Kinds are pure: `shard` cuts what one tensor-parallel rank holds, and `merge` puts the shards of all ranks together
+again, bit for bit.
 
 `shard` only slices its inputs along one dimension (`x[a:b]`, `x[:, a:b]`, `x[:]`), so it also takes tensors that still
 lie in a safetensors file (`hf_folder.FileTensor`), and reads no more of them than this rank needs.
@@ -17,14 +16,12 @@ A new kind is one class here: nothing outside asks for its type. A gated project
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from megatron_vppo.config.choices import ModelPart
 
 Shape = tuple[int, ...]
 
@@ -304,63 +301,3 @@ class Vocabulary:
 def padded_vocabulary(tokens: int, tensor_size: int) -> int:
     """Rounds the number of tokens up to a multiple of the tensor-parallel size."""
     return math.ceil(tokens / tensor_size) * tensor_size
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of the whole model.
-
-    Example: `Entry("language.decoder.layers.{}.mlp.linear_fc2.weight", ("model.layers.5.mlp.down_proj.weight",),
-    Split((3584, 18944), 1), "layer", 5)` is split by columns over the ranks of the stage that holds layer 5.
-    """
-
-    template: str
-    """The name in a pipeline stage's `named_parameters()`, with `{}` for the layer's number within the stage."""
-    hf_names: tuple[str, ...]
-    """The names in released checkpoints, in the order that `kind` takes and returns the tensors."""
-    kind: Kind
-    place: Literal["first", "layer", "last"]
-    """The pipeline stage: the first, the one that holds language layer `layer`, or the last. Stages are counted in the
-    order of the model; a rank may hold several."""
-    layer: int | None = None
-    """The number, in the whole model, of the language layer that `{}` stands for."""
-    part: ModelPart = "language_model"
-    copy: bool = False
-    """True if another entry has the same tensors: the tied output layer of a pipeline's last stage. It is loaded, kept
-    equal by the optimizer step, and never exported."""
-
-    def stage(self, stage_layers: Sequence[int]) -> int:
-        """Returns the pipeline stage that holds it, given the number of language layers of each stage."""
-        if self.place != "layer":
-            return 0 if self.place == "first" else len(stage_layers) - 1
-        return self._stage_and_local_layer(stage_layers)[0]
-
-    def local_name(self, stage_layers: Sequence[int]) -> str:
-        """Returns its name in the `named_parameters()` of that stage."""
-        if self.place != "layer":
-            return self.template
-        return self.template.format(self._stage_and_local_layer(stage_layers)[1])
-
-    def _stage_and_local_layer(self, stage_layers: Sequence[int]) -> tuple[int, int]:
-        assert self.layer is not None
-        local = self.layer
-        for stage, layers in enumerate(stage_layers):
-            if local < layers:
-                return stage, local
-            local -= layers
-        raise ValueError(f"layer {self.layer} lies beyond the {sum(stage_layers)} layers of the stages {stage_layers}")
-
-
-def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stage: int) -> list[Entry]:
-    """Selects the entries of one pipeline stage.
-
-    A tied copy is among them if there are several stages; a single one holds the tensor once.
-    """
-    return [
-        entry for entry in entries if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
-    ]
-
-
-def stream_entries(entries: Iterable[Entry]) -> list[Entry]:
-    """Selects the entries of an export: every tensor once, in the order of the model."""
-    return [entry for entry in entries if not entry.copy]

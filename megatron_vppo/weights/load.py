@@ -10,8 +10,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
+from megatron_vppo.weights.entries import stage_entries
 from megatron_vppo.weights.hf_folder import has_hf_weights
-from megatron_vppo.weights.kinds import stage_entries
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
 

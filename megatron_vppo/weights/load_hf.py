@@ -11,8 +11,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from megatron_vppo.weights.entries import Entry, stage_entries
 from megatron_vppo.weights.hf_folder import HfFolder
-from megatron_vppo.weights.kinds import Entry, stage_entries
 
 
 class MappedModel(Protocol):

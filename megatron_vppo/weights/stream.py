@@ -13,8 +13,8 @@ from torch import Tensor
 from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.config_files import copy_config_files
+from megatron_vppo.weights.entries import Entry, stream_entries
 from megatron_vppo.weights.hf_folder import shard_name, write_index
-from megatron_vppo.weights.kinds import Entry, stream_entries
 from megatron_vppo.weights.load_hf import MappedModel
 from megatron_vppo.weights.residence import require_resident
 

@@ -25,7 +25,7 @@ from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
-from megatron_vppo.weights.kinds import stage_entries
+from megatron_vppo.weights.entries import stage_entries
 from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import GRIDS, IMAGE, MERGE, Row, make_pixels, make_rows
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_vppo.weights.kinds import Entry, Gated, Split
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Gated, Split
 from megatron_vppo.weights.load_hf import load_hf_weights
 
 

@@ -27,7 +27,8 @@ from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 from megatron_vppo.planning.published import CONFIGS, PUBLISHED, published_config
-from megatron_vppo.weights.kinds import Shape, stage_entries, stream_entries
+from megatron_vppo.weights.entries import stage_entries, stream_entries
+from megatron_vppo.weights.kinds import Shape
 
 # (tensor, pipeline); the layers of all eight divide evenly.
 LAYOUTS = {

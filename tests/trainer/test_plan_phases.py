@@ -17,7 +17,7 @@ from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, StateBytes, state_bytes
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 from tests.models.tiny import tiny_config
 from tests.trainer.test_plan import WORKLOAD as ONE_ROW
 

@@ -32,8 +32,8 @@ from bench.machine import commit, hardware, stolen_seconds, versions
 from bench.resident import TreeSampler
 from megatron_vppo.conversion.hf_writer import lay_out
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.weights.entries import stream_entries
 from megatron_vppo.weights.hf_folder import raw_bytes
-from megatron_vppo.weights.kinds import stream_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}

@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_vppo.models.hf_config import HfConfig, head_dim
-from megatron_vppo.weights.kinds import Entry, Gated, GroupedQKV, Kind, Split, Vocabulary, whole
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Gated, GroupedQKV, Kind, Split, Vocabulary, whole
 
 HEAD = "lm_head.weight"
 """The checkpoint's name of the output weight, which a tied model leaves out."""

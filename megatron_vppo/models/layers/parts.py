@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from megatron_vppo.models.layers.sequences import AttentionPlan
 from megatron_vppo.models.options import Backend
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 
 @dataclass(frozen=True)

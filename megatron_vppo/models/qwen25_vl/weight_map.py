@@ -9,7 +9,8 @@ from __future__ import annotations
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
 from megatron_vppo.models.vision.weight_map import attention_entries, merger_entries, patch_entry, vision_entry
-from megatron_vppo.weights.kinds import Entry, Gated, Kind, Split, whole
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Gated, Kind, Split, whole
 
 _IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 

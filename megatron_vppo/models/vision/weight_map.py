@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from megatron_vppo.config.choices import ModelPart
-from megatron_vppo.weights.kinds import Entry, FusedQKV, Kind, Replicated, Split, whole
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import FusedQKV, Kind, Replicated, Split, whole
 
 
 def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: ModelPart = "vision_tower") -> Entry:
