@@ -14,12 +14,12 @@ unexport PYTHON
 help:
 	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
 	@echo "make test         install, lint, and the tests that run without a GPU     (ARGS=\"tests/config -k base\")"
-	@echo "make test-all     the same and more combinations of them, one test after the other"
+	@echo "make test-all     the same with all tests, also those marked extended, one after the other"
 	@echo "make demo         install, then train a small Qwen2.5-VL with VPPO        (ARGS=\"rollout.n=4\")"
 	@echo "make lint         ruff and mypy"
 	@echo "make test-compat PYTHON=python3.12"
 	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
-	@echo "make gpu-check    what only a GPU can prove, in $(VENV) or the environment of PYTHON="
+	@echo "make gpu-check    the checks that need a GPU, in $(VENV) or the environment of PYTHON="
 
 install:
 	@PYTHON=$(PYTHON) VENV=$(VENV) tools/install.sh

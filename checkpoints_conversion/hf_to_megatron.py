@@ -1,4 +1,7 @@
-"""Hugging Face folder -> folder to train from: `vppo convert hf-to-megatron`. `--help` lists the arguments."""
+"""Hugging Face folder -> folder to train from.
+
+An alias of `vppo convert hf-to-megatron`, for people who look for scripts; see its `--help`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Converted folder or training checkpoint -> Hugging Face folder: `vppo convert megatron-to-hf`; see its `--help`."""
+"""Converted folder or training checkpoint -> Hugging Face folder.
+
+An alias of `vppo convert megatron-to-hf`, for people who look for scripts; see its `--help`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Compares a conversion with its source, bit by bit: `vppo convert verify`. `--help` lists the arguments."""
+"""The comparison of a conversion with its source, bit by bit.
+
+An alias of `vppo convert verify`, for people who look for scripts; see its `--help`.
+"""
 
 import sys
 

@@ -26,6 +26,8 @@ NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py"})
 """Names that stand for a user's own files, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
+TO_COME = frozenset({"evaluation/", "launching/"})
+"""Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
 
@@ -57,10 +59,18 @@ def code_in(text: str) -> Iterator[str]:
         yield span.replace("\n", " ")
 
 
-def links_in(text: str) -> Iterator[str]:
+def links_in(text: str) -> Iterator[tuple[str, str]]:
+    """(path, anchor) of every link that stays within the repository; either may be empty."""
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)):
-        if not re.match(r"[a-z]+://|#|mailto:", target):
-            yield target.partition("#")[0]
+        if not re.match(r"[a-z]+://|mailto:", target):
+            path, _, anchor = target.partition("#")
+            yield path, anchor
+
+
+def anchors_in(text: str) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 # --- What exists ------------------------------------------------------------------------------------------------------
@@ -87,14 +97,9 @@ def make_targets() -> frozenset[str]:
 @cache
 def subcommands() -> frozenset[str]:
     tree = ast.parse((ROOT / "megatron_vppo/cli/main.py").read_text())
-    return frozenset(
-        str(node.args[0].value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and node.func.attr == "add_parser"
-        and isinstance(node.args[0], ast.Constant)
-    )
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+    adding = [node for node in calls if ast.unparse(node.func).rpartition(".")[2] in ("add", "add_parser")]
+    return frozenset(str(node.args[0].value) for node in adding if isinstance(node.args[0], ast.Constant))
 
 
 @cache
@@ -122,7 +127,12 @@ def is_setting(name: str) -> bool:
 
 def mistakes_in(text: str, folder: Path) -> list[str]:
     """Everything that the text of a document in `folder` names and that does not exist."""
-    found = [f"link to {target}" for target in links_in(text) if not (folder / target).exists()]
+    found = []
+    for path, anchor in links_in(text):
+        if not (folder / path).exists():
+            found.append(f"link to {path}")
+        elif anchor and anchor not in anchors_in((folder / path).read_text(encoding="utf-8") if path else text):
+            found.append(f"link to {path}#{anchor}")
     for code in code_in(text):
         found += _paths(code)
         found += [f"make {t}" for t in re.findall(r"\bmake ([a-z][\w-]*)", code) if t not in make_targets()]
@@ -146,9 +156,15 @@ def _paths(code: str) -> list[str]:
         if FILE.fullmatch(word):
             if word not in files and word not in NOT_SHIPPED:
                 found.append(f"file {word}")
-        elif FOLDER.fullmatch(word) and word not in folders:
+        elif FOLDER.fullmatch(word) and word not in folders | TO_COME:
             found.append(f"folder {word}")
     return found
+
+
+def too_long_in(text: str) -> list[int]:
+    """Numbers of the lines over 120 columns. Only rows of tables may be longer."""
+    lines = enumerate(text.splitlines(), start=1)
+    return [number for number, line in lines if len(line) > 120 and not line.startswith("|")]
 
 
 # --- The documents as they are ----------------------------------------------------------------------------------------
@@ -159,6 +175,17 @@ def test_what_a_document_names_exists(path: Path) -> None:
     assert mistakes_in(path.read_text(encoding="utf-8"), path.parent) == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_have_at_most_120_columns(path: Path) -> None:
+    assert too_long_in(path.read_text(encoding="utf-8")) == []
+
+
+def test_a_planted_long_line_is_found() -> None:
+    long = "word " * 30
+    assert too_long_in(f"short\n{long}\n") == [2]
+    assert too_long_in(f"| a | {long} |\n") == []
+
+
 def test_the_documents_name_enough_to_be_worth_checking() -> None:
     """An extraction that finds nothing would pass everything."""
     code = "\n".join(line for path in DOCUMENTS for line in code_in(path.read_text(encoding="utf-8")))
@@ -166,6 +193,26 @@ def test_the_documents_name_enough_to_be_worth_checking() -> None:
     assert len(set(FILE.findall(code))) > 60
     assert {"demo", "test", "test-compat"} <= set(re.findall(r"\bmake ([a-z][\w-]*)", code))
     assert {"train", "report"} <= set(re.findall(r"\bvppo ([a-z]\w*)", code))
+
+
+def messages_in(source: str) -> Iterator[str]:
+    """Every string of a module; an f-string with "..." for each value in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_quoted_messages_are_ours() -> None:
+    """The first column of the table of errors: `parts of ... a message`, or vLLM's `message`."""
+    text = (ROOT / "docs/debugging.md").read_text(encoding="utf-8").partition("## Errors and what to do")[2]
+    quoted = re.findall(r"^\| `([^`]+)`", text.partition("\n## ")[0], flags=re.MULTILINE)
+    assert len(quoted) > 12
+    ours = [m for path in (ROOT / "megatron_vppo").rglob("*.py") for m in messages_in(path.read_text())]
+    ours += [path.read_text() for path in (ROOT / "tools").rglob("*") if path.suffix in {".sh", ".py"}]
+    fragments = {part.strip(" ()") for message in quoted for part in message.split("...")} - {""}
+    assert sorted(part for part in fragments if not any(part in own for own in ours)) == []
 
 
 def test_yaml_in_the_readme_is_a_whole_configuration(tmp_path: Path) -> None:
@@ -195,6 +242,8 @@ PLANTED = [
     ("It is in `megatron_vppo/training/`.", "folder megatron_vppo/training/"),
     ("\n    megatron_vppo/\n      controllers/     nothing\n", "folder controllers/"),
     ("[here](docs/nowhere.md#part)", "link to docs/nowhere.md"),
+    ("[here](docs/algorithm.md#the-part)", "link to docs/algorithm.md#the-part"),
+    ("# A title\n[here](#another-title)", "link to #another-title"),
     ("![picture](docs/images/no_such_picture.png)", "link to docs/images/no_such_picture.png"),
     ("`tests/parallel/test_nothing.py`", "file tests/parallel/test_nothing.py"),
     ("Shown by `test_that_all_is_well`.", "test test_that_all_is_well"),
@@ -213,7 +262,8 @@ Prose may say make haste, vppo nonsense and nowhere.py. <!-- `make nothing` and 
 
 `make demo ARGS="rollout.n=4"`, `vppo report RUN`, `tests/test_docs.py`, `grouping.py`, `megatron_vppo/models/*.py`,
 `reward.reward_function=my_reward.py:score`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
-`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`. [Docs](docs/algorithm.md) and
+`runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`.
+[Docs](docs/algorithm.md#what-is-computed), [top](#title) and
 [paper](https://arxiv.org/abs/1).
 
     make install                # and then

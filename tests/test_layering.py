@@ -4,7 +4,8 @@
     trainer   fidelity   |   planning   conversion         wings: one command each, none imports another
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
-    algorithm   weights   config   observability   system  ground floor: imports nothing of ours
+    algorithm   weights   config   observability   system  ground floor: imports at most `system`
+    config.choices                                         the one module that every room may import; imports nothing
 
 What each room may import is in ROOMS; docs/architecture.md draws the same picture. Imports inside functions and under
 TYPE_CHECKING count like any other: a border is a border.
@@ -15,6 +16,7 @@ Also a program: `python tests/test_layering.py` prints the violations and exits 
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,9 +49,9 @@ ENGINES = "data models parallel rollout"
 ROOMS = {
     # Ground floor: formulas, tensor names and files, settings, what a person sees, the operating system.
     "algorithm": room(),
-    "weights": room(guarded="megatron"),
+    "weights": room("system", "megatron"),
     "config": room(),
-    "observability": room(guarded="PIL"),
+    "observability": room("system", "PIL"),
     "system": room(),
     # Rows, images, rewards.
     "data": room("algorithm system", "datasets PIL transformers"),
@@ -63,8 +65,7 @@ ROOMS = {
     # Wings: each belongs to one command, none imports another.
     "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
     "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
-    # Of `parallel` only the names of what it offloads.
-    "planning": room("models weights parallel", "transformers"),
+    "planning": room("models weights", "transformers"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
     "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning conversion"),
@@ -72,6 +73,8 @@ ROOMS = {
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
 SCHEDULES = "megatron.core.pipeline_parallel"
+# The choices that settings have. Every room may import them, and they import nothing but `typing`.
+CHOICES = f"{PACKAGE}.config.choices"
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ def violation(home: str, module: str) -> str | None:
     """Why the folder `home` of the package may not import `module`; None if it may."""
     top, _, rest = module.partition(".")
     rules = ROOMS[home]
+    if f"{module}.".startswith(f"{CHOICES}."):
+        return None
     if top == PACKAGE:
         target = rest.partition(".")[0]
         if target == home or target in rules.ours or target in {"", "__version__"}:
@@ -125,6 +130,8 @@ def violations_in(source: str, module: str) -> list[str]:
     found = []
     for imported in imports_of(source, module):
         reason = violation(home, imported.module)
+        if module == CHOICES and imported.module.partition(".")[0] not in {"__future__", "typing"}:
+            reason = f"config.choices imports typing alone, not {imported.module}"
         if reason:
             found.append(f"{module}, line {imported.line}: {reason}")
     return found
@@ -197,6 +204,20 @@ def test_a_planted_circle_is_found() -> None:
     assert circle_in(arrows_of(sources)) == ["megatron_vppo.a", "megatron_vppo.b", "megatron_vppo.c", "megatron_vppo.a"]
 
 
+def documented_rooms(text: str) -> dict[str, Room]:
+    """The rooms by the table of docs/architecture.md: | `room/` | subject | rooms | guarded packages |."""
+    groups = {"nothing": "", "ground floor": GROUND, "engines": ENGINES, "everything": " ".join({*ROOMS} - {"cli"})}
+    rooms = {}
+    for name, ours, guarded in re.findall(r"^\| `(\w+)/` \|[^|]*\|([^|]*)\|([^|]*)\|$", text, flags=re.MULTILINE):
+        cells = [cell.strip() for cell in ours.split(",")]
+        rooms[name] = room(" ".join(groups.get(cell, cell) for cell in cells), guarded.replace(",", " "))
+    return rooms
+
+
+def test_the_documented_table_says_the_same() -> None:
+    assert documented_rooms((ROOT / "docs/architecture.md").read_text(encoding="utf-8")) == ROOMS
+
+
 # --- Planted violations: the check has to see each of them ------------------------------------------------------------
 
 PLANTED = [
@@ -205,6 +226,7 @@ PLANTED = [
     ("algorithm.vppo", "from megatron_vppo.config.schema import RunConfig"),
     ("algorithm.vppo", "from ..data import images"),
     ("algorithm.vppo", "def f():\n    from transformers import AutoModel"),
+    ("algorithm.vppo", "from megatron_vppo.config.choices_of_mine import Recompute"),
     ("weights.stream", "from megatron_vppo.models.qwen_vl import QwenVLModel"),
     ("weights.stream", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("data.images", "from megatron_vppo.models.families import family_of"),
@@ -233,9 +255,12 @@ PLANTED = [
     ("fidelity.measure", "from megatron_vppo.trainer.loop import Run"),
     ("planning.layouts", "from megatron_vppo.config.schema import RunConfig"),
     ("planning.layouts", "from megatron_vppo.setup import engines"),
+    ("planning.candidate", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
     ("cli.main", "from vllm import LLM"),
+    ("config.choices", "from megatron_vppo.config.schema import RunConfig"),
+    ("config.choices", "import pydantic"),
     ("config.load", "from megatron_vppo.algorithm import types"),
     ("config.load", "from megatron_vppo.observability import metrics"),
     ("observability.metrics", "from megatron_vppo.config import schema"),
@@ -253,6 +278,9 @@ def test_planted_violations_are_caught() -> None:
 LEGAL = [
     ("algorithm.vppo", "import math\nimport torch\nfrom megatron_vppo.algorithm.types import Response"),
     ("algorithm.vppo", "from . import types\nfrom .types import Response"),
+    ("algorithm.vppo", "from megatron_vppo.config.choices import NegativeAdvantages"),
+    ("rollout.seeds", "from megatron_vppo.config import choices"),
+    ("config.choices", "from __future__ import annotations\nfrom typing import Literal"),
     ("data.images", "from PIL import Image\nfrom ..algorithm.types import ImageRef"),
     (
         "models.qwen25_vl.vision",

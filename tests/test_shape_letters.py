@@ -1,8 +1,8 @@
 """Shape letters mean the same in every file of the package. The alphabet is the table in CONTRIBUTING.md, Notation.
 
-A name carries its tensor's shape as a suffix: `advantage_BT` is [responses, response tokens]. The suffix is what follows
-the last underscore of a name whose other characters are lower-case letters, digits and underscores, if it consists of
-capital letters, `h` and digits and has at least one letter. So `bf16` and `MAX_T` have none. Digits are literal sizes:
+A name carries its tensor's shape as a suffix: `advantage_BT` is [responses, response tokens]. The suffix is what comes
+after the last underscore of a name whose other characters are lower-case letters, digits and underscores. It consists
+of capital letters, `h` and digits, with at least one letter. So `bf16` and `MAX_T` have none. Digits are literal sizes:
 `positions_3K` is [3, packed tokens]. Shapes in docstrings, as in "[B, T] float32", use the same letters.
 
 Every module with such names or shapes has a legend in its docstring, one sentence: "Shape suffix legend: B = responses;
@@ -110,35 +110,9 @@ def all_violations() -> list[str]:
 
 
 NOT_YET = {
-    "megatron_vppo/algorithm/dependency.py",
-    "megatron_vppo/algorithm/grouping.py",
-    "megatron_vppo/algorithm/metrics.py",
-    "megatron_vppo/algorithm/mismatch.py",
-    "megatron_vppo/algorithm/padding.py",
     "megatron_vppo/conversion/logprobs.py",
     "megatron_vppo/data/images.py",
     "megatron_vppo/data/perturb.py",
-    "megatron_vppo/fidelity/compare.py",
-    "megatron_vppo/fidelity/emulation.py",
-    "megatron_vppo/fidelity/formats.py",
-    "megatron_vppo/fidelity/measure.py",
-    "megatron_vppo/models/language/deepstack.py",
-    "megatron_vppo/models/language/model.py",
-    "megatron_vppo/models/language/mrope.py",
-    "megatron_vppo/models/layers/attention.py",
-    "megatron_vppo/models/layers/context_parallel.py",
-    "megatron_vppo/models/layers/packed.py",
-    "megatron_vppo/models/layers/sequences.py",
-    "megatron_vppo/models/layers/te_parts.py",
-    "megatron_vppo/models/qwen25_vl/vision.py",
-    "megatron_vppo/models/qwen3_vl/vision.py",
-    "megatron_vppo/models/qwen_vl.py",
-    "megatron_vppo/models/vision/dealing.py",
-    "megatron_vppo/models/vision/tower.py",
-    "megatron_vppo/parallel/batching.py",
-    "megatron_vppo/parallel/head_chunk.py",
-    "megatron_vppo/parallel/policy.py",
-    "megatron_vppo/parallel/vocab_head.py",
     "megatron_vppo/trainer/recorder.py",
 }
 """Files whose letters are still being renamed."""

@@ -1,9 +1,9 @@
-"""What only a GPU can prove, in one command: parity, FP8, weight transfer, placement. `make gpu-check`.
+"""Checks what only a GPU can prove: parity, FP8, weight transfer, placement. `make gpu-check` calls it.
 
     python tools/gpu_check.py [pytest options]
 
-Runs `vppo doctor`, then every test under tests/gpu in this interpreter's environment, and ends with one table. A
-check that hangs ends the run and shows where. Exit status 1 where a check failed, 2 where there is no GPU.
+Runs `vppo doctor`, then every test under tests/gpu in this interpreter's environment, and ends with one table. A check
+that hangs ends the run and shows where it hangs. Exit status 1: a check failed; 2: there is no GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GPU_TESTS = "tests/gpu"
 HANGING_SECONDS = 240
-"""The start of an engine takes the longest."""
+"""A check that takes longer counts as hanging. The slowest part of a check is the start of an engine."""
 PYTEST = (
     "pytest", "-v", "--tb=short", "-o", f"faulthandler_timeout={HANGING_SECONDS}",
     "-o", "faulthandler_exit_on_timeout=true",
@@ -55,7 +55,7 @@ def main(options: list[str]) -> int:
 
 
 def read_report(path: Path) -> list[Check]:
-    """The test cases of a JUnit report."""
+    """Reads the test cases of a JUnit report."""
     checks = []
     for case in ET.parse(path).getroot().iter("testcase"):
         outcome, reason = "passed", ""
@@ -69,7 +69,7 @@ def read_report(path: Path) -> list[Check]:
 
 
 def table(checks: list[Check]) -> str:
-    """One line per file of tests, then what failed and what was left out, each with its reason."""
+    """Writes one line per test file, then the failed and the skipped tests with their reasons."""
     lines = ["", f"{'checks':<24}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}"]
     for file in dict.fromkeys(check.file for check in checks):
         mine = [check for check in checks if check.file == file]

@@ -17,14 +17,14 @@ PAGE = ROOT / "docs" / "layouts.md"
 BEGIN, END = "<!-- table: tools/layout_table.py -->\n", "<!-- end of table -->\n"
 
 Rows = dict[str, dict[str, float]]
-"""By layout: largest difference by '{model}: {what}'."""
+"""The largest differences of each layout, under the key '{model}: log-probs' or '{model}: gradients'."""
 
 
 def run_layouts() -> Rows:
     """Runs the tests and reads what each layout recorded.
 
     Raises:
-        SystemExit: a layout failed; pytest's own words are on the terminal.
+        SystemExit: a layout failed; pytest's report is on the terminal.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
@@ -50,7 +50,7 @@ def table(rows: Rows) -> str:
 
 
 def layouts_of(page: str) -> list[str]:
-    """Names in the first column of the page's table."""
+    """Lists the layouts in the first column of the page's table."""
     body = page[page.index(BEGIN) + len(BEGIN) : page.index(END)]
     return [line.split("|")[1].strip() for line in body.splitlines()[2:]]
 

@@ -9,8 +9,8 @@ here=examples/digits_cpu
 runs=runs/digits_compare
 read -ra seeds <<<"${SEEDS:-1 2 3}"
 
-python tools/make_digits_data.py --out build/digits/data
-python tools/make_digits_model.py --data build/digits/data --out build/digits/model
+python tools/digits/make_data.py --out build/digits/data
+python tools/digits/make_model.py --data build/digits/data --out build/digits/model
 for seed in "${seeds[@]}"; do
   for name in config reference dapo grpo; do
     run="$runs/$name-seed$seed"

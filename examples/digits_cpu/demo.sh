@@ -9,9 +9,9 @@ here=examples/digits_cpu
 set -- "trainer.experiment_name=demo-$(date +%Y%m%d-%H%M%S)" "$@"  # a run of its own each time, none resumed
 
 echo "demo: data"
-python tools/make_digits_data.py --out build/digits/data
+python tools/digits/make_data.py --out build/digits/data
 echo "demo: cold-start model"
-python tools/make_digits_model.py --data build/digits/data --out build/digits/model
+python tools/digits/make_model.py --data build/digits/data --out build/digits/model
 
 run=$(python - "$here/config.yaml" "$@" <<'PY'
 import sys
@@ -26,4 +26,4 @@ PY
 echo "demo: training, into $run"
 started=$SECONDS
 vppo train --config "$here/config.yaml" "$@"
-python -m megatron_vppo.trainer.summary "$run" --seconds-rl $((SECONDS - started))
+vppo summary "$run" --seconds-rl $((SECONDS - started))

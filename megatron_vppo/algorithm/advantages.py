@@ -12,17 +12,17 @@ STD_EPS = 1e-6
 
 
 def group_advantages(reward_B: Tensor, group_B: Tensor) -> Tensor:
-    """GRPO (paper Eq. 1): reward minus the mean of its group, over the group's unbiased deviation plus 1e-6.
+    """GRPO (paper Eq. 1): the reward minus the mean of its group, divided by the group's unbiased deviation plus 1e-6.
 
     Args:
         reward_B: [B] float32.
-        group_B: [B] int64; equal numbers mark the responses of one prompt. Groups may have any sizes above one.
+        group_B: [B] int64; equal numbers mark the responses of one prompt. A group has two responses or more.
 
     Returns:
-        [B], dtype of the rewards.
+        [B] in the dtype of the rewards.
 
     Raises:
-        ValueError: a group has one response, of which no deviation can be taken.
+        ValueError: a group has one response, which has no deviation.
     """
     advantage_B = torch.empty_like(reward_B)
     for group in sorted(set(group_B.tolist())):

@@ -1,6 +1,6 @@
-"""From scored responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
+"""From graded responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
 
-Shape suffix legend: B = responses (of the step, or of one mini-batch), T = response tokens (right-padded).
+Shape suffix legend: B = responses of the step or of one mini-batch; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm import dependency as dependency_kinds
 from megatron_vppo.algorithm.advantages import group_advantages
+from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.shaping import TrajectoryScale, shape_advantages, trajectory_scale, trajectory_scores
+from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages, trajectory_scale
 from megatron_vppo.algorithm.token_filter import top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
-from megatron_vppo.algorithm.types import LossSpec, Response, ScoredResponse, Scores, TrainBatch
+from megatron_vppo.algorithm.types import GradedResponse, LossSpec, Response, Scores, TrainBatch
 
 
 @dataclass(frozen=True, slots=True)
 class VppoRecord:
-    """What VPPO decided about one mini-batch, for the log and the report."""
+    """VPPO's decisions about one mini-batch, for the log and the report."""
 
     dependency_BT: Tensor | None
-    """fp32 nats; 0.0 where padded and for rows without an image; None where nothing asked for it."""
+    """fp32 nats; 0.0 where padded and for rows without an image. None if neither filter nor shaping needs it."""
     token_mask_BT: Tensor
     """fp32; 1.0 on tokens that carry policy gradient."""
     scale_B: Tensor
-    """fp32; alpha of each response, before the rule for negative advantages."""
-    trajectory_score_B: Tensor | None
-    """fp32 nats; mean dependency of each response."""
+    """fp32; the alpha of each response, before the rule for negative advantages."""
+    dependency_mean_B: Tensor | None
+    """fp32 nats; the mean dependency of each response."""
     group_advantage_B: Tensor
     """fp32; before shaping."""
 
@@ -47,7 +47,7 @@ class Minibatch:
 
 
 def assemble(
-    scored: Sequence[ScoredResponse],
+    graded: Sequence[GradedResponse],
     scores: Scores,
     *,
     settings: VppoSettings,
@@ -57,21 +57,23 @@ def assemble(
 ) -> list[Minibatch]:
     """Splits a step's responses, in order, into optimizer mini-batches with all weights of their loss.
 
-    With the scopes 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size, which only the
-    authors' scopes look at.
+    Under the shaping scope 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size. Only
+    the authors' scopes look at them.
 
     Args:
-        scored: the responses of the step; those of one group next to each other.
-        scores: of these rows, T at least the longest response.
+        graded: the responses of the step; the responses of a group lie next to each other.
+        scores: the scores of these responses; T is at least the longest response.
         responses_per_minibatch: rows per optimizer step; the last mini-batch takes what is left.
-        data_parallel_size, micro_batch_size: layout of the update, emulated for the scopes 'device_minibatch' (unless
-            settings.reference_devices says otherwise) and 'microbatch'.
+        data_parallel_size: devices of the update. The scope 'device_minibatch' emulates that many, unless
+            settings.reference_devices says otherwise.
+        micro_batch_size: rows per micro-batch of the update. The scope 'microbatch' emulates such micro-batches.
 
     Raises:
-        ValueError: rows and scores do not match, a second view or a divergence is missing, or a group has one response.
+        ValueError: rows and scores do not match, the perturbed view or a divergence is missing, or a group has one
+            response.
         RuntimeError: the scores hold NaN or infinity.
     """
-    responses = tuple(item.response for item in scored)
+    responses = tuple(item.response for item in graded)
     _check_scores(responses, scores, settings)
     if responses_per_minibatch < 1:
         raise ValueError(
@@ -79,9 +81,9 @@ def assemble(
         )
     width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
-    reward_B = torch.tensor([item.reward.overall for item in scored], dtype=torch.float32)
+    reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
-    # Over the whole step: a group's baseline does not change where a mini-batch boundary falls.
+    # Over the whole step, so that a mini-batch boundary within a group does not change the group's baseline.
     advantage_B = group_advantages(reward_B, group_B).to(device)
     dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
     minibatches = []
@@ -105,17 +107,17 @@ def assemble(
 def visual_dependency(
     responses: Sequence[Response], scores: Scores, mask_BT: Tensor, *, settings: VppoSettings
 ) -> Tensor | None:
-    """[B, T] fp32 nats, of the kind that the settings ask for; None where neither filter nor shaping uses it.
+    """The dependency [B, T] in fp32 nats, of the kind that is set; None if neither filter nor shaping needs it.
 
     Rows without an image have dependency zero: there is nothing to perturb.
     """
     if not settings.needs_dependency:
         return None
     if settings.dependency == "k3_sampled":
-        if scores.masked_logp_BT is None:
-            raise ValueError("dependency 'k3_sampled' needs masked_logp_BT: score both views of every response")
-        dependency_BT = dependency_kinds.k3_sampled(
-            scores.old_logp_BT, scores.masked_logp_BT, mask_BT, expm1=settings.dependency_expm1
+        if scores.perturbed_logp_BT is None:
+            raise ValueError("dependency 'k3_sampled' needs perturbed_logp_BT: score both views of every response")
+        dependency_BT = k3_sampled(
+            scores.old_logp_BT, scores.perturbed_logp_BT, mask_BT, expm1=settings.dependency_expm1
         )
     else:
         if scores.divergence_BT is None:
@@ -140,8 +142,10 @@ def _assemble_rows(
 ) -> Minibatch:
     trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
     token_mask_BT = _token_mask(responses, dependency_BT, mask_BT, settings)
-    score_B = None if dependency_BT is None else trajectory_scores(dependency_BT, mask_BT)
-    scale = _scale(responses, score_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size)
+    dependency_mean_B = None if dependency_BT is None else dependency_means(dependency_BT, mask_BT)
+    scale = _scale(
+        responses, dependency_mean_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size
+    )
     shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
     pg_weight_BT = policy_gradient_weight(
         token_mask_BT, trained_BT, denominator=settings.loss_denominator, average=settings.loss_avg_mode
@@ -170,9 +174,9 @@ def _assemble_rows(
             entropy_kind=settings.entropy_kind,
         ),
     )
-    record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, score_B, advantage_B)
+    record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(
-        dependency_BT, token_mask_BT, trained_BT, mask_BT, score_B, scale, correction_BT=correction_BT
+        dependency_BT, token_mask_BT, trained_BT, mask_BT, dependency_mean_B, scale, correction_BT=correction_BT
     )
     return Minibatch(batch, record, {**metrics, **advantage_metrics(batch.advantage_BT, trained_BT)})
 
@@ -196,25 +200,28 @@ def _token_mask(
 
 def _scale(
     responses: Sequence[Response],
-    score_B: Tensor | None,
+    dependency_mean_B: Tensor | None,
     trained_BT: Tensor,
     settings: VppoSettings,
     *,
     devices: int,
     micro_batch_size: int,
 ) -> TrajectoryScale:
-    if not settings.use_advantage_shaping or score_B is None:
+    if not settings.use_advantage_shaping or dependency_mean_B is None:
         return TrajectoryScale(torch.ones_like(trained_BT[:, 0]), (), (), ())
     counted_B = trained_BT.sum(1) > 0
     if settings.text_only_rows == "bypass":
         counted_B &= _has_image(responses).to(counted_B.device)
-    device_B, micro_batch_B = emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
+    device_B, micro_batch_B = (
+        number_B.to(counted_B.device)
+        for number_B in emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
+    )
     return trajectory_scale(
-        score_B,
+        dependency_mean_B,
         counted_B,
         scale_min=settings.advantage_scaling_min,
-        min_scope_B=device_B.to(score_B.device) if settings.shaping_min_scope == "device_minibatch" else None,
-        mean_scope_B=micro_batch_B.to(score_B.device) if settings.shaping_mean_scope == "microbatch" else None,
+        min_scope_B=device_B if settings.shaping_min_scope == "device_minibatch" else None,
+        mean_scope_B=micro_batch_B if settings.shaping_mean_scope == "microbatch" else None,
     )
 
 
@@ -223,9 +230,9 @@ def _has_image(responses: Sequence[Response]) -> Tensor:
 
 
 def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:
-    """[B] 1.0 for responses that are trained on; truncated ones are left out by truncated_responses 'mask'."""
-    cut = settings.truncated_responses == "mask"
-    return torch.tensor([0.0 if cut and r.finish_reason == "length" else 1.0 for r in responses])
+    """[B] 1.0 for responses that are trained on; truncated_responses='mask' leaves out truncated ones."""
+    masks_truncated = settings.truncated_responses == "mask"
+    return torch.tensor([0.0 if masks_truncated and r.finish_reason == "length" else 1.0 for r in responses])
 
 
 def _rollout_logps(responses: Sequence[Response], *, width: int) -> Tensor:
@@ -242,8 +249,8 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
     if len(responses) == 0:
         raise ValueError("no responses to train on; skip the step instead")
     wanted = {"old_logp_BT": scores.old_logp_BT}
-    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.masked_logp_BT is not None:
-        wanted["masked_logp_BT"] = scores.masked_logp_BT
+    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.perturbed_logp_BT is not None:
+        wanted["perturbed_logp_BT"] = scores.perturbed_logp_BT
     if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:
         wanted["divergence_BT"] = scores.divergence_BT
     for name, value_BT in wanted.items():

@@ -1,7 +1,4 @@
-"""Which groups are trained on, what an answer is worth within its group, and the authors' split of rows.
-
-Shape suffix legend: B = responses.
-"""
+"""The rule by which groups of responses are trained on."""
 
 from __future__ import annotations
 
@@ -9,11 +6,11 @@ from collections.abc import Sequence
 
 
 def keep_group(accuracies: Sequence[float], *, low: float, high: float) -> bool:
-    """True where the mean accuracy of a group lies strictly between low and high: it holds a learning signal (DAPO).
+    """True if the mean accuracy of a group lies strictly between low and high, so that it can teach something (DAPO).
 
     Args:
         accuracies: in [0, 1], one per response of the group.
     """
     if not accuracies:
-        raise ValueError("a group without responses cannot be judged; drop it before filtering")
+        raise ValueError("a group without responses has no accuracy; drop it before filtering")
     return low < sum(accuracies) / len(accuracies) < high

@@ -1,4 +1,7 @@
-"""How far the rollout engine's log-probs are from the trainer's, for the same tokens and weights."""
+"""The distance of the rollout engine's log-probs from the trainer's, for the same tokens and weights.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from megatron_vppo.algorithm.types import Response, Scores
 
 
 def rollout_mismatch(responses: Sequence[Response], scores: Scores, *, bound: float) -> dict[str, float]:
-    """Nats per token, |log p_trainer - log p_rollout|: mean, largest, and the fraction of tokens over `bound`.
+    """|log p_trainer - log p_rollout| in nats per token: mean, largest, and the fraction of tokens over `bound`.
 
-    Near zero for top_p = 1 and top_k off; truncated sampling renormalises, which shows here.
+    The numbers are near zero with top_p = 1 and top_k off. Truncated sampling renormalises, which shows here.
     """
     width = scores.old_logp_BT.shape[1]
     rollout_logp_BT = pad_rows([r.rollout_logps for r in responses], dtype=torch.float32, width=width)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def emulated_split(num_rows: int, *, devices: int, micro_batch_size: int) -> tuple[Tensor, Tensor]:
-    """Which device and which micro-batch each row of a mini-batch would fall to, for the authors' shaping scopes.
+    """Numbers the device and the micro-batch of each row of a mini-batch, for the authors' shaping scopes.
 
-    Rows stay in the given order: each device takes a contiguous block (sizes differ by at most one where they do not
-    divide evenly, and are one or none where there are more devices than rows), and within a device each micro-batch
-    takes micro_batch_size rows, the last what is left. The authors first balance rows over devices by length; which
-    rows meet on a device is not reproduced, only how many.
+    Rows stay in the given order. Each device takes a contiguous block; if the rows do not divide evenly, block sizes
+    differ by at most one. Within a device each micro-batch takes micro_batch_size rows, and the last one what is left.
+    The authors first balance rows over devices by length. That is not reproduced: a device gets as many rows as theirs,
+    but not the same ones.
 
     Returns:
         device_B, micro_batch_B: [B] int64; micro-batch numbers are unique over devices.

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
-from megatron_vppo.algorithm.shaping import NegativeAdvantages
-from megatron_vppo.algorithm.token_weights import EntropyTokens, LossAverage, LossDenominator
+from megatron_vppo.config.choices import (
+    CountedTokens,
+    DependencyKind,
+    EntropyKind,
+    LossAverage,
+    NegativeAdvantages,
+    ShapingMeanScope,
+    ShapingMinScope,
+    TextOnlyRows,
+    TruncatedResponses,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,22 +32,22 @@ class VppoSettings:
     advantage_scaling_min: float
     """beta_min, in (0, 1]."""
     entropy_penalty_coef: float
-    dependency: Literal["k3_sampled", "kl_full", "jsd"]
+    dependency: DependencyKind
     dependency_expm1: bool
     stable_ranking: bool
     integer_ceil: bool
-    shaping_min_scope: Literal["minibatch", "device_minibatch"]
-    shaping_mean_scope: Literal["minibatch", "microbatch"]
+    shaping_min_scope: ShapingMinScope
+    shaping_mean_scope: ShapingMeanScope
     negative_advantages: NegativeAdvantages
-    text_only_rows: Literal["bypass", "rank"]
-    loss_denominator: LossDenominator
+    text_only_rows: TextOnlyRows
+    loss_denominator: CountedTokens
     loss_avg_mode: LossAverage
-    entropy_kind: Literal["nll", "entropy"]
-    entropy_tokens: EntropyTokens
+    entropy_kind: EntropyKind
+    entropy_tokens: CountedTokens
     clip_ratio_low: float
     clip_ratio_high: float
     clip_ratio_dual: float
-    truncated_responses: Literal["train", "mask"]
+    truncated_responses: TruncatedResponses
     rollout_correction_cap: float | None
     reference_devices: int | None
     """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
@@ -51,5 +60,5 @@ class VppoSettings:
 
     @property
     def needs_dependency(self) -> bool:
-        """Whether the perturbed view has to be scored at all."""
+        """True if the perturbed view has to be scored at all."""
         return self.use_vppo_on_perception or self.use_advantage_shaping

@@ -1,95 +1,99 @@
 """Trajectory advantage shaping (paper Eq. 5): visually dependent responses count more, with a mean scale of one.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded).
+Shape suffix legend: B = responses; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-NegativeAdvantages = Literal["same", "unscaled", "mirrored"]
+from megatron_vppo.config.choices import NegativeAdvantages
 
-MIN_SCORE_RANGE = 1e-6
-"""Nats; rows whose scores span no more than this keep scale one (spec 1.3)."""
+MIN_RANGE = 1e-6
+"""Nats; rows whose mean dependencies span no more than this keep scale one."""
 MEAN_EPS = 1e-8
+"""Added to the mean of relative dependencies, as the authors' code does."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrajectoryScale:
-    """Advantage scales and the statistics they came from, one entry per scope that had any."""
+    """Advantage scales and the statistics behind them."""
 
     scale_B: Tensor
-    """[B], 1.0 for rows that were not counted."""
-    min_scores: tuple[float, ...]
-    max_scores: tuple[float, ...]
-    """Nats; of each minimum scope with more than one counted row."""
+    """[B]; 1.0 for rows that were not counted."""
+    smallest_means: tuple[float, ...]
+    largest_means: tuple[float, ...]
+    """Nats; the extreme mean dependencies of each minimum scope with more than one counted row."""
     target_maxima: tuple[float, ...]
-    """Scale that a row with the largest score would get, of each mean scope."""
+    """beta_max of each mean scope: the scale of a row with the largest mean dependency."""
 
 
-def trajectory_scores(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean dependency over all tokens of each response, kept or not.
+def dependency_means(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The mean dependency of each response, over all of its tokens, kept or not.
 
     Args:
         dependency_BT: [B, T] nats, finite.
         mask_BT: [B, T], 1 on response tokens.
 
     Returns:
-        [B] nats, dtype of the dependency; 0.0 for an empty response.
+        [B] nats in the dtype of the dependency; 0.0 for an empty response.
     """
     return (dependency_BT * mask_BT).sum(1) / mask_BT.sum(1).clamp(min=1).to(dependency_BT.dtype)
 
 
 def trajectory_scale(
-    score_B: Tensor,
+    dependency_mean_B: Tensor,
     counted_B: Tensor,
     *,
     scale_min: float,
     min_scope_B: Tensor | None = None,
     mean_scope_B: Tensor | None = None,
 ) -> TrajectoryScale:
-    """Maps scores linearly to [scale_min, beta_max], beta_max such that the mean scale is one (spec 1.3).
+    """Maps mean dependencies linearly to [scale_min, beta_max], with beta_max such that the mean scale is one.
 
-    Scores are normalised between the smallest and the largest of their minimum scope; the mean is taken over their mean
-    scope. The authors' code takes a device's mini-batch for the first and a micro-batch for the second, so that the
-    result depends on the layout; None means all rows.
+    A mean dependency is first put between the smallest and the largest of its minimum scope; the mean scale is then
+    taken over its mean scope. In the authors' code the first scope is a device's mini-batch and the second a
+    micro-batch, so that the result depends on the layout. None means all rows.
 
-    A minimum scope with fewer than two counted rows, or whose scores span at most 1e-6, leaves its rows at scale one. A
-    mean scope in which every row has the smallest score gives them all scale_min, as the authors' code does; that
-    cannot happen when both scopes are all rows.
+        relative = (mean - smallest) / (largest - smallest)               in [0, 1]
+        beta_max = scale_min + (1 - scale_min) / mean of relative
+        scale    = scale_min + relative (beta_max - scale_min)            mean 1
+
+    A minimum scope with fewer than two counted rows, or whose means span at most 1e-6 nats, leaves its rows at scale
+    one. A mean scope in which every row has the smallest mean gives them all scale_min, as the authors' code does. That
+    cannot happen if both scopes are all rows.
 
     Args:
-        score_B: [B] nats.
-        counted_B: [B] bool; rows that take part. The others get scale 1.0 and enter no statistic.
+        dependency_mean_B: [B] nats.
+        counted_B: [B] bool; the rows that take part. The others get scale 1.0 and enter no statistic.
         scale_min: beta_min, in (0, 1].
-        min_scope_B, mean_scope_B: [B] int64, equal numbers mark rows of one scope; None: all rows are one scope.
+        min_scope_B, mean_scope_B: [B] int64; equal numbers mark rows of one scope. None: all rows are one scope.
     """
-    one_scope_B = torch.zeros_like(score_B, dtype=torch.int64)
+    one_scope_B = torch.zeros_like(dependency_mean_B, dtype=torch.int64)
     min_scope_B = one_scope_B if min_scope_B is None else min_scope_B
     mean_scope_B = one_scope_B if mean_scope_B is None else mean_scope_B
-    relative_B, spread_B = torch.zeros_like(score_B), torch.zeros_like(counted_B)
-    min_scores, max_scores, target_maxima = [], [], []
+    relative_B, spread_B = torch.zeros_like(dependency_mean_B), torch.zeros_like(counted_B)
+    smallest_means, largest_means, target_maxima = [], [], []
     for scope in sorted(set(min_scope_B.tolist())):
         rows_B = counted_B & (min_scope_B == scope)
         if int(rows_B.sum()) < 2:
             continue
-        low, high = score_B[rows_B].min(), score_B[rows_B].max()
-        min_scores.append(low.item())
-        max_scores.append(high.item())
-        if high - low > MIN_SCORE_RANGE:
-            relative_B[rows_B] = ((score_B[rows_B] - low) / (high - low)).clamp(0.0, 1.0)
+        low, high = dependency_mean_B[rows_B].min(), dependency_mean_B[rows_B].max()
+        smallest_means.append(low.item())
+        largest_means.append(high.item())
+        if high - low > MIN_RANGE:
+            relative_B[rows_B] = ((dependency_mean_B[rows_B] - low) / (high - low)).clamp(0.0, 1.0)
             spread_B |= rows_B
-    scale_B = torch.ones_like(score_B)
+    scale_B = torch.ones_like(dependency_mean_B)
     for scope in sorted(set(mean_scope_B[spread_B].tolist())):
         rows_B = spread_B & (mean_scope_B == scope)
         target_max = scale_min + (1.0 - scale_min) / (relative_B[rows_B].mean() + MEAN_EPS)
         target_maxima.append(target_max.item())
         scale_B[rows_B] = scale_min + relative_B[rows_B] * (target_max - scale_min)
-    return TrajectoryScale(scale_B, tuple(min_scores), tuple(max_scores), tuple(target_maxima))
+    return TrajectoryScale(scale_B, tuple(smallest_means), tuple(largest_means), tuple(target_maxima))
 
 
 def shape_advantages(advantage_B: Tensor, scale_B: Tensor, *, negative: NegativeAdvantages) -> Tensor:
@@ -97,8 +101,8 @@ def shape_advantages(advantage_B: Tensor, scale_B: Tensor, *, negative: Negative
 
     Args:
         advantage_B, scale_B: [B].
-        negative: scale of a negative advantage. 'same': the authors' alpha, so a visually dependent wrong answer is
-            punished harder; 'unscaled': 1; 'mirrored': 2 - alpha, but no less than 0, so that no sign can turn.
+        negative: the scale of a negative advantage. 'same': the authors' alpha, so that a visually dependent wrong
+            response is punished harder; 'unscaled': 1; 'mirrored': 2 - alpha, but at least 0, so that no sign turns.
     """
     if negative == "same":
         return advantage_B * scale_B

@@ -1,6 +1,6 @@
-"""Token gradient filtering (paper Eq. 4): the share of each response that depends most on the image carries gradient.
+"""Token gradient filtering (paper Eq. 4): the tokens of a response that depend most on the image carry the gradient.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded).
+Shape suffix legend: B = responses; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def kept_counts(length_B: Tensor, *, keep_fraction: float, integer_ceil: bool) -> Tensor:
-    """How many tokens of each response are kept: ceil(keep_fraction * length).
+    """The number of tokens that each response keeps: ceil(keep_fraction * length).
 
     Args:
         length_B: [B] int64, response tokens.
         keep_fraction: in (0, 1].
-        integer_ceil: exact, reading keep_fraction as the decimal number it was written as. False: the authors' float32
-            product, which is one off for 677 of the first 8192 lengths at 0.6 (spec 1.2).
+        integer_ceil: exact; keep_fraction is read as the decimal number that was written. False: the authors' float32
+            product, which is one off for 677 of the first 8192 lengths at 0.6.
 
     Returns:
         [B] int64.
@@ -41,8 +41,8 @@ def top_token_mask(
     Args:
         dependency_BT: [B, T] nats; the padding may hold anything.
         mask_BT: [B, T], 1 on response tokens.
-        stable: of equal dependencies the earlier token ranks first. False: the authors' unstable sort, whose choice
-            among equals is unspecified.
+        stable: among equal dependencies the earlier token ranks first. False: the authors' unstable sort, whose
+            choice among equals is unspecified.
         integer_ceil: see kept_counts.
 
     Returns:

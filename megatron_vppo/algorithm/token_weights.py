@@ -1,32 +1,28 @@
 """Per-token weights of the two loss terms: masks, denominators, coefficient and rollout correction.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded).
+Shape suffix legend: B = responses; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-LossDenominator = Literal["all", "selected"]
-LossAverage = Literal["token", "seq"]
-EntropyTokens = Literal["all", "selected"]
+from megatron_vppo.config.choices import CountedTokens, LossAverage
 
 
 def policy_gradient_weight(
-    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: LossDenominator, average: LossAverage
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: CountedTokens, average: LossAverage
 ) -> Tensor:
-    """Weight of each token's surrogate such that the weighted sum is the loss of the whole mini-batch.
+    """The weight of each token's surrogate; the weighted sum is the policy-gradient loss of the whole mini-batch.
 
     Args:
         token_mask_BT: [B, T], 1 on tokens that carry policy gradient.
         trained_mask_BT: [B, T], 1 on all response tokens of responses that are trained on.
-        denominator: divide by all tokens of trained_mask_BT (the authors'; the share kept then scales the gradient), or
-            by the kept ones.
-        average: 'token': one mean over the tokens of the mini-batch (the authors' code); 'seq': a mean per response,
-            then over responses with tokens (paper Eq. 6).
+        denominator: 'all': divide by all tokens of trained_mask_BT (the authors' code; the kept share then scales the
+            gradient). 'selected': divide by the kept tokens.
+        average: 'token': one mean over the tokens of the mini-batch (the authors' code). 'seq': a mean per response,
+            then a mean over responses with tokens (paper Eq. 6).
 
     Returns:
         [B, T] float32; 0.0 where no policy gradient flows.
@@ -44,13 +40,14 @@ def policy_gradient_weight(
 
 
 def entropy_penalty_weight(
-    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: EntropyTokens
+    token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: CountedTokens
 ) -> Tensor:
-    """Weight of each token's entropy term: coefficient times a plain mean over the tokens that it covers.
+    """The weight of each token's entropy term: the coefficient times a plain mean over the covered tokens.
 
     Args:
         token_mask_BT, trained_mask_BT: as in policy_gradient_weight.
-        tokens: cover all trained response tokens (the authors'), or only those that carry policy gradient.
+        tokens: 'all': cover all trained response tokens (the authors' code). 'selected': cover those that carry policy
+            gradient.
 
     Returns:
         [B, T] float32, positive: added to the loss, it lowers the entropy.
@@ -62,11 +59,11 @@ def entropy_penalty_weight(
 
 
 def rollout_correction(old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float) -> Tensor:
-    """Truncated importance weights min(p_trainer / p_rollout, cap) for tokens that another engine sampled.
+    """Truncated importance weights min(p_trainer / p_rollout, cap) of tokens that the rollout engine sampled.
 
     Args:
-        old_logp_BT: [B, T] nats, the trainer's, of the policy that sampled.
-        rollout_logp_BT: [B, T] nats, in the distribution that was sampled from.
+        old_logp_BT: [B, T] nats; the trainer's log-probs under the weights that sampled.
+        rollout_logp_BT: [B, T] nats; the engine's, in the distribution that was sampled from.
         mask_BT: [B, T], 1 on response tokens.
 
     Returns:

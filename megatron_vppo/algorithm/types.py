@@ -1,36 +1,49 @@
-"""The records that the stages of a training step hand to each other.
+"""The records that the phases of a training step hand to each other.
 
-Shape suffix legend: B = responses, T = response tokens (right-padded). Records are built once, when every field is
-known, and never edited. They are light (token ids, log-probs, references to images; never pixels), so every rank
-holds all of them and every statistic of the algorithm is computed on the same rows by every rank.
+Records are built once, when every field is known, and never edited. They are light (token ids, log-probs, references to
+images; never pixels), so every rank holds all of them, and every rank computes the algorithm's statistics on the same
+rows.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
+
+from megatron_vppo.config.choices import PerturbUnit
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image of one data set row: where its pixels come from, never the pixels."""
+    """A reference to one image of one row of a data set; never the pixels.
+
+    Example: ImageRef(split="train", row=17, index=0) is the first image of row 17.
+    """
 
     split: str
-    """'train' or 'val': which of the run's data sets."""
+    """'train' or 'val': the run's data set."""
     row: int
     index: int
-    """Position among the row's images."""
+    """The position among the row's images."""
 
 
 @dataclass(frozen=True, slots=True)
 class PerturbKey:
-    """Together with the image, which perturbation: the same key gives the same one on every rank and after a resume."""
+    """Seeds the perturbation of an image: the same key gives the same one on every rank and after a resume."""
 
     step: int
     response_row: int | None
-    """Row of the step's responses; unused where one perturbation serves all responses of an image."""
+    """A number of the response that is unique within the step. None if one perturbation serves all responses."""
+
+    @classmethod
+    def of(cls, response: Response, step: int, *, per: PerturbUnit) -> PerturbKey:
+        """The key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
+        return cls(step=step, response_row=response.group_id * 2**16 + response.sample if per == "row" else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +52,12 @@ class Prompt:
 
     split: str
     row: int
-    """Row of the data set; (split, row) identifies the prompt over the whole run."""
+    """The row of the data set; (split, row) identifies the prompt over the whole run."""
     problem: str
     answer: str
+    """The ground truth."""
     token_ids: tuple[int, ...]
-    """What the model reads: each image placeholder repeated once per merged patch of its image."""
+    """The tokens that the model reads: an image's placeholder is repeated once per merged patch."""
     compact_token_ids: tuple[int, ...]
     """The same with one placeholder per image, as vLLM takes it."""
     images: tuple[ImageRef, ...]
@@ -53,17 +67,20 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One sampled answer."""
+    """The tokens that the model sampled for a prompt.
+
+    Example: group_id=4, sample=0, token_ids=(785, 4226, 374, 220, 22, 151645), finish_reason='stop', weight_version=12
+    """
 
     prompt: Prompt
     group_id: int
-    """Unique within a step; the samples of one prompt share it."""
+    """The number of the group, unique within a step; the responses to one prompt share it."""
     sample: int
-    """Index within the group."""
+    """The index within the group."""
     token_ids: tuple[int, ...]
-    """Up to and including EOS where the model stopped by itself."""
+    """Everything sampled, EOS included if the model stopped by itself."""
     rollout_logps: tuple[float, ...]
-    """Nats; log-prob of each token in the sampling distribution, as the rollout engine reports it."""
+    """Nats; the log-prob of each token in the sampling distribution, as the rollout engine reports it."""
     finish_reason: str
     """'stop' (EOS) or 'length' (cut at the limit)."""
     weight_version: int
@@ -72,46 +89,50 @@ class Response:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
+    """The reward function's verdict on one response."""
+
     overall: float
-    """What the advantage is computed from."""
+    """The number that the advantage is computed from."""
     accuracy: float
-    """In [0, 1]; what group filtering and validation look at."""
+    """In [0, 1]; group filtering and validation look at it."""
     metrics: Mapping[str, float]
     """Everything else the reward function returned."""
     error: str | None = None
-    """Why it scored zero, if the reward function raised or ran out of time."""
+    """The reason why `overall` is zero, if the reward function raised or ran out of time."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredResponse:
+class GradedResponse:
+    """A response with its text and its reward."""
+
     response: Response
     text: str
-    """Decoded without special tokens."""
+    """The response decoded, without special tokens."""
     reward: Reward
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the old policy says of every response token; no gradient. fp32, 0.0 where padded."""
+    """The old policy's view of every response token; no gradient. fp32, 0.0 where padded."""
 
     old_logp_BT: Tensor
-    """Nats, given the original image, at the rollout temperature."""
+    """Nats; log-probs given the original image, at the rollout temperature."""
     entropy_BT: Tensor
-    """Nats; of the full distribution given the original image."""
-    masked_logp_BT: Tensor | None
-    """Nats, given the perturbed image; None where no second view was asked for."""
+    """Nats; the entropy of the full distribution given the original image."""
+    perturbed_logp_BT: Tensor | None
+    """Nats; log-probs given the perturbed image. None if the perturbed view was not scored."""
     divergence_BT: Tensor | None
-    """Nats; kl_full or jsd between the two views; None for k3_sampled."""
+    """Nats; kl_full or jsd between the two views. None for k3_sampled, which needs log-probs alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """The numbers of the clipped surrogate (spec 1.6)."""
+    """The numbers that the loss goes by; docs/algorithm.md, "Loss"."""
 
     clip_ratio_low: float
     clip_ratio_high: float
     clip_ratio_dual: float
-    """Bound on the ratio where the advantage is negative."""
+    """The bound on the ratio of tokens with a negative advantage."""
     entropy_kind: str
     """'nll' (the authors': -log pi of the sampled token) or 'entropy' (of the full distribution)."""
 
@@ -120,19 +141,40 @@ class LossSpec:
 class TrainBatch:
     """One optimizer mini-batch. The loss is sum_BT(pg_weight * surrogate) + sum_BT(entropy_weight * entropy term).
 
-    Masks, denominators and coefficients are inside the two weights, final before the first micro-batch is formed: no
-    split into devices, micro-batches or packed sequences can change loss or gradient.
+    Masks, denominators and coefficients are inside the two weights. They are final before the first micro-batch is
+    formed, so no split into devices, micro-batches or packed sequences can change loss or gradient.
     """
 
     responses: tuple[Response, ...]
     old_logp_BT: Tensor
-    """fp32 nats; 0.0 where padded."""
+    """fp32 nats; log-probs under the policy that was scored. 0.0 where padded."""
     advantage_BT: Tensor
-    """fp32; shaped."""
+    """fp32; the shaped advantage of the response; 0.0 where padded."""
     pg_weight_BT: Tensor
-    """fp32; token mask over the global denominator; 0.0 where the token carries no policy gradient."""
+    """fp32; the token mask divided by the global denominator; 0.0 where a token carries no policy gradient."""
     entropy_weight_BT: Tensor
-    """fp32; coefficient over its denominator; added to the loss with a plus sign; 0.0 where unused."""
+    """fp32; the coefficient divided by its denominator; 0.0 where unused. Added to the loss, it lowers the entropy."""
     response_mask_BT: Tensor
-    """fp32; 1.0 on response tokens; for metrics."""
+    """fp32; 1.0 on response tokens. Metrics are means over it."""
     loss: LossSpec
+
+    def to(self, device: torch.device) -> TrainBatch:
+        """The batch with its tensors on a device."""
+        names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT", "response_mask_BT")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+
+    def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
+        """The terms of some tokens, given their rows and columns; int64 [N] each."""
+        return TokenTerms(
+            self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTerms:
+    """A TrainBatch at some response tokens: what their loss needs besides the present log-probs. [N] fp32 each."""
+
+    old_logp_N: Tensor
+    advantage_N: Tensor
+    pg_weight_N: Tensor
+    entropy_weight_N: Tensor

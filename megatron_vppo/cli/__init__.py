@@ -1,0 +1,1 @@
+"""The command `vppo`: parses arguments, calls a wing, prints what comes back. main.py has the subcommands."""

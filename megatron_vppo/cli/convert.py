@@ -1,4 +1,4 @@
-"""`vppo convert`: checkpoints from Hugging Face's format to Megatron's and back, and the proof that nothing changed."""
+"""`vppo convert`: checkpoints from Hugging Face's format to Megatron's and back, and a check that nothing changed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.launch import quieten_libraries
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def add_commands(convert: argparse.ArgumentParser) -> None:
-    """The subcommands of `vppo convert`."""
+    """Adds the subcommands of `vppo convert`."""
     directions = convert.add_subparsers(required=True, metavar="DIRECTION")
 
     to_megatron = directions.add_parser("hf-to-megatron", help="Hugging Face folder -> folder to train from")
@@ -30,22 +31,26 @@ def add_commands(convert: argparse.ArgumentParser) -> None:
     to_hf = directions.add_parser("megatron-to-hf", help="converted folder or training checkpoint -> Hugging Face")
     to_hf.add_argument("checkpoint", type=Path, help="converted folder, or checkpoints/global_step_N of a run")
     to_hf.add_argument("target", type=Path, help="must not exist")
-    to_hf.add_argument("--source", type=Path, help="Hugging Face folder for configuration, tokenizer and processor")
-    to_hf.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help="of a file (default: 5GB)")
+    to_hf.add_argument("--source", type=Path, help="Hugging Face folder with configuration, tokenizer and processor")
+    to_hf.add_argument(
+        "--shard-size", type=_bytes, default="5GB", metavar="SIZE", help="size of a file at most (default: 5GB)"
+    )
     _add_shared(to_hf)
     to_hf.set_defaults(run=_megatron_to_hf)
 
     verify = directions.add_parser("verify", help="compare a conversion with its source, bit by bit")
     verify.add_argument("source", type=Path, help="Hugging Face folder")
-    verify.add_argument("other", type=Path, help="what was made of it: converted folder, or Hugging Face folder")
+    verify.add_argument("other", type=Path, help="its conversion: a converted folder, or a Hugging Face folder")
     verify.add_argument("--logprobs", action="store_true", help="also compare Megatron's log-probs with transformers'")
-    verify.add_argument("--vllm", action="store_true", help="and vLLM's (implies --logprobs)")
+    verify.add_argument("--vllm", action="store_true", help="and with vLLM's (implies --logprobs)")
     verify.set_defaults(run=_verify)
 
 
 def _add_shared(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as they are)")
-    parser.add_argument("--processes", type=_positive, default=1, metavar="N", help="that share the work (default: 1)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the written weights (default: as they are)")
+    parser.add_argument(
+        "--processes", type=positive, default=1, metavar="N", help="processes that share the work (default: 1)"
+    )
 
 
 def _hf_to_megatron(options: argparse.Namespace) -> int:
@@ -116,13 +121,6 @@ def _dtype(name: str | None) -> torch.dtype | None:
     import torch
 
     return None if name is None else getattr(torch, name)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
-    return number
 
 
 def _bytes(text: str) -> int:

@@ -12,25 +12,25 @@ from typing import Any
 
 import torch
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.fidelity.measure import measure_fidelity, refusal
 from megatron_vppo.fidelity.page import compared, precision, subject
-from megatron_vppo.models.options import Fp8Recipe
 
 WIDTH = 110
-"""Characters of a line."""
+"""Characters per line."""
 COLUMNS = (
-    "                 log-prob difference, nats       perturbed pict. rank correlation kept in both             scale",
+    "                 log-prob difference, nats      perturbed image  rank correlation kept in both             scale",
     "                  mean     p50     p99     max    mean     p99    all    each    all   each least    lost    max",
 )
 
 
 def run_fp8_fidelity(options: argparse.Namespace) -> int:
-    """Measures, prints the table and says where the page is.
+    """Measures, prints the table and the path of the page.
 
     Raises:
-        ValueError: started as one of several ranks, or a recipe that the settings do not allow.
+        ValueError: it was started as one of several ranks, or the settings do not allow a recipe.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("fp8-fidelity runs in one process; start it without torchrun and srun")
@@ -49,7 +49,7 @@ def run_fp8_fidelity(options: argparse.Namespace) -> int:
 
 
 def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Recipe]:
-    """As asked; else the run's own, and all that can be measured where it has none."""
+    """The recipes asked for; or the run's own; or, if it has none, all that can be measured here."""
     chosen = asked or ([config.fp8.recipe] if config.fp8.recipe else None)
     every: Sequence[Fp8Recipe] = chosen or typing.get_args(Fp8Recipe)
     reasons = {recipe: refusal(recipe, config, on_gpu=torch.cuda.is_available()) for recipe in every}
@@ -59,7 +59,7 @@ def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Re
     for line in refused:
         print(f"left out: {line}", flush=True)
     if not any(reason is None for reason in reasons.values()):
-        raise ValueError("no FP8 recipe can be measured here")
+        raise ValueError("no FP8 recipe can be measured here; the lines above say why")
     return [recipe for recipe, reason in reasons.items() if reason is None]
 
 
@@ -68,8 +68,8 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
     yield from textwrap.wrap(subject(report), WIDTH)
     yield from ("", *COLUMNS)
     for label, found in compared(report).items():
-        logp, masked = found["logp"], found["masked_logp"]
-        nats = (logp["mean"], logp["p50"], logp["p99"], logp["largest"], masked["mean"], masked["p99"])
+        logp, perturbed = found["logp"], found["masked_logp"]
+        nats = (logp["mean"], logp["p50"], logp["p99"], logp["largest"], perturbed["mean"], perturbed["p99"])
         yield (
             f"{label:14}"
             + "".join(f" {value:7.1e}" for value in nats)
@@ -79,9 +79,10 @@ def _table(report: Mapping[str, Any]) -> Iterator[str]:
         )
     yield ""
     yield from textwrap.wrap(
-        "rank correlation: Spearman of the tokens' visual dependency. all: over all tokens; each: mean over responses; "
-        "least: of one response; lost: share of the kept tokens' dependency that is not kept again. scale: largest "
-        f"change of the factor on an advantage (largest factor {report['scale_largest']:.3f}).",
+        "rank correlation: Spearman's, of the tokens' visual dependency. kept in both: share of the kept tokens that "
+        "are also kept in the other precision. all: over all tokens; each: mean over responses; least: the response "
+        "with the least; lost: share of the kept tokens' dependency on tokens that are not kept in both. scale: the "
+        f"largest change of the factor on an advantage (the largest factor is {report['scale_largest']:.3f}).",
         WIDTH,
     )
 

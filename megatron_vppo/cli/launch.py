@@ -1,4 +1,8 @@
-"""From one command to a process per trainer rank."""
+"""From one command to a process per trainer rank.
+
+Ranks that `srun` has started get their numbers here; a launcher that writes and submits SLURM batch scripts would be a
+command of its own, with a room `launching/` next to `trainer/`.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +16,17 @@ from megatron_vppo.system.processes import die_with_parent
 
 
 def is_trainer_rank() -> bool:
-    """Whether torchrun (or srun, after take_rank_from_slurm) has already made this process one of several ranks."""
+    """True if torchrun (or srun, after take_rank_from_slurm) has already made this process one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def take_rank_from_slurm() -> None:
-    """Under `srun` with several tasks: SLURM's numbers under the names that torch.distributed reads.
+    """Sets the variables that torch.distributed reads from SLURM's, if `srun` has started several tasks.
 
-    MASTER_ADDR has to be set by the batch script where there are several nodes; MASTER_PORT defaults to 29500.
+    With several nodes the batch script has to set MASTER_ADDR. MASTER_PORT defaults to 29500.
+
+    Raises:
+        ValueError: several nodes and no MASTER_ADDR.
     """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # SLURM_NTASKS is set in the batch shell as well
     if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks < 2:
@@ -37,14 +44,17 @@ def take_rank_from_slurm() -> None:
 
 
 def end_with_torchrun() -> None:
-    """torchrun puts each rank into a session of its own, where a SIGKILL to torchrun's group does not reach it."""
+    """Makes a rank that torchrun started end with torchrun.
+
+    torchrun puts each rank into a session of its own, which a SIGKILL to torchrun's process group does not reach.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
 
 
 def quieten_libraries() -> None:
-    """Takes notices off the terminal that say nothing about the run: what Megatron does without TransformerEngine and
-    Apex, torch's deprecations inside Megatron, and the progress bars of Hugging Face. Before their first import.
+    """Hides notices that say nothing about the run: Megatron's fallbacks without TransformerEngine and Apex, torch's
+    deprecation warnings inside Megatron, and Hugging Face's progress bars. Call it before these are imported.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.core|torch\.distributed|torch\.autograd")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -52,7 +62,9 @@ def quieten_libraries() -> None:
 
 
 def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> NoReturn:
-    """Becomes torchrun, which runs `vppo ARGUMENTS` on `num_ranks` local ranks and ends all of them when one fails."""
+    """Replaces this process by torchrun, which runs `vppo ARGUMENTS` on `num_ranks` local ranks. When one rank fails,
+    torchrun ends the others.
+    """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
         "-m", "megatron_vppo.cli.main", *arguments,

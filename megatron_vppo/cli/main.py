@@ -1,14 +1,22 @@
-"""The `vppo` command."""
+"""The `vppo` command: parses the command line and calls the function that does the work.
+
+Modules that take seconds to import are imported when their command runs, so that `vppo --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO, TypeAlias
 
+from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.launch import (
     end_with_torchrun,
@@ -17,13 +25,40 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
-from megatron_vppo.cli.plan_options import add_plan_options, positive
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.cli.plan_options import add_plan_options
+from megatron_vppo.config.choices import Fp8Recipe
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+READER_LEFT = 128 + signal.SIGPIPE
+"""The exit status when nobody reads the output any more: what a shell reports for a program that SIGPIPE ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Parses and calls. Mistakes of the user (ValueError, a file that is not there or may not be read) end in one line
-    on stderr and exit status 2.
+    """Runs one command and returns its exit status.
+
+    A reader that leaves early (`vppo plan ... | head`) is no error: the command stops without a message, with status
+    READER_LEFT.
+    """
+    try:
+        try:
+            status = _run(arguments)
+        except SystemExit:  # argparse: --help, or a mistake in the command line
+            _flush_output()
+            raise
+        _flush_output()
+        return status
+    except BrokenPipeError:
+        unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
+        if not unread:  # another pipe: to an engine, to a reward worker
+            raise
+        for stream in unread:
+            _discard(stream)
+        return READER_LEFT
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """Parses and calls. A user's mistake (ValueError, a file that is missing or must not be read) ends in one line on
+    stderr and status 2.
     """
     options = _parser().parse_args(arguments)
     try:
@@ -36,58 +71,159 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vppo", description="VPPO for Qwen-VL models on Megatron Core.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+# --- Output that nobody reads -----------------------------------------------------------------------------------------
 
+
+def _flush_output() -> None:
+    """Flushes stdout while a failure can still be caught. Python's own flush at exit could only print it."""
+    if sys.stdout is not None:  # None: started with stdout closed
+        sys.stdout.flush()
+
+
+def _reader_left(stream: TextIO | None) -> bool:
+    """True if the stream is a pipe that is no longer open for reading; poll() reports that as an error."""
+    if stream is None:
+        return False
+    poll = select.poll()
+    poll.register(stream, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _discard(stream: TextIO) -> None:
+    """Sends the rest of a stream to /dev/null, what is still in its buffer too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+# --- The command line -------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vppo",
+        description="Trains Qwen-VL models with VPPO, a reinforcement learning method that favours tokens which depend "
+        "on the image. Megatron Core trains, vLLM samples the responses.",
+        epilog="'vppo COMMAND --help' describes a command. megatron_vppo/config/schema.py describes every setting.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_plan, _add_doctor, _add_convert, _add_report, _add_summary, _add_fp8_fidelity):
+        add(commands)
+    return parser
+
+
+def _add_train(commands: Commands) -> None:
     train = commands.add_parser(
         "train",
         help="train a model",
-        description="Trains. Starts its own local ranks where it does not run under torchrun or srun.",
+        description="Trains a model as the configuration file says. Starts one process per trainer rank, unless "
+        "torchrun or srun has started them already. A run that was stopped goes on from its last checkpoint "
+        "(trainer.resume).",
     )
-    train.add_argument("--config", required=True, type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
+    _add_settings(train)
     train.set_defaults(run=_train)
 
-    convert = commands.add_parser(
-        "convert",
-        help="checkpoints: Hugging Face to Megatron and back",
-        description="Converts checkpoints between Hugging Face's and Megatron's format, and compares them.",
-    )
-    add_convert_commands(convert)
 
+def _add_plan(commands: Commands) -> None:
     plan = commands.add_parser(
-        "plan", help="which parallel layouts fit", description="Layouts of a model that fit the GPUs, by arithmetic."
+        "plan",
+        help="find parallel layouts that fit your GPUs",
+        description="Computes which parallel layouts of a model fit the memory of the GPUs, and prints the settings of "
+        "the best one. Needs no GPU and no weights. Exit status 1: no layout fits.",
     )
     add_plan_options(plan)
     plan.set_defaults(run=_plan)
 
+
+def _add_doctor(commands: Commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="check this machine and its packages",
+        description="Checks the machine, the installed packages and which FP8 recipes can run here. Each line is 'ok', "
+        "'note' (it works, but could be better) or 'problem' (something will fail; the line says what to do). Exit "
+        "status 1: there is a problem.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+
+def _add_convert(commands: Commands) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="convert checkpoints between Hugging Face and Megatron",
+        description="Converts checkpoints between Hugging Face's and Megatron's format, and compares them.",
+    )
+    add_convert_commands(convert)
+
+
+def _add_report(commands: Commands) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write a run's charts and samples as one HTML page",
+        description="Writes RUN_DIR/report.html: charts of the metrics, and sampled responses with every token shaded "
+        "by how much it depends on the image. A run that has not ended can be reported, too.",
+    )
+    _add_run_dir(report)
+    report.set_defaults(run=_report)
+
+
+def _add_summary(commands: Commands) -> None:
+    summary = commands.add_parser(
+        "summary",
+        help="print the outcome of a run as JSON",
+        description="Prints one line of JSON: validation accuracy at the start and at the end, steps, seconds, the "
+        "largest difference between the log-probs of vLLM and of the trainer, and whether weight checksums agreed.",
+    )
+    _add_run_dir(summary)
+    summary.add_argument(
+        "--seconds-rl",
+        type=float,
+        metavar="SECONDS",
+        help="value of seconds_rl, such as the wall-clock time of the whole command (default: the sum over the steps)",
+    )
+    summary.set_defaults(run=_summary)
+
+
+def _add_fp8_fidelity(commands: Commands) -> None:
     fidelity = commands.add_parser(
         "fp8-fidelity",
-        help="how much FP8 changes what VPPO picks",
-        description="Scores the same responses in the configured dtype and in FP8, emulated where there is no GPU.",
+        help="measure how much FP8 changes what VPPO selects",
+        description="Samples responses, scores them in the configured dtype and again in FP8, and compares which "
+        "tokens VPPO would train on. FP8 is emulated where no GPU has it.",
     )
-    fidelity.add_argument("--config", required=True, type=Path, help="YAML file")
+    _add_settings(fidelity)
     fidelity.add_argument(
-        "--prompts", type=positive, metavar="N", help="to answer (default: as many as a training step)"
+        "--prompts",
+        type=positive,
+        metavar="N",
+        help="prompts to sample responses for (default: data.rollout_batch_size)",
     )
     fidelity.add_argument(
         "--recipe",
         action="append",
         choices=typing.get_args(Fp8Recipe),
-        help="may come several times (default: fp8.recipe, or every recipe)",
+        help="FP8 recipe to measure; repeat it for several (default: fp8.recipe, or every recipe if that is not set)",
     )
-    fidelity.add_argument("--out", type=Path, metavar="FOLDER", help="default: fp8_fidelity in the run folder")
-    fidelity.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as rollout.n=8")
+    fidelity.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for the results (default: fp8_fidelity in the run folder)"
+    )
     fidelity.set_defaults(run=_fp8_fidelity)
 
-    doctor = commands.add_parser("doctor", help="what this machine and environment can do, and what is wrong")
-    doctor.set_defaults(run=_doctor)
 
-    report = commands.add_parser("report", help="write report.html of a run folder")
-    report.add_argument("run_dir", type=Path)
-    report.set_defaults(run=_report)
-    return parser
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file with the settings")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings that replace those of the file, such as rollout.n=8",
+    )
+
+
+def _add_run_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run, with metrics.jsonl in it")
+
+
+# --- The commands -----------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -99,7 +235,7 @@ def _train(options: argparse.Namespace) -> int:
     take_rank_from_slurm()
     if not is_trainer_rank():
         quieten_libraries()
-        from megatron_vppo.cli.preflight import check_before_launch
+        from megatron_vppo.setup.preflight import check_before_launch
 
         launch_ranks(check_before_launch(config), ["train", "--config", str(options.config), *options.overrides])
     end_with_torchrun()
@@ -117,13 +253,6 @@ def _plan(options: argparse.Namespace) -> int:
     return run_plan(options)
 
 
-def _fp8_fidelity(options: argparse.Namespace) -> int:
-    quieten_libraries()
-    from megatron_vppo.cli.fp8_fidelity import run_fp8_fidelity
-
-    return run_fp8_fidelity(options)
-
-
 def _doctor(options: argparse.Namespace) -> int:
     quieten_libraries()
     from megatron_vppo.cli.doctor import run_doctor
@@ -136,6 +265,25 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _summary(options: argparse.Namespace) -> int:
+    import json
+
+    from megatron_vppo.observability.summary import summarize
+
+    outcome = summarize(options.run_dir)
+    if options.seconds_rl is not None:
+        outcome["seconds_rl"] = options.seconds_rl
+    print(json.dumps(outcome))
+    return 0
+
+
+def _fp8_fidelity(options: argparse.Namespace) -> int:
+    quieten_libraries()
+    from megatron_vppo.cli.fp8_fidelity import run_fp8_fidelity
+
+    return run_fp8_fidelity(options)
 
 
 if __name__ == "__main__":

@@ -5,106 +5,65 @@ from __future__ import annotations
 import argparse
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.offload import PARTS
-from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
-from megatron_vppo.planning.layouts import Plan, make_plan
-from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import ModelPart
+from megatron_vppo.planning.layouts import LayoutPlan, make_plan
+from megatron_vppo.planning.published import PUBLISHED, configuration_of
+from megatron_vppo.planning.remedies import MORE_GPUS, enough_gpus, remedies
 
-MORE_GPUS = (2, 4, 8, 16, 32)
-"""Times those that do not fit. Nodes fill up before there are several."""
 MOST_ROWS = 12
-"""Of the table."""
+"""The rows of the table that are printed at most."""
 WIDTH = 100
-"""Characters of a line."""
+"""The characters of a line."""
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Prints the plan. Status 1 where nothing fits.
+    """Prints the plan. Returns status 1 if nothing fits.
 
     Raises:
         ValueError: no such model, numbers that contradict each other, or nothing left to train.
     """
-    hf_config = load_config(options.model)
-    _check_freeze(options.freeze)
-    cluster = Cluster(gpus=options.gpus, gpu_bytes=options.gpu_memory, gpus_per_node=options.gpus_per_node)
-    pixels_per_token = _pixels_per_token(hf_config)
-    workload = Workload(
-        prompt_tokens=options.prompt_tokens,
-        response_tokens=options.response_tokens,
-        images_per_row=options.images_per_row,
-        image_tokens=options.image_tokens or DataConfig.model_fields["max_pixels"].default // pixels_per_token,
-        rows_per_micro_batch=options.rows_per_micro_batch,
-        responses_per_prompt=RolloutConfig.model_fields["n"].default,
-        head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
-    )
-    plan = partial(
-        make_plan,
+    if set(options.freeze) == set(typing.get_args(ModelPart)):
+        raise ValueError(f"--freeze names {', '.join(options.freeze)}: nothing is left to train; drop one of them")
+    request = _request(options)
+    plan = make_plan(request)
+    print(*_header(options.model, plan, request), sep="\n")
+    if not plan.fitting:
+        print(*_what_is_missing(plan, request), sep="\n")
+        return 1
+    print(*_table(plan, request.cluster), *_settings(plan.fitting[0], request), sep="\n")
+    if options.freeze:
+        print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
+    return 0
+
+
+def _request(options: argparse.Namespace) -> PlanRequest:
+    """The request that the command line stands for, with the settings' defaults for what it leaves out."""
+    hf_config = configuration_of(options.model)
+    default_image_tokens = DataConfig.model_fields["max_pixels"].default // _pixels_per_token(hf_config)
+    return PlanRequest(
         hf_config,
-        cluster=cluster,
-        workload=workload,
+        Cluster(gpus=options.gpus, gpu_bytes=options.gpu_memory, gpus_per_node=options.gpus_per_node),
+        Workload(
+            prompt_tokens=options.prompt_tokens,
+            response_tokens=options.response_tokens,
+            images_per_row=options.images_per_row,
+            image_tokens=options.image_tokens or default_image_tokens,
+            rows_per_micro_batch=options.rows_per_micro_batch,
+            responses_per_prompt=RolloutConfig.model_fields["n"].default,
+            head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
+        ),
         rollout_tensor=options.rollout_tp,
-        answers=options.answers,
+        engine_sequences=options.answers,
         frozen=frozenset(options.freeze),
         offload=frozenset(options.offload),
     )
-    result = plan()
-    print(*_header(options.model, result, cluster, workload), sep="\n")
-    if result.fitting:
-        print(*_table(result, cluster), *_settings(result.fitting[0], workload, pixels_per_token), sep="\n")
-        if options.freeze:
-            print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
-        return 0
-    print(f"\nNothing fits.\n{_nearest(result, cluster)}")
-    print(*_what_would_fit(plan, cluster, workload, rollout_tensor=options.rollout_tp), sep="\n")
-    return 1
-
-
-def _check_freeze(parts: list[str]) -> None:
-    """What a run of these settings would refuse."""
-    if set(parts) == set(typing.get_args(ModelPart)):
-        raise ValueError(f"--freeze names {', '.join(parts)}: nothing is left to train; drop one of them")
-
-
-def _what_would_fit(
-    plan: Callable[..., Plan], cluster: Cluster, workload: Workload, *, rollout_tensor: int | None
-) -> Iterator[str]:
-    larger = (replace(cluster, gpus=cluster.gpus * factor) for factor in MORE_GPUS)
-    enough = next((c for c in larger if _fits(plan, c)), None)
-    factors = f"{', '.join(map(str, MORE_GPUS[:-1]))} or {MORE_GPUS[-1]}"
-    yield f"What would fit: {enough.gpus} such GPUs." if enough else f"{factors} times as many GPUs would not help."
-    if rollout_tensor is not None and plan(rollout_tensor=None).fitting:
-        yield "What would fit: engines of another size, without --rollout-tp, on these."
-    if workload.rows_per_micro_batch > 1 and plan(workload=replace(workload, rows_per_micro_batch=1)).fitting:
-        yield "What would fit: --rows-per-micro-batch 1 on these."
-    if plan(offload=frozenset(PARTS)).fitting:
-        yield f"What would fit: --offload {' '.join(PARTS)} on these."
-
-
-def _fits(plan: Callable[..., Plan], cluster: Cluster) -> bool:
-    """False also where engines of --rollout-tp, which divide the GPUs that there are, do not divide larger nodes."""
-    try:
-        return bool(plan(cluster=cluster).fitting)
-    except ValueError:
-        return False
-
-
-def load_config(model: str) -> HfConfig:
-    """The configuration of a released model or of a Hugging Face folder; nothing is downloaded."""
-    if model in PUBLISHED:
-        return published_config(model)
-    if not (Path(model) / "config.json").is_file():
-        raise ValueError(f"--model {model}: no folder with a config.json, and not one of {', '.join(PUBLISHED)}")
-    return read_hf_config(Path(model))
 
 
 def _pixels_per_token(hf_config: HfConfig) -> int:
@@ -112,47 +71,69 @@ def _pixels_per_token(hf_config: HfConfig) -> int:
     return (vision.patch_size * vision.spatial_merge_size) ** 2
 
 
-def _header(model: str, plan: Plan, cluster: Cluster, workload: Workload) -> Iterator[str]:
-    gpus = f"{cluster.gpus} GPU{'s' if cluster.gpus > 1 else ''} of {_size(cluster)} GiB"
+# --- What is planned for ----------------------------------------------------------------------------------------------
+
+
+def _header(model: str, plan: LayoutPlan, request: PlanRequest) -> Iterator[str]:
+    cluster, workload = request.cluster, request.workload
+    hub = f" ({PUBLISHED[model].hub_id})" if model in PUBLISHED else ""
+    rows, images = workload.rows_per_micro_batch, workload.images_per_row
     lines = [
-        f"{Path(model).name}: {plan.parameters / 1e9:.2f} B parameters in bfloat16, distributed optimizer; {gpus}",
-        f"rows per micro-batch: {workload.rows_per_micro_batch}; tokens per row: {workload.prompt_tokens} + "
-        f"{workload.response_tokens}; pictures per row: {workload.images_per_row} of {workload.image_tokens} tokens",
-        *(f"not possible: {reason.partition(';')[0]}" for reason in plan.refused),
+        f"Model: {Path(model).name}{hub}, {plan.parameters / 1e9:.2f} B parameters in bfloat16",
+        f"GPUs: {_count(cluster.gpus, 'GPU')} of {_size(cluster)} GiB, {cluster.node_gpus} per node",
+        f"Micro-batch: {_count(rows, 'row')} of {workload.prompt_tokens} prompt and {workload.response_tokens} "
+        f"response tokens, with {_count(images, 'image')} of {workload.image_tokens} tokens per row",
+        *(f"Not possible: {reason.partition(';')[0]}" for reason in plan.refused),
     ]
     return (textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines)
 
 
-FOOTNOTE = (
-    "Best: a replica (TP x PP x CP) within a node, then without recompute, then the smallest replica. Sequence "
-    "parallelism is on where TP > 1. Engines sleep while the trainer computes; awake they get, up to "
-    f"{MOST_UTILIZATION} of a GPU, what the trainer's state (but for --offload) and reserve leave where most is held, "
-    "perhaps in another stage than the one shown, and hold so many answers of full length at once. Estimates: no GPU "
-    "has confirmed activations and reserves (docs/plan.md)."
+# --- The layouts that fit ---------------------------------------------------------------------------------------------
+
+HEADERS = (
+    "                           | trainer, on its fullest GPU                  | vLLM engine",
+    "  TP  PP  CP  DP recompute | weights  grads optim. activ.   head    total | GPUs    GiB sequences",
 )
-COLUMNS = "  TP  PP  CP  DP recompute  weights  grads  optim. activ.  head trainer | engine: TP   GiB answers"
+LEGEND = {
+    "Order": "replicas (TP x PP x CP GPUs) within a node come first, then less recomputation, then fewer GPUs per "
+    "replica, then fewer pipeline stages.",
+    "TP to DP": "tensor, pipeline, context and data parallelism. With TP > 1, sequence parallelism is on, too.",
+    "recompute": "what the backward pass computes again instead of storing it.",
+    "trainer": "its memory while it computes: weights, gradients, optimizer state (distributed over DP x CP), "
+    f"activations, vocabulary head. The total includes a reserve of {TRAINER_RESERVE // GIB} GiB.",
+    "engine": "GPUs of one engine, and its memory on each of them. While the trainer computes, engines sleep. While "
+    f"they sample, an engine gets up to {MOST_UTILIZATION} of each GPU: what is left on the stage where the trainer "
+    "keeps most, not counting offloaded state. That may be another stage than the one in the table.",
+    "sequences": "how many sequences of full length, prompt and response, the KV cache of an engine holds at once.",
+}
+CAVEAT = "These are estimates: no GPU has confirmed the activations and the reserves (docs/plan.md)."
 
 
-def _table(plan: Plan, cluster: Cluster) -> Iterator[str]:
-    yield f"\nGiB on the fullest GPU; trainer: their sum and {TRAINER_RESERVE // GIB} GiB of reserve. Best first:"
-    yield COLUMNS
+def _table(plan: LayoutPlan, cluster: Cluster) -> Iterator[str]:
+    yield "\nLayouts that fit, best first. Memory is in GiB."
+    yield from HEADERS
     for c in plan.fitting[:MOST_ROWS]:
         assert c.engine is not None
+        state, activations = c.fullest.state, c.fullest.activations
         yield (
-            f"{c.tensor:4}{c.pipeline:4}{c.context:4}{c.data:4} {c.recompute:9}"
-            f"{_gib(c.fullest.state.weights):>9}{_gib(c.fullest.state.gradients):>7}{_gib(c.fullest.state.optimizer):>8}"
-            f"{_gib(c.fullest.activations.layers):>7}{_gib(c.fullest.activations.head):>6}{_gib(c.trainer_bytes):>8} |"
-            f"{c.engine.tensor:11}{_gib(c.engine.utilization * cluster.gpu_bytes):>6}{c.engine.answers:8}"
+            f"{c.tensor:4}{c.pipeline:4}{c.context:4}{c.data:4} {c.recompute:9} |"
+            f"{_gib(state.weights):>8}{_gib(state.gradients):>7}{_gib(state.optimizer):>7}"
+            f"{_gib(activations.layers):>7}{_gib(activations.head):>7}{_gib(c.trainer_bytes):>9} |"
+            f"{c.engine.tensor:5}{_gib(c.engine.utilization * cluster.gpu_bytes):>7}{c.engine.sequences:10}"
         )
     if len(plan.fitting) > MOST_ROWS:
         yield f"  and {len(plan.fitting) - MOST_ROWS} more"
     yield ""
-    yield textwrap.fill(FOOTNOTE, width=WIDTH)
-    yield "\nSettings of the first line:"
+    for term, meaning in LEGEND.items():
+        yield textwrap.fill(f"{term:10} {meaning}", width=WIDTH, subsequent_indent=" " * 11)
+    yield CAVEAT
 
 
-def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Iterator[str]:
+def _settings(best: Candidate, request: PlanRequest) -> Iterator[str]:
+    """The settings of a layout, as the YAML of a configuration file."""
     assert best.engine is not None
+    workload = request.workload
+    yield "\nSettings of the first layout:"
     yield "parallel:"
     yield f"  tensor_model_parallel_size: {best.tensor}"
     yield f"  pipeline_model_parallel_size: {best.pipeline}"
@@ -168,35 +149,61 @@ def _settings(best: Candidate, workload: Workload, pixels_per_token: int) -> Ite
     yield f"  micro_batch_size_per_device_for_update: {workload.rows_per_micro_batch}"
     yield f"  micro_batch_size_per_device_for_experience: {workload.rows_per_micro_batch}"
     if best.offload:
-        yield f"  offload: [{', '.join(part for part in PARTS if part in best.offload)}]"
+        yield f"  offload: [{', '.join(part for part in MEMORY_PARTS if part in best.offload)}]"
     yield "rollout:"
     yield f"  tensor_parallel_size: {best.engine.tensor}"
     yield f"  gpu_memory_utilization: {best.engine.utilization}"
     yield "data:"
     yield f"  max_prompt_length: {workload.prompt_tokens}"
     yield f"  max_response_length: {workload.response_tokens}"
-    yield f"  max_pixels: {workload.image_tokens * pixels_per_token}"
+    yield f"  max_pixels: {workload.image_tokens * _pixels_per_token(request.hf_config)}"
 
 
-def _nearest(plan: Plan, cluster: Cluster) -> str:
-    closest = plan.closest
-    if closest is None:
-        return "The model's sizes allow none of the layouts."
+# --- Nothing fits -----------------------------------------------------------------------------------------------------
+
+
+def _what_is_missing(plan: LayoutPlan, request: PlanRequest) -> Iterator[str]:
+    yield "\nNothing fits."
+    if plan.closest is None:
+        yield "The model's sizes allow none of the layouts."
+    else:
+        lines = _closest(plan.closest, request.cluster)
+        yield from (textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines)
+    yield ""
+    gpus = enough_gpus(request)
+    if gpus is not None:
+        yield f"What would fit: {gpus} such GPUs."
+    yield from (f"What would fit: these GPUs {change}." for change in remedies(request))
+    if gpus is None:
+        yield f"{', '.join(map(str, MORE_GPUS[:-1]))} or {MORE_GPUS[-1]} times as many GPUs would not help."
+
+
+def _closest(closest: Candidate, cluster: Cluster) -> Iterator[str]:
+    """The memory of the layout with the smallest trainer, in sentences."""
     state, activations = closest.fullest.state, closest.fullest.activations
-    return textwrap.fill(
-        f"The smallest trainer, TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP {closest.data} "
-        f"with recompute {closest.recompute}, takes {_gib(closest.trainer_bytes)} of {_size(cluster)} GiB: "
-        f"weights {_gib(state.weights)}, gradients {_gib(state.gradients)}, optimizer {_gib(state.optimizer)}, "
-        f"activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}; a sleeping engine "
-        f"{SLEEPING_ENGINE // GIB} more. An engine that is awake needs its weights and {ENGINE_RESERVE // GIB} GiB "
-        f"beside what the trainer keeps: room for the answers too while it samples, beside "
-        f"{_gib(closest.sampling_bytes)}, and two buffers while weights are sent, beside {_gib(closest.sync_bytes)}.",
-        width=WIDTH,
+    yield (
+        f"The smallest trainer is TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP "
+        f"{closest.data} with recompute {closest.recompute}. It takes {_gib(closest.trainer_bytes)} of "
+        f"{_size(cluster)} GiB: weights {_gib(state.weights)}, gradients {_gib(state.gradients)}, optimizer "
+        f"{_gib(state.optimizer)}, activations {_gib(activations.total)}, reserve {TRAINER_RESERVE // GIB}. A sleeping "
+        f"engine takes {SLEEPING_ENGINE // GIB} GiB more."
+    )
+    yield (
+        f"Awake, an engine needs its weights plus {ENGINE_RESERVE // GIB} GiB. While it samples it also needs its KV "
+        f"cache, next to {_gib(closest.sampling_bytes)} GiB of trainer state. While weights are sent it also needs two "
+        f"transfer buffers, next to {_gib(closest.sync_bytes)} GiB."
     )
 
 
+# --- Numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _size(cluster: Cluster) -> str:
-    """Of a GPU in GiB, as it was probably given."""
+    """The memory of a GPU in GiB, as the user probably gave it: 80, 79.6."""
     return f"{cluster.gpu_bytes / GIB:.2f}".rstrip("0").rstrip(".")
 
 

@@ -6,9 +6,42 @@ marked (Preset) get another one from PRESETS under `reference`. What a user sets
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_vppo.config.choices import (
+    BackendSetting,
+    BadRows,
+    CountedTokens,
+    DependencyKind,
+    Dtype,
+    EntropyKind,
+    Fp8Phase,
+    Fp8Recipe,
+    LoggerService,
+    LossAverage,
+    LrScheduleKind,
+    MemoryPart,
+    ModelPart,
+    NegativeAdvantages,
+    PerturbKind,
+    PerturbSpace,
+    PerturbUnit,
+    Preset,
+    Quantization,
+    Recompute,
+    ResizeMode,
+    RewardType,
+    SeedKind,
+    ShapingMeanScope,
+    ShapingMinScope,
+    TextOnlyRows,
+    TruncatedResponses,
+    VerifyWeights,
+    VisionSplit,
+    WeightTransferSetting,
+)
 
 
 class Section(BaseModel):
@@ -41,7 +74,7 @@ class DataConfig(Section):
     rollout_batch_size: int = Field(default=384, gt=0)
     """Prompts per training step."""
     shuffle: bool = True
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: BadRows = "error"
     max_val_rows: int | None = Field(default=None, gt=0)
     """Validate on the first so many rows; None: all."""
     num_workers: int = Field(default=2, ge=0)
@@ -51,18 +84,18 @@ class DataConfig(Section):
 class ModelConfig(Section):
     path: str
     """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    backend: Literal["auto", "te", "torch"] = "auto"
+    dtype: Dtype = "bfloat16"
+    backend: BackendSetting = "auto"
     """Transformer layers of TransformerEngine or of plain torch; 'auto': the former where there are GPUs and it is
     installed."""
-    freeze: tuple[Literal["vision_tower", "projector", "language_model"], ...] = ()
+    freeze: tuple[ModelPart, ...] = ()
     """Parts that are not trained: no gradient, no optimizer state, sent to the rollout engines only once."""
 
 
 class Fp8Config(Section):
-    recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] | None = None
+    recipe: Fp8Recipe | None = None
     """How inputs and weights of the language model's linear layers are scaled to 8 bits; None: no FP8."""
-    scope: tuple[Literal["scoring", "update"], ...] = ("scoring", "update")
+    scope: tuple[Fp8Phase, ...] = ("scoring", "update")
     """Where it is used: in the two views that token dependency is computed from, and in the policy update."""
     bf16_layers_at_ends: int = Field(default=0, ge=0)
     """So many first and so many last language layers stay in bfloat16 (not with 'delayed')."""
@@ -83,10 +116,10 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     """Tensor-parallel ranks share the tokens between the language model's layers instead of each holding all; nothing
     to share with one."""
-    vision_split: Literal["tensor", "images"] = "tensor"
+    vision_split: VisionSplit = "tensor"
     """How tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank the
     whole tower and pictures of its own. Context-parallel ranks get pictures of their own in both."""
-    recompute: Literal["none", "selective", "full"] = "none"
+    recompute: Recompute = "none"
     """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
     and run again."""
     use_distributed_optimizer: bool = True
@@ -97,15 +130,15 @@ class ParallelConfig(Section):
 
 
 class PerturbConfig(Section):
-    kind: Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"] = "patch_black"
+    kind: PerturbKind = "patch_black"
     probability: float = Field(default=0.5, ge=0, le=1)
     """Chance of each patch to be blacked (patch_black)."""
-    stage: Literal["patches", "pixels"] = "patches"
+    stage: PerturbSpace = "patches"
     """'patches': after the processor, on the model's own patch grid; 'pixels': before the processor's resize, on a
     fixed grid (the authors'). (Preset.)"""
     patch_size: int | None = Field(default=None, gt=0)
     """Pixels; grid of stage 'pixels'. For stage 'patches' it must stay None: the model's own patch."""
-    per: Literal["row", "image"] = "row"
+    per: PerturbUnit = "row"
     """A fresh mask for each response row, or one per image and step. (Preset.)"""
     noise_std: float = Field(default=189.0, gt=0)
     """Grey levels (gaussian_noise); the paper's ablation."""
@@ -115,7 +148,7 @@ class PerturbConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    preset: Literal["global", "reference"] = "global"
+    preset: Preset = "global"
     """'reference' computes what the authors' code computes, its scopes included; 'global' does not depend on layout."""
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
@@ -127,7 +160,7 @@ class AlgorithmConfig(Section):
     advantage_scaling_min: float = Field(default=0.9, gt=0, le=1)
     """beta_min of the advantage scale; beta_max follows from mean scale one."""
     entropy_penalty_coef: float = Field(default=0.06, ge=0)
-    dependency: Literal["k3_sampled", "kl_full", "jsd"] = "k3_sampled"
+    dependency: DependencyKind = "k3_sampled"
     """Token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or Jensen-Shannon."""
     dependency_expm1: bool = True
     """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. (Preset.)"""
@@ -135,21 +168,21 @@ class AlgorithmConfig(Section):
     """Ties go to the earlier token. (Preset.)"""
     integer_ceil: bool = True
     """Number of kept tokens by exact arithmetic instead of a float32 product. (Preset.)"""
-    shaping_min_scope: Literal["minibatch", "device_minibatch"] = "minibatch"
+    shaping_min_scope: ShapingMinScope = "minibatch"
     """Rows over which the smallest trajectory score is taken. (Preset.)"""
-    shaping_mean_scope: Literal["minibatch", "microbatch"] = "minibatch"
+    shaping_mean_scope: ShapingMeanScope = "minibatch"
     """Rows over which the mean advantage scale is made one. (Preset.)"""
-    negative_advantages: Literal["same", "unscaled", "mirrored"] = "same"
+    negative_advantages: NegativeAdvantages = "same"
     """Advantage scale where the advantage is negative: alpha, 1, or 2 - alpha."""
-    text_only_rows: Literal["bypass", "rank"] = "bypass"
+    text_only_rows: TextOnlyRows = "bypass"
     """Rows without an image: keep every token at scale 1, or rank their zero dependencies as the authors do.
     (Preset.)"""
-    loss_denominator: Literal["all", "selected"] = "all"
+    loss_denominator: CountedTokens = "all"
     """Tokens the policy-gradient sum is divided by: all response tokens or the kept ones."""
-    loss_avg_mode: Literal["token", "seq"] = "token"
+    loss_avg_mode: LossAverage = "token"
     """Mean over tokens of the mini-batch (authors' code) or per sequence, then over sequences (paper Eq. 6)."""
-    entropy_kind: Literal["nll", "entropy"] = "nll"
-    entropy_tokens: Literal["all", "selected"] = "all"
+    entropy_kind: EntropyKind = "nll"
+    entropy_tokens: CountedTokens = "all"
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
     clip_ratio_high: float = Field(default=0.28, gt=0)
     clip_ratio_dual: float = Field(default=3.0, gt=1)
@@ -159,9 +192,9 @@ class AlgorithmConfig(Section):
     filter_high: float = Field(default=0.99, ge=0, le=1)
     max_try_make_batch: int = Field(default=4, gt=0)
     """Sampling rounds per step at most; then the step trains on the groups it has."""
-    truncated_responses: Literal["train", "mask"] = "train"
+    truncated_responses: TruncatedResponses = "train"
     """Responses cut at the length limit: train on them as they scored, or give them no gradient."""
-    resize: Literal["smart", "easyr1"] = "smart"
+    resize: ResizeMode = "smart"
     """Pictures to the pixel budget by the processor's own rule, or as the authors do before the processor runs.
     Preset-dependent."""
     score_banned_tokens: bool = False
@@ -225,7 +258,7 @@ class OptimConfig(Section):
     weight_decay: float = Field(default=0.01, ge=0)
     lr_warmup_steps: int = Field(default=0, ge=0)
     """Training steps over which the rate rises linearly."""
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_type: LrScheduleKind = "constant"
     """After the warm-up, until the run's last step."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of `lr` that 'linear' and 'cosine' fall to."""
@@ -242,7 +275,7 @@ class ActorConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     head_chunk_tokens: int = Field(default=1024, gt=0)
     """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
-    offload: tuple[Literal["params", "grads", "optimizer"], ...] = ()
+    offload: tuple[MemoryPart, ...] = ()
     """What waits in host memory while the engines sample: weights, gradients (freed, not copied), optimizer state. The
     engines take its room, see rollout.free_cache_engine. GPUs only."""
     optim: OptimConfig = OptimConfig()
@@ -262,7 +295,7 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=-1)
     """-1: off."""
-    seeds: Literal["independent", "shared", "engine"] = "independent"
+    seeds: SeedKind = "independent"
     """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or
     none. (Preset.)"""
     tensor_parallel_size: int = Field(default=1, gt=0)
@@ -274,9 +307,9 @@ class RolloutConfig(Section):
     free_cache_engine: bool | None = None
     """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
     them with the trainer."""
-    weight_transfer: Literal["auto", "shm", "ipc"] = "auto"
+    weight_transfer: WeightTransferSetting = "auto"
     """Weights reach the engines through host memory (shm) or through buffers on the GPU (ipc); 'auto': ipc on GPUs."""
-    quantization: Literal["fp8"] | None = None
+    quantization: Quantization | None = None
     """Engines compute the language model's linear layers in FP8, scaled as fp8.recipe says (block by block without
     one); they quantise the weights that they are sent. GPUs only."""
     cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
@@ -288,7 +321,7 @@ class RolloutConfig(Section):
     """The most images that one prompt may have."""
     enforce_eager: bool = True
     val: ValSamplingConfig = ValSamplingConfig()
-    verify_weights: Literal["always", "first", "never"] = "first"
+    verify_weights: VerifyWeights = "first"
     """When vLLM's checksums are compared with those of the stream sent to it."""
     logprob_diff_bound: float = Field(default=0.05, gt=0)
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
@@ -298,7 +331,7 @@ class RolloutConfig(Section):
 class RewardConfig(Section):
     reward_function: str = "mathruler"
     """'mathruler', or `file.py:function` of yours."""
-    reward_type: Literal["batch", "sequential"] = "batch"
+    reward_type: RewardType = "batch"
     """How a function of yours is called: with lists of all responses, or once per response."""
     num_workers: int = Field(default=1, gt=0)
     timeout_seconds: float = Field(default=10.0, gt=0)
@@ -325,7 +358,7 @@ class TrainerConfig(Section):
     resume: bool = True
     """Go on from the newest complete checkpoint of the run folder."""
     save_rollouts: bool = True
-    loggers: tuple[Literal["wandb", "swanlab"], ...] = ()
+    loggers: tuple[LoggerService, ...] = ()
     """Beside metrics.jsonl and TensorBoard, which are always written."""
 
 

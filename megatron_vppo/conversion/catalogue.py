@@ -1,44 +1,52 @@
-"""Where each parameter of a model lies in a distributed checkpoint, asked of the model itself."""
+"""A catalogue of a model's parameters: for each, its weight map entry and its place in a distributed checkpoint.
+
+The places are asked of the model itself, built on one rank without memory for its weights. So they are the ones that
+Megatron's loader looks for, under any layout.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from megatron_vppo.conversion.places import StoredEntry, StoredPart
+from megatron_vppo.conversion.places import StoredBlock, StoredEntry
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
-from megatron_vppo.weights.kinds import Entry, stream_entries
-from megatron_vppo.weights.load import sharded_parts
+from megatron_vppo.parallel.layout import single_rank
+from megatron_vppo.weights.entries import Entry, stream_entries
+from megatron_vppo.weights.load import sharded_blocks
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class Catalogue:
     entries: tuple[StoredEntry, ...]
-    """Every parameter once."""
+    """Every parameter once, in the order of the model."""
     object_keys: tuple[str, ...]
-    """Megatron's extra states, which are empty here; its own loader looks for them."""
+    """The keys of Megatron's extra states. They are empty for our layers, but its loader looks for them."""
     hf_copies: Mapping[str, str]
-    """By name of a tensor that the model takes from another one, that one's name."""
-    canonical_hf_name: Callable[[str], str]
+    """The tensors that the model takes from another one: their names, each with that one's name."""
+    released_name: Callable[[str], str]
+    """Translates the name of a tensor in a file to that of the released checkpoint."""
+
+    @property
+    def keys(self) -> set[str]:
+        """The names of all tensors of the distributed checkpoint."""
+        return {block.key for stored in self.entries for block in stored.blocks}
 
 
-def plan_model(config_folder: Path) -> ModelPlan:
-    """From `config.json` alone. To be called where there are no process groups yet.
+def read_catalogue(config_folder: Path) -> Catalogue:
+    """Makes the catalogue of the model that `config.json` describes. Call it where no process groups exist.
 
     Raises:
-        ValueError: no configuration, or one of a model that is not supported.
+        ValueError: there is no configuration, or its model is not supported.
     """
     hf_config = read_hf_config(config_folder)
-    with _alone() as layout:
+    with single_rank(backend="gloo") as layout:
         model = build_model(
             hf_config,
             groups=layout.groups,
@@ -48,49 +56,39 @@ def plan_model(config_folder: Path) -> ModelPlan:
         )
         sharded = model.sharded_state_dict()
         entries = tuple(
-            _stored(entry, sharded.pop(entry.local_name(model.stage_layers)))
+            _stored_entry(entry, sharded.pop(entry.local_name(model.stage_layers)))
             for entry in stream_entries(model.weight_map)
         )
         objects = {name: item for name, item in sharded.items() if isinstance(item, ShardedObject)}
         assert len(objects) == len(sharded), f"not in the weight map: {sorted(sharded.keys() - objects.keys())}"
-        # Where a tied head lies on another stage than the embedding, it is a layer with such a state of its own.
+        # A pipeline whose last stage holds a tied output layer of its own looks for the extra state of that layer.
         tied_heads = [
             f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1" for entry in model.weight_map if entry.copy
         ]
-        return ModelPlan(
+        return Catalogue(
             entries=entries,
             object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
             hf_copies=model.hf_copies,
-            canonical_hf_name=model.canonical_hf_name,
+            released_name=model.released_name,
         )
 
 
-@contextmanager
-def _alone() -> Iterator[Layout]:
-    """The process groups of a world of one, on the CPU."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
-    finally:
-        destroy_layout()
-
-
-def _stored(entry: Entry, item: Any) -> StoredEntry:
+def _stored_entry(entry: Entry, item: Any) -> StoredEntry:
     shape = entry.kind.local_shape(1)
-    parts, row = [], 0
-    for part in sharded_parts(item):
-        rows = part.local_shape[0]
-        assert tuple(part.local_shape[1:]) == shape[1:], f"{part.key} is cut along another dimension than its first"
-        parts.append(
-            StoredPart(
-                part.key,
-                tuple(part.global_shape),
-                tuple(part.global_offset),
-                row,
-                rows,
-                len(part.global_shape) - len(shape),
+    blocks, row = [], 0
+    for sharded in sharded_blocks(item):
+        rows = sharded.local_shape[0]
+        assert tuple(sharded.local_shape[1:]) == shape[1:], f"{sharded.key} is cut along a dimension other than rows"
+        blocks.append(
+            StoredBlock(
+                key=sharded.key,
+                size=tuple(sharded.global_shape),
+                offset=tuple(sharded.global_offset),
+                row=row,
+                rows=rows,
+                stacked=len(sharded.global_shape) - len(shape),
             )
         )
         row += rows
-    assert row == shape[0], f"the parts of {entry.template} have {row} rows, it has {shape[0]}"
-    return StoredEntry(entry, shape, tuple(parts))
+    assert row == shape[0], f"the blocks of {entry.template} have {row} rows, it has {shape[0]}"
+    return StoredEntry(entry, shape, tuple(blocks))

@@ -1,14 +1,14 @@
-"""Log-probs of a few fixed rows through transformers, Megatron and vLLM: whether a conversion computes the same.
+"""The log-probs of two fixed rows by transformers, Megatron and vLLM: a proof that a conversion computes the same.
 
-Shape suffix legend: T = tokens of a row, prompt and answer; N = tokens of the answer; V = vocabulary.
+Shape suffix legend: K = packed tokens of a row, prompt and response; N = response tokens; V = vocabulary rows;
+I = image tokens of a row; P = patches of its image; D = values of a patch; h = hidden size.
 """
 
 from __future__ import annotations
 
 import gc
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,39 +19,42 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.models.build import build_model
+from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import vision_token_ids
-from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
+from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 from megatron_vppo.weights.load import load_weights
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}
-"""Nats, of the mean absolute difference over the tokens of a row, by the dtype that all sides compute in."""
+"""The largest mean absolute difference over the response tokens of a row, in nats, by the dtype of all sides."""
 QUESTIONS: tuple[tuple[str, bool], ...] = (("What is 3 + 5?", False), ("What do you see?", True))
-"""(question, whether a picture comes with it)."""
-ANSWER = "It is a square of colours, and the sum is 8."
-"""Scored where vLLM does not give the answers."""
+"""(question, True if an image comes with it)."""
+RESPONSE = "It is a square of colours, and the sum is 8."
+"""The response of every row, unless vLLM samples the responses."""
 SAMPLED_TOKENS = 16
-PICTURE_SIDE = 224
-"""Pixels; a multiple of 28 and of 32."""
+IMAGE_SIDE = 224
+"""Pixels; a multiple of 28 and of 32, so that no family resizes the image."""
 START_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Row:
+    """A prompt with its response. Without an image, `image`, `pixels_PD` and `grid` are None."""
+
     prompt_ids: tuple[int, ...]
-    answer_ids: tuple[int, ...]
-    picture: Image.Image | None
+    response_ids: tuple[int, ...]
+    image: Image.Image | None
     pixels_PD: Tensor | None
     grid: tuple[int, int, int] | None
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two engines on one row; nats, absolute."""
+    """The absolute differences between two engines on one row, in nats."""
 
     engines: str
     row: int
@@ -60,12 +63,16 @@ class Difference:
 
 
 def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple[list[Difference], float]:
-    """Differences of Megatron's (from `converted`) and vLLM's log-probs from transformers' (from `source`), and the
-    tolerance for their means. To be called where there are no process groups.
+    """Compares Megatron's log-probs (from `converted`) and vLLM's with transformers' (from `source`).
+
+    Call it where no process groups exist.
 
     Args:
-        converted: any folder that training starts from.
-        with_vllm: vLLM reads `source`, and samples the answers that are scored.
+        converted: any folder to train from.
+        with_vllm: True if vLLM too reads `source`; it then also samples the responses.
+
+    Returns:
+        The differences, and the tolerance for their means.
 
     Raises:
         ValueError: the folder has no processor, or its weights cannot be loaded.
@@ -75,8 +82,8 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
     rows = _rows(processor)
     sampled: list[Tensor] = []
     if with_vllm:
-        rows, sampled = _answers_of_vllm(source, rows, hf_config, dtype=dtype)
-    with _alone() as layout:
+        rows, sampled = _vllm_logps(source, rows, hf_config, dtype=dtype)
+    with single_rank() as layout:
         reference = _transformers_logps(source, rows, hf_config, layout=layout, dtype=dtype)
         gc.collect()
         ours = _megatron_logps(converted, rows, hf_config, layout=layout, dtype=dtype)
@@ -90,40 +97,32 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
     ], TOLERANCE[dtype]
 
 
-@contextmanager
-def _alone() -> Iterator[Layout]:
-    try:
-        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
-    finally:
-        destroy_layout()
-
-
 def _rows(processor: Any) -> list[Row]:
-    answer = tuple(processor.tokenizer(ANSWER)["input_ids"])
+    response = tuple(processor.tokenizer(RESPONSE)["input_ids"])
     rows = []
-    for question, with_picture in QUESTIONS:
-        picture = _picture() if with_picture else None
-        content = ([{"type": "image"}] if picture else []) + [{"type": "text", "text": question}]
+    for question, with_image in QUESTIONS:
+        image = _make_image() if with_image else None
+        content = ([{"type": "image"}] if image else []) + [{"type": "text", "text": question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=[text], images=[picture] if picture else None, return_tensors="pt")
-        grid = tuple(inputs["image_grid_thw"][0].tolist()) if picture else None
-        pixels = inputs["pixel_values"] if picture else None
-        rows.append(Row(tuple(inputs["input_ids"][0].tolist()), answer, picture, pixels, grid))
+        inputs = processor(text=[text], images=[image] if image else None, return_tensors="pt")
+        grid = tuple(inputs["image_grid_thw"][0].tolist()) if image else None
+        pixels = inputs["pixel_values"] if image else None
+        rows.append(Row(tuple(inputs["input_ids"][0].tolist()), response, image, pixels, grid))
     return rows
 
 
-def _picture() -> Image.Image:
-    """Colours that change along both sides, and a dark square."""
-    picture = Image.new("RGB", (PICTURE_SIDE, PICTURE_SIDE))
-    picture.putdata([(x % 256, y % 256, (x + y) // 2 % 256) for y in range(PICTURE_SIDE) for x in range(PICTURE_SIDE)])
-    picture.paste((20, 20, 60), (64, 64, 128, 128))
-    return picture
+def _make_image() -> Image.Image:
+    """Draws colours that change along both sides, and a dark square."""
+    image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE))
+    image.putdata([(x % 256, y % 256, (x + y) // 2 % 256) for y in range(IMAGE_SIDE) for x in range(IMAGE_SIDE)])
+    image.paste((20, 20, 60), (64, 64, 128, 128))
+    return image
 
 
-def _answers_of_vllm(
+def _vllm_logps(
     source: Path, rows: Sequence[Row], hf_config: Any, *, dtype: torch.dtype
 ) -> tuple[list[Row], list[Tensor]]:
-    """The rows with answers that vLLM samples, and its log-probs of them."""
+    """Has vLLM sample the responses; returns the rows with these, and vLLM's log-probs of them."""
     settings = EngineSettings(
         model=str(source),
         max_model_len=max(len(row.prompt_ids) for row in rows) + SAMPLED_TOKENS,
@@ -133,7 +132,7 @@ def _answers_of_vllm(
         banned_token_ids=vision_token_ids(hf_config),
     )
     requests = [
-        SampleRequest(_compact(row.prompt_ids, hf_config.image_token_id), (row.picture,) if row.picture else (), (0,))
+        SampleRequest(_compact(row.prompt_ids, hf_config.image_token_id), (row.image,) if row.image else (), (0,))
         for row in rows
     ]
     with (
@@ -142,15 +141,15 @@ def _answers_of_vllm(
     ):
         engine.wait_ready(timeout_seconds=START_SECONDS)
         completions = engine.generate(requests, SamplingSettings(max_tokens=SAMPLED_TOKENS))
-    answered = [
-        Row(row.prompt_ids, done.token_ids, row.picture, row.pixels_PD, row.grid)
+    with_responses = [
+        Row(row.prompt_ids, done.token_ids, row.image, row.pixels_PD, row.grid)
         for row, (done,) in zip(rows, completions, strict=True)
     ]
-    return answered, [torch.tensor(done.logps) for (done,) in completions]
+    return with_responses, [torch.tensor(done.logps) for (done,) in completions]
 
 
 def _compact(token_ids: Sequence[int], image_token: int) -> tuple[int, ...]:
-    """One placeholder per picture."""
+    """Leaves one placeholder per image, as vLLM takes prompts."""
     before = (None, *token_ids[:-1])
     return tuple(t for t, b in zip(token_ids, before, strict=True) if t != image_token or b != image_token)
 
@@ -166,16 +165,16 @@ def _transformers_logps(
     )
     results = []
     for row in rows:
-        ids_1T = torch.tensor([[*row.prompt_ids, *row.answer_ids]], device=layout.device)
-        pictures = {}
+        ids_1K = torch.tensor([[*row.prompt_ids, *row.response_ids]], device=layout.device)
+        image = {}
         if row.pixels_PD is not None:
-            pictures = {
+            image = {
                 "pixel_values": row.pixels_PD.to(layout.device),
                 "image_grid_thw": torch.tensor([row.grid], device=layout.device),
-                "mm_token_type_ids": (ids_1T == hf_config.image_token_id).int(),
+                "mm_token_type_ids": (ids_1K == hf_config.image_token_id).int(),
             }
-        logits_TV = model(input_ids=ids_1T, **pictures).logits[0]
-        results.append(_answer_logps(logits_TV, row, hf_config))
+        logits_KV = model(input_ids=ids_1K, **image).logits[0]
+        results.append(_response_logps(logits_KV, row, hf_config))
     return results
 
 
@@ -187,30 +186,30 @@ def _megatron_logps(
         hf_config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype, device=layout.device
     ).eval()
     load_weights(model, converted)
+    positions = family_of(hf_config).positions(hf_config)
     results = []
     for row in rows:
-        ids = [*row.prompt_ids, *row.answer_ids]
-        ids_T = torch.tensor(ids, device=layout.device)
-        merge = hf_config.vision_config.spatial_merge_size
+        ids = [*row.prompt_ids, *row.response_ids]
+        ids_K = torch.tensor(ids, device=layout.device)
         grids = (row.grid,) if row.grid else ()
-        image_tokens_I = (ids_T == hf_config.image_token_id).nonzero()[:, 0]
-        positions_3T = mrope_positions(ids, grids, image_token_id=hf_config.image_token_id, merge_size=merge)
+        image_tokens_I = (ids_K == hf_config.image_token_id).nonzero()[:, 0]
+        positions_3K = positions(ids, grids)
         batch = PackedBatch(
-            token_ids_K=ids_T,
-            positions_3K=positions_3T.to(layout.device),
-            lengths=(len(ids),),
+            token_ids_K=ids_K,
+            positions_3K=positions_3K.to(layout.device),
+            packing=Packing((len(ids),)),
             image_token_index_I=image_tokens_I,
             image_feature_index_I=torch.arange(len(image_tokens_I), device=layout.device),
             pixels_PD=None if row.pixels_PD is None else row.pixels_PD.to(layout.device),
             grids_thw=grids,
         )
-        logits_TV = model(batch)[:, 0] @ model.head_weight_Vh().T
-        results.append(_answer_logps(logits_TV[:, : hf_config.text_config.vocab_size], row, hf_config))
+        logits_KV = model(batch)[:, 0] @ model.head_weight_Vh().T
+        results.append(_response_logps(logits_KV[:, : hf_config.text_config.vocab_size], row, hf_config))
     return results
 
 
-def _answer_logps(logits_TV: Tensor, row: Row, hf_config: Any) -> Tensor:
-    """[N] fp32 nats, of the distribution without the tokens that are never sampled."""
-    logits_NV = logits_TV[len(row.prompt_ids) - 1 : -1].float().cpu()
+def _response_logps(logits_KV: Tensor, row: Row, hf_config: Any) -> Tensor:
+    """Computes the response's log-probs: [N] fp32 nats, of the distribution without tokens that are never sampled."""
+    logits_NV = logits_KV[len(row.prompt_ids) - 1 : -1].float().cpu()
     logits_NV[:, list(vision_token_ids(hf_config))] = float("-inf")
-    return logits_NV.log_softmax(-1).gather(1, torch.tensor(row.answer_ids)[:, None])[:, 0]
+    return logits_NV.log_softmax(-1).gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]

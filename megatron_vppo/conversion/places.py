@@ -1,30 +1,42 @@
-"""Where a parameter lies in a distributed checkpoint."""
+"""The place of a parameter in a distributed checkpoint, and of rows of stacked tensors in their parameter."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vppo.weights.kinds import Entry, Shape
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Shape
 
 
 @dataclass(frozen=True)
-class StoredPart:
-    """A block of rows of a parameter, as one rank alone would hold it."""
+class StoredBlock:
+    """A block of rows of a parameter, as one rank alone holds it.
+
+    Example: rows 0 to 100 of the third layer's [100, 64] weight are [1, 100, 64] at offset (2, 0, 0) of a tensor of
+    size [28, 100, 64], because the 28 layers of a tower share one tensor. Then `stacked` is 1.
+    """
 
     key: str
-    """Of the tensor in the checkpoint; the layers of a tower share one, stacked."""
+    """The name of the tensor in the checkpoint."""
     size: Shape
-    """Of that tensor."""
+    """The shape of that tensor."""
     offset: Shape
-    """Of this block in it."""
+    """The position of this block in it."""
     row: int
-    """Of the parameter, the first in this block."""
+    """The first row of the parameter in this block."""
     rows: int
+    """The number of rows in this block."""
     stacked: int
-    """Leading dimensions of the tensor that the parameter does not have."""
+    """The leading dimensions of the tensor that the parameter does not have."""
 
-    def block(self, low: int, high: int) -> tuple[Shape, Shape]:
-        """(offset, sizes) in the tensor `key` of the parameter's rows `low` to `high`, which lie in this part."""
+    @property
+    def end(self) -> int:
+        """The row of the parameter after the last one in this block."""
+        return self.row + self.rows
+
+    def region(self, low: int, high: int) -> tuple[Shape, Shape]:
+        """Returns (offset, sizes) in the tensor `key` of the parameter's rows `low` to `high`, all in this block."""
         first = self.stacked
         offset = (*self.offset[:first], self.offset[first] + low - self.row, *self.offset[first + 1 :])
         return offset, (*(1,) * first, high - low, *self.size[first + 1 :])
@@ -32,7 +44,27 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class StoredEntry:
+    """One entry of the weight map with its place in the checkpoint."""
+
     entry: Entry
     shape: Shape
-    """Of the parameter on one rank alone."""
-    parts: tuple[StoredPart, ...]
+    """The shape of the parameter on one rank alone."""
+    blocks: tuple[StoredBlock, ...]
+    """In the order of the rows; one, except for gated projections, whose halves are stored apart."""
+
+
+def rows_by_tensor(low: int, high: int, heights: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Finds the rows `low` to `high` of a parameter that is the rows of one tensor after those of another.
+
+    Args:
+        heights: the number of rows of each tensor.
+
+    Yields:
+        (number of the tensor, its first row, the one after its last), without gaps and in the order of the rows.
+    """
+    first = 0  # row of the parameter that is row 0 of the tensor
+    for number, height in enumerate(heights):
+        begin, end = max(low, first), min(high, first + height)
+        if begin < end:
+            yield number, begin - first, end - first
+        first += height

@@ -1,4 +1,4 @@
-"""Distributed checkpoint -> Hugging Face folder, as many bytes at a time as fit a small buffer."""
+"""Distributed checkpoint -> Hugging Face folder, a few rows at a time, so that little memory is needed."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from megatron_vppo.conversion.catalogue import plan_model
-from megatron_vppo.conversion.hf_files import FilledEntry, fill, lay_out
-from megatron_vppo.conversion.stored import StoredWeights
-from megatron_vppo.conversion.workers import run_parts, split_evenly
+from megatron_vppo.conversion.catalogue import read_catalogue
+from megatron_vppo.conversion.dist_reader import StoredWeights
+from megatron_vppo.conversion.hf_writer import FilledEntry, fill, lay_out
+from megatron_vppo.conversion.workers import run_shares, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import exit_on_sigterm, whole_folder
 from megatron_vppo.weights.config_files import copy_config_files, name_dtype
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
 
 SHARD_BYTES = 5 * 10**9
-"""Of each file, as transformers writes them."""
+"""The size of each file at most, as transformers writes them."""
 
 
 def megatron_to_hf(
@@ -29,44 +29,49 @@ def megatron_to_hf(
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
 ) -> None:
-    """Writes a folder that transformers and vLLM load. To be called where there are no process groups.
+    """Writes a folder that transformers and vLLM load. Call it where no process groups exist.
 
     Args:
-        checkpoint: a converted folder, or `checkpoints/global_step_N` of a run, whose optimizer state stays behind.
-        source: the Hugging Face folder that configuration, tokenizer and processor come from; None: `checkpoint`.
-        dtype: None: as stored.
-        shard_bytes: of a file at most; a larger tensor has one for itself.
+        checkpoint: a converted folder, or `checkpoints/global_step_N` of a run, whose optimizer state is left out.
+        source: the Hugging Face folder to copy configuration, tokenizer and processor from; None: `checkpoint`.
+        dtype: the dtype of the weights; None: as stored.
+        shard_bytes: the size of a file at most; a larger tensor has a file of its own.
+        processes: the number of processes that share the work; each needs memory of its own.
 
     Raises:
-        ValueError: the checkpoint is incomplete or another model's, the target exists, or the disk is full. Nothing is
-            left under the target's name.
+        ValueError: the checkpoint is incomplete or that of another model, the target exists, or the disk is full.
+            Nothing is left under the target's name.
     """
     if not (checkpoint / DIST_CKPT).is_dir():
-        raise ValueError(f"{checkpoint} has no {DIST_CKPT}/; give a converted folder, or one named global_step_N")
+        raise ValueError(
+            f"{checkpoint} has no {DIST_CKPT}/; give a converted folder, or checkpoints/global_step_N of a run"
+        )
     config_folder = source or checkpoint
     if source is None and not (checkpoint / "config.json").is_file():
         raise ValueError(f"{checkpoint} has no config.json; --source names the Hugging Face folder that has it")
-    plan = plan_model(config_folder)
+    catalogue = read_catalogue(config_folder)
     weights = StoredWeights(checkpoint / DIST_CKPT)
-    weights.check_keys({part.key for stored in plan.entries for part in stored.parts})
-    dtypes = [weights.check(stored) for stored in plan.entries]
+    weights.check_keys(catalogue.keys)
+    dtypes = [weights.check(stored) for stored in catalogue.entries]
     if dtype is not None:
         dtypes = [dtype] * len(dtypes)
     shapes = [
         (name, shape, kept)
-        for stored, kept in zip(plan.entries, dtypes, strict=True)
+        for stored, kept in zip(catalogue.entries, dtypes, strict=True)
         for name, shape in zip(stored.entry.hf_names, stored.entry.kind.hf_shapes(), strict=True)
     ]
     total = sum(math.prod(shape) * kept.itemsize for _, shape, kept in shapes)
-    with unfinished_folder(target, num_bytes=total) as folder:
+    with exit_on_sigterm(), whole_folder(target, num_bytes=total) as folder:
         copy_config_files(config_folder, folder)
         name_dtype(folder, dtypes)
-        places = lay_out(folder, shapes, shard_bytes=shard_bytes)
-        filled = [FilledEntry(stored, tuple(places[name] for name in stored.entry.hf_names)) for stored in plan.entries]
-        progress = ByteProgress(f"writing {target.name}", total)
-        parts = [
-            (checkpoint / DIST_CKPT, tuple(run))
-            for run in split_evenly(filled, parts=processes, size=lambda entry: entry.nbytes)
+        tensors = lay_out(folder, shapes, shard_bytes=shard_bytes)
+        filled = [
+            FilledEntry(stored, tuple(tensors[name] for name in stored.entry.hf_names)) for stored in catalogue.entries
         ]
-        run_parts(fill, parts, on_bytes=progress.add)
+        progress = ByteProgress(f"writing {target.name}", total)
+        shares = [
+            (checkpoint / DIST_CKPT, tuple(run))
+            for run in split_evenly(filled, shares=processes, size=lambda entry: entry.nbytes)
+        ]
+        run_shares(fill, shares, on_bytes=progress.add)
     progress.close()

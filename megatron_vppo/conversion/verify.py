@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is its source, bit by bit."""
+"""The comparison of a conversion with its source, bit by bit."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_vppo.conversion.catalogue import ModelPlan, plan_model
-from megatron_vppo.conversion.hf_files import PIECE_BYTES
-from megatron_vppo.conversion.places import StoredEntry
-from megatron_vppo.conversion.read_ahead import read_ahead
-from megatron_vppo.conversion.stored import StoredWeights
+from megatron_vppo.conversion.catalogue import Catalogue, read_catalogue
+from megatron_vppo.conversion.dist_reader import StoredWeights
+from megatron_vppo.conversion.places import StoredEntry, rows_by_tensor
+from megatron_vppo.conversion.read_ahead import PIECE_BYTES, read_ahead
 from megatron_vppo.observability.byte_progress import ByteProgress
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
-from megatron_vppo.weights.hf_folder import HfFolder, LazyTensor
-from megatron_vppo.weights.kinds import Gated, Split, Vocabulary
+from megatron_vppo.weights.hf_folder import FileTensor, HfFolder
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -26,100 +24,100 @@ _BITS = {2: torch.int16, 4: torch.int32}
 @dataclass(frozen=True)
 class Comparison:
     tensors: int
-    """Compared, under the names of the source; each name once."""
+    """The number of tensors compared, under the names of the source; each name once."""
     num_bytes: int
-    """Of the source."""
+    """The bytes of the source's tensors."""
     differing: tuple[str, ...]
-    """Names of the tensors with at least one differing bit."""
+    """The names of the tensors in which a bit differs."""
     casts: tuple[str, ...]
-    """Such as 'float32 -> bfloat16': where the two were stored in different dtypes, the source was cast."""
+    """The casts of the source where the other side has another dtype, such as 'float32 -> bfloat16'."""
     copies: tuple[str, ...]
-    """Names of further tensors of the source that equal the one that they are tied to, and are not written."""
+    """The names of tensors of the source that equal the one they are tied to; a conversion leaves them out."""
 
 
 def compare_checkpoints(source: Path, other: Path) -> Comparison:
     """Compares every tensor of a Hugging Face folder with a converted folder, or with another Hugging Face folder.
 
-    Both ways are taken for a converted folder: what Megatron loads is compared with what the source's tensors make,
-    and the tensors that would be written back with the source's. To be called where there are no process groups.
+    A converted folder is checked in both directions: its Megatron parameters against those made from the source, and
+    the tensors that an export would write against the source's. Call it where no process groups exist.
 
     Raises:
-        ValueError: one of them is incomplete, or has a tensor too many, too few or twice.
+        ValueError: one of them is incomplete, or a tensor is missing, unknown or there twice.
     """
-    plan = plan_model(source)
-    weights = HfFolder(source, plan.canonical_hf_name)
-    copies = weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
-    compare = _stored_side(other / DIST_CKPT, plan) if (other / DIST_CKPT).is_dir() else _hf_side(other, plan)
+    catalogue = read_catalogue(source)
+    weights = HfFolder(source, catalogue.released_name)
+    copies = weights.check([stored.entry for stored in catalogue.entries], catalogue.hf_copies)
+    is_converted = (other / DIST_CKPT).is_dir()
+    compare = _stored_side(other / DIST_CKPT, catalogue) if is_converted else _hf_side(other, catalogue)
     differing: dict[str, None] = {}
     casts: dict[str, None] = {}
-    sources = [(stored, weights.tensors(stored.entry)) for stored in plan.entries]
+    sources = [(stored, weights.tensors(stored.entry)) for stored in catalogue.entries]
     total = sum(tensor.nbytes for _, tensors in sources for tensor in tensors)
     progress = ByteProgress(f"comparing {other.name}", total)
-    for block in read_ahead(block for stored, tensors in sources for block in compare(stored, tensors)):
-        if block.source.dtype != block.other.dtype:
-            casts[f"{block.source.dtype} -> {block.other.dtype}".replace("torch.", "")] = None
-        if not _equal_bits(block.source.to(block.other.dtype), block.other):
-            differing[block.name] = None
-        progress.add(block.progress)
+    for pair in read_ahead(pair for stored, tensors in sources for pair in compare(stored, tensors)):
+        if pair.source.dtype != pair.other.dtype:
+            casts[f"{pair.source.dtype} -> {pair.other.dtype}".replace("torch.", "")] = None
+        if not _equal_bits(pair.source.to(pair.other.dtype), pair.other):
+            differing[pair.name] = None
+        progress.add(pair.progress)
     progress.close()
     compared = sum(len(tensors) for _, tensors in sources)
     return Comparison(compared, total, tuple(differing), tuple(casts), copies)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows of one tensor from both sides."""
+class _Pair:
+    """The same rows of one tensor from both sides."""
 
     name: str
     source: Tensor
     other: Tensor
     progress: int
-    """Bytes of the source that are done with it."""
+    """The bytes of the source that are done with this pair."""
 
 
-_Compare = Callable[[StoredEntry, tuple[LazyTensor, ...]], Iterator[_Block]]
-"""(parameter, the source's tensors) -> both sides, block by block."""
+_Compare = Callable[[StoredEntry, tuple[FileTensor, ...]], Iterator[_Pair]]
+"""A function from a parameter and the source's tensors to the rows of both sides."""
 
 
-def _stored_side(dist_ckpt: Path, plan: ModelPlan) -> _Compare:
+def _stored_side(dist_ckpt: Path, catalogue: Catalogue) -> _Compare:
     weights = StoredWeights(dist_ckpt)
-    weights.check_keys({part.key for stored in plan.entries for part in stored.parts})
-    for stored in plan.entries:
+    weights.check_keys(catalogue.keys)
+    for stored in catalogue.entries:
         weights.check(stored)
     return partial(_with_stored, weights)
 
 
-def _hf_side(folder: Path, plan: ModelPlan) -> _Compare:
-    weights = HfFolder(folder, plan.canonical_hf_name)
-    weights.check([stored.entry for stored in plan.entries], plan.hf_copies)
+def _hf_side(folder: Path, catalogue: Catalogue) -> _Compare:
+    weights = HfFolder(folder, catalogue.released_name)
+    weights.check([stored.entry for stored in catalogue.entries], catalogue.hf_copies)
     return lambda stored, tensors: _with_hf(tensors, weights.tensors(stored.entry))
 
 
-def _with_stored(weights: StoredWeights, stored: StoredEntry, tensors: tuple[LazyTensor, ...]) -> Iterator[_Block]:
+def _with_stored(weights: StoredWeights, stored: StoredEntry, tensors: tuple[FileTensor, ...]) -> Iterator[_Pair]:
     names, kind = stored.entry.hf_names, stored.entry.kind
-    if isinstance(kind, Vocabulary | Split | Gated):  # the rows of one tensor after those of another
-        for part in stored.parts:
-            for low, high in weights.row_steps(part, num_bytes=PIECE_BYTES):
-                block, first = weights.rows(part, low, high), 0
-                for name, tensor in zip(names, tensors, strict=True):
-                    begin, end = max(low, first), min(high, first + tensor.shape[0])
-                    if begin < end:
-                        rows = tensor[begin - first : end - first]
-                        yield _Block(name, rows, block[begin - low : end - low], rows.nbytes)
-                    first += tensor.shape[0]
+    if not kind.stacks_rows:
+        parameter = torch.cat([weights.rows(block, block.row, block.end) for block in stored.blocks])
+        yield _Pair(names[0], kind.shard(tensors, rank=0, size=1), parameter, 0)
+        for name, tensor, back in zip(names, tensors, kind.merge(parameter[None]), strict=True):
+            yield _Pair(name, tensor[:], back, tensor.nbytes)
         return
-    parameter = torch.cat([weights.rows(part, part.row, part.row + part.rows) for part in stored.parts])
-    yield _Block(names[0], kind.shard(tensors, rank=0, size=1), parameter, 0)
-    for name, tensor, back in zip(names, tensors, kind.merge(parameter[None]), strict=True):
-        yield _Block(name, tensor[:], back, tensor.nbytes)
+    # The rows of the parameter are those of the tensors, so both directions are one comparison.
+    heights = [tensor.shape[0] for tensor in tensors]
+    for block in stored.blocks:
+        for low, high in weights.row_ranges(block, num_bytes=PIECE_BYTES):
+            rows, done = weights.rows(block, low, high), 0
+            for number, begin, end in rows_by_tensor(low, high, heights):
+                source = tensors[number][begin:end]
+                yield _Pair(names[number], source, rows[done : done + end - begin], source.nbytes)
+                done += end - begin
 
 
-def _with_hf(tensors: tuple[LazyTensor, ...], others: tuple[LazyTensor, ...]) -> Iterator[_Block]:
+def _with_hf(tensors: tuple[FileTensor, ...], others: tuple[FileTensor, ...]) -> Iterator[_Pair]:
     for tensor, other in zip(tensors, others, strict=True):
-        step = max(1, PIECE_BYTES * tensor.shape[0] // tensor.nbytes)
-        for low in range(0, tensor.shape[0], step):
-            rows = tensor[low : low + step]
-            yield _Block(tensor.name, rows, other[low : low + step], rows.nbytes)
+        for low, high in tensor.row_ranges(PIECE_BYTES):
+            rows = tensor[low:high]
+            yield _Pair(tensor.name, rows, other[low:high], rows.nbytes)
 
 
 def _equal_bits(left: Tensor, right: Tensor) -> bool:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from megatron_vppo.config.choices import ResizeMode
+
 _MAX_ASPECT_RATIO = 200  # of the processor's smart resize; vLLM and transformers refuse more
 _MAX_RESIZES = 8
-
-ResizeMode = Literal["smart", "easyr1"]
 
 
 @dataclass(frozen=True, slots=True)

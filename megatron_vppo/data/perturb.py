@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,20 +19,21 @@ from PIL import Image, ImageFilter
 from torch import Tensor, from_numpy
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
+from megatron_vppo.config.choices import PerturbKind, PerturbSpace, PerturbUnit
 
 Rng = np.random.Generator | np.random.RandomState
 
 
 @dataclass(frozen=True, slots=True)
 class PerturbSettings:
-    kind: Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"] = "patch_black"
+    kind: PerturbKind = "patch_black"
     probability: float = 0.5
     """Chance of each patch to be blacked (patch_black)."""
-    stage: Literal["patches", "pixels"] = "patches"
+    stage: PerturbSpace = "patches"
     """'patches': on the model's own grid; 'pixels': before the processor's resize, on a fixed grid (the authors')."""
     patch_size: int | None = None
     """Pixels; grid of stage 'pixels'. None for stage 'patches'."""
-    per: Literal["row", "image"] = "row"
+    per: PerturbUnit = "row"
     """A fresh one for each response, or one per image and step."""
     noise_std: float = 189.0
     """Grey levels."""

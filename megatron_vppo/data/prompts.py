@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
+from megatron_vppo.config.choices import BadRows
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.system.processes import die_with_parent
@@ -187,7 +188,7 @@ def load_prompts(
     split: str,
     max_prompt_length: int,
     max_images: int,
-    on_bad_row: Literal["error", "skip"] = "error",
+    on_bad_row: BadRows = "error",
     num_workers: int = 0,
 ) -> PromptSet:
     """Checks and tokenises every row; over-long prompts are left out, counted and reported.

@@ -18,10 +18,11 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal, cast
+from typing import Any, BinaryIO, cast
 
 import megatron_vppo
 from megatron_vppo.algorithm.types import Response, Reward
+from megatron_vppo.config.choices import RewardType
 from megatron_vppo.data.reward_worker import read_message, write_message
 
 _START_SECONDS = 300.0  # a user's file may import heavy packages
@@ -52,7 +53,7 @@ class RewardPool:
         self,
         function: str = "mathruler",
         *,
-        reward_type: Literal["batch", "sequential"] = "batch",
+        reward_type: RewardType = "batch",
         num_workers: int = 1,
         timeout_seconds: float = 10.0,
     ) -> None:

@@ -1,7 +1,8 @@
-"""What another precision of scoring changes in VPPO's decisions about the same responses.
+"""Compares VPPO's decisions about the same responses between two precisions of scoring.
 
-Both precisions go through `assemble`, so that what is compared is what training would do. Shape suffix legend: B =
-responses, T = response tokens (right-padded), N = any number of values.
+Both precisions go through `assemble`, so that what is compared is what training would do.
+
+Shape suffix legend: B = responses; T = response tokens (right-padded); N = response tokens, flat.
 """
 
 from __future__ import annotations
@@ -16,46 +17,48 @@ from torch import Tensor
 from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.padding import length_mask
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.types import Response, Reward, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, Response, Reward, Scores
 
 
 @dataclass(frozen=True, slots=True)
 class Decisions:
-    """What VPPO makes of one scoring of responses that have an image each."""
+    """VPPO's decisions from one scoring of responses that have an image each."""
 
     logp_BT: Tensor
-    masked_logp_BT: Tensor
-    """fp32 nats, given the original and the perturbed picture."""
+    perturbed_logp_BT: Tensor
+    """fp32 nats, given the original and the perturbed image."""
     dependency_BT: Tensor
     """fp32 nats; 0.0 where padded."""
     kept_BT: Tensor
-    """bool; tokens that carry policy gradient."""
-    trajectory_score_B: Tensor
+    """bool; the tokens that carry policy gradient."""
+    dependency_mean_B: Tensor
     """fp32 nats."""
     scale_B: Tensor
-    """fp32; alpha of the advantage."""
+    """fp32; the factor on the advantage, alpha in the paper."""
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Another precision against the baseline. N are the response tokens, in row order."""
+    """The differences of another precision from the baseline. Response tokens are in row order."""
 
     logp_N: Tensor
-    masked_logp_N: Tensor
-    """Nats, absolute."""
+    perturbed_logp_N: Tensor
+    """Absolute differences, nats."""
     dependency_N: Tensor
     """Nats, other minus baseline."""
     spearman: float
-    """Rank correlation of the dependency over all tokens."""
+    """Rank correlation of the dependency between the precisions, over all tokens."""
     spearman_B: Tensor
-    """float64, per response; NaN where all of its tokens depend equally in one precision, or it has one token."""
+    """float64; the same for each response. NaN if it has one token, or in one precision all of its tokens depend
+    equally."""
     overlap: float
-    """Share of all kept tokens that the other precision keeps too."""
+    """Share of the baseline's kept tokens that the other precision keeps too."""
     overlap_B: Tensor
+    """The same for each response."""
     lost_dependency: float
-    """Share of the kept tokens' dependency in the baseline that is on tokens which the other precision does not keep:
-    those at the edge of being kept may carry next to none."""
-    trajectory_score_B: Tensor
+    """Share of the kept tokens' dependency, in the baseline, that lies on tokens which the other precision does not
+    keep. It may be small where `overlap` is not: tokens at the edge of being kept carry next to no dependency."""
+    dependency_mean_B: Tensor
     """Nats, other minus baseline."""
     scale_B: Tensor
     """Other minus baseline."""
@@ -63,7 +66,7 @@ class Differences:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of magnitudes."""
+    """Statistics of absolute values."""
 
     mean: float
     p50: float
@@ -71,7 +74,7 @@ class Spread:
     largest: float
 
 
-def decisions(
+def decide(
     responses: Sequence[Response],
     scores: Scores,
     *,
@@ -79,19 +82,19 @@ def decisions(
     responses_per_minibatch: int,
     micro_batch_size: int,
 ) -> Decisions:
-    """Filter and shaping of the settings' own kind, switched on where the settings leave them out.
+    """VPPO's decisions about responses. The token filter and the shaping are on, whether or not the settings use them.
 
     Args:
         responses: each with an image; those of one group next to each other.
-        scores: of both views.
+        scores: log-probs of both views.
 
     Raises:
         ValueError, RuntimeError: see `assemble`.
     """
-    assert scores.masked_logp_BT is not None, "both views are scored"
-    unrewarded = Reward(overall=0.0, accuracy=0.0, metrics={})  # nothing that is compared looks at rewards
+    assert scores.perturbed_logp_BT is not None, "both views are scored"
+    no_reward = Reward(overall=0.0, accuracy=0.0, metrics={})  # nothing that is compared looks at rewards
     minibatches = assemble(
-        [ScoredResponse(response, "", unrewarded) for response in responses],
+        [GradedResponse(response, "", no_reward) for response in responses],
         scores,
         settings=dataclasses.replace(settings, use_vppo_on_perception=True, use_advantage_shaping=True),
         responses_per_minibatch=responses_per_minibatch,
@@ -100,16 +103,16 @@ def decisions(
     records = [minibatch.record for minibatch in minibatches]
     return Decisions(
         logp_BT=scores.old_logp_BT,
-        masked_logp_BT=scores.masked_logp_BT,
+        perturbed_logp_BT=scores.perturbed_logp_BT,
         dependency_BT=torch.cat([record.dependency_BT for record in records if record.dependency_BT is not None]),
         kept_BT=torch.cat([record.token_mask_BT for record in records]).bool(),
-        trajectory_score_B=torch.cat([r.trajectory_score_B for r in records if r.trajectory_score_B is not None]),
+        dependency_mean_B=torch.cat([r.dependency_mean_B for r in records if r.dependency_mean_B is not None]),
         scale_B=torch.cat([record.scale_B for record in records]),
     )
 
 
 def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]) -> Differences:
-    """Of decisions about the same responses."""
+    """The differences between decisions about the same responses."""
     lengths = [len(response.token_ids) for response in responses]
     mask_BT = length_mask(lengths, width=baseline.logp_BT.shape[1]).bool()
     both_BT, weight_BT = baseline.kept_BT & other.kept_BT, baseline.dependency_BT.double()
@@ -118,38 +121,42 @@ def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]
     ]
     return Differences(
         logp_N=(other.logp_BT - baseline.logp_BT)[mask_BT].abs(),
-        masked_logp_N=(other.masked_logp_BT - baseline.masked_logp_BT)[mask_BT].abs(),
+        perturbed_logp_N=(other.perturbed_logp_BT - baseline.perturbed_logp_BT)[mask_BT].abs(),
         dependency_N=(other.dependency_BT - baseline.dependency_BT)[mask_BT],
         spearman=spearman(baseline.dependency_BT[mask_BT], other.dependency_BT[mask_BT]),
         spearman_B=torch.tensor([spearman(*pair) for pair in pairs], dtype=torch.float64),
         overlap=(both_BT.sum() / baseline.kept_BT.sum()).item(),
         overlap_B=both_BT.sum(1) / baseline.kept_BT.sum(1),
         lost_dependency=(weight_BT[baseline.kept_BT & ~other.kept_BT].sum() / weight_BT[baseline.kept_BT].sum()).item(),
-        trajectory_score_B=other.trajectory_score_B - baseline.trajectory_score_B,
+        dependency_mean_B=other.dependency_mean_B - baseline.dependency_mean_B,
         scale_B=other.scale_B - baseline.scale_B,
     )
 
 
-def spread(value_N: Tensor) -> Spread:
-    """Of |value|; percentiles are values that occur: the smallest that so many per cent do not exceed."""
-    ordered_N = value_N.abs().double().sort().values
-    count = len(ordered_N)
+def spread(values: Tensor) -> Spread:
+    """Mean, median, 99th percentile and maximum of |value|. Percentiles are nearest-rank, so each is an observed value.
+
+    Args:
+        values: one-dimensional, not empty.
+    """
+    ordered = values.abs().double().sort().values
+    count = len(ordered)
 
     def percentile(per_cent: int) -> float:
-        return ordered_N[-(-count * per_cent // 100) - 1].item()
+        return ordered[-(-count * per_cent // 100) - 1].item()
 
-    return Spread(ordered_N.mean().item(), percentile(50), percentile(99), ordered_N[-1].item())
+    return Spread(ordered.mean().item(), percentile(50), percentile(99), ordered[-1].item())
 
 
-def spearman(left_N: Tensor, right_N: Tensor) -> float:
-    """Correlation of average ranks; NaN where the values of a side are all equal."""
-    left, right = average_ranks(left_N), average_ranks(right_N)
+def spearman(left: Tensor, right: Tensor) -> float:
+    """Spearman's rank correlation, with average ranks; NaN if all values of one side are equal."""
+    left, right = average_ranks(left), average_ranks(right)
     left, right = left - left.mean(), right - right.mean()
     return ((left * right).sum() / (left.square().sum() * right.square().sum()).sqrt()).item()
 
 
-def average_ranks(value_N: Tensor) -> Tensor:
-    """float64 [N], from 1; equal values share the mean of their ranks."""
-    ordered_N = value_N.sort().values
-    smaller_N, not_larger_N = (torch.searchsorted(ordered_N, value_N, right=right) for right in (False, True))
-    return (smaller_N + 1 + not_larger_N).double() / 2
+def average_ranks(values: Tensor) -> Tensor:
+    """float64; the rank of each value, from 1. Equal values share the mean of their ranks."""
+    ordered = values.sort().values
+    smaller, not_larger = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (smaller + 1 + not_larger).double() / 2

@@ -1,7 +1,7 @@
 """FP8 linear layers on hardware that has none: quantised and dequantised operands, multiplied in float32.
 
-What a product of FP8 operands comes to is emulated, in the recipes' own formats and block shapes (formats.py); the
-order in which a GPU adds the products up is not, nor anything of the backward pass.
+The values of FP8 operands are emulated, in the recipes' own formats and block shapes (formats.py). The order in which a
+GPU adds their products up is not, nor anything of the backward pass.
 """
 
 from __future__ import annotations
@@ -14,33 +14,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.formats import quantise_dequantise
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe
-from megatron_vppo.models.precision import check_ends
+from megatron_vppo.models.options import Fp8Options
+from megatron_vppo.models.precision import AMAX_HISTORY, check_ends
 from megatron_vppo.models.qwen_vl import QwenVLModel
-
-AMAX_HISTORY = 1024
-"""Forwards that the scale of 'delayed' looks back on: TransformerEngine's default."""
 
 
 @contextmanager
 def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator[None]:
-    """While it is open, the linear layers of the language model's transformer layers (QKV, projection, both of the MLP)
-    compute as with FP8 operands. Everything else stays as it is: vision tower, projector, embedding, norms, attention
-    scores, head, and the first and last `bf16_layers_at_ends` layers of the whole model.
+    """Makes the linear layers of the language model's transformer layers (QKV, projection, both of the MLP) compute as
+    with FP8 operands, while it is open.
 
-    Forward only. Weights are quantised when it opens, each rank what it holds, which takes 4 bytes per weight; they are
-    back bit for bit when it closes. Outputs have the model's dtype.
+    Everything else stays as it is: vision tower, projector, embedding, norms, attention scores, head, and the first and
+    last `bf16_layers_at_ends` layers of the whole model.
 
-    The scale of 'delayed' comes from the largest amax of earlier forwards since it opened. In the first forward it is
-    the operand's own: what a tensor has after many forwards is to be measured, and not TransformerEngine's start from a
-    scale of one.
+    Forward passes only. On opening, each rank quantises the weights that it holds, which takes 4 bytes per weight. On
+    closing, the weights are back bit for bit. Outputs have the model's dtype.
+
+    The scale of 'delayed' comes from the largest amax of earlier forwards since it opened. The first forward uses the
+    operand's own amax. TransformerEngine starts from scale 1; we want the steady state, not that start.
 
     Args:
-        stages: what this rank holds of the model.
+        stages: the stages of the model that this rank holds.
 
     Raises:
-        ValueError: layers of another backend, or ends that the recipe does not take.
+        ValueError: the layers are of another backend, or the recipe does not take such ends.
         RuntimeError: from a forward pass with gradients.
     """
     linears = fp8_linears(stages, options)
@@ -51,11 +50,14 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
 
 
 def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.Module]:
-    """The layers of these stages that compute in FP8, in the order of the model."""
+    """The linear layers of these stages that compute in FP8, in the order of the model."""
     layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
     check_ends(options, layers=layers)
-    if stages[0].parts.name != "torch":  # others hold the norm before the product in the same module
-        raise ValueError(f"FP8 is emulated in layers of model.backend=torch, not {stages[0].parts.name}")
+    if stages[0].parts.name != "torch":  # other layers hold a norm in the same module
+        raise ValueError(
+            f"FP8 is emulated in layers of model.backend=torch, but they are {stages[0].parts.name}; "
+            "set model.backend=torch"
+        )
     return [
         linear
         for stage in stages
@@ -80,20 +82,20 @@ def _emulated(linear: nn.Module, recipe: Fp8Recipe) -> Iterator[None]:
         if torch.is_grad_enabled():
             raise RuntimeError("emulated FP8 has a forward pass only; run it under torch.no_grad()")
         hidden, *others = args
-        hidden_TK = hidden.flatten(0, -2)
+        rows = hidden.flatten(0, -2)  # [tokens, input width of the layer]
         before = torch.stack([*amaxes]).amax() if amaxes else None
         if recipe == "delayed":
-            amaxes.append(hidden_TK.float().abs().amax())
-        quantised_TK = quantise_dequantise(hidden_TK, recipe=recipe, operand="input", amax_before=before)
-        return (quantised_TK.view(hidden.shape), *others)
+            amaxes.append(rows.float().abs().amax())
+        quantised = quantise_dequantise(rows, recipe=recipe, operand="input", amax_before=before)
+        return (quantised.view(hidden.shape), *others)
 
-    def as_the_model(
+    def round_output(
         module: nn.Module, args: Any, output: tuple[Tensor, Tensor | None]
     ) -> tuple[Tensor, Tensor | None]:
         product, bias = output
         return product.to(kept.dtype), bias
 
-    hooks = [linear.register_forward_pre_hook(quantise_input), linear.register_forward_hook(as_the_model)]
+    hooks = [linear.register_forward_pre_hook(quantise_input), linear.register_forward_hook(round_output)]
     try:
         weight.data = quantise_dequantise(kept, recipe=recipe, operand="weight")
         yield

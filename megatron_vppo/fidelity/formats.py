@@ -1,6 +1,6 @@
 """The FP8 numbers that TransformerEngine's recipes make of an operand of a matrix product, in plain torch.
 
-What is computed, and where it was read (TransformerEngine 2.20):
+The formulas, and the places in TransformerEngine 2.20 that they were read from:
 
 - E4M3, largest 448, round to nearest even, saturating: `cvt.rn.satfinite` in common/CuTeDSL/utils_fp8.py.
 - Scale of a tensor or tile, 448 / amax, a power of two for 'blockwise': `compute_scale_from_amax` in
@@ -8,7 +8,7 @@ What is computed, and where it was read (TransformerEngine 2.20):
   common/recipe/__init__.py.
 - Scale of an MX block: `cvt_f32_to_fp8e8m0fnu` in common/CuTeDSL/utils_fp8.py, `exp2f_rcp` in common/CuTeDSL/utils.py.
 
-Shape suffix legend: R = rows of an operand (tokens, or outputs of the layer), K = what a product sums over.
+Operands are [rows, columns]: the product sums over columns, and rows are tokens, or outputs of the layer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.config.choices import Fp8Recipe
 
 Operand = Literal["input", "weight"]
 
@@ -30,7 +30,7 @@ BLOCKS: dict[tuple[Fp8Recipe, Operand], tuple[int, int]] = {
     ("mxfp8", "input"): (1, 32),
     ("mxfp8", "weight"): (1, 32),
 }
-"""Rows and columns that share a scale; recipes that are not named have one scale per tensor."""
+"""The rows and columns that share a scale. The other recipes have one scale per tensor."""
 
 _EXPONENT_BITS = 0x7F800000
 _MANTISSA_BITS = 0x007FFFFF
@@ -38,32 +38,30 @@ _MANTISSA_SIZE = 23
 _LARGEST_E8M0 = 254
 
 
-def quantise_dequantise(
-    x_RK: Tensor, *, recipe: Fp8Recipe, operand: Operand, amax_before: Tensor | None = None
-) -> Tensor:
-    """The operand as an FP8 product sees it. A last block that is not full has the amax of what is there.
+def quantise_dequantise(x: Tensor, *, recipe: Fp8Recipe, operand: Operand, amax_before: Tensor | None = None) -> Tensor:
+    """The operand as an FP8 product sees it. The amax of a last block that is not full is that of its values.
 
     Args:
-        x_RK: float32 or bfloat16.
-        amax_before: float32 scalar, 'delayed' only: what its one scale is made of. None: the operand's own.
+        x: [rows, columns] float32 or bfloat16.
+        amax_before: float32 scalar, for 'delayed' only: the amax that its scale is made of. None: the operand's own.
 
     Returns:
-        [R, K] float32: exact, where bfloat16 could not hold a product of E4M3 and a scale. NaN stays NaN.
+        [rows, columns] float32, which holds a product of E4M3 and a scale exactly; bfloat16 could not. NaN stays NaN.
     """
-    x_RK = x_RK.float()
+    x = x.float()
     if recipe == "mxfp8":
-        scale = mx_scale(block_amax(x_RK, *BLOCKS[recipe, operand]))
+        scale = mx_scale(block_amax(x, *BLOCKS[recipe, operand]))
     elif recipe == "blockwise":
-        scale = quotient_scale(block_amax(x_RK, *BLOCKS[recipe, operand]), power_of_two=True)
+        scale = quotient_scale(block_amax(x, *BLOCKS[recipe, operand]), power_of_two=True)
     else:
-        amax = x_RK.abs().amax() if amax_before is None else amax_before
+        amax = x.abs().amax() if amax_before is None else amax_before
         scale = quotient_scale(amax, power_of_two=False)
-    return to_e4m3(x_RK * scale) * (1.0 / scale)
+    return to_e4m3(x * scale) * (1.0 / scale)
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """Nearest E4M3 value, as float32; ties to even, and whatever is larger than 448 becomes 448."""
-    # Not every torch saturates by itself: older ones make NaN of what is too large.
+    """The nearest E4M3 value, as float32. Ties go to even; values beyond 448 become 448."""
+    # Older versions of torch do not saturate; they turn values that are too large into NaN.
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
@@ -72,7 +70,7 @@ def quotient_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
 
     Args:
         amax: float32, any shape.
-        power_of_two: the mantissa is cut off afterwards.
+        power_of_two: cut off the mantissa of the scale.
     """
     # Not E4M3_MAX / amax: with a number on the left torch multiplies by a reciprocal, which rounds twice.
     scale = torch.div(torch.full_like(amax, E4M3_MAX), amax).clamp(max=torch.finfo(torch.float32).max)
@@ -82,7 +80,7 @@ def quotient_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
 
 
 def mx_scale(amax: Tensor) -> Tensor:
-    """What a block is multiplied by: 2^-e with the smallest e such that amax / 448 <= 2^e, e from -127 to 127.
+    """The scale of a block: 2^-e with the smallest e such that amax / 448 <= 2^e, e from -127 to 127.
 
     Args:
         amax: float32, any shape; zero has e = -127.
@@ -95,10 +93,15 @@ def mx_scale(amax: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(amax), 127 - biased)
 
 
-def block_amax(x_RK: Tensor, rows: int, columns: int) -> Tensor:
-    """[R, K] float32: the largest magnitude in the block that each value belongs to."""
-    height, width = x_RK.shape
-    padded_RK = F.pad(x_RK.abs(), (0, -width % columns, 0, -height % rows))
-    blocks = padded_RK.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
-    amax_RK = blocks.amax((1, 3), keepdim=True).expand_as(blocks).flatten(2, 3).flatten(0, 1)
-    return amax_RK[:height, :width]
+def block_amax(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The largest magnitude in the block that each value belongs to, in the shape of x.
+
+    Args:
+        x: [height, width] float32.
+        rows, columns: the size of a block.
+    """
+    height, width = x.shape
+    padded = F.pad(x.abs(), (0, -width % columns, 0, -height % rows))
+    blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [blocks down, rows, blocks across, columns]
+    amax = blocks.amax((1, 3), keepdim=True).expand_as(blocks).flatten(2, 3).flatten(0, 1)
+    return amax[:height, :width]

@@ -9,12 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.observability.json_lines import replaced_file
+from megatron_vppo.observability import report as report_of_run
 from megatron_vppo.observability.report.charts import frame_html
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
+from megatron_vppo.system.whole import whole_file
 
 Report = Mapping[str, Any]
-"""What fidelity.json holds."""
+"""The contents of fidelity.json, from measure.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +25,18 @@ class Bars:
     label: str
     counts: Sequence[int]
     color: int
-    """Slot of the palette in page.css."""
+    """The number of the color in page.css."""
 
 
 def write_fidelity_page(report: Report, path: Path) -> None:
-    """Writes a page without outside references, whole or not at all."""
-    with replaced_file(path) as file:
+    """Writes the page, which refers to no other file, whole or not at all."""
+    with whole_file(path) as file:
         file.write(render_fidelity(report).encode("utf-8"))
 
 
 def render_fidelity(report: Report) -> str:
     """The page as one HTML document."""
-    style = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    style = files(report_of_run).joinpath("page.css").read_text(encoding="utf-8")
     title = f"{precision(report)} against {report['baseline_dtype']}"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -49,17 +50,18 @@ def render_fidelity(report: Report) -> str:
 
 
 def precision(report: Report) -> str:
+    """The name of the precision, for headings."""
     return "Emulated FP8" if report["emulated"] else "FP8"
 
 
 def subject(report: Report) -> str:
-    """What was measured on, in a sentence."""
+    """The responses that were measured, in a sentence."""
     ends = report["bf16_layers_at_ends"]
     return (
         f"{report['responses']} responses ({report['tokens']} tokens) to {report['prompts']} prompts of "
-        f"'{report['split']}', each scored with its picture and with the same perturbed picture; dependency "
+        f"'{report['split']}', each scored with its image and with the perturbed image; dependency "
         f"{report['dependency']}, {report['top_p_perception_tokens']:.0%} of the tokens kept"
-        + (f"; {ends} layers at either end not in FP8." if ends else ".")
+        + (f"; {ends} layers at either end are not in FP8." if ends else ".")
     )
 
 
@@ -67,7 +69,7 @@ def _tiles(report: Report) -> str:
     tiles = []
     for label, found in compared(report).items():
         notes = (
-            f"of the kept tokens are kept again; dependency lost {_number(found['lost_dependency'], digits=2)}. "
+            f"of the kept tokens are kept in both; dependency lost {_number(found['lost_dependency'], digits=2)}. "
             f"Rank correlation {_number(found['spearman'])}, mean log-prob difference "
             f"{significant(found['logp']['mean'], 2)} nats"
         )
@@ -79,7 +81,7 @@ def _tiles(report: Report) -> str:
 
 
 def compared(report: Report) -> dict[str, Any]:
-    """Figures by what is compared with the baseline: the recipes, and what is shown beside them."""
+    """The figures of everything that is compared with the baseline: the recipes, then the controls."""
     return {**report["recipes"], **{f"{name} alone": found for name, found in report["controls"].items()}}
 
 
@@ -107,29 +109,29 @@ def _sections(report: Report) -> Sequence[str]:
     return (
         section(
             "logps", "Log-prob differences",
-            "Tokens by absolute difference, nats. The first bin also holds what is smaller, none at all included.",
-            {"logp": ("picture", 1), "masked_logp": ("perturbed picture", 2)}, "logp_edges", x=nats,
+            "Tokens by absolute difference, nats. The first bin also holds smaller differences, and none at all.",
+            {"logp": ("original image", 1), "masked_logp": ("perturbed image", 2)}, "logp_edges", x=nats,
         ),
         section(
             "dependency", "Shift of the visual dependency",
             f"Tokens by absolute shift, nats. The median dependency is {significant(report['dependency_median'], 2)}.",
-            {"dependency_up": ("more dependent", 3), "dependency_down": ("less, or as before", 4)}, "dependency_edges",
-            x=small_nats,
+            {"dependency_up": ("more dependent", 3), "dependency_down": ("less dependent, or equal", 4)},
+            "dependency_edges", x=small_nats,
         ),
         section(
             "kept", "Kept tokens in both",
-            "Responses by the share of their kept tokens that are kept again; a choice by chance would have "
-            f"{report['top_p_perception_tokens']:.0%}.",
+            "Responses by the share of their kept tokens that are kept in both. Tokens kept at random would have a "
+            f"share of {report['top_p_perception_tokens']:.0%}.",
             {"overlap": ("responses", 5)}, "overlap_edges", x=value_axis([0.0, 1.0], from_zero=True, top=1.0),
         ),
     )  # fmt: skip
 
 
 def histogram_html(title: str, bars: Sequence[Bars], edges: Sequence[float], *, x: Axis, y: Axis) -> str:
-    """A figure; the outlines of several histograms over the same bins lie on each other.
+    """A figure with the outlines of several histograms over the same bins.
 
     Args:
-        edges: one more than bins.
+        edges: the edges of the bins, one more than bins.
     """
     paths = "".join(
         f'<path class="line" style="--c:var(--c{bar.color})" d="{_outline(bar.counts, edges, x, y)}"/>' for bar in bars

@@ -9,16 +9,17 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.torch_parts import TORCH_PARTS
 from megatron_vppo.models.megatron_config import check_tensor_parallel, language_config, stage_layers, vision_config
 from megatron_vppo.models.options import PLAIN, Backend, ModelOptions
-from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.vision.dealing import VisionGroups
-from megatron_vppo.weights.kinds import ModelPart, stage_entries
+from megatron_vppo.models.vision.image_parallel import VisionGroups
+from megatron_vppo.weights.entries import stage_entries
 
 
 def build_model(
@@ -31,21 +32,21 @@ def build_model(
     options: ModelOptions = PLAIN,
     virtual_stage: int = 0,
 ) -> QwenVLModel:
-    """One pipeline stage of the model that this rank holds. Its weights are uninitialised: load them.
+    """Builds one of this rank's pipeline stages. Its weights are uninitialised: load them.
 
     Args:
-        groups: process groups; their tensor, context and pipeline sizes are the layout.
-        dtype: of parameters and activations, float32 or bfloat16.
+        groups: the process groups; their tensor, context and pipeline sizes are the layout.
+        dtype: the dtype of parameters and activations, float32 or bfloat16.
         device: 'meta' gives names, shapes and marks without memory.
-        virtual_stage: which of this rank's `options.virtual_stages` stages.
+        virtual_stage: the number of the stage among this rank's `options.virtual_stages`.
 
     Raises:
-        ValueError: a layout or an FP8 recipe that the model's sizes do not allow, with the numbers.
+        ValueError: the model's sizes do not allow the layout or the FP8 recipe; with the numbers.
     """
     family = family_of(hf_config)
     tensor, pipeline = groups.tp.size(), groups.pp.size()
     if options.fp8 is not None:
-        check_fp8(hf_config, options.fp8, tensor=tensor, pipeline=pipeline, backend=options.backend)
+        check_fp8_model(hf_config, options.fp8, tensor=tensor, pipeline=pipeline, backend=options.backend)
     check_tensor_parallel(hf_config, tensor=tensor, vision_split=options.vision_split)
     stages = stage_layers(
         hf_config,
@@ -74,10 +75,10 @@ def build_model(
 
 
 def _mark(model: QwenVLModel, frozen: frozenset[ModelPart]) -> None:
-    """Says of every parameter whether it is split over tensor-parallel ranks, and whether it is trained.
+    """Marks every parameter that is split over tensor-parallel ranks, and freezes those that are not trained.
 
-    Megatron says the former while it draws initial weights, which we do not let it do. Gradient norms are wrong
-    without: what is not marked counts once for all ranks.
+    Megatron sets the marks while it draws initial weights, which we do not let it do. Gradient norms need them: a
+    parameter without a mark counts once for all tensor-parallel ranks.
     """
     parameters = dict(model.named_parameters())
     for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):
@@ -85,13 +86,13 @@ def _mark(model: QwenVLModel, frozen: frozenset[ModelPart]) -> None:
         is_split = kind.partition_dim is not None and model.tensor_group(entry) is model.groups.tp
         if is_split and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, kind.partition_dim, kind.partition_stride)
-        elif not is_split:  # Megatron marks biases, also those of a layer that one rank has to itself
+        elif not is_split:  # Megatron also marks biases of layers that each rank holds whole
             parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
         parameter.requires_grad_(entry.part not in frozen)
 
 
 def layer_parts(backend: Backend) -> LayerParts:
-    """TransformerEngine is imported only where it is asked for."""
+    """The modules of a backend. TransformerEngine is imported only if it is asked for."""
     if backend == "torch":
         return TORCH_PARTS
     from megatron_vppo.models.layers.te_parts import TE_PARTS

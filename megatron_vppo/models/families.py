@@ -7,7 +7,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import language_entries
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 FAMILIES = {family.model_type: family for family in (QWEN25_VL, QWEN3_VL)}
 
@@ -16,7 +16,7 @@ def family_of(hf_config: HfConfig) -> Family:
     """The family of a model's configuration.
 
     Raises:
-        ValueError: another architecture, or what this one's configuration can say and no released model does.
+        ValueError: another architecture, or a setting of this one that no released model uses.
     """
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
@@ -35,7 +35,10 @@ def family_of(hf_config: HfConfig) -> Family:
             f"and {family.vision_activation!r} are"
         )
     if vision.out_hidden_size != text.hidden_size:
-        raise ValueError(f"vision features of width {vision.out_hidden_size} do not fit hidden size {text.hidden_size}")
+        raise ValueError(
+            f"vision features of width {vision.out_hidden_size} do not fit hidden size {text.hidden_size}; "
+            "vision_config.out_hidden_size and text_config.hidden_size must be equal"
+        )
     family.check_own(hf_config)
     return family
 

@@ -1,37 +1,59 @@
-"""What a model family is made of, beside what all of them share."""
+"""The parts that a model family provides. Everything else is shared by all families.
+
+The shared part is Qwen's, not any model's. A family of another maker would also have to change:
+
+- `models/families.py`: the checks of a configuration's activations and rope types;
+- `models/megatron_config.py` and `models/language/`: RMSNorm, SwiGLU, grouped queries without biases after the
+  projections, rotary positions with three coordinates (`PackedBatch.positions_3K`);
+- `data/geometry.py` and `data/images.py`: how an image is resized, and the order of patches and of the values in one;
+- `rollout/transfer/vllm_layout.py`: the names and fused tensors of vLLM's implementation;
+- `planning/sizes.py`: the sizes that activations are counted from.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_vppo.models.vision.tower import VisionTower
-from megatron_vppo.weights.kinds import Entry
+from torch import Tensor, nn
+
+from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.vision.tower import Grid, VisionTower
+from megatron_vppo.weights.entries import Entry
+
+PositionFn = Callable[[Sequence[int], Sequence[Grid]], Tensor]
+"""(token ids of one sequence, grids of its images) -> int64 [3, tokens] rotary positions."""
 
 
 @dataclass(frozen=True)
 class Family:
+    """One model architecture, under the name that its configurations have."""
+
     model_type: str
-    """Of its config.json."""
-    check_own: Callable[[Any], None]
-    """Raises ValueError for what this family's configuration alone can say and no released model does."""
-    deepstack_layers: Callable[[Any], int]
-    """Of a model configuration: how many of the first language layers add vision features. They have to lie on the
-    first pipeline stage, with the tower."""
+    """`model_type` of its config.json."""
+    check_own: Callable[[HfConfig], None]
+    """Raises ValueError for settings that only this family's configuration has, and that no released model uses."""
+    deepstack_layers: Callable[[HfConfig], int]
+    """The number of first language layers that add vision features. They have to lie on the first pipeline stage, with
+    the tower."""
     qkv_bias: bool
-    """In the language model."""
+    """True if the language model's query, key and value projections have biases."""
     qk_norm: bool
-    interleaved_mrope: bool
+    """True if the language model normalises queries and keys."""
+    positions: Callable[[HfConfig], PositionFn]
+    """Makes the function that gives tokens their rotary positions."""
+    rotary: Callable[[Any], nn.Module]
+    """Makes, from a text configuration, the module from positions to the language model's rotary angles."""
     vision_activation: str
-    """As its configuration names it."""
+    """The tower's activation, as its configuration names it."""
     vision_options: Mapping[str, Any]
-    """What Megatron's configuration of the tower holds beside sizes and layout."""
+    """Fields of Megatron's configuration of the tower, other than sizes and layout."""
     vision_tower: Callable[..., VisionTower]
-    """(TransformerConfig, vision configuration, parts=..., groups=...)."""
+    """(TransformerConfig, vision configuration, parts=..., groups=...) -> the tower."""
     vision_entries: Callable[[Any], list[Entry]]
-    """Of a vision configuration: the weight map of the tower."""
+    """Makes the weight map of the tower, from a vision configuration."""
     language_prefix: str
-    """Of the checkpoint's names, as in `{prefix}embed_tokens.weight`."""
-    canonical_name: Callable[[str], str]
-    """The released checkpoint's name of a tensor that transformers may name otherwise in memory."""
+    """The beginning of the checkpoint's names, as in `{prefix}embed_tokens.weight`."""
+    released_name: Callable[[str], str]
+    """Gives a tensor's name in released checkpoints, from its name in the memory of transformers."""

@@ -1,4 +1,4 @@
-"""What every file knows of a model's transformers configuration."""
+"""A model's configuration in transformers, and two values read from it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,23 @@ VISION_TOKENS = (
 """Configuration fields of the tokens that must not be sampled: the next forward pass would look for their pixels."""
 
 
-def vision_token_ids(hf_config: Any) -> tuple[int, ...]:
-    """Of a model's transformers configuration."""
+def vision_token_ids(hf_config: HfConfig) -> tuple[int, ...]:
+    """The ids of the tokens in VISION_TOKENS that the configuration has."""
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
+
+
+def vllm_split_refusal(hf_config: HfConfig, ranks: int) -> str | None:
+    """Names the heads or MLP values that vLLM cannot divide among the GPUs of an engine; None: it can divide all.
+
+    Key-value heads may be copied instead, as long as each has equally many copies.
+    """
+    text, vision = hf_config.text_config, hf_config.vision_config
+    if text.num_key_value_heads % ranks and ranks % text.num_key_value_heads:
+        return f"{text.num_key_value_heads} key-value heads"
+    numbers = {
+        "attention heads": text.num_attention_heads,
+        "values of the MLP": text.intermediate_size,
+        "vision attention heads": vision.num_heads,
+        "values of the vision MLP": vision.intermediate_size,
+    }
+    return next((f"{number} {name}" for name, number in numbers.items() if number % ranks), None)

@@ -1,4 +1,4 @@
-"""Hugging Face configuration -> Megatron configurations of the two towers, with the layout's demands checked."""
+"""Hugging Face configuration -> Megatron configurations of the two towers. Checks that the layout fits the model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe, Recompute, VisionSplit
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute, VisionSplit
+from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
+from megatron_vppo.models.precision import AMAX_HISTORY
 
 VISION_NORM_EPSILON = 1e-6
-"""Fixed in the architectures; not a field of their configurations."""
+"""The architectures fix it; their configurations have no field for it."""
 
 
 def stage_layers(
@@ -34,21 +36,21 @@ def stage_layers(
         virtual_stages: stages that each of the `pipeline` ranks holds.
 
     Raises:
-        ValueError: the layers do not divide evenly and no split was given, the split does not add up, or the first
-            stage has fewer layers than take deepstack features.
+        ValueError: the layers do not divide evenly and no split is given; the split does not add up; or the first stage
+            has fewer layers than there are deepstack features to add.
     """
-    layers = _split(hf_config, stages=pipeline * virtual_stages, pipeline_layers=pipeline_layers)
+    layers = _split_layers(hf_config, stages=pipeline * virtual_stages, pipeline_layers=pipeline_layers)
     needed = family.deepstack_layers(hf_config)
     if layers[0] < needed:
         raise ValueError(
             f"the first pipeline stage has {layers[0]} language layers, but the first {needed} take features of the "
-            f"vision tower, which lies there; use fewer stages, or set parallel.pipeline_layers with at least {needed} "
-            "in the first place"
+            f"vision tower, which lies there; use fewer stages, or give the first stage at least {needed} layers by "
+            "parallel.pipeline_layers"
         )
     return layers
 
 
-def _split(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
+def _split_layers(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
     layers = hf_config.text_config.num_hidden_layers
     if layers < stages:
         raise ValueError(f"{layers} layers are too few for {stages} pipeline stages; each needs at least one")
@@ -69,7 +71,11 @@ def _split(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[int, ...]
 
 
 def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: VisionSplit = "tensor") -> None:
-    """Raises ValueError for the first size of either tower that the tensor-parallel size does not divide."""
+    """Checks that the tensor-parallel size divides everything that is split by it.
+
+    Raises:
+        ValueError: the first size of the language model or the vision tower that it does not divide.
+    """
     text, vision = hf_config.text_config, hf_config.vision_config
     sizes = {
         "attention heads": text.num_attention_heads,
@@ -82,12 +88,12 @@ def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: Vis
             "vision MLP width": vision.intermediate_size,
             "vision merger width": vision.hidden_size * vision.spatial_merge_size**2,
         }
-    for what, size in sizes.items():
+    for name, size in sizes.items():
         if size % tensor:
             fitting = [t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values())]
-            whole_tower = ", or parallel.vision_split=images" if what.startswith("vision") else ""
+            whole_tower = ", or parallel.vision_split=images" if name.startswith("vision") else ""
             raise ValueError(
-                f"{size} {what} cannot be split over tensor_model_parallel_size = {tensor}; "
+                f"{size} {name} cannot be split over tensor_model_parallel_size = {tensor}; "
                 f"set it to one of {fitting} and use pipeline or data parallelism for the other devices{whole_tower}"
             )
 
@@ -106,7 +112,8 @@ def language_config(
     """Megatron's configuration of the language model.
 
     Args:
-        stages: language layers of each stage.
+        tensor, context: ranks that the model and its tokens are split over.
+        stages: language layers of each stage, virtual ones included.
     """
     text = hf_config.text_config
     pipeline = len(stages) // options.virtual_stages
@@ -132,7 +139,8 @@ def language_config(
         context_parallel_size=context,
         pipeline_model_parallel_size=pipeline,
         virtual_pipeline_model_parallel_size=options.virtual_stages if options.virtual_stages > 1 else None,
-        # With two pipeline ranks, what goes forward and what goes back would meet between the same two in one batch.
+        # Batched communication would put activations and gradients of the same two ranks into one batch, if the
+        # pipeline has two ranks.
         overlap_p2p_comm=options.virtual_stages > 1,
         batch_p2p_comm=options.virtual_stages == 1,
         pipeline_model_parallel_layout=placement if pipeline > 1 else None,
@@ -153,7 +161,7 @@ def vision_config(
     dtype: torch.dtype,
     device: torch.device,
 ) -> TransformerConfig:
-    """Megatron's configuration of the vision tower, which lives on the first pipeline stage as a whole.
+    """Megatron's configuration of the vision tower, all of which lies on the first pipeline stage.
 
     Args:
         tensor: ranks that the tower is split over.
@@ -183,10 +191,7 @@ _RECOMPUTATION: dict[Recompute, dict[str, Any]] = {
 _FP8_FORMAT: Mapping[Fp8Recipe, str] = MappingProxyType(
     {"tensorwise": "hybrid", "delayed": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 )
-"""'hybrid': gradients are E5M2, whose range one scale per tensor needs."""
-
-_AMAX_HISTORY = 1024
-"""Forward passes that 'delayed' takes its scale from; TransformerEngine's default."""
+"""The FP8 formats of each recipe. 'hybrid': gradients are E5M2, because one scale per tensor needs its range."""
 
 
 def _fp8(options: Fp8Options | None) -> dict[str, Any]:
@@ -196,9 +201,10 @@ def _fp8(options: Fp8Options | None) -> dict[str, Any]:
     return {
         "fp8": _FP8_FORMAT[options.recipe],
         "fp8_recipe": options.recipe,
-        "fp8_amax_history_len": _AMAX_HISTORY,
+        "fp8_amax_history_len": AMAX_HISTORY,
         "fp8_amax_compute_algo": "max",
-        # 'delayed' shares amaxes after every micro-batch, of which data-parallel ranks may have different numbers.
+        # 'delayed' shares amaxes after every micro-batch. Data-parallel ranks may have different numbers of
+        # micro-batches, so they must not take part.
         "tp_only_amax_red": True,
         "first_last_layers_bf16": ends > 0,
         "num_layers_at_start_in_bf16": ends,
@@ -215,14 +221,16 @@ def _common(*, dtype: torch.dtype, device: torch.device, activation: Callable, o
         # Weights come from a checkpoint: nothing is drawn at random only to be overwritten.
         "perform_initialization": False,
         "use_cpu_initialization": device.type != "cuda",
-        "masked_softmax_fusion": False,  # of an attention that we do not use
+        "masked_softmax_fusion": False,  # it belongs to an attention that we do not use
         **_fusions(on_gpu=device.type == "cuda", backend=options.backend, activation=activation),
         **_RECOMPUTATION[options.recompute],
     }
 
 
 def _fusions(*, on_gpu: bool, backend: Backend, activation: Callable) -> dict[str, bool]:
-    """Each needs a CUDA extension, or compiles code in every process, which does not pay off on CPU."""
+    """The fused kernels that are on. Each needs a CUDA extension, or compiles code in every process, which does not pay
+    off on CPU.
+    """
     return {
         "gradient_accumulation_fusion": on_gpu
         and (backend == "te" or importlib.util.find_spec(APEX_GRADIENTS) is not None),

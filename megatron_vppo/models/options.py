@@ -1,47 +1,44 @@
-"""How a model is laid out and run. Nothing here but `fp8` changes what it computes, up to rounding."""
+"""Options of how a model is laid out and run. Except for `fp8`, none changes what it computes, up to rounding."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_vppo.weights.kinds import ModelPart
+from megatron_vppo.config.choices import Fp8Recipe, ModelPart, Recompute, VisionSplit
 
-Recompute = Literal["none", "selective", "full"]
-VisionSplit = Literal["tensor", "images"]
 Backend = Literal["te", "torch"]
-Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
 
 
 @dataclass(frozen=True)
 class Fp8Options:
-    """FP8 inputs and weights of the linear layers of the language model's transformer layers, and of nothing else."""
+    """FP8 for the inputs and weights of the language model's linear layers, inside its transformer layers."""
 
     recipe: Fp8Recipe
     bf16_layers_at_ends: int = 0
-    """Of the whole model: so many first and so many last layers stay as they are."""
+    """The number of layers at the beginning of the model, and at its end, that stay in the dtype of their weights."""
 
 
 @dataclass(frozen=True)
 class ModelOptions:
     pipeline_layers: tuple[int, ...] | None = None
-    """Language layers of each pipeline stage, in the order of the model; None: an even split. With virtual stages there
-    are as many entries as stages in all."""
+    """Language layers of each pipeline stage, virtual ones included, in the order of the model; None: an even split."""
     virtual_stages: int = 1
     """Stages that each pipeline rank holds; stage s lies on rank s % (pipeline size)."""
     sequence_parallel: bool = False
     """Between the language model's layers each tensor-parallel rank holds its share of the tokens."""
     recompute: Recompute = "none"
-    """What runs again in the backward pass instead of being kept: attention alone, or whole layers of both towers."""
+    """The parts of layers that run again in the backward pass instead of keeping their activations: 'selective', the
+    attention; 'full', whole layers of vision tower and language model."""
     vision_split: VisionSplit = "tensor"
     """'tensor': the tower is split over the tensor-parallel ranks; 'images': each of them holds all of it and runs it
-    on pictures of its own. In both cases context-parallel ranks run it on different pictures."""
+    on its own images. In both cases context-parallel ranks run it on different images."""
     frozen: frozenset[ModelPart] = frozenset()
-    """Parts without gradient."""
+    """The parts that get no gradient."""
     backend: Backend = "torch"
-    """Whose modules layers are made of: TransformerEngine's, or Megatron's and torch's own."""
+    """The modules that layers are made of: 'te', TransformerEngine's; 'torch', Megatron's and torch's own."""
     fp8: Fp8Options | None = None
-    """Makes the model able to run so; `precision.py` says when it does."""
+    """Makes the model able to run in FP8; `language_precision` in precision.py switches it on and off."""
 
 
 PLAIN = ModelOptions()

@@ -1,6 +1,6 @@
-"""FP8 linear layers of the language model: what the recipes ask for, and where they are in force.
+"""FP8 linear layers of the language model: the sizes that recipes need, and the switch between FP8 and the usual dtype.
 
-The rest stays as it is: vision tower, projector, embedding, norms, attention and the output weights.
+Vision tower, projector, embedding, norms, attention and output weights never run in FP8.
 """
 
 from __future__ import annotations
@@ -12,33 +12,39 @@ from typing import Protocol
 
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.models.hf_config import HfConfig, head_dim
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe
+from megatron_vppo.models.options import Backend, Fp8Options
 
 TOKEN_ALIGNMENT: Mapping[Fp8Recipe, int] = MappingProxyType(
     {"tensorwise": 16, "delayed": 16, "blockwise": 128, "mxfp8": 32}
 )
-"""The tokens that a rank holds must be a multiple of this. Matrix products want 16 (Megatron's `get_fp8_align_size`);
-whole blocks are what sequence parallelism can gather in 8 bits (`is_quantizable` of TransformerEngine's quantizers)."""
+"""The number of tokens that a rank holds must be a multiple of this. Matrix products need 16 (Megatron's
+`get_fp8_align_size`). Sequence parallelism can gather whole blocks in 8 bits, and nothing else (`is_quantizable` of
+TransformerEngine's quantizers)."""
 
 WIDTH_ALIGNMENT: Mapping[Fp8Recipe, int] = MappingProxyType(
     {"tensorwise": 16, "delayed": 16, "blockwise": 16, "mxfp8": 32}
 )
-"""So must each rank's widths (TransformerEngine's `assert_dim_for_fp8_exec`, and the blocks of mxfp8)."""
+"""The widths of each rank's matrices must be multiples of this (TransformerEngine's `assert_dim_for_fp8_exec`, and the
+blocks of mxfp8)."""
+
+AMAX_HISTORY = 1024
+"""The number of forward passes whose largest amax gives 'delayed' its scale: TransformerEngine's default."""
 
 
 class LanguageStage(Protocol):
-    """One pipeline stage; its configuration is the one that all its language layers read."""
+    """A pipeline stage, whose configuration all of its language layers read."""
 
     config: TransformerConfig
 
 
-def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline: int, backend: Backend) -> None:
-    """What can be known without a GPU.
+def check_fp8_model(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline: int, backend: Backend) -> None:
+    """Checks everything about a model in FP8 that needs no GPU to know.
 
     Raises:
-        ValueError: layers of another backend, a width of the language model that a rank cannot multiply in FP8, or ends
-            that leave no layer between them or are longer than a pipeline stage.
+        ValueError: layers of another backend; a width of the language model that a rank cannot multiply in FP8; or the
+            refusal of `check_ends`.
     """
     if backend != "te":
         raise ValueError(
@@ -55,15 +61,18 @@ def check_fp8(hf_config: HfConfig, options: Fp8Options, *, tensor: int, pipeline
     for what, width in widths.items():
         if width % WIDTH_ALIGNMENT[recipe]:
             raise ValueError(
-                f"fp8.recipe={recipe} multiplies widths that are multiples of {WIDTH_ALIGNMENT[recipe]}, but the "
+                f"fp8.recipe={recipe} needs widths that are multiples of {WIDTH_ALIGNMENT[recipe]}, but the "
                 f"{what} is {width}; lower parallel.tensor_model_parallel_size, or set fp8.recipe=null"
             )
     check_ends(options, layers=text.num_hidden_layers, pipeline=pipeline)
 
 
 def check_ends(options: Fp8Options, *, layers: int, pipeline: int = 1) -> None:
-    """Raises ValueError for ends that the recipe does not take, that leave none of the language layers in FP8, or that
-    Megatron does not take, since they are longer than an even pipeline stage.
+    """Checks the layers at both ends that stay out of FP8.
+
+    Raises:
+        ValueError: the recipe has no such ends; they leave no language layer in FP8; or they are longer than an even
+            pipeline stage, which Megatron does not allow.
     """
     ends = options.bf16_layers_at_ends
     if options.recipe == "delayed" and ends:
@@ -82,9 +91,9 @@ def check_ends(options: Fp8Options, *, layers: int, pipeline: int = 1) -> None:
 
 @contextmanager
 def language_precision(stages: Sequence[LanguageStage], *, fp8: bool) -> Iterator[None]:
-    """Within it the language model's linear layers run in FP8, or in the dtype of their weights.
+    """Makes the language model's linear layers run in FP8, or in the dtype of their weights, while it is open.
 
-    Megatron reads `fp8` of the configuration at every forward pass.
+    Megatron reads the configuration's `fp8` at every forward pass, so it is set there.
 
     Raises:
         ValueError: FP8 is asked for, but the stages were built without `ModelOptions.fp8`.

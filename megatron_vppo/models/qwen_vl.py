@@ -1,8 +1,9 @@
-"""A Qwen-VL on Megatron Core: what one pipeline stage holds of it.
+"""A Qwen-VL on Megatron Core: the part that one pipeline stage holds.
 
-Shape suffix legend: K = tokens of all packed sequences; T = those of this context-parallel rank (all, without context
-parallelism); S = those of them that this rank holds between layers (a share of T with sequence parallelism); V =
-vocabulary rows of this rank; h = width.
+Shape suffix legend: K = all packed tokens; C = those of this context-parallel rank (all, without context parallelism);
+S = those of C that this rank holds between layers (all, without sequence parallelism); I = image tokens among K; J =
+image tokens among C; M = merged vision features; P = patches of this rank's images; D = values of one patch; V =
+vocabulary rows of this rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from torch import Tensor
 from megatron_vppo.models.families import weight_map
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.language.deepstack import attach
+from megatron_vppo.models.language.deepstack import prepare_deepstack
 from megatron_vppo.models.language.model import LanguageModel
 from megatron_vppo.models.language.weight_map import HEAD
-from megatron_vppo.models.layers.context_parallel import own_tokens
+from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
-from megatron_vppo.models.vision.dealing import VisionGroups, dealt_features
+from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features
 from megatron_vppo.models.vision.tower import VisionFeatures
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 
 class QwenVLModel(MegatronModule):
-    """Vision tower (first stage) and the stage's part of the language model.
+    """The vision tower (on the first stage) and the stage's part of the language model.
 
-    There is no output projection: a loss takes the hidden states where it needs them and `head_weight_Vh`.
+    There is no output projection: a loss multiplies the hidden states that it needs by `head_weight_Vh`.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class QwenVLModel(MegatronModule):
         self.groups = groups
         self.vision_groups = vision_groups
         self.stage_layers = stage_layers
-        self.canonical_hf_name = family.canonical_name
+        self.released_name = family.released_name
         self.parts = parts
-        self.weight_map = parts.own_names(weight_map(hf_config, family=family))
+        self.weight_map = parts.rename_entries(weight_map(hf_config, family=family))
         tied_head = next((entry for entry in self.weight_map if entry.copy), None)
         self.hf_copies = {HEAD: tied_head.hf_names[0]} if tied_head else {}
         self.pre_process = self.stage == 0
@@ -94,41 +95,56 @@ class QwenVLModel(MegatronModule):
         return self.groups.tp if entry.part == "language_model" else self.vision_groups.tower.tp
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[T, 1, h] after the final norm on the last stage; what the next stage continues from ([S, 1, h]) otherwise.
+        """[C, 1, h] after the final norm on the last stage; what the next stage continues from ([S, 1, h]) otherwise.
 
         Raises:
             ValueError: image tokens without pixels on the first stage.
         """
         device, context = batch.token_ids_K.device, self.groups.cp
-        own_T = own_tokens(batch.lengths, rank=context.rank(), size=context.size()).to(device)
-        plan = self.parts.plan(batch.lengths, causal=True, device=device, rank=context.rank(), size=context.size())
-        hidden, deepstack = self._embed(batch, own_T) if self.pre_process else (None, None)
-        hidden = self.language(hidden, batch.positions_3K[:, own_T], PackedSequences(plan=plan, deepstack=deepstack))
+        own_C = tokens_of_rank(batch.packing, rank=context.rank(), size=context.size()).to(device)
+        plan = self.parts.plan(batch.packing, causal=True, device=device, rank=context.rank(), size=context.size())
+        hidden, deepstack = self._embed(batch, own_C) if self.pre_process else (None, None)
+        hidden = self.language(hidden, batch.positions_3K[:, own_C], PackedSequences(plan=plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:
-            # The head gives every rank the whole gradient: each takes its share of it back.
+            # The head gives every rank the whole gradient, so each takes its share of it back.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
         return hidden
 
-    def _embed(self, batch: PackedBatch, own_T: Tensor) -> tuple[Tensor, Deepstack | None]:
-        hidden_T1h = self.language.embed(batch.token_ids_K[own_T])
-        added_Jh, image_token_J = [], batch.image_token_index_I
+    # From the packed tokens to the tokens of a rank, with two context-parallel and two tensor-parallel ranks. One
+    # sequence of 8 tokens, of which 4 are image tokens `i`:
+    #
+    #     K   all packed tokens            a  i  i  i  i  b  c  d     I = 4, at 1 2 3 4 of K
+    #         of context rank              0  0  1  1  1  1  0  0     (chunks of 2, see context_parallel.py)
+    #     C   tokens of context rank 0     a  i              c  d     J = 1, at 1 of C
+    #         tokens of context rank 1           i  i  i  b           J = 3, at 0 1 2 of C
+    #     S   its tensor rank 0                  i  i                 W = 2, at 0 1 of S, see deepstack.py
+    #         its tensor rank 1                        i  b           W = 1, at 0 of S
+    #
+    # Image tokens are filled while a rank has its C tokens; then tensor-parallel ranks share them out (sequence
+    # parallelism) and the layers go on with S. Vision features are on every rank, so each I only picks its own J.
+    def _embed(self, batch: PackedBatch, own_C: Tensor) -> tuple[Tensor, Deepstack | None]:
+        """The embeddings of this rank's tokens, [S, 1, h], with the images in them, and deepstack's features."""
+        hidden_C1h = self.language.embed(batch.token_ids_K[own_C])
+        deepstack_Jh, image_token_index_J = [], batch.image_token_index_I
         if batch.image_token_index_I.numel():
+            # The place in C of every packed token; -1 if another context-parallel rank has it.
             place_K = torch.full_like(batch.token_ids_K, -1)
-            place_K[own_T] = torch.arange(len(own_T), device=own_T.device)
+            place_K[own_C] = torch.arange(len(own_C), device=own_C.device)
             here_I = place_K[batch.image_token_index_I] >= 0
-            image_token_J = place_K[batch.image_token_index_I][here_I]
+            image_token_index_J = place_K[batch.image_token_index_I][here_I]
             feature_J = batch.image_feature_index_I[here_I]
             features = self._features(batch)
-            hidden_T1h = hidden_T1h.index_copy(0, image_token_J, features.merged_Mh[feature_J][:, None, :])
-            added_Jh = [feature_Mh[feature_J] for feature_Mh in features.deepstack_Mh]
-        shared_out = self.groups.tp if self.config.sequence_parallel else None
-        if shared_out is not None:
-            hidden_T1h = scatter_to_sequence_parallel_region(hidden_T1h, group=shared_out)
-        if torch.is_grad_enabled() and not hidden_T1h.requires_grad:
-            hidden_T1h.requires_grad_()  # all of this is frozen; Megatron's schedules and recompute want a gradient
-        return attach(hidden_T1h, added_Jh, image_token_J, shared_out=shared_out)
+            hidden_C1h = hidden_C1h.index_copy(0, image_token_index_J, features.merged_Mh[feature_J][:, None, :])
+            deepstack_Jh = [feature_Mh[feature_J] for feature_Mh in features.deepstack_Mh]
+        sequence_group = self.groups.tp if self.config.sequence_parallel else None
+        hidden_S1h = hidden_C1h
+        if sequence_group is not None:
+            hidden_S1h = scatter_to_sequence_parallel_region(hidden_C1h, group=sequence_group)
+        if torch.is_grad_enabled() and not hidden_S1h.requires_grad:
+            hidden_S1h.requires_grad_()  # all of this is frozen; Megatron's schedules and recompute want a gradient
+        return prepare_deepstack(hidden_S1h, deepstack_Jh, image_token_index_J, sequence_group=sequence_group)
 
     def _features(self, batch: PackedBatch) -> VisionFeatures:
         if batch.pixels_PD is None:
@@ -136,35 +152,31 @@ class QwenVLModel(MegatronModule):
                 f"{batch.image_token_index_I.numel()} image tokens but no pixels on the first pipeline stage"
             )
         assert self.vision is not None
-        return dealt_features(
-            self.vision,
-            batch.pixels_PD,
-            batch.grids_thw,
-            groups=self.vision_groups,
-            width=self.config.hidden_size,
+        return image_parallel_features(
+            self.vision, batch, batch.pixels_PD, groups=self.vision_groups, width=self.config.hidden_size
         )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().sharded_state_dict(*args, **kwargs)
         if self.vision_groups.tower.tp.size() != self.groups.tp.size():
             for key, item in state.items():
-                if key.startswith("vision."):  # whose modules know of one rank
+                if key.startswith("vision."):  # its modules count one tensor-parallel rank; every rank has a copy
                     first, _, last = item.replica_id
                     item.replica_id = (first, self.groups.tp.rank(), last)
         return state
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
-        """Called by Megatron's schedules with what the previous pipeline stage sent."""
+        """Takes what the previous pipeline stage sent; Megatron's schedules call it."""
         received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.language.decoder.set_input_tensor(received)
 
     def head_weight_Vh(self) -> torch.nn.Parameter:
-        """This rank's vocabulary rows of the output weight (the tied embedding's where it is tied); last stage only.
+        """This rank's vocabulary rows of the output weight, or of the embedding it is tied to; last stage only.
 
-        Rows that pad the vocabulary to a multiple of the tensor-parallel size are zero and lie at the end.
+        Rows that pad the vocabulary to a multiple of the tensor-parallel size are zero and come last.
         """
         return self.language.head_weight_Vh()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """Called by Megatron where embedding and output weights are tied and lie on two pipeline stages."""
+        """The tied weight where embedding and output weight lie on two pipeline stages; Megatron calls it."""
         return self.language.shared_embedding_or_output_weight()

@@ -1,4 +1,4 @@
-"""A model's `config.json`, read with errors that name it. Nothing in a folder is ever executed."""
+"""Reads a model's `config.json`, with errors that name the file. Nothing in a model's folder is ever executed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def read_hf_config(folder: Path) -> HfConfig:
     """The configuration of a supported model.
 
     Raises:
-        ValueError: no such folder or file, one that cannot be read, or another kind of model.
+        ValueError: there is no such folder or file, it cannot be read, or the model is of another kind.
     """
     path = folder / "config.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; a model's folder in Hugging Face's format has one")
+        raise ValueError(f"{folder} has no config.json; give the folder of a model in Hugging Face's format")
     try:
         described = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); download it again") from error
+        raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     kind = described.get("model_type") if isinstance(described, dict) else None
     if kind not in FAMILIES:  # before transformers, which would offer to run code for a type that it does not know
         raise ValueError(f"{path}: a model of type {kind!r} is not supported; {', '.join(sorted(FAMILIES))} are")

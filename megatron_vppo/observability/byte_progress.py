@@ -1,4 +1,4 @@
-"""One line about bytes that are being moved: live on a terminal, once at the end elsewhere."""
+"""A progress line for copied bytes: redrawn on a terminal, printed once at the end elsewhere."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ GB = 1e9
 
 
 class ByteProgress:
-    """Drawn from whatever thread reports."""
+    """A progress line that is drawn by the thread that reports bytes."""
 
     def __init__(
         self, label: str, total_bytes: int, *, stream: TextIO | None = None, refresh_seconds: float = 0.2
     ) -> None:
-        """`stream`: None: standard error."""
+        """
+        Args:
+            label: the first words of the line.
+            stream: where the line is drawn; None: standard error.
+            refresh_seconds: the shortest time between two drawings.
+        """
         self._label = label
         self._total = total_bytes
         self._stream = stream or sys.stderr
@@ -37,7 +42,7 @@ class ByteProgress:
             self._stream.flush()
 
     def close(self) -> None:
-        """The line that stays."""
+        """Prints the line that stays."""
         self._stream.write(("\r\x1b[K" if self._live else "") + self._line(time.perf_counter()) + "\n")
         self._stream.flush()
 

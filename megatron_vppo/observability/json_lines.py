@@ -1,27 +1,24 @@
-"""JSON lines that survive a crash: every line is valid JSON, and files are replaced whole.
+"""JSON lines that survive a crash: every line is valid JSON.
 
-JSON has no NaN or infinity. Both are written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and
-`number` below read back; other readers see a string where a number is missing, never a broken file.
+JSON has no NaN and no infinity. They are written as the strings "NaN", "Infinity" and "-Infinity", which `float()` and
+`number` below read back. Other readers find a string in place of a number, but never a broken file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 
 def dump_line(record: Mapping[str, Any]) -> str:
-    """One line of valid JSON, newline included; non-finite floats become strings."""
+    """Writes a record as one line of valid JSON, newline included. Floats that are not finite become strings."""
     return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
 
 
 def number(value: Any) -> float | None:
-    """The float that `dump_line` wrote; None for anything that is not a number."""
+    """Reads back a float that `dump_line` wrote. Returns None for anything that is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
@@ -30,7 +27,7 @@ def number(value: Any) -> float | None:
 
 
 def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    """The records of those lines that hold one; a line cut short by a crash is left out."""
+    """Yields the records of the lines. A line that holds none, such as one cut short by a crash, is left out."""
     for line in lines:
         try:
             record = json.loads(line)
@@ -38,21 +35,6 @@ def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
-
-
-@contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes `path`'s place, whole and on disk, when the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _finite(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The numbers of a run, one line per step. What each name means and its unit: docs/metrics.md."""
+"""The numbers of a run, one line per step. docs/metrics.md has the meaning and the unit of each name."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class RunLog:
             with log.span("update_actor"):          # adds its seconds to timing_s/update_actor
                 log.add_all(policy.update(batch))
 
-    A name added several times within a step is reduced to one number: `.../max` and `..._max` keep the largest,
-    `.../min` and `..._min` the smallest, `timing_s/...` the sum, all others the mean; `add(reduce=...)` says otherwise.
-    Values added between two steps belong to the step that follows. A step that ends by an exception writes nothing.
+    A name that is added several times within a step is reduced to one number: `.../max` and `..._max` keep the largest,
+    `.../min` and `..._min` the smallest, `timing_s/...` the sum, all others the mean, unless `add(reduce=...)` says
+    otherwise. Values added between two steps belong to the next step. A step that fails writes nothing.
 
-    `RunLog` adds by itself: timing_s/step, perf/time_per_step, perf/max_memory_allocated_gb, and, where the step added
-    perf/total_num_tokens, perf/throughput.
+    `RunLog` itself adds timing_s/step, perf/time_per_step, perf/max_memory_allocated_gb, and perf/throughput if
+    perf/total_num_tokens was added.
     """
 
     def __init__(
@@ -48,13 +48,15 @@ class RunLog:
     ) -> None:
         """
         Args:
-            is_writer: True on exactly one rank; on the others the log accepts everything and keeps nothing.
-            resume_step: the step whose checkpoint was loaded: everything logged after it is cut. None: a new run,
-                whatever an earlier run left in this folder is cut.
-            loggers: of 'wandb', 'swanlab'; their packages are imported only when named.
-            config: the resolved settings, shown by the services.
+            is_writer: True on exactly one rank. On the others the log accepts everything and keeps nothing.
+            resume_step: the step whose checkpoint was loaded; lines of later steps are deleted. None: a new run; all
+                lines of an earlier run in this folder are deleted.
+            loggers: any of 'wandb' and 'swanlab'. Their packages are imported only if they are named.
+            project: the name of the project at these services.
+            experiment: the name of the run at these services.
+            config: the resolved settings, for these services.
             num_devices: trainer devices, the denominator of perf/throughput.
-            progress: the terminal display that follows steps and spans.
+            progress: the terminal display, which is told about steps and spans.
 
         Raises:
             ValueError: an unknown logger.
@@ -62,7 +64,7 @@ class RunLog:
         """
         unknown = [name for name in loggers if name not in SERVICES]
         if unknown:
-            raise ValueError(f"unknown logger '{unknown[0]}' in trainer.loggers: use {', '.join(sorted(SERVICES))}")
+            raise ValueError(f"trainer.loggers names '{unknown[0]}', which is not one of {', '.join(sorted(SERVICES))}")
         self._writes = is_writer
         self._num_devices = num_devices
         self._progress = progress if is_writer else None
@@ -72,7 +74,7 @@ class RunLog:
         if is_writer:
             folder = Path(run_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            # Services first: a missing package is reported before the history of an earlier run is cut.
+            # Services first, so that a missing package is reported before an earlier run loses its lines.
             for name in loggers:
                 self._sinks.append(
                     SERVICES[name](
@@ -84,13 +86,15 @@ class RunLog:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """One training step (0: what runs before training). Written when the block ends without an exception.
+        """Collects the numbers of one training step, and writes them if the block ends without an exception.
+
+        Step 0 is for what runs before training.
 
         Raises:
-            ValueError: the step is not after the last one, on every rank alike.
+            ValueError: the step does not come after the last one; raised on every rank.
         """
         if step <= self._last_step:
-            raise ValueError(f"step {step} after step {self._last_step}: metrics.jsonl holds each step once, in order")
+            raise ValueError(f"step {step} after step {self._last_step}: metrics.jsonl has each step once, in order")
         began = time.perf_counter()
         if self._progress:
             self._progress.begin_step(step)
@@ -107,8 +111,10 @@ class RunLog:
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Adds the seconds of the block to timing_s/<name>. Spans of a step should not overlap: their sum is shown as
-        the parts of timing_s/step."""
+        """Adds the seconds of the block to timing_s/<name>.
+
+        Spans of a step should not overlap, because they are shown as parts of timing_s/step.
+        """
         if not self._writes:
             yield
             return
@@ -123,7 +129,7 @@ class RunLog:
             self.add(f"timing_s/{name}", time.perf_counter() - began)
 
     def add(self, name: str, value: SupportsFloat, *, reduce: Reduction | None = None) -> None:
-        """A number of this step: a Python number or a tensor of one element (read on the writing rank only)."""
+        """Adds a number: a Python number, or a tensor of one element, which only the writing rank reads."""
         if self._writes:
             reduction, values = self._values.setdefault(name, (reduce or _reduction_of(name), []))
             if reduce not in (None, reduction):
@@ -135,7 +141,7 @@ class RunLog:
             self.add(name, value)
 
     def close(self) -> None:
-        """Ends the display and closes files and services. Everything of finished steps is on disk already."""
+        """Ends the display and closes files and services. Finished steps are on disk before that."""
         if self._progress:
             self._progress.close()
         for sink in self._sinks:
@@ -158,9 +164,9 @@ class RunLog:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl in step order, numbers only; [] where there is no file.
+    """Reads the lines of a run's metrics.jsonl in step order, numbers only. Returns [] if there is no file.
 
-    If a step appears twice (a file put together by hand), the later line counts.
+    If a step appears twice, as in a file put together by hand, the later line counts.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
@@ -175,13 +181,12 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 
 def peak_memory_gb() -> float:
-    """Largest memory so far, GiB: allocated by torch on this process's CUDA device, or else this process's peak
-    resident set."""
+    """The largest memory so far, in GiB: torch's allocations on the CUDA device, or the resident set without one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # macOS counts bytes, Linux KiB
 
 
 def _reduction_of(name: str) -> Reduction:

@@ -1,8 +1,8 @@
-"""What a person sees in the terminal: one line that lives while a step runs, one line that stays when it has ended.
+"""The terminal display of a run: a live line while a step runs, and a line that stays when it has ended.
 
     step 3/30  reward 0.52  acc 0.55  kept 40/48  len 31.2  | rollout 4.1s score 1.0s update 3.2s | 8.7s/step, ETA 3:56
 
-Where the output is not a terminal (a log file, CI), only the lines that stay are printed.
+If the output is not a terminal (a log file, CI), only the lines that stay are printed.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ PHASE_LABELS = {
 """Span name -> the word on the line; spans of the same word are added. Others appear under their own name."""
 
 SHORTEST_SECONDS = 0.05
-"""Phases shorter than this are left off the line; metrics.jsonl has them."""
+"""Phases that are shorter do not appear on the line. metrics.jsonl has them."""
 
 ETA_STEPS = 10
-"""Steps whose mean wall time, validation included and checkpoints not, predicts the rest."""
+"""The number of steps whose mean wall time predicts the rest. It includes validation, but not checkpoints."""
 
 
 class Progress:
-    """A printer of its own, without a library. Not thread-safe towards its caller: one thread drives it."""
+    """The display. A thread of its own redraws the live line; all calls must come from one other thread."""
 
     def __init__(self, *, total_steps: int | None, stream: TextIO | None = None, refresh_seconds: float = 0.2) -> None:
         """
         Args:
-            total_steps: the number of the last step; None: unknown, no ETA.
-            stream: None: standard output.
+            total_steps: the number of the last step; None: unknown, so that no ETA is shown.
+            stream: where the lines go; None: standard output.
+            refresh_seconds: the time between two drawings of the live line.
         """
         self._total = total_steps
         self._stream = stream or sys.stdout
@@ -72,8 +73,8 @@ class Progress:
                 self._phases.pop()
 
     def end_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the line that stays."""
-        if step > 0:  # step 0 only validates: its time says nothing about the others
+        """Prints the line that stays."""
+        if step > 0:  # step 0 only validates, so that its time predicts no other step
             self._wall.append(metrics["timing_s/step"])
         line = step_line(step, metrics, total_steps=self._total, mean_seconds=self._mean_wall())
         with self._lock:
@@ -83,7 +84,7 @@ class Progress:
             self._stream.flush()
 
     def abandon_step(self) -> None:
-        """The step failed: take the live line away, so that the error stands alone."""
+        """Removes the live line of a step that failed, so that the error stands alone."""
         with self._lock:
             self._phases = []
             self._step_began = 0.0
@@ -115,11 +116,12 @@ class Progress:
 
 
 def step_line(step: int, metrics: Mapping[str, float], *, total_steps: int | None, mean_seconds: float | None) -> str:
-    """The line that stays. Numbers that the step does not have are left out.
+    """Writes the line that stays. Numbers that the step does not have are left out.
 
     Args:
-        metrics: of the step; names and units as in docs/metrics.md.
-        mean_seconds: of the last steps, for the ETA; None: no step has ended yet.
+        metrics: the step's metrics; docs/metrics.md has names and units.
+        total_steps: the number of the last step; None: unknown.
+        mean_seconds: mean time of the last steps, for the ETA; None: no step has ended yet.
     """
     parts = [_step_of(step, total_steps)]
     for label, name, digits in (
@@ -146,7 +148,7 @@ def step_line(step: int, metrics: Mapping[str, float], *, total_steps: int | Non
 
 
 def clock(seconds: float) -> str:
-    """3:56, or 1:03:56 from an hour on."""
+    """Writes a duration as 3:56, or as 1:03:56 from an hour on. Parts of a second are rounded up."""
     whole = math.ceil(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

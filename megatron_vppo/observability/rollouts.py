@@ -1,4 +1,4 @@
-"""What the model answered: <run>/rollouts/step_N.jsonl.zst, one record per response, compressed JSON lines."""
+"""The recorded responses of a run: <run>/rollouts/step_N.jsonl.zst, compressed JSON lines, one per response."""
 
 from __future__ import annotations
 
@@ -11,51 +11,53 @@ from typing import Any, TypedDict
 
 import zstandard
 
-from megatron_vppo.observability.json_lines import dump_line, parse_lines, replaced_file
+from megatron_vppo.observability.json_lines import dump_line, parse_lines
+from megatron_vppo.system.whole import whole_file
 
 
 class RolloutRecord(TypedDict, total=False):
-    """One response. Lists are per response token, all of the same length; logs are nats.
+    """One response. Lists have one entry per response token. Log-probs are in nats.
 
-    A value that the run does not compute (no second view, a response that was not trained on) is None or left out.
+    A value that the run does not compute (without a perturbed view, or for a response that was not trained on) is None
+    or left out. The names of the fields are those of the file, and stay.
     """
 
     split: str
     row: int
-    """Row of the data set; (split, row) identifies the prompt."""
+    """The row of the data set. (split, row) identifies the prompt."""
     sample: int
-    """Index among the samples of the prompt."""
+    """The index among the responses of the prompt."""
     problem: str
     answer: str
-    """Ground truth."""
+    """The ground truth."""
     response: str
-    """Text without special tokens."""
+    """The response as text, without special tokens."""
     tokens: list[str]
-    """Each token as text, special tokens included."""
+    """The text of each token, special tokens included."""
     token_ids: list[int]
     rollout_logps: list[float]
-    """As the rollout engine reported them."""
+    """The log-probs that the rollout engine reported."""
     old_logps: list[float]
-    """By the trainer before the update, given the original image."""
+    """The trainer's log-probs before the update, given the original images."""
     masked_logps: list[float] | None
-    """The same given the perturbed image."""
+    """The same, given the perturbed images."""
     dependency: list[float] | None
-    """Visual dependency, nats."""
+    """The visual dependency, in nats."""
     kept: list[int] | None
-    """1 where the token carries policy gradient."""
+    """1 for a token that carries policy gradient, otherwise 0."""
     reward: float
     accuracy: float
-    """In [0, 1]."""
+    """A number in [0, 1]."""
     reward_error: str | None
     reward_metrics: dict[str, float]
     advantage: float | None
-    """Of the group, before the scale."""
+    """The advantage within the group, before `scale`."""
     scale: float | None
-    """Factor of the advantage from the trajectory's visual dependency."""
+    """The factor of the advantage, from the mean dependency of the response."""
     finish_reason: str
     """'stop' or 'length'."""
     images: list[dict[str, str]]
-    """Per picture {"original": png, "masked": png} as base64, see `png_pair`; on the first few records only."""
+    """One entry per image, {"original": png, "masked": png} in base64 (see `png_pair`); in the first records only."""
 
 
 PER_TOKEN_FIELDS = ("token_ids", "rollout_logps", "old_logps", "masked_logps", "dependency", "kept")
@@ -66,14 +68,14 @@ def rollout_path(run_dir: str | Path, step: int) -> Path:
 
 
 def write_rollouts(run_dir: str | Path, step: int, records: Iterable[RolloutRecord]) -> Path:
-    """Write the records of a step, whole or not at all, in place of those of an earlier attempt at the step.
+    """Writes the records of a step, completely or not at all. They replace those of an earlier attempt at the step.
 
     Raises:
         ValueError: the per-token lists of a record differ in length.
     """
     path = rollout_path(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replaced_file(path) as file, zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as packed:
+    with whole_file(path) as file, zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as packed:
         for index, record in enumerate(records):
             _check_lengths(record, where=f"step {step}, record {index}")
             packed.write(dump_line(record).encode())
@@ -81,29 +83,29 @@ def write_rollouts(run_dir: str | Path, step: int, records: Iterable[RolloutReco
 
 
 def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of one file, as written; non-finite numbers are strings (see json_lines)."""
+    """Yields the records of one file as they were written. Non-finite numbers are strings (see json_lines.py)."""
     with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as unpacked:
         yield from parse_lines(io.TextIOWrapper(unpacked, encoding="utf-8"))
 
 
 def rollout_steps(run_dir: str | Path) -> list[int]:
-    """Steps that have a file, ascending."""
+    """Lists the steps that have a file, in rising order."""
     names = (re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name) for path in (Path(run_dir) / "rollouts").glob("step_*"))
     return sorted(int(match[1]) for match in names if match)
 
 
 def cut_rollouts_after(run_dir: str | Path, step: int) -> None:
-    """Delete the files of later steps, which a resumed run computes again."""
+    """Deletes the files of later steps, which a resumed run computes again."""
     for later in rollout_steps(run_dir):
         if later > step:
             rollout_path(run_dir, later).unlink()
 
 
-def png_pair(original_png: bytes, masked_png: bytes | None) -> dict[str, str]:
-    """One entry of `images`, from the bytes of two PNG files."""
+def png_pair(original_png: bytes, perturbed_png: bytes | None) -> dict[str, str]:
+    """Builds one entry of `images` from the bytes of two PNG files."""
     pair = {"original": base64.b64encode(original_png).decode()}
-    if masked_png is not None:
-        pair["masked"] = base64.b64encode(masked_png).decode()
+    if perturbed_png is not None:
+        pair["masked"] = base64.b64encode(perturbed_png).decode()
     return pair
 
 

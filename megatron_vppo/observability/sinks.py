@@ -1,7 +1,6 @@
-"""Where the numbers of a step go: metrics.jsonl and TensorBoard always, W&B and SwanLab where the run asks for them.
+"""The destinations of a step's numbers: metrics.jsonl and TensorBoard always, W&B and SwanLab on request.
 
-A sink is opened with the step that the run resumes from, so that the steps after it, which will be computed again,
-are not kept twice.
+A sink is opened with the step that the run resumes from. Later steps will be computed again, so it drops them.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_vppo.observability.json_lines import dump_line, parse_lines, replaced_file
+from megatron_vppo.observability.json_lines import dump_line, parse_lines
+from megatron_vppo.system.whole import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -31,10 +31,10 @@ class JsonLinesSink:
         path = run_dir / METRICS_FILE
         if path.exists():
             _cut_after(path, -1 if resume_step is None else resume_step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (lives as long as the run)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (stays open as long as the run)
 
     def write(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
-        # One write call for the whole line, then to disk: a crash leaves complete lines, or one cut line at the end.
+        # One write call for the whole line, then to disk: after a crash only the last line can be incomplete.
         self._file.write(dump_line({"step": step, "time": round(time, 3), **metrics}))
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -44,10 +44,10 @@ class JsonLinesSink:
 
 
 class TensorBoardSink:
-    """Scalars under the same names in <run>/tensorboard."""
+    """TensorBoard scalars under the same names, in <run>/tensorboard."""
 
     def __init__(self, run_dir: Path, *, resume_step: int | None) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # two seconds of import, on the writing rank only
+        from torch.utils.tensorboard import SummaryWriter  # takes two seconds; only the writing rank pays them
 
         purge_step = 0 if resume_step is None else resume_step + 1
         self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
@@ -62,7 +62,7 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Weights & Biases. Offline and sign-in are W&B's own settings (WANDB_MODE, WANDB_API_KEY)."""
+    """Weights & Biases. Its own variables decide on offline mode and sign-in (WANDB_MODE, WANDB_API_KEY)."""
 
     def __init__(
         self, run_dir: Path, *, resume_step: int | None, project: str, experiment: str, config: Mapping[str, Any]
@@ -85,7 +85,7 @@ class WandbSink:
 
 
 class SwanlabSink:
-    """SwanLab. Offline and sign-in are SwanLab's own settings (SWANLAB_MODE, SWANLAB_API_KEY)."""
+    """SwanLab. Its own variables decide on offline mode and sign-in (SWANLAB_MODE, SWANLAB_API_KEY)."""
 
     def __init__(
         self, run_dir: Path, *, resume_step: int | None, project: str, experiment: str, config: Mapping[str, Any]
@@ -111,8 +111,8 @@ SERVICES: dict[str, type[WandbSink] | type[SwanlabSink]] = {"wandb": WandbSink, 
 
 
 def _cut_after(path: Path, last_step: int) -> None:
-    """Keep the complete lines of steps up to last_step; the file is replaced whole, or not at all."""
-    with open(path, encoding="utf-8", errors="replace") as lines, replaced_file(path) as kept:
+    """Keeps the complete lines of steps up to last_step. The file is replaced as a whole, or not at all."""
+    with open(path, encoding="utf-8", errors="replace") as lines, whole_file(path) as kept:
         for record in parse_lines(lines):
             if isinstance(record.get("step"), int) and record["step"] <= last_step:
                 kept.write(dump_line(record).encode())
@@ -129,7 +129,7 @@ def _import_logger(package: str) -> Any:
 
 
 def _stable_id(path: Path, *, fresh: bool) -> str:
-    """The service's id of this run: a resumed run goes on under the id that it began with."""
+    """Returns the service's id of this run. A resumed run continues under the id that it began with."""
     if fresh or not path.exists():
         path.write_text(uuid.uuid4().hex[:21])
     return path.read_text().strip()

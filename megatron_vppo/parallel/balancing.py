@@ -1,6 +1,6 @@
-"""Which groups of rows go to which data-parallel rank.
+"""The assignment of groups of rows to data-parallel ranks.
 
-The loss does not depend on any of it (weights and denominators are final before); only balance and memory do.
+Only balance and memory depend on it. The loss does not: weights and denominators are final before.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from collections.abc import Sequence
 
 
 def assign_to_ranks(lengths: Sequence[int], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """Indices per rank, ascending; counts differ by at most one, token totals are balanced.
+    """Assigns items to ranks by length: counts differ by at most one, and totals are balanced.
 
-    Longest first to the rank with the fewest tokens that still has room; ties go to the lower rank and lower index.
+    The longest item goes first, to the rank with the smallest total that still has room. Ties go to the lower rank and
+    the lower index.
+
+    Returns:
+        Ascending indices per rank.
     """
     if num_ranks < 1:
-        raise ValueError(f"num_ranks={num_ranks}: at least one is needed")
-    small, num_large = divmod(len(lengths), num_ranks)  # num_large ranks take one row more
+        raise ValueError(f"num_ranks is {num_ranks}; at least one is needed")
+    small, num_large = divmod(len(lengths), num_ranks)  # num_large ranks take one item more
     members: list[list[int]] = [[] for _ in range(num_ranks)]
     open_ranks = [(0, rank) for rank in range(num_ranks)]
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

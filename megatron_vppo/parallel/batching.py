@@ -1,81 +1,119 @@
-"""Responses -> packed micro-batches, and per-token results back into response-aligned tensors.
+"""Responses -> packed micro-batches, and the places of their tokens in response-aligned tensors.
 
-Shape suffix legend: B = responses of the whole mini-batch, T = response tokens (right-padded), N = response tokens of
-one micro-batch, flat, in row order, L = tokens of one packed sequence, K = tokens of all of them, C = those of this
-context-parallel rank.
+Shape suffix legend: B = responses of the whole mini-batch; T = response tokens, right-padded; N = response tokens of a
+micro-batch, flat; L = tokens of one packed sequence; K = all packed tokens of a micro-batch; C = tokens of this
+context-parallel rank; I = image tokens among K; P = patches; D = values of a patch.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
-from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
+from megatron_vppo.models.family import PositionFn
+from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
-from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.balancing import assign_to_ranks
 
 _PADDING_TOKEN = 0
 
-PatchSource = Callable[[ImageRef, PerturbKey | None], Tensor]
-"""(image, how it is perturbed or None) -> float32 [patches, values per patch]."""
 
-PositionFn = Callable[[Sequence[int], Sequence[tuple[int, int, int]]], Tensor]
-"""(token ids, image grids) -> int64 [3, tokens] rotary positions."""
+class Pixels(Protocol):
+    """The source of pixels. Packing asks it for an image when the image's micro-batch is about to run."""
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+        """The patches of an image, float32 [P, D]; perturbed if there is a key."""
+        ...
 
 
 @dataclass(frozen=True)
 class View:
-    """One look at one response."""
+    """One look at one response: with its images as they are, or perturbed.
+
+    Example: View(row=3, perturb=PerturbKey(step=7, response_row=65536))
+    """
 
     row: int
-    """In the mini-batch."""
+    """The response's row in the mini-batch."""
     perturb: PerturbKey | None
-    """How its images are perturbed; None: as they are."""
+    """The perturbation of its images. None: they are shown as they are."""
     counted: bool = True
-    """False: it is only run, so that this rank takes part in the others' schedule; it has no response tokens."""
+    """False: the view only runs so that this rank takes part in the others' schedule; it has no response tokens."""
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """Response tokens that this context-parallel rank predicts in a micro-batch: where they are, and what they are."""
+
+    hidden_index_N: Tensor
+    """int64; the index among this rank's packed tokens (C) of the hidden state that predicts each token."""
+    target_N: Tensor
+    """int64; the tokens."""
+    row_N: Tensor
+    column_N: Tensor
+    """int64; the row and column of each token in [B, T] tensors."""
+    perturbed_N: Tensor
+    """bool; True if the token is read in a view with perturbed images."""
+
+    @property
+    def at(self) -> tuple[Tensor, Tensor]:
+        """The index of these tokens into [B, T] tensors."""
+        return self.row_N, self.column_N
+
+    def select(self, which: Tensor | slice) -> ResponseTokens:
+        """Some of the tokens, by indices, mask or slice."""
+        return ResponseTokens(
+            self.hidden_index_N[which],
+            self.target_N[which],
+            self.row_N[which],
+            self.column_N[which],
+            self.perturbed_N[which],
+        )
+
+    def to(self, device: torch.device) -> ResponseTokens:
+        return ResponseTokens(
+            self.hidden_index_N.to(device),
+            self.target_N.to(device),
+            self.row_N.to(device),
+            self.column_N.to(device),
+            self.perturbed_N.to(device),
+        )
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """One packed micro-batch and where those of its response tokens are that this context-parallel rank predicts."""
+    """One packed micro-batch: what the model reads, and the tokens that are read off its output."""
 
     packed: PackedBatch
-    hidden_index_N: Tensor
-    """int64; the place in this rank's packed tokens whose hidden state predicts each response token."""
-    target_N: Tensor
-    """int64; the response tokens."""
-    row_N: Tensor
-    column_N: Tensor
-    """int64; row and column of each response token in [B, T] tensors."""
-    perturbed_N: Tensor
-    """bool; whether the token is read in a view with perturbed images."""
+    tokens: ResponseTokens
 
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """How many ranks share a micro-batch, and which one this is."""
+    """The ranks that share a micro-batch, and this rank's place among them."""
 
     context: int
     context_rank: int
     sequence_ranks: int
-    """That hold shares of a context-parallel rank's tokens (sequence parallelism; 1: none)."""
-    picture_ranks: int
-    picture_rank: int
-    """Among which pictures are dealt."""
+    """The ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none)."""
+    image_ranks: int
+    """The ranks that share the images."""
+    image_rank: int
     token_alignment: int = 1
-    """What the tokens that each rank holds must be a multiple of; FP8 needs it."""
+    """The tokens that each rank holds are padded to a multiple of this; FP8 needs it."""
 
 
 def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) -> tuple[int, ...]:
-    """Rows that a data-parallel rank works on: whole groups, balanced by tokens, so that a picture is seen by one rank.
+    """Rows that a data-parallel rank works on: whole groups, balanced by tokens, so that one rank sees an image.
 
-    May be empty where there are fewer groups than ranks.
+    May be empty if there are fewer groups than ranks.
     """
     rows_of_group: dict[int, list[int]] = {}
     for row, response in enumerate(responses):
@@ -87,126 +125,142 @@ def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) ->
 
 
 def num_tokens(response: Response) -> int:
-    """Tokens that the model reads to score a response."""
+    """Tokens that the model reads to score a response; the last response token predicts nothing and is left out."""
     return len(response.prompt.token_ids) + len(response.token_ids) - 1
 
 
-def pack_views(
-    responses: Sequence[Response],
-    views: Sequence[View],
-    *,
-    patches: PatchSource | None,
-    positions: PositionFn,
-    image_token_id: int,
-    merge_size: int,
-    split: BatchSplit,
-    device: torch.device,
-) -> ResponseBatch:
-    """Packs one micro-batch. The last response token is left out of the input: nothing is predicted from it.
+@dataclass(frozen=True)
+class Packer:
+    """Packs views of responses into micro-batches, for this rank."""
 
-    Args:
-        patches: where pixels come from; None on pipeline stages without the vision tower.
-        split: what the batch must divide over.
-    """
-    pictures = _Pictures(merge_size)
-    lengths = padded_lengths(
-        [num_tokens(responses[view.row]) for view in views],
-        tensor=split.sequence_ranks,
-        context=split.context,
-        alignment=split.token_alignment,
-    )
-    sequences = [
-        _sequence(responses[view.row], view, length=length, positions=positions, pictures=pictures)
-        for view, length in zip(views, lengths, strict=False)
-    ]
-    sequences += [_padding(length) for length in lengths[len(views) :]]
-    token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
-    return ResponseBatch(
-        packed=PackedBatch(
-            token_ids_K=token_ids_K.to(device),
-            positions_3K=torch.cat([sequence.positions_3L for sequence in sequences], dim=1).to(device),
-            lengths=tuple(lengths),
-            image_token_index_I=(token_ids_K == image_token_id).nonzero()[:, 0].to(device),
-            image_feature_index_I=_cat([features for s in sequences for features in s.features]).to(device),
-            pixels_PD=pictures.pixels(patches, split).to(device) if patches is not None and pictures.grids else None,
-            grids_thw=tuple(pictures.grids),
-        ),
-        **{name: index.to(device) for name, index in _answers(sequences, lengths, split).items()},
-    )
+    pixels: Pixels | None
+    """None on pipeline stages without the vision tower."""
+    positions: PositionFn
+    image_token_id: int
+    merge_size: int
+    """Patches per side of a merged vision feature."""
+    split: BatchSplit
+    device: torch.device
+
+    def pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
+        """Packs one micro-batch; the tokens are in the order of the views."""
+        images = _Images(self.merge_size)
+        packing = padded_packing(
+            [num_tokens(responses[view.row]) for view in views],
+            tensor=self.split.sequence_ranks,
+            context=self.split.context,
+            alignment=self.split.token_alignment,
+        )
+        sequences = [
+            _sequence(responses[view.row], view, length=length, positions=self.positions, images=images)
+            for view, length in zip(views, packing.lengths[: len(views)], strict=True)
+        ]
+        if packing.ends_in_filler:
+            sequences.append(_filler(packing.lengths[-1]))
+        images_of_ranks = assign_images(tuple(images.grids), ranks=self.split.image_ranks)
+        token_ids_K = torch.tensor([token for sequence in sequences for token in sequence.token_ids], dtype=torch.int64)
+        return ResponseBatch(
+            packed=PackedBatch(
+                token_ids_K=token_ids_K.to(self.device),
+                positions_3K=torch.cat([sequence.positions_3L for sequence in sequences], dim=1).to(self.device),
+                packing=packing,
+                image_token_index_I=(token_ids_K == self.image_token_id).nonzero()[:, 0].to(self.device),
+                image_feature_index_I=_concatenated([i for s in sequences for i in s.features]).to(self.device),
+                pixels_PD=self._pixels_of(images, images_of_ranks[self.split.image_rank]),
+                grids_thw=tuple(images.grids),
+                images_of_ranks=images_of_ranks,
+            ),
+            tokens=_response_tokens(sequences, packing, self.split).to(self.device),
+        )
+
+    def _pixels_of(self, images: _Images, own_images: Sequence[int]) -> Tensor | None:
+        """Patches of this rank's images, given by their numbers; no rows if there are fewer images than ranks."""
+        if self.pixels is None or not images.grids:
+            return None
+        patches = [self.pixels.patches(*images.keys[number]) for number in own_images]
+        return (torch.cat(patches) if patches else torch.zeros(0, 0)).to(self.device)
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """One view, as the model reads it and as its answer is found again."""
+    """One view as the model reads it."""
 
     view: View
     token_ids: tuple[int, ...]
     positions_3L: Tensor
     features: tuple[Tensor, ...]
-    """Per image, the indices of its features."""
-    answer: tuple[int, ...]
-    """None where the view is not counted."""
-    answer_start: int
-    """Where the hidden state is that predicts its first token."""
+    """Per image, int64 indices of its merged features among those of all images."""
+    response: tuple[int, ...]
+    """The response tokens; empty if the view is not counted."""
+    response_start: int
+    """The position within the sequence of the hidden state that predicts the first response token."""
 
 
-def _sequence(response: Response, view: View, *, length: int, positions: PositionFn, pictures: _Pictures) -> _Sequence:
-    """Padded to `length`; nothing that counts looks ahead at the padding."""
-    prompt, answer = response.prompt, tuple(response.token_ids)
+def _sequence(response: Response, view: View, *, length: int, positions: PositionFn, images: _Images) -> _Sequence:
+    """A view padded to `length`. The padding comes last, so that no token that counts looks at it."""
+    prompt, response_ids = response.prompt, tuple(response.token_ids)
     padding = (_PADDING_TOKEN,) * (length - num_tokens(response))
-    token_ids = (*prompt.token_ids, *answer[:-1], *padding)
+    token_ids = (*prompt.token_ids, *response_ids[:-1], *padding)
     return _Sequence(
         view=view,
         token_ids=token_ids,
         positions_3L=positions(token_ids, prompt.grids_thw),
         features=tuple(
-            pictures.features(ref, view.perturb, grid)
-            for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
+            images.features(ref, view.perturb, grid) for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
         ),
-        answer=answer if view.counted else (),
-        answer_start=len(prompt.token_ids) - 1,
+        response=response_ids if view.counted else (),
+        response_start=len(prompt.token_ids) - 1,
     )
 
 
-def _padding(length: int) -> _Sequence:
-    """A sequence of no view."""
+def _filler(length: int) -> _Sequence:
+    """A sequence of padding alone."""
     return _Sequence(
         view=View(0, None, counted=False),
         token_ids=(_PADDING_TOKEN,) * length,
         positions_3L=torch.arange(length).expand(3, -1),
         features=(),
-        answer=(),
-        answer_start=0,
+        response=(),
+        response_start=0,
     )
 
 
-def _answers(sequences: Sequence[_Sequence], lengths: Sequence[int], split: BatchSplit) -> dict[str, Tensor]:
-    """The fields of ResponseBatch that say where response tokens are, for this rank's share of the tokens."""
-    starts = itertools.accumulate(lengths, initial=0)
+def _response_tokens(sequences: Sequence[_Sequence], packing: Packing, split: BatchSplit) -> ResponseTokens:
+    """The response tokens of all sequences whose predicting hidden states this context-parallel rank holds."""
+    # A token is predicted by the hidden state before it. Say there are two sequences of eight tokens. The second has
+    # the prompt p p p and the response a b c, of which c is not read. Two context-parallel ranks share the tokens: each
+    # sequence is cut into four chunks, of which rank 0 takes the outer two and rank 1 the inner two.
+    #
+    #     sequence          p  p  p  a  b  .  .  .     . is padding
+    #     predicts                a  b  c
+    #     index in K        8  9 10 11 12 13 14 15     start 8; the response starts at 8 + 2
+    #     held by rank      0  0  1  1  1  1  0  0
+    #     index in C of 1   -  -  4  5  6  7  -  -     0 to 3 are of the first sequence
+    #
+    # Rank 1 predicts all three: hidden_index_N = 4 5 6, target_N = a b c, column_N = 0 1 2. Rank 0 predicts none.
     index, targets, rows, columns, perturbed = [], [], [], [], []
-    for sequence, start in zip(sequences, starts, strict=False):
-        first, count = start + sequence.answer_start, len(sequence.answer)
+    for sequence, start in zip(sequences, packing.starts, strict=True):
+        first, count = start + sequence.response_start, len(sequence.response)
         index.append(torch.arange(first, first + count))
-        targets.append(torch.tensor(sequence.answer, dtype=torch.int64))
+        targets.append(torch.tensor(sequence.response, dtype=torch.int64))
         rows.append(torch.full((count,), sequence.view.row))
         columns.append(torch.arange(count))
         perturbed.append(torch.full((count,), sequence.view.perturb is not None))
-    own_C = own_tokens(tuple(lengths), rank=split.context_rank, size=split.context)
-    place_K = torch.full((sum(lengths),), -1)
-    place_K[own_C] = torch.arange(len(own_C))
-    hidden_index_N = place_K[torch.cat(index)]
-    here_N = hidden_index_N >= 0
-    return {
-        "hidden_index_N": hidden_index_N[here_N],
-        "target_N": torch.cat(targets)[here_N],
-        "row_N": torch.cat(rows)[here_N],
-        "column_N": torch.cat(columns)[here_N],
-        "perturbed_N": torch.cat(perturbed)[here_N],
-    }
+    own_C = tokens_of_rank(packing, rank=split.context_rank, size=split.context)
+    index_in_C_K = torch.full((packing.num_tokens,), -1)
+    index_in_C_K[own_C] = torch.arange(len(own_C))
+    everywhere = ResponseTokens(
+        hidden_index_N=index_in_C_K[torch.cat(index)],
+        target_N=torch.cat(targets),
+        row_N=torch.cat(rows),
+        column_N=torch.cat(columns),
+        perturbed_N=torch.cat(perturbed),
+    )
+    return everywhere.select(everywhere.hidden_index_N >= 0)
 
 
-class _Pictures:
-    """The distinct pictures of a micro-batch: the same image under the same perturbation goes through vision once."""
+class _Images:
+    """The distinct images of a micro-batch: the same image under the same perturbation goes through vision once."""
 
     def __init__(self, merge_size: int) -> None:
         self._merge_area = merge_size * merge_size
@@ -214,8 +268,13 @@ class _Pictures:
         self._num_features = 0
         self.grids: list[tuple[int, int, int]] = []
 
+    @property
+    def keys(self) -> list[tuple[ImageRef, PerturbKey | None]]:
+        """Image and perturbation, in the order of `grids`."""
+        return list(self._first_feature)
+
     def features(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Tensor:
-        """Indices of the picture's merged features among those of all pictures."""
+        """Indices of the image's merged features among those of all images."""
         count = grid[0] * grid[1] * grid[2] // self._merge_area
         key = (ref, perturb)
         if key not in self._first_feature:
@@ -225,13 +284,6 @@ class _Pictures:
         first = self._first_feature[key]
         return torch.arange(first, first + count)
 
-    def pixels(self, patches: PatchSource, split: BatchSplit) -> Tensor:
-        """Patches of the pictures that are dealt to this rank; none of them where there are fewer than ranks."""
-        mine = deal_pictures(tuple(self.grids), ranks=split.picture_ranks)[split.picture_rank]
-        pictures = list(self._first_feature)
-        blocks = [patches(*pictures[number]) for number in mine]
-        return torch.cat(blocks) if blocks else torch.zeros(0, 0)
 
-
-def _cat(blocks: list[Tensor]) -> Tensor:
-    return torch.cat(blocks) if blocks else torch.zeros(0, dtype=torch.int64)
+def _concatenated(indices: list[Tensor]) -> Tensor:
+    return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Complete training state in Megatron's distributed checkpoint format: weights, optimizer, random generators, position.
 
 A checkpoint is written under a temporary name and renamed when every rank is done, so a folder named `global_step_N` is
-always whole. Old ones are deleted after the rename, never before.
+always whole. Old checkpoints are deleted after the rename, never before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -28,14 +29,15 @@ from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder
 from megatron_vppo.weights.residence import require_resident
 
 LATEST = "latest_checkpointed_iteration.txt"
 STATE = "trainer_state.json"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
-"""Optimizer state loads under the same tensor and pipeline sizes and any data-parallel size. Megatron's other format,
-'fully_reshardable', corrupts the state where parameters are padded between (its own warning says so; seen in 0.16.1
-with two pipeline stages). Weights load under any layout."""
+"""With it, weights load under any layout, and optimizer state under the same tensor and pipeline sizes and any
+data-parallel size. Megatron's other format, 'fully_reshardable', corrupts the state if there is padding between
+parameters (its own warning says so; seen in 0.16.1 with two pipeline stages)."""
 
 
 def latest_step(folder: Path) -> int | None:
@@ -50,32 +52,41 @@ def save_checkpoint(
     """Writes `global_step_{step}`; a collective over all ranks.
 
     Args:
-        state: what the loop needs to go on (JSON values); that of rank 0 is written.
-        keep: how many of the newest checkpoints stay.
+        state: JSON values with which the loop continues; those of rank 0 are written.
+        keep: the number of newest checkpoints that stay.
 
     Raises:
         RuntimeError: weights or optimizer state are offloaded (offload.py).
+        ValueError: the folder cannot be made, another run is writing it, or the disk is full.
     """
     require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
-    target, unfinished = folder / f"global_step_{step}", folder / f".global_step_{step}.tmp"
+    with _filled_by_all_ranks(folder / f"global_step_{step}", layout) as unfinished:
+        _use_result_queue_of_ours()
+        _allocate_adam_state(trainable)  # no step may have had anything to train on yet
+        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
+        if layout.rank == 0:
+            (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
     if layout.rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        (unfinished / "dist_ckpt").mkdir(parents=True)
-    dist.barrier()
-    _use_result_queue_of_ours()
-    _allocate_adam_state(trainable)  # no step may have had anything to train on yet
-    dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
-    dist.barrier()
-    if layout.rank == 0:
-        (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-        (folder / LATEST).write_text(str(step))
-        for old in sorted(other for other in _steps(folder) if other < step)[: -keep + 1 or None]:
-            shutil.rmtree(folder / f"global_step_{old}")
+        with whole_file(folder / LATEST) as file:
+            file.write(str(step).encode())
+        older = sorted(other for other in _steps(folder) if other < step)
+        for old in older[: max(0, len(older) - (keep - 1))]:  # this one is kept too
+            remove_folder(folder / f"global_step_{old}")
         for leftover in folder.glob(".global_step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     dist.barrier()
+
+
+@contextmanager
+def _filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
+    """Gives every rank the same folder to write into; it becomes `target` when all of them are done."""
+    with ExitStack() as on_rank_zero:
+        if layout.rank == 0:
+            unfinished = on_rank_zero.enter_context(whole_folder(target, replace=True))
+            (unfinished / "dist_ckpt").mkdir()
+        dist.barrier()  # the folder is there
+        yield unfinished_folder(target)
+        dist.barrier()  # every rank has written its files, and rank 0 may rename the folder
 
 
 def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
@@ -90,8 +101,8 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     written = {name: state.pop(name) for name in present if name in state}
     if any(present[name] != value for name, value in written.items()):
         raise ValueError(
-            f"{source} was written with {written}, this run has {present}; set the same to go on, or another "
-            "trainer.experiment_name to start anew"
+            f"{source} was written with {written}, this run has {present}; set the same to continue, or another "
+            "trainer.experiment_name to start from the beginning"
         )
     _allocate_adam_state(trainable)
     loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
@@ -104,8 +115,9 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
 
 
 def _use_result_queue_of_ours() -> None:
-    """Megatron's checkpoint writers (0.16 to 0.19) report over a queue whose server is a process of its own. Theirs
-    goes on when its rank is killed; this one ends with it.
+    """Gives Megatron's checkpoint writers (0.16 to 0.19) a queue for their reports.
+
+    The server of the queue is a process of its own. Megatron's outlives a rank that is killed; this one ends with it.
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
         manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
@@ -114,20 +126,20 @@ def _use_result_queue_of_ours() -> None:
 
 
 def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
-    """What the optimizer's state is laid out by, under the names of the settings."""
+    """The facts that decide how the optimizer's state is laid out, under the names of the settings."""
     model = trainable.stages[0]
     return {
         "tensor_model_parallel_size": layout.tensor,
         "pipeline_model_parallel_size": layout.pipeline,
         "pipeline_layers": list(model.stage_layers),
-        "vision_split": "tensor" if model.vision_groups.tower.tp.size() == layout.tensor else "images",
+        "vision_split": layout.vision_split,
         "freeze": sorted(trainable.frozen),
         "backend": model.parts.name,
     }
 
 
 def _model_keys(trainable: Trainable) -> list[str]:
-    """As Megatron names them: by number where a rank holds several stages. Checkpoints themselves do not have them."""
+    """Megatron's keys of the stages: numbered if a rank holds several. A written checkpoint does not contain them."""
     count = len(trainable.stages)
     return ["model"] if count == 1 else [f"model{number}" for number in range(count)]
 
@@ -137,7 +149,7 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
         key: stage.sharded_state_dict(metadata=dict(_METADATA))
         for key, stage in zip(_model_keys(trainable), trainable.stages, strict=True)
     }
-    # One for all: whatever the trainer draws, it draws alike on every rank, or on rank 0 alone.
+    # One generator state serves all ranks: the trainer draws alike on every rank, or on rank 0 alone.
     state = {**models, "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank)}
     if trainable.trains_here:
         state["optimizer"] = trainable.optimizer.sharded_state_dict(
@@ -147,9 +159,9 @@ def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) ->
 
 
 def _allocate_adam_state(trainable: Trainable) -> None:
-    """What the first update would allocate, for the checkpoint to be read into; what is there stays.
+    """Allocates what the first update would, so that a checkpoint can be written and read; existing state stays.
 
-    Megatron (0.16 to 0.19) does it itself for the fused optimizers of Apex and TransformerEngine; for torch's it misses
+    Megatron (0.16 to 0.19) does so itself for the fused optimizers of Apex and TransformerEngine. For torch's it misses
     the step count, without which its `state_dict` fails.
     """
     adam = _torch_adam(trainable)
@@ -168,10 +180,10 @@ def _allocate_adam_state(trainable: Trainable) -> None:
 
 @torch.no_grad()
 def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
-    """Megatron's own loading, but for the step counts of torch's Adam.
+    """Loads the optimizer as Megatron does, except for the step counts of torch's Adam.
 
-    Its distributed optimizer (0.16 to 0.19) looks for them among the sharded tensors, where they are not, and gives all
-    parameters one and the same tensor, which the next step would then raise once per parameter.
+    Megatron's distributed optimizer (0.16 to 0.19) looks for them among the sharded tensors, where they are not. It
+    then gives all parameters one and the same tensor, which the next step would raise once per parameter.
     """
     adam = _torch_adam(trainable)
     sharded = state.pop("param_state", None) if adam else None
@@ -180,20 +192,20 @@ def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
         return
     steps = {parameter: values.pop("step") for parameter, values in adam.state.items()}
     if sharded is not None:
-        _only_part(trainable).load_parameter_state_from_dp_reshardable(sharded)
+        _only_optimizer(trainable).load_parameter_state_from_dp_reshardable(sharded)
     for parameter, step in steps.items():
         adam.state[parameter]["step"] = step.clone()
 
 
 def _torch_adam(trainable: Trainable) -> torch.optim.Optimizer | None:
-    adam = _only_part(trainable).optimizer
+    adam = _only_optimizer(trainable).optimizer
     return adam if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) else None
 
 
-def _only_part(trainable: Trainable) -> Any:
+def _only_optimizer(trainable: Trainable) -> Any:
     """Megatron chains one optimizer per kind of parameter; a dense model has one."""
-    (part,) = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
-    return part
+    (optimizer,) = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
+    return optimizer
 
 
 def _rng_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One rank does a piece of work, all ranks get its result."""
+"""A piece of work that one rank does for all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What torch must answer for Megatron Core (0.16 to 0.19) to run on a machine without CUDA.
+"""Patches with which Megatron Core (0.16 to 0.19) runs on a machine without CUDA.
 
-Megatron names the CUDA device in many places; none of its mathematics needs it. Everything is adapted here, and nothing
-happens where CUDA is available. Each patch says what asks for it.
+Megatron names the CUDA device in many places; none of its mathematics needs it. All patches are here, and none is
+applied if CUDA is available. Each says which code asks for it.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ _enabled = False
 
 
 def enable_cpu() -> bool:
-    """Adapts this process for Megatron on CPU; once, and only if CUDA is not available. True if it is in force."""
+    """Patches this process for Megatron on CPU, once, unless CUDA is available. True if the patches are in force."""
     global _enabled
     if torch.cuda.is_available():
         return False
     if _enabled:
         return True
     _enabled = True
-    # Asked for in the bodies of most modules: `torch.empty(..., device=torch.cuda.current_device())`, barriers with
+    # Most modules ask for these: `torch.empty(..., device=torch.cuda.current_device())`, barriers with
     # `torch.cuda.synchronize()`, memory reports.
     _replace(torch.cuda, "current_device", lambda: _CPU)
     _replace(torch.cuda, "synchronize", _nothing())
     _replace(torch.cuda, "empty_cache", _nothing())
-    # 0.19 asks for it before each gradient reduction, to wait for CUDA graphs, of which there are none.
+    # 0.19 asks for the stream before each gradient reduction, to wait for CUDA graphs. There are none.
     _replace(torch.cuda, "current_stream", _nothing())
     _replace(torch.cuda, "set_device", _nothing())
     _replace(torch.cuda.nvtx, "range_push", _nothing())
     _replace(torch.cuda.nvtx, "range_pop", _nothing())
     # Gradient norm, loss scale, token counters and found-inf flags are made with the literal `device="cuda"`. Only the
-    # name `torch` within these modules is exchanged: with torch's own factories replaced, `torch.device("meta")` no
-    # longer catches them, and transformers loads models with wrong buffers.
+    # name `torch` within these modules is replaced. If torch's own factories were, `torch.device("meta")` would no
+    # longer catch them, and transformers would load models with wrong buffers.
     for module in _MODULES_THAT_NAME_CUDA:
         _replace(importlib.import_module(module), "torch", _TorchOnCpu("torch"))
     # The optimizers move master weights and checkpoints with `.cuda()`, and sort parameters by the string `type()`.
@@ -63,9 +63,10 @@ def enable_cpu() -> bool:
 
 
 def _disable_cuda_rng() -> None:
-    """Activation recompute saves and restores the CUDA generator, and RNG forks ask for seeds of their own.
+    """Gives Megatron a CUDA generator without state.
 
-    There is no dropout in our models, so both have nothing to preserve: the state is empty, and forks do nothing.
+    Activation recompute saves and restores the CUDA generator, and RNG forks ask for seeds of their own. There is no
+    dropout in our models, so neither has anything to preserve: the state is empty, and forks do nothing.
     """
     from megatron.core.tensor_parallel import random as megatron_random
 
@@ -76,8 +77,8 @@ def _disable_cuda_rng() -> None:
 
 
 def _nothing() -> Callable[..., None]:
-    # A function of its own for each place: torch.compile keeps a table of torch's functions and refuses to find the
-    # same one under two names.
+    # Each place gets a function of its own: torch.compile keeps a table of torch's functions and refuses to find the
+    # same function under two names.
     return lambda *args, **kwargs: None
 
 

@@ -1,15 +1,18 @@
 """Sizes and process groups of a run: checked once, built once, passed as arguments to everything below.
 
-Megatron still reads its own globals in places (the optimizer, distributed checkpoints), so the groups are Megatron's
-`parallel_state`, filled here and nowhere else.
+Megatron still reads its own globals in places (the optimizer, distributed checkpoints). So the groups are those of
+Megatron's `parallel_state`, which is filled here and nowhere else.
 """
 
 from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -17,20 +20,23 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-from megatron_vppo.models.options import VisionSplit
-from megatron_vppo.models.vision.dealing import VisionGroups
+from megatron_vppo.config.choices import VisionSplit
+from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who this rank is. Rank = ((pipeline_rank * data + data_rank) * context + context_rank) * tensor + tensor_rank."""
+    """The sizes of the run and this rank's place in it.
+
+    rank = ((pipeline_rank * data + data_rank) * context + context_rank) * tensor + tensor_rank
+    """
 
     tensor: int
     context: int
     pipeline: int
     data: int
-    """Sizes; their product is the number of ranks."""
+    """The numbers of ranks along each axis; their product is the number of all ranks."""
     rank: int
     tensor_rank: int
     context_rank: int
@@ -39,6 +45,8 @@ class Layout:
     device: torch.device
     groups: ProcessGroupCollection
     vision_groups: VisionGroups
+    vision_split: VisionSplit
+    """The split in force. It is 'tensor' if there is one tensor-parallel rank: nothing is split then."""
 
     @property
     def world_size(self) -> int:
@@ -65,16 +73,17 @@ def init_layout(
 ) -> Layout:
     """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
 
-    A default group that exists already is used as it is. Gloo on machines without CUDA, NCCL with CUDA.
+    Ranks talk over gloo on machines without CUDA and over NCCL with CUDA. A default group that exists already is used
+    as it is.
 
     Args:
-        data: None: whatever the ranks leave.
+        data: the data-parallel size. None: the number of ranks divided by the other sizes.
         virtual_stages: pipeline stages that each rank holds.
         vision_split: see ModelOptions.
-        timeout_seconds: how long a collective waits for the slowest rank before the run fails.
+        timeout_seconds: the time that a collective waits for the slowest rank before the run fails.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of ranks.
+        ValueError: the product of the sizes is not the number of ranks.
     """
     on_cpu = enable_cpu()
     if not on_cpu:
@@ -111,25 +120,44 @@ def init_layout(
         device=torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device()),
         groups=groups,
         vision_groups=_vision_groups(groups, vision_split),
+        vision_split="tensor" if tensor == 1 else vision_split,
     )
 
 
 def _vision_groups(groups: ProcessGroupCollection, split: VisionSplit) -> VisionGroups:
     if groups.cp.size() == 1 and (split == "tensor" or groups.tp.size() == 1):
-        return VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
+        return VisionGroups(tower=groups, images=groups.cp, gradients=groups.cp)
+    # With 'tensor' the tower is split over the tensor-parallel ranks as the language model is, and the context-parallel
+    # ranks share the images. With 'images' every rank holds a whole tower, and all ranks of a replica's stage share the
+    # images. Either way each image is seen by one tower, whose context-parallel group is therefore a single rank.
     alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     tower = copy.copy(groups)
     tower.cp = alone
     if split == "images":
         tower.tp = alone
-    return VisionGroups(tower=tower, dealing=groups.cp if split == "tensor" else groups.tp_cp, summing=groups.cp)
+    return VisionGroups(tower=tower, images=groups.cp if split == "tensor" else groups.tp_cp, gradients=groups.cp)
 
 
 def destroy_layout() -> None:
-    """Gives back the process groups, the default one included; a new layout may follow."""
+    """Destroys the process groups, the default one included; a new layout may follow."""
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def single_rank(*, backend: Literal["gloo", "nccl"] | None = None) -> Iterator[Layout]:
+    """Gives this process a layout of its own, whatever a launcher has set; it is given back at the end of the block.
+
+    Args:
+        backend: the backend of the process groups; None: NCCL with CUDA, Gloo without.
+    """
+    chosen = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    _init_world_of_one(chosen, timeout=timedelta(seconds=60))
+    try:
+        yield init_layout(tensor=1, pipeline=1, timeout_seconds=60)
+    finally:
+        destroy_layout()
 
 
 def _init_default_group(*, on_cpu: bool, timeout: timedelta) -> None:
@@ -137,4 +165,8 @@ def _init_default_group(*, on_cpu: bool, timeout: timedelta) -> None:
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _init_world_of_one(backend, timeout=timeout)
+
+
+def _init_world_of_one(backend: str, *, timeout: timedelta) -> None:
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

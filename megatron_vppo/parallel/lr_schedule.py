@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-LrScheduleKind = Literal["constant", "linear", "cosine"]
+from megatron_vppo.config.choices import LrScheduleKind
 
 
 @dataclass(frozen=True)
 class LrSchedule:
-    """Linear warm-up to `peak`, then constant, or falling to `min_ratio` of it after the last step."""
+    """A linear warm-up to `peak`, then a constant rate or a decay to `min_ratio` of it after the last step."""
 
     peak: float
     kind: LrScheduleKind
     warmup_steps: int
     total_steps: int
-    """Training steps of the whole run, warm-up included."""
+    """The training steps of the whole run, warm-up included."""
     min_ratio: float
 
     def at(self, step: int) -> float:
-        """Rate of training step `step`, from 1. The first step after the warm-up has the peak rate."""
+        """The rate of training step `step`, counted from 1. The first step after the warm-up has the peak rate."""
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         progress = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -1,39 +1,36 @@
 """Weights, gradients and optimizer state of one trainer rank: off the device while others need it, and back in place.
 
-What leaves is the memory behind the tensors (their storages), not the tensors: parameters stay views of Megatron's
-buffers, `main_grad` a view of another, optimizer shards views of whatever they were cut from.
+The memory behind the tensors (their storages) leaves, not the tensors. So parameters stay views of Megatron's buffers,
+`main_grad` a view of another buffer, and optimizer shards views of the tensors they were cut from.
 
-Gradients go by Megatron's own function, which frees their buffers and brings them back as zeros. Weights and optimizer
-state go by ours. Megatron's `offload_to_cpu` of a buffer (0.16 to 0.19) knows neither frozen parameters nor those of
-the ordinary optimizer, and that of an optimizer gives every fp32 weight memory of its own, so that the optimizer's
-shard is no view of the model's weight any more and both exist.
+Gradients use Megatron's own function, which frees their buffers and brings them back as zeros. Weights and optimizer
+state use ours, because of two faults in Megatron 0.16 to 0.19. A buffer's `offload_to_cpu` knows neither frozen
+parameters nor those of the ordinary optimizer. An optimizer's gives every fp32 weight memory of its own: its shard is
+then no view of the model's weight any more, and both exist.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from megatron_vppo.config.choices import MEMORY_PARTS, MemoryPart
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
 from megatron_vppo.parallel.training import Trainable
 
-Part = Literal["params", "grads", "optimizer"]
-PARTS: tuple[Part, ...] = get_args(Part)
-
 
 class TrainerMemory:
-    """What a rank's training holds of its device between micro-batches."""
+    """The device memory that a rank's training holds between micro-batches."""
 
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
-        self._host: dict[Part, _HostCopy] = {"params": _HostCopy(), "optimizer": _HostCopy()}
-        self._away: set[Part] = set()
+        self._host: dict[MemoryPart, _HostCopy] = {"params": _HostCopy(), "optimizer": _HostCopy()}
+        self._away: set[MemoryPart] = set()
 
-    def offload(self, parts: Collection[Part]) -> None:
-        """Copy these to host memory and give their device memory back. Gradients are not copied: they are lost.
+    def offload(self, parts: Collection[MemoryPart]) -> None:
+        """Copies these parts to host memory and frees their device memory. Gradients are not copied: they are lost.
 
         Raises:
             RuntimeError: one of them is away already.
@@ -42,7 +39,8 @@ class TrainerMemory:
         if "grads" in parts:
             for ddp in self._trainable.ddps:
                 ddp.offload_grad_buffers(synchronize=torch.cuda.is_available(), empty_cache=False)
-        # The optimizer first: what it shares with the weights counts as weights, and is found by their memory.
+        # The optimizer goes first: tensors that it shares with the weights count as weights, and are found by the
+        # memory that the weights still have.
         if "optimizer" in parts:
             self._host["optimizer"].offload(optimizer_tensors(self._trainable))
         if "params" in parts:
@@ -52,11 +50,11 @@ class TrainerMemory:
         self._away |= set(parts)
         self.empty_cache()
 
-    def reload(self, parts: Collection[Part]) -> None:
-        """Bring these back to where they were; gradients as zeros.
+    def reload(self, parts: Collection[MemoryPart]) -> None:
+        """Brings these parts back to where they were; gradients as zeros.
 
         Raises:
-            RuntimeError: one of them is there already.
+            RuntimeError: one of them is on the device already.
         """
         self._check(parts, away=True)
         if "params" in parts:
@@ -69,23 +67,23 @@ class TrainerMemory:
         self._away -= set(parts)
 
     def empty_cache(self) -> None:
-        """Give back what torch holds of the device without using it, such as the activations of the last pass."""
+        """Frees device memory that torch holds without using it, such as that of the last pass's activations."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _check(self, parts: Collection[Part], *, away: bool) -> None:
-        if wrong := [part for part in PARTS if part in parts and (part in self._away) != away]:
+    def _check(self, parts: Collection[MemoryPart], *, away: bool) -> None:
+        if wrong := [part for part in MEMORY_PARTS if part in parts and (part in self._away) != away]:
             raise RuntimeError(f"{', '.join(wrong)} of the trainer: {'on the device' if away else 'away'} already")
 
 
 class _HostCopy:
-    """The contents of some storages, while these hold no memory. Host memory is kept for the next time."""
+    """The contents of some storages while these hold no memory. The host memory is kept for the next time."""
 
     def __init__(self) -> None:
         self._pairs: list[tuple[torch.UntypedStorage, Tensor]] = []
 
     def offload(self, tensors: Iterable[Tensor]) -> None:
-        """Each storage once, however many of the tensors are views of it."""
+        """Copies each storage once, however many of the tensors are views of it, and frees its memory."""
         kept = iter([host for _, host in self._pairs])
         self._pairs = []
         for storage in storages_of(tensors):
@@ -116,7 +114,7 @@ def _wait_for_copies() -> None:
 
 
 def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """Each once, in the order of their first tensor; without empty ones."""
+    """The storages of tensors, each once, in the order of their first tensor; without empty ones."""
     seen: set[int] = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -126,18 +124,18 @@ def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 def weight_tensors(trainable: Trainable) -> Iterator[Tensor]:
-    """Parameters, frozen ones included, and buffers."""
+    """The model's parameters, frozen ones included, and its buffers."""
     for stage in trainable.stages:
         yield from stage.parameters()
         yield from stage.buffers()
 
 
 def optimizer_tensors(trainable: Trainable) -> Iterator[Tensor]:
-    """Moments and fp32 weights; without what lies in the model's own weights, and without counters on the host."""
+    """The optimizer's moments and fp32 weights, except those that lie in the model's own weights or on the host."""
     device = next(weight_tensors(trainable)).device
     weights = {storage.data_ptr() for storage in storages_of(weight_tensors(trainable))}
     for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):
-        if part.optimizer is None:  # of a rank that trains nothing
+        if part.optimizer is None:  # this rank trains nothing
             continue
         own = (parameter for group in part.optimizer.param_groups for parameter in group["params"])
         state = (value for values in part.optimizer.state.values() for value in values.values())

@@ -1,7 +1,7 @@
 """Megatron's data-parallel wrapper and optimizer around a model, set up so that gradients are plain sums.
 
 The loss of a mini-batch arrives already divided by its global denominators (see TrainBatch), so neither the schedule
-nor the wrapper may divide again: `calculate_per_token_loss` makes both of them sum, and no token count is given to
+nor the wrapper may divide again. `calculate_per_token_loss` makes both of them sum, and they are told of no tokens to
 divide by.
 """
 
@@ -17,10 +17,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)
@@ -40,23 +40,20 @@ class Trainable:
     stages: tuple[QwenVLModel, ...]
     """The bare modules: the pipeline stages that this rank holds, in the order of the model."""
     ddps: tuple[DistributedDataParallel, ...]
+    """The stages in Megatron's data-parallel wrappers, which hold the gradients."""
     optimizer: MegatronOptimizer
     settings: OptimSettings
     frozen: frozenset[ModelPart]
 
     @property
     def config(self) -> TransformerConfig:
-        """Of the language model; the same for all stages."""
+        """The configuration of the language model; the same for all stages."""
         return self.stages[0].config
 
     @property
     def trains_here(self) -> bool:
-        """Whether this rank has any parameter that is trained; a stage of a frozen language model has none."""
+        """True if this rank has any parameter that is trained. A stage of a frozen language model has none."""
         return any(parameter.requires_grad for stage in self.stages for parameter in stage.parameters())
-
-    def train(self, mode: bool) -> None:
-        for stage in self.stages:
-            stage.train(mode)
 
     def zero_gradients(self) -> None:
         for ddp in self.ddps:
@@ -66,7 +63,7 @@ class Trainable:
     def set_step(self, step: int) -> float:
         """Sets the learning rate of training step `step` (from 1) and returns it.
 
-        The other numbers are set again too: a checkpoint brings those of the run that wrote it.
+        The optimizer's other numbers are set again too, because a checkpoint brings those of the run that wrote it.
         """
         settings = self.settings
         lr = settings.lr.at(step)
@@ -75,9 +72,9 @@ class Trainable:
         return lr
 
     def step(self) -> float:
-        """One optimizer step on the gradients at hand; returns their global norm before clipping.
+        """Takes one optimizer step on the present gradients; returns their global norm before clipping.
 
-        Nothing changes where the norm is not finite. Megatron looks for that in float16 alone.
+        Nothing changes if the norm is not finite. Megatron checks that in float16 alone.
         """
         self.optimizer.prepare_grads()
         norm = float(self.optimizer.get_grad_norm())
@@ -94,7 +91,7 @@ def make_trainable(
     dtype: torch.dtype,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> Trainable:
-    """Wraps stages whose weights are loaded: the optimizer copies them into its fp32 master weights."""
+    """Wraps stages and makes their optimizer, which copies the weights to fp32: they must be loaded before."""
     config = stages[0].config
     ddps = []
     for stage in stages:
@@ -140,7 +137,7 @@ def _sum_gradients(
 
 
 def _sum_whole_tower(stage: QwenVLModel) -> None:
-    """Where tensor-parallel ranks hold all of the vision tower, each has the gradient of its own pictures."""
+    """Adds up the tower's gradients if each tensor-parallel rank holds a whole tower and has seen its own images."""
     groups = stage.groups
     if stage.vision is None or stage.vision_groups.tower.tp.size() == groups.tp.size():
         return

@@ -1,17 +1,16 @@
-"""The vocabulary head: from hidden states of response positions to log-probs, entropy and two-view divergence.
+"""The vocabulary head: from hidden states of response tokens to log-probs, entropy and two-view divergence.
 
-Vocabulary-parallel over one process group, and chunked over tokens, so that no more than `chunk_tokens` rows of logits
-exist at once, in the forward and in the backward pass. Prompt positions never reach it. What it costs beside its matrix
-products: docs/adr/0011-fused-head.md.
+The vocabulary is split over the ranks of one process group. Positions go through the head in chunks, so that no more
+than `chunk_tokens` rows of logits exist at once, in the forward and in the backward pass. Prompt tokens never reach it.
+docs/adr/0011-fused-head.md says what the head costs on top of its matrix products.
 
-Shape suffix legend: N = response positions, C = positions of one chunk (in two views: first those of the original,
-then as many of the perturbed one), H = hidden size, V = this rank's vocabulary rows (padding included until
-`_local_rows` cuts it off), R = statistics.
+Shape suffix legend: N = response tokens of a micro-batch, flat; U = positions of one chunk; h = hidden size; V = this
+rank's vocabulary rows; R = statistics per position.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_vppo.config.choices import Divergence
 from megatron_vppo.parallel.head_chunk import (
     DIVERGENCES,
-    Divergence,
     add_product,
     chunk_divergence,
     chunk_gradient,
@@ -32,226 +31,260 @@ from megatron_vppo.parallel.head_chunk import (
 )
 
 
-def token_logps(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    targets_N: Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    vocab_start: int,
-    vocab_size: int,
-    temperature: float,
-    chunk_tokens: int,
-    with_entropy: bool,
-    banned_ids: Sequence[int] = (),
-    weight_grad_VH: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of the target tokens, and the entropy of their distributions; both differentiable.
-
-    The backward pass computes each chunk's logits again instead of keeping them. It returns to `hidden_NH` the gradient
-    summed over the group: no further all-reduce belongs before it. The gradient of `weight_VH` is this rank's own.
-
-    Args:
-        hidden_NH: [N, H] float, after the final norm; equal on every rank of the group.
-        weight_VH: [V, H] float, this rank's rows of the output or tied embedding matrix.
-        targets_N: [N] int64 in [0, vocab_size); equal on every rank of the group.
-        group: ranks that hold the slices of the vocabulary; None: this rank holds all of it.
-        vocab_start: global index of the first of this rank's rows.
-        vocab_size: without padding. Rows with a global index from here on have probability and gradient zero.
-        temperature: the logits are divided by it.
-        chunk_tokens: rows of logits that may exist at once.
-        with_entropy: also return the entropy of the full distribution.
-        banned_ids: tokens that cannot be sampled: probability and gradient zero, the others share the whole.
-        weight_grad_VH: [V, H], float32 (float64 for float64 hidden states): where the backward pass adds the gradient
-            of `weight_VH`, such as Megatron's `main_grad`; autograd then gets none. None: autograd gets it.
-
-    Returns:
-        logp_N: [N] nats; float32 (float64 for float64 hidden states), whatever the dtype of the matrix product.
-        entropy_N: the same, or None without with_entropy.
-    """
-    _check(hidden_NH, weight_VH, temperature=temperature, chunk_tokens=chunk_tokens)
-    _check_targets(targets_N, vocab_size=vocab_size, banned_ids=banned_ids)
-    if weight_grad_VH is not None and (
-        weight_grad_VH.shape != weight_VH.shape or weight_grad_VH.dtype != stat_dtype(hidden_NH.dtype)
-    ):
-        raise ValueError(
-            f"weight_grad_VH is {list(weight_grad_VH.shape)} of {weight_grad_VH.dtype}; it must be "
-            f"{list(weight_VH.shape)} of {stat_dtype(hidden_NH.dtype)}"
-        )
-    logp_N, entropy_N = _TokenLogps.apply(
-        hidden_NH, weight_VH, targets_N, weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens,
-        with_entropy, banned_ids,
-    )  # fmt: skip
-    return logp_N, entropy_N if with_entropy else None
-
-
 @dataclass(frozen=True)
-class TwoViewScores:
-    """[N] nats each; float32 (float64 for float64 hidden states); equal on every rank of the group."""
+class TwoViews:
+    """The same response tokens given the original and the perturbed image.
+
+    [N] nats each, float32 (float64 for a float64 weight), equal on every rank of the group.
+    """
 
     logp_N: Tensor
     entropy_N: Tensor
-    """Given the original image."""
-    masked_logp_N: Tensor
-    """Given the perturbed one."""
+    """The entropy given the original image."""
+    perturbed_logp_N: Tensor
     divergence_N: Tensor
     """Never negative."""
 
 
-@torch.no_grad()
-def score_two_views(
-    hidden_NH: Tensor,
-    masked_hidden_NH: Tensor,
-    weight_VH: Tensor,
-    targets_N: Tensor,
-    *,
-    kind: Divergence,
-    group: dist.ProcessGroup | None,
-    vocab_start: int,
-    vocab_size: int,
-    temperature: float,
-    chunk_tokens: int,
-    banned_ids: Sequence[int] = (),
-) -> TwoViewScores:
-    """All that scoring wants to know of positions seen in two views, from one matrix product per view; no gradient.
+@dataclass(frozen=True)
+class VocabHead:
+    """One rank's slice of the output matrix, and how its logits become the distribution that rollouts sample from."""
 
-    Args:
-        hidden_NH, masked_hidden_NH: [N, H], the same positions in the two views.
-        kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
-        chunk_tokens: rows of logits that may exist at once, of both views together.
-        weight_VH, targets_N, group, vocab_start, vocab_size, temperature, banned_ids: as in token_logps.
-    """
-    _check(hidden_NH, weight_VH, temperature=temperature, chunk_tokens=chunk_tokens)
-    _check_targets(targets_N, vocab_size=vocab_size, banned_ids=banned_ids)
-    if hidden_NH.shape != masked_hidden_NH.shape:
-        raise ValueError(f"the two views have shapes {list(hidden_NH.shape)} and {list(masked_hidden_NH.shape)}")
-    if kind not in DIVERGENCES:
-        raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
-    rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
-    local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
-    banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
-    results_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
-    for rows in _chunks(len(hidden_NH), max(1, chunk_tokens // 2)):
-        views = [chunk_logits(view_NH[rows], rows_VH, banned_V) for view_NH in (hidden_NH, masked_hidden_NH)]
-        targets = {"local_C": local_N[rows], "owned_C": owned_N[rows]}
-        sums = [chunk_sums(logits_CV, **targets, temperature=temperature) for logits_CV in views]
-        both = _whole(torch.cat(sums, dim=1), group)
-        (logp_C, masked_logp_C), (entropy_C, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
-        results_RN[:3, rows] = torch.stack([logp_C, entropy_C, masked_logp_C])
-        if len(rows_VH):
-            logsumexps = both.logsumexp_N.chunk(2)
-            results_RN[3, rows] = chunk_divergence(*views, *logsumexps, kind=kind, temperature=temperature)
-    # The slices of the vocabulary add up, so one reduction at the end serves all chunks.
-    _all_reduce(results_RN[3], group)
-    return TwoViewScores(*results_RN)
+    weight_Vh: Tensor
+    """float; this rank's rows of the output or tied embedding matrix, padding rows at the end included."""
+    vocab_size: int
+    """Tokens of the vocabulary. Rows from this global index on are padding: probability and gradient are zero."""
+    temperature: float
+    """The logits are divided by it."""
+    chunk_tokens: int
+    """The rows of logits that may exist at once."""
+    group: dist.ProcessGroup | None = None
+    """The ranks that hold the slices of the vocabulary. None: this rank holds all of it."""
+    vocab_start: int = 0
+    """The global index of this rank's first row."""
+    banned_ids: tuple[int, ...] = ()
+    """Tokens that cannot be sampled: probability and gradient are zero, the others share the whole."""
+    weight_grad_Vh: Tensor | None = None
+    """The tensor to which the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32
+    (float64 for a float64 weight). Autograd then gets none. None: autograd gets it."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for numbers that are not positive and for a gradient that does not fit the weight."""
+        if not self.temperature > 0 or self.chunk_tokens < 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and chunk_tokens {self.chunk_tokens}; both must be positive"
+            )
+        grad_Vh, wanted = self.weight_grad_Vh, stat_dtype(self.weight_Vh.dtype)
+        if grad_Vh is not None and (grad_Vh.shape != self.weight_Vh.shape or grad_Vh.dtype != wanted):
+            raise ValueError(
+                f"weight_grad_Vh is {list(grad_Vh.shape)} of {grad_Vh.dtype}; it must be "
+                f"{list(self.weight_Vh.shape)} of {wanted}"
+            )
 
-def two_view_divergence(
-    hidden_NH: Tensor,
-    masked_hidden_NH: Tensor,
-    weight_VH: Tensor,
-    *,
-    kind: Divergence,
-    **settings: Any,
-) -> Tensor:
-    """`divergence_N` of score_two_views alone, which takes the same arguments besides targets.
+    def token_logps(self, hidden_Nh: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the target tokens, and the entropy of their distributions; both differentiable.
 
-    Returns:
-        [N] nats.
-    """
-    first = next(i for i in range(settings["vocab_size"]) if i not in settings.get("banned_ids", ()))
-    targets_N = torch.full((len(hidden_NH),), first, device=hidden_NH.device)  # of no effect on the divergence
-    return score_two_views(hidden_NH, masked_hidden_NH, weight_VH, targets_N, kind=kind, **settings).divergence_N
+        The backward pass computes each chunk's logits again instead of keeping them. Its gradient of `hidden_Nh` is
+        already summed over the group: no further all-reduce belongs before the head. The gradient of the weight is this
+        rank's own.
+
+        Args:
+            hidden_Nh: [N, h] float, after the final norm; equal on every rank of the group.
+            target_N: [N] int64 in [0, vocab_size), none of them banned; equal on every rank of the group.
+            with_entropy: also return the entropy of the full distribution.
+
+        Returns:
+            logp_N: [N] nats; float32 (float64 for float64 hidden states), whatever the dtype of the matrix product.
+            entropy_N: the same, or None without with_entropy.
+
+        Raises:
+            ValueError: shapes that do not fit, or targets that are banned or outside of the vocabulary.
+        """
+        self._check(hidden_Nh, target_N)
+        logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, self.weight_Vh, target_N, self, with_entropy)
+        return logp_N, entropy_N if with_entropy else None
+
+    @torch.no_grad()
+    def two_views(
+        self, hidden_Nh: Tensor, perturbed_hidden_Nh: Tensor, target_N: Tensor, *, kind: Divergence
+    ) -> TwoViews:
+        """Everything that scoring needs of tokens seen in two views, from one matrix product per view; no gradient.
+
+        Args:
+            hidden_Nh, perturbed_hidden_Nh: [N, h], the same tokens in the two views.
+            target_N: as in token_logps.
+            kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
+
+        Raises:
+            ValueError: as in token_logps, or an unknown kind.
+        """
+        self._check(hidden_Nh, target_N)
+        if hidden_Nh.shape != perturbed_hidden_Nh.shape:
+            raise ValueError(f"the two views have shapes {list(hidden_Nh.shape)} and {list(perturbed_hidden_Nh.shape)}")
+        if kind not in DIVERGENCES:
+            raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
+        rows_Vh, banned_rows = self.rows_Vh, self.banned_rows
+        local_N, owned_N = self.local_targets(target_N)
+        result_RN = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
+        # One turn takes U positions of both views, so that 2U <= chunk_tokens rows of logits exist:
+        #
+        #     hidden_Nh[chunk]    perturbed_hidden_Nh[chunk]
+        #           | @ rows_Vh.T         | @ rows_Vh.T
+        #        [U, V]                [U, V]      logits, kept until the divergence is taken
+        #           | chunk_sums          | chunk_sums
+        #        [R, U]                [R, U]
+        #           '----- cat to [R, 2U] -----'   one all-reduce over the slices of the vocabulary serves both
+        #           |                     |
+        #     logp, entropy        perturbed logp  and two log-sum-exps, with which the logits give the divergence
+        for chunk in _chunks(len(hidden_Nh), max(1, self.chunk_tokens // 2)):
+            logits = [
+                chunk_logits(view_Nh[chunk], rows_Vh, banned_rows) for view_Nh in (hidden_Nh, perturbed_hidden_Nh)
+            ]
+            sums = [
+                chunk_sums(logits_UV, local_U=local_N[chunk], owned_U=owned_N[chunk], temperature=self.temperature)
+                for logits_UV in logits
+            ]
+            both = _join_slices(torch.cat(sums, dim=1), self.group)
+            (logp_U, perturbed_logp_U), (entropy_U, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
+            result_RN[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
+            if len(rows_Vh):
+                logsumexps = both.logsumexp_N.chunk(2)
+                result_RN[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
+        # The slices of the vocabulary add up, so one reduction at the end serves all chunks.
+        _all_reduce(result_RN[3], self.group)
+        return TwoViews(*result_RN)
+
+    # ---- this rank's slice
+
+    @property
+    def rows_Vh(self) -> Tensor:
+        """The weight without padding rows; empty on a rank that holds nothing else."""
+        return self.weight_Vh[: max(0, self.vocab_size - self.vocab_start)]
+
+    @property
+    def banned_rows(self) -> Tensor:
+        """int64; the indices of the banned tokens among this rank's rows."""
+        local = [token - self.vocab_start for token in self.banned_ids]
+        held = [row for row in local if 0 <= row < len(self.rows_Vh)]
+        return torch.tensor(held, dtype=torch.int64, device=self.weight_Vh.device)
+
+    def local_targets(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of each target among this rank's rows (0 if another rank holds it), and whether this rank holds it."""
+        local_N = target_N - self.vocab_start
+        owned_N = (local_N >= 0) & (local_N < len(self.rows_Vh))
+        return torch.where(owned_N, local_N, 0), owned_N
+
+    def _check(self, hidden_Nh: Tensor, target_N: Tensor) -> None:
+        weight_Vh = self.weight_Vh
+        if hidden_Nh.dim() != 2 or weight_Vh.dim() != 2 or hidden_Nh.shape[1] != weight_Vh.shape[1]:
+            raise ValueError(
+                f"hidden states {list(hidden_Nh.shape)} and head weight {list(weight_Vh.shape)} do not fit: "
+                "pass [positions, hidden] and [vocabulary rows, hidden]"
+            )
+        outside = int(((target_N < 0) | (target_N >= self.vocab_size)).sum())
+        if outside:
+            raise ValueError(
+                f"{outside} of {target_N.numel()} target tokens lie outside the vocabulary of {self.vocab_size}"
+            )
+        banned_ids = torch.tensor(self.banned_ids, dtype=torch.int64, device=target_N.device)
+        banned = int(torch.isin(target_N, banned_ids).sum())
+        if banned:
+            raise ValueError(f"{banned} of {target_N.numel()} target tokens are banned: {self.banned_ids}")
 
 
 class _TokenLogps(torch.autograd.Function):
+    """The body of VocabHead.token_logps, with a backward pass that keeps no logits."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_NH: Tensor,
-        weight_VH: Tensor,
-        targets_N: Tensor,
-        weight_grad_VH: Tensor | None,
-        group: dist.ProcessGroup | None,
-        vocab_start: int,
-        vocab_size: int,
-        temperature: float,
-        chunk_tokens: int,
-        with_entropy: bool,
-        banned_ids: Sequence[int],
+        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, target_N: Tensor, head: VocabHead, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
-        local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
-        banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
-        sums_RN = hidden_NH.new_zeros(4, len(hidden_NH), dtype=stat_dtype(hidden_NH.dtype))
-        for rows in _chunks(len(hidden_NH), chunk_tokens):
-            logits_CV = chunk_logits(hidden_NH[rows], rows_VH, banned_V)
-            sums_RN[:, rows] = chunk_sums(
-                logits_CV, local_C=local_N[rows], owned_C=owned_N[rows], temperature=temperature
+        """`weight_Vh` is the head's: autograd finds inputs among the arguments only."""
+        rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
+        local_N, owned_N = head.local_targets(target_N)
+        sums_RN = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
+        for chunk in _chunks(len(hidden_Nh), head.chunk_tokens):
+            logits_UV = chunk_logits(hidden_Nh[chunk], rows_Vh, banned_rows)
+            sums_RN[:, chunk] = chunk_sums(
+                logits_UV, local_U=local_N[chunk], owned_U=owned_N[chunk], temperature=head.temperature
             )
-            del logits_CV  # before the next chunk's are made
-        whole = _whole(sums_RN, group)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, whole.logsumexp_N, whole.entropy_N)
-        ctx.settings = (weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids)
+            del logits_UV  # before the next chunk's are made
+        joined = _join_slices(sums_RN, head.group)
+        ctx.save_for_backward(hidden_Nh, weight_Vh, target_N, joined.logsumexp_N, joined.entropy_N)
+        ctx.head = head
         ctx.set_materialize_grads(False)
         if not with_entropy:
-            ctx.mark_non_differentiable(whole.entropy_N)
-        return whole.logp_N, whole.entropy_N
+            ctx.mark_non_differentiable(joined.entropy_N)
+        return joined.logp_N, joined.entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
-        hidden_NH, weight_VH, targets_N, logsumexp_N, entropy_N = ctx.saved_tensors
-        weight_grad_VH, group, vocab_start, vocab_size, temperature, chunk_tokens, banned_ids = ctx.settings
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 11
+            return (None,) * 5
+        head: VocabHead = ctx.head
+        hidden_Nh, weight_Vh, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         if grad_logp_N is None:
             grad_logp_N = torch.zeros_like(logsumexp_N)
-        rows_VH = _local_rows(weight_VH, vocab_start, vocab_size)
-        local_N, owned_N = _local_targets(targets_N, vocab_start, len(rows_VH))
-        banned_V = _local_banned(banned_ids, vocab_start, rows_VH)
-        grad_hidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
-        # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
-        sum_VH = weight_grad_VH
-        if wants_weight and sum_VH is None:
-            sum_VH = weight_VH.new_zeros(weight_VH.shape, dtype=stat_dtype(hidden_NH.dtype))
-        for rows in _chunks(len(hidden_NH) if len(rows_VH) else 0, chunk_tokens):
-            grad_CV = chunk_gradient(
-                chunk_logits(hidden_NH[rows], rows_VH, banned_V),
-                logsumexp_N[rows],
-                grad_logp_N[rows],
-                *((None, None) if grad_entropy_N is None else (entropy_N[rows], grad_entropy_N[rows])),
-                local_C=local_N[rows],
-                owned_C=owned_N[rows],
-                temperature=temperature,
+        if grad_entropy_N is None:
+            entropy_N = None  # its value is needed for its gradient only
+        rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
+        local_N, owned_N = head.local_targets(target_N)
+        grad_hidden_Nh = torch.zeros_like(hidden_Nh) if wants_hidden else None
+        sum_Vh = head.weight_grad_Vh if wants_weight else None
+        if wants_weight and sum_Vh is None:
+            # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
+            sum_Vh = weight_Vh.new_zeros(weight_Vh.shape, dtype=stat_dtype(hidden_Nh.dtype))
+        for chunk in _chunks(len(hidden_Nh) if len(rows_Vh) else 0, head.chunk_tokens):
+            grad_UV = chunk_gradient(
+                chunk_logits(hidden_Nh[chunk], rows_Vh, banned_rows),
+                logsumexp_N[chunk],
+                grad_logp_N[chunk],
+                _cut(entropy_N, chunk),
+                _cut(grad_entropy_N, chunk),
+                local_U=local_N[chunk],
+                owned_U=owned_N[chunk],
+                temperature=head.temperature,
             )
-            if grad_hidden_NH is not None:
-                grad_hidden_NH[rows] = grad_CV @ rows_VH
-            if wants_weight:
-                add_product(sum_VH[: len(rows_VH)], grad_CV.T, hidden_NH[rows])
-            del grad_CV  # before the next chunk's logits are made
-        if grad_hidden_NH is not None:
-            grad_hidden_NH = _all_reduce(grad_hidden_NH, group)
-        returned_VH = sum_VH.to(weight_VH.dtype) if wants_weight and weight_grad_VH is None else None
-        return (grad_hidden_NH, returned_VH, *(None,) * 9)
+            if grad_hidden_Nh is not None:
+                grad_hidden_Nh[chunk] = grad_UV @ rows_Vh
+            if sum_Vh is not None:
+                add_product(sum_Vh[: len(rows_Vh)], grad_UV.T, hidden_Nh[chunk])
+            del grad_UV  # before the next chunk's logits are made
+        if grad_hidden_Nh is not None:
+            grad_hidden_Nh = _all_reduce(grad_hidden_Nh, head.group)
+        returned_Vh = sum_Vh.to(weight_Vh.dtype) if sum_Vh is not None and head.weight_grad_Vh is None else None
+        return grad_hidden_Nh, returned_Vh, None, None, None
 
 
-# ---- the whole vocabulary
+def _chunks(num_positions: int, size: int) -> Iterator[slice]:
+    for start in range(0, num_positions, size):
+        yield slice(start, min(start + size, num_positions))
+
+
+def _cut(value_N: Tensor | None, chunk: slice) -> Tensor | None:
+    return None if value_N is None else value_N[chunk]
+
+
+# ---- over the slices of the vocabulary
 
 
 @dataclass(frozen=True)
-class _Whole:
-    """Over all slices of the vocabulary; nats."""
+class _Joined:
+    """Statistics over the whole vocabulary; nats."""
 
     logp_N: Tensor
     entropy_N: Tensor
     logsumexp_N: Tensor
 
 
-def _whole(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Whole:
-    """Statistics of each rank refer to its own peak: restates them for the peak of all, then adds."""
+def _join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Joined:
+    """Joins the ranks' sums (see chunk_sums). Each refers to its rank's own peak, and is restated for the peak of all.
+
+    With s the shift of the peak (not positive), e^x becomes e^s e^x, and x e^x becomes e^s (x e^x + s e^x).
+    """
     peak_N = sums_RN[0]
     top_N = _all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
     shift_N = peak_N - top_N
@@ -260,7 +293,7 @@ def _whole(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Whole:
         torch.stack([shrink_N * sums_RN[1], shrink_N * (sums_RN[2] + shift_N * sums_RN[1]), sums_RN[3]]), group
     )
     log_total_N = total_N.log()
-    return _Whole(
+    return _Joined(
         logp_N=(target_N - top_N) - log_total_N,
         entropy_N=log_total_N - weighted_N / total_N,
         logsumexp_N=top_N + log_total_N,
@@ -272,45 +305,3 @@ def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.R
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(value, op=op, group=group)
     return value
-
-
-def _check(hidden_NH: Tensor, weight_VH: Tensor, *, temperature: float, chunk_tokens: int) -> None:
-    if hidden_NH.dim() != 2 or weight_VH.dim() != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
-        raise ValueError(
-            f"hidden states {list(hidden_NH.shape)} and head weight {list(weight_VH.shape)} do not fit: "
-            "pass [positions, hidden] and [vocabulary rows, hidden]"
-        )
-    if not temperature > 0 or chunk_tokens < 1:
-        raise ValueError(f"temperature is {temperature} and chunk_tokens {chunk_tokens}; both must be positive")
-
-
-def _check_targets(targets_N: Tensor, *, vocab_size: int, banned_ids: Sequence[int]) -> None:
-    outside = int(((targets_N < 0) | (targets_N >= vocab_size)).sum())
-    if outside:
-        raise ValueError(f"{outside} of {targets_N.numel()} target tokens lie outside the vocabulary of {vocab_size}")
-    banned = int(torch.isin(targets_N, torch.tensor(banned_ids, device=targets_N.device)).sum()) if banned_ids else 0
-    if banned:
-        raise ValueError(f"{banned} of {targets_N.numel()} target tokens are banned: {tuple(banned_ids)}")
-
-
-def _local_rows(weight_VH: Tensor, vocab_start: int, vocab_size: int) -> Tensor:
-    """This rank's rows without padding; none, where all of them are padding."""
-    return weight_VH[: max(0, vocab_size - vocab_start)]
-
-
-def _local_targets(targets_N: Tensor, vocab_start: int, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Index of each target among this rank's rows (0 where another rank holds it), and whether this rank holds it."""
-    local_N = targets_N - vocab_start
-    owned_N = (local_N >= 0) & (local_N < num_rows)
-    return torch.where(owned_N, local_N, 0), owned_N
-
-
-def _chunks(num_rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, num_rows, size):
-        yield slice(start, min(start + size, num_rows))
-
-
-def _local_banned(banned_ids: Sequence[int], vocab_start: int, weight_VH: Tensor) -> Tensor:
-    """Indices of the banned tokens among this rank's rows."""
-    local = [token - vocab_start for token in banned_ids if 0 <= token - vocab_start < len(weight_VH)]
-    return torch.tensor(local, dtype=torch.int64, device=weight_VH.device)

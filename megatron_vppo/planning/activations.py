@@ -1,17 +1,16 @@
-"""Bytes that a micro-batch leaves on a trainer rank from its forward to its backward pass.
+"""The bytes that a micro-batch keeps on a trainer rank from its forward to its backward pass.
 
-Formulas of numbers, term by term what autograd keeps of the plain layers (`models/layers/torch_parts.py`): Megatron's
-linear layers with F.scaled_dot_product_attention as a flash kernel. Statistics of one number per token and norm are
-left out. docs/plan.md says what was measured.
+Formulas of numbers. Each term is a tensor that autograd saves in the plain layers (`models/layers/torch_parts.py`):
+Megatron's linear layers, with F.scaled_dot_product_attention as a flash kernel. Statistics of one number per token and
+norm are left out. docs/plan.md says what was measured.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vppo.models.options import Recompute
+from megatron_vppo.config.choices import ModelPart, Recompute
 from megatron_vppo.planning.state import FLOAT32
-from megatron_vppo.weights.kinds import ModelPart
 
 
 @dataclass(frozen=True)
@@ -24,9 +23,9 @@ class LayerSizes:
     kv_heads: int
     head_dim: int
     gated: bool
-    """An MLP with gate and up projections; otherwise with one."""
+    """True for an MLP with gate and up projections, False for one with a single projection."""
     rms_norm: bool
-    """RMSNorm; otherwise LayerNorm."""
+    """True for RMSNorm, False for LayerNorm."""
     qk_norm: bool
 
 
@@ -35,8 +34,9 @@ class VisionSizes:
     layer: LayerSizes
     layers: int
     patch_values: int
+    """The values of one patch."""
     taps: int
-    """Deepstack features, each with a merger of its own."""
+    """The number of deepstack features, each with a merger of its own."""
 
 
 @dataclass(frozen=True)
@@ -48,46 +48,51 @@ class LanguageSizes:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one data-parallel rank reads at once."""
+    """The tokens and patches that one data-parallel rank processes at once."""
 
     tokens: int
     response_tokens: int
-    """Those of `tokens` that go through the vocabulary head."""
+    """The tokens that go through the vocabulary head, a part of `tokens`."""
     image_tokens: int
-    """Those of `tokens` that a picture fills."""
+    """The tokens that image features fill, a part of `tokens`."""
     patches: int
-    """Of all distinct pictures."""
+    """The patches of all distinct images."""
 
 
 @dataclass(frozen=True)
-class Split:
+class LayerSplit:
+    """The ranks that share each layer."""
+
     tensor: int
     context: int
     sequence_parallel: bool
-    """Between the linear layers each tensor-parallel rank holds its part of the tokens, not all of them."""
+    """True if a tensor-parallel rank holds only its share of the tokens between the linear layers."""
 
 
 @dataclass(frozen=True)
 class Kernels:
     dtype_bytes: int
     fused_rms_norm: bool
-    """CUDA: RMSNorm keeps its input. Otherwise (CPU) it keeps its input and its result before the weight, in fp32."""
+    """True on CUDA, where RMSNorm saves its input. On CPU it saves two fp32 tensors: its input, and the normalised
+    input before the multiplication by the weight.
+    """
 
 
 def norm_saved(values: int, *, rms_norm: bool, kernels: Kernels, held: bool = False) -> int:
-    """Of a norm whose input has so many values.
+    """The bytes that a norm saves.
 
     Args:
-        held: something else keeps the input as it is, so that it costs nothing more.
+        values: the size of its input.
+        held: another operation saves the same input, so that it costs nothing here.
     """
     if kernels.fused_rms_norm or not rms_norm:
         return 0 if held else values * kernels.dtype_bytes
-    as_it_is = kernels.dtype_bytes == FLOAT32
-    return values * FLOAT32 * (1 if held and as_it_is else 2)
+    is_fp32_already = kernels.dtype_bytes == FLOAT32
+    return values * FLOAT32 * (1 if held and is_fp32_already else 2)
 
 
-def layer_saved(layer: LayerSizes, tokens: int, *, split: Split, kernels: Kernels, recompute: Recompute) -> int:
-    """Of one layer for `tokens` of one context-parallel rank."""
+def layer_saved(layer: LayerSizes, tokens: int, *, split: LayerSplit, kernels: Kernels, recompute: Recompute) -> int:
+    """The bytes that one layer saves for the `tokens` of one context-parallel rank."""
     size, tensor = kernels.dtype_bytes, split.tensor
     between = tokens * layer.hidden // (tensor if split.sequence_parallel else 1)
     if recompute == "full":
@@ -95,19 +100,22 @@ def layer_saved(layer: LayerSizes, tokens: int, *, split: Split, kernels: Kernel
     heads, kv_heads = (tokens * count * layer.head_dim // tensor for count in (layer.heads, layer.kv_heads))
     norms = 2 * norm_saved(between, rms_norm=layer.rms_norm, kernels=kernels)
     if layer.qk_norm:
-        # The value keeps the projections' output alive. The key is a view of it, the query a copy, unless this rank
-        # has one key-value head.
+        # The values are a view of the projections' output and keep it alive, and the keys are a view of it, too. The
+        # queries are a copy, unless this rank has one key-value head.
         norms += norm_saved(heads, rms_norm=True, kernels=kernels, held=layer.kv_heads == tensor)
         norms += norm_saved(kv_heads, rms_norm=True, kernels=kernels, held=True)
     linear_inputs = 2 * between * size
     projections = (heads + 2 * kv_heads) * size
-    rotated = (heads + kv_heads) * size + 4 * tokens * layer.head_dim * size  # and cos, sin of queries and of keys
-    attention = heads * size  # its result
-    if split.context > 1:  # keys and values before this rank's two chunks of each sequence, gathered from all ranks
+    rotated = (heads + kv_heads) * size + 4 * tokens * layer.head_dim * size  # and cos, sin, for queries and for keys
+    attention = heads * size  # the output
+    if split.context > 1:
+        # Each sequence is cut into 2 * context chunks of equal length, of which a rank has two, one from each end. For
+        # each of the two, autograd saves all keys and values up to its end: 2 * context + 1 chunks for both together,
+        # whichever two they are.
         attention += 2 * kv_heads * (2 * split.context + 1) // 2 * size
     if recompute == "none":
-        attention += FLOAT32 * tokens * layer.heads // tensor  # log of its softmax's denominator
-    # Gated: gate and up, silu(gate), up + offset, their product. Otherwise: input and result of the activation.
+        attention += FLOAT32 * tokens * layer.heads // tensor  # the log-sum-exp of each query
+    # Gated: gate and up, silu(gate), up + offset, their product. Otherwise: input and output of the activation.
     mlp = (5 if layer.gated else 2) * tokens * layer.ffn // tensor * size
     return norms + linear_inputs + projections + rotated + attention + mlp
 
@@ -120,11 +128,13 @@ def language_saved(
     taps: int,
     is_first: bool,
     is_last: bool,
-    split: Split,
+    split: LayerSplit,
     kernels: Kernels,
     recompute: Recompute,
 ) -> int:
-    """Of the `layers` language layers of one stage; on the first one with the features that fill image tokens."""
+    """The bytes that the `layers` language layers of one stage save; on the first stage also the features that fill
+    image tokens, on the last one the final norm.
+    """
     tokens = -(-batch.tokens // split.context)
     per_layer = layer_saved(language.layer, tokens, split=split, kernels=kernels, recompute=recompute)
     hidden = language.layer.hidden
@@ -144,16 +154,21 @@ def vision_saved(
     recompute: Recompute,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> int:
-    """Of the whole tower; `tensor` is the number of ranks that it is split over. Nothing is kept of what lies before
-    the first trained part: of a frozen tower, and of its mergers too where they are frozen as well.
+    """The bytes that the whole vision tower saves.
+
+    Autograd saves nothing before the first trained part: nothing in a frozen tower, and nothing in its mergers if they
+    are frozen, too.
+
+    Args:
+        tensor: ranks that the tower is split over.
     """
     if {"vision_tower", "projector"} <= frozen:
         return 0
     layer, size = vision.layer, kernels.dtype_bytes
-    split = Split(tensor=tensor, context=1, sequence_parallel=False)
+    split = LayerSplit(tensor=tensor, context=1, sequence_parallel=False)
     per_layer = layer_saved(layer, patches, split=split, kernels=kernels, recompute=recompute)
     width = patches * layer.hidden
-    merger = width * size + 2 * width // tensor * size  # inputs of the two linear layers, and of the gelu between them
+    merger = width * size + 2 * width // tensor * size  # inputs of both linear layers and of the GELU between
     main_norm = norm_saved(width, rms_norm=layer.rms_norm, kernels=kernels)
     angles = FLOAT32 * patches * layer.head_dim if recompute == "full" else 0
     pixels = patches * vision.patch_values * size
@@ -162,9 +177,11 @@ def vision_saved(
 
 
 def head_bytes(language: LanguageSizes, batch: MicroBatch, *, chunk: int, tensor: int, dtype_bytes: int) -> int:
-    """The vocabulary head at its fullest, in the backward pass of `parallel/vocab_head.py`: five fp32 tensors of a
-    chunk's logits, the gradient of this rank's rows in fp32 and in the model's dtype, and the response positions'
-    hidden states and their gradient. On a GPU, whose passes over a chunk are fused, this is an upper bound.
+    """The vocabulary head at its fullest, in the backward pass of `parallel/vocab_head.py`.
+
+    It holds five fp32 tensors of the size of a chunk's logits, the gradient of this rank's vocabulary rows in fp32 and
+    in the model's dtype, and the hidden states of the response positions with their gradient. On a GPU, where the
+    passes over a chunk are fused, this is an upper bound.
     """
     rows, hidden = -(-language.vocabulary // tensor), language.layer.hidden
     logits = 5 * FLOAT32 * min(chunk, batch.response_tokens) * rows
@@ -174,8 +191,9 @@ def head_bytes(language: LanguageSizes, batch: MicroBatch, *, chunk: int, tensor
 @dataclass(frozen=True)
 class StageActivations:
     layers: int
-    """Bytes of both towers, of all micro-batches in flight."""
+    """The bytes of the language model and the vision tower, for all micro-batches in flight."""
     head: int
+    """The bytes of the vocabulary head."""
 
     @property
     def total(self) -> int:
@@ -189,16 +207,17 @@ def update_activations(
     *,
     stage: int,
     stage_layers: tuple[int, ...],
-    split: Split,
+    split: LayerSplit,
     kernels: Kernels,
     recompute: Recompute,
     chunk: int,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageActivations:
-    """Of one pipeline stage under one-forward-one-backward: stage s of p holds up to p - s micro-batches.
+    """The activations of one pipeline stage in the update, under the one-forward-one-backward schedule.
 
-    To what is saved comes what a stage hands on (or the head takes), and one more layer of the larger tower: what a
-    running layer holds for a moment, and what it makes again where it is recomputed.
+    Stage s of p stages holds up to p - s micro-batches. On top of the saved activations come the stage's output (or the
+    head's input) and the working set of one layer, of the larger tower: it is live while the layer runs or is
+    recomputed.
     """
     is_first, is_last = stage == 0, stage == len(stage_layers) - 1
     saved = language_saved(
@@ -237,11 +256,13 @@ def score_activations(
     *,
     stage: int,
     stages: int,
-    split: Split,
+    split: LayerSplit,
     kernels: Kernels,
     chunk: int,
 ) -> StageActivations:
-    """Of the scoring pass, which keeps nothing for a backward pass: one running layer, its input and its output."""
+    """The activations of scoring, which saves nothing for a backward pass: one running layer, its input and its output,
+    and on the last stage three fp32 tensors of the size of a chunk's logits.
+    """
     tokens = -(-batch.tokens // split.context)
     running = _running_layer(language, vision, batch, with_vision=stage == 0, split=split, kernels=kernels)
     hidden = 2 * tokens * language.layer.hidden * kernels.dtype_bytes
@@ -255,11 +276,12 @@ def _running_layer(
     batch: MicroBatch,
     *,
     with_vision: bool,
-    split: Split,
+    split: LayerSplit,
     kernels: Kernels,
 ) -> int:
+    """The working set of one layer: of the language model, or of the vision tower if that needs more."""
     tokens = -(-batch.tokens // split.context)
-    ours = layer_saved(language.layer, tokens, split=split, kernels=kernels, recompute="none")
+    language_layer = layer_saved(language.layer, tokens, split=split, kernels=kernels, recompute="none")
     patches = batch.patches if with_vision else 0
-    whole = Split(tensor=split.tensor, context=1, sequence_parallel=False)
-    return max(ours, layer_saved(vision.layer, patches, split=whole, kernels=kernels, recompute="none"))
+    tower_split = LayerSplit(tensor=split.tensor, context=1, sequence_parallel=False)
+    return max(language_layer, layer_saved(vision.layer, patches, split=tower_split, kernels=kernels, recompute="none"))

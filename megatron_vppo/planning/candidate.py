@@ -1,4 +1,4 @@
-"""What a plan is made for, and one layout of it with the memory that it takes in each phase."""
+"""The input of a plan, and one layout with the memory that it takes in each phase."""
 
 from __future__ import annotations
 
@@ -6,41 +6,43 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.offload import PARTS
-from megatron_vppo.parallel.offload import Part as OffloadPart
+from megatron_vppo.config.choices import MEMORY_PARTS, MemoryPart, ModelPart, Recompute
+from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.planning.activations import MicroBatch, StageActivations
 from megatron_vppo.planning.state import StateBytes
 
 GIB = 2**30
 DTYPE_BYTES = 2
-"""bfloat16."""
+"""The bytes of a weight: bfloat16."""
 TRAINER_RESERVE = 3 * GIB
-"""CUDA context, NCCL's buffers, gaps of the allocator. Assumed; nobody has measured it."""
+"""The CUDA context, NCCL's buffers and the gaps of the allocator. An assumption that nobody has measured."""
+
+
+# --- The input --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The longest rows of a run. All of a micro-batch are taken as that long."""
+    """The longest rows of a run. A plan assumes that all rows of a micro-batch are as long."""
 
     prompt_tokens: int
-    """Image tokens included."""
+    """The longest prompt, image tokens included."""
     response_tokens: int
     images_per_row: int
     image_tokens: int
-    """Of one picture, merged."""
+    """The language model's tokens of one image, after the vision tower has merged patches."""
     rows_per_micro_batch: int
-    """Of the update and of the scoring pass alike."""
+    """Responses of a micro-batch, in the update and in scoring."""
     responses_per_prompt: int
-    """Rows of a group are neighbours and share their pictures, until the scoring pass perturbs each row's own."""
+    """Rows of a group are neighbours and share their images. In scoring, each row has a perturbed image of its own."""
     head_chunk_tokens: int
 
     def __post_init__(self) -> None:
-        pictures = self.images_per_row * self.image_tokens
-        if pictures >= self.prompt_tokens:
+        tokens = self.images_per_row * self.image_tokens
+        if tokens >= self.prompt_tokens:
             raise ValueError(
-                f"{self.images_per_row} pictures of {self.image_tokens} tokens do not fit a prompt of "
-                f"{self.prompt_tokens}; raise --prompt-tokens or lower --image-tokens"
+                f"{self.images_per_row} images of {self.image_tokens} tokens do not fit a prompt of "
+                f"{self.prompt_tokens} tokens; raise --prompt-tokens or lower --image-tokens"
             )
 
     @property
@@ -48,24 +50,33 @@ class Workload:
         return self.prompt_tokens + self.response_tokens
 
     def micro_batch(self, *, merge: int, context: int, both_views: bool) -> MicroBatch:
-        """Pictures are dealt to the context-parallel ranks; the patches are those of the rank with the most."""
+        """Counts the tokens and patches of one micro-batch.
+
+        Args:
+            merge: `spatial_merge_size`: an image token stands for merge x merge patches.
+            context: context-parallel ranks. They share out the images; the patches are those of the rank with the most.
+            both_views: the rows stand twice in it, with original and with perturbed images, as in scoring.
+        """
         rows = self.rows_per_micro_batch
+        # The most groups that neighbouring rows can touch: the first row may be the last of its group.
         groups = 1 + (rows - 1 + self.responses_per_prompt - 1) // self.responses_per_prompt
-        views, pictures = (2 * rows, groups + rows) if both_views else (rows, groups)
+        # Rows that bring images of their own: one per group, and in the perturbed view each.
+        views, image_rows = (2 * rows, groups + rows) if both_views else (rows, groups)
         return MicroBatch(
             tokens=views * (self.sequence_tokens - 1),
             response_tokens=views * self.response_tokens,
             image_tokens=views * self.images_per_row * self.image_tokens,
-            patches=-(-min(pictures, views) * self.images_per_row // context) * self.image_tokens * merge**2,
+            patches=-(-min(image_rows, views) * self.images_per_row // context) * self.image_tokens * merge**2,
         )
 
 
 @dataclass(frozen=True)
 class Cluster:
     gpus: int
+    """All GPUs, of all nodes."""
     gpu_bytes: int
     gpus_per_node: int
-    """Of a full node; where there are fewer GPUs in all, they are on one."""
+    """GPUs of a full node. A cluster with fewer GPUs is one node."""
 
     @property
     def node_gpus(self) -> int:
@@ -73,7 +84,7 @@ class Cluster:
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """Of groups that stay within a node and leave no GPU over."""
+        """Sizes of GPU groups that fit a node and divide the cluster."""
         return divisors(math.gcd(self.gpus, self.node_gpus))
 
 
@@ -82,16 +93,39 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class EngineShare:
-    tensor: int
-    utilization: float
-    weights: int
-    answers: int
-    """Sequences of full length whose keys and values it holds at once."""
+class PlanRequest:
+    hf_config: HfConfig
+    cluster: Cluster
+    workload: Workload
+    rollout_tensor: int | None = None
+    """GPUs per engine; None: the fewest that leave room for `engine_sequences`."""
+    engine_sequences: int = 16
+    """Sequences of full length, prompt and response, that an engine must hold at once."""
+    frozen: frozenset[ModelPart] = frozenset()
+    """The parts of the model that are not trained."""
+    offload: frozenset[MemoryPart] = frozenset()
+    """The trainer state that waits in host memory while engines sample."""
+
+
+# --- One layout -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Stage:
+class EngineShare:
+    """A rollout engine that shares its GPUs with the trainer."""
+
+    tensor: int
+    """GPUs of the engine."""
+    utilization: float
+    """Its share of each of them while it samples: rollout.gpu_memory_utilization."""
+    weights: int
+    """Bytes of its weights on each GPU."""
+    sequences: int
+    """Sequences of full length that its KV cache holds at once."""
+
+
+@dataclass(frozen=True)
+class StageMemory:
     """The memory of a rank of one pipeline stage."""
 
     state: StateBytes
@@ -104,8 +138,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout, and its memory in bytes. Which stage is fullest differs from phase to phase: while engines sample,
-    activations are gone, and so is what is offloaded.
+    """One layout and its memory in bytes.
+
+    Each phase has its own fullest stage: while engines sample, activations are gone, and so is offloaded state.
     """
 
     tensor: int
@@ -113,14 +148,14 @@ class Candidate:
     context: int
     data: int
     layers: tuple[int, ...]
-    """Of each pipeline stage."""
+    """The language layers of each pipeline stage."""
     recompute: Recompute
-    stages: tuple[Stage, ...]
-    """Those that may be the fullest in any phase."""
-    offload: frozenset[OffloadPart]
-    """What is not on the GPU while engines sample."""
+    stages: tuple[StageMemory, ...]
+    """The stages that may be the fullest in any phase."""
+    offload: frozenset[MemoryPart]
+    """The trainer state that is not on the GPU while engines sample."""
     engine: EngineShare | None
-    """None: what the trainer leaves is not enough for an engine, or the trainer alone is too much."""
+    """None if the layout does not fit: the trainer alone needs too much, or it leaves too little for an engine."""
 
     @property
     def sequence_parallel(self) -> bool:
@@ -131,26 +166,30 @@ class Candidate:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def fullest(self) -> Stage:
-        """While the trainer computes."""
+    def fullest(self) -> StageMemory:
+        """The fullest stage while the trainer computes."""
         return max(self.stages, key=lambda stage: stage.computing)
 
     @property
     def trainer_bytes(self) -> int:
-        """While it computes."""
+        """The trainer's memory on the fullest stage while it computes, with its reserve."""
         return self.fullest.computing + TRAINER_RESERVE
 
     @property
     def sampling_bytes(self) -> int:
-        """Of the trainer, while engines sample."""
-        return max(self._held(stage.state, PARTS) for stage in self.stages) + TRAINER_RESERVE
+        """The trainer's memory on the fullest stage while engines sample, with its reserve."""
+        return max(self._held(stage.state, MEMORY_PARTS) for stage in self.stages) + TRAINER_RESERVE
 
     @property
     def sync_bytes(self) -> int:
-        """Of the trainer, while its weights go to the engines; without the buffers they go in."""
+        """The trainer's memory on the fullest stage while it sends weights to the engines, with its reserve.
+
+        The weights are on the GPU even if they are offloaded while engines sample. Transfer buffers are not counted.
+        """
         held = (stage.state.weights + self._held(stage.state, ("grads", "optimizer")) for stage in self.stages)
         return max(held) + TRAINER_RESERVE
 
-    def _held(self, state: StateBytes, parts: Collection[OffloadPart]) -> int:
+    def _held(self, state: StateBytes, parts: Collection[MemoryPart]) -> int:
+        """The bytes of those `parts` that are not offloaded."""
         sizes = {"params": state.weights, "grads": state.gradients, "optimizer": state.optimizer}
         return sum(sizes[part] for part in parts if part not in self.offload)

@@ -1,20 +1,21 @@
-"""What a rollout engine gets of the GPUs that it shares with the trainer, and over how many of them it can be split."""
+"""The share of a GPU that the trainer leaves to a rollout engine, and the numbers of GPUs that an engine can have."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from megatron_vppo.planning.activations import LanguageSizes, VisionSizes
-from megatron_vppo.planning.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, Workload
+from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
+from megatron_vppo.planning.activations import LanguageSizes
+from megatron_vppo.planning.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, PlanRequest
 from megatron_vppo.planning.state import engine_weight_bytes, kv_bytes_per_token
 
 ENGINE_RESERVE = 3 * GIB
-"""An engine's own CUDA context and what its longest prefill needs for a moment. Assumed too."""
+"""An engine's own CUDA context, and the working memory of its longest prefill. An assumption, not a measurement."""
 SLEEPING_ENGINE = GIB
-"""What an engine that sleeps still holds: its CUDA context. Assumed as well."""
+"""The CUDA context, which a sleeping engine still holds. An assumption as well."""
 TRANSFER_BUFFER = GIB // 4
-"""Each of the two that weights reach an engine in, unless one tensor is larger."""
+"""The size of each of the two buffers in which weights reach an engine, unless one tensor is larger."""
 MOST_UTILIZATION = 0.9
 
 
@@ -22,67 +23,54 @@ MOST_UTILIZATION = 0.9
 class EngineModel:
     """The numbers of a model that its engines depend on."""
 
+    hf_config: HfConfig
     language: LanguageSizes
-    vision: VisionSizes
     parameters: int
 
     @property
     def largest_tensor_bytes(self) -> int:
+        """The embedding's size."""
         return self.language.vocabulary * self.language.layer.hidden * DTYPE_BYTES
 
 
 def engine_sizes(model: EngineModel, cluster: Cluster) -> tuple[int, ...]:
-    """GPUs that an engine may have: no GPU is left over, none lies on another node, and vLLM can split the model."""
-    return tuple(size for size in cluster.group_sizes if unsplit(model.language, model.vision, size) is None)
+    """GPUs that an engine may have: they are on one node, no GPU of the cluster is left over, and vLLM can split the
+    model over them.
+    """
+    return tuple(size for size in cluster.group_sizes if vllm_split_refusal(model.hf_config, size) is None)
 
 
 def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
-    """Raises ValueError unless it is one of `engine_sizes`, with these."""
-    what = unsplit(model.language, model.vision, size)
+    """Raises ValueError, with the possible sizes, unless `size` is one of `engine_sizes`."""
+    refusal = vllm_split_refusal(model.hf_config, size)
     if size not in cluster.group_sizes:
         nodes = f" in nodes of {cluster.node_gpus}" if cluster.gpus > cluster.node_gpus else ""
         reason = f"{cluster.gpus} GPUs{nodes} do not divide into engines of {size}"
-    elif what is not None:
-        reason = f"{what} cannot be split over the {size} GPUs of an engine"
+    elif refusal is not None:
+        reason = f"{refusal} cannot be split over the {size} GPUs of an engine"
     else:
         return
     raise ValueError(f"--rollout-tp {size}: {reason}; possible: {', '.join(map(str, engine_sizes(model, cluster)))}")
 
 
-def unsplit(language: LanguageSizes, vision: VisionSizes, size: int) -> str | None:
-    """What of a model vLLM refuses to split over so many GPUs. Key-value heads may be copied, the same number of times
-    each.
-    """
-    text, tower = language.layer, vision.layer
-    if text.kv_heads % size and size % text.kv_heads:
-        return f"{text.kv_heads} key-value heads"
-    numbers = {
-        "attention heads": text.heads,
-        "values of the MLP": text.ffn,
-        "vision attention heads": tower.heads,
-        "values of the vision MLP": tower.ffn,
-    }
-    return next((f"{number} {what}" for what, number in numbers.items() if number % size), None)
-
-
 def engine_share(
-    model: EngineModel,
-    trainer: Candidate,
-    *,
-    cluster: Cluster,
-    workload: Workload,
-    sizes: tuple[int, ...],
-    answers: int,
+    model: EngineModel, trainer: Candidate, *, request: PlanRequest, sizes: tuple[int, ...]
 ) -> EngineShare | None:
-    """What an engine of the first of the `sizes` that will do gets of each GPU: all the bytes that are free while it
-    samples, on the GPU where the trainer leaves least. None where that is not enough, where the trainer does not fit
-    while engines sleep, or the two do not while weights are sent.
+    """The GPU share of the smallest engine that fits.
+
+    It gets everything that the fullest trainer rank leaves free while engines sample, up to MOST_UTILIZATION. Returns
+    None if no size holds `request.engine_sequences`, or if trainer and engine do not fit together while the trainer
+    computes (engines sleep) or while it sends weights.
+
+    Args:
+        sizes: GPUs that an engine may have, smallest first.
     """
-    if trainer.trainer_bytes + SLEEPING_ENGINE > cluster.gpu_bytes:
+    gpu_bytes = request.cluster.gpu_bytes
+    if trainer.trainer_bytes + SLEEPING_ENGINE > gpu_bytes:
         return None
-    free = cluster.gpu_bytes - trainer.sampling_bytes
+    free = gpu_bytes - trainer.sampling_bytes
     buffers = 2 * max(TRANSFER_BUFFER, model.largest_tensor_bytes)
-    utilization = min(MOST_UTILIZATION, math.floor(100 * free / cluster.gpu_bytes) / 100)
+    utilization = min(MOST_UTILIZATION, math.floor(100 * free / gpu_bytes) / 100)
     layer = model.language.layer
     for size in sizes:
         weights = engine_weight_bytes(model.parameters, tensor=size, dtype_bytes=DTYPE_BYTES)
@@ -93,9 +81,9 @@ def engine_share(
             tensor=size,
             dtype_bytes=DTYPE_BYTES,
         )
-        room = utilization * cluster.gpu_bytes - weights - ENGINE_RESERVE
-        held = int(room / (per_token * workload.sequence_tokens))
-        syncs = trainer.sync_bytes + weights + ENGINE_RESERVE + buffers <= cluster.gpu_bytes
-        if held >= answers and syncs:
-            return EngineShare(tensor=size, utilization=utilization, weights=weights, answers=held)
+        kv_cache = utilization * gpu_bytes - weights - ENGINE_RESERVE
+        sequences = int(kv_cache / (per_token * request.workload.sequence_tokens))
+        sync_fits = trainer.sync_bytes + weights + ENGINE_RESERVE + buffers <= gpu_bytes
+        if sequences >= request.engine_sequences and sync_fits:
+            return EngineShare(tensor=size, utilization=utilization, weights=weights, sequences=sequences)
     return None

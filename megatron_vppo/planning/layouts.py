@@ -1,143 +1,146 @@
-"""Which parallel layouts of a model fit the GPUs, and what takes their memory.
+"""The parallel layouts of a model that fit the GPUs.
 
-Trainer and engine share each GPU by turns (placement.py): every phase has to fit, not their sum.
+Trainer and engines take turns on each GPU (docs/placement.md): each phase has to fit, not their sum.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
+from megatron_vppo.config.choices import ModelPart, Recompute
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
-from megatron_vppo.models.options import Recompute
-from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.planning.activations import Kernels, Split, StageActivations, score_activations, update_activations
-from megatron_vppo.planning.candidate import DTYPE_BYTES, Candidate, Cluster, Stage, Workload, divisors
+from megatron_vppo.planning.activations import (
+    Kernels,
+    LayerSplit,
+    StageActivations,
+    score_activations,
+    update_activations,
+)
+from megatron_vppo.planning.candidate import (
+    DTYPE_BYTES,
+    Candidate,
+    Cluster,
+    PlanRequest,
+    StageMemory,
+    Workload,
+    divisors,
+)
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
 from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, state_bytes
-from megatron_vppo.weights.kinds import ModelPart
 
-RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
-"""In the order of their cost."""
+RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
+"""All choices, in the order of their cost."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutPlan:
     parameters: int
+    """The parameters of the whole model."""
     fitting: tuple[Candidate, ...]
-    """Best first."""
+    """The layouts that fit, best first."""
     closest: Candidate | None
-    """Of those that do not fit, the one with the smallest trainer."""
+    """The layout with the smallest trainer among those that do not fit."""
     refused: tuple[str, ...]
-    """Why layouts that the GPUs would allow are not possible for the model."""
+    """The reasons why the model rules out some layouts that the GPUs would allow."""
 
 
-def make_plan(
-    hf_config: HfConfig,
-    *,
-    cluster: Cluster,
-    workload: Workload,
-    rollout_tensor: int | None,
-    answers: int,
-    frozen: frozenset[ModelPart] = frozenset(),
-    offload: frozenset[OffloadPart] = frozenset(),
-) -> Plan:
-    """Every layout of the cluster's GPUs; of those that differ in recomputation only, the cheapest that fits.
+class _Layout(NamedTuple):
+    tensor: int
+    pipeline: int
+    context: int
 
-    Best first: a replica (tensor x pipeline x context) within one node, then without recomputation, then with the
-    smallest replica, then with the shortest pipeline.
 
-    Args:
-        rollout_tensor: GPUs per engine; None: the fewest that leave room for `answers`.
-        answers: sequences of full length that an engine has to hold at once.
-        frozen: parts that are not trained.
-        offload: trainer state that waits in host memory while engines sample.
+def make_plan(request: PlanRequest) -> LayoutPlan:
+    """Looks at every layout of all GPUs; of those that differ only in recomputation, it keeps the cheapest that fits.
+
+    Best first: a replica (tensor x pipeline x context) within one node, then without recomputation, then the smallest
+    replica, then the shortest pipeline.
 
     Raises:
         ValueError: engines of `rollout_tensor` GPUs are impossible on this cluster or for this model.
     """
-    model = _Model(hf_config, frozen=frozen)
-    if rollout_tensor is not None:
-        check_engine_size(model.engine, cluster, rollout_tensor)
-    rollout_sizes = engine_sizes(model.engine, cluster) if rollout_tensor is None else (rollout_tensor,)
-    sizes, refused = _layouts(model, cluster=cluster)
-    fitting, others = [], []
-    for tensor, pipeline, context in sizes:
-        for recompute in RECOMPUTES:
-            candidate = model.candidate(
-                tensor=tensor,
-                pipeline=pipeline,
-                context=context,
-                data=cluster.gpus // (tensor * pipeline * context),
-                recompute=recompute,
-                workload=workload,
-                offload=offload,
-            )
-            share = engine_share(
-                model.engine, candidate, cluster=cluster, workload=workload, sizes=rollout_sizes, answers=answers
-            )
-            if share is not None:
-                fitting.append(replace(candidate, engine=share))
-                break
-            others.append(candidate)
-    fitting.sort(
-        key=lambda c: (
-            c.replica_gpus > cluster.node_gpus,
-            RECOMPUTES.index(c.recompute),
-            c.replica_gpus,
-            c.pipeline,
-        )
-    )
-    return Plan(
+    model = _Model(request.hf_config, frozen=request.frozen)
+    sizes = _engine_sizes(model.engine, request)
+    layouts, refused = _layouts(model, cluster=request.cluster)
+    tried = [candidate for layout in layouts for candidate in _cheapest(model, layout, request, sizes)]
+    return LayoutPlan(
         parameters=model.engine.parameters,
-        fitting=tuple(fitting),
-        closest=min(others, key=lambda c: c.trainer_bytes, default=None),
+        fitting=tuple(sorted((c for c in tried if c.engine), key=lambda c: _preference(c, request.cluster))),
+        closest=min((c for c in tried if c.engine is None), key=lambda c: c.trainer_bytes, default=None),
         refused=refused,
     )
 
 
+def _engine_sizes(model: EngineModel, request: PlanRequest) -> tuple[int, ...]:
+    """GPUs that an engine may have: `rollout_tensor` alone, or all that are possible."""
+    if request.rollout_tensor is None:
+        return engine_sizes(model, request.cluster)
+    check_engine_size(model, request.cluster, request.rollout_tensor)
+    return (request.rollout_tensor,)
+
+
+def _cheapest(model: _Model, layout: _Layout, request: PlanRequest, sizes: tuple[int, ...]) -> Iterator[Candidate]:
+    """Tries a layout with more and more recomputation. The last candidate fits (it has an engine), or none does."""
+    for recompute in RECOMPUTES:
+        candidate = model.candidate(layout, recompute=recompute, request=request)
+        share = engine_share(model.engine, candidate, request=request, sizes=sizes)
+        yield replace(candidate, engine=share)
+        if share is not None:
+            return
+
+
+def _preference(candidate: Candidate, cluster: Cluster) -> tuple[bool, int, int, int]:
+    """The sorting key: the best candidate has the smallest."""
+    return (
+        candidate.replica_gpus > cluster.node_gpus,
+        RECOMPUTES.index(candidate.recompute),
+        candidate.replica_gpus,
+        candidate.pipeline,
+    )
+
+
 class _Model:
-    """A configuration's numbers, worked out once for all layouts."""
+    """The numbers of a model, computed once for all layouts."""
 
     def __init__(self, hf_config: HfConfig, *, frozen: frozenset[ModelPart]) -> None:
         self.hf_config, self.frozen = hf_config, frozen
         self.family = family_of(hf_config)
         self.entries = weight_map(hf_config, family=self.family)
         self.language, self.vision = language_sizes(hf_config), vision_sizes(hf_config)
-        self.engine = EngineModel(self.language, self.vision, parameters=parameter_count(self.entries))
+        self.engine = EngineModel(hf_config, self.language, parameters=parameter_count(self.entries))
         self.merge = hf_config.vision_config.spatial_merge_size
         self._values: dict[tuple[int, int, int], StageValues] = {}
 
     def stage_layers(self, pipeline: int) -> tuple[int, ...]:
-        """Evenly, or nearly; ValueError where the model does not allow it."""
+        """Shares the language layers out to stages as evenly as possible.
+
+        Raises:
+            ValueError: the model does not allow it.
+        """
         layers = self.hf_config.text_config.num_hidden_layers
         split = near_even(layers, pipeline) if layers % pipeline and layers > pipeline else None
         return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=split)
 
-    def candidate(
-        self,
-        *,
-        tensor: int,
-        pipeline: int,
-        context: int,
-        data: int,
-        recompute: Recompute,
-        workload: Workload,
-        offload: frozenset[OffloadPart],
-    ) -> Candidate:
-        """The layout with the memory of its first, second and last stage. Those between cannot be fuller than the
-        second: none has more layers (`near_even`), and each holds fewer micro-batches.
+    def candidate(self, layout: _Layout, *, recompute: Recompute, request: PlanRequest) -> Candidate:
+        """The layout with the memory of its first, second and last stage, still without an engine.
+
+        Stages between the second and the last cannot be fuller than the second: none has more layers (`near_even`),
+        and each holds fewer micro-batches.
         """
-        split = Split(tensor=tensor, context=context, sequence_parallel=tensor > 1)
+        tensor, pipeline, context = layout
+        data = request.cluster.gpus // (tensor * pipeline * context)
+        split = LayerSplit(tensor=tensor, context=context, sequence_parallel=tensor > 1)
         layers = self.stage_layers(pipeline)
         stages = []
         for stage in sorted({0, min(1, pipeline - 1), pipeline - 1}):
             values = self._stage_values(stage, layers, tensor=tensor)
             state = state_bytes(values, dtype_bytes=DTYPE_BYTES, replicas=data * context, distributed=True)
-            stages.append(Stage(state, self._activations(stage, layers, split, recompute, workload)))
+            stages.append(StageMemory(state, self._activations(stage, layers, split, recompute, request.workload)))
         return Candidate(
             tensor=tensor,
             pipeline=pipeline,
@@ -146,12 +149,12 @@ class _Model:
             layers=layers,
             recompute=recompute,
             stages=tuple(stages),
-            offload=offload,
+            offload=request.offload,
             engine=None,
         )
 
     def _stage_values(self, stage: int, layers: tuple[int, ...], *, tensor: int) -> StageValues:
-        """Once for all contexts and recomputations: a large model has a thousand parameters."""
+        """Counts once for all contexts and recomputations, because a large model has a thousand parameters."""
         key = (stage, len(layers), tensor)
         if key not in self._values:
             self._values[key] = stage_values(
@@ -160,9 +163,9 @@ class _Model:
         return self._values[key]
 
     def _activations(
-        self, stage: int, layers: tuple[int, ...], split: Split, recompute: Recompute, workload: Workload
+        self, stage: int, layers: tuple[int, ...], split: LayerSplit, recompute: Recompute, workload: Workload
     ) -> StageActivations:
-        """Of the update or of the scoring pass, whichever needs more."""
+        """The activations of the update or of scoring, whichever needs more."""
         shared: dict[str, Any] = {
             "stage": stage,
             "split": split,
@@ -188,10 +191,10 @@ class _Model:
         return max(update, score, key=lambda a: a.total)
 
 
-def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[tuple[int, int, int]], tuple[str, ...]]:
-    """(tensor, pipeline, context) sizes that the GPUs and the model allow, and what the model refuses.
+def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[_Layout], tuple[str, ...]]:
+    """The layouts that the GPUs and the model allow, and the reasons why the model refuses others.
 
-    A tensor-parallel group stays within a node: its ranks exchange every layer's hidden states.
+    A tensor-parallel group stays within a node, because its ranks exchange the hidden states of every layer.
     """
     found, refused = [], []
     for tensor in cluster.group_sizes:
@@ -207,13 +210,13 @@ def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[tuple[int, int, i
                 refused.append(f"PP {pipeline}: {error}")
                 continue
             contexts = divisors(cluster.gpus // (tensor * pipeline))
-            found += [(tensor, pipeline, context) for context in contexts]
+            found += [_Layout(tensor, pipeline, context) for context in contexts]
     return found, tuple(dict.fromkeys(refused))
 
 
 def near_even(layers: int, stages: int) -> tuple[int, ...]:
-    """What is left over goes to stages in the middle first: the first holds the vision tower, the last the head. Of
-    those in the middle none has more than the second stage.
+    """Shares layers out to stages. Those left over go to the middle stages first, from the second on, because the first
+    stage holds the vision tower and the last one the head. No middle stage has more layers than the second.
     """
     order = [*range(1, stages - 1), stages - 1, 0]
     more = set(order[: layers % stages])

@@ -1,4 +1,4 @@
-"""The released models that this project is for: their configurations without weights, and their sizes.
+"""The released models that this project is for: their configurations and their sizes, without weights.
 
 docs/plan.md says where each number comes from.
 """
@@ -12,17 +12,20 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.read_config import read_hf_config
 
 CONFIGS = Path(__file__).with_name("published_configs")
-"""One JSON file per model: what decides names, shapes and rotary angles, and nothing else of its config.json."""
+"""The folder with one JSON file per model: those fields of its config.json that decide names, shapes and rotary angles.
+"""
 
 
 @dataclass(frozen=True)
 class PublishedModel:
     name: str
     hub_id: str
+    """The repository on the Hugging Face hub."""
     parameters: int
-    """Values that its safetensors files store; a tied output layer is stored once."""
+    """The values that its safetensors files store. They store a tied output layer once."""
 
 
 PUBLISHED = {
@@ -40,12 +43,25 @@ PUBLISHED = {
 }
 
 
+def configuration_of(model: str) -> HfConfig:
+    """Reads the configuration of a released model, by its name, or of a Hugging Face folder. Downloads nothing.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if model in PUBLISHED:
+        return published_config(model)
+    if not (Path(model) / "config.json").is_file():
+        raise ValueError(f"--model {model}: no folder with a config.json, and not one of {', '.join(PUBLISHED)}")
+    return read_hf_config(Path(model))
+
+
 def published_config(name: str) -> HfConfig:
-    """The configuration of a released model, as transformers' class of its family.
+    """Returns the configuration of a released model, as an object of transformers' class for its family.
 
     Raises:
         ValueError: a name that is not in PUBLISHED.
     """
     if name not in PUBLISHED:
-        raise ValueError(f"no released model is called {name!r} here; there are {', '.join(PUBLISHED)}")
+        raise ValueError(f"there is no released model {name!r}; known are {', '.join(PUBLISHED)}")
     return AutoConfig.for_model(**json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))

@@ -1,15 +1,16 @@
-"""The numbers that memory depends on, from a model's configuration and its weight map."""
+"""The numbers that memory depends on, read from a model's configuration and its weight map."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.planning.activations import LanguageSizes, LayerSizes, VisionSizes
 from megatron_vppo.planning.state import StageValues
-from megatron_vppo.weights.kinds import Entry, ModelPart, stage_entries, stream_entries
+from megatron_vppo.weights.entries import Entry, stage_entries, stream_entries
 
 
 def language_sizes(hf_config: HfConfig) -> LanguageSizes:
@@ -46,7 +47,7 @@ def vision_sizes(hf_config: HfConfig) -> VisionSizes:
 
 
 def parameter_count(entries: Sequence[Entry]) -> int:
-    """Values of the whole model; a tied output layer is one with the embedding."""
+    """The values of the whole model. A tied output layer is counted once, as the embedding."""
     return sum(math.prod(shape) for entry in stream_entries(entries) for shape in entry.kind.hf_shapes())
 
 
@@ -58,11 +59,13 @@ def stage_values(
     tensor: int,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageValues:
-    """What one rank of a pipeline stage holds, parameter by parameter.
+    """Counts the values that one rank of a pipeline stage holds, parameter by parameter.
 
     Args:
         entries: the model's weight map.
-        frozen: parts that are not trained.
+        stage_layers: language layers of each pipeline stage.
+        tensor: tensor-parallel ranks.
+        frozen: parts of the model that are not trained.
     """
     mine = stage_entries(entries, stage_layers=stage_layers, stage=stage)
     tied = {name for entry in entries if entry.copy for name in entry.hf_names} if len(stage_layers) > 1 else set()

@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients and optimizer state on one trainer rank, as Megatron allocates them.
+"""The bytes of weights, gradients and optimizer state on one trainer rank, as Megatron allocates them.
 
 Formulas of numbers: no model, no process group. `planning/sizes.py` makes the numbers from a model's configuration.
 """
@@ -9,10 +9,11 @@ import math
 from dataclasses import dataclass
 
 FLOAT32 = 4
-"""Bytes. Gradients are summed in it, and the optimizer computes in it."""
+"""The bytes of an fp32 value. Gradients are summed in fp32, and the optimizer computes in it."""
 _PARAMETER_ALIGNMENT = 64
+"""The values to which Megatron's buffers for the distributed optimizer align each parameter."""
 _BUCKET_ALIGNMENT = 128
-"""Values. Megatron's buffers for the distributed optimizer align parameters and the ends of buckets to these."""
+"""The values to which they align the end of each bucket."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +21,15 @@ class StageValues:
     """The parameters that one rank of a pipeline stage holds, as numbers of values."""
 
     buckets: tuple[tuple[int, ...], ...]
-    """Of each trained parameter, grouped as in Megatron's gradient buffer: one bucket, but a tied weight whose two
-    holders are apart is a bucket of its own between the others."""
+    """The size of each trained parameter, grouped as in Megatron's gradient buffer: one bucket. A tied weight that two
+    stages hold is a bucket of its own between the others."""
     frozen: int
-    """Of all parameters that are not trained."""
+    """The size of all parameters that are not trained."""
 
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What lies on a rank between micro-batches."""
+    """The memory of a rank between micro-batches."""
 
     weights: int
     gradients: int
@@ -40,15 +41,16 @@ class StateBytes:
 
 
 def state_bytes(values: StageValues, *, dtype_bytes: int, replicas: int, distributed: bool) -> StateBytes:
-    """Weights in the model's dtype, gradients in fp32, two fp32 moments, and fp32 weights where the model's are not.
+    """Adds up weights in the model's dtype, gradients in fp32, and the optimizer: two fp32 moments, and fp32 weights if
+    the model's are bfloat16.
+
+    The optimizer's bytes are those of the fullest rank, an even share of the padded buffer. Other ranks may hold less,
+    because the padding itself has no optimizer state.
 
     Args:
-        dtype_bytes: of one weight: 2 (bfloat16) or 4 (float32).
-        replicas: ranks that hold the same parameters, data x context: what the distributed optimizer splits over.
-        distributed: Megatron's distributed optimizer, which also pads its buffers.
-
-    The optimizer's part is that of the fullest rank: an even share of the padded buffer, of which other ranks may hold
-    less (the padding itself has no optimizer state).
+        dtype_bytes: bytes of one weight: 2 (bfloat16) or 4 (float32).
+        replicas: ranks that hold the same parameters (data x context); the distributed optimizer splits over them.
+        distributed: True for Megatron's distributed optimizer, which also pads its buffers.
     """
     trained = sum(sum(bucket) for bucket in values.buckets)
     buffer = sum(_padded(bucket, replicas=replicas) for bucket in values.buckets) if distributed else trained
@@ -70,10 +72,10 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def engine_weight_bytes(parameters: int, *, tensor: int, dtype_bytes: int) -> int:
-    """Of one rank of a vLLM engine; taken as split evenly, though norms and biases are not."""
+    """The bytes of weights on one rank of a vLLM engine, as if all were split evenly; norms and biases are not."""
     return -(-parameters // tensor) * dtype_bytes
 
 
 def kv_bytes_per_token(*, layers: int, kv_heads: int, head_dim: int, tensor: int, dtype_bytes: int) -> int:
-    """Keys and values of one token on one rank of a vLLM engine; a rank holds at least one key-value head."""
+    """The bytes of a token's keys and values on one rank of a vLLM engine, which holds at least one key-value head."""
     return 2 * layers * max(1, kv_heads // tensor) * head_dim * dtype_bytes

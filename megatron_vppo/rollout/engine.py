@@ -70,10 +70,10 @@ class RolloutEngine:
         self._require_ready()
         self._require_awake("generate", "weights", "kv_cache")
         if not self._has_weights:
-            raise RuntimeError("the rollout engine has no complete set of weights; call load_weights first")
+            raise RuntimeError("the rollout engine has no complete set of weights; call send_weights first")
         return self._session.call("generate", requests=list(requests), settings=settings)
 
-    def load_weights(
+    def send_weights(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
     ) -> SyncReport:
         """Replace all weights by those of the stream of (Hugging Face name, tensor), but for those named in `kept`.
@@ -86,7 +86,7 @@ class RolloutEngine:
         Raises: see WeightSender.send.
         """
         sender = self._require_ready()
-        self._require_awake("load_weights", "weights")
+        self._require_awake("send_weights", "weights")
         self._has_weights = False
         report = sender.send(stream, version=version, verify=verify, kept=kept)
         self._has_weights = True

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from megatron_vppo.config.choices import Dtype
+
 WeightTransfer = Literal["shm", "ipc"]
 
 
@@ -22,7 +24,7 @@ class EngineSettings:
     device: Literal["cpu", "cuda"] = "cpu"
     cuda_visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES of the engine; None: the trainer's."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     tensor_parallel_size: int = 1
     max_num_seqs: int = 256
     """Samples in flight."""
@@ -37,7 +39,7 @@ class EngineSettings:
     enforce_eager: bool = True
     """Also keeps the sampler's helpers from being compiled, which takes 25 s of the first generate on two cores."""
     load_format: Literal["auto", "empty"] = "auto"
-    """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `load_weights`."""
+    """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `send_weights`."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor, such as min_pixels and max_pixels."""
     can_sleep: bool = False
@@ -109,12 +111,12 @@ class Completion:
     finish_reason: str
     """'stop' or 'length'."""
     weight_version: int
-    """The version given to the last `load_weights` before sampling; -1 for the weights of the checkpoint."""
+    """The version given to the last `send_weights` before sampling; -1 for the weights of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One `load_weights`."""
+    """One `send_weights`."""
 
     version: int
     num_tensors: int

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.config.choices import SeedKind, VerifyWeights
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
 from megatron_vppo.rollout.seeds import sample_seeds
-
-SeedKind = Literal["independent", "shared", "engine"]
 
 
 class EngineSampler:
@@ -27,7 +25,7 @@ class EngineSampler:
         engine_index: int | None,
         num_engines: int,
         images: VisionInputs,
-        verify: str,
+        verify: VerifyWeights,
     ) -> None:
         """
         Args:
@@ -80,7 +78,7 @@ class EngineSampler:
         by_prompt = {i: group for part in gathered for i, group in part.items()}
         return [by_prompt[i] for i in range(len(prompts))]
 
-    def load_weights(
+    def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
     ) -> dict[str, float]:
         """Streams the policy's weights into every engine. Every rank takes part in gathering them.
@@ -96,7 +94,7 @@ class EngineSampler:
             for _ in weights:
                 pass
             return {}
-        report = self._engine.load_weights(weights, version=version, verify=verify, kept=kept)
+        report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)
         metrics = {"weight_sync/bytes": float(report.num_bytes), "weight_sync/tensors": float(report.num_tensors)}
         return {**metrics, "weight_sync/checksums_ok": 1.0} if verify else metrics
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+
+from megatron_vppo.config.choices import SeedKind
 
 SEED_BITS = 63
 """vLLM keeps a seed as a signed 64-bit integer and reads -1 as 'none'. torch's CPU generator uses the low 32 bits."""
@@ -22,7 +23,7 @@ def sample_seed(*, run_seed: int, step: int, attempt: int, split: str, row: int,
 
 
 def sample_seeds(
-    kind: Literal["independent", "shared", "engine"],
+    kind: SeedKind,
     *,
     n: int,
     run_seed: int,

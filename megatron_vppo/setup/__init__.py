@@ -1,0 +1,1 @@
+"""The parts of a run, built from its settings and this machine. Every wing that needs a run starts here."""

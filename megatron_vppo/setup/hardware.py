@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
 
+from megatron_vppo.config.choices import BackendSetting, Dtype
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, has_transformer_engine, recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 
 
-def choose_backend(
-    setting: Literal["auto", "te", "torch"], *, on_gpu: bool, dtype: Literal["float32", "bfloat16"]
-) -> Backend:
+def choose_backend(setting: BackendSetting, *, on_gpu: bool, dtype: Dtype) -> Backend:
     """The backend that `model.backend` means on this machine, for a model of `model.dtype`.
 
     TransformerEngine's fused attention takes 16 bits; what it does in float32 is slower than torch.

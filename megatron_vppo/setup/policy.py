@@ -1,20 +1,22 @@
-"""Settings of a run to the policy: the model with its weights and optimizer."""
+"""Settings of a run to its model: one that trains, or one that only scores."""
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.hf_config import vision_token_ids
-from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
+from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.setup.hardware import model_options, slower_without
 from megatron_vppo.setup.inputs import RunInputs
@@ -26,17 +28,62 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def make_policy(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, total_steps: int
 ) -> MegatronPolicy:
-    """The model of the folder `source`, with its weights."""
-    hf_config = inputs.hf_config
-    dtype, options = DTYPES[config.model.dtype], model_options(config, on_gpu=layout.device.type == "cuda")
+    """Loads the model of the folder `source`, with an optimizer."""
+    options = model_options(config, on_gpu=layout.device.type == "cuda")
+    trainable = make_trainable(
+        _load_stages(config, layout, source, inputs, options),
+        layout=layout,
+        settings=_optim_settings(config, total_steps=total_steps),
+        dtype=DTYPES[config.model.dtype],
+        frozen=options.frozen,
+    )
+    return MegatronPolicy(
+        trainable,
+        hf_config=inputs.hf_config,
+        layout=layout,
+        settings=policy_settings(config, inputs.hf_config, options),
+        pixels=inputs.images,
+    )
+
+
+def make_scorer(config: RunConfig, layout: Layout, source: Path, inputs: RunInputs) -> Scorer:
+    """Loads the model of the folder `source` for scoring alone: no gradients, no optimizer."""
+    options = model_options(config, on_gpu=layout.device.type == "cuda")
+    runner = ScheduleRunner(
+        _load_stages(config, layout, source, inputs, options),
+        hf_config=inputs.hf_config,
+        layout=layout,
+        settings=policy_settings(config, inputs.hf_config, options),
+        pixels=inputs.images,
+    )
+    return Scorer(runner)
+
+
+def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions) -> PolicySettings:
+    return PolicySettings(
+        temperature=config.rollout.temperature,
+        banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
+        rows_per_update=config.actor.micro_batch_size_per_device_for_update,
+        rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
+        head_chunk_tokens=config.actor.head_chunk_tokens,
+        perturb_per=config.algorithm.perturb.per or "row",
+        fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
+        token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
+    )
+
+
+def _load_stages(
+    config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, options: ModelOptions
+) -> list[QwenVLModel]:
+    """This rank's pipeline stages, with their weights."""
     if layout.rank == 0 and layout.device.type == "cuda" and (missing := slower_without(options.backend)):
         print("model.backend=torch is slower than TransformerEngine's layers:", *missing, sep="\n- ", flush=True)
     stages = [
         build_model(
-            hf_config,
+            inputs.hf_config,
             groups=layout.groups,
             vision_groups=layout.vision_groups,
-            dtype=dtype,
+            dtype=DTYPES[config.model.dtype],
             device=layout.device,
             options=options,
             virtual_stage=number,
@@ -45,42 +92,22 @@ def make_policy(
     ]
     for stage in stages:
         load_weights(stage, source)
+    return stages
+
+
+def _optim_settings(config: RunConfig, *, total_steps: int) -> OptimSettings:
     optim = config.actor.optim
-    trainable = make_trainable(
-        stages,
-        layout=layout,
-        settings=OptimSettings(
-            lr=LrSchedule(
-                peak=optim.lr,
-                kind=optim.lr_scheduler_type,
-                warmup_steps=optim.lr_warmup_steps,
-                total_steps=total_steps,
-                min_ratio=optim.min_lr_ratio,
-            ),
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            max_grad_norm=config.actor.max_grad_norm,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    return OptimSettings(
+        lr=LrSchedule(
+            peak=optim.lr,
+            kind=optim.lr_scheduler_type,
+            warmup_steps=optim.lr_warmup_steps,
+            total_steps=total_steps,
+            min_ratio=optim.min_lr_ratio,
         ),
-        dtype=dtype,
-        frozen=options.frozen,
-    )
-    merge_size = hf_config.vision_config.spatial_merge_size
-    settings = PolicySettings(
-        temperature=config.rollout.temperature,
-        vocab_size=hf_config.text_config.vocab_size,
-        banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
-        image_token_id=hf_config.image_token_id,
-        merge_size=merge_size,
-        rows_per_update=config.actor.micro_batch_size_per_device_for_update,
-        rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
-        head_chunk_tokens=config.actor.head_chunk_tokens,
-        perturb_per=config.algorithm.perturb.per or "row",
-        fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
-        token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
-    )
-    positions = partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
-    return MegatronPolicy(
-        trainable, layout=layout, settings=settings, patches=inputs.images.patches, positions=positions
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=config.actor.max_grad_norm,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )

@@ -1,4 +1,14 @@
-"""A folder that appears under its name when it is whole, and not before."""
+"""Files and folders that appear under their name when they are whole, and not before.
+
+Everything is written under a temporary name in the same folder, flushed to disk and then renamed:
+
+    target/            what was there before, untouched until the end
+    .target.tmp/       what is being written
+    .target.old.tmp/   what was there before, for the moment between two renames
+
+So whoever finds `target` finds all of it, also after a power cut. A process that is killed leaves `.target.tmp`, which
+the next one that writes the same target removes.
+"""
 
 from __future__ import annotations
 
@@ -12,80 +22,89 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import BinaryIO
 
 RESERVE_BYTES = 64 << 20
-"""For descriptions, tokenizer files and the file system's own."""
+"""Room for descriptions, tokenizer files and the file system itself, next to the weights."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def unfinished_folder(target: Path, *, num_bytes: int) -> Iterator[Path]:
-    """A new folder `.NAME.tmp` beside the target, which is flushed to disk and renamed at the end.
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to write that takes the place of `path` when the block ends without an exception.
 
-    It is removed on every error, on Ctrl-C and on SIGTERM. Where the process is killed it stays, and the next
-    conversion to the same target removes it.
+    Several processes may write the same path; the last one to finish wins.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _flush_entry(path.parent)
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False, num_bytes: int | None = None) -> Iterator[Path]:
+    """Makes a folder to fill that becomes `target` when the block ends without an exception.
+
+    It is removed on every exception, Ctrl-C included; see `exit_on_sigterm` for SIGTERM. Where several processes fill
+    it together, one of them enters this block. The others write into `unfinished_folder(target)`, after the one has
+    entered and before it leaves.
 
     Args:
-        num_bytes: that will be written.
+        replace: True if an older target may be there; it stays until the new one is whole.
+        num_bytes: the number of bytes that will be written, to check the free space for; None: unknown.
 
     Raises:
-        ValueError: the target exists, cannot be made or is being written by another process, or the disk is too small
-            or becomes full.
+        ValueError: the target exists and is not to be replaced, cannot be made, or is being written by another
+            process; or the disk is too small or becomes full.
     """
-    if target.exists():
+    if not replace and target.exists():
         raise ValueError(f"{target} exists; remove it, or give another name")
-    parent = target.absolute().parent
-    unfinished = parent / f".{target.name}.tmp"
+    unfinished = unfinished_folder(target)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(unfinished, target)
     except OSError as error:  # a file where a folder should be, no permission, a disk that is read only
         raise ValueError(f"{target} cannot be made: {error.strerror}: {error.filename}") from error
     try:
-        _check_space(target, num_bytes=num_bytes)
-        with _exit_on_sigterm():
-            yield unfinished
-            _flush(unfinished)
-            os.rename(unfinished, target)
-            _flush_entry(parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise no_space(target, num_bytes=num_bytes, reason=os.strerror(error.errno)) from error
+        if num_bytes is not None:
+            _check_space(target, num_bytes=num_bytes)
+        yield unfinished
+        _flush(unfinished)
+        _put_in_place(unfinished, target)
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in _FULL:
+            raise _no_space(target, num_bytes=num_bytes, reason=os.strerror(error.errno)) from error
         raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
         os.close(lock)
 
 
-def no_space(target: Path, *, num_bytes: int, reason: str) -> ValueError:
-    parent = target.absolute().parent
-    return ValueError(
-        f"{target}: {reason}. About {(num_bytes + RESERVE_BYTES) / 1e9:.2f} GB are needed in {parent}, "
-        f"{shutil.disk_usage(parent).free / 1e9:.2f} GB are free there"
-    )
+def unfinished_folder(target: Path) -> Path:
+    """Returns the folder that `whole_folder` fills."""
+    return target.absolute().with_name(f".{target.name}.tmp")
 
 
-def _claim(unfinished: Path, target: Path) -> int:
-    """Makes the folder and locks it. What a killed process left has no lock any more."""
-    unfinished.mkdir(exist_ok=True)
-    lock = os.open(unfinished, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        raise ValueError(f"another process is writing {target}") from None
-    for left in unfinished.iterdir():
-        shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
-    return lock
-
-
-def _check_space(target: Path, *, num_bytes: int) -> None:
-    if shutil.disk_usage(target.absolute().parent).free < num_bytes + RESERVE_BYTES:
-        raise no_space(target, num_bytes=num_bytes, reason="not enough space")
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that nothing is ever left of it under its name but all of it."""
+    _remove(_set_aside(path))
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
-    """So that SIGTERM unwinds the stack as Ctrl-C does."""
+def exit_on_sigterm() -> Iterator[None]:
+    """Lets SIGTERM unwind the stack within the block as Ctrl-C does, so that unfinished files are removed.
+
+    Only for a process on its own: a rank that waits for others within a collective would then not end at once. Does
+    nothing in a thread other than the main one, where no handler can be set.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -100,8 +119,67 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _claim(unfinished: Path, target: Path) -> int:
+    """Makes the folder, empties it and locks it; returns the lock. A process that was killed holds no lock any more."""
+    unfinished.mkdir(exist_ok=True)
+    lock = os.open(unfinished, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise ValueError(f"another process is writing {target}") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:  # some network file systems have none: two writers then see nothing of it
+            os.close(lock)
+            raise
+    for left in unfinished.iterdir():
+        _remove(left)
+    return lock
+
+
+def _put_in_place(unfinished: Path, target: Path) -> None:
+    old = _set_aside(target) if target.exists() else None
+    try:
+        os.rename(unfinished, target)
+    except BaseException:
+        if old is not None:
+            os.rename(old, target)
+        raise
+    _flush_entry(unfinished.parent)
+    if old is not None:
+        _remove(old)
+
+
+def _set_aside(path: Path) -> Path:
+    aside = path.with_name(f".{path.name}.old.tmp")
+    _remove(aside)
+    os.rename(path, aside)
+    return aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _check_space(target: Path, *, num_bytes: int) -> None:
+    if shutil.disk_usage(target.absolute().parent).free < num_bytes + RESERVE_BYTES:
+        raise _no_space(target, num_bytes=num_bytes, reason="not enough space")
+
+
+def _no_space(target: Path, *, num_bytes: int | None, reason: str) -> ValueError:
+    parent = target.absolute().parent
+    free = f"{shutil.disk_usage(parent).free / 1e9:.2f} GB are free"
+    if num_bytes is None:
+        return ValueError(f"{target}: {reason}. {free} in {parent}")
+    needed = f"About {(num_bytes + RESERVE_BYTES) / 1e9:.2f} GB are needed"
+    return ValueError(f"{target}: {reason}. {needed} in {parent}, {free} there")
+
+
 def _flush(folder: Path) -> None:
-    """Everything in it is on the disk when this returns: a name that survives a power cut stands for whole files."""
+    """Returns when every file and folder below, and `folder` itself, is on the disk."""
     for base, _, files in os.walk(folder):
         for file in files:
             _flush_entry(Path(base) / file)
@@ -112,5 +190,8 @@ def _flush_entry(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system on which folders cannot be flushed
+            raise
     finally:
         os.close(descriptor)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from megatron_vppo.algorithm.grouping import keep_group
-from megatron_vppo.algorithm.types import Prompt, Response, ScoredResponse
+from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog
@@ -20,7 +20,7 @@ from megatron_vppo.trainer.grader import Grader
 
 logger = logging.getLogger(__name__)
 
-Group = list[ScoredResponse]
+Group = list[GradedResponse]
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from megatron_vppo.algorithm.types import Response, Reward, ScoredResponse
+from megatron_vppo.algorithm.types import GradedResponse, Response, Reward
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.parallel.collective import from_rank_zero
 
@@ -21,11 +21,11 @@ class Grader:
         self._pool = pool
         self._decode = decode
 
-    def score(self, responses: Sequence[Response]) -> list[ScoredResponse]:
+    def score(self, responses: Sequence[Response]) -> list[GradedResponse]:
         """In the order of the responses; a collective over all ranks."""
         graded = from_rank_zero(lambda: self._score_here(responses))
         return [
-            ScoredResponse(response=response, text=text, reward=reward)
+            GradedResponse(response=response, text=text, reward=reward)
             for response, (text, reward) in zip(responses, graded, strict=True)
         ]
 

@@ -10,7 +10,8 @@ from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
-from megatron_vppo.parallel.policy import MegatronPolicy, Views
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.trainer.collect import Collector, Group
@@ -46,7 +47,7 @@ def train(run: Run) -> None:
     divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
 
     placement.syncing()
-    log.add_all(sampler.load_weights(policy.hf_weights(), version=run.start_step))
+    log.add_all(sampler.send_weights(policy.hf_weights(), version=run.start_step))
     if run.validator and run.start_step == 0 and config.trainer.val_before_train:
         with log.step(0), log.span("testing"):
             placement.sampling()
@@ -91,7 +92,7 @@ def train(run: Run) -> None:
                 with log.span("update_weights"):
                     placement.syncing()
                     trained = policy.hf_weights(only_trained=True)
-                    log.add_all(sampler.load_weights(trained, version=step, kept=policy.frozen_hf_names))
+                    log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
                 run.record(step, minibatches, groups, scores)
 
             # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.

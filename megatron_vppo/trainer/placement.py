@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from megatron_vppo.parallel.offload import Part
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.rollout.engine import MemoryTag
 
 PhaseName = Literal["start", "sync", "sample", "score", "update", "write"]
@@ -20,9 +20,9 @@ PhaseName = Literal["start", "sync", "sample", "score", "update", "write"]
 class Trainer(Protocol):
     """See parallel/offload.py."""
 
-    def offload(self, parts: Collection[Part]) -> None: ...
+    def offload(self, parts: Collection[MemoryPart]) -> None: ...
 
-    def reload(self, parts: Collection[Part]) -> None: ...
+    def reload(self, parts: Collection[MemoryPart]) -> None: ...
 
     def empty_cache(self) -> None: ...
 
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Phase:
-    trainer: tuple[Part, ...]
+    trainer: tuple[MemoryPart, ...]
     """What has to be on the device; the rest leaves, as far as `actor.offload` names it."""
     engine: tuple[MemoryTag, ...]
     after: tuple[PhaseName, ...]
@@ -68,7 +68,7 @@ class Placement:
         trainer: Trainer,
         engine: Engine | None,
         *,
-        offloads: Collection[Part],
+        offloads: Collection[MemoryPart],
         engines_sleep: bool,
         barrier: Callable[[], None],
     ) -> None:
@@ -85,7 +85,7 @@ class Placement:
         self._engines_sleep = engines_sleep
         self._offloads = frozenset(offloads)
         self._barrier = barrier
-        self._away: frozenset[Part] = frozenset()
+        self._away: frozenset[MemoryPart] = frozenset()
         self._awake: frozenset[MemoryTag] = frozenset() if engines_sleep else frozenset(("weights", "kv_cache"))
         self.phase: PhaseName = "start"
 
@@ -126,7 +126,7 @@ class Placement:
             self._barrier()  # an engine may reach over the GPUs of several ranks
             self._take(coming, phase)
 
-    def _make_room(self, leaving: frozenset[Part], phase: Phase) -> None:
+    def _make_room(self, leaving: frozenset[MemoryPart], phase: Phase) -> None:
         """Nobody takes memory here: vLLM compares what the whole GPU has free before and after it falls asleep."""
         if leaving:
             self._trainer.offload(leaving)
@@ -140,7 +140,7 @@ class Placement:
         elif set(phase.engine) - self._awake:
             self._trainer.empty_cache()
 
-    def _take(self, coming: frozenset[Part], phase: Phase) -> None:
+    def _take(self, coming: frozenset[MemoryPart], phase: Phase) -> None:
         if coming:
             self._trainer.reload(coming)
             self._away -= coming

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vppo.algorithm.assemble import Minibatch
-from megatron_vppo.algorithm.types import Response, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, Response, Scores
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.observability.rollouts import RolloutRecord, png_pair
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -42,14 +42,14 @@ class Recorder:
                 record = self._record(item, row, local, minibatch, scores, texts)
                 if (item.response.group_id, item.response.sample) in with_pictures:
                     record["images"] = [
-                        self._pictures(item.response, i, step, masked=scores.masked_logp_BT is not None)
+                        self._pictures(item.response, i, step, masked=scores.perturbed_logp_BT is not None)
                         for i in range(len(item.response.prompt.images))
                     ]
                 yield record
                 row += 1
 
     def _record(
-        self, item: ScoredResponse, row: int, local: int, minibatch: Minibatch, scores: Scores, texts: dict[int, str]
+        self, item: GradedResponse, row: int, local: int, minibatch: Minibatch, scores: Scores, texts: dict[int, str]
     ) -> RolloutRecord:
         response, reward, decided = item.response, item.reward, minibatch.record
         length = len(response.token_ids)
@@ -68,7 +68,7 @@ class Recorder:
             token_ids=list(response.token_ids),
             rollout_logps=[round(x, 6) for x in response.rollout_logps],
             old_logps=tokens_of(scores.old_logp_BT, row) or [],
-            masked_logps=tokens_of(scores.masked_logp_BT, row),
+            masked_logps=tokens_of(scores.perturbed_logp_BT, row),
             dependency=tokens_of(decided.dependency_BT, local),
             kept=[int(x) for x in decided.token_mask_BT[local, :length].tolist()],
             reward=reward.overall,

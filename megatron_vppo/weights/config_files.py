@@ -1,4 +1,4 @@
-"""Everything of a model's folder but its weights: configuration, tokenizer, processor, chat template."""
+"""The files of a model's folder except for its weights: configuration, tokenizer, processor, chat template."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ WEIGHT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.ckpt",
     "*.pkl", "*.pickle", "*.joblib", DIST_CKPT,
 )  # fmt: skip
+"""The files that hold weights, in whatever format, as patterns."""
 
 
 def copy_config_files(source: Path, target: Path) -> None:
-    """Into a folder, which is made where it does not exist. Hidden files stay behind, weights in whatever format too.
+    """Copies everything except for weights and hidden files, and makes the target if it does not exist.
 
-    The first failure ends it: shutil.copytree would go on, and keep of a full disk only the text.
+    The first failure ends it. shutil.copytree would continue, and turn a full disk into a list of texts.
     """
     target.mkdir(parents=True, exist_ok=True)
     names = os.listdir(source)
@@ -33,7 +34,7 @@ def copy_config_files(source: Path, target: Path) -> None:
 
 
 def name_dtype(folder: Path, dtypes: Collection[torch.dtype]) -> None:
-    """Makes config.json say which dtype the weights have, where it says something else and they have only one."""
+    """Writes the dtype of the weights into config.json if all have the same one and it says another."""
     if len(set(dtypes)) != 1:
         return
     name = str(next(iter(dtypes))).removeprefix("torch.")

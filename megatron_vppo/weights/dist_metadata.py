@@ -1,8 +1,8 @@
-"""What a distributed checkpoint says of itself, read without executing anything of it.
+"""The description of a distributed checkpoint, read without executing anything of it.
 
-Its file `.metadata` is a pickle, which could name any function to be called. Here it may name only the records that
-torch.distributed.checkpoint writes there. Where such a file was read once by this module, it is safe to be read again
-by torch's and Megatron's own readers.
+Its file `.metadata` is a pickle, which could call any function that it names. Here it may name only the records that
+torch.distributed.checkpoint writes there. After this module has read such a file, torch's and Megatron's own readers
+may safely read it again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
 from megatron_vppo.weights.kinds import Shape, padded_vocabulary
 
 DIST_CKPT = "dist_ckpt"
-"""Folder with the weights, within a converted folder as within a training checkpoint."""
+"""The folder with the weights, in a converted folder and in a training checkpoint."""
 BACKEND = "torch_dist"
 _DCP = "torch.distributed.checkpoint"
 _DTYPES = {"float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"}
@@ -35,7 +35,8 @@ _ALLOWED = {
     "pathlib._local": {"PosixPath"},
     "collections": {"OrderedDict"},
 }  # fmt: skip
-"""Records, and functions that only look something up. Megatron keeps the plans of its writers in the same file."""
+"""The names that the pickle may contain, by module: records, and functions that only look something up. Megatron keeps
+the plans of its writers in the same file."""
 
 
 class _Reader(pickle.Unpickler):
@@ -46,10 +47,10 @@ class _Reader(pickle.Unpickler):
 
 
 def read_metadata(dist_ckpt: Path) -> Metadata:
-    """Which tensors a distributed checkpoint holds, and where.
+    """Reads which tensors a distributed checkpoint holds, and where.
 
     Raises:
-        ValueError: it is none, is incomplete, or its description would execute something.
+        ValueError: it is not a distributed checkpoint, is incomplete, or its description would execute something.
     """
     _check_backend(dist_ckpt)
     path = dist_ckpt / ".metadata"
@@ -69,7 +70,7 @@ def read_metadata(dist_ckpt: Path) -> Metadata:
 def _check_backend(dist_ckpt: Path) -> None:
     path = dist_ckpt / "metadata.json"
     if not path.is_file():
-        raise ValueError(f"{dist_ckpt} lacks metadata.json: it is no distributed checkpoint, or an incomplete one")
+        raise ValueError(f"{dist_ckpt} lacks metadata.json: it is not a distributed checkpoint, or an incomplete one")
     try:
         backend = json.loads(path.read_text())["sharded_backend"]
     except (ValueError, TypeError, KeyError) as error:
@@ -79,7 +80,7 @@ def _check_backend(dist_ckpt: Path) -> None:
 
 
 def _check_files(dist_ckpt: Path, metadata: Metadata) -> None:
-    """Raises ValueError unless every file is there, as long as it should be, and lies in the folder itself."""
+    """Checks that every file is there, is long enough, and lies in the folder itself."""
     ends: dict[str, int] = {}
     for info in metadata.storage_data.values():
         ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
@@ -94,30 +95,32 @@ def _check_files(dist_ckpt: Path, metadata: Metadata) -> None:
 
 
 def check_stored(
-    dist_ckpt: Path, metadata: Metadata, *, key: str, size: Shape, tokens: int | None
+    dist_ckpt: Path, metadata: Metadata, *, key: str, size: Shape, unpadded_rows: int | None
 ) -> TensorStorageMetadata:
-    """The description of one tensor, checked against the model.
+    """Returns the description of one tensor, after checking it against the model.
 
     Args:
-        size: of the whole tensor as the model has it.
-        tokens: rows of the vocabulary without padding, which may be padded otherwise than in the model; None: `key` is
-            no table of tokens.
+        key: the name of the tensor in the checkpoint.
+        size: the shape of the whole tensor as the model has it.
+        unpadded_rows: see `Kind`: such a tensor may have been padded for another number of ranks than the model's.
 
     Raises:
-        ValueError: it is missing or has another shape.
+        ValueError: it is missing, has another shape, or is not stored as weights are.
     """
     found = metadata.state_dict_metadata.get(key)
     if not isinstance(found, TensorStorageMetadata):
         raise ValueError(f"{dist_ckpt} lacks the tensor {key}; does config.json belong to these weights?")
-    if tokens is not None:
+    if unpadded_rows is not None:
         # Written by n tensor-parallel ranks it is padded to a multiple of n, and consists of n blocks of rows.
-        rows = {tokens, padded_vocabulary(tokens, len(found.chunks))}
+        rows = {unpadded_rows, padded_vocabulary(unpadded_rows, len(found.chunks))}
         fits = found.size[0] in rows and tuple(found.size[1:]) == size[1:]
-        size = (tokens, *size[1:])
+        size = (unpadded_rows, *size[1:])
     else:
         fits = tuple(found.size) == size
     if not fits:
         raise ValueError(f"{key} in {dist_ckpt} has shape {tuple(found.size)}, the configuration says {size}")
     if not found.properties.dtype.is_floating_point or found.properties.dtype == torch.float64:
-        raise ValueError(f"{key} in {dist_ckpt} is stored as {found.properties.dtype}, which weights are not")
+        raise ValueError(
+            f"{key} in {dist_ckpt} is stored as {found.properties.dtype}; weights must be float32, bfloat16 or float16"
+        )
     return found

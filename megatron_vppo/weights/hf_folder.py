@@ -1,14 +1,15 @@
-"""The weights of a Hugging Face folder, read part by part with plain reads.
+"""The safetensors files of a Hugging Face folder, read and written by rows.
 
-Nothing is mapped into memory and nothing is executed: a safetensors file is a JSON header and raw bytes, and no other
-kind of file is looked at.
+Nothing is mapped into memory and nothing is executed: a safetensors file is a JSON header and raw bytes, and files of
+other kinds are not opened.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,33 +17,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vppo.weights.kinds import Entry, Shape
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Shape
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""What weights may be stored as, by safetensors' names."""
+"""The dtypes that weights may be stored in, by safetensors' names."""
 COMPARED_BYTES = 16 << 20
-"""Of a tensor at a time."""
+"""The bytes of a tensor that are compared at a time."""
 HEADER_BYTES = 100 << 20
-"""More than any header has; a file that is no safetensors file begins with a number as good as random."""
+"""More than any header has. A file of another format begins with a number that is as good as random."""
 
 
 @dataclass(frozen=True)
-class LazyTensor:
-    """A tensor in a file. `x[a:b]`, `x[:, a:b]` and `x[:]` read the rows they need, as a tensor of their own."""
+class FileTensor:
+    """A tensor in a safetensors file. `x[a:b]`, `x[:, a:b]` and `x[:]` read the rows they need, as a new tensor."""
 
     path: Path
     name: str
-    """In the file."""
+    """The name in the file."""
     dtype: torch.dtype
     shape: Shape
     start: int
-    """Byte of the file at which it begins."""
+    """The byte of the file at which it begins."""
 
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+    def row_ranges(self, num_bytes: int, low: int = 0, high: int | None = None) -> Iterator[tuple[int, int]]:
+        """Divides the rows `low` to `high` (None: all) into ranges of at most `num_bytes`, or of one row."""
+        high = self.shape[0] if high is None else high
+        step = max(1, num_bytes * self.shape[0] // max(1, self.nbytes))
+        for row in range(low, high, step):
+            yield row, min(row + step, high)
+
+    def write_rows(self, row: int, values: Tensor) -> None:
+        """Writes rows from `row` on, cast to the tensor's dtype. The file is as long as it will be."""
+        data = raw_bytes(values.to(self.dtype).contiguous())
+        at = self.start + row * self._row_bytes
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            while data:
+                written = os.pwrite(descriptor, data, at)
+                data, at = data[written:], at + written
+        finally:
+            os.close(descriptor)
 
     def __getitem__(self, index: slice | tuple[slice, slice]) -> Tensor:
         rows, columns = index if isinstance(index, tuple) else (index, None)
@@ -51,13 +72,17 @@ class LazyTensor:
         block = self._read_rows(low, max(low, high))
         return block if columns is None else block[:, columns]
 
+    @property
+    def _row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
     def _read_rows(self, low: int, high: int) -> Tensor:
         block = torch.empty((high - low, *self.shape[1:]), dtype=self.dtype)
         if block.numel() == 0:
             return block
         target = raw_bytes(block)
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + low * (self.nbytes // self.shape[0]))
+            file.seek(self.start + low * self._row_bytes)
             done = 0
             while done < len(target):
                 read = file.readinto(target[done:])
@@ -68,40 +93,43 @@ class LazyTensor:
 
 
 class HfFolder:
-    """Which tensors a folder holds and where: `model.safetensors`, or the shards that an index names."""
+    """The tensors of a folder: those of `model.safetensors`, or of the files that an index names."""
 
-    def __init__(self, folder: Path, canonical_name: Callable[[str], str]) -> None:
+    def __init__(self, folder: Path, released_name: Callable[[str], str]) -> None:
         """
         Args:
-            canonical_name: the released checkpoint's name of a tensor, from the one in the file.
+            released_name: translates the name of a tensor in a file to that of the released checkpoint.
 
         Raises:
-            ValueError: files are missing or cut off, are no safetensors files, or do not hold what the index says.
+            ValueError: files are missing or cut off, are not safetensors files, or do not hold what the index says.
         """
         self.folder = folder
-        self._tensors: dict[str, LazyTensor] = {}
+        self._tensors: dict[str, FileTensor] = {}
         index = folder / INDEX
         if index.is_file():
-            tensors = _of_index(index)
+            tensors = _read_index(index)
         elif (folder / SINGLE).is_file():
             tensors = read_header(folder / SINGLE)
         else:
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder in Hugging Face's format")
         for tensor in tensors:
-            name = canonical_name(tensor.name)
+            name = released_name(tensor.name)
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ValueError(f"{name} comes twice: {other.name} in {other.path} and {tensor.name} in {tensor.path}")
             self._tensors[name] = tensor
 
     def check(self, entries: Iterable[Entry], copies: Mapping[str, str]) -> tuple[str, ...]:
-        """Names of the copies that are stored although the model takes them from another tensor.
+        """Checks that the folder holds exactly the tensors of the model, and copies of some perhaps.
 
         Args:
-            copies: by name of such a tensor, the one that it has to equal.
+            copies: the tensors that the model takes from another one: their names, each with that one's name.
+
+        Returns:
+            The names of the copies that the folder holds.
 
         Raises:
-            ValueError: the folder holds other tensors than the model and its copies, or a copy with other values.
+            ValueError: tensors are missing or unknown, or a copy has other values than its original.
         """
         known = {name for entry in entries for name in entry.hf_names}
         missing = sorted(known - self._tensors.keys())
@@ -127,19 +155,18 @@ class HfFolder:
         return stored
 
     @staticmethod
-    def _check_copy(copy: LazyTensor, original: LazyTensor) -> None:
-        step = max(1, COMPARED_BYTES * original.shape[0] // max(1, original.nbytes))
+    def _check_copy(copy: FileTensor, original: FileTensor) -> None:
         if copy.shape != original.shape or any(
-            not torch.equal(copy[low : low + step], original[low : low + step].to(copy.dtype))
-            for low in range(0, original.shape[0], step)
+            not torch.equal(copy[low:high], original[low:high].to(copy.dtype))
+            for low, high in original.row_ranges(COMPARED_BYTES)
         ):
             raise ValueError(
                 f"{copy.name} in {copy.path} differs from {original.name}, which config.json ties it to; set "
                 "tie_word_embeddings to false there, or remove the tensor"
             )
 
-    def tensors(self, entry: Entry) -> tuple[LazyTensor, ...]:
-        """What makes one parameter, in the order that its kind takes.
+    def tensors(self, entry: Entry) -> tuple[FileTensor, ...]:
+        """Returns the tensors that make one parameter, in the order that its kind takes.
 
         Raises:
             ValueError: a tensor has another shape than the configuration says.
@@ -154,20 +181,36 @@ class HfFolder:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Gives access to the memory of a contiguous tensor on the CPU."""
     array: Any = tensor.view(torch.uint8).numpy()
     return memoryview(array).cast("B")
 
 
 def has_hf_weights(folder: Path) -> bool:
+    """Returns True if the folder holds safetensors files that transformers would load."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
-def read_header(path: Path) -> list[LazyTensor]:
-    """The tensors of a safetensors file, in the order of their bytes.
+def shard_name(number: int, count: int) -> str:
+    """Names one of `count` files, from 1 on, as loaders expect it; one alone is `model.safetensors`."""
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, files: Mapping[str, str], *, total_bytes: int) -> None:
+    """Writes the index of a folder of several files.
+
+    Args:
+        files: the name of each tensor's file.
+    """
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(files)}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def read_header(path: Path) -> list[FileTensor]:
+    """Reads the names, dtypes, shapes and positions of a safetensors file, in the order of the bytes.
 
     Raises:
-        ValueError: not such a file, or one that was cut off, or a tensor of a kind that weights are not stored as.
+        ValueError: it is not such a file, or was cut off, or holds a dtype that weights are not stored in.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -177,9 +220,9 @@ def read_header(path: Path) -> list[LazyTensor]:
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} is not a safetensors file: its header is no JSON") from error
+            raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
-        raise ValueError(f"{path} is not a safetensors file: its header is no table of tensors")
+        raise ValueError(f"{path} is not a safetensors file: its header is not a table of tensors")
     header.pop("__metadata__", None)
     tensors = [_described(path, name, described, data=8 + length) for name, described in header.items()]
     for tensor in tensors:
@@ -190,7 +233,7 @@ def read_header(path: Path) -> list[LazyTensor]:
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
-def _described(path: Path, name: str, described: Any, *, data: int) -> LazyTensor:
+def _described(path: Path, name: str, described: Any, *, data: int) -> FileTensor:
     match described:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
@@ -200,18 +243,18 @@ def _described(path: Path, name: str, described: Any, *, data: int) -> LazyTenso
         raise ValueError(f"{name} in {path} is stored as {dtype}; weights must be one of {', '.join(DTYPES)}")
     if begin < 0 or not all(isinstance(size, int) and size >= 0 for size in shape):
         raise ValueError(f"{path} is damaged: it describes {name} as {described}; download it again")
-    tensor = LazyTensor(path, name, DTYPES[dtype], tuple(shape), data + begin)
+    tensor = FileTensor(path, name, DTYPES[dtype], tuple(shape), data + begin)
     if end - begin != tensor.nbytes:
         raise ValueError(f"{name} in {path} has {end - begin} bytes, its shape {tensor.shape} needs {tensor.nbytes}")
     return tensor
 
 
-def _of_index(index: Path) -> list[LazyTensor]:
-    """What the files named by an index hold, compared with what it says that they hold."""
+def _read_index(index: Path) -> list[FileTensor]:
+    """Reads the headers of all files that an index names, and checks that they hold what it says."""
     try:
         described = json.loads(index.read_text())
     except ValueError as error:
-        raise ValueError(f"{index} is no JSON ({error}); download it again") from error
+        raise ValueError(f"{index} is not JSON ({error}); download it again") from error
     listed = described.get("weight_map") if isinstance(described, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
         raise ValueError(f"{index} has no weight_map that gives each tensor's file; download it again")

@@ -1,51 +1,81 @@
 """The kinds of correspondence between Hugging Face tensors and the parameters of a Megatron model.
 
-One immutable table of `Entry` per model family says which Hugging Face tensors make which parameter, and how. Loading,
-export and the live stream to the rollout engines all read it. Kinds are pure: `shard` cuts what one tensor-parallel
-rank holds, `merge` puts the shards of all ranks together again, bit by bit the same.
+Kinds are pure: `shard` cuts what one tensor-parallel rank holds, and `merge` puts the shards of all ranks together
+again, bit for bit.
 
-`shard` only slices its inputs along one dimension (`x[a:b]`, `x[:, a:b]`, `x[:]`), so it also takes the lazy slices of
-a safetensors file and reads no more than this rank's part.
+`shard` only slices its inputs along one dimension (`x[a:b]`, `x[:, a:b]`, `x[:]`), so it also takes tensors that still
+lie in a safetensors file (`hf_folder.FileTensor`), and reads no more of them than this rank needs.
+
+A new kind is one class here: nothing outside asks for its type. A gated projection of 4 rows on 2 ranks, for example:
+
+    Hugging Face        gate: g0 g1 g2 g3      up: u0 u1 u2 u3
+    shard, rank 0       g0 g1 u0 u1
+    shard, rank 1       g2 g3 u2 u3
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-ModelPart = Literal["vision_tower", "projector", "language_model"]
 
 
 class Kind(Protocol):
-    """How the tensors of one entry become the parameter of a tensor-parallel rank, and back."""
+    """The correspondence between the tensors of one entry and its parameter on each tensor-parallel rank."""
 
     @property
     def partition_dim(self) -> int | None:
-        """Dimension of the parameter that is split over ranks; None: every rank holds all of it."""
+        """The dimension of the parameter that is split over ranks; None if every rank holds all of it."""
 
     @property
     def partition_stride(self) -> int:
-        """Megatron's `stride`: how many interleaved blocks the split dimension consists of."""
+        """Megatron's `stride`: the number of interleaved blocks that the split dimension consists of."""
 
-    def hf_shapes(self) -> tuple[Shape, ...]: ...
+    @property
+    def stacks_rows(self) -> bool:
+        """True if the parameter of one rank is the rows of one tensor after those of another, in their order.
 
-    def local_shape(self, size: int) -> Shape: ...
+        Such a parameter can be read and written a few rows at a time.
+        """
 
-    def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor: ...
+    @property
+    def row_blocks(self) -> int:
+        """The number of equal blocks of rows that the parameter of one rank can be made in, one after another.
+
+        For every divisor of it as `size`, `shard` of all ranks in turn gives these blocks; for no other size.
+        """
+
+    @property
+    def unpadded_rows(self) -> int | None:
+        """The rows without padding, if `shard` may add rows of zeros; None if it never does."""
+
+    def hf_shapes(self) -> tuple[Shape, ...]:
+        """The shapes of the Hugging Face tensors."""
+
+    def local_shape(self, size: int) -> Shape:
+        """The shape of the parameter on each of `size` ranks."""
+
+    def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
+        """Cuts the parameter of rank `rank` of `size` from the Hugging Face tensors.
+
+        Raises:
+            ValueError: `size` does not divide what has to stay whole.
+        """
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        """[ranks, *local shape] -> the Hugging Face tensors, each made when it is asked for; they may be views."""
+        """Turns [ranks, *local shape] into the Hugging Face tensors, each when it is asked for; may be views."""
 
 
-def _part(total: int, *, rank: int, size: int, what: str) -> tuple[int, int]:
+def _share(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
+    """The first of this rank's share of `total` units, and the one after its last."""
     if total % size:
-        raise ValueError(f"{total} {what} cannot be split over {size} tensor-parallel ranks")
+        raise ValueError(f"{total} {unit} cannot be split over {size} tensor-parallel ranks")
     return rank * (total // size), (rank + 1) * (total // size)
 
 
@@ -57,6 +87,12 @@ class Replicated:
     shape: Shape
     partition_dim = None
     partition_stride = 1
+    row_blocks = 1
+    unpadded_rows = None
+
+    @property
+    def stacks_rows(self) -> bool:
+        return self.hf_shape == self.shape
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return (self.hf_shape,)
@@ -72,27 +108,33 @@ class Replicated:
 
 
 def whole(*shape: int) -> Replicated:
-    """Held by every rank, in the checkpoint's own shape."""
+    """Makes the kind of a tensor that every rank holds in the checkpoint's own shape."""
     return Replicated(hf_shape=shape, shape=shape)
 
 
 @dataclass(frozen=True)
 class Split:
-    """Cut into equal parts: dim 0 for column-parallel weights and biases, dim 1 for row-parallel weights."""
+    """A tensor cut into equal shares: dim 0 of column-parallel weights and biases, dim 1 of row-parallel weights."""
 
     shape: Shape
     partition_dim: int
     partition_stride = 1
+    stacks_rows = True
+    unpadded_rows = None
+
+    @property
+    def row_blocks(self) -> int:
+        return self.shape[0] if self.partition_dim == 0 else 1
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return (self.shape,)
 
     def local_shape(self, size: int) -> Shape:
-        low, high = _part(self.shape[self.partition_dim], rank=0, size=size, what="rows or columns")
+        low, high = _share(self.shape[self.partition_dim], rank=0, size=size, unit="rows or columns")
         return (*self.shape[: self.partition_dim], high - low, *self.shape[self.partition_dim + 1 :])
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _part(self.shape[self.partition_dim], rank=rank, size=size, what="rows or columns")
+        low, high = _share(self.shape[self.partition_dim], rank=rank, size=size, unit="rows or columns")
         return hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
@@ -101,23 +143,26 @@ class Split:
 
 @dataclass(frozen=True)
 class Gated:
-    """gate and up projections; each rank holds its part of gate, then its part of up."""
+    """The gate and up projections; each rank holds its share of gate, then its share of up."""
 
     rows: int
     tail: Shape
-    """Remaining dimensions: (inputs,) for the weight, () for the bias."""
+    """The remaining dimensions: (inputs,) for the weight, () for the bias."""
     partition_dim = 0
     partition_stride = 2
+    stacks_rows = True
+    row_blocks = 1
+    unpadded_rows = None
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return ((self.rows, *self.tail),) * 2
 
     def local_shape(self, size: int) -> Shape:
-        _, high = _part(self.rows, rank=0, size=size, what="rows of a gated MLP")
+        _, high = _share(self.rows, rank=0, size=size, unit="rows of a gated MLP")
         return (2 * high, *self.tail)
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _part(self.rows, rank=rank, size=size, what="rows of a gated MLP")
+        low, high = _share(self.rows, rank=rank, size=size, unit="rows of a gated MLP")
         return torch.cat([projection[low:high] for projection in hf])
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
@@ -127,7 +172,11 @@ class Gated:
 
 @dataclass(frozen=True)
 class GroupedQKV:
-    """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value."""
+    """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value.
+
+    Hugging Face    q0 q1 q2 q3      k0 k1      v0 v1           4 heads, 2 key-value heads
+    one rank        q0 q1 k0 v0 q2 q3 k1 v1
+    """
 
     heads: int
     kv_heads: int
@@ -135,6 +184,15 @@ class GroupedQKV:
     tail: Shape
     partition_dim = 0
     partition_stride = 1
+    unpadded_rows = None
+
+    @property
+    def stacks_rows(self) -> bool:
+        return self.kv_heads == 1
+
+    @property
+    def row_blocks(self) -> int:
+        return self.kv_heads
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -144,7 +202,7 @@ class GroupedQKV:
         return ((self.heads + 2 * self.kv_heads) * self.head_dim // size, *self.tail)
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _part(self.kv_heads, rank=rank, size=size, what="key-value heads")
+        low, high = _share(self.kv_heads, rank=rank, size=size, unit="key-value heads")
         blocks = []
         for tensor, heads_per_group in zip(hf, self._heads_per_group(), strict=True):
             rows = heads_per_group * self.head_dim
@@ -163,13 +221,26 @@ class GroupedQKV:
 
 @dataclass(frozen=True)
 class FusedQKV:
-    """One tensor [all queries; all keys; all values] -> one, ordered by head: its query, its key, its value."""
+    """One tensor of all queries, all keys, all values -> one ordered by head: its query, its key, its value.
+
+    Hugging Face    q0 q1 k0 k1 v0 v1           2 heads
+    one rank        q0 k0 v0 q1 k1 v1
+    """
 
     heads: int
     head_dim: int
     tail: Shape
     partition_dim = 0
     partition_stride = 1
+    unpadded_rows = None
+
+    @property
+    def stacks_rows(self) -> bool:
+        return self.heads == 1
+
+    @property
+    def row_blocks(self) -> int:
+        return self.heads
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return ((3 * self.heads * self.head_dim, *self.tail),)
@@ -178,8 +249,8 @@ class FusedQKV:
         return (3 * self.heads * self.head_dim // size, *self.tail)
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _part(self.heads, rank=rank, size=size, what="attention heads")
-        starts = [part * self.heads * self.head_dim for part in range(3)]
+        low, high = _share(self.heads, rank=rank, size=size, unit="attention heads")
+        starts = [number * self.heads * self.head_dim for number in range(3)]  # of queries, keys, values
         blocks = [
             hf[0][start + low * self.head_dim : start + high * self.head_dim].reshape(
                 high - low, self.head_dim, *self.tail
@@ -195,12 +266,21 @@ class FusedQKV:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows of tokens, split over ranks after padding with zero rows to a multiple of their number."""
+    """One row per token, padded with rows of zeros to a multiple of the number of ranks and then split."""
 
     tokens: int
     hidden: int
     partition_dim = 0
     partition_stride = 1
+    stacks_rows = True
+
+    @property
+    def row_blocks(self) -> int:
+        return self.tokens
+
+    @property
+    def unpadded_rows(self) -> int:
+        return self.tokens
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return ((self.tokens, self.hidden),)
@@ -219,58 +299,5 @@ class Vocabulary:
 
 
 def padded_vocabulary(tokens: int, tensor_size: int) -> int:
-    """The least multiple of the tensor-parallel size that holds all tokens."""
+    """Rounds the number of tokens up to a multiple of the tensor-parallel size."""
     return math.ceil(tokens / tensor_size) * tensor_size
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One parameter of the whole model."""
-
-    template: str
-    """Its name in a pipeline stage's `named_parameters()`, with `{}` for the layer's number within the stage."""
-    hf_names: tuple[str, ...]
-    """As in released checkpoints, in the order that `kind` takes and gives them."""
-    kind: Kind
-    place: Literal["first", "layer", "last"]
-    """Pipeline stage: the first, the one that holds language layer `layer`, or the last. Stages count in the order of
-    the model; a rank may hold several."""
-    layer: int | None = None
-    """Number in the whole model of the language layer that `{}` stands for."""
-    part: ModelPart = "language_model"
-    copy: bool = False
-    """A second holder of tensors that another entry has: the tied output layer of a pipeline's last stage. Loaded, kept
-    equal by the optimizer step, never exported."""
-
-    def stage(self, stage_layers: Sequence[int]) -> int:
-        """Which pipeline stage holds it, given the number of language layers of each stage."""
-        if self.place != "layer":
-            return 0 if self.place == "first" else len(stage_layers) - 1
-        return self._stage_and_local_layer(stage_layers)[0]
-
-    def local_name(self, stage_layers: Sequence[int]) -> str:
-        """Its name in the `named_parameters()` of that stage."""
-        if self.place != "layer":
-            return self.template
-        return self.template.format(self._stage_and_local_layer(stage_layers)[1])
-
-    def _stage_and_local_layer(self, stage_layers: Sequence[int]) -> tuple[int, int]:
-        assert self.layer is not None
-        local = self.layer
-        for stage, layers in enumerate(stage_layers):
-            if local < layers:
-                return stage, local
-            local -= layers
-        raise ValueError(f"layer {self.layer} lies beyond the {sum(stage_layers)} layers of the stages {stage_layers}")
-
-
-def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stage: int) -> list[Entry]:
-    """What one pipeline stage holds, tied copies included (they exist only where the two holders are apart)."""
-    return [
-        entry for entry in entries if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
-    ]
-
-
-def stream_entries(entries: Iterable[Entry]) -> list[Entry]:
-    """Everything once, in the order of the model: what an export walks over."""
-    return [entry for entry in entries if not entry.copy]

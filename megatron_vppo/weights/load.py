@@ -1,4 +1,4 @@
-"""Distributed checkpoint -> the parameters of one rank's model, under any layout."""
+"""The loading of one rank's model, from a Hugging Face folder or a converted one, under any layout."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
+from megatron_vppo.weights.entries import stage_entries
 from megatron_vppo.weights.hf_folder import has_hf_weights
-from megatron_vppo.weights.kinds import Vocabulary
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
 
@@ -24,10 +24,10 @@ class ShardedModel(MappedModel, Protocol):
 def load_weights(model: ShardedModel, folder: str | Path) -> None:
     """Fills every parameter of this rank's model from a Hugging Face folder or a converted one.
 
-    Collective over all ranks where the folder is a converted one.
+    A collective over all ranks if the folder is a converted one.
 
     Raises:
-        ValueError: the folder holds both kinds of weights, or neither, or they are not those of the model.
+        ValueError: the folder holds both kinds of weights, or neither, or those of another model.
     """
     folder = Path(folder)
     converted = (folder / DIST_CKPT).is_dir()
@@ -45,35 +45,42 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
-    """Fills every parameter from a distributed checkpoint, written under whatever layout; collective over all ranks.
+    """Fills every parameter from a distributed checkpoint that any layout has written; a collective over all ranks.
 
     Only the tensors of parameters are read: Megatron's extra states are pickles, and those of our layers are empty.
 
     Raises:
-        ValueError: the checkpoint is incomplete, lacks a tensor, or has one of another shape, or an output layer of its
-            own where the configuration ties it.
+        ValueError: the checkpoint is incomplete, lacks a tensor, has one of another shape, or has an output layer of
+            its own although the configuration ties it.
     """
     metadata = read_metadata(dist_ckpt)
     parameters = dict(model.named_parameters())
     sharded = {name: item for name, item in model.sharded_state_dict().items() if name in parameters}
-    tokens = next(entry.kind.tokens for entry in model.weight_map if isinstance(entry.kind, Vocabulary))
-    for item in sharded.values():
-        for part in sharded_parts(item):
-            rows = tokens if part.allow_shape_mismatch else None
-            check_stored(dist_ckpt, metadata, key=part.key, size=part.global_shape, tokens=rows)
+    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage)
+    kinds = {entry.local_name(model.stage_layers): entry.kind for entry in entries}
+    for name, item in sharded.items():
+        for block in sharded_blocks(item):
+            check_stored(
+                dist_ckpt,
+                metadata,
+                key=block.key,
+                size=block.global_shape,
+                unpadded_rows=kinds[name].unpadded_rows,
+            )
     for entry in model.weight_map:
         if entry.copy and entry.template in metadata.state_dict_metadata:
             raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
-    # Other models of the pipeline may hold the rest: that all of it is there was seen above, tensor by tensor.
+    # Megatron's own check wants all ranks together to read everything, which fails if a rank holds several stages and
+    # loads one after the other. That nothing is missing was seen above, tensor by tensor.
     loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
     for name, parameter in parameters.items():
-        parameter.copy_(loaded[name])  # onto itself, where Megatron could fill the tensor that it was given
+        parameter.copy_(loaded[name])  # where Megatron could fill the parameter itself, this copies it onto itself
 
 
-def sharded_parts(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """The blocks of rows in which Megatron stores a parameter: one, but for a gated projection."""
+def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """Returns the blocks of rows in which Megatron stores a parameter: two for a gated projection, else one."""
     if not isinstance(item, ShardedTensorFactory):
         return [item]
     built = item.build()
-    assert isinstance(built, list), f"{item.key} is stored in a way that is not known here"
+    assert isinstance(built, list), f"{item.key} is not stored as blocks of rows"
     return built

@@ -1,4 +1,4 @@
-"""Hugging Face safetensors -> the parameters of one rank's model."""
+"""The loading of one rank's model from the safetensors files of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
+from megatron_vppo.weights.entries import Entry, stage_entries
 from megatron_vppo.weights.hf_folder import HfFolder
-from megatron_vppo.weights.kinds import Entry, stage_entries
 
 
 class MappedModel(Protocol):
-    """One pipeline stage of a model that has a weight map."""
+    """One pipeline stage of a model with a weight map, as far as this room needs to know it."""
 
     weight_map: tuple[Entry, ...]
     stage_layers: tuple[int, ...]
     stage: int
     groups: ProcessGroupCollection
     hf_copies: Mapping[str, str]
-    canonical_hf_name: Callable[[str], str]
+    released_name: Callable[[str], str]
 
     def tensor_group(self, entry: Entry) -> dist.ProcessGroup: ...
 
@@ -32,16 +32,16 @@ class MappedModel(Protocol):
 
 @torch.no_grad()
 def load_hf_weights(model: MappedModel, folder: str | Path) -> None:
-    """Fills every parameter of this rank's pipeline stage, reading only this rank's part of each tensor.
+    """Fills every parameter of this rank's pipeline stage, and reads only this rank's share of each tensor.
 
-    The folder holds `model.safetensors`, or shards with `model.safetensors.index.json`; names of released checkpoints
-    or those that transformers 5 uses in memory.
+    The folder holds `model.safetensors`, or several files and `model.safetensors.index.json`. Tensors are named as in
+    released checkpoints or as transformers 5 names them in memory.
 
     Raises:
-        ValueError: a tensor is missing, has another shape than the configuration says, is not part of the model, or
-            is a copy with other values.
+        ValueError: a tensor is missing, has another shape than the configuration says, does not belong to the model,
+            or is a copy with other values.
     """
-    weights = HfFolder(Path(folder), model.canonical_hf_name)
+    weights = HfFolder(Path(folder), model.released_name)
     weights.check(model.weight_map, model.hf_copies)
     unfilled = dict(model.named_parameters())
     for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -12,26 +10,29 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
+from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.config_files import copy_config_files
-from megatron_vppo.weights.kinds import Entry, ModelPart, stream_entries
+from megatron_vppo.weights.entries import Entry, stream_entries
+from megatron_vppo.weights.hf_folder import shard_name, write_index
 from megatron_vppo.weights.load_hf import MappedModel
 from megatron_vppo.weights.residence import require_resident
 
 
 @torch.no_grad()
 def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint once, in the order of the model, whole on every rank.
+    """Yields every tensor of the checkpoint once, in the order of the model and whole on every rank.
 
-    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. The shards of one
-    entry (at most a QKV or gate-and-up group, or the embedding) exist at a time, and beside them those of its whole
-    tensors that the caller holds. Tensors may be views of parameters, so copy what outlives the next optimizer step.
+    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. At any time there are
+    the shards of one entry (at most QKV, gate and up, or the embedding), next to whole tensors that the caller keeps.
+    Tensors may be views of parameters, so copy what has to outlive the next optimizer step.
 
     Args:
-        stages: those that this rank holds.
-        without: parts of the model that are left out.
+        stages: the pipeline stages that this rank holds.
+        without: the parts of the model to leave out.
 
     Raises:
-        RuntimeError: the weights are offloaded (offload.py).
+        RuntimeError: the weights are offloaded (parallel/offload.py).
     """
     parameters = [dict(stage.named_parameters()) for stage in stages]
     require_resident((tensor for named in parameters for tensor in named.values()), what="export")
@@ -46,7 +47,7 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] 
 def _stage_shard(
     entry: Entry, stages: Sequence[MappedModel], parameters: Sequence[dict[str, torch.nn.Parameter]]
 ) -> Tensor:
-    """This tensor-parallel rank's shard, brought from the pipeline rank that holds it."""
+    """Brings this tensor-parallel rank's shard from the pipeline rank that holds its stage."""
     model = stages[0]
     group = model.groups.pp
     nth, owner = divmod(entry.stage(model.stage_layers), group.size())
@@ -62,7 +63,7 @@ def _stage_shard(
 
 
 def _gathered(shard: Tensor, entry: Entry, model: MappedModel) -> Tensor:
-    """[tensor-parallel ranks, *local shape]; of one rank where all have the same."""
+    """Gathers [tensor-parallel ranks, *local shape]; [1, *shape] if all ranks have the same."""
     group = model.tensor_group(entry)
     if entry.kind.partition_dim is None or group.size() == 1:
         return shard[None]
@@ -76,26 +77,35 @@ def save_hf(
 ) -> None:
     """Writes a folder that transformers and vLLM load: the weights, and all other files of the source folder.
 
-    Every rank must iterate the weights; one writes. The folder appears under its name when it is whole.
+    Every rank must iterate the weights; one writes. The folder appears under its name when it is whole; an older one
+    stays until then.
 
     Args:
         source: the folder that training started from: config, tokenizer, processor, chat template.
-        shard_bytes: weights per file; as much is held in memory.
+        is_writer: True on the rank that writes.
+        shard_bytes: the size of a file's weights; the writer holds as much in memory.
+
+    Raises:
+        ValueError: the folder cannot be made, is being written by another process, or the disk is full.
     """
     if not is_writer:
         for _ in weights:
             pass
         return
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    copy_config_files(source, unfinished)
+    with whole_folder(folder, replace=True) as unfinished:
+        copy_config_files(source, unfinished)
+        _write_files(weights, unfinished, shard_bytes=shard_bytes)
+
+
+def _write_files(weights: Iterator[tuple[str, Tensor]], folder: Path, *, shard_bytes: int) -> None:
+    """Writes files of about `shard_bytes`, and names them at the end: a name tells the number of all files."""
     files: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = pending_bytes = 0
 
     def flush() -> None:
         files.append(list(pending))
-        save_file(pending, unfinished / _file_name(len(files)), metadata={"format": "pt"})
+        save_file(pending, folder / _unnumbered(len(files)), metadata={"format": "pt"})
         pending.clear()
 
     for name, tensor in weights:
@@ -106,24 +116,14 @@ def save_hf(
         pending_bytes += tensor.nbytes
         total += tensor.nbytes
     flush()
-    _name_files(unfinished, files, total)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
-
-
-def _file_name(number: int) -> str:
-    return f"model-{number:05d}.safetensors"
-
-
-def _name_files(folder: Path, files: list[list[str]], total_bytes: int) -> None:
-    """The names that loaders look for, which hold the number of files: one alone is `model.safetensors`."""
-    if len(files) == 1:
-        (folder / _file_name(1)).rename(folder / "model.safetensors")
-        return
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(files, start=1):
-        final = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        (folder / _file_name(number)).rename(folder / final)
+        final = shard_name(number, len(files))
+        (folder / _unnumbered(number)).rename(folder / final)
         where.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    if len(files) > 1:
+        write_index(folder, where, total_bytes=total)
+
+
+def _unnumbered(number: int) -> str:
+    return f"model-{number:05d}.safetensors"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.padding import length_mask
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.types import ImageRef, Prompt, Response, Reward, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, ImageRef, Prompt, Response, Reward, Scores
 from megatron_vppo.config.schema import AlgorithmConfig
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
@@ -57,22 +57,22 @@ def response(
     )
 
 
-def scored(responses: Sequence[Response], rewards: Sequence[float]) -> list[ScoredResponse]:
+def graded(responses: Sequence[Response], rewards: Sequence[float]) -> list[GradedResponse]:
     return [
-        ScoredResponse(response=r, text="", reward=Reward(overall=reward, accuracy=reward, metrics={}))
+        GradedResponse(response=r, text="", reward=Reward(overall=reward, accuracy=reward, metrics={}))
         for r, reward in zip(responses, rewards, strict=True)
     ]
 
 
-def scores(old_logp_BT: Tensor, masked_logp_BT: Tensor | None, divergence_BT: Tensor | None = None) -> Scores:
-    return Scores(old_logp_BT, torch.zeros_like(old_logp_BT), masked_logp_BT, divergence_BT)
+def scores(old_logp_BT: Tensor, perturbed_logp_BT: Tensor | None, divergence_BT: Tensor | None = None) -> Scores:
+    return Scores(old_logp_BT, torch.zeros_like(old_logp_BT), perturbed_logp_BT, divergence_BT)
 
 
 class SharedExample:
     """T2 of the spec: two responses, all quantities known."""
 
     old_logp_BT = torch.full((2, 6), -1.0)
-    masked_logp_BT = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -1.0, -9.0], [-1.0, -1.2, -0.5, -3.0, -1.1, -7.0]])
+    perturbed_logp_BT = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -1.0, -9.0], [-1.0, -1.2, -0.5, -3.0, -1.1, -7.0]])
     lengths = (5, 4)
     mask_BT = length_mask(lengths)
     """[2, 5]"""

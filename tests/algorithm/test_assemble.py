@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.loss import surrogate_loss
-from tests.algorithm.rows import GOLDEN, SharedExample, response, scored, scores, settings
+from tests.algorithm.rows import GOLDEN, SharedExample, graded, response, scores, settings
 
 # Two rewards of one group become +-this instead of the +-1 of the shared example: half the difference of 1 over the
 # unbiased deviation sqrt(1/2), plus 1e-6.
@@ -22,8 +22,8 @@ def shared_example(**changes: Any) -> Minibatch:
     e = SharedExample
     rows = [response(length, sample=i) for i, length in enumerate(e.lengths)]
     (minibatch,) = assemble(
-        scored(rows, [1.0, 0.0]),
-        scores(e.old_logp_BT, e.masked_logp_BT, divergence_BT=torch.linspace(0, 1, 12).view(2, 6)),
+        graded(rows, [1.0, 0.0]),
+        scores(e.old_logp_BT, e.perturbed_logp_BT, divergence_BT=torch.linspace(0, 1, 12).view(2, 6)),
         settings=settings(**changes),
         responses_per_minibatch=2,
         micro_batch_size=2,
@@ -33,13 +33,10 @@ def shared_example(**changes: Any) -> Minibatch:
 
 def loss_of(minibatch: Minibatch, new_logp_BT: Tensor, entropy_BT: Tensor | None = None) -> float:
     b = minibatch.batch
-    at = b.response_mask_BT.bool()
+    at = b.response_mask_BT.nonzero(as_tuple=True)
     return surrogate_loss(
         new_logp_BT[at],
-        b.old_logp_BT[at],
-        b.advantage_BT[at],
-        b.pg_weight_BT[at],
-        b.entropy_weight_BT[at],
+        b.terms_at(at),
         spec=b.loss,
         entropy_N=None if entropy_BT is None else entropy_BT[at],
     ).loss.item()
@@ -54,7 +51,7 @@ def test_shared_example_from_end_to_end(preset: str) -> None:
     record = minibatch.record
     assert torch.equal(record.token_mask_BT, torch.tensor(GOLDEN["G3_mask"]))
     torch.testing.assert_close(record.scale_B, torch.tensor(GOLDEN["G4"]["alpha"]), rtol=0, atol=2e-7)
-    torch.testing.assert_close(record.trajectory_score_B, torch.tensor(GOLDEN["G4"]["S"]), rtol=0, atol=2e-7)
+    torch.testing.assert_close(record.dependency_mean_B, torch.tensor(GOLDEN["G4"]["S"]), rtol=0, atol=2e-7)
     valid_k3_BT = torch.tensor(GOLDEN["G2_k3"]) * SharedExample.wide_mask_BT
     torch.testing.assert_close(record.dependency_BT, valid_k3_BT, rtol=0, atol=5e-7)
     assert record.group_advantage_B.tolist() == pytest.approx([PAIR_ADVANTAGE, -PAIR_ADVANTAGE])
@@ -123,9 +120,9 @@ def test_without_filter_and_shaping_no_second_view_is_needed() -> None:
     e = SharedExample
     plain = settings(use_vppo_on_perception=False, use_advantage_shaping=False)
     assert not plain.needs_dependency
-    rows = scored([response(n, sample=i) for i, n in enumerate(e.lengths)], [1.0, 0.0])
+    rows = graded([response(n, sample=i) for i, n in enumerate(e.lengths)], [1.0, 0.0])
     (minibatch,) = assemble(rows, scores(e.old_logp_BT, None), settings=plain, responses_per_minibatch=2)
-    assert minibatch.record.dependency_BT is None and minibatch.record.trajectory_score_B is None
+    assert minibatch.record.dependency_BT is None and minibatch.record.dependency_mean_B is None
     assert torch.equal(minibatch.record.token_mask_BT, e.wide_mask_BT)
     assert "actor/low_var_kl_mean_selected" not in minibatch.metrics
 
@@ -180,7 +177,7 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
 
     def run(**changes: Any) -> Any:
         (minibatch,) = assemble(
-            scored(rows, [1.0, 0, 0, 1, 1, 1, 0, 1]),
+            graded(rows, [1.0, 0, 0, 1, 1, 1, 0, 1]),
             inputs,
             settings=settings(**{**base, **changes}),
             responses_per_minibatch=8,
@@ -204,7 +201,7 @@ def test_text_only_rows_are_bypassed_or_ranked() -> None:
 
     def run(text_only_rows: str) -> Minibatch:
         (minibatch,) = assemble(
-            scored(rows, [1.0, 0.0, 1.0, 0.0]),
+            graded(rows, [1.0, 0.0, 1.0, 0.0]),
             inputs,
             settings=settings(dependency="kl_full", text_only_rows=text_only_rows),
             responses_per_minibatch=4,
@@ -229,7 +226,7 @@ def test_all_rows_text_only() -> None:
     inputs = scores(torch.full((2, 5), -1.0), torch.full((2, 5), -1.0))
     for preset, kept in (("reference", 2), ("global", 5)):
         (minibatch,) = assemble(
-            scored(rows, [1.0, 0.0]), inputs, settings=settings(preset=preset), responses_per_minibatch=2
+            graded(rows, [1.0, 0.0]), inputs, settings=settings(preset=preset), responses_per_minibatch=2
         )
         assert minibatch.record.scale_B.tolist() == [1.0, 1.0]
         assert minibatch.record.token_mask_BT.sum(1).tolist() == [kept, kept]
@@ -242,7 +239,7 @@ def test_truncated_responses_leave_loss_denominator_and_statistics() -> None:
 
     def run(truncated: str) -> Minibatch:
         (minibatch,) = assemble(
-            scored(rows, rewards),
+            graded(rows, rewards),
             scores(torch.full((3, 4), -1.0), None, divergence_BT),
             settings=settings(dependency="jsd", truncated_responses=truncated, top_p_perception_tokens=0.5),
             responses_per_minibatch=3,
@@ -266,7 +263,7 @@ def test_a_minibatch_of_truncated_responses_only() -> None:
     rows = [response(3, sample=i, finish="length") for i in range(2)]
     inputs = scores(torch.full((2, 3), -1.0), torch.full((2, 3), -2.0))
     (minibatch,) = assemble(
-        scored(rows, [1.0, 0.0]), inputs, settings=settings(truncated_responses="mask"), responses_per_minibatch=2
+        graded(rows, [1.0, 0.0]), inputs, settings=settings(truncated_responses="mask"), responses_per_minibatch=2
     )
     assert not minibatch.batch.pg_weight_BT.any() and not minibatch.batch.entropy_weight_BT.any()
     assert minibatch.metrics == {"actor/trained_row_fraction": 0.0}
@@ -278,7 +275,7 @@ def test_rollout_correction_weights_the_policy_gradient_only() -> None:
     arguments = {"use_vppo_on_perception": False, "use_advantage_shaping": False}
     plain, corrected = (
         assemble(
-            scored(rows, [1.0, 0.0]),
+            graded(rows, [1.0, 0.0]),
             inputs,
             settings=settings(rollout_correction_cap=cap, **arguments),
             responses_per_minibatch=2,
@@ -293,7 +290,7 @@ def test_rollout_correction_weights_the_policy_gradient_only() -> None:
     with pytest.raises(ValueError, match="response 1 has 1 of them for 2 tokens"):
         short = [rows[0], response(2, sample=1, rollout_logps=[-1.0])]
         assemble(
-            scored(short, [1.0, 0.0]),
+            graded(short, [1.0, 0.0]),
             inputs,
             settings=settings(rollout_correction_cap=3.0, **arguments),
             responses_per_minibatch=2,
@@ -306,7 +303,7 @@ def test_minibatches_take_rows_in_order_and_keep_the_step_baseline() -> None:
     dependency_BT = torch.arange(36.0).view(12, 3) / 36
     inputs = scores(torch.full((12, 3), -1.0), None, dependency_BT)
     whole, parts = (
-        assemble(scored(rows, rewards), inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=n)
+        assemble(graded(rows, rewards), inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=n)
         for n in (12, 5)
     )
     assert [len(part.batch.responses) for part in parts] == [5, 5, 2]
@@ -320,25 +317,25 @@ def test_minibatches_take_rows_in_order_and_keep_the_step_baseline() -> None:
 
 
 def test_errors_name_the_fix() -> None:
-    rows = scored([response(3, sample=i) for i in range(2)], [1.0, 0.0])
+    rows = graded([response(3, sample=i) for i in range(2)], [1.0, 0.0])
     old_BT = torch.full((2, 3), -1.0)
 
     def run(inputs: Any, **changes: Any) -> None:
         assemble(rows, inputs, settings=settings(**changes), responses_per_minibatch=2)
 
-    with pytest.raises(ValueError, match="'k3_sampled' needs masked_logp_BT"):
+    with pytest.raises(ValueError, match="'k3_sampled' needs perturbed_logp_BT"):
         run(scores(old_BT, None))
     with pytest.raises(ValueError, match="'jsd' needs divergence_BT"):
         run(scores(old_BT, old_BT), dependency="jsd")
     with pytest.raises(ValueError, match=r"old_logp_BT has shape \[3, 3\] for 2 responses"):
         run(scores(torch.zeros(3, 3), torch.zeros(3, 3)))
-    with pytest.raises(ValueError, match=r"masked_logp_BT has shape \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"perturbed_logp_BT has shape \[2, 4\]"):
         run(scores(old_BT, torch.zeros(2, 4)))
     with pytest.raises(ValueError, match="3 entries, more than the width of 2"):
         run(scores(torch.zeros(2, 2), torch.zeros(2, 2)))
     broken_BT = old_BT.clone()
     broken_BT[1, 2] = float("nan")
-    with pytest.raises(RuntimeError, match="masked_logp_BT has NaN or infinite entries in 1 of 2 rows, first row 1"):
+    with pytest.raises(RuntimeError, match="perturbed_logp_BT has NaN or infinite entries in 1 of 2 rows, first row 1"):
         run(scores(old_BT, broken_BT))
     with pytest.raises(ValueError, match="no responses"):
         assemble([], scores(old_BT, old_BT), settings=settings(), responses_per_minibatch=2)

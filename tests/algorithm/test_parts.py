@@ -16,7 +16,7 @@ from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import shape_advantages
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
-from megatron_vppo.algorithm.types import LossSpec
+from megatron_vppo.algorithm.types import LossSpec, TokenTerms
 from megatron_vppo.config.schema import AlgorithmConfig
 from tests.algorithm.rows import settings
 
@@ -143,7 +143,8 @@ def test_entropy_term_by_kind() -> None:
 
     def loss(kind: str, entropy_N: torch.Tensor | None) -> float:
         spec = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind=kind)
-        return surrogate_loss(logp_N, logp_N, zero_N, zero_N, weight_N, spec=spec, entropy_N=entropy_N).loss.item()
+        terms = TokenTerms(logp_N, zero_N, zero_N, weight_N)
+        return surrogate_loss(logp_N, terms, spec=spec, entropy_N=entropy_N).loss.item()
 
     assert loss("nll", entropy_N) == pytest.approx(0.1 + 0.4)
     assert loss("entropy", entropy_N) == pytest.approx(0.05 + 0.05)

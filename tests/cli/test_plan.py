@@ -36,7 +36,7 @@ def rows_of(out: str) -> list[list[str]]:
 
 def test_the_example(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, *EXAMPLE)
-    assert out.startswith("qwen2.5-vl-32b: 33.45 B parameters")
+    assert out.startswith("Model: qwen2.5-vl-32b (Qwen/Qwen2.5-VL-32B-Instruct), 33.45 B parameters")
     rows = rows_of(out)
     assert len(rows) > 3
     for tensor, pipeline, context, data, _, *memory in rows:
@@ -57,7 +57,7 @@ def test_the_settings_of_the_best_layout_are_a_configuration(
         capsys, *EXAMPLE, "--rows-per-micro-batch", "2", "--image-tokens", "600", "--freeze", "vision_tower",
         "--offload", "optimizer", "grads",
     )  # fmt: skip
-    lines = out.partition("Settings of the first line:\n")[2]
+    lines = out.partition("Settings of the first layout:\n")[2]
     path = tmp_path / "config.yaml"
     values = yaml.safe_load(lines)
     values["data"]["train_files"] = "train.parquet"
@@ -89,7 +89,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_fewer_rows_are_named_where_they_help(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", "qwen2.5-vl-7b", "--gpus", "4", "--gpu-memory", "80"]
-    assert "What would fit: --rows-per-micro-batch 1" in printed(
+    assert "What would fit: these GPUs with --rows-per-micro-batch 1." in printed(
         capsys, *command, "--rows-per-micro-batch", "96", status=1
     )
     assert rows_of(printed(capsys, *command, "--rows-per-micro-batch", "1"))
@@ -121,7 +121,7 @@ def test_an_engine_too_small_for_the_model(capsys: pytest.CaptureFixture[str]) -
     command = ["plan", "--model", "qwen2.5-vl-72b", "--gpus", "64", "--gpu-memory", "80"]
     out = printed(capsys, *command, "--rollout-tp", "1", status=1)
     assert "times as many GPUs would not help" in out
-    assert "What would fit: engines of another size, without --rollout-tp, on these." in out
+    assert "What would fit: these GPUs without --rollout-tp." in out
     assert "--rollout-tp" not in printed(capsys, *command)
 
 
@@ -144,7 +144,7 @@ def test_memory_as_a_card_reports_it(memory: str, status: int, capsys: pytest.Ca
     """Printed as given; utilization is a share of exactly that."""
     command = ["plan", "--model", "qwen2.5-vl-7b", "--gpus", "8", "--rollout-tp", "1"]
     out = printed(capsys, *command, "--gpu-memory", memory, status=status)
-    assert f"8 GPUs of {float(memory):g} GiB\n" in out
+    assert f"8 GPUs of {float(memory):g} GiB, " in out
     if status:
         assert " of 11.25 GiB: weights" in " ".join(out.split())
     else:
@@ -186,7 +186,7 @@ def test_mistakes(arguments: list[str], message: str, capfd: pytest.CaptureFixtu
 def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--model", "qwen3-vl-2b", "--gpus", "0", "--gpu-memory", "80"])
-    assert "--gpus: 0 is not positive" in capfd.readouterr().err
+    assert "--gpus: 0 is not a whole number of at least 1" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("memory", ["0", "-1", "0.0", "nan", "inf", "1e300", "80G"])

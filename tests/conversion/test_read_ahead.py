@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from megatron_vppo.conversion.dist_reader import StoredWeights
 from megatron_vppo.conversion.read_ahead import read_ahead
-from megatron_vppo.conversion.stored import StoredWeights
 from megatron_vppo.conversion.to_hf import megatron_to_hf
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.conversion.verify import compare_checkpoints
-from megatron_vppo.weights.hf_folder import LazyTensor
+from megatron_vppo.weights.hf_folder import FileTensor
 
 WAIT_SECONDS = 20
 
@@ -86,7 +86,7 @@ def test_weights_are_read_beside_the_main_thread(
 
         return noted
 
-    monkeypatch.setattr(LazyTensor, "__getitem__", noting(LazyTensor.__getitem__))
+    monkeypatch.setattr(FileTensor, "__getitem__", noting(FileTensor.__getitem__))
     monkeypatch.setattr(StoredWeights, "rows", noting(StoredWeights.rows))
     source = hf_folders["Qwen3 tied"]
     for work in (

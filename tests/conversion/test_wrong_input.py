@@ -18,7 +18,7 @@ from megatron_vppo.cli.main import main
 from megatron_vppo.conversion.to_hf import megatron_to_hf
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.conversion.verify import compare_checkpoints
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.hf_folder import HfFolder
 from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, shard
 
@@ -77,11 +77,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no header": (
         lambda folder: (folder / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{" * 50),
-        r"model\.safetensors is not a safetensors file: its header is no JSON",
+        r"model\.safetensors is not a safetensors file: its header is not JSON",
     ),
     "a header of another kind": (
         lambda folder: write_header(folder, []),
-        r"model\.safetensors is not a safetensors file: its header is no table of tensors",
+        r"model\.safetensors is not a safetensors file: its header is not a table of tensors",
     ),
     "a tensor without a place": (
         lambda folder: write_header(folder, {NORM: {"dtype": "F32", "shape": [64]}}),
@@ -97,7 +97,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "half an index": (
         lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a":'),
-        r"index\.json is no JSON \(.*\); download it again",
+        r"index\.json is not JSON \(.*\); download it again",
     ),
     "an index of nothing": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
@@ -273,7 +273,7 @@ def test_an_existing_target_is_not_touched(hf_folders: dict[str, Path], tmp_path
 def test_a_disk_that_is_too_small_is_seen_before_anything_is_written(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match=r"target: not enough space\. About 1000000000\.07 GB are needed in .*, \d"),
-        unfinished_folder(tmp_path / "target", num_bytes=10**18),
+        whole_folder(tmp_path / "target", num_bytes=10**18),
     ):
         raise AssertionError("got in")
     assert left_behind(tmp_path / "target") == []
@@ -319,7 +319,7 @@ def test_mistakes_end_in_one_line(
     (tmp_path / "file").touch()
     source = str(hf_folders[NAME])
     for arguments, message in (
-        (["hf-to-megatron", str(tmp_path), str(tmp_path / "target")], f"{tmp_path} has no config.json; a model's"),
+        (["hf-to-megatron", str(tmp_path), str(tmp_path / "target")], f"{tmp_path} has no config.json; give"),
         (["hf-to-megatron", f"{tmp_path}/absent", str(tmp_path / "target")], f"{tmp_path}/absent: no such folder"),
         (["hf-to-megatron", source, f"{tmp_path}/file/target"], f"{tmp_path}/file/target cannot be made: "),
     ):

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from megatron_vppo.algorithm.types import Scores
-from megatron_vppo.fidelity.compare import average_ranks, compare, decisions, spearman, spread
+from megatron_vppo.fidelity.compare import average_ranks, compare, decide, spearman, spread
 from tests.algorithm.rows import response, settings
 
 LENGTHS = (7, 4, 5, 1)
@@ -27,7 +27,7 @@ def make_scores(seed: int, *, kind: str = "k3_sampled") -> Scores:
     return Scores(
         old_logp_BT=logp_BT,
         entropy_BT=torch.zeros(4, WIDTH),
-        masked_logp_BT=masked_BT,
+        perturbed_logp_BT=masked_BT,
         divergence_BT=divergence_BT.abs() if kind != "k3_sampled" else None,
     )
 
@@ -39,7 +39,7 @@ def dependency(scores: Scores, kind: str) -> list[list[float]]:
         if scores.divergence_BT is not None:
             rows.append(scores.divergence_BT[row, :length].tolist())
             continue
-        x = [float(scores.masked_logp_BT[row, t] - scores.old_logp_BT[row, t]) for t in range(length)]  # type: ignore[index]
+        x = [float(scores.perturbed_logp_BT[row, t] - scores.old_logp_BT[row, t]) for t in range(length)]  # type: ignore[index]
         rows.append([math.exp(v) - 1 - v for v in x])
     return rows
 
@@ -65,7 +65,7 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
     responses = [response(length, group=n // 2, sample=n % 2) for n, length in enumerate(LENGTHS)]
     options = settings(dependency=kind, use_vppo_on_perception=filtering, use_advantage_shaping=filtering)
     one, other = (
-        decisions(responses, scores, settings=options, responses_per_minibatch=4, micro_batch_size=2)
+        decide(responses, scores, settings=options, responses_per_minibatch=4, micro_batch_size=2)
         for scores in (before, after)
     )
     found = compare(one, other, responses)
@@ -89,24 +89,24 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
     moved = [b - a for a, b in zip(scales(left, low=0.9), scales(right, low=0.9), strict=True)]
     assert found.scale_B.tolist() == pytest.approx(moved, abs=FLOAT32)
     means = [sum(b) / len(b) - sum(a) / len(a) for a, b in zip(left, right, strict=True)]
-    assert found.trajectory_score_B.tolist() == pytest.approx(means, abs=FLOAT32)
+    assert found.dependency_mean_B.tolist() == pytest.approx(means, abs=FLOAT32)
 
     at = [(row, t) for row, length in enumerate(LENGTHS) for t in range(length)]
     logps = [abs(float(after.old_logp_BT[place] - before.old_logp_BT[place])) for place in at]
-    masked = [abs(float(after.masked_logp_BT[place] - before.masked_logp_BT[place])) for place in at]  # type: ignore[index]
+    masked = [abs(float(after.perturbed_logp_BT[place] - before.perturbed_logp_BT[place])) for place in at]  # type: ignore[index]
     assert found.logp_N.tolist() == pytest.approx(logps, abs=FLOAT32)
-    assert found.masked_logp_N.tolist() == pytest.approx(masked, abs=FLOAT32)
+    assert found.perturbed_logp_N.tolist() == pytest.approx(masked, abs=FLOAT32)
 
 
 def test_equal_scores_differ_in_nothing() -> None:
     responses = [response(length, group=n // 2, sample=n % 2) for n, length in enumerate(LENGTHS)]
-    same = decisions(
+    same = decide(
         responses, make_scores(3), settings=settings(), responses_per_minibatch=2, micro_batch_size=2
     )  # two mini-batches: a scale each
     found = compare(same, same, responses)
     assert found.overlap == 1.0 and found.lost_dependency == 0.0
     assert found.spearman == pytest.approx(1.0, abs=EXACT)
-    for values in (found.logp_N, found.masked_logp_N, found.dependency_N, found.scale_B, found.trajectory_score_B):
+    for values in (found.logp_N, found.perturbed_logp_N, found.dependency_N, found.scale_B, found.dependency_mean_B):
         assert values.abs().max() == 0
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.emulation import emulated_fp8, fp8_linears
 from megatron_vppo.fidelity.formats import quantise_dequantise
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
+from megatron_vppo.models.options import Fp8Options, ModelOptions
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
@@ -98,7 +99,7 @@ def test_weights_and_scores_are_back(policy: MegatronPolicy, fails: bool) -> Non
     again = policy.score(responses, step=STEP, views="both", divergence="kl_full")
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(policy).items())
     assert [p.data_ptr() for p in policy.trainable.stages[0].parameters()] == places
-    for name in ("old_logp_BT", "masked_logp_BT", "divergence_BT", "entropy_BT"):
+    for name in ("old_logp_BT", "perturbed_logp_BT", "divergence_BT", "entropy_BT"):
         assert torch.equal(getattr(plain, name), getattr(again, name))
         assert not torch.equal(getattr(plain, name), getattr(quantised, name))
     assert (plain.old_logp_BT - quantised.old_logp_BT).abs().max() < 1.0, "near, not elsewhere"

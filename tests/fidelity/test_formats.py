@@ -14,8 +14,8 @@ import math
 import pytest
 import torch
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.formats import block_amax, mx_scale, quantise_dequantise, quotient_scale, to_e4m3
-from megatron_vppo.models.options import Fp8Recipe
 
 FLOAT32_ROUNDING = 1e-6
 """Relative; of a quotient, its reciprocal and two products."""

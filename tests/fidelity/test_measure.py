@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.schema import DataConfig, Fp8Config, ModelConfig, RunConfig
 from megatron_vppo.fidelity.measure import refusal
-from megatron_vppo.models.options import Fp8Recipe
 
 
 def config(ends: int) -> RunConfig:
@@ -23,4 +23,4 @@ def test_everything_can_be_emulated_but_delayed_with_ends(recipe: Fp8Recipe) -> 
 
 
 def test_delayed_has_no_scales_to_take_on_a_gpu() -> None:
-    assert "what updates have seen" in (refusal("delayed", config(0), on_gpu=True) or "")
+    assert "scales from past updates" in (refusal("delayed", config(0), on_gpu=True) or "")

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.layers.context_parallel import own_tokens
+from megatron_vppo.models.layers.context_parallel import tokens_of_rank
+from megatron_vppo.models.layers.packing import Packing
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
 LENGTHS = (1024, 256, 768, 256)
+PACKING = Packing(LENGTHS)
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
 TOLERANCE = 0.01
 """bfloat16; values are of order one."""
@@ -42,7 +44,7 @@ def dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
 def test_whole_sequences(causal: bool) -> None:
     inputs = make_inputs()
     rounded = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs]
-    plan = plan_attention(LENGTHS, causal=causal, device=DEVICE)
+    plan = plan_attention(PACKING, causal=causal, device=DEVICE)
     output = packed_attention(*rounded, plan, scale=1 / math.sqrt(HEAD_DIM))
     right = dense(*(x.to(torch.bfloat16) for x in inputs), causal=causal)
     assert (output.cpu().double() - right).abs().max() < TOLERANCE
@@ -54,10 +56,10 @@ def test_whole_sequences(causal: bool) -> None:
 def test_share_of_a_context_parallel_rank(rank: int) -> None:
     """Keys and values of all ranks, one after the other, as the ranks' gather gives them."""
     inputs = [x.to(torch.bfloat16) for x in make_inputs()]
-    shares = [own_tokens(LENGTHS, rank=other, size=4) for other in range(4)]
+    shares = [tokens_of_rank(PACKING, rank=other, size=4) for other in range(4)]
     query = inputs[0][shares[rank]].to(DEVICE)
     key, value = (x[torch.cat(shares)].to(DEVICE) for x in inputs[1:])
-    plan = plan_context_attention(LENGTHS, rank=rank, size=4, device=DEVICE)
+    plan = plan_context_attention(PACKING, rank=rank, size=4, device=DEVICE)
     output = packed_attention(query, key, value, plan, scale=1 / math.sqrt(HEAD_DIM))
     right = dense(*inputs, causal=True)[shares[rank]]
     assert (output.cpu().double() - right).abs().max() < TOLERANCE

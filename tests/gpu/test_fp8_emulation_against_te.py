@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.fidelity.formats import Operand, quantise_dequantise
-from megatron_vppo.models.options import Fp8Recipe
 
 RECIPES: tuple[Fp8Recipe, ...] = ("blockwise", "tensorwise", "delayed", "mxfp8")
 SHAPES = ((256, 384), (160, 224))

@@ -74,7 +74,7 @@ def test_a_step_of_sleep_sync_and_sampling(running: tuple[RolloutEngine, str]) -
     engine, family = running
     first, second = _weights(family, 0), _weights(family, 1)
     vision = [name for name in first if "visual." in name]
-    engine.load_weights(iter(first.items()), version=0, verify=True)
+    engine.send_weights(iter(first.items()), version=0, verify=True)
     engine.preserve(vision)
     answers = _ask(engine)
     assert len({token for answer in answers for token in answer}) > 5
@@ -87,14 +87,14 @@ def test_a_step_of_sleep_sync_and_sampling(running: tuple[RolloutEngine, str]) -
     engine.wake("weights")
     assert asleep - _free() < 0.05 * total, "the KV cache still sleeps"
     trained = {name: tensor for name, tensor in second.items() if name not in vision}
-    report = engine.load_weights(iter(trained.items()), version=1, verify=True, kept=vision)
+    report = engine.send_weights(iter(trained.items()), version=1, verify=True, kept=vision)
     assert report.checksums_ok and report.num_checksums > 0, "the preserved tower is among what was compared"
     engine.wake("kv_cache")
     assert _ask(engine) != answers
 
     engine.sleep()
     engine.wake("weights")
-    engine.load_weights(iter(first.items()), version=2, verify=True)
+    engine.send_weights(iter(first.items()), version=2, verify=True)
     engine.wake("kv_cache")
     assert _ask(engine) == answers, "the same weights answer as before, whatever lay in the woken memory"
 

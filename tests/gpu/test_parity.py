@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vppo.config.choices import Fp8Phase, Fp8Recipe
 from megatron_vppo.models.layers.te_support import has_transformer_engine, recipe_refusal
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions
+from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
-from megatron_vppo.parallel.policy import MegatronPolicy, Phase
+from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gpu.rig import gpu_configs
 from tests.parallel.policy_rig import (
     OPTIM,
@@ -84,7 +85,7 @@ def policy_for(
     *,
     dtype: torch.dtype = torch.bfloat16,
     recipe: Fp8Recipe | None = None,
-    scope: frozenset[Phase] = frozenset(),
+    scope: frozenset[Fp8Phase] = frozenset(),
     recompute: Any = "none",
 ) -> MegatronPolicy:
     options = ModelOptions(backend=backend, fp8=Fp8Options(recipe) if recipe else None, recompute=recompute)
@@ -210,7 +211,7 @@ def test_fp8_sees_the_weights_of_the_last_update(recipe: Fp8Recipe, layout: Layo
     """Layers keep 8-bit copies of their weights: after an update those of a model that never had other weights."""
     skip_unless_possible(recipe)
     folder, _ = models["Qwen2.5-VL"]
-    both: frozenset[Phase] = frozenset({"scoring", "update"})
+    both: frozenset[Fp8Phase] = frozenset({"scoring", "update"})
     trained, fresh = (policy_for(folder, layout, "te", recipe=recipe, scope=both) for _ in range(2))
     before = logps(trained)
     trained.update(make_batch(make_responses(), "nll"))

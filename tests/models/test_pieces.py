@@ -12,14 +12,15 @@ from transformers.vision_utils import get_vision_position_ids, get_vision_window
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
-from megatron_vppo.models.layers.context_parallel import own_tokens, padded_lengths
+from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths, stretch_weights
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.models.qwen25_vl.vision import window_order
-from megatron_vppo.models.vision.dealing import deal_pictures
+from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.models.vision.tower import patch_positions
 from tests.models.tiny import GRIDS, IMAGE, MERGE, make_rows, tiny_config, tiny_qwen3_config
 
@@ -46,7 +47,7 @@ def test_packed_attention_is_dense_attention(lengths: tuple[int, ...], kv_heads:
     inputs = [torch.randn(total, heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     upstream = torch.randn(total, 128)
 
-    packed = packed_attention(*inputs, plan_attention(lengths, causal=causal, device=CPU), scale=0.2)
+    packed = packed_attention(*inputs, plan_attention(Packing(lengths), causal=causal, device=CPU), scale=0.2)
     gradients = torch.autograd.grad((packed * upstream).sum(), inputs)
     parts = zip(*(x.split(lengths) for x in inputs), strict=True)
     expected = torch.cat([dense(*part, causal=causal, scale=0.2) for part in parts])
@@ -66,13 +67,13 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
     inputs = [torch.randn(sum(lengths), heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     upstream = torch.randn(sum(lengths), 128)
 
-    shares = [own_tokens(lengths, rank=rank, size=ranks) for rank in range(ranks)]
+    shares = [tokens_of_rank(Packing(lengths), rank=rank, size=ranks) for rank in range(ranks)]
     query, key, value = inputs
     gathered_key, gathered_value = (torch.cat([x[share] for share in shares]) for x in (key, value))
     loss = torch.zeros(())
     outputs = torch.empty(sum(lengths), 128)
     for rank, share in enumerate(shares):
-        plan = plan_context_attention(lengths, rank=rank, size=ranks, device=CPU)
+        plan = plan_context_attention(Packing(lengths), rank=rank, size=ranks, device=CPU)
         output = packed_attention(query[share], gathered_key, gathered_value, plan, scale=0.2)
         outputs[share] = output.detach()
         loss = loss + (output * upstream[share]).sum()
@@ -88,53 +89,56 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
 
 def test_context_parallel_shares_are_balanced() -> None:
     lengths = (16, 64, 8)
-    shares = [own_tokens(lengths, rank=rank, size=4) for rank in range(4)]
+    shares = [tokens_of_rank(Packing(lengths), rank=rank, size=4) for rank in range(4)]
     assert torch.cat(shares).sort().values.tolist() == list(range(88))
     starts = torch.tensor([0] * 16 + [16] * 64 + [80] * 8)
     keys_met = {int((share - starts[share] + 1).sum()) for share in shares}
     assert len(keys_met) == 1
     with pytest.raises(ValueError, match="multiples of 8"):
-        own_tokens((16, 12), rank=0, size=4)
+        tokens_of_rank(Packing((16, 12)), rank=0, size=4)
 
 
 @pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
 @pytest.mark.parametrize("alignment", [16, 128])
 def test_padding_for_fp8(tensor: int, context: int, alignment: int) -> None:
     lengths = [7, 16, 1, 30]
-    padded = padded_lengths(lengths, tensor=tensor, context=context, alignment=alignment)
+    packing = padded_packing(lengths, tensor=tensor, context=context, alignment=alignment)
+    padded = packing.lengths
+    assert packing.ends_in_filler == (len(padded) > len(lengths))
     assert sum(padded) % (tensor * context * alignment) == 0, "as much for every rank, and aligned"
     assert sum(padded) >= sum(lengths)
     if context > 1:
-        alone = padded_lengths(lengths, tensor=tensor, context=context)
+        alone = padded_packing(lengths, tensor=tensor, context=context).lengths
         assert padded[: len(lengths)] == alone, "the cut of a sequence does not depend on the others"
         assert all(length % (2 * context) == 0 for length in padded)
-    assert padded_lengths(padded, tensor=tensor, context=context, alignment=alignment) == padded
+    again = padded_packing(padded, tensor=tensor, context=context, alignment=alignment)
+    assert again == Packing(padded)
 
 
 @pytest.mark.parametrize("tensor, context", [(1, 1), (4, 1), (1, 2), (8, 2), (3, 4)])
 def test_padding_divides_over_ranks(tensor: int, context: int) -> None:
     lengths = [7, 16, 1, 30]
-    padded = padded_lengths(lengths, tensor=tensor, context=context)
+    padded = padded_packing(lengths, tensor=tensor, context=context).lengths
     if context > 1:
-        views = padded_lengths([*lengths, *lengths], tensor=tensor, context=context)
+        views = padded_packing([*lengths, *lengths], tensor=tensor, context=context).lengths
         assert views == padded * 2, "both views of a row are cut at the same places"
     assert all(now >= before for now, before in zip(padded, lengths, strict=True))
     assert context == 1 or all(now % (2 * context) == 0 for now in padded)
     assert sum(padded) % (tensor * context) == 0
     assert sum(padded) - sum(lengths) < (len(lengths) * 2 * context * tensor if context > 1 else tensor)
-    assert padded_lengths(padded, tensor=tensor, context=context) == padded
+    assert padded_packing(padded, tensor=tensor, context=context) == Packing(padded)
 
 
-def test_pictures_are_dealt_by_size() -> None:
+def test_images_are_assigned_by_size() -> None:
     grids = ((1, 4, 4), (1, 40, 40), (1, 8, 8), (1, 8, 10), (1, 6, 4))
-    assert deal_pictures(grids, ranks=2) == ((1,), (0, 2, 3, 4))
-    assert deal_pictures(grids[:2], ranks=3) == ((1,), (0,), ())
+    assert assign_images(grids, ranks=2) == ((1,), (0, 2, 3, 4))
+    assert assign_images(grids[:2], ranks=3) == ((1,), (0,), ())
 
 
 def test_buckets_bound_padding() -> None:
     generator = random.Random(3)
-    lengths = [generator.randint(1, 300) for _ in range(500)]
-    plan = plan_attention(lengths, causal=True, device=CPU)
+    lengths = tuple(generator.randint(1, 300) for _ in range(500))
+    plan = plan_attention(Packing(lengths), causal=True, device=CPU)
     index = torch.arange(sum(lengths))
     padded = sum(len(index[bucket.query_index]) for bucket in plan.buckets)
     assert sum(lengths) <= padded <= sum(lengths) / 0.8
@@ -245,8 +249,8 @@ def test_inconsistent_batches_are_refused() -> None:
     ids, none = torch.arange(4), torch.zeros(0, dtype=torch.int64)
     positions = ids.expand(3, 4)
     with pytest.raises(ValueError, match="sum to the 4 tokens"):
-        PackedBatch(ids, positions, (3,), none, none)
+        PackedBatch(ids, positions, Packing((3,)), none, none)
     with pytest.raises(ValueError, match=r"expected \(3, 4\)"):
-        PackedBatch(ids, positions[:, :3], (4,), none, none)
+        PackedBatch(ids, positions[:, :3], Packing((4,)), none, none)
     with pytest.raises(ValueError, match="1 image tokens but 0 features"):
-        PackedBatch(ids, positions, (4,), torch.tensor([1]), none)
+        PackedBatch(ids, positions, Packing((4,)), torch.tensor([1]), none)

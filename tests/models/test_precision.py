@@ -8,11 +8,12 @@ import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.megatron_config import language_config, vision_config
-from megatron_vppo.models.options import Fp8Options, Fp8Recipe, ModelOptions
-from megatron_vppo.models.precision import check_fp8, language_precision
+from megatron_vppo.models.options import Fp8Options, ModelOptions
+from megatron_vppo.models.precision import check_fp8_model, language_precision
 from megatron_vppo.planning.published import PUBLISHED, published_config
 
 CPU = torch.device("cpu")
@@ -38,31 +39,31 @@ def megatron_config(options: ModelOptions) -> TransformerConfig:
 def test_released_models_run_in_fp8_over_four_ranks(name: str, recipe: Fp8Recipe) -> None:
     hf_config = published_config(name)
     tensor = min(4, hf_config.text_config.num_key_value_heads)
-    check_fp8(hf_config, Fp8Options(recipe), tensor=tensor, pipeline=1, backend="te")
+    check_fp8_model(hf_config, Fp8Options(recipe), tensor=tensor, pipeline=1, backend="te")
 
 
 def test_a_width_that_does_not_fit_is_named() -> None:
     """Qwen2.5-VL-7B has 28 query and 4 key-value heads of 128, and an MLP of 18944 = 148 * 128."""
     hf_config = published_config("qwen2.5-vl-7b")
-    check_fp8(hf_config, Fp8Options("mxfp8"), tensor=4, pipeline=1, backend="te")
+    check_fp8_model(hf_config, Fp8Options("mxfp8"), tensor=4, pipeline=1, backend="te")
     hf_config.text_config.intermediate_size = 18944 + 16
-    check_fp8(hf_config, Fp8Options("tensorwise"), tensor=1, pipeline=1, backend="te")
+    check_fp8_model(hf_config, Fp8Options("tensorwise"), tensor=1, pipeline=1, backend="te")
     with pytest.raises(ValueError, match="multiples of 32, but the MLP width of a rank is 18960"):
-        check_fp8(hf_config, Fp8Options("mxfp8"), tensor=1, pipeline=1, backend="te")
+        check_fp8_model(hf_config, Fp8Options("mxfp8"), tensor=1, pipeline=1, backend="te")
     with pytest.raises(ValueError, match="multiples of 16, but the MLP width of a rank is 9480"):
-        check_fp8(hf_config, Fp8Options("blockwise"), tensor=2, pipeline=1, backend="te")
+        check_fp8_model(hf_config, Fp8Options("blockwise"), tensor=2, pipeline=1, backend="te")
 
 
 def test_ends_that_leave_nothing_are_refused() -> None:
     hf_config = published_config("qwen2.5-vl-7b")
-    check_fp8(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=13), tensor=1, pipeline=1, backend="te")
+    check_fp8_model(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=13), tensor=1, pipeline=1, backend="te")
     with pytest.raises(ValueError, match="none of the 28 layers"):
-        check_fp8(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=14), tensor=1, pipeline=1, backend="te")
-    check_fp8(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=7), tensor=1, pipeline=4, backend="te")
+        check_fp8_model(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=14), tensor=1, pipeline=1, backend="te")
+    check_fp8_model(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=7), tensor=1, pipeline=4, backend="te")
     with pytest.raises(ValueError, match="more than the 7 layers of one of 4 pipeline stages"):
-        check_fp8(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=8), tensor=1, pipeline=4, backend="te")
+        check_fp8_model(hf_config, Fp8Options("blockwise", bf16_layers_at_ends=8), tensor=1, pipeline=4, backend="te")
     with pytest.raises(ValueError, match=r"set fp8.bf16_layers_at_ends=0"):
-        check_fp8(hf_config, Fp8Options("delayed", bf16_layers_at_ends=1), tensor=1, pipeline=1, backend="te")
+        check_fp8_model(hf_config, Fp8Options("delayed", bf16_layers_at_ends=1), tensor=1, pipeline=1, backend="te")
 
 
 def test_plain_layers_never_pretend() -> None:

@@ -16,7 +16,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.metrics import RunLog, peak_memory_gb, read_metrics
 
 
@@ -139,16 +138,6 @@ for step in (1, 2, 3):
     assert [(line["step"], line["actor/loss"]) for line in strict_lines(tmp_path)] == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_rewrite_that_fails_leaves_the_old_file_whole(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("old\n")
-    with pytest.raises(OSError, match="disk full"), replaced_file(path) as file:
-        file.write(b"half of the new")
-        raise OSError("disk full")
-    assert path.read_text() == "old\n"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_a_failed_step_leaves_no_line_and_no_values(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     with pytest.raises(RuntimeError, match="out of memory"), log.step(1):
@@ -191,7 +180,7 @@ def test_other_ranks_write_nothing(tmp_path: Path) -> None:
 
 
 def test_an_unknown_logger_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown logger 'wandbb' in trainer\.loggers: use swanlab, wandb"):
+    with pytest.raises(ValueError, match=r"trainer\.loggers names 'wandbb', which is not one of swanlab, wandb"):
         RunLog(tmp_path, loggers=("wandbb",))
 
 

@@ -18,19 +18,21 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
+from megatron_vppo.config.choices import Fp8Phase
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.policy import MegatronPolicy, Phase, PolicySettings
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
+from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import (
     GRIDS,
     IMAGE,
-    MERGE,
     make_pixels,
     make_rows,
     save_tiny_model,
@@ -51,18 +53,18 @@ OPTIM = OptimSettings(
 )  # fmt: skip
 RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
 GROUPS = (0, 0, 1, 1, 2, 2)
-ANSWER_LENGTH = 4
+RESPONSE_LENGTH = 4
 STEP = 3
 BANNED = (1, 281)
 """One in the rows of each of two tensor-parallel ranks; no row contains them."""
 
 
 def make_responses() -> list[Response]:
-    """The last tokens of each row are the answer. Two rows make a group, though their prompts differ."""
+    """The last tokens of each row are the response. Two rows make a group, though their prompts differ."""
     names = list(GRIDS)
     responses = []
     for number, row in enumerate(make_rows()):
-        length = ANSWER_LENGTH - number % 2
+        length = RESPONSE_LENGTH - number % 2
         prompt = Prompt(
             split="train", row=number, problem="", answer="", token_ids=tuple(row.token_ids[:-length]),
             compact_token_ids=(), images=tuple(ImageRef("train", names.index(n), 0) for n in row.images),
@@ -74,17 +76,23 @@ def make_responses() -> list[Response]:
     return responses
 
 
-def patches(ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-    clean = list(make_pixels().values())[ref.row]
-    if perturb is None:
-        return clean
-    generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_row or 0) % 997 + ref.row)
-    return clean + torch.randn(clean.shape, generator=generator)
+class RigPixels:
+    """The images of `make_rows`; a perturbation adds noise."""
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+        clean = list(make_pixels().values())[ref.row]
+        if perturb is None:
+            return clean
+        generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_row or 0) % 997 + ref.row)
+        return clean + torch.randn(clean.shape, generator=generator)
+
+
+PIXELS = RigPixels()
 
 
 def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
     generator = torch.Generator().manual_seed(3)
-    shape = (len(responses), ANSWER_LENGTH)
+    shape = (len(responses), RESPONSE_LENGTH)
     mask_BT = torch.zeros(shape)
     for row, response in enumerate(responses):
         mask_BT[row, : len(response.token_ids)] = 1.0
@@ -103,7 +111,7 @@ def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
 @dataclass(frozen=True)
 class Outcome:
     logp_BT: Tensor
-    masked_logp_BT: Tensor
+    perturbed_logp_BT: Tensor
     entropy_BT: Tensor
     kl_BT: Tensor
     metrics: dict[str, float]
@@ -127,18 +135,78 @@ def _released(name: str, model_type: str) -> str:
 
 
 def hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
-    """[answer tokens, V], on the model's device."""
+    """[N, V] of the response tokens, on the model's device."""
     ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]], device=model.device)
     images = {}
     if response.prompt.images:
         images = {
-            "pixel_values": torch.cat([patches(ref, perturb) for ref in response.prompt.images]).to(model.device),
+            "pixel_values": torch.cat([PIXELS.patches(ref, perturb) for ref in response.prompt.images]).to(
+                model.device
+            ),
             "image_grid_thw": torch.tensor(response.prompt.grids_thw, device=model.device),
             "mm_token_type_ids": (ids == IMAGE).int(),
         }
     out = model.model(input_ids=ids, **images).last_hidden_state[0]
     logits = model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
     return logits.index_fill(1, torch.tensor(BANNED, device=model.device), -1e30)
+
+
+@dataclass(frozen=True)
+class ExpectedScores:
+    logp_BT: Tensor
+    perturbed_logp_BT: Tensor
+    entropy_BT: Tensor
+    kl_BT: Tensor
+
+
+@torch.no_grad()
+def expected_scores(model: Any, responses: list[Response]) -> ExpectedScores:
+    """Both views of every response; a response without an image has the same one twice."""
+    table_4BT = torch.zeros(4, len(responses), RESPONSE_LENGTH)
+    for row, response in enumerate(responses):
+        key = PerturbKey.of(response, STEP, per="row") if response.prompt.images else None
+        logp_NV, perturbed_NV = (hf_logits(model, response, of).float().cpu().log_softmax(-1) for of in (None, key))
+        targets = torch.tensor(response.token_ids)[:, None]
+        table_4BT[:, row, : len(response.token_ids)] = torch.stack(
+            [
+                logp_NV.gather(1, targets)[:, 0],
+                perturbed_NV.gather(1, targets)[:, 0],
+                -(logp_NV.exp() * logp_NV).sum(-1),
+                (logp_NV.exp() * (logp_NV - perturbed_NV)).sum(-1),
+            ]
+        )
+    return ExpectedScores(*table_4BT)
+
+
+@dataclass(frozen=True)
+class ExpectedUpdate:
+    metrics: dict[str, float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def expected_update(model: Any, batch: TrainBatch, optim: OptimSettings) -> ExpectedUpdate:
+    """The loss row by row, clipping and AdamW, which changes the model. Unused parameters have no gradient."""
+    sums: dict[str, float] = {}
+    for row, response in enumerate(batch.responses):
+        logp_NV = hf_logits(model, response, None).float().cpu().log_softmax(-1)
+        logp_N = logp_NV.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
+        at = (torch.full((len(logp_N),), row), torch.arange(len(logp_N)))
+        found = surrogate_loss(logp_N, batch.terms_at(at), spec=batch.loss, entropy_N=entropy_N)
+        found.loss.backward()
+        for name, value in found.weighted_sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    names = {name: _released(name, model.config.model_type) for name, _ in model.named_parameters()}
+    with_gradient = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {names[name]: p.grad.float().cpu().clone() for name, p in with_gradient.items()}
+    norm = torch.cat([p.grad.flatten() for p in with_gradient.values()]).double().norm()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
+    torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
+    ).step()
+    weights = {names[name]: p.detach().cpu() for name, p in model.named_parameters()}
+    return ExpectedUpdate({**sums, "actor/grad_norm": float(norm)}, gradients, weights)
 
 
 def expected_outcome(
@@ -150,56 +218,50 @@ def expected_outcome(
     device: str = "cpu",
     responses: list[Response] | None = None,
 ) -> Outcome:
-    """On the CPU, wherever it was computed. Parameters that took no part have no gradient.
+    """Scores, then one update, by transformers' model. The result is on the CPU, wherever it was computed.
 
     Args:
         responses: None: those of `make_responses`.
     """
     model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=dtype).to(device)
     responses = responses or make_responses()
-    batch = make_batch(responses, entropy_kind)
-    blocks = {name: torch.zeros(len(responses), ANSWER_LENGTH) for name in ("logp", "masked", "entropy", "kl")}
-    sums: dict[str, float] = {}
-    for row, response in enumerate(responses):
-        length = len(response.token_ids)
-        logp_NV = hf_logits(model, response, None).float().cpu().log_softmax(-1)
-        key = PerturbKey(STEP, response.group_id * 2**16 + response.sample) if response.prompt.images else None
-        with torch.no_grad():
-            masked_NV = hf_logits(model, response, key).float().cpu().log_softmax(-1)
-        targets = torch.tensor(response.token_ids)[:, None]
-        logp_N = logp_NV.gather(1, targets)[:, 0]
-        entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
-        terms = surrogate_loss(
-            logp_N, batch.old_logp_BT[row, :length], batch.advantage_BT[row, :length], batch.pg_weight_BT[row, :length],
-            batch.entropy_weight_BT[row, :length], spec=batch.loss, entropy_N=entropy_N,
-        )  # fmt: skip
-        terms.loss.backward()
-        for name, value in terms.weighted_sums.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        blocks["logp"][row, :length] = logp_N.detach()
-        blocks["entropy"][row, :length] = entropy_N.detach()
-        blocks["masked"][row, :length] = masked_NV.gather(1, targets)[:, 0]
-        blocks["kl"][row, :length] = (logp_NV.exp() * (logp_NV - masked_NV)).sum(-1).detach()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.cat([gradient.flatten() for gradient in gradients]).double().norm()
-    exact = {
-        name: parameter.grad.float().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
-    torch.nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-    torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay
-    ).step()
-    names = {name: _released(name, model.config.model_type) for name, _ in model.named_parameters()}
-    weights = {names[name]: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    scores = expected_scores(model, responses)
+    update = expected_update(model, make_batch(responses, entropy_kind), optim)
     return Outcome(
-        blocks["logp"], blocks["masked"], blocks["entropy"], blocks["kl"],
-        {**sums, "actor/grad_norm": float(norm)}, {names[name]: gradient for name, gradient in exact.items()}, weights,
+        scores.logp_BT, scores.perturbed_logp_BT, scores.entropy_BT, scores.kl_BT,
+        update.metrics, update.gradients, update.weights,
     )  # fmt: skip
 
 
 # ---- what the policy does
+
+
+def make_stages(
+    folder: Path, layout: Layout, *, options: ModelOptions | None = None, dtype: torch.dtype = torch.float32
+) -> list[QwenVLModel]:
+    """The models of these tests have three layers, or their options say how they are cut."""
+    options = options or ModelOptions(pipeline_layers=(1, 2) if layout.pipeline == 2 else None)
+    config = AutoConfig.from_pretrained(folder)
+    stages = [
+        build_model(
+            config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype,
+            device=layout.device, options=options, virtual_stage=number,
+        )
+        for number in range(options.virtual_stages)
+    ]  # fmt: skip
+    for stage in stages:
+        load_hf_weights(stage, folder)
+    return stages
+
+
+def make_settings(
+    *, rows: int, token_alignment: int = 1, fp8_scope: frozenset[Fp8Phase] = frozenset()
+) -> PolicySettings:
+    """`rows`: per micro-batch."""
+    return PolicySettings(
+        temperature=TEMPERATURE, banned_ids=BANNED, rows_per_update=rows, rows_per_experience=rows,
+        head_chunk_tokens=5, perturb_per="row", token_alignment=token_alignment, fp8_scope=fp8_scope,
+    )  # fmt: skip
 
 
 def make_policy(
@@ -211,32 +273,27 @@ def make_policy(
     options: ModelOptions | None = None,
     dtype: torch.dtype = torch.float32,
     token_alignment: int = 1,
-    fp8_scope: frozenset[Phase] = frozenset(),
+    fp8_scope: frozenset[Fp8Phase] = frozenset(),
 ) -> MegatronPolicy:
-    """`rows`: per micro-batch. The models of these tests have three layers, or say how they are cut."""
-    config = AutoConfig.from_pretrained(folder)
-    options = options or ModelOptions(pipeline_layers=(1, 2) if layout.pipeline == 2 else None)
-    stages = [
-        build_model(
-            config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype,
-            device=layout.device, options=options, virtual_stage=number,
-        )
-        for number in range(options.virtual_stages)
-    ]  # fmt: skip
-    for stage in stages:
-        load_hf_weights(stage, folder)
+    """`rows`: per micro-batch."""
+    stages = make_stages(folder, layout, options=options, dtype=dtype)
+    frozen = options.frozen if options else frozenset()
     return MegatronPolicy(
-        make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=options.frozen),
+        make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=frozen),
+        hf_config=AutoConfig.from_pretrained(folder),
         layout=layout,
-        settings=PolicySettings(
-            temperature=TEMPERATURE, vocab_size=config.text_config.vocab_size, banned_ids=BANNED,
-            image_token_id=IMAGE, merge_size=MERGE,
-            rows_per_update=rows, rows_per_experience=rows, head_chunk_tokens=5, perturb_per="row",
-            token_alignment=token_alignment, fp8_scope=fp8_scope,
-        ),
-        patches=patches,
-        positions=lambda ids, grids: mrope_positions(ids, grids, image_token_id=IMAGE, merge_size=MERGE),
+        settings=make_settings(rows=rows, token_alignment=token_alignment, fp8_scope=fp8_scope),
+        pixels=PIXELS,
+    )
+
+
+def make_scorer(folder: Path, layout: Layout, *, rows: int, options: ModelOptions | None = None) -> Scorer:
+    """The same model without Megatron's wrapper and without an optimizer."""
+    runner = ScheduleRunner(
+        make_stages(folder, layout, options=options), hf_config=AutoConfig.from_pretrained(folder), layout=layout,
+        settings=make_settings(rows=rows), pixels=PIXELS,
     )  # fmt: skip
+    return Scorer(runner)
 
 
 def saved_models(
@@ -251,7 +308,11 @@ def saved_models(
 
 
 def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
-    """What `accumulate_gradients` left, under Hugging Face names: it takes the parameters' place in an export."""
+    """The gradients that `accumulate_gradients` left, under Hugging Face names.
+
+    An export knows how to join a parameter's shards and to name the result, and a gradient has the shape of its
+    parameter. So each gradient takes its parameter's place for the time of one export; then the weights come back.
+    """
     parameters = [parameter for stage in policy.trainable.stages for parameter in stage.parameters()]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:

@@ -1,64 +1,84 @@
-"""Two updates in a row equal one, a checkpoint, and the second, bit by bit, under the less plain layouts."""
+"""A checkpoint that is broken off leaves nothing under its name, and the next one cleans up."""
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from megatron.core import parallel_state
 
-from megatron_vppo.models.options import ModelOptions
-from megatron_vppo.parallel.checkpoint import load_checkpoint
+from megatron_vppo.parallel import checkpoint
+from megatron_vppo.parallel.checkpoint import LATEST, latest_step, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
-from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
-from tests.parallel.policy_rig import RESUMED_OPTIM, make_policy, resumed_equals_straight
-
-RANKS = 4
-INTERLEAVED = ModelOptions(virtual_stages=2, sequence_parallel=True)
-IMAGES = ModelOptions(vision_split="images", sequence_parallel=True)
-FROZEN = ModelOptions(frozen=frozenset({"vision_tower", "projector"}))
-TOWER_ONLY = ModelOptions(frozen=frozenset({"language_model"}))
-CASES = {
-    "interleaved": ({"tensor": 2, "pipeline": 2, "virtual_stages": 2}, INTERLEAVED),
-    "whole towers": ({"tensor": 2, "pipeline": 1, "context": 2, "vision_split": "images"}, IMAGES),
-    "frozen": ({"tensor": 1, "pipeline": 1, "context": 2}, FROZEN),
-    "a stage with nothing to train": ({"tensor": 1, "pipeline": 2}, TOWER_ONLY),
-}
-"""Arguments of init_layout, and options."""
-MODELS = {
-    "Qwen2.5-VL": tiny_config(tied=True, vocab=299, num_hidden_layers=4),
-    "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,), num_hidden_layers=4),
-}
+from tests.models.tiny import save_tiny_model, tiny_config
+from tests.parallel.policy_rig import make_policy
 
 
-def _rank(rank: int, world: int, folders: dict[str, Path], checkpoints: Path) -> dict[tuple[str, str], bool]:
-    exact = {}
-    for case, (sizes, options) in CASES.items():
-        layout = init_layout(**sizes, timeout_seconds=300)  # type: ignore[arg-type]
-        for model, folder in folders.items():
-            place = checkpoints / f"{case} {model}"
-            exact[case, model] = resumed_equals_straight(
-                folder, layout, place, distributed_optimizer=True, options=options
-            )
-            if case == "frozen":
-                _other_parts_are_refused(folder, layout, place)
-        parallel_state.destroy_model_parallel()
-    return exact
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, tiny_config(tied=False, vocab=61))
+    return folder
 
 
-def _other_parts_are_refused(folder: Path, layout: Layout, checkpoints: Path) -> None:
-    """The optimizer has no state for what was frozen."""
-    policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM, options=ModelOptions())
-    with pytest.raises(ValueError, match=r"'freeze': \['projector', 'vision_tower'\].*set the same to go on"):
-        load_checkpoint(checkpoints, step=2, trainable=policy.trainable, layout=layout)
+def make_ranks(model: Path) -> tuple[Layout, MegatronPolicy]:
+    layout = init_layout(tensor=1, pipeline=1, timeout_seconds=60)
+    return layout, make_policy(model, layout, rows=2)
+
+
+def save(folder: Path, layout: Layout, policy: MegatronPolicy, *, step: int, state: str) -> None:
+    save_checkpoint(folder, step=step, trainable=policy.trainable, layout=layout, state={"state": state}, keep=1)
+
+
+def _second_one_is_broken_off(rank: int, world: int, model: Path, folder: Path, step: int, how: str) -> None:
+    layout, policy = make_ranks(model)
+    save(folder, layout, policy, step=1, state="old")
+
+    def broken_off(state: dict[str, Any], dist_ckpt: str) -> None:
+        (Path(dist_ckpt) / f"half_{rank}.distcp").write_text("half")
+        if rank == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank == 1:
+            raise OSError("broken disk")
+
+    checkpoint.dist_checkpointing.save = broken_off
+    save(folder, layout, policy, step=step, state="new")
+
+
+def _saved_again(rank: int, world: int, model: Path, folder: Path) -> dict[str, Any]:
+    layout, policy = make_ranks(model)
+    load_checkpoint(folder, step=1, trainable=policy.trainable, layout=layout)
+    save(folder, layout, policy, step=2, state="new")
+    return load_checkpoint(folder, step=2, trainable=policy.trainable, layout=layout)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.distributed
-def test_resume_is_exact(tmp_path: Path) -> None:
-    folders = {}
-    for name, config in MODELS.items():
-        folders[name] = tmp_path / name
-        save_tiny_model(folders[name], config)
-    for exact in run_gloo(_rank, RANKS, folders, tmp_path / "checkpoints", timeout_seconds=600):
-        assert exact == dict.fromkeys(((case, model) for case in CASES for model in MODELS), True)
+@pytest.mark.parametrize(
+    ("step", "how"),
+    [
+        (1, "killed"),
+        pytest.param(2, "killed", marks=pytest.mark.extended),
+        pytest.param(1, "failed", marks=pytest.mark.extended),
+    ],
+)
+def test_a_rank_that_ends_in_the_middle(step: int, how: str, model: Path, tmp_path: Path) -> None:
+    """`step` 1 would replace a whole checkpoint of that name."""
+    with pytest.raises(RuntimeError, match=r"broken disk|exit codes by rank: .*1: -9|failed first"):
+        run_gloo(_second_one_is_broken_off, 2, model, tmp_path, step, how)
+    assert latest_step(tmp_path) == 1
+    assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_1"]
+    assert not [name for name in files_of(tmp_path / "global_step_1") if "half" in name]
+    assert b'"old"' in (tmp_path / "global_step_1" / checkpoint.STATE).read_bytes()
+
+    states = run_gloo(_saved_again, 2, model, tmp_path)
+    assert [state["state"] for state in states] == ["new", "new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", LATEST]
+    assert (tmp_path / LATEST).read_text() == "2"

@@ -10,7 +10,8 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from megatron_vppo.parallel.lr_schedule import LrSchedule, LrScheduleKind
+from megatron_vppo.config.choices import LrScheduleKind
+from megatron_vppo.parallel.lr_schedule import LrSchedule
 
 PEAK, WARMUP, TOTAL = 3e-4, 4, 30
 

@@ -93,7 +93,7 @@ def _rank(
         memory.reload(("params",))
         scores = [policy.score(responses, step=STEP, views="both") for policy in (still, moved)]
         assert torch.equal(scores[0].old_logp_BT, scores[1].old_logp_BT)
-        assert torch.equal(scores[0].masked_logp_BT, scores[1].masked_logp_BT)
+        assert torch.equal(scores[0].perturbed_logp_BT, scores[1].perturbed_logp_BT)
         memory.reload(("grads", "optimizer"))
         assert _held(moved) == before
         assert _views(moved) == views

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,9 +50,9 @@ def one_update(folder: Path, layout: Layout, *, rows: int, entropy_kind: str, op
     responses = make_responses()
     scores = policy.score(responses, step=STEP, views="both", divergence="kl_full")
     metrics = policy.update(make_batch(responses, entropy_kind))
-    assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
+    assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
     return Outcome(
-        scores.old_logp_BT, scores.masked_logp_BT, scores.entropy_BT, scores.divergence_BT, metrics, {},
+        scores.old_logp_BT, scores.perturbed_logp_BT, scores.entropy_BT, scores.divergence_BT, metrics, {},
         {name: tensor.clone() for name, tensor in policy.hf_weights()},
     )  # fmt: skip
 
@@ -88,8 +88,20 @@ def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
     )
 
 
-def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path) -> list[Any]:
-    results = []
+@dataclass(frozen=True)
+class Found:
+    """What a rank found under one layout."""
+
+    outcomes: dict[tuple[str, int], Outcome]
+    """By model and rows of a micro-batch."""
+    resumed_exactly: bool
+    skipped_infinite_gradient: bool
+
+
+def _rank(
+    rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[str, Path], scratch: Path
+) -> dict[tuple[int, int], Found]:
+    found = {}
     for tensor, pipeline in layouts:
         layout = init_layout(tensor=tensor, pipeline=pipeline, timeout_seconds=300)
         outcomes = {
@@ -98,7 +110,9 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
             for rows in (1, 4)
         }
         checkpoints = scratch / f"{tensor}{pipeline}{world}"
-        exact = resumed_before_any_update_equals_fresh(folders["tied"], layout, checkpoints / "before") and all(
+        resumed_exactly = resumed_before_any_update_equals_fresh(
+            folders["tied"], layout, checkpoints / "before"
+        ) and all(
             [
                 resumed_equals_straight(
                     folders[name], layout, checkpoints / name / str(kind), distributed_optimizer=kind
@@ -106,10 +120,11 @@ def _rank(rank: int, world: int, layouts: list[tuple[int, int]], folders: dict[s
                 for name, kind in (("tied", True), ("tied", False), ("Qwen3", False))
             ]
         )
-        assert infinite_gradient_changes_nothing(folders["tied"], layout)
-        results.append((outcomes, exact))
+        found[tensor, pipeline] = Found(
+            outcomes, resumed_exactly, infinite_gradient_changes_nothing(folders["tied"], layout)
+        )
         parallel_state.destroy_model_parallel()
-    return results
+    return found
 
 
 KINDS = {"tied": "nll", "untied": "entropy", "Qwen3": "nll"}
@@ -151,17 +166,19 @@ def test_update_equals_transformers(
     world = max(tensor * pipeline for tensor, pipeline in layouts)
     folders = {name: folder for name, (folder, _, _) in models.items()}
     by_rank = run_gloo(_rank, world, layouts, folders, tmp_path, timeout_seconds=300)
-    for ranks in by_rank:
-        for layout, (outcomes, exact) in zip(layouts, ranks, strict=True):
-            assert exact, f"{layout}: resumed weights differ"
-            for (name, rows), outcome in outcomes.items():
-                where = f"TP {layout[0]} PP {layout[1]} of {world} ranks, {name}, {rows} rows a micro-batch"
+    for of_rank in by_rank:
+        assert list(of_rank) == layouts
+        for (tensor, pipeline), found in of_rank.items():
+            where = f"TP {tensor} PP {pipeline} of {world} ranks"
+            assert found.resumed_exactly, f"{where}: resumed weights differ"
+            assert found.skipped_infinite_gradient, f"{where}: an infinite gradient changed the weights"
+            for (name, rows), outcome in found.outcomes.items():
                 _, expected, start = models[name]
-                _compare(outcome, expected, start, where=where)
+                _compare(outcome, expected, start, where=f"{where}, {name}, {rows} rows a micro-batch")
 
 
 def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, where: str) -> None:
-    for field in ("logp_BT", "masked_logp_BT", "entropy_BT", "kl_BT"):
+    for field in ("logp_BT", "perturbed_logp_BT", "entropy_BT", "kl_BT"):
         difference = (getattr(outcome, field) - getattr(expected, field)).abs().max()
         assert difference < LOGP_TOLERANCE * (5 if field == "kl_BT" else 1), f"{where}: {field} off by {difference}"
     for name, value in expected.metrics.items():

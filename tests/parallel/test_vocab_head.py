@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.parallel.vocab_head import score_two_views, token_logps, two_view_divergence
+from megatron_vppo.parallel.vocab_head import VocabHead
 from tests.gloo import run_gloo
 
 VOCAB_SIZE = 37  # odd: two ranks cannot share it evenly without padding
 HIDDEN_SIZE = 8
 NUM_TOKENS = 11
 TEMPERATURE = 0.7
-ONE_RANK = {"group": None, "vocab_start": 0, "vocab_size": VOCAB_SIZE, "temperature": TEMPERATURE}
 
 
 @dataclass(frozen=True)
 class Problem:
-    hidden_NH: Tensor
-    masked_hidden_NH: Tensor
-    weight_VH: Tensor
+    hidden_Nh: Tensor
+    perturbed_hidden_Nh: Tensor
+    weight_Vh: Tensor
     """Without padding."""
     targets_N: Tensor
     grad_logp_N: Tensor
@@ -36,47 +36,53 @@ def make_problem(*, num_tokens: int = NUM_TOKENS, seed: int = 0) -> Problem:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
-    hidden_NH = normal(num_tokens, HIDDEN_SIZE)
+    hidden_Nh = normal(num_tokens, HIDDEN_SIZE)
     return Problem(
-        hidden_NH=hidden_NH,
-        masked_hidden_NH=hidden_NH + 0.3 * normal(num_tokens, HIDDEN_SIZE),
-        weight_VH=normal(VOCAB_SIZE, HIDDEN_SIZE),
+        hidden_Nh=hidden_Nh,
+        perturbed_hidden_Nh=hidden_Nh + 0.3 * normal(num_tokens, HIDDEN_SIZE),
+        weight_Vh=normal(VOCAB_SIZE, HIDDEN_SIZE),
         targets_N=torch.randint(0, VOCAB_SIZE, (num_tokens,), generator=g),
         grad_logp_N=normal(num_tokens),
         grad_entropy_N=normal(num_tokens),
     )
 
 
-def padded(weight_VH: Tensor, num_rows: int) -> Tensor:
+def padded(weight_Vh: Tensor, num_rows: int) -> Tensor:
     """Padding rows hold large numbers: they must have no effect."""
-    return torch.cat([weight_VH, torch.full((num_rows - len(weight_VH), HIDDEN_SIZE), 7.0, dtype=weight_VH.dtype)])
+    return torch.cat([weight_Vh, torch.full((num_rows - len(weight_Vh), HIDDEN_SIZE), 7.0, dtype=weight_Vh.dtype)])
 
 
-def reference_logps(hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
-    return torch.log_softmax(hidden_NH @ weight_VH.T / TEMPERATURE, dim=-1)
+def make_head(
+    weight_Vh: Tensor, *, chunk_tokens: int = 4, temperature: float = TEMPERATURE, **others: Any
+) -> VocabHead:
+    """The whole vocabulary on one rank, unless said otherwise."""
+    return VocabHead(weight_Vh, VOCAB_SIZE, temperature, chunk_tokens, **others)
+
+
+def reference_logps(hidden_Nh: Tensor, weight_Vh: Tensor) -> Tensor:
+    return torch.log_softmax(hidden_Nh @ weight_Vh.T / TEMPERATURE, dim=-1)
 
 
 def reference(p: Problem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropies, gradient of hidden states, gradient of the weight, all by autograd in float64."""
-    hidden_NH, weight_VH = p.hidden_NH.clone().requires_grad_(), p.weight_VH.clone().requires_grad_()
-    logp_NV = reference_logps(hidden_NH, weight_VH)
+    hidden_Nh, weight_Vh = p.hidden_Nh.clone().requires_grad_(), p.weight_Vh.clone().requires_grad_()
+    logp_NV = reference_logps(hidden_Nh, weight_Vh)
     logp_N = logp_NV.gather(1, p.targets_N[:, None])[:, 0]
     entropy_N = -(logp_NV.exp() * logp_NV).sum(1)
     (logp_N * p.grad_logp_N + entropy_N * p.grad_entropy_N).sum().backward()
-    assert hidden_NH.grad is not None and weight_VH.grad is not None
-    return logp_N.detach(), entropy_N.detach(), hidden_NH.grad, weight_VH.grad
+    assert hidden_Nh.grad is not None and weight_Vh.grad is not None
+    return logp_N.detach(), entropy_N.detach(), hidden_Nh.grad, weight_Vh.grad
 
 
 def run_head(
-    p: Problem, weight_VH: Tensor, *, dtype: torch.dtype, chunk_tokens: int, **placement: object
+    p: Problem, weight_Vh: Tensor, *, dtype: torch.dtype, chunk_tokens: int, **slice_of: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden_NH = p.hidden_NH.to(dtype, copy=True).requires_grad_()
-    weight_VH = weight_VH.to(dtype, copy=True).requires_grad_()
-    logp_N, entropy_N = token_logps(
-        hidden_NH, weight_VH, p.targets_N, chunk_tokens=chunk_tokens, with_entropy=True, **placement
-    )
+    hidden_Nh = p.hidden_Nh.to(dtype, copy=True).requires_grad_()
+    weight_Vh = weight_Vh.to(dtype, copy=True).requires_grad_()
+    head = make_head(weight_Vh, chunk_tokens=chunk_tokens, **slice_of)
+    logp_N, entropy_N = head.token_logps(hidden_Nh, p.targets_N, with_entropy=True)
     ((logp_N * p.grad_logp_N).sum() + (entropy_N * p.grad_entropy_N).sum()).backward()
-    return logp_N.detach(), entropy_N.detach(), hidden_NH.grad, weight_VH.grad
+    return logp_N.detach(), entropy_N.detach(), hidden_Nh.grad, weight_Vh.grad
 
 
 def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, atol: float) -> None:
@@ -87,13 +93,13 @@ def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], *, ato
 @pytest.mark.parametrize("chunk_tokens", [1, 4, NUM_TOKENS, 1000])
 def test_one_rank_equals_autograd(chunk_tokens: int) -> None:
     p = make_problem()
-    actual = run_head(p, p.weight_VH, dtype=torch.float64, chunk_tokens=chunk_tokens, **ONE_RANK)
+    actual = run_head(p, p.weight_Vh, dtype=torch.float64, chunk_tokens=chunk_tokens)
     assert_near(actual, reference(p), atol=1e-12)
 
 
 def test_float32_stays_near_float64() -> None:
     p = make_problem()
-    actual = run_head(p, p.weight_VH, dtype=torch.float32, chunk_tokens=4, **ONE_RANK)
+    actual = run_head(p, p.weight_Vh, dtype=torch.float32, chunk_tokens=4)
     assert all(a.dtype == torch.float32 for a in actual)
     assert_near(actual, reference(p), atol=5e-6)
 
@@ -102,39 +108,36 @@ def test_float32_stays_near_float64() -> None:
 def test_weight_gradient_is_added_where_the_optimizer_sums(dtype: torch.dtype) -> None:
     """Two micro-batches into one float32 sum, as into Megatron's main_grad: autograd gets no gradient of the weight."""
     p = make_problem()
-    hidden_NH, weight_VH = p.hidden_NH.to(dtype), padded(p.weight_VH, 40).to(dtype).requires_grad_()
-    sum_VH = torch.ones(40, HIDDEN_SIZE)
+    hidden_Nh, weight_Vh = p.hidden_Nh.to(dtype), padded(p.weight_Vh, 40).to(dtype).requires_grad_()
+    sum_Vh = torch.ones(40, HIDDEN_SIZE)
+    head = make_head(weight_Vh, weight_grad_Vh=sum_Vh)
     for half in (slice(0, 6), slice(6, NUM_TOKENS)):
-        logp_N, entropy_N = token_logps(
-            hidden_NH[half], weight_VH, p.targets_N[half], chunk_tokens=4, with_entropy=True, weight_grad_VH=sum_VH,
-            **ONE_RANK,
-        )  # fmt: skip
+        logp_N, entropy_N = head.token_logps(hidden_Nh[half], p.targets_N[half], with_entropy=True)
         ((logp_N * p.grad_logp_N[half]).sum() + (entropy_N * p.grad_entropy_N[half]).sum()).backward()
-    assert weight_VH.grad is None
-    exact = dataclasses.replace(p, hidden_NH=hidden_NH.double(), weight_VH=weight_VH.detach()[:VOCAB_SIZE].double())
-    expected_VH = 1 + padded(reference(exact)[3], 40)
-    expected_VH[VOCAB_SIZE:] = 1
+    assert weight_Vh.grad is None
+    exact = dataclasses.replace(p, hidden_Nh=hidden_Nh.double(), weight_Vh=weight_Vh.detach()[:VOCAB_SIZE].double())
+    expected_Vh = 1 + padded(reference(exact)[3], 40)
+    expected_Vh[VOCAB_SIZE:] = 1
     tolerance = 5e-6 if dtype == torch.float32 else 0.1  # the gradient of the logits has three digits
-    torch.testing.assert_close(sum_VH.double(), expected_VH, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(sum_Vh.double(), expected_Vh, rtol=tolerance, atol=tolerance)
 
 
 def test_gradcheck() -> None:
     p = make_problem(num_tokens=5)
 
-    def head(hidden_NH: Tensor, weight_VH: Tensor) -> tuple[Tensor, Tensor]:
-        logp_N, entropy_N = token_logps(
-            hidden_NH, weight_VH, p.targets_N, chunk_tokens=2, with_entropy=True, **ONE_RANK
-        )
+    def outputs(hidden_Nh: Tensor, weight_Vh: Tensor) -> tuple[Tensor, Tensor]:
+        head = make_head(weight_Vh, chunk_tokens=2)
+        logp_N, entropy_N = head.token_logps(hidden_Nh, p.targets_N, with_entropy=True)
         assert entropy_N is not None
         return logp_N, entropy_N
 
-    assert torch.autograd.gradcheck(head, (p.hidden_NH.requires_grad_(), p.weight_VH.requires_grad_()))
+    assert torch.autograd.gradcheck(outputs, (p.hidden_Nh.requires_grad_(), p.weight_Vh.requires_grad_()))
 
 
 def test_padded_rows_have_no_probability_and_no_gradient() -> None:
     p = make_problem()
     logp_N, entropy_N, grad_hidden, grad_weight = run_head(
-        p, padded(p.weight_VH, 48), dtype=torch.float64, chunk_tokens=4, **ONE_RANK
+        p, padded(p.weight_Vh, 48), dtype=torch.float64, chunk_tokens=4
     )
     expected = reference(p)
     assert_near((logp_N, entropy_N, grad_hidden, grad_weight[:VOCAB_SIZE]), expected, atol=1e-12)
@@ -144,9 +147,9 @@ def test_padded_rows_have_no_probability_and_no_gradient() -> None:
 def test_bfloat16_softmax_runs_in_float32() -> None:
     """Only the matrix product is in bfloat16: the log-softmax of those very logits is exact to float32."""
     p = make_problem()
-    hidden_NH, weight_VH = p.hidden_NH.bfloat16().requires_grad_(), p.weight_VH.bfloat16().requires_grad_()
-    logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=True, **ONE_RANK)
-    logits_NV = (hidden_NH.detach() @ weight_VH.detach().T).double() / TEMPERATURE
+    hidden_Nh, weight_Vh = p.hidden_Nh.bfloat16().requires_grad_(), p.weight_Vh.bfloat16().requires_grad_()
+    logp_N, entropy_N = make_head(weight_Vh).token_logps(hidden_Nh, p.targets_N, with_entropy=True)
+    logits_NV = (hidden_Nh.detach() @ weight_Vh.detach().T).double() / TEMPERATURE
     logp_NV = logits_NV.log_softmax(-1)
     assert logp_N.dtype == torch.float32 and entropy_N is not None
     assert_near(
@@ -155,15 +158,17 @@ def test_bfloat16_softmax_runs_in_float32() -> None:
         atol=2e-6,
     )
     (logp_N * p.grad_logp_N).sum().backward()
-    assert hidden_NH.grad is not None and hidden_NH.grad.dtype == torch.bfloat16
-    assert weight_VH.grad is not None and weight_VH.grad.dtype == torch.bfloat16
+    assert hidden_Nh.grad is not None and hidden_Nh.grad.dtype == torch.bfloat16
+    assert weight_Vh.grad is not None and weight_Vh.grad.dtype == torch.bfloat16
 
 
 def test_large_logits_do_not_overflow() -> None:
     p = make_problem()
-    scaled = Problem(p.hidden_NH * 100, p.masked_hidden_NH, p.weight_VH, p.targets_N, p.grad_logp_N, p.grad_entropy_N)
+    scaled = Problem(
+        p.hidden_Nh * 100, p.perturbed_hidden_Nh, p.weight_Vh, p.targets_N, p.grad_logp_N, p.grad_entropy_N
+    )
     logp_N, entropy_N, grad_hidden, grad_weight = run_head(
-        scaled, scaled.weight_VH, dtype=torch.float64, chunk_tokens=4, **ONE_RANK
+        scaled, scaled.weight_Vh, dtype=torch.float64, chunk_tokens=4
     )
     assert logp_N.min() < -500
     assert_near((logp_N, entropy_N, grad_hidden, grad_weight), reference(scaled), atol=1e-10)
@@ -171,22 +176,20 @@ def test_large_logits_do_not_overflow() -> None:
 
 def test_frozen_sides_get_no_gradient() -> None:
     p = make_problem()
-    hidden_NH, weight_VH = p.hidden_NH.clone().requires_grad_(), p.weight_VH.clone()
-    logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=False, **ONE_RANK)
+    hidden_Nh, weight_Vh = p.hidden_Nh.clone().requires_grad_(), p.weight_Vh.clone()
+    logp_N, entropy_N = make_head(weight_Vh).token_logps(hidden_Nh, p.targets_N, with_entropy=False)
     (logp_N * p.grad_logp_N).sum().backward()
-    assert entropy_N is None and weight_VH.grad is None and hidden_NH.grad is not None
-    hidden_NH, weight_VH = p.hidden_NH.clone(), p.weight_VH.clone().requires_grad_()
-    logp_N, _ = token_logps(hidden_NH, weight_VH, p.targets_N, chunk_tokens=4, with_entropy=False, **ONE_RANK)
+    assert entropy_N is None and weight_Vh.grad is None and hidden_Nh.grad is not None
+    hidden_Nh, weight_Vh = p.hidden_Nh.clone(), p.weight_Vh.clone().requires_grad_()
+    logp_N, _ = make_head(weight_Vh).token_logps(hidden_Nh, p.targets_N, with_entropy=False)
     (logp_N * p.grad_logp_N).sum().backward()
-    assert hidden_NH.grad is None and weight_VH.grad is not None
+    assert hidden_Nh.grad is None and weight_Vh.grad is not None
 
 
 def test_no_positions() -> None:
     """A data-parallel rank may hold no response token in a micro-batch."""
     p = make_problem(num_tokens=0)
-    logp_N, entropy_N, grad_hidden, grad_weight = run_head(
-        p, p.weight_VH, dtype=torch.float32, chunk_tokens=4, **ONE_RANK
-    )
+    logp_N, entropy_N, grad_hidden, grad_weight = run_head(p, p.weight_Vh, dtype=torch.float32, chunk_tokens=4)
     assert logp_N.shape == entropy_N.shape == (0,)
     assert grad_hidden.shape == (0, HIDDEN_SIZE) and not grad_weight.any()
 
@@ -205,26 +208,26 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
             return out
 
     p = make_problem(num_tokens=50)
-    hidden_NH = p.hidden_NH.clone().requires_grad_()
-    weight_VH = p.weight_VH.clone()
+    hidden_Nh = p.hidden_Nh.clone().requires_grad_()
+    weight_Vh = p.weight_Vh.clone()
     if kind == "two_view":
         with Watch():
-            two_view_divergence(hidden_NH, p.masked_hidden_NH, weight_VH, kind="jsd", chunk_tokens=24, **ONE_RANK)
+            make_head(weight_Vh, chunk_tokens=24).two_views(hidden_Nh, p.perturbed_hidden_Nh, p.targets_N, kind="jsd")
         assert Watch.rows == 12  # half for each view
         return
-    args = {"chunk_tokens": 12, "with_entropy": True, **ONE_RANK}
+    head = make_head(weight_Vh, chunk_tokens=12)
     if kind == "forward":
         with Watch():
-            token_logps(hidden_NH, weight_VH, p.targets_N, **args)
+            head.token_logps(hidden_Nh, p.targets_N, with_entropy=True)
     else:
-        logp_N, entropy_N = token_logps(hidden_NH, weight_VH, p.targets_N, **args)
+        logp_N, entropy_N = head.token_logps(hidden_Nh, p.targets_N, with_entropy=True)
         with Watch():
             torch.autograd.backward((logp_N, entropy_N), (p.grad_logp_N, p.grad_entropy_N))
     assert Watch.rows == 12
 
 
 def reference_divergence(p: Problem, kind: str) -> Tensor:
-    a_NV, b_NV = reference_logps(p.hidden_NH, p.weight_VH), reference_logps(p.masked_hidden_NH, p.weight_VH)
+    a_NV, b_NV = reference_logps(p.hidden_Nh, p.weight_Vh), reference_logps(p.perturbed_hidden_Nh, p.weight_Vh)
     return divergence_of(a_NV, b_NV, kind)
 
 
@@ -242,14 +245,9 @@ def test_two_view_divergence_equals_definition(kind: str, chunk_tokens: int) -> 
     expected_N = reference_divergence(p, kind)
     assert expected_N.min() > 1e-3
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        actual_N = two_view_divergence(
-            p.hidden_NH.to(dtype),
-            p.masked_hidden_NH.to(dtype),
-            padded(p.weight_VH, 40).to(dtype),
-            kind=kind,
-            chunk_tokens=chunk_tokens,
-            **ONE_RANK,
-        )
+        head = make_head(padded(p.weight_Vh, 40).to(dtype), chunk_tokens=chunk_tokens)
+        views = (p.hidden_Nh.to(dtype), p.perturbed_hidden_Nh.to(dtype))
+        actual_N = head.two_views(*views, p.targets_N, kind=kind).divergence_N
         assert actual_N.dtype == dtype
         torch.testing.assert_close(actual_N.double(), expected_N, rtol=tolerance, atol=tolerance)
 
@@ -259,14 +257,13 @@ def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
     """With a ragged last chunk, and with banned tokens, which are no targets."""
     p = make_problem()
     banned = [v for v in range(VOCAB_SIZE) if v not in p.targets_N][:3]
-    p = dataclasses.replace(p, weight_VH=p.weight_VH.index_fill(0, torch.tensor(banned), 9.0))  # of no effect
-    scores = score_two_views(
-        p.hidden_NH, p.masked_hidden_NH, padded(p.weight_VH, 40), p.targets_N, kind=kind, chunk_tokens=8,
-        banned_ids=banned, **ONE_RANK,
-    )  # fmt: skip
+    p = dataclasses.replace(p, weight_Vh=p.weight_Vh.index_fill(0, torch.tensor(banned), 9.0))  # of no effect
+    head = make_head(padded(p.weight_Vh, 40), chunk_tokens=8, banned_ids=tuple(banned))
+    scores = head.two_views(p.hidden_Nh, p.perturbed_hidden_Nh, p.targets_N, kind=kind)
     ban_V = torch.zeros(VOCAB_SIZE).index_fill_(0, torch.tensor(banned), -1e9)
     a_NV, b_NV = (
-        (view_NH @ p.weight_VH.T / TEMPERATURE + ban_V).log_softmax(-1) for view_NH in (p.hidden_NH, p.masked_hidden_NH)
+        (view_Nh @ p.weight_Vh.T / TEMPERATURE + ban_V).log_softmax(-1)
+        for view_Nh in (p.hidden_Nh, p.perturbed_hidden_Nh)
     )
     at, kept = p.targets_N[:, None], [v for v in range(VOCAB_SIZE) if v not in banned]
     expected = (
@@ -275,7 +272,7 @@ def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
         b_NV.gather(1, at)[:, 0],
         divergence_of(a_NV[:, kept], b_NV[:, kept], kind),
     )
-    actual = (scores.logp_N, scores.entropy_N, scores.masked_logp_N, scores.divergence_N)
+    actual = (scores.logp_N, scores.entropy_N, scores.perturbed_logp_N, scores.divergence_N)
     assert_near(actual, expected, atol=1e-12)
 
 
@@ -283,26 +280,22 @@ def test_two_views_in_one_pass_equal_the_definitions(kind: str) -> None:
 def test_small_divergences_keep_their_digits_in_float32(kind: str) -> None:
     """Views that differ by 1e-4 diverge by about 1e-8, far below what a plain float32 sum resolves."""
     p = make_problem()
-    hidden_NH = p.hidden_NH.float()
-    masked_NH = hidden_NH + 2e-3 * (p.masked_hidden_NH - p.hidden_NH).float()
+    hidden_Nh = p.hidden_Nh.float()
+    perturbed_hidden_Nh = hidden_Nh + 2e-3 * (p.perturbed_hidden_Nh - p.hidden_Nh).float()
     exact = Problem(
-        hidden_NH.double(),
-        masked_NH.double(),
-        p.weight_VH.float().double(),
+        hidden_Nh.double(),
+        perturbed_hidden_Nh.double(),
+        p.weight_Vh.float().double(),
         p.targets_N,
         p.grad_logp_N,
         p.grad_entropy_N,
     )
     expected_N = reference_divergence(exact, kind)
     assert expected_N.max() < 1e-5
-    actual_N = two_view_divergence(hidden_NH, masked_NH, p.weight_VH.float(), kind=kind, chunk_tokens=6, **ONE_RANK)
+    head = make_head(p.weight_Vh.float(), chunk_tokens=6)
+    actual_N = head.two_views(hidden_Nh, perturbed_hidden_Nh, p.targets_N, kind=kind).divergence_N
     torch.testing.assert_close(actual_N.double(), expected_N, rtol=5e-3, atol=0)
-    assert (
-        two_view_divergence(hidden_NH, hidden_NH, p.weight_VH.float(), kind=kind, chunk_tokens=6, **ONE_RANK)
-        .abs()
-        .max()
-        < 1e-12
-    )
+    assert head.two_views(hidden_Nh, hidden_Nh, p.targets_N, kind=kind).divergence_N.abs().max() < 1e-12
 
 
 @dataclass(frozen=True)
@@ -318,21 +311,15 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[torch.dtype]) -> list[Results]:
     p = make_problem()
     rows = placement.rows_per_rank
-    mine_VH = padded(p.weight_VH, rows * world_size)[rank * rows : (rank + 1) * rows]
-    where = {
-        "group": torch.distributed.group.WORLD,
-        "vocab_start": rank * rows,
-        "vocab_size": VOCAB_SIZE,
-        "temperature": TEMPERATURE,
-    }
+    mine_Vh = padded(p.weight_Vh, rows * world_size)[rank * rows : (rank + 1) * rows]
+    where = {"group": torch.distributed.group.WORLD, "vocab_start": rank * rows}
     results = []
     for dtype in dtypes:
-        views = (p.hidden_NH.to(dtype), p.masked_hidden_NH.to(dtype), mine_VH.to(dtype))
-        kl_N = two_view_divergence(*views, kind="kl_full", chunk_tokens=4, **where)
-        jsd_N = two_view_divergence(*views, kind="jsd", chunk_tokens=4, **where)
-        both = score_two_views(*views, p.targets_N, kind="jsd", chunk_tokens=4, **where)
-        run = run_head(p, mine_VH, dtype=dtype, chunk_tokens=4, **where)
-        results.append((*run, kl_N, jsd_N, both.entropy_N, both.masked_logp_N))
+        head = make_head(mine_Vh.to(dtype), **where)
+        views = (p.hidden_Nh.to(dtype), p.perturbed_hidden_Nh.to(dtype), p.targets_N)
+        kl, jsd = (head.two_views(*views, kind=kind) for kind in ("kl_full", "jsd"))
+        run = run_head(p, mine_Vh, dtype=dtype, chunk_tokens=4, **where)
+        results.append((*run, kl.divergence_N, jsd.divergence_N, jsd.entropy_N, jsd.perturbed_logp_N))
     return results
 
 
@@ -342,19 +329,19 @@ def head_on_rank(rank: int, world_size: int, placement: Placement, dtypes: list[
 )
 def test_two_ranks_equal_one(placement: Placement) -> None:
     p = make_problem()
-    masked_logp_N = reference(dataclasses.replace(p, hidden_NH=p.masked_hidden_NH))[0]
-    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"), reference(p)[1], masked_logp_N)
+    perturbed_logp_N = reference(dataclasses.replace(p, hidden_Nh=p.perturbed_hidden_Nh))[0]
+    exact = (reference_divergence(p, "kl_full"), reference_divergence(p, "jsd"), reference(p)[1], perturbed_logp_N)
     dtypes = [torch.float64, torch.float32, torch.bfloat16]
     by_rank = run_gloo(head_on_rank, 2, placement, dtypes)
     # bfloat16 is held against float64 only loosely: the matrix product itself has three digits.
     for i, tolerance in enumerate((1e-12, 5e-6, 0.1)):
-        one = run_head(p, p.weight_VH, dtype=dtypes[i], chunk_tokens=NUM_TOKENS, **ONE_RANK)
-        for logp_N, entropy_N, grad_hidden_NH, _, *two_views in (rank[i] for rank in by_rank):
-            assert_near((logp_N, entropy_N, grad_hidden_NH), one[:3], atol=tolerance)
+        one = run_head(p, p.weight_Vh, dtype=dtypes[i], chunk_tokens=NUM_TOKENS)
+        for logp_N, entropy_N, grad_hidden_Nh, _, *two_views in (rank[i] for rank in by_rank):
+            assert_near((logp_N, entropy_N, grad_hidden_Nh), one[:3], atol=tolerance)
             assert_near(tuple(two_views), exact, atol=tolerance)
-        grad_weight_VH = torch.cat([rank[i][3] for rank in by_rank])
-        assert_near((grad_weight_VH[:VOCAB_SIZE],), (one[3],), atol=tolerance)
-        assert not grad_weight_VH[VOCAB_SIZE:].any()
+        grad_weight_Vh = torch.cat([rank[i][3] for rank in by_rank])
+        assert_near((grad_weight_Vh[:VOCAB_SIZE],), (one[3],), atol=tolerance)
+        assert not grad_weight_Vh[VOCAB_SIZE:].any()
         # Every rank of the group goes on with the same numbers, to the bit.
         for k in (0, 1, 2, 4, 5, 6, 7):
             assert torch.equal(by_rank[0][i][k], by_rank[1][i][k])
@@ -362,23 +349,21 @@ def test_two_ranks_equal_one(placement: Placement) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     p = make_problem()
-    where = {**ONE_RANK, "chunk_tokens": 4}
+    head = make_head(p.weight_Vh)
     with pytest.raises(ValueError, match="1 of 11 target tokens lie outside the vocabulary of 37"):
         targets_N = p.targets_N.clone()
         targets_N[3] = VOCAB_SIZE
-        token_logps(p.hidden_NH, p.weight_VH, targets_N, with_entropy=False, **where)
+        head.token_logps(p.hidden_Nh, targets_N, with_entropy=False)
     with pytest.raises(ValueError, match="do not fit"):
-        token_logps(p.hidden_NH, p.weight_VH.T, p.targets_N, with_entropy=False, **where)
+        make_head(p.weight_Vh.T).token_logps(p.hidden_Nh, p.targets_N, with_entropy=False)
     with pytest.raises(ValueError, match="temperature is 0"):
-        token_logps(p.hidden_NH, p.weight_VH, p.targets_N, with_entropy=False, **{**where, "temperature": 0.0})
+        make_head(p.weight_Vh, temperature=0.0)
     with pytest.raises(ValueError, match="kl_topM"):
-        two_view_divergence(p.hidden_NH, p.hidden_NH, p.weight_VH, kind="kl_topM", **where)
-    with pytest.raises(ValueError, match=r"weight_grad_VH is \[37, 8\] of torch.float32; it must be \[37, 8\] of"):
-        token_logps(
-            p.hidden_NH, p.weight_VH, p.targets_N, with_entropy=False, weight_grad_VH=p.weight_VH.float(), **where
-        )
+        head.two_views(p.hidden_Nh, p.hidden_Nh, p.targets_N, kind="kl_topM")
+    with pytest.raises(ValueError, match=r"weight_grad_Vh is \[37, 8\] of torch.float32; it must be \[37, 8\] of"):
+        make_head(p.weight_Vh, weight_grad_Vh=p.weight_Vh.float())
     with pytest.raises(ValueError, match="the two views have shapes"):
-        two_view_divergence(p.hidden_NH, p.hidden_NH[1:], p.weight_VH, kind="jsd", **where)
+        head.two_views(p.hidden_Nh, p.hidden_Nh[1:], p.targets_N, kind="jsd")
 
 
 def fail_on_rank_1(rank: int, world_size: int) -> None:

@@ -16,18 +16,20 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 
+from megatron_vppo.config.choices import ModelPart, Recompute
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
-from megatron_vppo.models.options import ModelOptions, Recompute
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.activations import (
     Kernels,
     LanguageSizes,
     LayerSizes,
+    LayerSplit,
     MicroBatch,
-    Split,
     VisionSizes,
     head_bytes,
     language_saved,
@@ -38,7 +40,6 @@ from megatron_vppo.planning.activations import (
     vision_saved,
 )
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
-from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import IMAGE, MEDIA_TOKENS, MERGE, PATCH_VALUES, tiny_config
 
@@ -132,7 +133,7 @@ def two_rows_of_one_picture(*, has_picture: bool) -> PackedBatch:
     return PackedBatch(
         token_ids_K=ids,
         positions_3K=torch.cat([positions] * ROWS, dim=1),
-        lengths=(ROW_TOKENS,) * ROWS,
+        packing=Packing((ROW_TOKENS,) * ROWS),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),
         pixels_PD=torch.zeros(PATCHES if has_picture else 0, PATCH_VALUES),
@@ -154,7 +155,7 @@ def _by_formula(case: Case, layout: Layout, sequence_parallel: bool) -> int:
         taps=vision.taps,
         is_first=True,
         is_last=True,
-        split=Split(layout.tensor, layout.context, sequence_parallel),
+        split=LayerSplit(layout.tensor, layout.context, sequence_parallel),
         kernels=kernels,
         recompute=case.recompute,
     ) + vision_saved(vision, patches, tensor=layout.tensor, kernels=kernels, recompute=case.recompute)
@@ -196,7 +197,7 @@ def in_flight(rank: int, world_size: int, micro_batches: int) -> int:
         next(data)
         ids = torch.arange(5)
         nothing = torch.zeros(0, dtype=torch.int64)
-        output = stage(PackedBatch(ids, ids.expand(3, 5), (5,), nothing, nothing))
+        output = stage(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing))
         running += 1
         most = max(most, running)
         output.register_hook(finished)
@@ -224,7 +225,7 @@ def test_stage_s_of_p_holds_p_minus_s_micro_batches() -> None:
 
 LAYER = LayerSizes(hidden=64, ffn=128, heads=8, kv_heads=4, head_dim=16, gated=True, rms_norm=True, qk_norm=True)
 CUDA = Kernels(dtype_bytes=2, fused_rms_norm=True)
-WHOLE = Split(tensor=1, context=1, sequence_parallel=False)
+WHOLE = LayerSplit(tensor=1, context=1, sequence_parallel=False)
 
 
 def test_a_layer_on_cuda_by_hand() -> None:
@@ -246,11 +247,11 @@ def test_a_layer_on_cuda_by_hand() -> None:
 def test_tensor_and_sequence_parallel_by_hand() -> None:
     """Tensor parallelism leaves width and angles whole; sequence parallelism splits the width too."""
     split_2 = (128 + 2 * 64) + (128 + 64) + 128 + 5 * 128 + 128
-    tensor = layer_saved(LAYER, 10, split=Split(2, 1, False), kernels=CUDA, recompute="selective")
+    tensor = layer_saved(LAYER, 10, split=LayerSplit(2, 1, False), kernels=CUDA, recompute="selective")
     assert tensor == 10 * 2 * (4 * 64 + 4 * 16 + split_2 // 2)
-    sequence = layer_saved(LAYER, 10, split=Split(2, 1, True), kernels=CUDA, recompute="selective")
+    sequence = layer_saved(LAYER, 10, split=LayerSplit(2, 1, True), kernels=CUDA, recompute="selective")
     assert sequence == 10 * 2 * (4 * 64 // 2 + 4 * 16 + split_2 // 2)
-    assert layer_saved(LAYER, 10, split=Split(2, 1, True), kernels=CUDA, recompute="full") == 10 * 2 * 32
+    assert layer_saved(LAYER, 10, split=LayerSplit(2, 1, True), kernels=CUDA, recompute="full") == 10 * 2 * 32
 
 
 def test_norms_by_hand() -> None:
@@ -276,7 +277,7 @@ def test_head_by_hand() -> None:
 
 
 def test_stages_of_a_pipeline_by_hand() -> None:
-    layer = layer_saved(LAYER, 20, split=Split(1, 2, False), kernels=CUDA, recompute="none")
+    layer = layer_saved(LAYER, 20, split=LayerSplit(1, 2, False), kernels=CUDA, recompute="none")
     out = 20 * 64 * 2
     tower = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none")
     picture_layer = layer_saved(PICTURE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
@@ -288,7 +289,7 @@ def test_stages_of_a_pipeline_by_hand() -> None:
             BATCH,
             stage=stage,
             stage_layers=(1, 2, 1),
-            split=Split(1, 2, False),
+            split=LayerSplit(1, 2, False),
             kernels=CUDA,
             recompute="none",
             chunk=5,

@@ -8,13 +8,13 @@ from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, 
 from megatron_vppo.planning.candidate import GIB, Cluster
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_sizes
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.planning.sizes import language_sizes, vision_sizes
+from megatron_vppo.planning.sizes import language_sizes
 from megatron_vppo.setup.engines import engine_devices, num_engines
 
 
 def model_of(name: str) -> EngineModel:
     config = published_config(name)
-    return EngineModel(language_sizes(config), vision_sizes(config), parameters=PUBLISHED[name].parameters)
+    return EngineModel(config, language_sizes(config), parameters=PUBLISHED[name].parameters)
 
 
 def cluster_of(gpus: int, gpus_per_node: int = 8) -> Cluster:

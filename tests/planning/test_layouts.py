@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, Workload
+from megatron_vppo.config.choices import MemoryPart, ModelPart
+from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
-from megatron_vppo.planning.layouts import RECOMPUTES, Plan, make_plan, near_even
+from megatron_vppo.planning.layouts import RECOMPUTES, LayoutPlan, make_plan, near_even
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.weights.kinds import ModelPart
 
 WORKLOAD = Workload(
     prompt_tokens=4096,
@@ -31,18 +30,20 @@ def plan_of(
     workload: Workload = WORKLOAD,
     *,
     rollout_tensor: int | None = None,
-    answers: int = 16,
+    sequences: int = 16,
     frozen: frozenset[ModelPart] = frozenset(),
-    offload: frozenset[OffloadPart] = frozenset(),
-) -> Plan:
+    offload: frozenset[MemoryPart] = frozenset(),
+) -> LayoutPlan:
     return make_plan(
-        published_config(name),
-        cluster=cluster,
-        workload=workload,
-        rollout_tensor=rollout_tensor,
-        answers=answers,
-        frozen=frozen,
-        offload=offload,
+        PlanRequest(
+            published_config(name),
+            cluster,
+            workload,
+            rollout_tensor=rollout_tensor,
+            engine_sequences=sequences,
+            frozen=frozen,
+            offload=offload,
+        )
     )
 
 
@@ -50,7 +51,7 @@ def sizes_of(c: Candidate) -> tuple[int, int, int, int]:
     return c.tensor, c.pipeline, c.context, c.data
 
 
-def sizes(plan: Plan) -> list[tuple[int, int, int, int]]:
+def sizes(plan: LayoutPlan) -> list[tuple[int, int, int, int]]:
     return [sizes_of(c) for c in plan.fitting]
 
 
@@ -113,10 +114,10 @@ def test_the_fullest_stage_counts() -> None:
 def test_an_engine_holds_what_it_is_said_to_hold() -> None:
     c = plan_of("qwen2.5-vl-7b", rollout_tensor=2).fitting[0]
     assert c.engine is not None and c.engine.tensor == 2
-    per_answer = 2 * 28 * (4 // 2) * 128 * 2 * (4096 + 2048)
+    per_sequence = 2 * 28 * (4 // 2) * 128 * 2 * (4096 + 2048)
     room = c.engine.utilization * 80 * GIB - PUBLISHED["qwen2.5-vl-7b"].parameters - ENGINE_RESERVE
-    assert c.engine.answers == int(room / per_answer)
-    more = plan_of("qwen2.5-vl-7b", rollout_tensor=2, answers=c.engine.answers + 1)
+    assert c.engine.sequences == int(room / per_sequence)
+    more = plan_of("qwen2.5-vl-7b", rollout_tensor=2, sequences=c.engine.sequences + 1)
     assert (c.tensor, c.pipeline, c.context, c.data) not in [
         s for s, kept in zip(sizes(more), more.fitting, strict=True) if kept.recompute == c.recompute
     ]
@@ -126,7 +127,7 @@ def test_offload_makes_room_for_engines_and_none_for_the_trainer() -> None:
     """On one GPU of 141 GiB a 7B is 139 GiB with its gradients and optimizer, 8.29 B values at 2 + 4 + 12 bytes; on two
     of them, with TP 2, the engine gets what each part leaves."""
     cluster = Cluster(gpus=2, gpu_bytes=141 * GIB, gpus_per_node=2)
-    parts: tuple[frozenset[OffloadPart], ...] = (
+    parts: tuple[frozenset[MemoryPart], ...] = (
         frozenset(),
         frozenset({"optimizer"}),
         frozenset({"optimizer", "grads", "params"}),
@@ -145,7 +146,7 @@ def test_offload_makes_room_for_engines_and_none_for_the_trainer() -> None:
 def test_weights_on_their_way_have_to_fit_as_well() -> None:
     """A GPU that holds the trainer's update and, in its turn, the engine, but not both models with the buffers between
     them."""
-    c = plan_of("qwen2.5-vl-7b", rollout_tensor=1, answers=1, offload=frozenset({"params", "grads", "optimizer"}))
+    c = plan_of("qwen2.5-vl-7b", rollout_tensor=1, sequences=1, offload=frozenset({"params", "grads", "optimizer"}))
     engine = 2 * PUBLISHED["qwen2.5-vl-7b"].parameters + ENGINE_RESERVE
     buffers = 2 * 152_064 * 3584 * 2
     for layout in c.fitting:
@@ -209,6 +210,6 @@ def test_a_micro_batch_counts_pictures_and_views() -> None:
     assert WORKLOAD.micro_batch(merge=2, context=1, both_views=False).patches == 5120
 
 
-def test_pictures_that_do_not_fit_the_prompt() -> None:
-    with pytest.raises(ValueError, match="4 pictures of 1280 tokens do not fit a prompt of 4096"):
+def test_images_that_do_not_fit_the_prompt() -> None:
+    with pytest.raises(ValueError, match="4 images of 1280 tokens do not fit a prompt of 4096"):
         replace(WORKLOAD, images_per_row=4)

@@ -9,15 +9,15 @@ from functools import cache
 
 import pytest
 
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.parallel.offload import Part as OffloadPart
-from megatron_vppo.planning.activations import Kernels, Split, update_activations
-from megatron_vppo.planning.candidate import Candidate, Cluster
+from megatron_vppo.planning.activations import Kernels, LayerSplit, update_activations
+from megatron_vppo.planning.candidate import Candidate, Cluster, PlanRequest
 from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, StateBytes, state_bytes
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 from tests.models.tiny import tiny_config
 from tests.planning.test_layouts import WORKLOAD as ONE_ROW
 
@@ -48,16 +48,11 @@ def state_of(name: str, layers: tuple[int, ...], stage: int, tensor: int, replic
 
 
 def rows(
-    name: str, gpus: int, memory: int, *, answers: int = 16, offload: frozenset[OffloadPart] = frozenset()
+    name: str, gpus: int, memory: int, *, sequences: int = 16, offload: frozenset[MemoryPart] = frozenset()
 ) -> tuple[Candidate, ...]:
-    return make_plan(
-        config_of(name),
-        cluster=Cluster(gpus=gpus, gpu_bytes=memory * GIB, gpus_per_node=min(gpus, 8)),
-        workload=WORKLOAD,
-        rollout_tensor=None,
-        answers=answers,
-        offload=offload,
-    ).fitting
+    cluster = Cluster(gpus=gpus, gpu_bytes=memory * GIB, gpus_per_node=min(gpus, 8))
+    request = PlanRequest(config_of(name), cluster, WORKLOAD, engine_sequences=sequences, offload=offload)
+    return make_plan(request).fitting
 
 
 def activations_of(name: str, c: Candidate, stage: int) -> int:
@@ -68,7 +63,7 @@ def activations_of(name: str, c: Candidate, stage: int) -> int:
         WORKLOAD.micro_batch(merge=2, context=c.context, both_views=False),
         stage=stage,
         stage_layers=c.layers,
-        split=Split(tensor=c.tensor, context=c.context, sequence_parallel=c.tensor > 1),
+        split=LayerSplit(tensor=c.tensor, context=c.context, sequence_parallel=c.tensor > 1),
         kernels=Kernels(dtype_bytes=2, fused_rms_norm=True),
         recompute=c.recompute,
         chunk=WORKLOAD.head_chunk_tokens,
@@ -76,7 +71,7 @@ def activations_of(name: str, c: Candidate, stage: int) -> int:
 
 
 CLUSTERS = ((4, 80), (8, 24), (8, 48), (8, 80), (16, 40), (32, 48), (64, 80))
-OFFLOADS: tuple[frozenset[OffloadPart], ...] = (
+OFFLOADS: tuple[frozenset[MemoryPart], ...] = (
     frozenset(),
     frozenset({"optimizer"}),
     frozenset({"params", "grads", "optimizer"}),
@@ -107,7 +102,9 @@ def test_the_stage_that_computes_with_most_need_not_hold_most() -> None:
     """Two stages of an 8B, each of 18 layers and 151,936 x 4,096 values of embedding or head. The last computes with
     most, for the logits; the first holds the tower as well, 9 bytes a value (2, 4, and 12 over 4 ranks).
     """
-    found = {c.recompute: c for c in rows("qwen3-vl-8b", 8, 50, answers=1) if (c.tensor, c.pipeline, c.context) == ROW}
+    found = {
+        c.recompute: c for c in rows("qwen3-vl-8b", 8, 50, sequences=1) if (c.tensor, c.pipeline, c.context) == ROW
+    }
     layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 12288
     last = 18 * layer + 151_936 * 4096
     first = last + 27 * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * (4608**2 + 4608 * 4096) + (2304 + 1536) * 1152
@@ -127,7 +124,7 @@ def test_a_stage_in_the_middle_may_hold_most() -> None:
     """Five layers on four stages, the second with two of them; a layer outweighs the tower and 299 embeddings."""
     config = tiny_config(tied=False, vocab=299, num_hidden_layers=5, intermediate_size=4096)
     cluster = Cluster(gpus=4, gpu_bytes=40 * GIB, gpus_per_node=4)
-    fitting = make_plan(config, cluster=cluster, workload=WORKLOAD, rollout_tensor=None, answers=1).fitting
+    fitting = make_plan(PlanRequest(config, cluster, WORKLOAD, engine_sequences=1)).fitting
     c = next(c for c in fitting if c.pipeline == 4)
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 4096
     assert c.layers == (1, 2, 1, 1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.options import ModelOptions
@@ -18,7 +19,6 @@ from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.planning.sizes import parameter_count, stage_values
 from megatron_vppo.planning.state import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
-from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 

@@ -20,7 +20,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
 
     folder = tmp_path_factory.mktemp("digits")
-    tool = [sys.executable, ROOT / "tools" / "make_digits_data.py", "--out", folder / "data"]
+    tool = [sys.executable, ROOT / "tools" / "digits" / "make_data.py", "--out", folder / "data"]
     subprocess.run([*map(str, tool)], check=True, cwd=ROOT)
     processor = make_processor()
     save_checkpoint(make_model(make_config(processor.tokenizer), seed=1), processor, folder / "model")

@@ -21,10 +21,11 @@ from transformers import AutoConfig
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.language.mrope import mrope_positions
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
-from megatron_vppo.weights.kinds import stage_entries
+from megatron_vppo.weights.entries import stage_entries
 from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import GRIDS, IMAGE, MERGE, Row, make_pixels, make_rows
 
@@ -59,7 +60,7 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
     return PackedBatch(
         token_ids_K=ids,
         positions_3K=torch.cat(positions, dim=1),
-        lengths=tuple(len(row.token_ids) for row in rows),
+        packing=Packing(tuple(len(row.token_ids) for row in rows)),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.cat(filled) if filled else torch.zeros(0, dtype=torch.int64),
         pixels_PD=torch.cat([pixels[name] for name in names]) if names else None,

@@ -12,10 +12,10 @@ from megatron_vppo.algorithm.advantages import group_advantages
 from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.loss import dual_clip_surrogate, surrogate_loss
 from megatron_vppo.algorithm.reference_split import emulated_split
-from megatron_vppo.algorithm.shaping import shape_advantages, trajectory_scale, trajectory_scores
+from megatron_vppo.algorithm.shaping import dependency_means, shape_advantages, trajectory_scale
 from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight
-from megatron_vppo.algorithm.types import LossSpec
+from megatron_vppo.algorithm.types import LossSpec, TokenTerms
 from tests.algorithm.rows import CHECKS, GOLDEN, SharedExample
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 3.0}
@@ -62,7 +62,7 @@ def test_share_of_small_differences_that_cancel_to_zero() -> None:
 
 def shared_dependency() -> Tensor:
     e = SharedExample
-    return k3_sampled(e.old_logp_BT, e.masked_logp_BT, e.wide_mask_BT, expm1=False)
+    return k3_sampled(e.old_logp_BT, e.perturbed_logp_BT, e.wide_mask_BT, expm1=False)
 
 
 def shared_mask() -> Tensor:
@@ -72,8 +72,8 @@ def shared_mask() -> Tensor:
 
 
 def shared_scale() -> Tensor:
-    score_B = trajectory_scores(shared_dependency(), SharedExample.wide_mask_BT)
-    return trajectory_scale(score_B, torch.tensor([True, True]), scale_min=0.9).scale_B
+    dependency_mean_B = dependency_means(shared_dependency(), SharedExample.wide_mask_BT)
+    return trajectory_scale(dependency_mean_B, torch.tensor([True, True]), scale_min=0.9).scale_B
 
 
 def shared_loss(
@@ -89,10 +89,12 @@ def shared_loss(
     at = e.wide_mask_BT.bool()
     terms = surrogate_loss(
         e.new_logp_BT[at],
-        e.old_logp_BT[at],
-        advantage_BT[at],
-        policy_gradient_weight(token_mask_BT, e.wide_mask_BT, denominator=denominator, average=average)[at],
-        entropy_penalty_weight(token_mask_BT, e.wide_mask_BT, coefficient=coefficient, tokens="all")[at],
+        TokenTerms(
+            e.old_logp_BT[at],
+            advantage_BT[at],
+            policy_gradient_weight(token_mask_BT, e.wide_mask_BT, denominator=denominator, average=average)[at],
+            entropy_penalty_weight(token_mask_BT, e.wide_mask_BT, coefficient=coefficient, tokens="all")[at],
+        ),
         spec=SPEC,
     )
     return terms.loss.item(), {name: value.item() / 9 for name, value in terms.token_sums.items()}
@@ -100,7 +102,7 @@ def shared_loss(
 
 def test_shared_example_dependency() -> None:
     e = SharedExample
-    everywhere = k3_sampled(e.old_logp_BT, e.masked_logp_BT, torch.ones(2, 6), expm1=False)
+    everywhere = k3_sampled(e.old_logp_BT, e.perturbed_logp_BT, torch.ones(2, 6), expm1=False)
     torch.testing.assert_close(everywhere, torch.tensor(GOLDEN["G2_k3"]), rtol=0, atol=5e-7)
     torch.testing.assert_close(shared_dependency(), everywhere * e.wide_mask_BT, rtol=0, atol=0)
 
@@ -111,10 +113,10 @@ def test_shared_example_mask() -> None:
 
 def test_shared_example_shaping() -> None:
     e, g4 = SharedExample, GOLDEN["G4"]
-    score_B = trajectory_scores(shared_dependency(), e.wide_mask_BT)
-    torch.testing.assert_close(score_B, torch.tensor(g4["S"]), rtol=0, atol=PRINTED)
-    scale = trajectory_scale(score_B, torch.tensor([True, True]), scale_min=0.9)
-    assert (scale.min_scores, scale.max_scores) == ((g4["gmin"],), (g4["gmax"],))
+    dependency_mean_B = dependency_means(shared_dependency(), e.wide_mask_BT)
+    torch.testing.assert_close(dependency_mean_B, torch.tensor(g4["S"]), rtol=0, atol=PRINTED)
+    scale = trajectory_scale(dependency_mean_B, torch.tensor([True, True]), scale_min=0.9)
+    assert (scale.smallest_means, scale.largest_means) == ((g4["gmin"],), (g4["gmax"],))
     assert scale.target_maxima == (g4["target_max"],)
     torch.testing.assert_close(scale.scale_B, torch.tensor(g4["alpha"]), rtol=0, atol=PRINTED)
     shaped_BT = shape_advantages(e.advantage_B, scale.scale_B, negative="same")[:, None] * e.wide_mask_BT
@@ -207,10 +209,12 @@ def test_shaping_edge_cases() -> None:
 
 def test_bounds_of_the_scale() -> None:
     """0.9 <= alpha <= 0.9 + 0.1 * rows of the mean scope, with mean one (spec 1.3)."""
-    score_B = torch.distributions.Exponential(10.0).sample((256,))
+    dependency_mean_B = torch.distributions.Exponential(10.0).sample((256,))
     for size in (4, 16, 128):
         _, micro_batch_B = emulated_split(256, devices=2, micro_batch_size=size)
-        scale_B = trajectory_scale(score_B, score_B >= 0, scale_min=0.9, mean_scope_B=micro_batch_B).scale_B
+        scale_B = trajectory_scale(
+            dependency_mean_B, dependency_mean_B >= 0, scale_min=0.9, mean_scope_B=micro_batch_B
+        ).scale_B
         assert scale_B.min() >= 0.9 and scale_B.max() <= 0.9 + 0.1 * size + 1e-6
         torch.testing.assert_close(scale_B.view(-1, size).mean(1), torch.ones(256 // size), rtol=0, atol=1e-6)
 
@@ -278,7 +282,7 @@ def test_ties_go_to_the_earlier_token() -> None:
 def test_an_empty_response_keeps_nothing() -> None:
     kept_BT = top_token_mask(torch.ones(1, 4), torch.zeros(1, 4), keep_fraction=0.4, stable=False, integer_ceil=False)
     assert kept_BT.tolist() == [GOLDEN["G10_empty"]["mask"]]
-    assert trajectory_scores(torch.ones(1, 4), torch.zeros(1, 4)).tolist() == [0.0]
+    assert dependency_means(torch.ones(1, 4), torch.zeros(1, 4)).tolist() == [0.0]
 
 
 # ---- T6
@@ -308,7 +312,9 @@ def test_entropy_penalty_is_an_advantage_shift_at_ratio_one() -> None:
     new_logp_N = logit_NV.log_softmax(-1).gather(1, target_N[:, None])[:, 0]
 
     def gradient(advantage_N: Tensor, pg_weight_N: Tensor, entropy_weight_N: Tensor) -> Tensor:
-        terms = surrogate_loss(new_logp_N, new_logp_N.detach(), advantage_N, pg_weight_N, entropy_weight_N, spec=SPEC)
+        terms = surrogate_loss(
+            new_logp_N, TokenTerms(new_logp_N.detach(), advantage_N, pg_weight_N, entropy_weight_N), spec=SPEC
+        )
         return torch.autograd.grad(terms.loss, logit_NV, retain_graph=True)[0]
 
     mean_N = torch.full((40,), 1 / 40, dtype=torch.float64)
@@ -330,10 +336,7 @@ def test_expected_penalty_gradient_is_zero_for_nll_but_not_for_entropy() -> None
     zero_N = torch.zeros(1, dtype=torch.float64)
     terms = surrogate_loss(
         logp_V[:1],
-        zero_N,
-        zero_N,
-        zero_N,
-        zero_N + 1,
+        TokenTerms(zero_N, zero_N, zero_N, zero_N + 1),
         spec=LossSpec(**CLIP, entropy_kind="entropy"),
         entropy_N=entropy_N,
     )
@@ -347,7 +350,7 @@ def test_losses_of_unequal_ranks_add_up_to_the_token_mean() -> None:
     losses = []
     for row, advantage in ((0, 1.0), (1, -1.0)):
         zero_N = torch.zeros(7)
-        terms = surrogate_loss(zero_N, zero_N, zero_N + advantage, weight_BT[row], zero_N, spec=SPEC)
+        terms = surrogate_loss(zero_N, TokenTerms(zero_N, zero_N + advantage, weight_BT[row], zero_N), spec=SPEC)
         losses.append(terms.loss.item())
     # The authors scale each rank's loss by the number of ranks, and FSDP divides the gradient by it again.
     assert [2 * loss for loss in losses] == pytest.approx([-0.6, 1.4], abs=1e-7)
@@ -362,10 +365,12 @@ def test_rows_whose_views_agree() -> None:
     dependency_BT = k3_sampled(logp_BT, logp_BT, mask_BT, expm1=False)
     token_mask_BT = top_token_mask(dependency_BT, mask_BT, keep_fraction=0.4, stable=False, integer_ceil=False)
     assert token_mask_BT.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0]] * 3
-    scale = trajectory_scale(trajectory_scores(dependency_BT, mask_BT), torch.tensor([True] * 3), scale_min=0.9)
+    scale = trajectory_scale(dependency_means(dependency_BT, mask_BT), torch.tensor([True] * 3), scale_min=0.9)
     assert scale.scale_B.tolist() == [1.0, 1.0, 1.0]
     weight_BT = policy_gradient_weight(token_mask_BT, mask_BT, denominator="all", average="token")
     terms = surrogate_loss(
-        logp_BT.flatten(), logp_BT.flatten(), torch.ones(15), weight_BT.flatten(), torch.zeros(15), spec=SPEC
+        logp_BT.flatten(),
+        TokenTerms(logp_BT.flatten(), torch.ones(15), weight_BT.flatten(), torch.zeros(15)),
+        spec=SPEC,
     )
     assert terms.loss.item() == pytest.approx(-0.4, abs=1e-7)

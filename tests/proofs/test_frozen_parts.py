@@ -10,10 +10,10 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.options import PLAIN, ModelOptions
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
-from megatron_vppo.weights.kinds import ModelPart
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import (
@@ -57,7 +57,7 @@ class Case:
 LAYOUTS = {
     "one rank": Case(tuple(MODELS)),
     "TP 2, sequence parallel": Case(("Qwen2.5-VL",), tensor=2, options=ModelOptions(sequence_parallel=True)),
-    "TP 2, sequence parallel, pictures dealt": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
+    "TP 2, sequence parallel, images shared out": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
     "CP 2, recomputed": Case(("Qwen3-VL",), context=2, options=ModelOptions(recompute="full")),
     "PP 2": Case(tuple(MODELS), pipeline=2, options=STAGES),
     "PP 2, recomputed": Case(("Qwen3-VL",), pipeline=2, options=dataclasses.replace(STAGES, recompute="full")),

@@ -23,7 +23,7 @@ import pytest
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
-from megatron_vppo.system.whole import unfinished_folder
+from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.config_files import copy_config_files
 from tests.conversion.folders import left_behind
 
@@ -35,21 +35,21 @@ STOPPING = """
 import sys, time
 from megatron_vppo.cli.main import main
 from megatron_vppo.observability.byte_progress import ByteProgress
-from megatron_vppo.parallel.conversion import hf_files
+from megatron_vppo.weights.hf_folder import FileTensor
 
-put, done = hf_files._put, []
+write, done = FileTensor.write_rows, []
 
-def put_once(*arguments, **options):
+def write_once(*arguments, **options):
     if done:
         time.sleep(300)
-    done.append(put(*arguments, **options))
+    done.append(write(*arguments, **options))
 
 def stop(progress, num_bytes):
     print("in the middle", flush=True)
     time.sleep(300)
 
 ByteProgress.add = stop
-hf_files._put = put_once
+FileTensor.write_rows = write_once
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))
 """
@@ -189,7 +189,7 @@ def test_disk_full_at_the_tokenizer(tmp_path: Path) -> None:
     (source / "tokenizer.json").write_text("{}" * 10_000)
     with (
         pytest.raises(ValueError, match=r"target: No space left on device\. About 0\.07 GB are needed in .*, \d"),
-        unfinished_folder(target, num_bytes=1) as folder,
+        whole_folder(target, num_bytes=1) as folder,
     ):
         (folder / "tokenizer.json").symlink_to("/dev/full")
         copy_config_files(source, folder)

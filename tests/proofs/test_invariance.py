@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import Response
-from tests.algorithm.rows import GOLDEN, response, scored, scores, settings
+from tests.algorithm.rows import GOLDEN, graded, response, scores, settings
 
 NUM_GROUPS, GROUP_SIZE, WIDTH, FEATURES, VOCAB = 6, 4, 24, 5, 9
 NUM_ROWS = NUM_GROUPS * GROUP_SIZE
@@ -68,7 +68,7 @@ def assemble_rows(p: Problem, order: list[int], *, preset: str, devices: int, mi
     old_BT = logps(p.feature_BTF, p.old_weight_FV, p.target_BT)[order].float()
     masked_BT = logps(p.masked_feature_BTF, p.old_weight_FV, p.target_BT)[order].float()
     (minibatch,) = assemble(
-        scored([p.rows[i] for i in order], [p.rewards[i] for i in order]),
+        graded([p.rows[i] for i in order], [p.rewards[i] for i in order]),
         scores(old_BT, masked_BT),
         settings=settings(preset=preset, truncated_responses="mask"),
         responses_per_minibatch=NUM_ROWS,
@@ -85,16 +85,13 @@ def loss_and_gradient(
     b, total, gradient_FV = minibatch.batch, 0.0, torch.zeros(FEATURES, VOCAB, dtype=torch.float64)
     rows_of_devices = torch.arange(NUM_ROWS).tensor_split(devices)
     for rows in (part for device_rows in rows_of_devices for part in device_rows.split(micro_batch_size)):
-        at = b.response_mask_BT[rows].bool()
+        at = b.response_mask_BT[rows].nonzero(as_tuple=True)
         original = torch.tensor(order)[rows]
         weight_FV = p.new_weight_FV.clone().requires_grad_()
         new_logp_BT = logps(p.feature_BTF[original], weight_FV, p.target_BT[original])
         terms = surrogate_loss(
             new_logp_BT[at],
-            b.old_logp_BT[rows][at],
-            b.advantage_BT[rows][at],
-            b.pg_weight_BT[rows][at],
-            b.entropy_weight_BT[rows][at],
+            b.terms_at((rows[at[0]], at[1])),
             spec=b.loss,
         )
         terms.loss.backward()
@@ -122,7 +119,7 @@ def test_global_is_the_same_for_every_split(devices: int, micro_batch_size: int)
     )
     for name in ("advantage_BT", "pg_weight_BT", "entropy_weight_BT", "old_logp_BT", "response_mask_BT"):
         assert torch.equal(getattr(whole.batch, name), getattr(split.batch, name)), name
-    for name in ("dependency_BT", "token_mask_BT", "scale_B", "trajectory_score_B"):
+    for name in ("dependency_BT", "token_mask_BT", "scale_B", "dependency_mean_B"):
         assert torch.equal(getattr(whole.record, name), getattr(split.record, name)), name
     assert whole.metrics == split.metrics
     assert split_loss == pytest.approx(loss, abs=1e-14)
@@ -168,7 +165,7 @@ def four_scores(*, preset: str, micro_batch_size: int, devices: int = 1) -> Mini
     rows = [response(1, sample=i) for i in range(4)]
     divergence_BT = torch.tensor([[0.02], [0.05], [0.08], [0.25]])
     (minibatch,) = assemble(
-        scored(rows, [1.0, 0.0, 1.0, 0.0]),
+        graded(rows, [1.0, 0.0, 1.0, 0.0]),
         scores(torch.full((4, 1), -1.0), None, divergence_BT),
         settings=settings(preset=preset, dependency="kl_full"),
         responses_per_minibatch=4,

@@ -78,7 +78,7 @@ LAYOUTS = {
     "one rank, attention recomputed": Case(options=ModelOptions(recompute="selective")),
     "TP 2": Case(tensor=2),
     "TP 2, sequence parallel": Case(tensor=2, options=SP),
-    "TP 2, pictures dealt": Case(tensor=2, options=IMAGES),
+    "TP 2, images shared out": Case(tensor=2, options=IMAGES),
     "CP 2": Case(context=2),
     "CP 2, recomputed": Case(context=2, options=ModelOptions(recompute="full")),
     "CP 2, attention recomputed": Case(context=2, options=ModelOptions(recompute="selective")),
@@ -86,14 +86,14 @@ LAYOUTS = {
     "PP 2, interleaved": Case(pipeline=2, options=INTERLEAVED),
     "DP 2": Case(data=2),
     "TP 2 x CP 2, sequence parallel": Case(tensor=2, context=2, options=SP),
-    "TP 2 x CP 2, sequence parallel, pictures dealt": Case(tensor=2, context=2, options=SP_IMAGES),
+    "TP 2 x CP 2, sequence parallel, images shared out": Case(tensor=2, context=2, options=SP_IMAGES),
     "TP 2 x PP 2, sequence parallel, interleaved, recomputed": Case(
         tensor=2, pipeline=2, options=dataclasses.replace(INTERLEAVED, sequence_parallel=True, recompute="full")
     ),
-    "TP 2 x PP 2, interleaved, pictures dealt": Case(
+    "TP 2 x PP 2, interleaved, images shared out": Case(
         tensor=2, pipeline=2, options=dataclasses.replace(INTERLEAVED, vision_split="images")
     ),
-    "TP 2 x PP 2, sequence parallel, pictures dealt, attention recomputed": Case(
+    "TP 2 x PP 2, sequence parallel, images shared out, attention recomputed": Case(
         tensor=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(3, 2), recompute="selective")
     ),
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
@@ -104,7 +104,7 @@ LAYOUTS = {
     "CP 2, padded as FP8 wants": Case(context=2, token_alignment=128),
     "TP 2, sequence parallel, padded as FP8 wants": Case(tensor=2, options=SP, token_alignment=32),
     "CP 2 x DP 2": Case(context=2, data=2),
-    "TP 2 x CP 2 x PP 2, sequence parallel, pictures dealt": Case(
+    "TP 2 x CP 2 x PP 2, sequence parallel, images shared out": Case(
         tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(4, 1))
     ),
 }
@@ -194,10 +194,10 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
                 policy.trainable.optimizer.prepare_grads()
                 norm = float(policy.trainable.optimizer.get_grad_norm())
-                assert scores.masked_logp_BT is not None and scores.divergence_BT is not None
+                assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
                 pairs = (
                     (scores.old_logp_BT, expected.logp_BT),
-                    (scores.masked_logp_BT, expected.masked_logp_BT),
+                    (scores.perturbed_logp_BT, expected.perturbed_logp_BT),
                     (scores.entropy_BT, expected.entropy_BT),
                 )
                 found[name, model, rows] = Found(

@@ -24,10 +24,11 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.weight_map import HEAD
 from megatron_vppo.models.megatron_config import check_tensor_parallel
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.vision.dealing import VisionGroups
+from megatron_vppo.models.vision.image_parallel import VisionGroups
 from megatron_vppo.parallel.cpu_support import enable_cpu
 from megatron_vppo.planning.published import CONFIGS, PUBLISHED, published_config
-from megatron_vppo.weights.kinds import Shape, stage_entries, stream_entries
+from megatron_vppo.weights.entries import stage_entries, stream_entries
+from megatron_vppo.weights.kinds import Shape
 
 # (tensor, pipeline); the layers of all eight divide evenly.
 LAYOUTS = {
@@ -54,7 +55,7 @@ def rank_of(*, tensor: int, pipeline: int, rank: int) -> Iterator[tuple[ProcessG
             create_gloo_process_groups=False,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        yield groups, VisionGroups(tower=groups, dealing=groups.cp, summing=groups.cp)
+        yield groups, VisionGroups(tower=groups, images=groups.cp, gradients=groups.cp)
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
@@ -82,7 +83,7 @@ def test_every_tensor_of_the_checkpoint_maps(name: str) -> None:
     family = family_of(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    theirs = {family.canonical_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    theirs = {family.released_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del theirs[HEAD]  # not stored
 
@@ -174,5 +175,5 @@ def tensor_parallel_is_possible(config: HfConfig, tensor: int) -> bool:
 
 
 def test_a_name_that_is_not_published() -> None:
-    with pytest.raises(ValueError, match=r"'qwen2.5-vl-8b' here; there are qwen2.5-vl-3b, "):
+    with pytest.raises(ValueError, match=r"no released model 'qwen2.5-vl-8b'; known are qwen2.5-vl-3b, "):
         published_config("qwen2.5-vl-8b")

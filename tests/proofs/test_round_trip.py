@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.cli.main import main
-from megatron_vppo.conversion import hf_files, to_megatron
+from megatron_vppo.conversion import hf_writer, to_megatron, verify
 from megatron_vppo.conversion.to_hf import megatron_to_hf
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.weights.stream import save_hf
@@ -25,9 +25,9 @@ SMALL_PIECES = 3000
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(to_megatron, "PIECE_BYTES", SMALL_PIECES)
+    for module in (to_megatron, hf_writer, verify):
+        monkeypatch.setattr(module, "PIECE_BYTES", SMALL_PIECES)
     monkeypatch.setattr(to_megatron, "FILE_BYTES", 20 * SMALL_PIECES)
-    monkeypatch.setattr(hf_files, "PIECE_BYTES", SMALL_PIECES)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

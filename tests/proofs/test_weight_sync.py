@@ -63,7 +63,7 @@ def _rank(
                 for _ in stream:
                     pass
                 continue
-            report = engine.load_weights(stream, version=1, verify=True)
+            report = engine.send_weights(stream, version=1, verify=True)
             now = engine.live_digests()
             same = sum(
                 now[worker][key] == digest for worker in range(engine_ranks) for key, digest in read[worker].items()

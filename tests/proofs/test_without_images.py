@@ -33,7 +33,7 @@ MODELS = {
 }
 LAYOUTS = {
     "TP 2, sequence parallel": ({"tensor": 2, "pipeline": 1}, ModelOptions(sequence_parallel=True)),
-    "TP 2, pictures dealt": (
+    "TP 2, images shared out": (
         {"tensor": 2, "pipeline": 1, "vision_split": "images"},
         ModelOptions(vision_split="images", recompute="full"),
     ),
@@ -56,7 +56,7 @@ def text_only() -> list[Response]:
 @dataclasses.dataclass(frozen=True)
 class Found:
     logp_BT: Tensor
-    masked_logp_BT: Tensor | None
+    perturbed_logp_BT: Tensor | None
     gradients: dict[str, Tensor]
 
 
@@ -69,7 +69,7 @@ def _rank(rank: int, world: int, folders: dict[str, Path]) -> dict[tuple[str, st
             policy = make_policy(folder, layout, rows=1, optim=optim, options=options)
             scores = policy.score(text_only(), step=STEP, views="both")
             policy.accumulate_gradients(make_batch(text_only(), "nll"))
-            found[name, model] = Found(scores.old_logp_BT, scores.masked_logp_BT, hf_gradients(policy))
+            found[name, model] = Found(scores.old_logp_BT, scores.perturbed_logp_BT, hf_gradients(policy))
         parallel_state.destroy_model_parallel()
     return found
 
@@ -84,8 +84,8 @@ def test_equals_transformers(tmp_path: Path) -> None:
         assert found.keys() == {(name, model) for name in LAYOUTS for model in MODELS}
         for (name, model), mine in found.items():
             where, right = f"{name}, {model}", expected[model]
-            assert mine.masked_logp_BT is not None
-            for logp_BT in (mine.logp_BT, mine.masked_logp_BT):  # both answers are a token shorter than the longest
+            assert mine.perturbed_logp_BT is not None
+            for logp_BT in (mine.logp_BT, mine.perturbed_logp_BT):  # both answers are a token shorter than the longest
                 off = float((logp_BT - right.logp_BT[:, : logp_BT.shape[1]]).abs().max())
                 assert off < LOGP_TOLERANCE, f"{where}: log-probs off by {off:.1e}"
             assert right.gradients.keys() == {n for n in mine.gradients if "visual." not in n}, where

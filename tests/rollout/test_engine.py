@@ -16,7 +16,7 @@ LOGP_TOLERANCE = 1e-5
 @pytest.fixture(scope="module", autouse=True)
 def first_load(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Dummy weights are refused until the first load."""
-    with pytest.raises(RuntimeError, match="call load_weights first"):
+    with pytest.raises(RuntimeError, match="call send_weights first"):
         rig.engine.generate([SampleRequest(prompt_ids(0), (), (1,))], SamplingSettings(max_tokens=1))
     load(rig, seed=0, folder=tmp_path_factory.mktemp("first"))
     yield
@@ -24,7 +24,7 @@ def first_load(rig: Rig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
 def load(rig: Rig, *, seed: int, folder, version: int = 0, verify: bool = True):
     model = rig.model(seed)
-    report = rig.engine.load_weights(iter(weights(model, folder).items()), version=version, verify=verify)
+    report = rig.engine.send_weights(iter(weights(model, folder).items()), version=version, verify=verify)
     return model, report
 
 
@@ -108,7 +108,7 @@ def test_stop_token_ends_and_belongs_to_the_response(rig: Rig) -> None:
     assert largest_difference(rig, rig.model(0), asked, stopped) < LOGP_TOLERANCE
 
 
-def test_load_weights_gives_the_new_model_and_drops_every_cache(rig: Rig, tmp_path) -> None:
+def test_send_weights_gives_the_new_model_and_drops_every_cache(rig: Rig, tmp_path) -> None:
     asked, settings = requests(), SamplingSettings(max_tokens=16)
     before = rig.engine.generate(asked, settings)
     assert {c.weight_version for completions in before for c in completions} == {0}
@@ -139,9 +139,9 @@ def test_one_wrong_value_on_the_way_is_found(
     tensors = weights(rig.model(0), tmp_path)
     flip_one_bit_on_the_way(tensors[name], monkeypatch)
     with pytest.raises(RuntimeError, match="differ from those sent") as error:
-        rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
+        rig.engine.send_weights(iter(tensors.items()), version=1, verify=True)
     assert reported in str(error.value) and name in str(error.value)
-    with pytest.raises(RuntimeError, match="call load_weights first"):
+    with pytest.raises(RuntimeError, match="call send_weights first"):
         rig.engine.generate(requests(), SamplingSettings(max_tokens=1))
     monkeypatch.undo()
     load(rig, seed=0, folder=tmp_path)
@@ -151,18 +151,18 @@ def test_incomplete_and_unknown_streams_are_refused(rig: Rig, tmp_path) -> None:
     tensors = weights(rig.model(1), tmp_path)
     less = {name: tensor for name, tensor in tensors.items() if name != "model.layers.0.self_attn.k_proj.bias"}
     with pytest.raises(ValueError, match=r"1 of \d+ weights did not come .* model.layers.0.self_attn.k_proj.bias"):
-        rig.engine.load_weights(iter(less.items()), version=1, verify=False)
+        rig.engine.send_weights(iter(less.items()), version=1, verify=False)
     with pytest.raises(ValueError, match=r"'lm_head.weight' is unknown .* tied"):
-        rig.engine.load_weights(iter([("lm_head.weight", torch.zeros(1)), *tensors.items()]), version=1, verify=False)
+        rig.engine.send_weights(iter([("lm_head.weight", torch.zeros(1)), *tensors.items()]), version=1, verify=False)
     first = next(iter(tensors.items()))
     with pytest.raises(ValueError, match="came twice"):
-        rig.engine.load_weights(iter([first, *tensors.items()]), version=1, verify=False)
+        rig.engine.send_weights(iter([first, *tensors.items()]), version=1, verify=False)
     with pytest.raises(RuntimeError, match="refused: "):
         wrong_shape = tensors | {"model.norm.weight": torch.zeros(7)}
-        rig.engine.load_weights(iter(wrong_shape.items()), version=1, verify=False)
+        rig.engine.send_weights(iter(wrong_shape.items()), version=1, verify=False)
     drained = iter(less.items())
     with pytest.raises(ValueError):
-        rig.engine.load_weights(drained, version=1, verify=False)
+        rig.engine.send_weights(drained, version=1, verify=False)
     assert next(drained, None) is None  # the other trainer ranks' collectives were all joined
     load(rig, seed=0, folder=tmp_path)
     test_logps_equal_transformers(rig)
@@ -176,21 +176,21 @@ def test_what_is_frozen_need_not_come_again(rig: Rig, tmp_path) -> None:
     trained = {name: tensor for name, tensor in tensors.items() if not name.startswith("visual.")}
     frozen = old.keys() - trained.keys()
     load(rig, seed=0, folder=tmp_path)
-    report = rig.engine.load_weights(iter(trained.items()), version=1, verify=True, kept=frozen)
+    report = rig.engine.send_weights(iter(trained.items()), version=1, verify=True, kept=frozen)
     assert report.num_bytes == sum(tensor.nbytes for tensor in trained.values())
-    whole = rig.engine.load_weights(iter({**trained, **{n: old[n] for n in frozen}}.items()), version=2, verify=True)
+    whole = rig.engine.send_weights(iter({**trained, **{n: old[n] for n in frozen}}.items()), version=2, verify=True)
     assert report.num_checksums == whole.num_checksums, "what is kept was compared with the digests of its own load"
 
-    rig.engine.load_weights(iter(trained.items()), version=3, verify=False, kept=frozen)
+    rig.engine.send_weights(iter(trained.items()), version=3, verify=False, kept=frozen)
     after.model.visual.load_state_dict(before.model.visual.state_dict())
     asked = requests()
     answers = rig.engine.generate(asked, SamplingSettings(max_tokens=8, stop_token_ids=(rig.eos,)))
     assert largest_difference(rig, after, asked, answers) < LOGP_TOLERANCE
 
     with pytest.raises(ValueError, match="stay as they are"):
-        rig.engine.load_weights(iter(tensors.items()), version=4, verify=False, kept=frozen)
+        rig.engine.send_weights(iter(tensors.items()), version=4, verify=False, kept=frozen)
     with pytest.raises(ValueError, match="no complete set of weights"):
-        rig.engine.load_weights(iter(trained.items()), version=4, verify=False, kept=frozen)
+        rig.engine.send_weights(iter(trained.items()), version=4, verify=False, kept=frozen)
     load(rig, seed=0, folder=tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_names_of_newer_files_and_any_order_are_accepted(rig: Rig, tmp_path) -> 
         name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else f"model.{name}": tensor
         for name, tensor in reversed(tensors.items())
     }
-    assert rig.engine.load_weights(iter(renamed.items()), version=0, verify=True).checksums_ok
+    assert rig.engine.send_weights(iter(renamed.items()), version=0, verify=True).checksums_ok
     test_logps_equal_transformers(rig)
 
 

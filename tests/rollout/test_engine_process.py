@@ -137,7 +137,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
             model = build_model(build_config(build_tokenizer(), tied=False), seed=seed)
             tensors = weights(model, tmp_path / "weights")
             assert "lm_head.weight" in tensors
-            report = engine.load_weights(iter(tensors.items()), version=seed, verify=True)
+            report = engine.send_weights(iter(tensors.items()), version=seed, verify=True)
             assert report.checksums_ok and report.num_checksums > 80
             for completion in engine.generate([request], SamplingSettings(max_tokens=12))[0]:
                 expected = reference_logps(model, request, completion, banned=())

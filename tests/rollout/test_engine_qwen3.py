@@ -27,7 +27,7 @@ def requests() -> list[SampleRequest]:
 def test_logps_equal_transformers_after_new_weights(qwen3_rig: Rig, tmp_path: Path, seed: int) -> None:
     model = qwen3_rig.model(seed)
     tensors = weights(model, tmp_path)
-    report = qwen3_rig.engine.load_weights(iter(tensors.items()), version=seed, verify=True)
+    report = qwen3_rig.engine.send_weights(iter(tensors.items()), version=seed, verify=True)
     assert report.checksums_ok and report.num_tensors == len(tensors)
     asked = requests()
     answers = qwen3_rig.engine.generate(asked, SamplingSettings(max_tokens=24, stop_token_ids=(qwen3_rig.eos,)))
@@ -54,7 +54,7 @@ def test_one_wrong_value_on_the_way_is_found(
     tensors = weights(qwen3_rig.model(0), tmp_path)
     flip_one_bit_on_the_way(tensors[name], monkeypatch)
     with pytest.raises(RuntimeError, match="differ from those sent") as error:
-        qwen3_rig.engine.load_weights(iter(tensors.items()), version=1, verify=True)
+        qwen3_rig.engine.send_weights(iter(tensors.items()), version=1, verify=True)
     assert reported in str(error.value)
 
 

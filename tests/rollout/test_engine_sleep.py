@@ -26,7 +26,7 @@ from tests.rollout.rig import Rig, prompt_ids, reference_logps, weights
 LOGP_TOLERANCE = 1e-5
 
 SCALES_ON_THE_HOST = {"_k_scale_cpu", "_v_scale_cpu"}
-"""Not lost on a GPU; on CPU they count as any other. See also test_qwen3_engine.py."""
+"""Not lost on a GPU; on CPU they count as any other. See also test_engine_qwen3.py."""
 
 
 def attribute(name: str) -> str:
@@ -46,7 +46,7 @@ def test_vllm_takes_weights_half_awake_and_answers_when_awake(rig: Rig, tmp_path
         saved = call("sleep", keep_weights=keep)
         assert {leaf for worker in saved for leaf in map(attribute, worker)} == (set() if keep else SCALES_ON_THE_HOST)
         call("wake", tag="weights")
-        rig.engine.load_weights(iter(weights(model, tmp_path).items()), version=version, verify=True)
+        rig.engine.send_weights(iter(weights(model, tmp_path).items()), version=version, verify=True)
         call("wake", tag="kv_cache")
         (answers,) = rig.engine.generate(request, settings)
         assert {answer.weight_version for answer in answers} == {version}
@@ -113,12 +113,12 @@ def sleeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rollout
 
 
 def test_a_sleeping_engine_refuses(sleeper: RolloutEngine) -> None:
-    sleeper.load_weights(stream(VISION, NORM), version=0, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=0, verify=False)
     sleeper.sleep()
     with pytest.raises(RuntimeError, match="generate: the rollout engine sleeps; wake its kv_cache and weights first"):
         sleeper.generate([], SamplingSettings(max_tokens=1))
-    with pytest.raises(RuntimeError, match="load_weights: the rollout engine sleeps; wake its weights first"):
-        sleeper.load_weights(stream(VISION, NORM), version=1, verify=False)
+    with pytest.raises(RuntimeError, match="send_weights: the rollout engine sleeps; wake its weights first"):
+        sleeper.send_weights(stream(VISION, NORM), version=1, verify=False)
     with pytest.raises(RuntimeError, match="sleep: the rollout engine sleeps"):
         sleeper.sleep()
     with pytest.raises(RuntimeError, match="live_digests: the rollout engine sleeps"):
@@ -126,7 +126,7 @@ def test_a_sleeping_engine_refuses(sleeper: RolloutEngine) -> None:
     sleeper.wake("weights")
     with pytest.raises(RuntimeError, match="already holds its weights"):
         sleeper.wake("weights")
-    sleeper.load_weights(stream(VISION, NORM), version=1, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=1, verify=False)
     with pytest.raises(RuntimeError, match="generate: the rollout engine sleeps; wake its kv_cache first"):
         sleeper.generate([], SamplingSettings(max_tokens=1))
     sleeper.wake("kv_cache")
@@ -138,13 +138,13 @@ def test_a_sleeping_engine_refuses(sleeper: RolloutEngine) -> None:
 
 
 def test_woken_memory_without_a_load_is_no_model(sleeper: RolloutEngine) -> None:
-    sleeper.load_weights(stream(VISION, NORM), version=0, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=0, verify=False)
     sleeper.sleep()
     sleeper.wake("weights")
     sleeper.wake("kv_cache")
-    with pytest.raises(RuntimeError, match="call load_weights first"):
+    with pytest.raises(RuntimeError, match="call send_weights first"):
         sleeper.generate([], SamplingSettings(max_tokens=1))
-    sleeper.load_weights(stream(VISION, NORM), version=0, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=0, verify=False)
     sleeper.sleep(keep_weights=True)
     sleeper.wake("weights")
     sleeper.wake("kv_cache")
@@ -152,21 +152,21 @@ def test_woken_memory_without_a_load_is_no_model(sleeper: RolloutEngine) -> None
 
 
 def test_only_what_is_preserved_need_not_come_again_after_sleep(sleeper: RolloutEngine) -> None:
-    sleeper.load_weights(stream(VISION, NORM), version=0, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=0, verify=False)
     sleeper.sleep()
     sleeper.wake("weights")
     with pytest.raises(ValueError, match=r"no complete set of weights, .*visual.patch_embed.proj.weight is not there"):
-        sleeper.load_weights(stream(NORM), version=1, verify=False, kept=(VISION,))
+        sleeper.send_weights(stream(NORM), version=1, verify=False, kept=(VISION,))
 
     sleeper.preserve((VISION,))
-    sleeper.load_weights(stream(VISION, NORM), version=1, verify=False)
+    sleeper.send_weights(stream(VISION, NORM), version=1, verify=False)
     sleeper.sleep()
     sleeper.wake("weights")
-    assert sleeper.load_weights(stream(NORM), version=2, verify=False, kept=(VISION,)).num_tensors == 1
+    assert sleeper.send_weights(stream(NORM), version=2, verify=False, kept=(VISION,)).num_tensors == 1
     sleeper.sleep()
     sleeper.wake("weights")
     with pytest.raises(ValueError, match=r"model.norm.weight is not there"):
-        sleeper.load_weights(stream(VISION), version=3, verify=False, kept=(NORM,))
+        sleeper.send_weights(stream(VISION), version=3, verify=False, kept=(NORM,))
 
 
 @pytest.mark.parametrize(

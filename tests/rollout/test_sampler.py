@@ -30,7 +30,7 @@ class Engine:
             for request in requests
         ]
 
-    def load_weights(self, weights: Any, *, version: int, verify: bool, kept: Any) -> Any:
+    def send_weights(self, weights: Any, *, version: int, verify: bool, kept: Any) -> Any:
         self.received = [f"{name} {verify}" for name, _ in weights] + [f"kept {name}" for name in kept]
         return SimpleNamespace(num_bytes=4, num_tensors=1)
 
@@ -55,7 +55,7 @@ def _rank(rank: int, world: int) -> Any:
     drawn = []
     for _ in range(2):
         stream = ((drawn.append(name) or name, torch.ones(1)) for name in ("a", "b"))  # type: ignore[func-returns-value]
-        metrics = sampler.load_weights(stream, version=3, kept=("c",))
+        metrics = sampler.send_weights(stream, version=3, kept=("c",))
     seen = [(r.group_id, r.sample, r.token_ids, r.weight_version) for group in groups for r in group]
     return seen, drawn, None if engine is None else engine.received, metrics
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from digits.folder import build_once
+from digits.make_data import write_data
 from digits.pairs import draw_pairs, split_scans
-from make_digits_data import write_data
 from sklearn.datasets import load_digits
 
 ARGUMENTS = {"train_pairs": 60, "val_pairs": 20, "held_out": 0.25, "seed": 5}
@@ -57,7 +57,7 @@ def test_training_and_held_out_scans_are_disjoint(folder):
 def test_pairs_are_all_different():
     pairs = draw_pairs(np.arange(4), count=12, seed=0)
     assert len(set(pairs)) == 12 and all(p.left != p.right for p in pairs)
-    with pytest.raises(ValueError, match="13 different pairs asked of 4 scans, which make only 12"):
+    with pytest.raises(ValueError, match="13 different pairs wanted, but 4 scans make only 12"):
         draw_pairs(np.arange(4), count=13, seed=0)
 
 

@@ -15,8 +15,8 @@ from digits.cold_start import (
     train,
     with_responses,
 )
+from digits.make_data import write_data
 from digits.pairs import SOLUTIONS, solution
-from make_digits_data import write_data
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -105,8 +105,8 @@ def test_training_reads_the_processors_prompt_and_learns_only_the_response(data)
     rows = load_rows(data, "train", processor)
     assert rows.prompt == processor.apply_chat_template(MESSAGES, add_generation_prompt=True)
     one_by_one = [
-        processor(text=[rows.prompt], images=[Image.fromarray(picture.permute(1, 2, 0).numpy())], return_tensors="pt")
-        for picture in rows.pictures_N3HW[:3]
+        processor(text=[rows.prompt], images=[Image.fromarray(image.permute(1, 2, 0).numpy())], return_tensors="pt")
+        for image in rows.images[:3]
     ]
     inputs = prompt_inputs(processor, rows, torch.arange(3))
     assert torch.equal(inputs["pixel_values"], torch.cat([one["pixel_values"] for one in one_by_one]))
@@ -127,17 +127,17 @@ def test_the_same_seed_trains_the_same_weights(saved, data):
 
 
 def test_misread_demonstrations_have_one_wrong_digit():
-    digits_N2 = torch.randint(10, (20_000, 2), generator=torch.Generator().manual_seed(1))
-    told_N2 = misread(digits_N2, share=0.3, generator=torch.Generator().manual_seed(2))
-    wrong_N2 = told_N2 != digits_N2
-    assert told_N2.min() == 0 and told_N2.max() == 9
-    assert not wrong_N2.all(dim=1).any(), "never both digits"
-    assert wrong_N2.float().mean(dim=0).tolist() == pytest.approx([0.15, 0.15], abs=0.01)  # 4 standard errors
-    offsets = ((told_N2 - digits_N2) % 10)[wrong_N2]
+    digits_B2 = torch.randint(10, (20_000, 2), generator=torch.Generator().manual_seed(1))
+    told_B2 = misread(digits_B2, share=0.3, generator=torch.Generator().manual_seed(2))
+    wrong_B2 = told_B2 != digits_B2
+    assert told_B2.min() == 0 and told_B2.max() == 9
+    assert not wrong_B2.all(dim=1).any(), "never both digits"
+    assert wrong_B2.float().mean(dim=0).tolist() == pytest.approx([0.15, 0.15], abs=0.01)  # 4 standard errors
+    offsets = ((told_B2 - digits_B2) % 10)[wrong_B2]
     assert offsets.bincount(minlength=10)[1:].float().div(len(offsets)).tolist() == pytest.approx(
         [1 / 9] * 9, abs=0.017
     )
-    assert torch.equal(misread(digits_N2, share=0.0, generator=torch.Generator()), digits_N2)
+    assert torch.equal(misread(digits_B2, share=0.0, generator=torch.Generator()), digits_B2)
 
 
 def test_a_model_outside_the_band_is_refused(data):
@@ -157,7 +157,7 @@ def test_accuracy_counts_right_sums(data, monkeypatch):
     processor = make_processor()
     rows = load_rows(data, "val", processor)
     model = make_model(make_config(processor.tokenizer), seed=3)
-    sums = rows.digits_N2.sum(dim=1).tolist()
+    sums = rows.digits_B2.sum(dim=1).tolist()
     texts = [rf"\boxed{{{sums[0]}}}", rf"\boxed{{{sums[1] + 1}}}", rf"\boxed{{99}} \boxed{{{sums[2]}}}", str(sums[3])]
     responses = [[*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id] for text in texts]
 

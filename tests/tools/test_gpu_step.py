@@ -32,12 +32,12 @@ def test_flops_of_the_toy_by_hand() -> None:
     rows = per_token * (12 + 14) + attention + head
     # qkv and o 4 x 48x48, MLP 3 x 48x64, two layers; patches of 1176 values; merger 192x192 and 192x64 per 4 patches.
     per_patch = 2 * (2 * (4 * 2304 + 3 * 3072) + 1176 * 48 + (192 * 192 + 192 * 64) // 4)
-    # One layer over the picture, one over windows of 4 x 4 patches: scores and values, width 48.
-    picture = 16 * per_patch + 2 * 2 * 48 * (16 * 16 + 16 * 16)
-    assert rows == 3_609_600 and picture == 3_477_504
+    # One layer over the image, one over windows of 4 x 4 patches: scores and values, width 48.
+    image = 16 * per_patch + 2 * 2 * 48 * (16 * 16 + 16 * 16)
+    assert rows == 3_609_600 and image == 3_477_504
     cost = model_cost(toy_config())
-    assert scoring_flops([group], cost) == 2 * rows + (1 + 2) * picture  # two views; the picture, and one per answer
-    assert update_flops([group, group], cost) == 2 * 3 * (rows + picture)
+    assert scoring_flops([group], cost) == 2 * rows + (1 + 2) * image  # two views; the image, and one per response
+    assert update_flops([group, group], cost) == 2 * 3 * (rows + image)
 
 
 def test_every_case_is_measured_and_reported() -> None:
@@ -123,7 +123,7 @@ def test_rows_are_what_was_asked_for() -> None:
     batch = workload.train_batch(vocabulary=320)
     assert batch.response_mask_BT.sum() == sum(len(r.token_ids) for r in workload.responses)
     assert make_workload(toy_config(), TOY).responses == workload.responses
-    with pytest.raises(ValueError, match="3 layers of a model of 2"):
+    with pytest.raises(ValueError, match="--layers 3: the model has 2 language layers"):
         with_layers(toy_config(), 3)
 
 

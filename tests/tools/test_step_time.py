@@ -14,7 +14,7 @@ import torch
 from bench.flops import StepShape, model_cost, phase_flops
 from bench.machine import commit, hardware, matmul_gflops, versions
 from bench.process_memory import MemorySampler, ProcessPeak, by_role, process_tree, read_peak
-from bench.random_model import PICTURE_SIZE, PROMPT_TOKENS, QUESTION, SIZES, VOCABULARY, make_config, write_rows
+from bench.random_model import IMAGE_SIZE, PROMPT_TOKENS, QUESTION, SIZES, VOCABULARY, make_config, write_rows
 from bench.step_time import floor, patches_per_prompt, run_settings, step_shape, trainer_threads
 from bench.timing import measured_lines, phase_seconds, startup_seconds
 from digits.checkpoint import make_processor
@@ -29,7 +29,7 @@ CONFIG = Path(__file__).parents[2] / "tools/bench/configs/compute.yaml"
 
 
 def small_config() -> Qwen2_5_VLConfig:
-    """Two language layers, three vision layers of which one sees the whole picture."""
+    """Two language layers, three vision layers of which one sees the whole image."""
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 50, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2,
@@ -90,19 +90,19 @@ def test_tokens_of_each_phase() -> None:
 
 def test_flops_of_each_phase_by_hand() -> None:
     cost = model_cost(small_config())
-    picture = 16 * cost.per_patch + 16 * cost.window_attention + 256 * cost.full_attention
+    image = 16 * cost.per_patch + 16 * cost.window_attention + 256 * cost.full_attention
     response = 15 * cost.per_token + 225 * cost.attention + 6 * cost.per_head_position
     flops = phase_flops(shape(), cost)
-    # Two views of 8 responses; 2 pictures as they are and 8 perturbed ones.
-    assert flops["score"] == 16 * response + 10 * picture
-    # Forward and twice that backward, each of the 2 pictures once.
-    assert flops["update_actor"] == 3 * (8 * response + 2 * picture)
-    # 3 prompts with their picture, then 4 times the other 5 tokens that are read; a head position for each of 6 tokens.
-    prompt = 10 * cost.per_token + 100 * cost.attention + picture
+    # Two views of 8 responses; 2 images as they are and 8 perturbed ones.
+    assert flops["score"] == 16 * response + 10 * image
+    # Forward and twice that backward, each of the 2 images once.
+    assert flops["update_actor"] == 3 * (8 * response + 2 * image)
+    # 3 prompts with their image, then 4 times the other 5 tokens that are read; a head position for each of 6 tokens.
+    prompt = 10 * cost.per_token + 100 * cost.attention + image
     rest = 5 * cost.per_token + (225 - 100) * cost.attention + 6 * cost.per_head_position
     assert flops["gen"] == 3 * (prompt + 4 * rest)
-    assert phase_flops(shape(views=1), cost)["score"] == 8 * response + 2 * picture
-    assert phase_flops(shape(perturbed_per_row=False), cost)["score"] == 16 * response + 4 * picture
+    assert phase_flops(shape(views=1), cost)["score"] == 8 * response + 2 * image
+    assert phase_flops(shape(perturbed_per_row=False), cost)["score"] == 16 * response + 4 * image
     assert phase_flops(shape(epochs=2), cost)["update_actor"] == 2 * flops["update_actor"]
 
 
@@ -140,7 +140,7 @@ def test_startup_ends_where_the_first_step_begins(logged: list[dict[str, float]]
 
 
 def test_a_run_that_is_too_short_or_trained_on_nothing_is_refused(logged: list[dict[str, float]]) -> None:
-    with pytest.raises(ValueError, match=r"logged 4 training steps; 1 \+ 4"):
+    with pytest.raises(ValueError, match=r"logged 4 training steps, but 1 \+ 4"):
         measured_lines(logged, warmup=1, steps=4)
     del logged[2]["timing_s/update_actor"]
     with pytest.raises(ValueError, match=r"steps \[3\] trained on nothing"):
@@ -222,9 +222,9 @@ def test_prompts_of_the_random_model_have_256_tokens() -> None:
     processor = make_processor()
     content = [{"type": "image"}, {"type": "text", "text": QUESTION.removeprefix("<image>")}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    pixels = PICTURE_SIZE[0] * PICTURE_SIZE[1]
+    pixels = IMAGE_SIZE[0] * IMAGE_SIZE[1]
     inputs = processor(
-        text=[text], images=[Image.new("RGB", PICTURE_SIZE)], return_tensors="pt",
+        text=[text], images=[Image.new("RGB", IMAGE_SIZE)], return_tensors="pt",
         images_kwargs={"size": {"shortest_edge": 784, "longest_edge": pixels}},
     )  # fmt: skip
     assert inputs["input_ids"].shape == (1, PROMPT_TOKENS)
@@ -245,7 +245,7 @@ def test_the_random_model_has_the_size_of_its_name(size: str, head_dim: int) -> 
     assert config.text_config.eos_token_id == config.video_token_id
 
 
-def test_shape_reads_the_views_and_pictures_of_a_config(tmp_path: Path) -> None:
+def test_shape_reads_the_views_and_images_of_a_config(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.parquet", rows=2, seed=0)
     make_processor().save_pretrained(tmp_path / "model")
     places = [f"data.train_files={tmp_path}/rows.parquet", f"model.path={tmp_path}/model"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_vppo.algorithm.types import Prompt, Response, Reward, ScoredResponse
+from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.rollout.records import SamplingSettings
@@ -44,9 +44,9 @@ class Grader:
     def __init__(self, mixed: set[int]) -> None:
         self.mixed = mixed
 
-    def score(self, responses: Any) -> list[ScoredResponse]:
+    def score(self, responses: Any) -> list[GradedResponse]:
         rights = [float(r.sample == 0 and r.prompt.row in self.mixed) for r in responses]
-        return [ScoredResponse(r, "", Reward(right, right, {})) for r, right in zip(responses, rights, strict=True)]
+        return [GradedResponse(r, "", Reward(right, right, {})) for r, right in zip(responses, rights, strict=True)]
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_without_filtering_every_group_is_kept(tmp_path: Path) -> None:
 class BrokenGrader(Grader):
     """Like Grader, but no answer to row 1 could be graded."""
 
-    def score(self, responses: Any) -> list[ScoredResponse]:
+    def score(self, responses: Any) -> list[GradedResponse]:
         failed = Reward(0.0, 0.0, {}, error="it raised")
         return [
             replace(item, reward=failed) if item.response.prompt.row == 1 else item for item in super().score(responses)

@@ -30,7 +30,7 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
     sync = {"weight_sync/checksums_ok": 1.0}
     parts: dict[str, Any] = {
         "policy": SimpleNamespace(hf_weights=lambda: iter(())),  # no step has anything to train on
-        "sampler": SimpleNamespace(load_weights=lambda weights, version: notes.note(f"weights {version}", sync)),
+        "sampler": SimpleNamespace(send_weights=lambda weights, version: notes.note(f"weights {version}", sync)),
         "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
         "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
     }

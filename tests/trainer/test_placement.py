@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_vppo.algorithm.types import Prompt, Response, Reward, ScoredResponse, Scores
+from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward, Scores
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.trainer.loop import Run, train
@@ -93,10 +93,10 @@ class Engine:
         self.device.take(tag)
 
 
-def _group() -> list[ScoredResponse]:
+def _group() -> list[GradedResponse]:
     prompt = Prompt("train", 0, "q", "a", (1,), (1,), (), ())
     responses = [Response(prompt, 0, sample, (5, 6), (-1.0, -1.0), "stop", 0) for sample in range(2)]
-    return [ScoredResponse(r, "", Reward(float(r.sample), float(r.sample), {})) for r in responses]
+    return [GradedResponse(r, "", Reward(float(r.sample), float(r.sample), {})) for r in responses]
 
 
 def make_run(
@@ -106,7 +106,7 @@ def make_run(
     weights, engine = Trainer(device), Engine(device)
     scores = Scores(*(torch.full((2, 2), -1.0) for _ in range(3)), None)
 
-    def load_weights(stream: Any, *, version: int, kept: Collection[str] = ()) -> dict[str, float]:
+    def send_weights(stream: Any, *, version: int, kept: Collection[str] = ()) -> dict[str, float]:
         with device.work(f"load {version}", BUFFERS, "params", "weights"):
             engine.version = weights.version
         return {}
@@ -158,7 +158,7 @@ def make_run(
             hf_weights=lambda only_trained=False: iter(()), frozen_hf_names=frozenset(), score=score, update=update,
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
-        "sampler": SimpleNamespace(load_weights=load_weights),
+        "sampler": SimpleNamespace(send_weights=send_weights),
         "collector": SimpleNamespace(groups=groups),
         "validator": SimpleNamespace(run=validate),
     }  # fmt: skip

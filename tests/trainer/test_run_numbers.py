@@ -1,9 +1,6 @@
-"""Small numbers of the loop: rollout mismatch, the summary of a run, when validation and checkpoints are due."""
+"""Small numbers of the loop: rollout mismatch, when validation and checkpoints are due."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +8,6 @@ import torch
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.types import Prompt, Response, Scores
 from megatron_vppo.trainer.loop import is_due
-from megatron_vppo.trainer.summary import summarize
 
 PROMPT = Prompt("train", 0, "q", "a", (1,), (1,), (), ())
 
@@ -22,7 +18,7 @@ def test_mismatch_counts_response_tokens_only() -> None:
         Response(PROMPT, 0, 1, (4,), (-0.5,), "length", 0),
     ]
     old = torch.tensor([[-1.0, -2.25, -2.9], [-0.5, 9.0, 9.0]])
-    scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(2, 3), masked_logp_BT=None, divergence_BT=None)
+    scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(2, 3), perturbed_logp_BT=None, divergence_BT=None)
     metrics = rollout_mismatch(responses, scores, bound=0.2)
     assert metrics["training/rollout_logp_diff_mean"] == pytest.approx((0.25 + 0.1) / 4)
     assert metrics["training/rollout_logp_diff_max"] == pytest.approx(0.25)
@@ -33,23 +29,3 @@ def test_mismatch_counts_response_tokens_only() -> None:
 @pytest.mark.parametrize("step, freq, due", [(5, 5, True), (4, 5, False), (7, 5, True), (3, -1, False), (7, -1, True)])
 def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: bool) -> None:
     assert is_due(step, freq, total_steps=7) is due
-
-
-def test_summary(tmp_path: Path) -> None:
-    lines = [
-        {"step": 0, "timing_s/step": 2.0, "val/accuracy": 0.25},
-        {"step": 1, "timing_s/step": 3.5, "training/rollout_logp_diff_max": 1e-5, "weight_sync/checksums_ok": 1.0},
-        {"step": 2, "timing_s/step": 4.0, "val/accuracy": 0.5, "training/rollout_logp_diff_max": 3e-5},
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert summarize(tmp_path) == {
-        "val_accuracy_start": 0.25,
-        "val_accuracy_end": 0.5,
-        "steps": 2,
-        "seconds_rl": 9.5,
-        "max_rollout_logprob_diff": 3e-5,
-        "weight_checksums_ok": True,
-        "report": None,
-    }
-    with pytest.raises(ValueError, match=r"no metrics\.jsonl"):
-        summarize(tmp_path / "elsewhere")

@@ -1,115 +1,88 @@
-"""The weight map against a checkpoint that transformers saved: every tensor once, bit-equal there and back."""
+"""What each kind says of itself, against what its `shard` does for every number of ranks."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+import itertools
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.weights.kinds import (
-    Entry,
-    FusedQKV,
-    Gated,
-    GroupedQKV,
-    Split,
-    Vocabulary,
-    stage_entries,
-    stream_entries,
-)
-from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from megatron_vppo.weights.kinds import FusedQKV, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary, whole
 
-LAYOUTS = [(3,), (2, 1), (1, 1, 1)]
-
-
-QWEN25_ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
-HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4}
-CONFIGS = {
-    f"{family} {'tied' if tied else 'untied'}": make(tied=tied, vocab=301, **HEADS, **options)
-    for tied in (True, False)
-    for family, make, options in (
-        ("qwen25", tiny_config, {"rope_parameters": QWEN25_ROPE}),
-        ("qwen3", tiny_qwen3_config, {"taps": (0, 1)}),
-    )
+KINDS: dict[str, Kind] = {
+    "whole": whole(6, 4),
+    "reshaped": Replicated(hf_shape=(6, 2, 2), shape=(6, 4)),
+    "columns of a weight": Split((6, 4), 1),
+    "rows of a weight": Split((6, 4), 0),
+    "rows of a bias": Split((6,), 0),
+    "gated": Gated(6, (2,)),
+    "grouped QKV": GroupedQKV(heads=12, kv_heads=6, head_dim=2, tail=(3,)),
+    "one key-value head": GroupedQKV(heads=3, kv_heads=1, head_dim=2, tail=(3,)),
+    "fused QKV": FusedQKV(heads=4, head_dim=2, tail=(3,)),
+    "bias of one fused head": FusedQKV(heads=1, head_dim=4, tail=()),
+    "vocabulary": Vocabulary(6, 3),
 }
+EVERY_SIZE = range(1, 15)
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    folder = tmp_path_factory.mktemp("saved")
-    config = CONFIGS[request.param]
-    model = save_tiny_model(folder, config)
-    memory = {family_of(config).canonical_name(name) for name, _ in model.named_parameters()}
-    assert memory == set(load_file(folder / "model.safetensors"))
-    return config, folder
+def tensors_of(kind: Kind) -> list[Tensor]:
+    """Hugging Face tensors in which no value occurs twice, and none is the zero of padding."""
+    numbers = itertools.count(1)
+    return [
+        torch.tensor([float(next(numbers)) for _ in range(torch.Size(shape).numel())]).reshape(shape)
+        for shape in kind.hf_shapes()
+    ]
 
 
-def table_of(config: Any) -> tuple[Entry, ...]:
-    return weight_map(config, family=family_of(config))
+def shards_of(kind: Kind, size: int) -> list[Tensor] | None:
+    """The parameter of every rank; None where the kind refuses this number of ranks."""
+    try:
+        return [kind.shard(tensors_of(kind), rank=rank, size=size) for rank in range(size)]
+    except ValueError:
+        return None
 
 
-def test_every_saved_tensor_is_used_exactly_once(saved: tuple[Any, Path]) -> None:
-    config, folder = saved
-    tensors = load_file(folder / "model.safetensors")
-    names = [name for entry in stream_entries(table_of(config)) for name in entry.hf_names]
-    assert sorted(names) == sorted(tensors)
-    for entry in table_of(config):
-        shapes = tuple(tuple(tensors[name].shape) for name in entry.hf_names)
-        assert shapes == entry.kind.hf_shapes(), entry.hf_names
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    return KINDS[request.param]
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_shards_merge_to_the_same_bits(saved: tuple[Any, Path], size: int) -> None:
-    config, folder = saved
-    tensors = load_file(folder / "model.safetensors")
-    for entry in table_of(config):
-        originals = [tensors[name] for name in entry.hf_names]
-        shards = [entry.kind.shard(originals, rank=rank, size=size) for rank in range(size)]
-        assert all(tuple(shard.shape) == entry.kind.local_shape(size) for shard in shards), entry.template
-        merged = entry.kind.merge(torch.stack(shards))
-        assert all(torch.equal(a, b) for a, b in zip(merged, originals, strict=True)), entry.template
+def test_rows_are_stacked_where_the_kind_says_so(kind: Kind) -> None:
+    parameter = kind.shard(tensors_of(kind), rank=0, size=1)
+    rows = [row for tensor in tensors_of(kind) for row in tensor]
+    stacked = len(rows) == len(parameter) and all(map(torch.equal, rows, parameter))
+    assert kind.stacks_rows == stacked
 
 
-@pytest.mark.parametrize("stage_layers", LAYOUTS, ids=str)
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_every_parameter_lies_on_one_stage(config: Any, stage_layers: tuple[int, ...]) -> None:
-    table = table_of(config)
-    stages = [stage_entries(table, stage_layers=stage_layers, stage=s) for s in range(len(stage_layers))]
-    for entries in stages:
-        local = [entry.local_name(stage_layers) for entry in entries]
-        assert len(set(local)) == len(local)
-    held = [entry for entries in stages for entry in entries]
-    copies = int(config.tie_word_embeddings and len(stage_layers) > 1)
-    assert len(held) == len(stream_entries(table)) + copies
-    if stage_layers == (2, 1):
-        (third,) = [e for e in stages[1] if e.hf_names[0].endswith("layers.2.mlp.down_proj.weight")]
-        assert third.local_name(stage_layers) == "language.decoder.layers.0.mlp.linear_fc2.weight"
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shards_are_the_blocks_of_rows_that_the_kind_says(kind: Kind, size: int) -> None:
+    shards = shards_of(kind, size)
+    together = None if shards is None else torch.cat(shards)
+    parameter = kind.shard(tensors_of(kind), rank=0, size=1)
+    are_blocks = together is not None and torch.equal(together, parameter)
+    assert are_blocks == (kind.row_blocks % size == 0)
 
 
-def rows(*values: int) -> Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+def test_only_what_may_be_padded_ever_is(kind: Kind) -> None:
+    rows = len(kind.shard(tensors_of(kind), rank=0, size=1))
+    padded = any(
+        bool((shard == 0).any()) for size in EVERY_SIZE if (shards := shards_of(kind, size)) for shard in shards
+    )
+    assert kind.unpadded_rows == (rows if padded else None)
 
 
-def test_kinds_by_hand() -> None:
-    """Which rows each of two ranks holds, written out."""
-    grouped = GroupedQKV(heads=4, kv_heads=2, head_dim=1, tail=())
-    q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
-    assert grouped.shard([q, k, v], rank=0, size=2).tolist() == [0, 1, 10, 20]
-    assert grouped.shard([q, k, v], rank=1, size=2).tolist() == [2, 3, 11, 21]
-    fused = FusedQKV(heads=2, head_dim=2, tail=())
-    assert fused.shard([torch.arange(12)], rank=1, size=2).tolist() == [2, 3, 6, 7, 10, 11]
-    gated = Gated(4, ())
-    assert gated.shard([rows(0, 1, 2, 3), rows(10, 11, 12, 13)], rank=1, size=2).tolist() == [2, 3, 12, 13]
-    assert Split((2, 4), 1).shard([torch.arange(8).view(2, 4)], rank=1, size=2).tolist() == [[2, 3], [6, 7]]
-    words = Vocabulary(5, 1)
-    assert words.shard([rows(1, 2, 3, 4, 5)[:, None]], rank=2, size=4).flatten().tolist() == [5, 0]
-    assert words.shard([rows(1, 2, 3, 4, 5)[:, None]], rank=3, size=4).flatten().tolist() == [0, 0]
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shards_have_the_shape_that_the_kind_says_and_merge_again(kind: Kind, size: int) -> None:
+    shards = shards_of(kind, size)
+    if shards is None:
+        return
+    assert {tuple(shard.shape) for shard in shards} == {kind.local_shape(size)}
+    merged = list(kind.merge(torch.stack(shards)))
+    assert all(torch.equal(a, b) for a, b in zip(merged, tensors_of(kind), strict=True))
 
 
-def test_indivisible_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 key-value heads cannot be split over 4"):
-        GroupedQKV(heads=4, kv_heads=2, head_dim=1, tail=()).shard([rows(0)] * 3, rank=0, size=4)
+def test_some_sizes_are_refused() -> None:
+    refused = {name: [size for size in EVERY_SIZE if shards_of(kind, size) is None] for name, kind in KINDS.items()}
+    assert refused["whole"] == refused["vocabulary"] == []
+    assert refused["grouped QKV"] == [size for size in EVERY_SIZE if size not in (1, 2, 3, 6)]

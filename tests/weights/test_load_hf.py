@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from megatron_vppo.weights.kinds import Entry, Gated, Split
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Gated, Split
 from megatron_vppo.weights.load_hf import load_hf_weights
 
 
@@ -35,7 +36,7 @@ class TwoTensors(nn.Module):
         return SimpleNamespace(rank=lambda: 1, size=lambda: 2)
 
     @staticmethod
-    def canonical_hf_name(name: str) -> str:
+    def released_name(name: str) -> str:
         return name.removeprefix("prefix.")
 
 

@@ -1,1 +1,1 @@
-"""How long a step of the real training command takes, and what it could take at best."""
+"""Measurements of speed and memory. README.md says what each program measures."""

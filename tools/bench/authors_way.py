@@ -1,11 +1,19 @@
-"""The same scoring and update done as the authors' code does it, on one device.
+"""The same scoring and update as in the authors' code, on one device.
 
-What that is was read in their public repository, huaixuheqing/VPPO-RL (verl/workers/actor/dp_actor.py and
-verl/workers/fsdp_workers.py) and EasyR1's log-prob helper (verl/utils/torch_functional.py): transformers' model on
-packed rows, flash attention, logits of every position in the model's dtype, divided in place by the temperature, then a
-cross-entropy of all of them in float32, compiled; each view scored in a pass of its own; each row with its own copy of
-its picture; gradient checkpointing of every layer; float32 master weights and a fused AdamW. Left out: FSDP, which on
-one device only copies, and moving pixels to the device, so both cost nothing here.
+Their public repository, huaixuheqing/VPPO-RL, shows it in verl/workers/actor/dp_actor.py and
+verl/workers/fsdp_workers.py, with EasyR1's log-prob helper in verl/utils/torch_functional.py:
+
+- transformers' model on packed rows with flash attention; each row has its own copy of its image;
+- logits of every position in the model's dtype, divided in place by the temperature, then their compiled float32
+  cross-entropy;
+- each view scored in a pass of its own;
+- gradient checkpointing of every layer, float32 master weights, fused AdamW.
+
+Two things are left out and cost nothing here: FSDP, which on one device only copies, and moving pixels to the device.
+
+Shape suffix legend: K = packed tokens of all rows; N = response tokens; B = responses; T = response tokens,
+right-padded; V = vocabulary rows; P = patches; D = values of one patch; H = attention heads; E = values per attention
+head; L = tokens of one packed sequence.
 """
 
 from __future__ import annotations
@@ -32,19 +40,21 @@ LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 1e-2, 1.0
 
 @dataclass(frozen=True)
 class PackedRows:
-    """A micro-batch; K = tokens of all rows, N = response tokens."""
+    """A micro-batch of packed rows."""
 
     rows: tuple[int, ...]
     token_ids_1K: Tensor
     positions_41K: Tensor
-    """Of the text, from 0 in each row; then (frame, row, column)."""
+    """Four position numbers per token: the text's, from 0 in each row, then (frame, row, column)."""
     lengths: tuple[int, ...]
     pixels_PD: Tensor
-    grids_I3: Tensor
+    grids: Tensor
+    """int64 [images, 3]: the frames, rows and columns of each patch grid."""
     predicting_N: Tensor
-    """Places whose logits say something about a response token."""
+    """The indices into K whose logits predict a response token."""
     row_N: Tensor
     column_N: Tensor
+    """The place of each response token in [B, T]."""
 
 
 class AuthorsWay:
@@ -86,7 +96,7 @@ class AuthorsWay:
 
     @torch.no_grad()
     def score(self) -> list[Tensor]:
-        """Log-probs of all response tokens given the original and the perturbed picture: two passes, [B, T] each."""
+        """Computes the log-probs of all response tokens, [B, T], in two passes: original and perturbed images."""
         self._model.eval()
         views = []
         for _ in ("original", "perturbed"):
@@ -98,12 +108,11 @@ class AuthorsWay:
         return views
 
     def update(self, batch: TrainBatch) -> float:
-        """One optimizer step; returns the gradient norm."""
-        parts = (batch.old_logp_BT, batch.advantage_BT, batch.pg_weight_BT, batch.entropy_weight_BT)
-        on_device = [part.to(self._device) for part in parts]
+        """Takes one optimizer step and returns the gradient norm."""
+        batch = batch.to(self._device)
         for packed in self._update_batches:
-            at = (packed.row_N, packed.column_N)
-            surrogate_loss(self._forward(packed), *(part[at] for part in on_device), spec=batch.loss).loss.backward()
+            terms = batch.terms_at((packed.row_N, packed.column_N))
+            surrogate_loss(self._forward(packed), terms, spec=batch.loss).loss.backward()
         return self._step()
 
     def _forward(self, batch: PackedRows) -> Tensor:
@@ -113,7 +122,7 @@ class AuthorsWay:
             attention_mask=None,
             position_ids=batch.positions_41K,
             pixel_values=batch.pixels_PD,
-            image_grid_thw=batch.grids_I3,
+            image_grid_thw=batch.grids,
             use_cache=False,
         ).logits.squeeze(0)
         logits_KV.div_(self._temperature)
@@ -138,7 +147,7 @@ class AuthorsWay:
 
 
 def authors_attention() -> str:
-    """transformers' name of it: theirs, if flash-attn is there."""
+    """Returns transformers' name of the attention: flash attention, as theirs, if flash-attn is installed."""
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else SequenceAttention.NAME
 
 
@@ -168,14 +177,14 @@ def _pack(
         row_numbers.append(torch.full((count,), row))
         columns.append(torch.arange(count))
         start += len(tokens)
-    pictures = [workload.patches(response.prompt.images[0], None) for response in responses]
+    images = [workload.patches(response.prompt.images[0], None) for response in responses]
     return PackedRows(
         rows=tuple(rows),
         token_ids_1K=torch.tensor([token for tokens in sequences for token in tokens], device=device)[None],
         positions_41K=torch.cat(positions, dim=1)[:, None].to(device),
         lengths=tuple(len(tokens) for tokens in sequences),
-        pixels_PD=torch.cat(pictures).to(device),
-        grids_I3=torch.tensor([response.prompt.grids_thw[0] for response in responses], device=device),
+        pixels_PD=torch.cat(images).to(device),
+        grids=torch.tensor([response.prompt.grids_thw[0] for response in responses], device=device),
         predicting_N=torch.cat(places).to(device),
         row_N=torch.cat(row_numbers).to(device),
         column_N=torch.cat(columns).to(device),
@@ -183,19 +192,21 @@ def _pack(
 
 
 class SequenceAttention:
-    """In place of flash-attn where it is not installed: torch's own attention, on a GPU its flash kernels, over each
-    packed row, and over all windows of one length together. No token looks at another sequence, nothing is padded.
+    """Attention for environments without flash-attn: torch's own, which uses flash kernels on a GPU.
+
+    It runs on each packed row, and on all windows of one length together. No token sees another sequence, and nothing
+    is padded.
     """
 
     NAME = "by_sequence"
-    """transformers makes no mask for a name that it does not know."""
+    """A name that transformers does not know, so that it makes no mask."""
     VISION_NAME = "flash_by_sequence"
-    """To what has 'flash' in its name the vision tower hands all windows at once, with their bounds; to others one by
-    one. A model cannot be built with such a name where flash-attn is missing, but run with it."""
+    """A name with 'flash' in it. The vision tower then passes all windows at once with their bounds, otherwise one by
+    one. Without flash-attn a model cannot be built under such a name, but it can be run under it."""
 
     def __init__(self) -> None:
         self.lengths: tuple[int, ...] = ()
-        """Of the packed rows that run next."""
+        """The lengths of the packed rows that run next."""
         self._bounds: tuple[Tensor | None, tuple[int, ...]] = (None, ())
 
     def __call__(
@@ -209,17 +220,18 @@ class SequenceAttention:
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """[1, heads, tokens, values] each; the result has tokens before heads, as transformers wants it."""
-        causal = module.is_causal  # the language model's, over rows; the vision tower's is over windows or pictures
+        """Takes [1, heads, tokens, values] each. The result has tokens before heads, as transformers expects."""
+        # True in the language model, over rows; False in the vision tower, over windows or images.
+        causal = module.is_causal
         if causal:
             lengths = self.lengths
-        else:  # without bounds, transformers has cut them apart itself
+        else:  # without bounds, transformers has already cut the windows apart
             lengths = (query.shape[2],) if cu_seq_lens_q is None else self._lengths_of(cu_seq_lens_q)
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
         if starts[-1] != query.shape[2]:
-            raise ValueError(f"sequences of {starts[-1]} tokens, but {query.shape[2]} came")
+            raise ValueError(f"the sequences have {starts[-1]} tokens, but the query has {query.shape[2]}")
         attend = partial(F.scaled_dot_product_attention, is_causal=causal, scale=scaling, enable_gqa=True)
         pieces = []
         for first, count in _runs(lengths):
@@ -230,14 +242,14 @@ class SequenceAttention:
         return output.transpose(1, 2), None
 
     def _lengths_of(self, bounds: Tensor) -> tuple[int, ...]:
-        """Read from the device once for all layers that get the same tensor."""
+        """Reads bounds from the device, once for all layers that get the same tensor."""
         if self._bounds[0] is not bounds:
             self._bounds = (bounds, tuple((bounds[1:] - bounds[:-1]).tolist()))
         return self._bounds[1]
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(first, count) of neighbours of equal length."""
+    """Yields (first, count) for each run of neighbours of equal length."""
     first = 0
     for number in range(1, len(lengths) + 1):
         if number == len(lengths) or lengths[number] != lengths[first]:
@@ -245,7 +257,7 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             first = number
 
 
-def _sequences(tokens_1HKD: Tensor, count: int) -> Tensor:
-    """[count, heads, tokens of one, values]."""
-    _, heads, tokens, values = tokens_1HKD.shape
-    return tokens_1HKD[0].view(heads, count, tokens // count, values).transpose(0, 1)
+def _sequences(tokens_1HKE: Tensor, count: int) -> Tensor:
+    """Cuts packed sequences of equal length apart: [count, heads, tokens of one, values per head]."""
+    _, heads, tokens, values = tokens_1HKE.shape
+    return tokens_1HKE[0].view(heads, count, tokens // count, values).transpose(0, 1)

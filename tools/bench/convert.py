@@ -1,10 +1,10 @@
-"""Seconds and peak memory of `vppo convert`, beside a plain copy of the same bytes, as one JSON object on stdout.
+"""Seconds and peak memory of `vppo convert`, compared with a plain copy of the same bytes, as one JSON object.
 
     python tools/bench/convert.py --shape small|7b [--folder FOLDER] [--processes N]
 
-Builds a checkpoint of random weights in FOLDER, converts it to Megatron and back, and compares what came back with
-what it began with. It is copied before, between and after the two conversions. All of it lies on the disk of FOLDER,
-which needs room for three times the checkpoint (7b: 50 GB). What is measured and how: tools/bench/README.md.
+Builds a checkpoint of random weights in FOLDER, converts it to Megatron and back, and compares the result with the
+original. The checkpoint is copied before, between and after the two conversions. FOLDER needs room for three times the
+checkpoint (7b: 50 GB). tools/bench/README.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from transformers import Qwen2_5_VLConfig
 
 from bench.machine import commit, hardware, stolen_seconds, versions
 from bench.resident import TreeSampler
-from megatron_vppo.conversion.hf_files import lay_out
+from megatron_vppo.conversion.hf_writer import lay_out
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.weights.entries import stream_entries
 from megatron_vppo.weights.hf_folder import raw_bytes
-from megatron_vppo.weights.kinds import stream_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 ROPE = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
@@ -60,20 +60,20 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
 }  # fmt: skip
 SHARD_BYTES = 4 * 10**9
 BLOCK_VALUES = 32 << 20
-"""Random values that are drawn once and then written again and again, from other places on."""
+"""The number of random values that are drawn once. Every tensor is written from them, each from another place on."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, choices=SHAPES)
     parser.add_argument("--folder", type=Path, default=ROOT / "build/bench/convert", help="emptied before and after")
-    parser.add_argument("--processes", type=int, default=1, help="of each conversion (default: 1)")
+    parser.add_argument("--processes", type=int, default=1, help="processes of each conversion (default: 1)")
     options = parser.parse_args(arguments)
     print(json.dumps(measure(options.shape, folder=options.folder, processes=options.processes), indent=1))
 
 
 def measure(shape: str, *, folder: Path, processes: int) -> dict[str, Any]:
-    """Builds, converts and compares, with a copy on either side of each conversion, cleans up."""
+    """Builds, converts and compares a checkpoint, with a copy before and after each conversion; then cleans up."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     source, converted, back = (folder / name for name in ("source", "converted", "back"))
@@ -108,7 +108,7 @@ def _of_copies(conversion: dict[str, Any], copies: Sequence[dict[str, Any]]) -> 
 
 
 def build(shape: str, folder: Path) -> int:
-    """A Hugging Face folder of random bfloat16 weights without a tokenizer; its bytes of weights."""
+    """Writes a Hugging Face folder of random bfloat16 weights without a tokenizer. Returns the bytes of the weights."""
     folder.mkdir()
     config = Qwen2_5_VLConfig(**SHAPES[shape], tie_word_embeddings=False, dtype="bfloat16")
     config.save_pretrained(folder)
@@ -133,7 +133,7 @@ def build(shape: str, folder: Path) -> int:
 
 @contextmanager
 def timed(found: dict[str, Any]) -> Iterator[None]:
-    """Notes wall-clock seconds, and the share of all cores' time in them that other virtual machines got."""
+    """Measures wall-clock seconds, and the share of all cores' time that other virtual machines got meanwhile."""
     stolen, began = stolen_seconds(), time.perf_counter()
     yield
     seconds = time.perf_counter() - began
@@ -142,7 +142,7 @@ def timed(found: dict[str, Any]) -> Iterator[None]:
 
 
 def copy(source: Path, target: Path) -> dict[str, Any]:
-    """shutil.copytree from a cold page cache, until the copy is on the disk. Then removes it."""
+    """Times shutil.copytree from a cold page cache until the copy is on the disk, and removes the copy."""
     forget(source)
     found: dict[str, Any] = {}
     with timed(found):
@@ -153,7 +153,7 @@ def copy(source: Path, target: Path) -> dict[str, Any]:
 
 
 def run(arguments: Sequence[object], *, cold: Path) -> dict[str, Any]:
-    """`vppo convert`, from a cold page cache, until it has ended; it flushes what it writes to the disk itself.
+    """Times `vppo convert` from a cold page cache until it ends. The command itself flushes what it writes to the disk.
 
     Raises:
         RuntimeError: it failed.

@@ -15,19 +15,19 @@ import torch.nn.functional as F
 
 MIB = 2**20
 PRODUCT_SIZES = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
-"""Of the square matrices that the ceiling is taken from."""
+"""The sizes of the square matrices whose fastest product is the ceiling."""
 PRODUCT_SECONDS = 1.0
-"""For each size."""
+"""The seconds spent on each size."""
 LEAST_RUNS = 2
 
 
 @dataclass(frozen=True)
 class Timing:
     first_s: float
-    """The run before the measured ones, with whatever is compiled or allocated in it."""
+    """The seconds of the first run, which compiles and allocates."""
     seconds: tuple[float, ...]
     peak_mib: float | None
-    """Most that the device's allocator gave out during a run, what was there before included; None on CPU."""
+    """The largest memory that the device's allocator held during a run, inputs included; None on CPU."""
 
     @property
     def median(self) -> float:
@@ -44,7 +44,7 @@ class Timing:
 
 
 def _digits(value: float) -> float:
-    """Four of them, however small it is."""
+    """Rounds to four significant digits."""
     return float(f"{value:.4g}")
 
 
@@ -55,8 +55,8 @@ def bench_device() -> torch.device:
 def time_together(
     runs: Mapping[str, Callable[[], object]], *, device: torch.device, seconds: float
 ) -> dict[str, Timing]:
-    """Runs each once or twice unmeasured, then all in turn until `seconds` are over, so that a change of clocks meets
-    all of them. The device is idle before and after each measured run.
+    """Runs everything twice without measuring, then in turn until `seconds` are over, so that a change of clock speed
+    affects all alike. The device is idle before and after each measured run.
     """
     first, peaks = {}, {}
     for name, run in runs.items():
@@ -80,7 +80,7 @@ def free_memory(device: torch.device) -> None:
 
 
 def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """10^12 FLOPs per second of the fastest product of two square matrices of random numbers."""
+    """Measures the fastest product of two square matrices of random numbers, in 10^12 FLOPs per second."""
 
     def operands(size: int) -> Callable[[], object]:
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -90,14 +90,14 @@ def product_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def fp8_product_tflops(device: torch.device) -> float | None:
-    """The same for E4M3 with one scale per matrix and bfloat16 results, the faster of both ways to add products up;
-    None where torch or the device has none.
+    """Measures the same for E4M3 matrices with one scale each and bfloat16 results, with and without fast accumulation.
+    Returns the faster of the two, or None if torch or the device has no FP8 product.
     """
 
     def operands(size: int, *, fast: bool) -> Callable[[], object]:
         left, right = (
             torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2)
-        )  # the second is taken transposed, the only order that the device multiplies
+        )  # the second is passed transposed, the only layout that the device multiplies
         one, recipe = torch.ones((), device=device), F.ScalingType.TensorWise
         return lambda: F.scaled_mm(
             left, right.t(), one, recipe, one, recipe, output_dtype=torch.bfloat16, use_fast_accum=fast

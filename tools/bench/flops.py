@@ -1,9 +1,9 @@
-"""The arithmetic that a training step cannot do without, from the sizes of a Qwen-VL.
+"""The least arithmetic of a training step, from the sizes of a Qwen-VL.
 
 One multiply-add is 2 FLOPs. Counted: matrix products of both towers, the vocabulary head, and attention (scores and
 weighted values; causal attention at half the square, window attention at full windows). Not counted: norms, activation
-functions, rotary embeddings, the optimizer. So a forward pass is the familiar 2*N*tokens, where N are the matrix
-parameters that a token meets, plus attention.
+functions, rotary embeddings, the optimizer. A forward pass is thus the familiar 2*N*tokens plus attention, where N is
+the number of matrix parameters that a token passes through.
 """
 
 from __future__ import annotations
@@ -13,39 +13,39 @@ from dataclasses import dataclass
 from typing import Any
 
 BACKWARD = 2
-"""Cost of a backward pass in forward passes: gradients of inputs and of weights."""
+"""The cost of a backward pass in forward passes: the gradients of inputs and of weights."""
 
 
 @dataclass(frozen=True)
 class ModelCost:
-    """Forward FLOPs by what they scale with."""
+    """Forward FLOPs, one field for each quantity that they scale with."""
 
     per_token: int
-    """Linear layers of the language model, without the head."""
+    """The linear layers of the language model for one token, without the head."""
     attention: int
-    """Times the squared length of a sequence."""
+    """A factor of the squared length of a sequence: the language model's attention."""
     per_head_position: int
     """The vocabulary head at one position."""
     per_patch: int
-    """Linear layers of the vision tower, the merger included."""
+    """The linear layers of the vision tower for one patch, the merger included."""
     full_attention: int
-    """Times the squared number of patches of a picture: the vision layers that see all of it."""
+    """A factor of the squared number of patches of an image: the vision layers with full attention."""
     window_attention: int
-    """Times patches of a picture: the vision layers that see one window of it."""
+    """A factor of the number of patches of an image: the vision layers with window attention."""
 
     def sequence(self, tokens: float) -> float:
         return self.per_token * tokens + self.attention * tokens**2
 
     def continuation(self, prompt: float, tokens: float) -> float:
-        """`tokens` more after a prompt whose keys and values are kept."""
+        """The FLOPs of `tokens` more after a prompt whose keys and values are cached."""
         return self.per_token * tokens + self.attention * ((prompt + tokens) ** 2 - prompt**2)
 
-    def picture(self, patches: float) -> float:
+    def image(self, patches: float) -> float:
         return (self.per_patch + self.window_attention) * patches + self.full_attention * patches**2
 
 
 def model_cost(hf_config: Any) -> ModelCost:
-    """From a transformers Qwen2_5_VLConfig or Qwen3VLConfig."""
+    """Counts the FLOPs of a model, from a Qwen2_5_VLConfig or Qwen3VLConfig of transformers."""
     text, vision = hf_config.text_config, hf_config.vision_config
     is_qwen3 = hf_config.model_type == "qwen3_vl"
     head_dim = text.head_dim if is_qwen3 else text.hidden_size // text.num_attention_heads
@@ -72,25 +72,25 @@ def model_cost(hf_config: Any) -> ModelCost:
 
 @dataclass(frozen=True)
 class StepShape:
-    """How much one training step works on. Lengths are means over its responses."""
+    """The amount of work of one training step. Lengths are means over its responses."""
 
     sampled_groups: float
-    """Prompts that were sampled, those dropped afterwards included."""
+    """The sampled prompts, including those whose groups were dropped."""
     trained_groups: float
     responses_per_group: int
     prompt_tokens: float
     response_tokens: float
     patches_per_prompt: float
-    """Vision patches of all its pictures; taken as one picture in the attention terms."""
+    """The patches of all images of a prompt, which the attention terms take for one image."""
     views: int
-    """Times that each response is scored: 2 with a perturbed view, 1 without."""
+    """The number of times that each response is scored: 2 with a perturbed view, 1 without."""
     perturbed_per_row: bool
-    """Whether each response has a perturbed picture of its own, or all of a group share one."""
+    """True if each response has a perturbed image of its own, False if a group shares one."""
     epochs: int
 
     @property
     def sequence_tokens(self) -> float:
-        """Tokens that the model reads to score one response: nothing is predicted from the last one."""
+        """The tokens that the model reads to score one response. Nothing is predicted from the last token."""
         return self.prompt_tokens + self.response_tokens - 1
 
     @property
@@ -98,7 +98,7 @@ class StepShape:
         return self.trained_groups * self.responses_per_group
 
     def phase_tokens(self) -> dict[str, float]:
-        """gen: tokens generated. score: tokens read, every view. update_actor: tokens read, every epoch."""
+        """Counts tokens: generated in gen; read in score, over all views; read in update_actor, over all epochs."""
         return {
             "gen": self.sampled_groups * self.responses_per_group * self.response_tokens,
             "score": self.views * self.trained_responses * self.sequence_tokens,
@@ -107,30 +107,30 @@ class StepShape:
 
 
 def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
-    """Least FLOPs of each phase of a step, on all ranks together.
+    """Counts the least FLOPs of each phase of a step, over all ranks.
 
-    gen: a group's prompt and its picture are read once. score: a group's picture once, perturbed ones once each.
-    update_actor: a group's picture once per epoch, no recomputation.
+    gen: a group's prompt and image are read once. score: a group's image counts once, and each perturbed image once.
+    update_actor: a group's image counts once per epoch, and nothing is recomputed.
     """
-    picture = cost.picture(shape.patches_per_prompt)
+    image = cost.image(shape.patches_per_prompt)
     head = cost.per_head_position * shape.response_tokens
     response = cost.sequence(shape.sequence_tokens) + head
     continuation = cost.continuation(shape.prompt_tokens, shape.response_tokens - 1) + head
-    prefill = cost.sequence(shape.prompt_tokens) + picture
-    perturbed_pictures = shape.trained_responses if shape.perturbed_per_row else shape.trained_groups
+    prefill = cost.sequence(shape.prompt_tokens) + image
+    perturbed_images = shape.trained_responses if shape.perturbed_per_row else shape.trained_groups
     return {
         "gen": shape.sampled_groups * (prefill + shape.responses_per_group * continuation),
         "score": shape.views * shape.trained_responses * response
-        + (shape.trained_groups + (shape.views - 1) * perturbed_pictures) * picture,
+        + (shape.trained_groups + (shape.views - 1) * perturbed_images) * image,
         "update_actor": shape.epochs
         * (1 + BACKWARD)
-        * (shape.trained_responses * response + shape.trained_groups * picture),
+        * (shape.trained_responses * response + shape.trained_groups * image),
     }
 
 
 @dataclass(frozen=True)
 class GroupShape:
-    """One prompt with one picture, and the answers to it."""
+    """One prompt with one image, and its responses."""
 
     prompt_tokens: int
     patches: int
@@ -138,26 +138,28 @@ class GroupShape:
 
     @property
     def sequence_tokens(self) -> tuple[int, ...]:
-        """Tokens that the model reads for each answer: nothing is predicted from the last one."""
+        """The tokens that the model reads for each response. Nothing is predicted from the last token."""
         return tuple(self.prompt_tokens + response - 1 for response in self.response_tokens)
 
 
 def scoring_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
-    """Least FLOPs of scoring all answers in two views, with exact lengths: a group's picture once as it is, and once
-    perturbed for each answer; the head on response positions of both views.
+    """Counts the least FLOPs of scoring all responses in two views, with exact lengths.
+
+    A group's original image counts once, and a perturbed one for each response. The head runs on the response positions
+    of both views.
     """
-    perturbed = sum(len(group.response_tokens) * cost.picture(group.patches) for group in groups)
-    return 2 * _rows_flops(groups, cost) + sum(cost.picture(group.patches) for group in groups) + perturbed
+    perturbed = sum(len(group.response_tokens) * cost.image(group.patches) for group in groups)
+    return 2 * _rows_flops(groups, cost) + sum(cost.image(group.patches) for group in groups) + perturbed
 
 
 def update_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
-    """Least FLOPs of forward and backward over all answers, a group's picture once; nothing is computed twice."""
-    pictures = sum(cost.picture(group.patches) for group in groups)
-    return (1 + BACKWARD) * (_rows_flops(groups, cost) + pictures)
+    """Counts the least FLOPs of forward and backward over all responses. A group's image counts once."""
+    images = sum(cost.image(group.patches) for group in groups)
+    return (1 + BACKWARD) * (_rows_flops(groups, cost) + images)
 
 
 def _rows_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
-    """Forward, one view: the language model over every answer, the head where response tokens are predicted."""
+    """The forward FLOPs of one view: the language model on every sequence, the head on the response positions."""
     return sum(
         cost.sequence(tokens) + cost.per_head_position * response
         for group in groups

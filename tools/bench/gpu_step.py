@@ -1,11 +1,11 @@
-"""Scoring and update of a Qwen-VL on one GPU: ours in bfloat16 and FP8, and the authors' way, as one JSON object.
+"""Times scoring and update of a Qwen-VL on one GPU: ours in bfloat16 and FP8, and the authors', as one JSON object.
 
     python tools/bench/gpu_step.py [--model qwen2.5-vl-7b qwen2.5-vl-3b] [--layers N] [--seconds-per-case 10]
     python tools/bench/gpu_step.py --small
 
-Random weights in the sizes of released models, made on the device; synthetic prompts with one picture each and eight
-answers. All cases and the ceilings are measured in one process, one after the other. --small runs a toy on any machine.
-What the numbers mean: tools/bench/README.md.
+Weights are random, in the sizes of released models, and made on the device. Synthetic prompts have one image and eight
+responses each. All cases and the ceilings are measured one after the other in one process. --small runs a toy on any
+machine. tools/bench/README.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from bench.flops import GroupShape, model_cost, scoring_flops, update_flops
 from bench.machine import commit, hardware, versions
 from bench.our_way import OurSettings, OurWay
 from bench.workload import Workload, WorkSizes, make_workload, with_layers
+from megatron_vppo.config.choices import Fp8Recipe, Recompute
 from megatron_vppo.models.layers.te_support import recipe_refusal
-from megatron_vppo.models.options import Backend, Fp8Recipe, Recompute
+from megatron_vppo.models.options import Backend
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.setup.hardware import choose_backend
@@ -46,17 +47,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPERATURE = 1.0
 TIMEOUT_SECONDS = 600.0
 BYTES_PER_PARAMETER = 20
-"""In the update: weights in bfloat16 (2), gradients and master weights in float32 (8), Adam's moments (8), and 2 more
-in the authors' way, whose gradients exist in bfloat16 before they are made float32."""
+"""The bytes of a parameter in the update: bfloat16 weights (2), float32 gradients and master weights (8), Adam's
+moments (8). The authors' way needs 2 more, because its gradients exist in bfloat16 before they become float32."""
 MEMORY_SHARE = 0.6
-"""Of the device's memory that these bytes may take where --layers is not given; the rest is for activations."""
+"""The share of the device's memory for these bytes if --layers is not given. The rest is for activations."""
 REALISTIC = WorkSizes(
     prompts=4, responses_per_prompt=8, text_tokens=64, response_median=450, response_sigma=0.5, response_limit=1536,
-    pictures=((448, 448), (672, 896), (1008, 1008), (560, 784)),
+    images=((448, 448), (672, 896), (1008, 1008), (560, 784)),
 )  # fmt: skip
 TOY = WorkSizes(
     prompts=2, responses_per_prompt=3, text_tokens=5, response_median=6, response_sigma=0.4, response_limit=12,
-    pictures=((56, 56), (56, 84)),
+    images=((56, 56), (56, 84)),
 )  # fmt: skip
 CASES = ("bfloat16", "authors", "fp8")
 RECIPES: tuple[Fp8Recipe, ...] = ("tensorwise", "blockwise")
@@ -74,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured with one model."""
+    """The measurement of one model."""
 
     name: str
     hf_config: Any
@@ -93,15 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=PUBLISHED, default=["qwen2.5-vl-7b"])
-    parser.add_argument("--small", action="store_true", help="a toy model and rows, in place of --model")
-    parser.add_argument("--layers", type=int, help="language layers (default: what the device's memory holds)")
-    parser.add_argument("--prompts", type=int, help=f"with 8 answers each (default: {REALISTIC.prompts})")
-    parser.add_argument("--rows-per-update", type=int, default=4, help="micro-batch, of both ways (default: 4)")
-    parser.add_argument("--rows-per-experience", type=int, default=16, help="micro-batch of scoring (default: 16)")
+    parser.add_argument("--small", action="store_true", help="a toy model and toy rows instead of --model")
+    parser.add_argument("--layers", type=int, help="language layers (default: as many as the memory holds)")
+    parser.add_argument("--prompts", type=int, help=f"prompts with 8 responses each (default: {REALISTIC.prompts})")
+    parser.add_argument("--rows-per-update", type=int, default=4, help="rows of an update micro-batch (default: 4)")
+    parser.add_argument(
+        "--rows-per-experience", type=int, default=16, help="rows of a scoring micro-batch (default: 16)"
+    )
     parser.add_argument("--head-chunk-tokens", type=int, default=4096)
-    parser.add_argument("--recompute", choices=get_args(Recompute), default="none", help="ours (default: none)")
-    parser.add_argument("--backend", choices=("auto", *get_args(Backend)), default="auto", help="as model.backend")
-    parser.add_argument("--fp8", nargs="+", choices=get_args(Fp8Recipe), default=list(RECIPES), help="recipes")
+    parser.add_argument(
+        "--recompute", choices=get_args(Recompute), default="none", help="in our update (default: none)"
+    )
+    parser.add_argument("--backend", choices=("auto", *get_args(Backend)), default="auto", help="as in model.backend")
+    parser.add_argument("--fp8", nargs="+", choices=get_args(Fp8Recipe), default=list(RECIPES), help="FP8 recipes")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds-per-case", type=float, default=10.0)
     return parser
@@ -169,7 +174,7 @@ def _bench(name: str, hf_config: Any, options: argparse.Namespace, *, layout: La
 
 
 def run(bench: Bench, ceilings: dict[str, float | None]) -> dict[str, Any]:
-    """Every case of one model. A case that fails says so in the report, and the next one runs."""
+    """Measures every case of one model. A failed case says so in the report and does not stop the others."""
     groups = group_shapes(bench.workload)
     cost = model_cost(bench.hf_config)
     flops = {"score": scoring_flops(groups, cost), "update": update_flops(groups, cost)}
@@ -185,7 +190,7 @@ def run(bench: Bench, ceilings: dict[str, float | None]) -> dict[str, Any]:
             phase: result if isinstance(result, dict) else _phase_report(result, flops[phase], tokens[phase], ceilings)
             for phase, result in results.items()
         }
-        print(json.dumps(phases[case.name]), file=sys.stderr, flush=True)  # not lost if a later one ends everything
+        print(json.dumps(phases[case.name]), file=sys.stderr, flush=True)  # kept, even if a later case ends the process
     return {
         "settings": {**asdict(bench.settings), "authors_attention": authors_attention()},
         "workload": bench.workload.shape(),
@@ -203,11 +208,11 @@ def run(bench: Bench, ceilings: dict[str, float | None]) -> dict[str, Any]:
 
 
 Result = Timing | dict[str, str]
-"""Of a phase; a dictionary: why there is none."""
+"""The timing of a phase, or a dictionary that says why there is none."""
 
 
 def _run_case(bench: Bench, case: Case) -> dict[str, Result]:
-    """Builds, scores, updates. What it built is freed when it returns."""
+    """Builds a policy, times its scoring and its update, and frees it."""
     device, seconds = bench.layout.device, bench.seconds
     batch = bench.workload.train_batch(vocabulary=bench.hf_config.text_config.vocab_size)
     if case.fp8 and (needs := recipe_refusal(case.fp8, on_gpu=device.type == "cuda")):
@@ -234,7 +239,7 @@ def _run_case(bench: Bench, case: Case) -> dict[str, Result]:
 
 
 def _guarded(work: Callable[[], Any], device: torch.device) -> Any:
-    """What `work` returns, or {'error': ...}: whatever goes wrong in one case is no reason to lose the others."""
+    """Calls `work` and returns its result, or {'error': ...}, so that an error in one case does not lose the others."""
     try:
         return work()
     except Exception as error:
@@ -259,10 +264,11 @@ def group_shapes(workload: Workload) -> list[GroupShape]:
 
 
 def layers_that_fit(hf_config: Any, memory_bytes: int) -> int:
-    """Most language layers whose weights, gradients and optimizer leave enough of the memory for activations.
+    """Returns the largest number of language layers with which weights, gradients and optimizer leave enough memory for
+    activations.
 
     Raises:
-        ValueError: not even one.
+        ValueError: not even one layer fits.
     """
     with torch.device("meta"):
         one = AutoModelForImageTextToText.from_config(with_layers(hf_config, 1))
@@ -271,14 +277,14 @@ def layers_that_fit(hf_config: Any, memory_bytes: int) -> int:
     fitting = int((MEMORY_SHARE * memory_bytes / BYTES_PER_PARAMETER - rest) // layer)
     if fitting < 1:
         raise ValueError(
-            f"{rest + layer} parameters with one language layer take {BYTES_PER_PARAMETER} bytes each, more than "
+            f"with one language layer there are {rest + layer} parameters of {BYTES_PER_PARAMETER} bytes, more than "
             f"{MEMORY_SHARE:.0%} of {memory_bytes} bytes; choose a smaller --model"
         )
     return min(fitting, hf_config.text_config.num_hidden_layers)
 
 
 def toy_config() -> Qwen2_5_VLConfig:
-    """Two language layers and two of the vision tower, one of which sees whole pictures; 64 values wide."""
+    """A toy: two language layers of width 64, and two vision layers, one of them with attention over whole images."""
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -313,7 +319,7 @@ def _phase_report(timing: Timing, flops: float, tokens: int, ceilings: dict[str,
 
 
 def _speedup(phases: dict[str, dict[str, Any]], ours: str, other: str, phase: str) -> float | None:
-    """How many times as fast; None where one of them was not measured."""
+    """The other's seconds over ours; None if one of them was not measured."""
     seconds = [phases.get(case, {}).get(phase, {}).get("seconds") for case in (ours, other)]
     return round(seconds[1] / seconds[0], 3) if all(seconds) else None
 

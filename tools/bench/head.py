@@ -1,9 +1,11 @@
-"""The vocabulary head beside its own matrix products: scoring of one view, of two, and the update, as one JSON object.
+"""Times the vocabulary head against its matrix products alone: one view, two views and the update, as one JSON object.
 
     python tools/bench/head.py [--positions 8192] [--chunk-tokens 4096] [--seconds-per-case 5]
 
-On a GPU by default in the sizes of Qwen2.5-VL-7B and bfloat16, on a CPU small and in float32. What the numbers mean:
-tools/bench/README.md.
+The default on a GPU is bfloat16 in the sizes of Qwen2.5-VL-7B, on a CPU a small case in float32. tools/bench/README.md
+explains the numbers.
+
+Shape suffix legend: N = response tokens; V = vocabulary rows; U = positions of one chunk; h = hidden size.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from bench.device import Timing, bench_device, free_memory, product_tflops, time_together
 from bench.machine import commit, hardware, versions
-from megatron_vppo.parallel.vocab_head import score_two_views, token_logps
+from megatron_vppo.parallel.vocab_head import VocabHead
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +35,7 @@ TEMPERATURE = 1.0
 @dataclass(frozen=True)
 class Sizes:
     positions: int
-    """Response tokens of a micro-batch."""
+    """The response tokens of a micro-batch."""
     vocabulary: int
     hidden: int
     chunk_tokens: int
@@ -97,7 +99,7 @@ def _report(timings: dict[str, Timing], flops: int) -> dict[str, Any]:
 
 
 class Problem:
-    """Random hidden states and weights, and what is done with them; legend as in megatron_vppo's vocab_head.py."""
+    """Random hidden states and weights, the head on them, and its matrix products."""
 
     def __init__(self, sizes: Sizes, device: torch.device) -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -107,60 +109,55 @@ class Problem:
             return torch.randn(rows, sizes.hidden, generator=generator, device=device).to(dtype)
 
         self.chunk = sizes.chunk_tokens
-        self.hidden_NH, self.masked_hidden_NH = normal(sizes.positions), normal(sizes.positions)
-        self.weight_VH = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
+        self.hidden_Nh, self.perturbed_hidden_Nh = normal(sizes.positions), normal(sizes.positions)
+        self.weight_Vh = normal(sizes.vocabulary).mul_(sizes.hidden**-0.5)  # logits of variance one
         self.targets_N = torch.randint(
             0, sizes.vocabulary, (sizes.positions,), generator=generator, device=device
         )  # fmt: skip
         self.grad_N = torch.randn(sizes.positions, generator=generator, device=device)
-        self.weight_grad_VH = torch.zeros(sizes.vocabulary, sizes.hidden, device=device)
-        """Where the optimizer sums, in float32."""
-        self.settings: dict[str, Any] = {
-            "group": None, "vocab_start": 0, "vocab_size": sizes.vocabulary, "temperature": TEMPERATURE,
-            "chunk_tokens": sizes.chunk_tokens,
-        }  # fmt: skip
+        self.head = VocabHead(self.weight_Vh, sizes.vocabulary, TEMPERATURE, sizes.chunk_tokens)
+        # The update adds the weight's gradient where the optimizer sums it, in float32.
+        trained_Vh, sum_Vh = (
+            self.weight_Vh.detach().requires_grad_(),
+            torch.zeros_like(self.weight_Vh, dtype=torch.float32),
+        )
+        self.trained_head = replace(self.head, weight_Vh=trained_Vh, weight_grad_Vh=sum_Vh)
 
-    # ---- the head
+    # --- The head -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def score(self) -> None:
-        token_logps(self.hidden_NH, self.weight_VH, self.targets_N, with_entropy=True, **self.settings)
+        self.head.token_logps(self.hidden_Nh, self.targets_N, with_entropy=True)
 
     def score_two_views(self) -> None:
-        score_two_views(
-            self.hidden_NH, self.masked_hidden_NH, self.weight_VH, self.targets_N, kind="kl_full", **self.settings
-        )
+        self.head.two_views(self.hidden_Nh, self.perturbed_hidden_Nh, self.targets_N, kind="kl_full")
 
     def update(self) -> None:
-        hidden_NH = self.hidden_NH.detach().requires_grad_()
-        weight_VH = self.weight_VH.detach().requires_grad_()
-        logp_N, _ = token_logps(
-            hidden_NH, weight_VH, self.targets_N, with_entropy=False, weight_grad_VH=self.weight_grad_VH,
-            **self.settings,
-        )  # fmt: skip
+        hidden_Nh = self.hidden_Nh.detach().requires_grad_()
+        logp_N, _ = self.trained_head.token_logps(hidden_Nh, self.targets_N, with_entropy=False)
         logp_N.backward(self.grad_N)
 
-    # ---- its matrix products: the same chunks, results thrown away
+    # --- Its matrix products: the same chunks, results dropped --------------------------------------------------------
 
     @torch.no_grad()
     def score_products(self) -> None:
-        for hidden_CH in self.hidden_NH.split(self.chunk):
-            hidden_CH @ self.weight_VH.T
+        for hidden_Uh in self.hidden_Nh.split(self.chunk):
+            hidden_Uh @ self.weight_Vh.T
 
     @torch.no_grad()
     def two_view_products(self) -> None:
-        for view_NH in (self.hidden_NH, self.masked_hidden_NH):
-            for hidden_CH in view_NH.split(max(1, self.chunk // 2)):
-                hidden_CH @ self.weight_VH.T
+        for view_Nh in (self.hidden_Nh, self.perturbed_hidden_Nh):
+            for hidden_Uh in view_Nh.split(max(1, self.chunk // 2)):
+                hidden_Uh @ self.weight_Vh.T
 
     @torch.no_grad()
     def update_products(self) -> None:
-        """Logits twice, then the gradients of the hidden states and of the weight, in the model's dtype."""
+        """Computes logits twice, then the gradients of hidden states and weight in the model's dtype."""
         self.score_products()
-        for hidden_CH in self.hidden_NH.split(self.chunk):
-            logits_CV = hidden_CH @ self.weight_VH.T
-            logits_CV @ self.weight_VH
-            logits_CV.T @ hidden_CH
+        for hidden_Uh in self.hidden_Nh.split(self.chunk):
+            logits_UV = hidden_Uh @ self.weight_Vh.T
+            logits_UV @ self.weight_Vh
+            logits_UV.T @ hidden_Uh
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a measurement was taken on: hardware, versions, commit, and how fast a plain matrix product is there."""
+"""The machine of a measurement: hardware, versions, commit, and the speed of a plain matrix product."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ def versions() -> dict[str, str]:
 
 
 def commit(root: Path) -> dict[str, Any]:
-    """Of the checkout at `root`, and whether tracked files differ from it; None outside a checkout or without git."""
+    """Finds the commit of the checkout at `root`, and tells if tracked files differ from it; None without git."""
 
     def git(*arguments: str) -> str | None:
         try:
-            answer = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
+            ended = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True)
         except FileNotFoundError:
             return None
-        return answer.stdout.strip() if answer.returncode == 0 else None
+        return ended.stdout.strip() if ended.returncode == 0 else None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {"commit": git("rev-parse", "HEAD"), "changed": None if changes is None else bool(changes)}
 
 
 def matmul_gflops(*, threads: int) -> float:
-    """Best of a second and a half of float32 products of square matrices on the CPU, 10^9 FLOPs per second."""
+    """The speed of the fastest float32 product of square matrices on the CPU, in 10^9 FLOPs per second."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
@@ -67,7 +67,7 @@ def matmul_gflops(*, threads: int) -> float:
 
 
 def stolen_seconds() -> float:
-    """CPU seconds since start-up that the host of a virtual machine gave to others, summed over its cores (Linux)."""
+    """Reads the CPU seconds since start-up that a virtual machine's host gave to others, over all cores (Linux)."""
     of_all_cores = Path("/proc/stat").read_text().splitlines()[0].split()
     return int(of_all_cores[8]) / os.sysconf("SC_CLK_TCK")
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from bench.workload import Workload, fill_with_noise
 from megatron_vppo.algorithm.types import Scores, TrainBatch
+from megatron_vppo.config.choices import Fp8Recipe, Recompute
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.language.mrope import mrope_positions
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.layers.te_support import drop_fp8_copies
-from megatron_vppo.models.options import Backend, Fp8Options, Fp8Recipe, ModelOptions, Recompute
+from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
-from megatron_vppo.parallel.policy import MegatronPolicy, PolicySettings
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.schedule import PolicySettings
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 
 OPTIM = OptimSettings(
@@ -62,37 +63,33 @@ class OurWay:
         fill_with_noise(model, seed=0)
         trainable = make_trainable([model], layout=layout, settings=OPTIM, dtype=dtype)
         trainable.set_step(STEP)
-        media = {"image_token_id": hf_config.image_token_id, "merge_size": hf_config.vision_config.spatial_merge_size}
         self._policy = MegatronPolicy(
             trainable,
+            hf_config=hf_config,
             layout=layout,
             settings=PolicySettings(
                 temperature=settings.temperature,
-                vocab_size=hf_config.text_config.vocab_size,
-                banned_ids=(hf_config.image_token_id, hf_config.video_token_id, hf_config.vision_start_token_id,
-                            hf_config.vision_end_token_id),
+                banned_ids=vision_token_ids(hf_config),
                 rows_per_update=settings.rows_per_update,
                 rows_per_experience=settings.rows_per_experience,
                 head_chunk_tokens=settings.head_chunk_tokens,
                 perturb_per="row",
-                **media,
                 fp8_scope=frozenset() if fp8 is None else frozenset({"scoring", "update"}),
                 token_alignment=1 if fp8 is None else TOKEN_ALIGNMENT[fp8],
             ),
-            patches=workload.patches,
-            positions=partial(mrope_positions, **media),
-        )  # fmt: skip
+            pixels=workload,
+        )
 
     def score(self) -> Scores:
-        """Both views of every row."""
+        """Scores both views of every row."""
         return self._policy.score(self._workload.responses, step=STEP, views="both")
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         return self._policy.update(batch)
 
     def close(self) -> None:
-        """Gives the memory of weights, gradients and optimizer back. Dropping the policy does not: Megatron's wrapper
-        is never collected, and holds them.
+        """Frees the memory of weights, gradients and optimizer. Dropping the policy is not enough, because Megatron's
+        wrapper holds them and is never collected.
         """
         for stage in self._policy.trainable.stages:
             drop_fp8_copies(stage)

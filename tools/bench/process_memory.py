@@ -16,7 +16,7 @@ ROLES = (
     ("multiprocessing.spawn", "worker"),
     ("multiprocessing.forkserver", "worker"),
 )
-"""What a command line holds, and what such a process is called here."""
+"""A part of a command line, and the role of a process that has it."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class ProcessPeak:
     parent: int
     role: str
     peak_mib: float
-    """Largest resident set so far (VmHWM); what is shared between processes counts in each."""
+    """The largest resident set so far (VmHWM). Shared pages count in every process."""
 
 
 def process_tree(root: int) -> list[int]:
-    """`root` and everything below it that is alive, parents first."""
+    """Lists `root` and its living descendants, parents first."""
     children: dict[int, list[int]] = {}
     for entry in PROC.iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))) and fields[0] != "Z":
@@ -43,7 +43,7 @@ def process_tree(root: int) -> list[int]:
 
 
 def read_peak(pid: int) -> ProcessPeak | None:
-    """None for a process that has ended."""
+    """Reads the peak memory of a process; None if it has ended."""
     fields = _stat(pid)
     try:
         status = (PROC / str(pid) / "status").read_text()
@@ -70,7 +70,10 @@ class MemorySampler:
         self._thread.start()
 
     def stop(self) -> list[ProcessPeak]:
-        """Every process seen, in the order of its first sample. What a process took after its last sample is missed."""
+        """Ends the sampling and returns every process seen, in order of first samples.
+
+        What a process took after its last sample is missed.
+        """
         self._stop.set()
         self._thread.join()
         return list(self._peaks.values())
@@ -85,9 +88,9 @@ class MemorySampler:
 
 
 def by_role(peaks: list[ProcessPeak]) -> list[dict[str, Any]]:
-    """One entry per role, largest first: how many such processes there were, and the peak of the largest.
+    """Makes one entry per role, largest first: the number of such processes, and the peak of the largest.
 
-    A process whose parent has the same role is a helper of it that was forked: 'engine (forked)'.
+    A process whose parent has the same role was forked by it: 'engine (forked)'.
     """
     role_of = {peak.pid: peak.role for peak in peaks}
     groups: dict[str, list[float]] = {}
@@ -99,12 +102,12 @@ def by_role(peaks: list[ProcessPeak]) -> list[dict[str, Any]]:
 
 
 def _later(before: ProcessPeak | None, now: ProcessPeak) -> ProcessPeak:
-    """The higher of two samples of a process; the second where it has become another program, which starts anew."""
+    """The higher of two samples of a process, or the second if the process has become another program in between."""
     return before if before and before.role == now.role and before.peak_mib > now.peak_mib else now
 
 
 def _role(command: str, rank: str | None) -> str:
-    """From the command line, and for trainer ranks from the RANK that the launcher gave them."""
+    """Names a process by its command line, and a trainer rank also by its variable RANK."""
     for part, role in ROLES:
         if part in command:
             return role
@@ -114,8 +117,8 @@ def _role(command: str, rank: str | None) -> str:
 
 
 def _stat(pid: int) -> list[str]:
-    """State, parent, ...; empty for a process that has ended."""
-    try:  # the second field is the command in brackets, which may itself hold spaces and brackets
+    """Reads /proc/PID/stat from the state on: state, parent, ...; [] if the process has ended."""
+    try:  # the second field is the command in brackets, which may contain spaces and brackets
         return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
         return []

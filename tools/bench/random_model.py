@@ -1,9 +1,9 @@
-"""A Qwen2.5-VL of 60 M random parameters, or 270 M, and rows that fit it: 256-token prompts, most of them picture.
+"""Writes a Qwen2.5-VL of 60 M or 270 M random parameters, and rows for it: prompts of 256 tokens, 224 of them an image.
 
     python tools/bench/random_model.py [--size 270m] --out build/bench/random_60m
 
-Writes OUT/model (an ordinary Hugging Face folder) and OUT/data/train.parquet, to measure time with: there is nothing to
-be learned.
+The model is an ordinary Hugging Face folder, OUT/model; the rows are OUT/data/train.parquet. They are for measuring
+time: nothing can be learned from them.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from digits.checkpoint import MERGE, SPECIAL_TOKENS, make_model, make_processor, save_checkpoint
 from digits.folder import build_once
-from digits.pairs import draw_pairs, load_scans, picture
+from digits.pairs import draw_image, draw_pairs, load_scans
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 VOCABULARY = 4096
-"""More rows than the tokenizer has tokens, as in the released models."""
-PICTURE_SIZE = (448, 392)
-"""Pixels across and down: 16 x 14 merged tokens of 28 pixels."""
+"""The rows of the embedding: more than the tokenizer has tokens, as in the released models."""
+IMAGE_SIZE = (448, 392)
+"""The pixels across and down: 16 x 14 image tokens of 28 pixels."""
 PROMPT_TOKENS = 256
 QUESTION = "<image>What is the exact sum?"
-"""One token per character: with the chat template and the picture, PROMPT_TOKENS."""
+"""The question. It has one token per character, which with the chat template and the image makes PROMPT_TOKENS."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the language model."""
+    """The sizes of a language model."""
 
     hidden: int
     intermediate: int
@@ -50,13 +50,14 @@ SIZES = {
     "60m": Size(hidden=512, intermediate=1536, layers=16, heads=8, kv_heads=2),
     "270m": Size(hidden=2048, intermediate=8192, layers=4, heads=16, kv_heads=4),
 }
-"""Many layers, and few of a width as in a 3B."""
+"""A model with many layers, and one with few layers as wide as those of a 3B."""
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast, *, size: Size = SIZES["60m"]) -> Qwen2_5_VLConfig:
-    """59 M parameters: 48 M in the language layers, 7 M in the vision tower, 4 M in the vocabulary; or 268 M.
+    """Makes a configuration of 59 M parameters (48 M in the language layers, 7 M in the vision tower, 4 M in the
+    vocabulary), or of 268 M.
 
-    The EOS token is `<|video_pad|>`, which training never lets the engine sample: every response runs to its limit.
+    The EOS token is `<|video_pad|>`, which an engine never samples in training: every response runs to its limit.
     """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen2_5_VLConfig(
@@ -95,31 +96,31 @@ def make_config(tokenizer: PreTrainedTokenizerFast, *, size: Size = SIZES["60m"]
 
 
 def _sections(size: Size) -> list[int]:
-    """Rotated pairs of a head for time, height and width, divided as in the released models."""
+    """Divides the rotary pairs of a head among time, height and width, as in the released models."""
     pairs = size.hidden // size.heads // 2
     return [pairs // 4, 3 * pairs // 8, 3 * pairs // 8]
 
 
 def write_rows(path: Path, *, rows: int, seed: int) -> None:
-    """One parquet file in the released data sets' schema: pairs of scanned digits, stretched to PICTURE_SIZE."""
+    """Writes a parquet file in the released data sets' schema: pairs of scanned digits, stretched to IMAGE_SIZE."""
     from datasets import Dataset, Features, List, Value
     from datasets import Image as ImageFeature
 
     scans = load_scans()
-    pairs = draw_pairs(range(len(scans.digit_S)), count=rows, seed=seed)
+    pairs = draw_pairs(range(len(scans.digits)), count=rows, seed=seed)
     columns = {
         "problem": [QUESTION] * rows,
-        "answer": [str(scans.digit_S[p.left] + scans.digit_S[p.right]) for p in pairs],
-        "images": [[picture(scans, p).resize(PICTURE_SIZE, Image.Resampling.BICUBIC)] for p in pairs],
+        "answer": [str(scans.digits[p.left] + scans.digits[p.right]) for p in pairs],
+        "images": [[draw_image(scans, p).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)] for p in pairs],
     }
     features = Features({"problem": Value("string"), "answer": Value("string"), "images": List(ImageFeature())})
     Dataset.from_dict(columns, features=features).to_parquet(str(path))
 
 
 def build(out: Path, *, size: str, rows: int, seed: int) -> dict[str, Any]:
-    """Both folders into the existing folder `out`; the same arguments write the same weights and rows."""
+    """Writes model and rows into the existing folder `out`. The same arguments write the same weights and rows."""
     processor = make_processor()
-    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": PICTURE_SIZE[0] * PICTURE_SIZE[1]}
+    processor.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": IMAGE_SIZE[0] * IMAGE_SIZE[1]}
     model = make_model(make_config(processor.tokenizer, size=SIZES[size]), seed=seed)
     save_checkpoint(model, processor, out / "model")
     (out / "data").mkdir()

@@ -1,4 +1,4 @@
-"""Memory of a process and all its descendants together, sampled from /proc while they run (Linux)."""
+"""The memory of a process and all its descendants together, sampled from /proc while they run (Linux)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from bench.process_memory import process_tree
 
 @dataclass(frozen=True)
 class TreePeak:
-    """MiB, each the largest sum over all processes in one sample; shared pages count in every process."""
+    """The largest sums over all processes in one sample, in MiB. Shared pages count in every process."""
 
     resident: float
     anonymous: float
-    """Heap and buffers."""
+    """The heap and buffers."""
     mapped: float
-    """Pages of files, libraries included; the kernel can take them back."""
+    """The pages of mapped files, libraries included, which the kernel can take back."""
     processes: int
-    """The most at one time."""
+    """The largest number at one time."""
 
 
 class TreeSampler:
@@ -57,7 +57,7 @@ class TreeSampler:
 
 
 def _resident(pid: int) -> dict[str, float]:
-    """MiB by field; empty for a process that has ended."""
+    """Reads the resident memory of a process by kind, in MiB; {} if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,10 +1,10 @@
-"""Seconds per phase, tokens per second, FLOP rates and peak memory of `vppo train`, as one JSON object on stdout.
+"""Measures seconds per phase, tokens per second, FLOP rates and peak memory of `vppo train`, as one JSON object.
 
     python tools/bench/step_time.py --config demo|compute|FILE [--steps N] [key=value ...]
 
-Runs the real command in a temporary folder and reads what it logged; its own output goes to stderr. 'demo' is
-examples/digits_cpu/config.yaml, 'compute' tools/bench/configs/compute.yaml; what they train is built first where it is
-missing. What the numbers mean: tools/bench/README.md.
+Runs the real command in a temporary folder and reads what it logs; its own output goes to stderr. 'demo' is
+examples/digits_cpu/config.yaml, 'compute' is tools/bench/configs/compute.yaml; their models and data are built first if
+they are missing. tools/bench/README.md explains the numbers.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ CONFIGS: dict[str, tuple[str, list[list[str]]]] = {
     "demo": (
         "examples/digits_cpu/config.yaml",
         [
-            ["tools/make_digits_data.py", "--out", DEMO_DATA],
-            ["tools/make_digits_model.py", "--data", DEMO_DATA, "--out", DEMO_MODEL],
+            ["tools/digits/make_data.py", "--out", DEMO_DATA],
+            ["tools/digits/make_model.py", "--data", DEMO_DATA, "--out", DEMO_MODEL],
         ],
     ),
     "compute": ("tools/bench/configs/compute.yaml", [["tools/bench/random_model.py", "--out", RANDOM]]),
 }
-"""Name -> file, and the programs that build what it names."""
+"""The configuration file of each name, and the programs that build its model and data."""
 
 WARMUP_STEPS = 1
 ROWS_LOOKED_AT = 64
 END_SECONDS = 20
-"""For a run that is interrupted to end its ranks."""
+"""The time that a run gets to end its ranks when it is interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="demo, compute, or a YAML file")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one that is not (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps, after one step of warm-up (default: 3)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings, as for vppo train")
     options = parser.parse_args(arguments)
     if options.steps < 1:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(name: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Builds, runs, and puts the answer together."""
+    """Builds model and data, runs, and puts the report together."""
     path, builders = CONFIGS.get(name, (name, []))
     for builder in builders:
         subprocess.run([sys.executable, *builder], cwd=ROOT, stdout=sys.stderr, check=True)
@@ -116,7 +116,7 @@ def measure(name: str, *, steps: int, overrides: Sequence[str]) -> dict[str, Any
 
 
 def run_settings(runs_dir: str, *, steps: int) -> list[str]:
-    """A run of its own, without validation and export. The last step writes a checkpoint, which is not counted."""
+    """Settings for a new run without validation and export. Its last step writes a checkpoint, which is not counted."""
     return [
         f"trainer.runs_dir={runs_dir}",
         f"trainer.total_steps={WARMUP_STEPS + steps}",
@@ -129,7 +129,7 @@ def run_settings(runs_dir: str, *, steps: int) -> list[str]:
 
 
 def run_training(path: str, settings: Sequence[str]) -> list[ProcessPeak]:
-    """`vppo train` in a process group of its own, its output to stderr; peak memory of every process below it.
+    """Runs `vppo train` in a process group of its own, with its output on stderr. Returns each process's peak memory.
 
     Raises:
         RuntimeError: it failed.
@@ -148,7 +148,7 @@ def run_training(path: str, settings: Sequence[str]) -> list[ProcessPeak]:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then SIGKILL, to what is left of the run; engines see their trainer gone and end by themselves."""
+    """Ends what is left of the run by SIGTERM, then SIGKILL. Engines notice that their trainer is gone and end too."""
     for ending in (signal.SIGTERM, signal.SIGKILL):
         deadline = time.monotonic() + END_SECONDS
         with contextlib.suppress(ProcessLookupError):
@@ -163,7 +163,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def trainer_threads(config: RunConfig) -> int:
-    """Threads of all trainer ranks together, on a machine without GPUs."""
+    """The threads of all trainer ranks together, on a machine without GPUs."""
     parallel = config.parallel
     return ranks_per_copy(config) * (parallel.data_parallel_size or 1) * parallel.threads_per_rank
 
@@ -171,7 +171,7 @@ def trainer_threads(config: RunConfig) -> int:
 def step_shape(
     config: RunConfig, sampled_groups: float, trained_groups: float, prompt_tokens: float, response_tokens: float
 ) -> StepShape:
-    """Lengths are means over all sampled responses: those of dropped groups count for the trained ones too."""
+    """The shape of a step. Lengths are means over all sampled responses, so that dropped groups count, too."""
     algorithm = config.algorithm
     perturbed = algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping
     return StepShape(
@@ -188,7 +188,7 @@ def step_shape(
 
 
 def patches_per_prompt(config: RunConfig) -> float:
-    """Vision patches of a prompt's pictures after the resize, mean over the first training rows."""
+    """The patches of a prompt's images after the resize, on average over the first training rows."""
     data = config.data
     rows = open_dataset(
         str(_from_root(data.train_files)),
@@ -215,7 +215,7 @@ def patches_per_prompt(config: RunConfig) -> float:
 def floor(
     flops: dict[str, float], seconds: dict[str, dict[str, float]], *, ceilings: Sequence[float], threads: int
 ) -> dict[str, Any]:
-    """What the arithmetic alone would take, were all of it as fast as the matrix product measured before and after."""
+    """The seconds of the arithmetic alone, if all of it ran at the speed of the matrix product."""
     ceiling = max(ceilings)
     phases = {}
     for phase, count in flops.items():
@@ -230,7 +230,7 @@ def floor(
 
 
 def _from_root(path: str) -> str:
-    """Paths of a config are taken from the folder that `vppo train` runs in; anything else is a hub id."""
+    """Resolves a path of a configuration from the repository root, where `vppo train` runs. Leaves hub ids alone."""
     return str(ROOT / path) if (ROOT / path.partition("@")[0]).exists() else path
 
 

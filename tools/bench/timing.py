@@ -1,4 +1,4 @@
-"""From the lines of a run's metrics.jsonl to seconds per phase and tokens per second."""
+"""Seconds per phase and tokens per second, from the lines of a run's metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 
 PHASES = ("gen", "reward", "score", "adv", "update_actor", "update_weights")
 ONCE = ("testing",)
-"""Spans that are no part of every step; taken off the step's time."""
+"""Spans that not every step has. They are subtracted from the time of a step."""
 
 Line = Mapping[str, float]
 
 
 def measured_lines(lines: Sequence[Line], *, warmup: int, steps: int) -> list[Line]:
-    """The lines of the `steps` training steps after the first `warmup`.
+    """Picks the lines of the `steps` training steps that follow the first `warmup`.
 
     Raises:
         ValueError: the run ended earlier, or a measured step trained on nothing.
@@ -21,7 +21,7 @@ def measured_lines(lines: Sequence[Line], *, warmup: int, steps: int) -> list[Li
     training = [line for line in lines if line["step"] >= 1]
     measured = training[warmup : warmup + steps]
     if len(measured) < steps:
-        raise ValueError(f"the run logged {len(training)} training steps; {warmup} + {steps} were to be measured")
+        raise ValueError(f"the run logged {len(training)} training steps, but {warmup} + {steps} are needed")
     empty = [int(line["step"]) for line in measured if "timing_s/update_actor" not in line]
     if empty:
         raise ValueError(
@@ -31,8 +31,10 @@ def measured_lines(lines: Sequence[Line], *, warmup: int, steps: int) -> list[Li
 
 
 def phase_seconds(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
-    """Per phase the median, least and most over the lines; 'step' is the whole step without validation and checkpoints,
-    'other' what no phase of it claims."""
+    """Computes the median, minimum and maximum of each phase over the lines.
+
+    'step' is the whole step without validation and checkpoints; 'other' is the part of it that is in no phase.
+    """
     series: dict[str, list[float]] = {
         phase: [line[f"timing_s/{phase}"] for line in lines if f"timing_s/{phase}" in line] for phase in PHASES
     }
@@ -52,7 +54,11 @@ def step_seconds(line: Line) -> float:
 
 
 def startup_seconds(lines: Sequence[Line], *, started: float) -> float:
-    """From the command (unix seconds) to the first step: imports, models, engine, data set, first weight transfer."""
+    """The time from the command to the first step: imports, models, engine, data set, first weight transfer.
+
+    Args:
+        started: Unix seconds when the command was started.
+    """
     first = lines[0]
     return first["time"] - first["timing_s/step"] - started
 

@@ -1,9 +1,10 @@
-"""How fast trainer ranks stream their weights into a vLLM engine, beside a plain copy of the same bytes, as JSON.
+"""Times the weight transfer from trainer ranks to a vLLM engine against a plain copy of the same bytes, as JSON.
 
     python tools/bench/weight_sync.py [--tensor 2] [--pipeline 1] [--engine-ranks 1] [--dtype bfloat16] [--size 60m]
 
-Real ranks over gloo (NCCL with CUDA), a real engine led by the first of them, the transfer that training uses. The
-model is one of random_model.py, which is built first where it is missing. What the numbers mean: tools/bench/README.md.
+The ranks are real, over gloo (NCCL with CUDA); a real engine is led by the first of them; the transfer is that of
+training. The model comes from random_model.py, which runs first if it is missing. tools/bench/README.md explains the
+numbers.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ class RankResult:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="60m", help="of the model (default: 60m)")
+    parser.add_argument("--size", choices=SIZES, default="60m", help="size of the model (default: 60m)")
     parser.add_argument("--tensor", type=int, default=2, help="tensor-parallel trainer ranks (default: 2)")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages (default: 1)")
     parser.add_argument("--engine-ranks", type=int, default=1, help="workers of the engine (default: 1)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
-    parser.add_argument("--repeats", type=int, default=5, help="measured syncs, after one that is not (default: 5)")
+    parser.add_argument("--repeats", type=int, default=5, help="measured transfers, after one of warm-up (default: 5)")
     options = parser.parse_args(arguments)
     folder = ROOT / "build" / "bench" / f"random_{options.size}"
     builder = [sys.executable, "tools/bench/random_model.py", "--size", options.size, "--out", str(folder)]
@@ -163,19 +164,19 @@ def _engine(case: Case, folder: Path) -> RolloutEngine:
 
 
 def _sync(stage: QwenVLModel, engine: RolloutEngine | None, *, verify: bool) -> tuple[float, int]:
-    """(seconds, bytes of the model) of one sync; all ranks together."""
+    """Times one transfer on all ranks together. Returns (seconds, bytes of the model)."""
     dist.barrier()
     began = time.perf_counter()
     if engine is None:
         num_bytes = sum(tensor.nbytes for _, tensor in hf_weights([stage]))
     else:
-        num_bytes = engine.load_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
+        num_bytes = engine.send_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
     dist.barrier()
     return time.perf_counter() - began, num_bytes
 
 
 def _copies(stage: QwenVLModel, repeats: int) -> list[float]:
-    """Seconds of copying the whole model once, tensor by tensor, by one thread; the others wait."""
+    """Times copies of the whole model, tensor by tensor in one thread of rank 0, while the other ranks wait."""
     whole = [tensor.clone() for _, tensor in hf_weights([stage])]
     target = [torch.empty_like(tensor) for tensor in whole]
     seconds = []
@@ -190,7 +191,7 @@ def _copies(stage: QwenVLModel, repeats: int) -> list[float]:
 
 
 def _layer_group_bytes(stage: QwenVLModel, dtype: torch.dtype) -> int:
-    """Of the largest language layer, or of the embedding where that is larger: what one layer group of a stream is."""
+    """The bytes of the largest layer group of a stream: a language layer, or the embedding if that is larger."""
     groups: dict[int | str, int] = {}
     for entry in stage.weight_map:
         key = entry.layer if entry.layer is not None else entry.template
@@ -200,8 +201,10 @@ def _layer_group_bytes(stage: QwenVLModel, dtype: torch.dtype) -> int:
 
 
 class PeakMemory:
-    """Largest growth, from now on, of this process's anonymous memory (RssAnon), which shared buffers are no part of;
-    with CUDA, of what torch has allocated there."""
+    """The largest growth of this process's memory from now on.
+
+    Counts anonymous memory (RssAnon), so that shared buffers are left out; with CUDA, torch's allocations on the GPU.
+    """
 
     def __init__(self) -> None:
         if torch.cuda.is_available():
@@ -213,7 +216,7 @@ class PeakMemory:
         self._thread.start()
 
     def stop(self) -> float:
-        """MiB."""
+        """Ends the sampling and returns the growth in MiB."""
         self._stop.set()
         self._thread.join()
         if torch.cuda.is_available():

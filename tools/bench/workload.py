@@ -1,4 +1,7 @@
-"""Made-up rows of realistic sizes: prompts with one picture, several answers each, and a loss on them."""
+"""Synthetic rows of realistic sizes: prompts with one image, several responses each, and a loss on them.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt
 
 CLIP = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll")
 KEPT_TOKENS = 0.4
-"""Share of the response tokens that have a policy gradient; the authors' setting."""
+"""The share of response tokens with policy gradient, as the authors set it."""
 ENTROPY_COEFFICIENT = 0.06
 
 
@@ -24,32 +27,32 @@ class WorkSizes:
     prompts: int
     responses_per_prompt: int
     text_tokens: int
-    """Of a prompt, besides its picture."""
+    """The tokens of a prompt, apart from its image."""
     response_median: int
     response_sigma: float
-    """Lengths are log-normal: of the log of a length."""
+    """The standard deviation of the logarithm of a length. Lengths are log-normal."""
     response_limit: int
-    pictures: tuple[tuple[int, int], ...]
-    """(height, width) in pixels, dealt to the prompts in turn."""
+    images: tuple[tuple[int, int], ...]
+    """The images' (height, width) in pixels, given to the prompts in turn."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Workload:
     responses: tuple[Response, ...]
-    """The answers to a prompt lie together."""
+    """The responses to a prompt are neighbours."""
     pixels: tuple[Tensor, ...]
-    """Of each prompt's picture, float32 [patches, values], in host memory, as the trainer has them."""
+    """The patches of each prompt's image, float32 [patches, values], in host memory as in the trainer."""
 
     def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        """A perturbed picture has other values in training, not here; it is another picture for the model all the same.
+        """Returns the same values for an original and a perturbed image. The model treats them as two images anyway.
 
-        A PatchSource, see megatron_vppo/parallel/batching.py.
+        Makes a workload the Pixels of megatron_vppo/parallel/batching.py.
         """
         return self.pixels[ref.row]
 
     def train_batch(self, *, vocabulary: int) -> TrainBatch:
-        """A mini-batch of all rows, with random advantages; the old policy is what random weights are near: uniform."""
+        """Makes a mini-batch of all rows, with random advantages and a uniform old policy, as random weights have."""
         generator = torch.Generator().manual_seed(1)
         shape = (len(self.responses), max(len(response.token_ids) for response in self.responses))
         mask_BT = torch.zeros(shape)
@@ -85,16 +88,16 @@ def make_workload(hf_config: Any, sizes: WorkSizes) -> Workload:
     draw, generator = random.Random(sizes.seed), torch.Generator().manual_seed(sizes.seed)
     vision = hf_config.vision_config
     media = (hf_config.image_token_id, hf_config.video_token_id, hf_config.vision_start_token_id)
-    words = min(media)  # token ids below are text
+    words = min(media)  # smaller token ids are text
     responses, pixels = [], []
     for number in range(sizes.prompts):
-        height, width = sizes.pictures[number % len(sizes.pictures)]
+        height, width = sizes.images[number % len(sizes.images)]
         grid = (1, height // vision.patch_size, width // vision.patch_size)
-        picture = [hf_config.image_token_id] * (math.prod(grid) // vision.spatial_merge_size**2)
+        image = [hf_config.image_token_id] * (math.prod(grid) // vision.spatial_merge_size**2)
         text = [draw.randrange(1, words) for _ in range(sizes.text_tokens)]
         prompt = Prompt(
             split="train", row=number, problem="", answer="",
-            token_ids=(hf_config.vision_start_token_id, *picture, hf_config.vision_end_token_id, *text),
+            token_ids=(hf_config.vision_start_token_id, *image, hf_config.vision_end_token_id, *text),
             compact_token_ids=(), images=(ImageRef("train", number, 0),), grids_thw=(grid,),
         )  # fmt: skip
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
@@ -108,9 +111,9 @@ def make_workload(hf_config: Any, sizes: WorkSizes) -> Workload:
 
 
 def with_layers(hf_config: Any, layers: int) -> Any:
-    """The same model with its first `layers` language layers."""
+    """Cuts a model to its first `layers` language layers."""
     if not 1 <= layers <= hf_config.text_config.num_hidden_layers:
-        raise ValueError(f"{layers} layers of a model of {hf_config.text_config.num_hidden_layers}")
+        raise ValueError(f"--layers {layers}: the model has {hf_config.text_config.num_hidden_layers} language layers")
     cut = copy.deepcopy(hf_config)
     cut.text_config.num_hidden_layers = layers
     cut.text_config.layer_types = cut.text_config.layer_types[:layers]
@@ -119,7 +122,7 @@ def with_layers(hf_config: Any, layers: int) -> Any:
 
 @torch.no_grad()
 def fill_with_noise(model: torch.nn.Module, *, seed: int) -> None:
-    """Matrices small and normal, the scales of norms one, biases zero: nothing overflows or dies out."""
+    """Fills matrices with small normal numbers, norm weights with ones, biases with zeros: nothing overflows."""
     for number, (name, parameter) in enumerate(model.named_parameters()):
         generator = torch.Generator(parameter.device).manual_seed(seed + number)
         if parameter.dim() > 1:

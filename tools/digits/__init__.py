@@ -1,1 +1,4 @@
-"""A picture task that anyone can build offline: the sum of two handwritten digits, and a small model to begin with."""
+"""An image task that anyone can build offline: the sum of two handwritten digits, and a small model to begin with.
+
+make_data.py and make_model.py are the programs; examples/digits_cpu trains on what they write.
+"""

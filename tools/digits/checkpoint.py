@@ -1,4 +1,4 @@
-"""A Qwen-VL of 2.5 M parameters with its tokenizer, picture processor and chat template, made from nothing."""
+"""A Qwen-VL of 2.5 M parameters with its tokenizer, image processor and chat template, made from nothing."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-"""Names and roles as in the released Qwen2.5-VL tokenizers."""
+"""The special tokens, with the names and roles that they have in the released Qwen2.5-VL tokenizers."""
 UNKNOWN = "<|unknown|>"
 WORDS = ("system", "user", "assistant", r"\boxed")
-"""Words that every turn or answer holds: one token each. Everything else is one token per character."""
+"""The words that every turn or response holds: one token each. Everything else is one token per character."""
 CHARACTERS = string.digits + string.ascii_letters + string.punctuation + " \n"
 FAMILIES = ("qwen2.5-vl", "qwen3-vl")
 MERGE = 2
 INITIALIZER_RANGE = 0.06
-"""About 1 / sqrt(width); the 0.02 of wide models makes one this narrow start learning much later."""
+"""About 1 / sqrt(width). With the 0.02 of wide models, one this narrow starts to learn much later."""
 MIN_PIXELS, MAX_PIXELS = 28 * 28, 112 * 112
 
 Processor = Qwen2_5_VLProcessor | Qwen3VLProcessor
@@ -58,11 +58,14 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Qwen2.5-VL's turns, without its default system turn: a short prompt is a fast one."""
+"""The turns of Qwen2.5-VL without its default system turn: a short prompt is a fast one."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per printable ASCII character and per word of WORDS; text of those comes back exactly."""
+    """Makes a tokenizer of one token per printable ASCII character and per word of WORDS.
+
+    Text of those characters comes back exactly.
+    """
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, UNKNOWN, *WORDS, *CHARACTERS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     words = "|".join(word.replace("\\", r"\\") for word in WORDS)
@@ -80,7 +83,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor(family: str = "qwen2.5-vl") -> Processor:
-    """Tokenizer, picture processor with the family's patches, and the chat template."""
+    """Makes tokenizer, image processor with the family's patch size, and chat template."""
     pixels = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
     patch = _VISION[family]["patch_size"]
     processor, video = {
@@ -110,16 +113,17 @@ _ROPE: dict[str, dict[str, Any]] = {
     "qwen3-vl": {"mrope_section": [6, 5, 5], "mrope_interleaved": True},
 }
 _VISION: dict[str, dict[str, Any]] = {
-    # A window of 56 pixels is one digit: the first layer sees the digits apart, the second, with full attention, both.
+    # A window of 56 pixels is one digit. The first layer sees the digits apart; the second one, with full attention,
+    # sees both.
     "qwen2.5-vl": {"patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1]},
-    # Pictures of 112 x 56 pixels become 128 x 64: as many patches. The first layer's features are added in the first
-    # language layer.
+    # Images of 112 x 56 pixels become 128 x 64, which is as many patches. The features of the first vision layer are
+    # added in the first language layer.
     "qwen3-vl": {"patch_size": 16, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]},
 }
 
 
 def make_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5-vl") -> Qwen2_5_VLConfig | Qwen3VLConfig:
-    """Sizes of the small model; every mechanism of the large one is in it.
+    """Makes the configuration of a small model that has every mechanism of the large one.
 
     Heads are 32 wide, the narrowest that vLLM's CPU attention takes.
     """
@@ -158,13 +162,13 @@ def make_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen2.5-vl") 
 
 
 def make_model(config: Qwen2_5_VLConfig | Qwen3VLConfig, *, seed: int) -> PreTrainedModel:
-    """Random float32 weights."""
+    """Makes a model of random float32 weights."""
     torch.manual_seed(seed)
     return AutoModelForImageTextToText.from_config(config).float()
 
 
 def save_checkpoint(model: PreTrainedModel, processor: Processor, folder: Path) -> None:
-    """An ordinary Hugging Face folder: weights, config, generation config, tokenizer, processor, chat template."""
+    """Writes an ordinary Hugging Face folder: weights, both configs, tokenizer, processor, chat template."""
     text = model.config.text_config
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=[text.eos_token_id], pad_token_id=text.pad_token_id

@@ -1,6 +1,7 @@
-"""Supervised cold start of the small model, stopped while reinforcement learning has most left to teach.
+"""The supervised cold start of the small model, stopped while reinforcement learning has most left to teach.
 
-Shapes: B rows, L tokens of prompt and response, P patches, D values of a patch, V vocabulary.
+Shape suffix legend: B = responses (rows); L = tokens of a sequence, prompt and response; T = response tokens,
+right-padded; V = vocabulary rows.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from digits.checkpoint import Processor
 from digits.pairs import SOLUTIONS, solution
 
 MAX_RESPONSE_TOKENS = 40
-"""Enough for the longest worded solution; an answer that runs longer counts as wrong."""
+"""Enough for the longest worded solution; a response that runs longer counts as wrong."""
 WARMUP_STEPS = 20
 LANDING_AT = 0.12
-"""Mean probability of the digits of a demonstration, by which time about a quarter of the answers are right."""
+"""The mean probability of a demonstration's digits at which about a quarter of the responses are right."""
 LANDING_LR = 0.25
-"""Factor of the learning rate from there on."""
+"""The factor of the learning rate from then on."""
 STEPS_BETWEEN_CHECKS = 4
 ROWS_PER_CHECK = 256
 CLEAR_OF_BAND = 0.03
-"""How far above the band's lower end the model has to be: more than the standard error of one validation."""
+"""The distance that the model keeps from the band's lower end: more than the standard error of one validation."""
 
 
 @dataclass(frozen=True)
@@ -41,28 +42,28 @@ class Rows:
 
     prompt: str
     """The problem after the processor's chat template, one image token in it; the same for every row."""
-    pictures_N3HW: torch.Tensor
-    """uint8 [N, 3, 56, 112]."""
-    digits_N2: torch.Tensor
-    """int64 [N, 2]; left and right."""
+    images: torch.Tensor
+    """uint8 [rows, 3, 56, 112]."""
+    digits_B2: torch.Tensor
+    """int64 [B, 2]; left and right."""
 
     def __len__(self) -> int:
-        return len(self.digits_N2)
+        return len(self.digits_B2)
 
     def first(self, count: int) -> Rows:
-        return Rows(self.prompt, self.pictures_N3HW[:count], self.digits_N2[:count])
+        return Rows(self.prompt, self.images[:count], self.digits_B2[:count])
 
 
 @dataclass(frozen=True)
 class Accuracy:
     sampled: float
-    """Share of right answers at temperature 1, over every held-out row and sample."""
+    """The share of right responses at temperature 1, over every held-out row and sample."""
     greedy: float
     steps: int
 
 
 def load_rows(folder: Path, split: str, processor: Processor) -> Rows:
-    """Pictures of `split`.parquet with the digits that labels.json names.
+    """Loads the images of `split`.parquet with the digits that labels.json names.
 
     Raises:
         ValueError: the rows do not share one problem text (their prompts would differ in length).
@@ -76,22 +77,22 @@ def load_rows(folder: Path, split: str, processor: Processor) -> Rows:
     before, after = problems.pop().split("<image>")
     content = [{"type": "text", "text": before}] if before else []
     content += [{"type": "image"}, {"type": "text", "text": after}]
-    pictures = np.stack([np.asarray(images[0].convert("RGB")) for images in table["images"]])
+    images = np.stack([np.asarray(row[0].convert("RGB")) for row in table["images"]])
     return Rows(
         prompt=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
-        pictures_N3HW=torch.from_numpy(pictures).permute(0, 3, 1, 2),
-        digits_N2=torch.tensor(json.loads((folder / "labels.json").read_text())[split]["digits"]),
+        images=torch.from_numpy(images).permute(0, 3, 1, 2),
+        digits_B2=torch.tensor(json.loads((folder / "labels.json").read_text())[split]["digits"]),
     )
 
 
 def prompt_inputs(processor: Processor, rows: Rows, index_B: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the processor makes of the chosen rows' prompts and pictures."""
-    pictures = list(rows.pictures_N3HW[index_B])
+    """Runs the processor on the prompts and images of the chosen rows."""
+    images = list(rows.images[index_B])
     inputs = processor(
-        text=[rows.prompt] * len(pictures),
-        images=pictures,
+        text=[rows.prompt] * len(images),
+        images=images,
         return_tensors="pt",
-        images_kwargs={"disable_grouping": False},  # equal sizes: one batched operation instead of one per picture
+        images_kwargs={"disable_grouping": False},  # equal sizes: one batched operation instead of one per image
     )
     return dict(inputs)
 
@@ -99,27 +100,27 @@ def prompt_inputs(processor: Processor, rows: Rows, index_B: torch.Tensor) -> di
 def with_responses(
     inputs: dict[str, torch.Tensor], responses: Sequence[Sequence[int]], *, pad: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Append each row's response on the right.
+    """Appends each row's response on the right.
 
     Returns:
         The model's inputs, and labels int64 [B, L]: the response's tokens, -100 on prompt and padding.
     """
     longest = max(len(r) for r in responses)
-    response_BR = torch.tensor([[*r, *[pad] * (longest - len(r))] for r in responses])
-    real_BR = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in responses])
-    prompt_BQ = inputs["input_ids"]
+    response_BT = torch.tensor([[*r, *[pad] * (longest - len(r))] for r in responses])
+    real_BT = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in responses])
+    prompt_ids = inputs["input_ids"]
     together = {
         **inputs,
-        "input_ids": torch.cat((prompt_BQ, response_BR), dim=1),
-        "attention_mask": torch.cat((inputs["attention_mask"], real_BR), dim=1),
-        "mm_token_type_ids": torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(response_BR)), dim=1),
+        "input_ids": torch.cat((prompt_ids, response_BT), dim=1),
+        "attention_mask": torch.cat((inputs["attention_mask"], real_BT), dim=1),
+        "mm_token_type_ids": torch.cat((inputs["mm_token_type_ids"], torch.zeros_like(response_BT)), dim=1),
     }
-    labels_BL = torch.cat((torch.full_like(prompt_BQ, -100), response_BR.masked_fill(real_BR == 0, -100)), dim=1)
+    labels_BL = torch.cat((torch.full_like(prompt_ids, -100), response_BT.masked_fill(real_BT == 0, -100)), dim=1)
     return together, labels_BL
 
 
 def boxed_number(text: str) -> int | None:
-    """The number in the last `\\boxed{}`; None if there is none."""
+    """Finds the number in the last `\\boxed{}`; None if there is none."""
     found = re.findall(r"\\boxed\{(\d+)\}", text)
     return int(found[-1]) if found else None
 
@@ -133,7 +134,11 @@ def accuracy(
     samples: int,
     batch: int = 512,
 ) -> float:
-    """Share of right answers over all rows: `samples` per row at temperature 1, or one greedy answer for 0."""
+    """Measures the share of right responses over all rows.
+
+    Args:
+        samples: the number of responses per row, at temperature 1; 0: one greedy response.
+    """
     tokenizer = processor.tokenizer
     banned = [i for i in tokenizer.all_special_ids if i != tokenizer.eos_token_id]
     choice: dict[str, Any] = {"do_sample": False}
@@ -145,7 +150,7 @@ def accuracy(
         inputs = prompt_inputs(processor, rows, index_B)
         out = model.generate(**inputs, **choice, max_new_tokens=MAX_RESPONSE_TOKENS, suppress_tokens=banned)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        sums = rows.digits_N2[index_B].sum(dim=1).repeat_interleave(max(1, samples)).tolist()
+        sums = rows.digits_B2[index_B].sum(dim=1).repeat_interleave(max(1, samples)).tolist()
         right += sum(boxed_number(text) == s for text, s in zip(texts, sums, strict=True))
     return right / (len(rows) * max(1, samples))
 
@@ -165,19 +170,19 @@ def train(
     seed: int,
     report: Callable[[str], None],
 ) -> Accuracy:
-    """AdamW on demonstrations for training pictures until held-out accuracy at temperature 1 reaches `stop_at`.
+    """Trains on demonstrations with AdamW until held-out accuracy at temperature 1 reaches `stop_at`.
 
-    Generating answers costs as much as several steps. So it begins when the probability that the model gives to all
-    digits of a demonstration passes LANDING_AT; from there on the rate is low, and the stop is not overshot. A
-    check that reaches `stop_at` on some rows is confirmed on all of them.
+    Checking the accuracy costs as much as several steps. So checks begin only when the probability that the model gives
+    to all digits of a demonstration passes LANDING_AT. From then on the learning rate is low, so that the stop is not
+    overshot. A check that reaches `stop_at` on some rows is confirmed on all of them.
 
     Args:
-        band: held-out accuracies, sampled, that the finished model may have.
-        stop_at: accuracy to stop at, inside the band.
-        max_steps: give up after so many.
-        misread_share: of demonstrations in which one of the two digits is misread, as by a weak teacher. The model
-            learns to look and, with it, to doubt what it sees; that doubt is what rewards can remove.
-        report: receives a line now and then.
+        band: the held-out accuracies, sampled, that the finished model may have.
+        stop_at: the accuracy to stop at, inside the band.
+        max_steps: the number of steps after which to give up.
+        misread_share: the share of demonstrations in which one of the two digits is misread, as by a weak teacher. The
+            model learns to look and, with that, to doubt its reading. Rewards can remove this doubt.
+        report: a function that receives a line now and then.
 
     Raises:
         RuntimeError: the finished model's accuracy lies outside the band.
@@ -211,13 +216,13 @@ def train(
     if not band[0] <= sampled <= band[1]:
         raise RuntimeError(
             f"held-out accuracy is {sampled:.3f} after {step} steps, outside {band[0]} .. {band[1]}; "
-            "give more --max-steps, another --stop-at or another --seed"
+            "set more --max-steps, another --stop-at or another --seed"
         )
     return Accuracy(sampled=sampled, greedy=accuracy(model, processor, val_rows, samples=0), steps=step)
 
 
 def misread(digits_B2: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
-    """A copy of the digits in which about `share` of the rows have one of the two replaced by another digit.
+    """Copies the digits and replaces one of the two by another digit in about `share` of the rows.
 
     Args:
         digits_B2: int64 [B, 2], each 0 to 9.
@@ -240,15 +245,15 @@ def _supervised_step(
     misread_share: float,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """One optimizer step on `batch` random rows, each in a random wording, some of them misread.
+    """Takes one optimizer step on `batch` random rows, each in a random wording, some of them misread.
 
     Returns:
-        Mean loss per response token before the step, and the mean over rows of the probability of all their digits.
+        The mean loss per response token before the step, and the mean over rows of the probability of all their digits.
     """
     tokenizer = processor.tokenizer
     index_B = torch.randint(len(rows), (batch,), generator=generator)
     wording_B = torch.randint(len(SOLUTIONS), (batch,), generator=generator)
-    told_B2 = misread(rows.digits_N2[index_B], share=misread_share, generator=generator)
+    told_B2 = misread(rows.digits_B2[index_B], share=misread_share, generator=generator)
     texts = [solution(int(a), int(b), wording=int(w)) for (a, b), w in zip(told_B2, wording_B, strict=True)]
     responses = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     inputs, labels_BL = with_responses(prompt_inputs(processor, rows, index_B), responses, pad=tokenizer.pad_token_id)

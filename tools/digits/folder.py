@@ -1,14 +1,13 @@
-"""Folders built once: written under a temporary name, renamed when whole, used again for the same arguments."""
+"""Folders that are built once, whole or not at all, and used again for the same arguments."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from megatron_vppo.system.whole import whole_folder
 
 STAMP = "built.json"
 
@@ -16,7 +15,7 @@ STAMP = "built.json"
 def build_once(
     out: Path, arguments: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]
 ) -> tuple[dict[str, Any], bool]:
-    """Fill `out` by `build(folder)` unless it already holds what the same arguments gave.
+    """Fills `out` by `build(folder)` unless it already holds what the same arguments gave.
 
     Args:
         out: the folder; its parent is created.
@@ -24,10 +23,11 @@ def build_once(
         build: writes into the folder that it receives (not `out` itself) and returns a JSON summary.
 
     Returns:
-        The summary, and whether it was taken from an earlier build.
+        The summary, and True if it was taken from an earlier build.
 
     Raises:
-        ValueError: `out` holds files that no earlier build wrote; they are left alone.
+        ValueError: `out` holds files that no earlier build wrote, and they are left alone; or another process is
+            building it, or the disk is full.
     """
     wanted = json.loads(json.dumps(dict(arguments)))
     stamp = out / STAMP
@@ -37,15 +37,7 @@ def build_once(
             return record["result"], True
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and was not built by this program; give another --out or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
-    try:
-        result = build(partial)
-        (partial / STAMP).write_text(json.dumps({"arguments": wanted, "result": result}, indent=1) + "\n")
-        partial.chmod(0o755)  # mkdtemp makes folders that only the owner may read
-        if out.exists():
-            shutil.rmtree(out)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(out, replace=True) as unfinished:
+        result = build(unfinished)
+        (unfinished / STAMP).write_text(json.dumps({"arguments": wanted, "result": result}, indent=1) + "\n")
     return result, False

@@ -1,6 +1,6 @@
-"""Pairs of scanned handwritten digits: pictures, questions, answers, and worked solutions for the cold start.
+"""Pairs of scanned handwritten digits: images, questions, answers, and worked solutions for the cold start.
 
-Shapes: S scans, N pairs. A scan is 8x8 grey values; a picture shows two of them, enlarged, side by side.
+A scan is 8x8 grey values. An image shows two of them, enlarged, side by side.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image
 
 SCAN_SIZE = 8
 ENLARGE = 7
-"""8 x 7 = 56 pixels a side: four patches of 14 pixels, or two merged tokens."""
+"""A factor: 8 x 7 = 56 pixels a side are four patches of 14 pixels, or two merged tokens."""
 QUESTION = "<image>What is the sum?"
 SOLUTIONS = (
     r"I see {a} and {b}. {a}+{b}=\boxed{{{s}}}",
@@ -20,58 +20,59 @@ SOLUTIONS = (
     r"{a} and {b}, so {a}+{b}=\boxed{{{s}}}",
     r"The digits are {a}, {b}: \boxed{{{s}}}",
 )
-"""Several wordings of the same reasoning, so that samples of a cold-started model differ."""
+"""The same reasoning in several wordings, so that the responses of a cold-started model differ."""
 
 
 @dataclass(frozen=True)
 class Scans:
     """scikit-learn's digits: 1,797 scans by 43 writers (UCI, 'Optical Recognition of Handwritten Digits')."""
 
-    grey_S88: np.ndarray
-    """uint8 [S, 8, 8]; 255 is paper, 0 full ink."""
-    digit_S: np.ndarray
-    """int64 [S]; what the scan shows."""
+    grey: np.ndarray
+    """The grey values: uint8 [scans, 8, 8]; 255 is paper, 0 full ink."""
+    digits: np.ndarray
+    """The digit that each scan shows: int64 [scans]."""
 
 
 @dataclass(frozen=True)
 class Pair:
+    """Two scans by their index."""
+
     left: int
-    """Index of the scan on the left."""
     right: int
 
 
 def load_scans() -> Scans:
-    """Every scan that scikit-learn ships, as dark ink on white paper.
+    """Loads every scan that scikit-learn ships, as dark ink on white paper.
 
-    White paper, so that a blacked patch never looks like empty background.
+    The paper is white so that a blacked patch never looks like empty background.
     """
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    ink_S88 = np.asarray(bunch.images)  # 0 .. 16
+    ink = np.asarray(bunch.images)  # 0 .. 16
     return Scans(
-        grey_S88=(255 - np.round(ink_S88 * 255 / 16)).astype(np.uint8), digit_S=np.asarray(bunch.target, dtype=np.int64)
+        grey=(255 - np.round(ink * 255 / 16)).astype(np.uint8), digits=np.asarray(bunch.target, dtype=np.int64)
     )
 
 
 def split_scans(count: int, *, held_out: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the scans for training and of those held out: disjoint, together all of them.
+    """Splits the scans into those for training and those held out, and returns the indices of both.
 
     Args:
-        count: number of scans.
-        held_out: share held out, in (0, 1).
-        seed: of the shuffle before the cut.
+        count: the number of scans.
+        held_out: the share held out, in (0, 1).
+        seed: the seed of the shuffle before the cut.
     """
-    order_S = np.random.default_rng(seed).permutation(count)
+    order = np.random.default_rng(seed).permutation(count)
     cut = round(count * held_out)
-    return np.sort(order_S[cut:]), np.sort(order_S[:cut])
+    return np.sort(order[cut:]), np.sort(order[:cut])
 
 
 def draw_pairs(scans: np.ndarray, *, count: int, seed: int) -> list[Pair]:
-    """`count` different pairs of two different scans, drawn evenly from `scans` (indices)."""
+    """Draws `count` different pairs of two different scans, evenly from `scans` (indices)."""
     possible = len(scans) * (len(scans) - 1)
     if count > possible:
-        raise ValueError(f"{count} different pairs asked of {len(scans)} scans, which make only {possible}")
+        raise ValueError(f"{count} different pairs wanted, but {len(scans)} scans make only {possible}")
     rng = np.random.default_rng(seed)
     pairs: dict[Pair, None] = {}
     while len(pairs) < count:
@@ -80,16 +81,16 @@ def draw_pairs(scans: np.ndarray, *, count: int, seed: int) -> list[Pair]:
     return list(pairs)
 
 
-def picture(scans: Scans, pair: Pair) -> Image.Image:
-    """The two scans side by side, RGB, 112 pixels wide and 56 high, smoothly enlarged."""
+def draw_image(scans: Scans, pair: Pair) -> Image.Image:
+    """Draws the two scans side by side, smoothly enlarged: RGB, 112 pixels wide and 56 high."""
     side = SCAN_SIZE * ENLARGE
     page = Image.new("RGB", (2 * side, side))
     for place, scan in enumerate((pair.left, pair.right)):
-        small = Image.fromarray(scans.grey_S88[scan])
+        small = Image.fromarray(scans.grey[scan])
         page.paste(small.resize((side, side), Image.Resampling.BICUBIC).convert("RGB"), (place * side, 0))
     return page
 
 
 def solution(a: int, b: int, *, wording: int) -> str:
-    """A worked answer that names both digits and boxes their sum."""
+    """Writes a worked solution that names both digits and boxes their sum."""
     return SOLUTIONS[wording].format(a=a, b=b, s=a + b)

@@ -1,12 +1,21 @@
 """Deepstack (Qwen3-VL): features from inside the vision tower, added to image tokens after the first language layers.
 
-Shape suffix legend: T = tokens that the layers of this rank hold; I = image tokens among them; J = image tokens of the
-embeddings before they are shared out over tensor-parallel ranks (sequence parallelism; I otherwise); h = width of the
-language model.
+Shape suffix legend: S = tokens that this rank holds between layers; W = image tokens among S; J = image tokens among
+the tokens of this context-parallel rank (W without sequence parallelism); O = outputs of the vision tower that are
+deepstack features, one per layer that adds one; h = hidden size of the language model.
 
-Language layers may run again in the backward pass (recompute). What they read beside their inputs must then not lead
-back into the vision tower: its graph would be walked once per layer, and is gone after the first. So layers read
-leaves, and `attach` passes what the leaves have gathered on to the tower, once.
+No layer may read a tensor that is connected to the vision tower. A layer that runs again in the backward pass
+(recompute) calls backward by itself; it would walk through the tower's graph, which is freed after the first walk. So
+the layers read copies that are leaves of the graph, and the embeddings carry the connection:
+
+    embeddings -------------------> _CollectLeafGradients ---> language layers ---> loss
+                                      ^                          ^  ^  ^
+    vision tower ---> features_Jh ----+                          |  |  |
+                           |                                     |  |  |
+                           +--- detached, this rank's part ---> leaves_Wh
+
+In the backward pass the layers run first and leave their gradients in `leaf.grad`. The gradient of the embeddings comes
+last, when all layers are done: there the leaves' gradients are put back among J and go on to the tower, once.
 """
 
 from __future__ import annotations
@@ -22,67 +31,72 @@ from torch import Tensor
 from megatron_vppo.models.layers.sequences import Deepstack
 
 
-def attach(
-    hidden_T1h: Tensor,
+def prepare_deepstack(
+    hidden_S1h: Tensor,
     features_Jh: Sequence[Tensor],
     image_token_index_J: Tensor,
     *,
-    shared_out: dist.ProcessGroup | None,
+    sequence_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Deepstack | None]:
     """The embeddings, through which the features' gradients will go back, and what the layers add.
 
     Args:
-        image_token_index_J: the features' rows in the embeddings before they were shared out.
-        shared_out: the ranks that hold T tokens each, one after the other; None: this one holds all.
+        features_Jh: one tensor per language layer that adds one; empty without deepstack.
+        image_token_index_J: int64, the image tokens among the tokens of this context-parallel rank.
+        sequence_group: the tensor-parallel ranks that hold S of these tokens each, one rank after the other; None: this
+            rank holds all.
     """
     if not features_Jh:
-        return hidden_T1h, None
-    start = 0 if shared_out is None else shared_out.rank() * len(hidden_T1h)
-    here_J = (image_token_index_J >= start) & (image_token_index_J < start + len(hidden_T1h))
+        return hidden_S1h, None
+    start = 0 if sequence_group is None else sequence_group.rank() * len(hidden_S1h)
+    here_J = (image_token_index_J >= start) & (image_token_index_J < start + len(hidden_S1h))
     leaves = tuple(
         feature.detach()[here_J].requires_grad_(torch.is_grad_enabled() and feature.requires_grad)
         for feature in features_Jh
     )
     deepstack = Deepstack(leaves, image_token_index_J[here_J] - start)
-    return _Collected.apply(hidden_T1h, leaves, here_J, shared_out, *features_Jh), deepstack
+    return _CollectLeafGradients.apply(hidden_S1h, leaves, here_J, sequence_group, *features_Jh), deepstack
 
 
-class _Collected(torch.autograd.Function):
-    """Identity of the embeddings. All language layers lie behind it, so its backward runs when they are done, and the
-    leaves hold their whole gradients (autograd fills leaves before anything else that is ready).
+class _CollectLeafGradients(torch.autograd.Function):
+    """The identity of the embeddings, whose backward hands the leaves' gradients to the features.
+
+    All language layers come after it, so its backward runs when they are done. Autograd fills leaves before anything
+    else that is ready, so the leaves then hold their whole gradients.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_T1h: Tensor,
-        leaves: tuple[Tensor, ...],
+        hidden_S1h: Tensor,
+        leaves_Wh: tuple[Tensor, ...],
         here_J: Tensor,
-        shared_out: dist.ProcessGroup | None,
+        sequence_group: dist.ProcessGroup | None,
         *features_Jh: Tensor,
     ) -> Tensor:
-        ctx.leaves, ctx.here_J, ctx.shared_out = leaves, here_J, shared_out
-        return hidden_T1h.view_as(hidden_T1h)
+        ctx.leaves_Wh, ctx.here_J, ctx.sequence_group = leaves_Wh, here_J, sequence_group
+        return hidden_S1h.view_as(hidden_S1h)
 
     @staticmethod
-    def backward(ctx: Any, grad_T1h: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.leaves[0].requires_grad:
-            return grad_T1h, None, None, None, *(None for _ in ctx.leaves)
-        gathered_SIh = torch.stack([leaf.grad for leaf in ctx.leaves])
-        grad_SJh = gathered_SIh.new_zeros(len(ctx.leaves), len(ctx.here_J), gathered_SIh.shape[-1])
-        grad_SJh[:, ctx.here_J] = gathered_SIh
-        if ctx.shared_out is not None:
-            dist.all_reduce(grad_SJh, group=ctx.shared_out)
-        return grad_T1h, None, None, None, *grad_SJh.unbind(0)
+    def backward(ctx: Any, grad_S1h: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.leaves_Wh[0].requires_grad:
+            return grad_S1h, None, None, None, *(None for _ in ctx.leaves_Wh)
+        gathered_OWh = torch.stack([leaf.grad for leaf in ctx.leaves_Wh])
+        # Zero where another rank holds the image token; the sum over the ranks is then the gradient of all.
+        grad_OJh = gathered_OWh.new_zeros(len(ctx.leaves_Wh), len(ctx.here_J), gathered_OWh.shape[-1])
+        grad_OJh[:, ctx.here_J] = gathered_OWh
+        if ctx.sequence_group is not None:
+            dist.all_reduce(grad_OJh, group=ctx.sequence_group)
+        return grad_S1h, None, None, None, *grad_OJh.unbind(0)
 
 
 class DeepstackLayer(TransformerLayer):
     """A language layer that adds its feature to the image tokens of its output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        hidden_T1h, context = super().forward(*args, **kwargs)
+        hidden_S1h, context = super().forward(*args, **kwargs)
         deepstack: Deepstack | None = kwargs["packed_seq_params"].deepstack
         if deepstack is not None:
-            feature_I1h = deepstack.features_Ih[self.layer_number - 1][:, None, :]
-            hidden_T1h = hidden_T1h.index_add(0, deepstack.image_token_index_I, feature_I1h)
-        return hidden_T1h, context
+            feature_W1h = deepstack.features_Wh[self.layer_number - 1][:, None, :]
+            hidden_S1h = hidden_S1h.index_add(0, deepstack.image_token_index_W, feature_W1h)
+        return hidden_S1h, context

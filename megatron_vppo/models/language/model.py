@@ -1,6 +1,7 @@
 """Language model: token embedding, transformer layers with grouped queries and M-RoPE, output weights.
 
-Shape suffix legend: T = tokens of all packed sequences; V = vocabulary rows of this rank; h = width.
+Shape suffix legend: C = tokens of this context-parallel rank; S = tokens that this rank holds between layers; V =
+vocabulary rows of this rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -18,16 +19,14 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_vppo.models.family import Family
-from megatron_vppo.models.hf_config import head_dim
 from megatron_vppo.models.language.deepstack import DeepstackLayer
-from megatron_vppo.models.language.mrope import MRope
 from megatron_vppo.models.layers.parts import LayerParts, for_plain_linear, layer_spec
 from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.weights.kinds import padded_vocabulary
 
 
 class LanguageModel(LanguageModule):
-    """The part of it that one pipeline stage holds."""
+    """The part of the language model that one pipeline stage holds."""
 
     def __init__(
         self,
@@ -49,60 +48,39 @@ class LanguageModel(LanguageModule):
             hf_config: the text configuration.
             deepstack_layers: how many of this stage's first layers add vision features.
             virtual_stage: which of this rank's stages it is; None: it has one.
+            pre_process: True on the first stage, which holds the embedding.
+            post_process: True on the last stage, which holds the final norm and the output weight.
         """
         super().__init__(config, pg_collection=groups)
         self.pre_process = pre_process
         self.post_process = post_process
         self.share_embeddings_and_output_weights = tied
-        rows = padded_vocabulary(hf_config.vocab_size, groups.tp.size())
+        vocabulary = padded_vocabulary(hf_config.vocab_size, groups.tp.size())
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config,
-                vocab_size=rows,
+                vocab_size=vocabulary,
                 max_sequence_length=hf_config.max_position_embeddings,
                 position_embedding_type="rope",
-                scatter_to_sequence_parallel=False,  # pictures come in first
+                scatter_to_sequence_parallel=False,  # image features come in first
                 tp_group=groups.tp,
             )
-        self.rope = MRope(
-            head_dim=head_dim(hf_config),
-            theta=hf_config.rope_parameters["rope_theta"],
-            sections=hf_config.rope_parameters["mrope_section"],
-            interleaved=family.interleaved_mrope,
-        )
+        self.rope = family.rotary(hf_config)
         self.decoder = TransformerBlock(
             config,
-            TransformerBlockSubmodules(
-                layer_specs=[
-                    layer_spec(
-                        parts,
-                        causal=True,
-                        qk_norm=family.qk_norm,
-                        layer=DeepstackLayer if layer < deepstack_layers else TransformerLayer,
-                    )
-                    for layer in range(layers)
-                ],
-                layer_norm=parts.norm,
-            ),
+            _layer_specs(family, parts, layers=layers, deepstack_layers=deepstack_layers),
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=groups,
             vp_stage=virtual_stage,
         )
         if post_process and not (tied and pre_process):
-            self.output_layer = ColumnParallelLinear(
-                hf_config.hidden_size,
-                rows,
-                config=for_plain_linear(config),
-                init_method=config.init_method,
-                bias=False,
-                gather_output=False,
-                tp_group=groups.tp,
-            )
+            self.output_layer = _output_layer(config, vocabulary, groups)
         self._mark_output_weights()
 
     def _mark_output_weights(self) -> None:
-        """What `setup_embeddings_and_output_layer` marks, without its all-reduce of weights that are not loaded yet.
+        """Sets the marks that Megatron's `setup_embeddings_and_output_layer` sets, without its all-reduce of weights
+        that are not loaded yet.
 
         `shared` keeps the second holder of a tied weight out of gradient norms.
         """
@@ -118,22 +96,49 @@ class LanguageModel(LanguageModule):
                 weight.shared = True  # type: ignore[attr-defined]
 
     def head_weight_Vh(self) -> torch.nn.Parameter:
-        """This rank's rows of the output weight; the last pipeline stage has one."""
+        """This rank's rows of the output weight.
+
+        Raises:
+            RuntimeError: on another than the last pipeline stage.
+        """
         if not self.post_process:
             raise RuntimeError("only the last pipeline stage holds the output weight")
         if self.share_embeddings_and_output_weights and self.pre_process:
             return self.embedding.word_embeddings.weight
         return self.output_layer.weight
 
-    def embed(self, token_ids_T: Tensor) -> Tensor:
-        """[T, 1, h]."""
-        return self.embedding(input_ids=token_ids_T[None, :], position_ids=None)
+    def embed(self, token_ids_C: Tensor) -> Tensor:
+        """[C, 1, h]."""
+        return self.embedding(input_ids=token_ids_C[None, :], position_ids=None)
 
-    def forward(self, hidden_T1h: Tensor | None, positions_3T: Tensor, sequences: PackedSequences) -> Tensor:
-        """Layers of this stage on embeddings (first stage) or on what the previous stage sent; [T, 1, h]."""
+    def forward(self, hidden_S1h: Tensor | None, positions_3C: Tensor, sequences: PackedSequences) -> Tensor:
+        """Runs this stage's layers on the embeddings, or on what the previous stage sent; [S, 1, h]."""
         return self.decoder(
-            hidden_states=hidden_T1h,
+            hidden_states=hidden_S1h,
             attention_mask=None,
-            rotary_pos_emb=self.rope(positions_3T),
+            rotary_pos_emb=self.rope(positions_3C),
             packed_seq_params=sequences,
         )
+
+
+def _output_layer(config: TransformerConfig, vocabulary: int, groups: ProcessGroupCollection) -> ColumnParallelLinear:
+    return ColumnParallelLinear(
+        config.hidden_size,
+        vocabulary,
+        config=for_plain_linear(config),
+        init_method=config.init_method,
+        bias=False,
+        gather_output=False,
+        tp_group=groups.tp,
+    )
+
+
+def _layer_specs(
+    family: Family, parts: LayerParts, *, layers: int, deepstack_layers: int
+) -> TransformerBlockSubmodules:
+    """The specs of one stage's layers; the first ones add deepstack features."""
+    classes = [DeepstackLayer if layer < deepstack_layers else TransformerLayer for layer in range(layers)]
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(parts, causal=True, qk_norm=family.qk_norm, layer=layer) for layer in classes],
+        layer_norm=parts.norm,
+    )

@@ -1,14 +1,26 @@
-"""Multimodal rotary positions: three coordinates per token, explicit angles for packed sequences.
+"""Multimodal rotary positions (M-RoPE): three coordinates per token, explicit angles for packed sequences.
 
-Shape suffix legend: T = tokens; F = rotary frequencies (half the head's values); D = values per head (2 F).
+Shape suffix legend: L = tokens of one packed sequence; C = tokens of this context-parallel rank; F = rotary angles of a
+token, one per frequency (half of the head's values); E = values per attention head (2 F).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatron_vppo.models.family import PositionFn
+from megatron_vppo.models.hf_config import HfConfig, head_dim
+
+
+def mrope_position_fn(hf_config: HfConfig) -> PositionFn:
+    """`mrope_positions` with the sizes and the image token of a model's configuration."""
+    merge_size = hf_config.vision_config.spatial_merge_size
+    return partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
 
 
 def mrope_positions(
@@ -18,40 +30,45 @@ def mrope_positions(
     image_token_id: int,
     merge_size: int,
 ) -> Tensor:
-    """(frame, row, column) of every token of one sequence; int64 [3, T].
+    """(frame, row, column) of every token of one sequence; int64 [3, L].
 
-    Text counts on along all three. The tokens of an image lie on its merged grid, from the position where it starts;
-    what follows starts after the larger of its sides.
+    Text counts on along all three. The tokens of an image lie on its merged grid, from the position where it starts.
+    What follows starts after the larger of the grid's sides. Two words, an image of 2 x 3 merged features, two words:
+
+        tokens    a  b  i  i  i  i  i  i  c  d
+        frame     0  1  2  2  2  2  2  2  5  6
+        row       0  1  2  2  2  3  3  3  5  6
+        column    0  1  2  3  4  2  3  4  5  6
 
     Args:
-        token_ids: with one image token per merged patch.
-        grids_thw: per image, in order: (frames, rows, columns) in patches, before the merge.
+        token_ids: with one image token per merged feature.
+        grids_thw: (frames, rows, columns) of each image in order, in patches, before they are merged.
 
     Raises:
         ValueError: the number of image tokens is not that of the grids.
     """
-    tokens_T = torch.as_tensor(token_ids, dtype=torch.int64)
-    is_image_T = (tokens_T == image_token_id).tolist()
+    tokens_L = torch.as_tensor(token_ids, dtype=torch.int64)
+    is_image_L = (tokens_L == image_token_id).tolist()
     merged = [(t, h // merge_size, w // merge_size) for t, h, w in grids_thw]
     expected = sum(t * h * w for t, h, w in merged)
-    if sum(is_image_T) != expected:
+    if sum(is_image_L) != expected:
         raise ValueError(
-            f"the sequence has {sum(is_image_T)} image tokens, its {len(merged)} image grids {list(grids_thw)} need "
+            f"the sequence has {sum(is_image_L)} image tokens, its {len(merged)} image grids {list(grids_thw)} need "
             f"{expected} (merge size {merge_size})"
         )
     blocks: list[Tensor] = []
-    index, position = 0, 0
+    index, position = 0, 0  # of the next token; of the next text token's rotary position
     for t, h, w in merged:
-        start = is_image_T.index(True, index)
+        start = is_image_L.index(True, index)
         blocks.append(_text_block(position, start - index))
         position += start - index
-        if not all(is_image_T[start : start + t * h * w]):
+        if not all(is_image_L[start : start + t * h * w]):
             raise ValueError(f"image tokens from {start} on are interrupted before the {t * h * w} of grid {(t, h, w)}")
         frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
         blocks.append(position + torch.stack([frame.flatten(), row.flatten(), column.flatten()]))
         position += max(h, w)
         index = start + t * h * w
-    blocks.append(_text_block(position, len(is_image_T) - index))
+    blocks.append(_text_block(position, len(is_image_L) - index))
     return torch.cat(blocks, dim=1)
 
 
@@ -59,33 +76,60 @@ def _text_block(position: int, length: int) -> Tensor:
     return torch.arange(position, position + length).expand(3, length)
 
 
-class MRope(nn.Module):
-    """Angles of the language model: which of the three coordinates each frequency turns with.
+def sectioned_mrope(text: Any) -> MRope:
+    """Qwen2.5-VL: the first frequencies are the frame's, the next the row's, the last the column's.
 
-    In consecutive sections (Qwen2.5-VL), or interleaved (Qwen3-VL): row and column take every third frequency, from the
-    second and third on, as many as their section has; all others are the frame's.
+    Args:
+        text: the text configuration.
     """
+    sections = _sections(text)
+    coordinate_F = torch.repeat_interleave(torch.arange(3), torch.tensor(sections), output_size=sum(sections))
+    return MRope(text, coordinate_F)
+
+
+def interleaved_mrope(text: Any) -> MRope:
+    """Qwen3-VL: row and column take every third frequency, from the second and the third on, as many as their sections
+    have. All others are the frame's. Sections (4, 2, 2) give
+
+        frame row column frame row column frame frame
+
+    Args:
+        text: the text configuration.
+    """
+    sections = _sections(text)
+    coordinate_F = torch.zeros(sum(sections), dtype=torch.int64)
+    for coordinate in (1, 2):
+        coordinate_F[coordinate : 3 * sections[coordinate] : 3] = coordinate
+    return MRope(text, coordinate_F)
+
+
+def _sections(text: Any) -> list[int]:
+    sections, frequencies = list(text.rope_parameters["mrope_section"]), head_dim(text) // 2
+    if sum(sections) != frequencies or len(sections) != 3:
+        raise ValueError(f"mrope_section {sections} must have 3 entries that sum to {frequencies}")
+    return sections
+
+
+class MRope(nn.Module):
+    """The language model's rotary angles: each frequency turns with one of the three coordinates."""
 
     frequency_F: Tensor
     coordinate_F: Tensor
 
-    def __init__(self, *, head_dim: int, theta: float, sections: Sequence[int], interleaved: bool) -> None:
+    def __init__(self, text: Any, coordinate_F: Tensor) -> None:
+        """
+        Args:
+            text: the text configuration.
+            coordinate_F: int64; 0, 1 or 2 for the frame, the row or the column.
+        """
         super().__init__()
-        if sum(sections) != head_dim // 2 or len(sections) != 3:
-            raise ValueError(f"mrope_section {list(sections)} must have 3 entries that sum to {head_dim // 2}")
-        frequency_F = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
-        if interleaved:
-            coordinate_F = torch.zeros(head_dim // 2, dtype=torch.int64)
-            for coordinate in (1, 2):
-                coordinate_F[coordinate : 3 * sections[coordinate] : 3] = coordinate
-        else:
-            coordinate_F = torch.repeat_interleave(
-                torch.arange(3), torch.tensor(list(sections)), output_size=head_dim // 2
-            )
+        values, theta = head_dim(text), text.rope_parameters["rope_theta"]
+        frequency_F = 1.0 / (theta ** (torch.arange(0, values, 2, dtype=torch.float32) / values))
         self.register_buffer("frequency_F", frequency_F, persistent=False)
         self.register_buffer("coordinate_F", coordinate_F, persistent=False)
 
-    def forward(self, positions_3T: Tensor) -> Tensor:
-        """fp32 radians [T, 1, 1, D], both halves of D alike."""
-        angles_TF = positions_3T.to(torch.float32)[self.coordinate_F].T * self.frequency_F
-        return torch.cat([angles_TF, angles_TF], dim=-1)[:, None, None, :]
+    def forward(self, positions_3C: Tensor) -> Tensor:
+        """fp32 radians [C, 1, 1, E]; both halves of E are alike."""
+        # Indexing by coordinate makes [3, C] into [F, C]: row f holds the coordinate that frequency f turns with.
+        angles_CF = positions_3C.to(torch.float32)[self.coordinate_F].T * self.frequency_F
+        return torch.cat([angles_CF, angles_CF], dim=-1)[:, None, None, :]

@@ -1,20 +1,23 @@
-"""Weight map of the language model, which is the same for every Qwen-VL but for names, biases and QK norm."""
+"""Weight map of the language model. Families differ in the names, the biases of QKV and the norms of queries and
+keys."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from megatron_vppo.models.hf_config import HfConfig, head_dim
-from megatron_vppo.weights.kinds import Entry, Gated, GroupedQKV, Kind, Split, Vocabulary, whole
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Gated, GroupedQKV, Kind, Split, Vocabulary, whole
 
 HEAD = "lm_head.weight"
+"""The checkpoint's name of the output weight, which a tied model leaves out."""
 
 
 def language_entries(hf_config: HfConfig, *, prefix: str, qkv_bias: bool, qk_norm: bool) -> list[Entry]:
-    """Embedding, layers, final norm and output layer.
+    """Every parameter of the language model: embedding, layers, final norm and output layer.
 
     Args:
-        prefix: of the checkpoint's names, as in `{prefix}embed_tokens.weight`.
+        prefix: the beginning of the checkpoint's names, as in `{prefix}embed_tokens.weight`.
     """
     text, tied = hf_config.text_config, hf_config.tie_word_embeddings
     vocabulary = Vocabulary(text.vocab_size, text.hidden_size)

@@ -1,13 +1,21 @@
 """Attention over packed sequences in plain torch: padded buckets, planned once per micro-batch, used by every layer.
 
-Shape suffix legend: T = tokens of this rank; K = tokens of all context-parallel ranks (T where there is one); B =
-pieces of a bucket (sequences, or chunks of them); Q, L = longest query and key length of a bucket; H = attention heads
-of this rank; D = values per head.
+Shape suffix legend: Z = packed sequences; C = tokens of this context-parallel rank (patches, in a vision tower); K =
+all packed tokens (C where there is one rank); A = pieces of a bucket: packed sequences, or chunks of them; Q = query
+positions of a bucket; L = key length of a bucket: tokens of one packed sequence, or of its visible front; H = attention
+heads of this rank; E = values per attention head.
 
-Pieces of like length share one call of torch's scaled_dot_product_attention. Causal attention of whole sequences needs
-no mask where the padding comes last: no real token looks ahead at it, and what padding itself attends to is thrown
-away. With context parallelism each rank asks for the keys and values of all ranks, and attends with its chunks of each
-sequence to what lies before them.
+A loop over sequences would launch a kernel per sequence, a single padded call would waste memory. So pieces of similar
+length form a bucket, which is one call of torch's scaled_dot_product_attention:
+
+    packed tokens   | a a a a a | b b | c c c c | d d |
+    bucket 1        a a a a a   c c c c .           lengths 5 and 4, padded to 5
+    bucket 2        b b         d d                 length 2, no padding
+    outputs         a a a a a c c c c . b b d d     restored to the packed order by one index
+
+Causal attention of whole sequences needs no mask where the padding comes last: real tokens do not look ahead at it, and
+its own outputs are dropped. With context parallelism each rank gathers the keys and values of all ranks; its chunks of
+a sequence attend to the keys before them.
 """
 
 from __future__ import annotations
@@ -21,154 +29,158 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from megatron_vppo.models.layers.context_parallel import own_chunks, own_tokens
-from megatron_vppo.models.layers.sequences import PackedSequences
+from megatron_vppo.models.layers.context_parallel import chunks_of_rank, tokens_of_rank
+from megatron_vppo.models.layers.core_attention import InWindows, PackedCoreAttention
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.layers.sequences import AttentionPlan
 
 _SHORTEST_TO_LONGEST = 0.8
-"""Least ratio of lengths within a bucket: at most 1/5 of its tokens and 1/3 of its attention scores are padding."""
+"""The least ratio of lengths within a bucket. At most 1/5 of its tokens and 1/3 of its attention scores are padding."""
 
 
 @dataclass(frozen=True)
 class Bucket:
+    """Pieces that share one attention call."""
+
     pieces: int
     query_index: Tensor | slice
-    """[B*Q] int64: which of the T tokens fills each place; padding repeats a real token. A slice where the bucket's
+    """int64 [A*Q]; which of the C tokens fills each place. Padding repeats a real token. It is a slice if the bucket's
     tokens lie together and have no padding."""
     key_index: Tensor | slice
-    """[B*L] int64, of the K tokens; the same where each piece attends to itself."""
+    """int64 [A*L]; the same for keys, which of the K tokens. Equal to the query's where pieces attend to themselves."""
     mask: Tensor | None
-    """Which keys a query sees: True in [B, 1, 1, L], or the end of the keys being causal (`causal_lower_right`, which
-    fused kernels know without a mask in memory); None where `causal` says it all."""
+    """The keys that each query sees: bool [A, 1, 1, L]; or `causal_lower_right`, which fused kernels apply without
+    storing a mask; or None if `causal` is enough."""
     causal: bool
-    """Within pieces that attend to themselves."""
+    """True if each token of a piece sees the piece up to itself; keys are then the queries' own."""
 
 
 @dataclass(frozen=True)
-class AttentionPlan:
+class BucketPlan(AttentionPlan):
     buckets: tuple[Bucket, ...]
-    restore_T: Tensor | None
-    """Place of each token among the outputs of all buckets, one bucket after the other; None: they are in order."""
+    restore_C: Tensor | None
+    """int64; the place of each token among the outputs of all buckets, one bucket after the other. None: in order."""
     gathers_keys: bool = False
-    """Keys and values of all context-parallel ranks are needed, one rank after the other."""
+    """True if keys and values of all context-parallel ranks are needed, one rank after the other."""
 
 
-def plan_attention(lengths: Sequence[int], *, causal: bool, device: torch.device) -> AttentionPlan:
+def plan_attention(packing: Packing, *, causal: bool, device: torch.device) -> BucketPlan:
     """Groups packed sequences by length. Costs a few small tensor operations per bucket, none per sequence."""
-    lengths_S = torch.tensor(lengths, dtype=torch.int64)
-    starts_S = lengths_S.cumsum(0) - lengths_S
+    lengths_Z, starts_Z = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
     buckets, places = [], []
-    for members, longest in _groups(lengths_S):
-        index_BQ, real_BQ = _padded(starts_S[members], lengths_S[members], longest)
-        whole = bool(real_BQ.all())
-        index = _as_slice(index_BQ.flatten(), whole=whole, device=device)
-        mask = None if whole or causal else real_BQ[:, None, None, :].to(device)
+    for members, longest in _by_length(lengths_Z):
+        index_AL, real_AL = _padded_index(starts_Z[members], lengths_Z[members], longest)
+        no_padding = bool(real_AL.all())
+        index = _as_slice(index_AL.flatten(), no_padding=no_padding, device=device)
+        mask = None if no_padding or causal else real_AL[:, None, None, :].to(device)
         buckets.append(Bucket(len(members), index, index, mask, causal))
-        places.append((index_BQ, real_BQ))
-    return AttentionPlan(tuple(buckets), _restore(places, int(lengths_S.sum()), device))
+        places.append((index_AL, real_AL))
+    return BucketPlan(tuple(buckets), _restoring_index(places, packing.num_tokens, device))
 
 
-def plan_context_attention(lengths: Sequence[int], *, rank: int, size: int, device: torch.device) -> AttentionPlan:
-    """Causal attention of one context-parallel rank's chunks; see context_parallel.py for which they are.
+def plan_context_attention(packing: Packing, *, rank: int, size: int, device: torch.device) -> BucketPlan:
+    """Plans causal attention of one context-parallel rank's chunks; context_parallel.py says which they are.
 
-    A chunk is the end of the keys that it sees. Only chunks of one length share a bucket: none needs padding, so none
-    needs a mask, whose size would be that of the attention scores.
+    A chunk sees its sequence from the start to its own end, so its queries are the last of its keys:
+    `causal_lower_right`. Only chunks of equal length share a bucket. Nothing is padded then, and no mask is stored,
+    which would be as large as the attention scores.
 
     Args:
-        lengths: of the whole sequences, multiples of twice the number of ranks.
+        packing: the whole sequences; their lengths are multiples of twice the number of ranks.
     """
-    lengths_S = torch.tensor(lengths, dtype=torch.int64)
-    starts_S = lengths_S.cumsum(0) - lengths_S
-    chunks_S = lengths_S // (2 * size)
-    gathered_T = torch.empty(int(lengths_S.sum()), dtype=torch.int64)
-    gathered_T[torch.cat([own_tokens(lengths, rank=other, size=size) for other in range(size)])] = torch.arange(
-        len(gathered_T)
-    )
-    own_starts_S = starts_S // size
+    lengths_Z, starts_Z = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
+    chunks_Z = lengths_Z // (2 * size)  # tokens of each of a sequence's 2 * size chunks
+    # The gathered keys are ordered by rank, then by sequence and chunk: where in them is packed token k?
+    rank_by_rank_K = torch.cat([tokens_of_rank(packing, rank=other, size=size) for other in range(size)])
+    gathered_K = torch.empty_like(rank_by_rank_K)
+    gathered_K[rank_by_rank_K] = torch.arange(len(rank_by_rank_K))
+    # Every rank holds 1/size of each sequence, so its share of a sequence starts at 1/size of the packed start.
+    own_starts_Z = starts_Z // size
     buckets, places = [], []
-    for half, chunk in enumerate(own_chunks(rank=rank, size=size)):
-        for members, length in _groups(chunks_S, shortest_to_longest=1.0):
-            lengths_B = chunks_S[members]
-            query_BQ, real_BQ = _padded(own_starts_S[members] + half * lengths_B, lengths_B, length)
-            key_BL, _ = _padded(starts_S[members], (chunk + 1) * lengths_B, (chunk + 1) * length)
+    for half, chunk in enumerate(chunks_of_rank(rank=rank, size=size)):  # the rank's two chunks of a sequence, in order
+        for members, length in _by_length(chunks_Z, shortest_to_longest=1.0):
+            lengths_A = chunks_Z[members]
+            visible = (chunk + 1) * length  # keys from the start of the sequence to the end of this chunk
+            query_AQ, real_AQ = _padded_index(own_starts_Z[members] + half * lengths_A, lengths_A, length)
+            key_AL, _ = _padded_index(starts_Z[members], (chunk + 1) * lengths_A, visible)
             buckets.append(
                 Bucket(
                     len(members),
-                    query_BQ.flatten().to(device),
-                    gathered_T[key_BL.flatten()].to(device),
-                    causal_lower_right(length, (chunk + 1) * length),
+                    query_AQ.flatten().to(device),
+                    gathered_K[key_AL.flatten()].to(device),
+                    causal_lower_right(length, visible),
                     causal=False,
                 )
             )
-            places.append((query_BQ, real_BQ))
-    return AttentionPlan(tuple(buckets), _restore(places, len(gathered_T) // size, device), gathers_keys=True)
+            places.append((query_AQ, real_AQ))
+    return BucketPlan(tuple(buckets), _restoring_index(places, len(gathered_K) // size, device), gathers_keys=True)
 
 
-def plan_packed(
-    lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
-) -> AttentionPlan:
+def plan_packed(packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1) -> BucketPlan:
     """See LayerParts.plan."""
     if size > 1:
-        return plan_context_attention(lengths, rank=rank, size=size, device=device)
-    return plan_attention(lengths, causal=causal, device=device)
+        return plan_context_attention(packing, rank=rank, size=size, device=device)
+    return plan_attention(packing, causal=causal, device=device)
 
 
-def _groups(lengths_S: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
-    """(sequences, longest length) of each bucket; the longest sequences first."""
-    order_S = torch.argsort(lengths_S, descending=True, stable=True)
-    descending = lengths_S[order_S].tolist()
+def _by_length(lengths_Z: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
+    """(indices of the sequences, longest length) of each bucket; the longest sequences first."""
+    order_Z = torch.argsort(lengths_Z, descending=True, stable=True)
+    descending = lengths_Z[order_Z].tolist()
     groups = []
     first = 0
     while first < len(descending):
         last = first + 1
         while last < len(descending) and descending[last] >= shortest_to_longest * descending[first]:
             last += 1
-        groups.append((order_S[first:last], descending[first]))
+        groups.append((order_Z[first:last], descending[first]))
         first = last
     return groups
 
 
-def _padded(starts_B: Tensor, lengths_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Indices of the tokens of each piece, its last one repeated up to the longest length; and which are real."""
+def _padded_index(starts_A: Tensor, lengths_A: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The indices of each piece's tokens, with its last one repeated up to `longest`; and which of them are real."""
     offset_1L = torch.arange(longest)[None, :]
-    index_BL = starts_B[:, None] + torch.minimum(offset_1L, lengths_B[:, None] - 1)
-    return index_BL, offset_1L < lengths_B[:, None]
+    index_AL = starts_A[:, None] + torch.minimum(offset_1L, lengths_A[:, None] - 1)
+    return index_AL, offset_1L < lengths_A[:, None]
 
 
-def _as_slice(index: Tensor, *, whole: bool, device: torch.device) -> Tensor | slice:
+def _as_slice(index: Tensor, *, no_padding: bool, device: torch.device) -> Tensor | slice:
+    """The index as a slice if it counts up by one; indexing with a slice copies nothing."""
     first = int(index[0])
-    together = whole and torch.equal(index, torch.arange(first, first + index.numel()))
+    together = no_padding and torch.equal(index, torch.arange(first, first + index.numel()))
     return slice(first, first + index.numel()) if together else index.to(device)
 
 
-def _restore(places: Sequence[tuple[Tensor, Tensor]], total: int, device: torch.device) -> Tensor | None:
-    restore_T = torch.empty(total, dtype=torch.int64)
+def _restoring_index(places: Sequence[tuple[Tensor, Tensor]], total: int, device: torch.device) -> Tensor | None:
+    """The place of each token among the outputs of all buckets; None if they are in order already."""
+    restore_C = torch.empty(total, dtype=torch.int64)
     done = 0
-    for index_BL, real_BL in places:
-        restore_T[index_BL[real_BL]] = done + torch.arange(real_BL.numel()).view_as(real_BL)[real_BL]
-        done += real_BL.numel()
-    in_order = done == total and torch.equal(restore_T, torch.arange(total))
-    return None if in_order else restore_T.to(device)
+    for index_AL, real_AL in places:
+        restore_C[index_AL[real_AL]] = done + torch.arange(real_AL.numel()).view_as(real_AL)[real_AL]
+        done += real_AL.numel()
+    in_order = done == total and torch.equal(restore_C, torch.arange(total))
+    return None if in_order else restore_C.to(device)
 
 
 def packed_attention(
-    query_THD: Tensor, key_KHD: Tensor, value_KHD: Tensor, plan: AttentionPlan, *, scale: float
+    query_CHE: Tensor, key_KHE: Tensor, value_KHE: Tensor, plan: BucketPlan, *, scale: float
 ) -> Tensor:
-    """softmax(q k^T * scale) v within each sequence; [T, H*D]. Key and value may have fewer heads (grouped queries)."""
+    """softmax(q k^T * scale) v within each sequence; [C, H*E]. Key and value may have fewer heads (grouped queries)."""
     outputs = []
     for bucket in plan.buckets:
-        query, key, value = (
+        query, key, value = (  # [A, H, Q or L, E]
             x[index].view(bucket.pieces, -1, *x.shape[1:]).transpose(1, 2)
             for x, index in (
-                (query_THD, bucket.query_index),
-                (key_KHD, bucket.key_index),
-                (value_KHD, bucket.key_index),
+                (query_CHE, bucket.query_index),
+                (key_KHE, bucket.key_index),
+                (value_KHE, bucket.key_index),
             )
         )
-        output_BHQD = F.scaled_dot_product_attention(
+        output_AHQE = F.scaled_dot_product_attention(
             query,
             key,
             value,
@@ -177,59 +189,40 @@ def packed_attention(
             scale=scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        outputs.append(output_BHQD.transpose(1, 2).flatten(2).flatten(0, 1))
+        outputs.append(output_AHQE.transpose(1, 2).flatten(2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output if plan.restore_T is None else output[plan.restore_T]
+    return output if plan.restore_C is None else output[plan.restore_C]
 
 
-class PackedAttention(nn.Module):
+class PackedAttention(PackedCoreAttention, nn.Module):
     """Megatron's core attention, over the plan of whole sequences."""
 
     def __init__(
         self,
+        *,
         config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
+        softmax_scale: float | None,
+        pg_collection: ProcessGroupCollection,
+        **of_megatron: object,
     ) -> None:
+        """
+        Args:
+            of_megatron: what Megatron also says of a core attention (number and type of the layer); unused.
+        """
         super().__init__()
-        assert config.kv_channels is not None and pg_collection is not None
+        assert config.kv_channels is not None
         self.context_group = pg_collection.cp
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequences | None = None,
-    ) -> Tensor:
-        """query [T, 1, H, D], key and value [T, 1, H or fewer, D] -> [T, 1, H*D]."""
-        assert packed_seq_params is not None
-        plan = self.select_plan(packed_seq_params)
-        key, value = key.squeeze(1), value.squeeze(1)
+    def attend(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: AttentionPlan | None) -> Tensor:
+        assert isinstance(plan, BucketPlan)
+        key, value = key_CHE, value_CHE
         if plan.gathers_keys:
             # As one tensor: one collective here, and one that sums its gradient over the ranks.
             both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.context_group)
             key, value = both.unbind(1)
-        output = packed_attention(query.squeeze(1), key, value, plan, scale=self.scale)
-        return output.unsqueeze(1)
-
-    def select_plan(self, sequences: PackedSequences) -> AttentionPlan:
-        assert isinstance(sequences.plan, AttentionPlan)
-        return sequences.plan
+        return packed_attention(query_CHE, key, value, plan, scale=self.scale)
 
 
-class WindowAttention(PackedAttention):
+class WindowAttention(InWindows, PackedAttention):
     """The same, over the plan of windows."""
-
-    def select_plan(self, sequences: PackedSequences) -> AttentionPlan:
-        assert isinstance(sequences.window_plan, AttentionPlan)
-        return sequences.window_plan

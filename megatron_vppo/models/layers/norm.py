@@ -1,7 +1,7 @@
 """Norms in plain torch, with the constructor that Megatron's layer specs call.
 
-Megatron's own plain norm refuses sequence parallelism; these mark their parameters for it, so that the gradients are
-summed over the tensor-parallel ranks.
+Megatron's own plain norm refuses sequence parallelism. These allow it: they mark their parameters, and Megatron then
+sums the parameters' gradients over the tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LayerNorm(nn.Module):
 
 
 class PlainNorm:
-    """Either of them, as the configuration says; what Megatron's TENorm is for TransformerEngine's."""
+    """Makes the norm that `config.normalization` names, as Megatron's TENorm does with TransformerEngine's norms."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> nn.Module:  # type: ignore[misc]
         norm = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}[config.normalization]

@@ -1,7 +1,7 @@
 """A micro-batch of packed sequences, as every model family takes it.
 
-Shape suffix legend: K = tokens of all packed sequences, one after the other; I = image tokens among them (merged
-vision features); P = vision patches; D = values per patch (frames x channels x rows x columns).
+Shape suffix legend: K = all packed tokens, one sequence after the other; I = image tokens among K; P = patches of
+images; D = values of one patch (frames x channels x rows x columns).
 """
 
 from __future__ import annotations
@@ -10,34 +10,47 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_vppo.models.layers.packing import Packing
+
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences without padding between or after them; attention never crosses a sequence."""
+    """Sequences of tokens side by side, and the images that they show. Attention never crosses a sequence.
+
+    Example: one image of (1, 2, 4) patches, which are 2 merged features, in two sequences of 4 tokens (`i` is an image
+    token):
+
+        token_ids_K              a  i  i  b | c  i  i  d
+        image_token_index_I         1  2         5  6
+        image_feature_index_I       0  1         0  1       the second sequence shows the same image
+    """
 
     token_ids_K: Tensor
     """int64."""
     positions_3K: Tensor
-    """int64; rotary position of each token along (frame, row, column); the three are equal for text."""
-    lengths: tuple[int, ...]
-    """Tokens of each packed sequence, in order; they sum to K."""
+    """int64; rotary position of each token along (frame, row, column). The three are equal for text."""
+    packing: Packing
+    """The place of each sequence in K."""
     image_token_index_I: Tensor
-    """int64; where in K the image tokens are."""
+    """int64; the places of the image tokens in K."""
     image_feature_index_I: Tensor
-    """int64; which merged vision feature fills each of them. Sequences that show the same picture may point to the
-    same features, so that its vision forward runs once."""
+    """int64; the merged vision feature that fills each image token. Sequences that show the same image may point to the
+    same features; its vision forward then runs once."""
     pixels_PD: Tensor | None = None
-    """Float patches in the processor's order: of the distinct pictures, or, where pictures are dealt to several ranks,
-    of those dealt to this one (see dealing.py). None where no sequence shows a picture, or on a pipeline stage that
-    does not hold the vision tower."""
+    """Float patches in the processor's order, of the distinct images. Where ranks share the images, those of this
+    rank's images alone. None if no sequence shows an image, and on pipeline stages without the vision tower."""
     grids_thw: tuple[tuple[int, int, int], ...] = ()
-    """Per distinct picture: (frames, rows, columns) in patches."""
+    """(frames, rows, columns) of each distinct image, in patches."""
+    images_of_ranks: tuple[tuple[int, ...], ...] | None = None
+    """The numbers of the images that each rank runs through the vision tower, from `assign_images` in
+    image_parallel.py. None: a single rank runs all."""
 
     def __post_init__(self) -> None:
         tokens = self.token_ids_K.shape[0]
-        if sum(self.lengths) != tokens or min(self.lengths, default=0) < 1:
+        if self.packing.num_tokens != tokens or min(self.packing.lengths, default=0) < 1:
             raise ValueError(
-                f"the packed lengths {self.lengths} must each be at least 1 and sum to the {tokens} tokens of the batch"
+                f"the packed lengths {self.packing.lengths} must each be at least 1 and sum to the {tokens} tokens of "
+                "the batch"
             )
         if tuple(self.positions_3K.shape) != (3, tokens):
             raise ValueError(f"positions have shape {tuple(self.positions_3K.shape)}, expected (3, {tokens})")

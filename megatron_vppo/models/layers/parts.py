@@ -1,4 +1,4 @@
-"""The parts of a transformer layer, and the layer built from them."""
+"""The modules that a transformer layer is made of, and the spec of the layer."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_vppo.models.layers.sequences import Plan
+from megatron_vppo.models.layers.sequences import AttentionPlan
 from megatron_vppo.models.options import Backend
-from megatron_vppo.weights.kinds import Entry
+from megatron_vppo.weights.entries import Entry
 
 
 @dataclass(frozen=True)
 class LayerParts:
-    """What layers are built from, whichever model they belong to."""
+    """The modules that layers are built from, the same for every model."""
 
     name: Backend
     norm: type
     """Called with (config, hidden_size, eps); RMSNorm or LayerNorm by `config.normalization`."""
     column_linear: type
-    """Behind a norm: with a norm of its own, where `fused_norms` says so."""
+    """The linear layer after a norm. It contains the norm if `fused_norms` says so."""
     row_linear: type
     attention: type
     window_attention: type
-    """Reads `PackedSequences.window_plan`."""
-    plan: Callable[..., Plan]
-    """(lengths, causal, device, rank, size of the context-parallel group) -> what attention wants to know of packed
-    sequences."""
+    """Attention that reads `PackedSequences.window_plan`."""
+    plan: Callable[..., AttentionPlan]
+    """(Packing, causal, device, rank and size of the context-parallel group) -> the plan that `attention` reads."""
     fused_norms: tuple[tuple[str, str], ...] = ()
-    """Of a layer's parameters: (prefix as in the weight map, prefix within the linear layer that holds the norm)."""
+    """Norms that lie inside a linear layer: (prefix of their parameters in the weight map, prefix in the module)."""
 
-    def own_names(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
-        """The weight map with the names that parameters have in layers of these parts. Checkpoints keep the others."""
+    def rename_entries(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
+        """The weight map with parameter names as they are in layers of these parts. Checkpoints keep the map's
+        names."""
 
-        def own(template: str) -> str:
+        def renamed(template: str) -> str:
             for name, fused in self.fused_norms:
                 template = template.replace(f".{name}", f".{fused}")
             return template
 
-        return tuple(replace(entry, template=own(entry.template)) for entry in entries)
+        return tuple(replace(entry, template=renamed(entry.template)) for entry in entries)
 
 
 def layer_spec(
@@ -60,12 +60,12 @@ def layer_spec(
     windowed: bool = False,
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
-    """A pre-norm layer: norm, self-attention, norm, MLP (gated or not, as the configuration says).
+    """The spec of a pre-norm layer: norm, self-attention, norm, MLP. `config.gated_linear_unit` makes the MLP gated.
 
     Args:
-        qk_norm: queries and keys are normalised head by head before they are rotated.
-        windowed: attention stays within windows.
-        layer: what holds the modules together; a subclass may do more.
+        qk_norm: normalise queries and keys head by head before they are rotated.
+        windowed: attend within windows.
+        layer: the class of the layer.
     """
     norm = IdentityOp if parts.fused_norms else parts.norm
     mlp = MLPSubmodules(linear_fc1=parts.column_linear, linear_fc2=parts.row_linear)
@@ -94,17 +94,17 @@ def layer_spec(
 
 
 def for_plain_linear(config: TransformerConfig) -> TransformerConfig:
-    """For Megatron's own linear layers outside of transformer layers: TransformerEngine's add gradients up in fp32 by
-    themselves, these would want Apex.
+    """The configuration for Megatron's own linear layers, which we use outside of transformer layers.
+
+    Fused gradient accumulation is off: TransformerEngine's layers have it built in, Megatron's would need Apex.
     """
-    own = copy.copy(config)
-    own.gradient_accumulation_fusion = False
-    return own
+    plain = copy.copy(config)
+    plain.gradient_accumulation_fusion = False
+    return plain
 
 
 def _mlp_spec(submodules: MLPSubmodules) -> Any:
-    # Megatron 0.17 made the MLP of a layer a callable; 0.16 takes a ModuleSpec only (it hands over no process group
-    # otherwise).
+    # Megatron 0.17 builds a layer's MLP by a callable. 0.16 needs a ModuleSpec: it passes no process group to others.
     as_submodule = getattr(MLP, "as_mlp_submodule", None)
     if as_submodule is None:
         return ModuleSpec(module=MLP, submodules=submodules)

@@ -1,39 +1,45 @@
 """The packed sequences that Megatron hands to every layer.
 
-Shape suffix legend: T = tokens that the layers of this rank hold; I = image tokens among them; h = hidden size; H =
-attention heads of this rank; D = values per head.
+Shape suffix legend: C = tokens of this context-parallel rank; S = tokens that this rank holds between layers; W = image
+tokens among S; h = hidden size; H = attention heads of this rank; E = values per attention head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-Plan = Any
-"""What a kind of attention wants to know of packed sequences: an AttentionPlan here, SequenceBounds in te_parts.py."""
+
+class AttentionPlan:
+    """The facts about packed sequences that attention needs, worked out once per micro-batch and read by every layer.
+
+    Each implementation of attention has a plan of its own: `BucketPlan` in attention.py, `SequenceBounds` in
+    te_parts.py.
+    """
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """What Megatron hands down to every attention layer.
+    """The argument `packed_seq_params` of every layer.
 
-    The format is deliberately not 'thd': Megatron would then apply rotary angles sequence by sequence in a Python loop,
-    in each layer. As it stands, explicit angles per token are applied to all tokens at once ([T, 1, H, D]).
+    Its format is deliberately not 'thd': Megatron would then apply rotary angles sequence by sequence, in a Python loop
+    in each layer. As it is, explicit angles are applied to all tokens at once ([C, 1, H, E]).
     """
 
-    plan: Plan | None = None
-    window_plan: Plan | None = None
-    """For layers whose attention stays within windows; only vision towers have them."""
+    plan: AttentionPlan | None = None
+    window_plan: AttentionPlan | None = None
+    """The plan of layers whose attention stays within windows; only vision towers have them."""
     deepstack: Deepstack | None = None
-    """What the first language layers add; see deepstack.py."""
+    """The features that the first language layers add to image tokens."""
 
 
 @dataclass(frozen=True)
 class Deepstack:
-    features_Ih: tuple[Tensor, ...]
-    """One per language layer, from the first on; leaves of the graph."""
-    image_token_index_I: Tensor
-    """int64; the rows of T that they are added to."""
+    """Vision features that the first language layers add to their outputs; see deepstack.py."""
+
+    features_Wh: tuple[Tensor, ...]
+    """One per language layer, from the first on; leaves of the autograd graph."""
+    image_token_index_W: Tensor
+    """int64; the rows of [S, 1, h] that they are added to."""

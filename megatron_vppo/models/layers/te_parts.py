@@ -1,12 +1,13 @@
 """TransformerEngine's modules, as Megatron wraps them. Imported only where TransformerEngine is installed.
 
-Shape suffix legend: T = tokens of this rank; H = attention heads of this rank; D = values per head.
+Shape suffix legend: C = tokens of this context-parallel rank (patches, in a vision tower); H = attention heads of this
+rank; E = values per attention head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import (
@@ -16,73 +17,47 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from megatron_vppo.models.layers.core_attention import InWindows, PackedCoreAttention
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts
-from megatron_vppo.models.layers.sequences import PackedSequences, Plan
+from megatron_vppo.models.layers.sequences import AttentionPlan
 
 
 @dataclass(frozen=True)
-class SequenceBounds:
-    """What TransformerEngine wants to know of packed sequences. With context parallelism: of the whole sequences, which
-    it cuts as context_parallel.py does, and whose keys and values it passes round by itself.
+class SequenceBounds(AttentionPlan):
+    """The beginnings and ends of packed sequences. With context parallelism these are the whole sequences:
+    TransformerEngine cuts them as context_parallel.py does, and exchanges keys and values itself.
     """
 
     bounds: Tensor
     """int32 [sequences + 1]: where each begins, and the end of the last."""
     longest: int
-    """Tokens."""
+    """Tokens of the longest sequence."""
 
 
 def sequence_bounds(
-    lengths: Sequence[int], *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
+    packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
 ) -> SequenceBounds:
-    """See LayerParts.plan. Every rank gets the same."""
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return SequenceBounds(bounds.to(device), max(lengths))
+    """See LayerParts.plan. Every rank gets the same bounds."""
+    bounds = torch.tensor([*packing.starts, packing.num_tokens], dtype=torch.int32)
+    return SequenceBounds(bounds.to(device), packing.longest)
 
 
-class TEPackedAttention(TEDotProductAttention):
-    """Takes our packed sequences: Megatron keeps thinking that there is one, see PackedSequences."""
+class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
+    """TransformerEngine's attention over our packed sequences.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        cp_comm_type: str | None = None,
-        softmax_scale: float | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(
-            config=config,
-            layer_number=layer_number,
-            attn_mask_type=attn_mask_type,
-            attention_type=attention_type,
-            cp_comm_type=cp_comm_type,
-            softmax_scale=softmax_scale,
-            pg_collection=pg_collection,
-        )
+    Megatron's attention layer is not told that sequences are packed (see PackedSequences). Only here do they get the
+    format 'thd'.
+    """
+
+    def __init__(self, *, attn_mask_type: AttnMaskType, **of_megatron: Any) -> None:
+        super().__init__(attn_mask_type=attn_mask_type, **of_megatron)
         self._mask_type = attn_mask_type
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        *,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSequences | None = None,
-    ) -> Tensor:
-        """query [T, 1, H, D], key and value [T, 1, H or fewer, D] -> [T, 1, H*D]."""
-        assert packed_seq_params is not None
-        plan = self.select_plan(packed_seq_params)
+    def attend(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: AttentionPlan | None) -> Tensor:
         assert isinstance(plan, SequenceBounds)
         # The same tensor in all places says that there is no padding between sequences, without a look at its values.
         packed = PackedSeqParams(
@@ -94,25 +69,19 @@ class TEPackedAttention(TEDotProductAttention):
             max_seqlen_q=plan.longest,
             max_seqlen_kv=plan.longest,
         )
-        output = super().forward(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
+        return TEDotProductAttention.forward(
+            self,
+            query_CHE,
+            key_CHE,
+            value_CHE,
             None,
             attn_mask_type=self._mask_type,
             packed_seq_params=packed,
         )
-        return output.view(len(query), 1, -1)
-
-    def select_plan(self, sequences: PackedSequences) -> Plan | None:
-        return sequences.plan
 
 
-class TEWindowAttention(TEPackedAttention):
+class TEWindowAttention(InWindows, TEPackedAttention):
     """The same, within windows."""
-
-    def select_plan(self, sequences: PackedSequences) -> Plan | None:
-        return sequences.window_plan
 
 
 TE_PARTS = LayerParts(

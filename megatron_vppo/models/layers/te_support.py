@@ -1,6 +1,6 @@
-"""Whether TransformerEngine is here, which FP8 recipes it can run on this machine's GPU, and what it keeps of memory.
+"""TransformerEngine on this machine: is it installed, which FP8 recipes run on this GPU, what holds its memory.
 
-It is imported only to ask.
+TransformerEngine itself is imported only to ask about a recipe; that takes seconds.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from dataclasses import dataclass
 from megatron.core.utils import get_te_version, is_te_min_version
 from torch import nn
 
-from megatron_vppo.models.options import Fp8Recipe
+from megatron_vppo.config.choices import Fp8Recipe
 
 
 @dataclass(frozen=True)
 class _Demand:
-    """What a recipe wants."""
+    """The requirements of a recipe."""
 
     te_version: str
-    """The first with which Megatron runs it (megatron/core/fp8_utils.py)."""
+    """The first version of TransformerEngine with which Megatron runs it (megatron/core/fp8_utils.py)."""
     available: str
-    """The function of `transformer_engine.pytorch` that knows whether this GPU has it, and why not."""
+    """The function of `transformer_engine.pytorch` that says if this GPU can run it, and if not, why."""
     chips: str
+    """GPUs that can run it, in words."""
 
 
 _DEMANDS: dict[Fp8Recipe, _Demand] = {
@@ -34,13 +35,13 @@ _DEMANDS: dict[Fp8Recipe, _Demand] = {
 
 
 def has_transformer_engine() -> bool:
-    """Whether it is installed, its part for torch included; it is not imported, which takes seconds."""
+    """True if it is installed, its part for torch included. Does not import it."""
     parts = ("transformer_engine", "transformer_engine_torch")
     return all(importlib.util.find_spec(part) is not None for part in parts)
 
 
 def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
-    """What a recipe needs that this machine has not; None: it can run."""
+    """The missing requirement of a recipe on this machine, or None."""
     demand = _DEMANDS[recipe]
     if not on_gpu:
         return f"an NVIDIA GPU ({demand.chips}), and none is seen"
@@ -55,14 +56,14 @@ def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
 
 
 def drop_fp8_copies(model: nn.Module) -> None:
-    """Frees the 8-bit copies of weights that layers keep from one micro-batch to the next. Every schedule makes them
-    anew at its first one, so between schedules they are of no use.
+    """Frees the 8-bit copies of weights that layers keep from one micro-batch to the next.
 
-    TransformerEngine (2.9 to 2.20) has no public way to do so.
+    The first micro-batch of every schedule makes new copies, so between schedules they only take memory.
+    TransformerEngine (2.9 to 2.20) has no public way to drop them.
     """
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()
 
 
 APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
-"""The module of NVIDIA Apex that adds weight gradients up in fp32 within the matrix product."""
+"""The module of NVIDIA Apex that accumulates weight gradients in fp32 inside the matrix product."""

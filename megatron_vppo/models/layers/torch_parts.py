@@ -17,4 +17,4 @@ TORCH_PARTS = LayerParts(
     window_attention=WindowAttention,
     plan=plan_packed,
 )
-"""They run on every device."""
+"""Layer modules that need no TransformerEngine."""

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: what is its own."""
+"""Qwen2.5-VL: the parts that the families do not share."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from transformers import Qwen2_5_VLConfig
 
 from megatron_vppo.models.family import Family
-from megatron_vppo.models.qwen25_vl.vision import VisionTower
-from megatron_vppo.models.qwen25_vl.weight_map import canonical_name, vision_entries
+from megatron_vppo.models.language.mrope import mrope_position_fn, sectioned_mrope
+from megatron_vppo.models.qwen25_vl.vision import Qwen25VisionTower
+from megatron_vppo.models.qwen25_vl.weight_map import released_name, vision_entries
 
 
 def _check(hf_config: Qwen2_5_VLConfig) -> None:
@@ -21,11 +22,12 @@ QWEN25_VL = Family(
     deepstack_layers=lambda hf_config: 0,
     qkv_bias=True,
     qk_norm=False,
-    interleaved_mrope=False,
+    positions=mrope_position_fn,
+    rotary=sectioned_mrope,
     vision_activation="silu",
     vision_options={"normalization": "RMSNorm", "gated_linear_unit": True, "activation_func": F.silu},
-    vision_tower=VisionTower,
+    vision_tower=Qwen25VisionTower,
     vision_entries=vision_entries,
     language_prefix="model.",
-    canonical_name=canonical_name,
+    released_name=released_name,
 )

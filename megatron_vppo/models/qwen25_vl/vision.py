@@ -1,36 +1,36 @@
-"""Vision tower: patches of pictures of any size -> one feature per merged block of patches.
+"""Vision tower of Qwen2.5-VL: patches of images of any size -> one feature per merged block of patches.
 
-Shape suffix legend: P = patches of all pictures; D = values per patch; M = merged blocks (merge x merge patches each);
-h = width.
+Shape suffix legend: P = patches of all images; D = values of one patch; M = merged vision features (merge x merge
+patches each), or the blocks that they come from; h = hidden size.
 
-Patches are reordered once so that each attention window is a packed sequence of its own; the merged features are put
-back into the pictures' order at the end.
+Most layers attend within windows. Patches are reordered once so that each window is a packed sequence of its own; the
+merged features are put back into the images' order at the end.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 
+from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts, layer_spec
 from megatron_vppo.models.layers.sequences import PackedSequences
-from megatron_vppo.models.vision.tower import AxialRope, Grid, Merger, VisionFeatures, patch_positions
+from megatron_vppo.models.vision.tower import Grid, Merger, VisionFeatures, VisionTower, patch_positions, vision_layers
 
 
 @dataclass(frozen=True)
 class WindowOrder:
-    """How the patches of one picture fall into windows."""
+    """The windows of one image."""
 
     block_order_M: Tensor
-    """int64; the merged blocks, window after window, row by row within each."""
+    """int64; the numbers of the merged blocks, window after window, row by row within each."""
     window_lengths: tuple[int, ...]
     """Patches per window."""
     frame_lengths: tuple[int, ...]
@@ -39,9 +39,15 @@ class WindowOrder:
 
 @functools.lru_cache(maxsize=256)
 def window_order(grid: Grid, *, merge: int, window_blocks: int) -> WindowOrder:
-    """Cuts a picture of (frames, rows, columns) patches into windows of `window_blocks` merged blocks a side.
+    """Cuts an image of (frames, rows, columns) patches into windows of `window_blocks` merged blocks a side.
 
-    Windows at the right and lower edges hold what is left.
+    Windows at the right and lower edges hold what is left. A frame of 4 x 6 blocks in windows of 2:
+
+        blocks   0  1 |  2  3 |  4  5        block_order_M: 0 1 6 7, then 2 3 8 9, then 4 5 10 11,
+                 6  7 |  8  9 | 10 11                       then the second row of windows
+                ------+-------+------
+                12 13 | 14 15 | 16 17
+                18 19 | 20 21 | 22 23
     """
     frames, rows, columns = grid
     block_rows, block_columns = rows // merge, columns // merge
@@ -60,8 +66,8 @@ def window_order(grid: Grid, *, merge: int, window_blocks: int) -> WindowOrder:
     )
 
 
-class VisionTower(MegatronModule):
-    """All of its layers, split over the tensor-parallel ranks of `groups`; it lives on the first pipeline stage."""
+class Qwen25VisionTower(VisionTower):
+    """Layers with attention in windows, and some with attention over whole frames."""
 
     def __init__(
         self,
@@ -71,27 +77,13 @@ class VisionTower(MegatronModule):
         parts: LayerParts,
         groups: ProcessGroupCollection,
     ) -> None:
-        super().__init__(config)
-        self.parts = parts
-        self.merge = hf_config.spatial_merge_size
-        self.num_taps = 0
-        self.dtype = config.params_dtype
+        super().__init__(config, hf_config, parts=parts, patch_bias=False)
         self.window_blocks = hf_config.window_size // hf_config.spatial_merge_size // hf_config.patch_size
-        patch_values = hf_config.in_channels * hf_config.temporal_patch_size * hf_config.patch_size**2
-        # A convolution whose stride is its kernel is a linear layer on flattened patches.
-        self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=False, dtype=config.params_dtype)
-        layers = [
+        specs = [
             layer_spec(parts, causal=False, windowed=layer not in hf_config.fullatt_block_indexes)
             for layer in range(hf_config.depth)
         ]
-        self.blocks = TransformerBlock(
-            config,
-            TransformerBlockSubmodules(layer_specs=layers),
-            post_layer_norm=False,
-            pre_process=True,
-            post_process=False,
-            pg_collection=groups,
-        )
+        self.blocks = vision_layers(config, specs, groups=groups)
         self.merger = Merger(
             config,
             merge=self.merge,
@@ -99,36 +91,35 @@ class VisionTower(MegatronModule):
             norm_over_block=False,
             groups=groups,
         )
-        self.rope = AxialRope(
-            head_dim=config.hidden_size // config.num_attention_heads, theta=hf_config.rope_parameters["rope_theta"]
-        )
 
     def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
         device = pixels_PD.device
         orders = [window_order(grid, merge=self.merge, window_blocks=self.window_blocks) for grid in grids_thw]
         block_order_M = _concatenate_orders(orders).to(device)
+        frames = Packing(tuple(itertools.chain.from_iterable(order.frame_lengths for order in orders)))
+        windows = Packing(tuple(itertools.chain.from_iterable(order.window_lengths for order in orders)))
         sequences = PackedSequences(
-            plan=self.parts.plan([n for order in orders for n in order.frame_lengths], causal=False, device=device),
-            window_plan=self.parts.plan(
-                [n for order in orders for n in order.window_lengths], causal=False, device=device
-            ),
+            plan=self.parts.plan(frames, causal=False, device=device),
+            window_plan=self.parts.plan(windows, causal=False, device=device),
         )
         positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
         hidden_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype))
         hidden_P1h = self.blocks(
-            hidden_states=self._reorder(hidden_Ph, block_order_M)[:, None, :],
+            hidden_states=self._into_windows(hidden_Ph, block_order_M)[:, None, :],
             attention_mask=None,
-            rotary_pos_emb=self.rope(self._reorder(positions_P2, block_order_M)),
+            rotary_pos_emb=self.rope(self._into_windows(positions_P2, block_order_M)),
             packed_seq_params=sequences,
         )
         return VisionFeatures(self.merger(hidden_P1h)[torch.argsort(block_order_M)])
 
-    def _reorder(self, x_P: Tensor, block_order_M: Tensor) -> Tensor:
-        blocks = x_P.view(-1, self.merge**2, x_P.shape[-1])
-        return blocks[block_order_M].view_as(x_P)
+    def _into_windows(self, patches: Tensor, block_order_M: Tensor) -> Tensor:
+        """Reorders the rows of [P, ...] block by block, the merge x merge patches of each staying together."""
+        blocks = patches.view(-1, self.merge**2, patches.shape[-1])
+        return blocks[block_order_M].view_as(patches)
 
 
 def _concatenate_orders(orders: list[WindowOrder]) -> Tensor:
+    """One order over the blocks of all images: each image's numbers go on after those of the image before."""
     offset, shifted = 0, []
     for order in orders:
         shifted.append(order.block_order_M + offset)

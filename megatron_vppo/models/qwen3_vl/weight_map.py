@@ -12,12 +12,8 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionCon
 
 from megatron_vppo.models.qwen3_vl.vision import segment_lengths
 from megatron_vppo.models.vision.weight_map import attention_entries, merger_entries, patch_entry, vision_entry
-from megatron_vppo.weights.kinds import Entry, Kind, Split, whole
-
-
-def canonical_name(name: str) -> str:
-    """Names are the same everywhere."""
-    return name
+from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.kinds import Kind, Split, whole
 
 
 def vision_entries(vision: Qwen3VLVisionConfig) -> list[Entry]:

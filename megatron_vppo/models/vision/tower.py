@@ -1,14 +1,15 @@
-"""What vision towers have in common: pictures as grids of patches, merged blocks, and the features they give.
+"""The parts that the vision towers of all families share: patch grids, rotary angles, merged features, and the tower's
+frame.
 
-Shape suffix legend: P = patches of all pictures; M = merged blocks (merge x merge patches each); h = width.
+Shape suffix legend: P = patches of all images; D = values of one patch; F = rotary angles, one per frequency of an
+axis; M = merged vision features (merge x merge patches each); h = hidden size; E = values per attention head.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,40 +17,74 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from torch import Tensor, nn
 
 from megatron_vppo.models.layers.norm import PlainNorm
-from megatron_vppo.models.layers.parts import for_plain_linear
+from megatron_vppo.models.layers.parts import LayerParts, for_plain_linear
 
 Grid = tuple[int, int, int]
-"""(frames, rows, columns) of a picture, in patches."""
+"""(frames, rows, columns) of an image, in patches."""
 
 
 @dataclass(frozen=True)
 class VisionFeatures:
-    """Picture by picture, each row by row of its merged grid."""
+    """The features of images, image by image, each row by row of its merged grid."""
 
     merged_Mh: Tensor
-    """In the place of the image tokens' embeddings."""
+    """They replace the embeddings of the image tokens."""
     deepstack_Mh: tuple[Tensor, ...] = ()
-    """Added after the first language layers, one after each."""
+    """They are added after the first language layers, one after each."""
 
 
-class VisionTower(Protocol):
-    merge: int
-    """Side of a merged block, in patches."""
-    num_taps: int
-    """Deepstack features."""
-    dtype: torch.dtype
+class VisionTower(MegatronModule):
+    """The frame of a family's tower. It lies on the first pipeline stage, all of its layers, split over the
+    tensor-parallel ranks of `groups`. A family adds the layers, the merger and the forward pass.
+    """
 
-    def __call__(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures: ...
+    num_taps = 0
+    """Deepstack features that it gives."""
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
+    def __init__(self, config: TransformerConfig, hf_config: Any, *, parts: LayerParts, patch_bias: bool) -> None:
+        """
+        Args:
+            hf_config: the vision configuration.
+        """
+        super().__init__(config)
+        self.parts = parts
+        self.merge = hf_config.spatial_merge_size
+        """Patches along each side of a merged feature."""
+        self.dtype = config.params_dtype
+        patch_values = hf_config.in_channels * hf_config.temporal_patch_size * hf_config.patch_size**2
+        # A convolution whose stride is its kernel is a linear layer on flattened patches.
+        self.patch_embed = nn.Linear(patch_values, config.hidden_size, bias=patch_bias, dtype=config.params_dtype)
+        self.rope = AxialRope(
+            head_dim=config.hidden_size // config.num_attention_heads, theta=hf_config.rope_parameters["rope_theta"]
+        )
+
+    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
+        raise NotImplementedError
+
+
+def vision_layers(
+    config: TransformerConfig, specs: list[ModuleSpec], *, groups: ProcessGroupCollection
+) -> TransformerBlock:
+    """Layers one after the other, without a norm at the end: the mergers have their own."""
+    return TransformerBlock(
+        config,
+        TransformerBlockSubmodules(layer_specs=specs),
+        post_layer_norm=False,
+        pre_process=True,
+        post_process=False,
+        pg_collection=groups,
+    )
 
 
 @functools.lru_cache(maxsize=256)
 def patch_positions(grid: Grid, *, merge: int) -> Tensor:
-    """int64 [P, 2]: (row, column) of each patch of one picture, in the processor's order, block by block."""
+    """int64 [P, 2]: (row, column) of each patch of one image, in the processor's order, merged block by merged
+    block."""
     frames, rows, columns = grid
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     positions_P2 = torch.stack([by_block(row, merge=merge), by_block(column, merge=merge)], dim=1)
@@ -57,14 +92,14 @@ def patch_positions(grid: Grid, *, merge: int) -> Tensor:
 
 
 def by_block(x: Tensor, *, merge: int) -> Tensor:
-    """[rows, columns, ...] of one frame -> [rows * columns, ...], the patches of a merged block side by side."""
+    """[rows, columns, ...] of one frame -> [rows * columns, ...], the patches of a merged block next to each other."""
     rows, columns = x.shape[:2]
     blocks = x.view(rows // merge, merge, columns // merge, merge, *x.shape[2:])
     return blocks.transpose(1, 2).reshape(rows * columns, *x.shape[2:])
 
 
 class AxialRope(nn.Module):
-    """Half of a head's frequencies turn with a patch's row, half with its column."""
+    """Rotary angles of patches: half of a head's frequencies turn with the row, half with the column."""
 
     frequency_F: Tensor
 
@@ -75,13 +110,13 @@ class AxialRope(nn.Module):
         self.register_buffer("frequency_F", frequency_F, persistent=False)
 
     def forward(self, positions_P2: Tensor) -> Tensor:
-        """fp32 radians [P, 1, 1, values per head], both halves alike."""
+        """fp32 radians [P, 1, 1, E]; both halves of E are alike."""
         row_and_column = (positions_P2[:, :, None].to(torch.float32) * self.frequency_F).flatten(1)
         return torch.cat([row_and_column, row_and_column], dim=-1)[:, None, None, :]
 
 
 class Merger(MegatronModule):
-    """The patches of a block side by side through a two-layer MLP to the language model's width.
+    """A two-layer MLP that makes one feature of the language model's width from the patches of each merged block.
 
     The norm comes first: over each patch, or over the whole block.
     """

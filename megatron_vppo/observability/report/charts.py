@@ -1,7 +1,7 @@
-"""Charts as static HTML: an SVG that stretches to its box, labels in HTML around it, so text is never scaled.
+"""Charts as static HTML: an SVG that stretches to its box, with labels in HTML around it, so that text is never scaled.
 
-Coordinates in the SVG are 0..1000 in both directions; strokes keep their width (`vector-effect`). page.js reads the
-hover values from the JSON beside each chart.
+Coordinates in the SVG are 0 to 1000 in both directions; strokes keep their width (`vector-effect`). page.js reads the
+hover values from the JSON next to each chart.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from megatron_vppo.observability.report.data import Series
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, tick_labels, value_axis
 
 SMOOTH_FROM = 80
-"""Points from which a line is drawn smoothed over its faint raw values."""
+"""Lines with at least this many points are drawn smoothed, over their faint raw values."""
 
 DOTS_UP_TO = 40
-"""Points up to which each is marked."""
+"""Lines with at most this many points have a dot on each."""
 
 MAX_BARS = 75
-"""Bars of a stack; in longer runs each shows the mean of several steps."""
+"""The largest number of bars of a stack. In longer runs each bar shows the mean of several steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,25 +29,25 @@ class Line:
     label: str
     series: Series
     color: int
-    """Slot of the palette in page.css, 1-8; 0: neutral."""
+    """The slot of the palette in page.css, 1 to 8; 0: neutral."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
     title: str
     unit: str
-    """Of the vertical axis, as printed; 'fraction' prints per cent."""
+    """The unit of the vertical axis, as printed. 'fraction' prints per cent."""
     lines: tuple[Line, ...]
     scale: str = "auto"
-    """'auto': range of the values; 'zero': from zero; 'log': decades; 'stack': stacked, from zero."""
+    """The vertical axis: 'auto' (range of the values), 'zero' (from zero), 'log' (decades) or 'stack' (stacked)."""
     reference: tuple[str, float] | None = None
-    """A dashed line: label and value."""
+    """A dashed line, as label and value."""
     wide: bool = False
-    """Twice as wide as the others, where the window allows."""
+    """True for a chart twice as wide as the others, if the window allows it."""
 
 
 def chart_html(chart: Chart, steps: Axis) -> str:
-    """The figure, on the axis of steps that all charts of a page share; where no line has a value it says 'no data'."""
+    """Draws a chart on the step axis that all charts of a page share. A chart without any value says 'no data'."""
     lines = [line for line in chart.lines if line.series.steps]
     unit = "%" if chart.unit == "fraction" else chart.unit
     if chart.scale == "stack" and lines and (size := _bars(lines)[1]) > 1:
@@ -61,7 +61,7 @@ def chart_html(chart: Chart, steps: Axis) -> str:
     if chart.scale == "stack":
         body = _stack(lines, steps, axis)
     else:
-        body = "".join(_line(line, steps, axis) for line in reversed(drawn))  # the first named lies on top
+        body = "".join(_line(line, steps, axis) for line in reversed(drawn))  # the first line is drawn last, on top
     if chart.reference is not None and axis.low <= chart.reference[1] <= axis.high:
         y = _y(axis, chart.reference[1])
         body += f'<path class="reference" d="M0 {y}H1000"/>'
@@ -80,12 +80,12 @@ def chart_html(chart: Chart, steps: Axis) -> str:
 
 
 def script_json(value: object) -> str:
-    """JSON that may stand inside a <script> element whatever text it holds."""
+    """Writes JSON that is safe inside a <script> element, whatever text it contains."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a fortieth of the values, without the bias of its start."""
+    """Smooths by an exponential mean over about a fortieth of the values, corrected for the bias at its start."""
     keep = 1 - 2 / (len(values) / 40 + 1)
     keep = max(keep, 0.0)
     total, weight, result = 0.0, 0.0, []
@@ -119,7 +119,7 @@ def _line(line: Line, steps: Axis, axis: Axis) -> str:
         return f'<path class="raw" style="{color}" d="{raw}"/><path class="line" style="{color}" d="{path}"/>'
     html = f'<path class="line" style="{color}" d="{raw}"/>'
     if len(points) <= DOTS_UP_TO:
-        # A path of length zero with round caps is a dot that does not stretch with the SVG.
+        # A path of zero length with round caps is a dot that does not stretch with the SVG.
         dots = "".join(f"M{_x(steps, step)} {_y(axis, value)}h0" for step, value in points)
         html += f'<path class="dots" style="{color}" d="{dots}"/>'
     return html
@@ -127,7 +127,7 @@ def _line(line: Line, steps: Axis, axis: Axis) -> str:
 
 def _stack(lines: Sequence[Line], steps: Axis, axis: Axis) -> str:
     first, size, bars = _bars(lines)
-    half = 0.36 * size * 1000 / (steps.high - steps.low)  # a gap between neighbours
+    half = 0.36 * size * 1000 / (steps.high - steps.low)  # leaves a gap between neighbours
     below = dict.fromkeys(bars, 0.0)
     html = []
     for index, line in enumerate(lines):
@@ -143,9 +143,10 @@ def _stack(lines: Sequence[Line], steps: Axis, axis: Axis) -> str:
 
 
 def _bars(lines: Sequence[Line]) -> tuple[int, int, dict[int, list[float]]]:
-    """The stack as bars: first step, steps per bar, and per bar the mean of each line over the steps it covers.
+    """Divides a stack into bars: the first step, the steps per bar, and each line's mean over the steps of each bar.
 
-    A line without a value at a step that others have counts as zero there: the mean is per step, so heights add up.
+    If a line has no value at a step that others have, it counts as zero there: means are per step, so that heights add
+    up.
     """
     every = sorted({step for line in lines for step in line.series.steps})
     size = -(-(every[-1] - every[0] + 1) // MAX_BARS)
@@ -162,7 +163,7 @@ def _bars(lines: Sequence[Line]) -> tuple[int, int, dict[int, list[float]]]:
 
 
 def frame_html(body: str, horizontal: Axis, axis: Axis, *, unit: str, x_title: str, x_unit: str = "") -> str:
-    """Grid, labels and title around the paths in `body`; units as in `Chart`."""
+    """Draws grid, labels and title around the paths in `body`. Units are as in `Chart`."""
     grid = "".join(f'<path class="grid" d="M0 {_y(axis, tick)}H1000"/>' for tick in axis.ticks)
     y_labels = "".join(
         f'<span style="bottom:{axis.place(tick) * 100:.2f}%">{escape(label)}</span>'

@@ -1,4 +1,4 @@
-"""What the report shows, read from a run folder that may be unfinished, damaged or empty."""
+"""The data of the report, read from a run folder that may be unfinished, damaged or empty."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from megatron_vppo.observability.metrics import read_metrics
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One metric over steps; only finite values."""
+    """One metric over steps, finite values only."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
     dropped: int = 0
-    """NaN and infinite values that were logged and cannot be drawn."""
+    """The number of NaN and infinite values, which were logged but cannot be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunData:
     folder: Path
     config: Mapping[str, Any]
-    """{} where there is no readable config.yaml."""
+    """The resolved settings; {} if there is no readable config.yaml."""
     config_text: str
+    """config.yaml as it is."""
     rows: Sequence[Mapping[str, float]]
-    """Lines of metrics.jsonl in step order."""
+    """The lines of metrics.jsonl in step order."""
 
     def series(self, name: str) -> Series:
         points = [(int(row["step"]), row[name]) for row in self.rows if name in row]
@@ -42,7 +43,7 @@ class RunData:
         )
 
     def setting(self, dotted: str) -> Any:
-        """A setting of the resolved config; None where it is missing."""
+        """Returns a setting of the resolved config, or None if it is missing."""
         value: Any = self.config
         for key in dotted.split("."):
             if not isinstance(value, Mapping) or key not in value:
@@ -51,12 +52,13 @@ class RunData:
         return value
 
     def names(self, prefix: str) -> list[str]:
-        """Metric names that begin so, in order of first appearance."""
+        """Lists the metric names with this prefix, in order of first appearance."""
         return list(dict.fromkeys(name for row in self.rows for name in row if name.startswith(prefix)))
 
 
 def load_run(run_dir: str | Path) -> RunData:
-    """
+    """Reads a run folder.
+
     Raises:
         FileNotFoundError: there is no such folder.
     """
@@ -78,7 +80,7 @@ def load_run(run_dir: str | Path) -> RunData:
 
 
 def ratio(run: RunData, numerator: str, denominator: str) -> Series:
-    """numerator / denominator at the steps that have both."""
+    """Computes numerator / denominator at the steps that have both."""
     both = [
         (int(row["step"]), row[numerator] / row[denominator])
         for row in run.rows
@@ -88,7 +90,7 @@ def ratio(run: RunData, numerator: str, denominator: str) -> Series:
 
 
 def rest_of_step(run: RunData, shown: Iterable[str]) -> Series:
-    """timing_s/step less the named phases, never below zero."""
+    """Computes timing_s/step minus the named phases, never below zero."""
     names = tuple(shown)
     rest = [
         (int(row["step"]), max(row["timing_s/step"] - sum(row.get(name, 0.0) for name in names), 0.0))

@@ -86,8 +86,8 @@
       };
       add("visual dependency", "dependency", " nats");
       if (data.kept.length > index) rows.push(row("policy gradient", data.kept[index] ? "kept" : "left out"));
-      add("log-prob, image", "old_logps");
-      add("log-prob, masked image", "masked_logps");
+      add("log-prob, original image", "old_logps");
+      add("log-prob, perturbed image", "masked_logps");
       add("log-prob, rollout", "rollout_logps");
       return rows;
     };

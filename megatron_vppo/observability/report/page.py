@@ -1,4 +1,4 @@
-"""The page: header, sections of charts, samples, settings; page.css and page.js are inlined."""
+"""The page: header, sections of charts, samples, settings. page.css and page.js are inlined."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.observability.json_lines import replaced_file
 from megatron_vppo.observability.progress import clock
 from megatron_vppo.observability.report.charts import chart_html
 from megatron_vppo.observability.report.data import RunData, load_run
 from megatron_vppo.observability.report.samples import pick_samples, samples_html
 from megatron_vppo.observability.report.scales import significant, step_axis
 from megatron_vppo.observability.report.sections import sections
+from megatron_vppo.system.whole import whole_file
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write <run_dir>/report.html and return its path.
+    """Writes <run_dir>/report.html and returns its path. For an empty or damaged run, the page says what is missing.
 
     Raises:
-        FileNotFoundError: there is no such folder. An empty or damaged run gives a page that says what is missing.
+        FileNotFoundError: there is no such folder.
     """
     path = Path(run_dir) / "report.html"
     html = render_report(run_dir)
-    with replaced_file(path) as file:
+    with whole_file(path) as file:
         file.write(html.encode("utf-8"))
     return path
 
 
 def render_report(run_dir: str | Path) -> str:
-    """The whole page as one HTML document without outside references."""
+    """Renders the whole page as one HTML document without outside references."""
     run = load_run(run_dir)
     folder = files(__package__)
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
@@ -58,10 +58,10 @@ def _body_html(run: RunData) -> str:
     else:
         html.append(
             '<section class="blank"><h2>No steps recorded yet</h2><p>This run folder has no readable line in '
-            "<code>metrics.jsonl</code>. It is written at the end of each training step: run the report again "
+            "<code>metrics.jsonl</code>. A line is written at the end of each training step: run the report again "
             "when the first step has ended.</p></section>"
         )
-    lead = "Answers from the first, middle and last recorded step. Point at a token for its numbers."
+    lead = "Responses from the first, middle and last recorded step. Point at a token for its numbers."
     html.append(_section_html("samples", "Samples", lead, samples_html(pick_samples(run.folder))))
     if run.config_text:
         html.append(
@@ -100,7 +100,7 @@ def _names(run: RunData) -> tuple[str, str]:
 
 
 def _result(run: RunData) -> str:
-    """One sentence: what the run achieved."""
+    """Says in one sentence what the run achieved."""
     accuracy = run.series("val/accuracy")
     last = int(run.rows[-1]["step"]) if run.rows else 0
     steps = f"{last:,} training step{'' if last == 1 else 's'}"
@@ -121,7 +121,7 @@ def _result(run: RunData) -> str:
 
 
 def _tiles(run: RunData) -> list[tuple[str, str, str, str]]:
-    """(label, value, small print, kind); only those with data."""
+    """Lists the tiles as (label, value, small print, kind); tiles without data are left out."""
     tiles = []
     reward = run.series("critic/score/mean").values
     if reward:
@@ -144,7 +144,7 @@ def _tiles(run: RunData) -> list[tuple[str, str, str, str]]:
         text = f"{len(checks):,} of {len(checks):,} equal" if not bad else f"{bad:,} of {len(checks):,} differ"
         tiles.append(("Weight checksums", text, "steps verified", "bad" if bad else ""))
     for name, label, note in (
-        ("rollout/skipped_steps", "Skipped steps", "no prompt had right and wrong answers"),
+        ("rollout/skipped_steps", "Skipped steps", "no prompt had right and wrong responses"),
         ("reward/errors", "Reward errors", "graded zero after an error or time-out"),
     ):
         total = sum(run.series(name).values)
@@ -154,7 +154,7 @@ def _tiles(run: RunData) -> list[tuple[str, str, str, str]]:
 
 
 def _settings(run: RunData) -> list[tuple[str, str]]:
-    """The settings that tell this run from another; those missing in config.yaml are left out."""
+    """Lists the settings that tell this run from others. Settings missing in config.yaml are left out."""
     get = run.setting
     rows: list[tuple[str, Sequence[tuple[str, Any]]]] = [
         ("Model", [("", get("model.path")), ("", get("model.dtype"))]),

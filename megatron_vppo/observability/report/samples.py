@@ -1,8 +1,8 @@
-"""Sampled answers with every token shaded by its visual dependency.
+"""Sampled responses with every token shaded by its visual dependency.
 
-Shading: strength = sqrt(min(d / top, 1)) for a dependency of d nats, `top` being the 99th percentile over all tokens
-that the page shows. The square root because dependencies are strongly skewed towards zero; the percentile so that one
-extreme token does not bleach the others.
+The strength of the shading is sqrt(min(d / top, 1)) for a dependency of d nats. `top` is the 99th percentile over all
+tokens that the page shows, so that one extreme token does not make the others pale. The square root spreads small
+dependencies, which most are.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from megatron_vppo.observability.report.charts import script_json
 from megatron_vppo.observability.report.scales import significant
 from megatron_vppo.observability.rollouts import read_rollouts, rollout_path, rollout_steps
 
-PER_ANSWER_KIND = 2
-"""Samples per step with a right answer, and as many with a wrong one."""
+PER_VERDICT = 2
+"""The number of right responses per step, and of wrong ones."""
 
 MAX_TOKENS = 800
-"""Tokens shown of one response."""
+"""The number of tokens shown of one response."""
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]+")
 
@@ -43,7 +43,7 @@ class Sample:
 
 
 def pick_samples(run_dir: Path) -> list[Sample]:
-    """Right and wrong answers of the first, the middle and the last step that were recorded."""
+    """Picks right and wrong responses of the first, the middle and the last recorded step."""
     steps = rollout_steps(run_dir)
     chosen = sorted({steps[0], steps[(len(steps) - 1) // 2], steps[-1]}) if steps else []
     samples = []
@@ -51,29 +51,29 @@ def pick_samples(run_dir: Path) -> list[Sample]:
         records = _readable(rollout_path(run_dir, step))
         for right in (True, False):
             kind = [sample for sample in (Sample(step, record) for record in records) if sample.right == right]
-            kind.sort(key=lambda sample: not sample.record.get("images"))  # stable: those with pictures first
-            samples += _different_prompts(kind)[:PER_ANSWER_KIND]
+            kind.sort(key=lambda sample: not sample.record.get("images"))  # stable: those with images first
+            samples += _different_prompts(kind)[:PER_VERDICT]
     return samples
 
 
 def shading_top(samples: Iterable[Sample]) -> float:
-    """Nats at which shading is full: the 99th percentile (nearest rank) of the dependencies shown; 0.0 if none."""
+    """The dependency with full shading, in nats: the 99th percentile (nearest rank) of those shown; 0.0 if none is."""
     shown = (_numbers(sample.record, "dependency")[:MAX_TOKENS] for sample in samples)
     values = sorted(d for dependencies in shown for d in dependencies if d is not None)
     return values[max(math.ceil(0.99 * len(values)) - 1, 0)] if values else 0.0
 
 
 def shade(dependency: float | None, top: float) -> float:
-    """Strength of the shading in [0, 1]."""
+    """The strength of the shading, in [0, 1]."""
     if dependency is None or top <= 0 or dependency <= 0:
         return 0.0
     return math.sqrt(min(dependency / top, 1.0))
 
 
 def samples_html(samples: Sequence[Sample]) -> str:
-    """Legend and cards; a sentence where there are none."""
+    """Draws the legend and the cards, or says that there are no samples."""
     if not samples:
-        return '<p class="nodata">no rollouts recorded (trainer.save_rollouts)</p>'
+        return '<p class="nodata">No rollouts recorded (trainer.save_rollouts)</p>'
     top = shading_top(samples)
     html = [_legend_html(top)]
     for step in sorted({sample.step for sample in samples}):
@@ -110,7 +110,7 @@ def _card_html(sample: Sample, top: float) -> str:
 def _images_html(record: Mapping[str, Any]) -> str:
     figures = []
     for pair in record.get("images") or []:
-        for name, caption in (("original", "image"), ("masked", "masked image")):
+        for name, caption in (("original", "image"), ("masked", "perturbed image")):
             data = pair.get(name) if isinstance(pair, Mapping) else None
             if isinstance(data, str) and _BASE64.fullmatch(data):
                 figures.append(
@@ -139,12 +139,12 @@ def _tokens_html(record: Mapping[str, Any], top: float) -> str:
 
 
 def _visible(token: str) -> str:
-    """Escaped text in which line breaks and empty tokens can be seen."""
+    """Escapes a text and makes line breaks and empty tokens visible."""
     return escape(token).replace("\n", "⏎\n") if token else "∅"
 
 
 def _tooltips(record: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """What page.js shows over a token; lists per token."""
+    """The numbers that page.js shows over a token, one list entry per token."""
     return {
         name: [None if value is None else float(f"{value:.4g}") for value in _numbers(record, name)[:MAX_TOKENS]]
         for name in ("dependency", "kept", "old_logps", "masked_logps", "rollout_logps")
@@ -165,7 +165,7 @@ def _legend_html(top: float) -> str:
 
 
 def _numbers(record: Mapping[str, Any], name: str) -> list[float | None]:
-    """A per-token list; None where a value is missing or not finite."""
+    """Reads a per-token list, with None for values that are missing or not finite."""
     values = record.get(name)
     if not isinstance(values, list):
         return []
@@ -174,7 +174,7 @@ def _numbers(record: Mapping[str, Any], name: str) -> list[float | None]:
 
 
 def _different_prompts(samples: Sequence[Sample]) -> list[Sample]:
-    """One sample per prompt first, then the others."""
+    """Sorts samples: first one of each prompt, then the others."""
     seen: set[tuple[Any, Any]] = set()
     first: list[Sample] = []
     rest: list[Sample] = []
@@ -186,7 +186,7 @@ def _different_prompts(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _readable(path: Path) -> list[dict[str, Any]]:
-    """The records of a file up to where it is damaged."""
+    """Reads the records of a file, up to the place where it is damaged."""
     records: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, UnicodeDecodeError, zstandard.ZstdError):
         for record in read_rollouts(path):

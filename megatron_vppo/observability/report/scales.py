@@ -1,4 +1,4 @@
-"""Axes: ranges, tick positions and how numbers are printed."""
+"""Axes: ranges, tick positions and printed numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """A range and its ticks; `place` maps a value to [0, 1]."""
+    """A range with its ticks. `place` maps a value to [0, 1]."""
 
     low: float
     high: float
@@ -23,7 +23,7 @@ class Axis:
 
 
 def step_axis(steps: Sequence[int]) -> Axis:
-    """Whole steps with half a step of room on both sides; a single step stands in the middle."""
+    """Makes an axis of whole steps, with half a step of room on both sides. A single step stands in the middle."""
     low, high = min(steps), max(steps)
     stride = max(1, round(_nice_stride(max(high - low, 1) / 6)))
     ticks = tuple(float(t) for t in range(math.ceil(low / stride) * stride, high + 1, stride))
@@ -31,17 +31,17 @@ def step_axis(steps: Sequence[int]) -> Axis:
 
 
 def value_axis(values: Sequence[float], *, from_zero: bool, top: float | None = None) -> Axis:
-    """A linear axis whose ends are ticks.
+    """Makes a linear axis whose ends are ticks.
 
     Args:
-        from_zero: include zero, for amounts; otherwise the range of the values.
-        top: the largest value that is possible (1 for fractions): the axis does not go beyond it.
+        from_zero: True to include zero, for amounts; False for the range of the values.
+        top: the largest possible value (1 for fractions); the axis ends there at the latest.
     """
     low, high = min(values), max(values)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
-        # A constant: half its size above it, so that the line stands inside the chart.
+        # A constant: leave half its size above it, so that the line lies inside the chart.
         pad = abs(high) * 0.5 or (top or 1.0)
         low, high = (0.0, pad) if from_zero and high == 0 else (low - (0 if from_zero else pad), high + pad)
     stride = _nice_stride((high - low) / 4)
@@ -54,7 +54,7 @@ def value_axis(values: Sequence[float], *, from_zero: bool, top: float | None = 
 
 
 def log_axis(values: Sequence[float]) -> Axis:
-    """Whole decades around positive values; at most about six ticks."""
+    """Makes a logarithmic axis of whole decades around positive values, with about six ticks at most."""
     first, last = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
     if first == last:
         first, last = first - 1, last + 1
@@ -63,14 +63,14 @@ def log_axis(values: Sequence[float]) -> Axis:
 
 
 def show(value: float, unit: str) -> str:
-    """A number as a person writes it. unit 'fraction' prints per cent."""
+    """Writes a number as a person would. The unit 'fraction' prints per cent."""
     if unit == "fraction":
         return f"{significant(value * 100, 3)}%"
     return significant(value, 4)
 
 
 def tick_labels(axis: Axis, unit: str) -> list[str]:
-    """One label per tick, with as many decimals as the distance between ticks needs."""
+    """Writes a label for each tick, with as many decimals as the distance between ticks needs."""
     if axis.log or len(axis.ticks) < 2:
         return [show(tick, unit) for tick in axis.ticks]
     factor, sign = (100, "%") if unit == "fraction" else (1, "")
@@ -83,7 +83,10 @@ def tick_labels(axis: Axis, unit: str) -> list[str]:
 
 
 def significant(value: float, digits: int) -> str:
-    """`digits` significant digits, at least the whole part, no trailing zeros: 0.1235, 12.3, 4520, 1.2e-06."""
+    """Writes a number with `digits` significant digits, but all of its whole part, and without trailing zeros.
+
+    Examples with 3 digits: 0.124, 12.3, 4,520, 1.2e-6.
+    """
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     exponent = math.floor(math.log10(abs(value)))
@@ -97,6 +100,6 @@ def significant(value: float, digits: int) -> str:
 
 
 def _nice_stride(rough: float) -> float:
-    """1, 2 or 5 times a power of ten, not below `rough`."""
+    """The smallest of 1, 2 and 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""Which charts the report shows, in which order, from which metrics (docs/metrics.md)."""
+"""The charts of the report, in order, and the metrics that they show (docs/metrics.md)."""
 
 from __future__ import annotations
 
@@ -29,21 +29,26 @@ PHASE_COLORS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class ReportSection:
     anchor: str
     title: str
     lead: str
     charts: tuple[Chart, ...]
 
 
-def sections(run: RunData) -> tuple[Section, ...]:
+def sections(run: RunData) -> tuple[ReportSection, ...]:
     return (
-        Section("learning", "Learning", "Is the model getting better at the task?", _learning(run)),
-        Section(
-            "perception", "Visual perception", "Which tokens looked at the image and got the gradient.", _vppo(run)
+        ReportSection("learning", "Learning", "Is the model getting better at the task?", _learning(run)),
+        ReportSection(
+            "perception",
+            "Visual perception",
+            "Which tokens depend on the image and get the gradient?",
+            _vppo(run),
         ),
-        Section("update", "Policy update", "Is the optimisation well behaved?", _update(run)),
-        Section("system", "Rollout and system", "Do the engines agree, and where does the time go?", _system(run)),
+        ReportSection("update", "Policy update", "Is the optimisation well behaved?", _update(run)),
+        ReportSection(
+            "system", "Rollout and system", "Do the engines agree, and where does the time go?", _system(run)
+        ),
     )
 
 
@@ -147,7 +152,7 @@ def _update(run: RunData) -> tuple[Chart, ...]:
         Chart(
             "Prompts that carry a gradient",
             "fraction",
-            (Line("with right and wrong answers", ratio(run, "rollout/kept_groups", "rollout/sampled_groups"), 3),),
+            (Line("with right and wrong responses", ratio(run, "rollout/kept_groups", "rollout/sampled_groups"), 3),),
             scale="zero",
         ),
         Chart("Learning rate", "", (Line("rate", run.series("actor/lr"), 1),), scale="zero"),

@@ -214,7 +214,7 @@ def test_samples_of_different_prompts_come_first(tmp_path: Path) -> None:
 
 def test_an_empty_run_says_so(tmp_path: Path) -> None:
     html = render_report(tmp_path)
-    assert "No steps recorded yet" in html and "no rollouts recorded" in html
+    assert "No steps recorded yet" in html and "No rollouts recorded" in html
 
 
 def test_a_missing_folder_is_an_error_with_its_name(tmp_path: Path) -> None:

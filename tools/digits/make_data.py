@@ -1,8 +1,8 @@
-"""Write the digits data set: `problem`, `answer`, `images` rows in train.parquet and val.parquet.
+"""Writes the digits data set: `problem`, `answer`, `images` rows in train.parquet and val.parquet.
 
-    python tools/make_digits_data.py --out build/digits/data
+    python tools/digits/make_data.py --out build/digits/data
 
-Training and held-out pictures share no scan. `labels.json` says which scans and digits each row shows.
+Training and held-out images share no scan. `labels.json` says which scans and digits each row shows.
 """
 
 from __future__ import annotations
@@ -11,29 +11,33 @@ import argparse
 import io
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from digits.folder import build_once
-from digits.pairs import QUESTION, Pair, Scans, draw_pairs, load_scans, picture, split_scans
+from digits.pairs import QUESTION, Pair, Scans, draw_image, draw_pairs, load_scans, split_scans
 
 
-def encoded_picture(scans: Scans, pair: Pair) -> dict[str, Any]:
+def encoded_image(scans: Scans, pair: Pair) -> dict[str, Any]:
+    """Draws the image of a pair as the PNG file that the data set stores."""
     buffer = io.BytesIO()
-    picture(scans, pair).save(buffer, format="PNG", compress_level=1)
+    draw_image(scans, pair).save(buffer, format="PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
 def write_rows(path: Path, scans: Scans, pairs: list[Pair]) -> dict[str, list[list[int]]]:
-    """One parquet file of the released data sets' schema; returns the labels of its rows, in order."""
+    """Writes one parquet file of the released data sets' schema; returns the labels of its rows, in order."""
     from datasets import Dataset, Features, Image, List, Value
 
-    digits = [[int(scans.digit_S[p.left]), int(scans.digit_S[p.right])] for p in pairs]
+    digits = [[int(scans.digits[p.left]), int(scans.digits[p.right])] for p in pairs]
     rows = {
         "problem": [QUESTION] * len(pairs),
         "answer": [str(a + b) for a, b in digits],
-        "images": [[encoded_picture(scans, p)] for p in pairs],
+        "images": [[encoded_image(scans, p)] for p in pairs],
     }
     features = Features({"problem": Value("string"), "answer": Value("string"), "images": List(Image())})
     Dataset.from_dict(rows, features=features).to_parquet(str(path))
@@ -41,9 +45,9 @@ def write_rows(path: Path, scans: Scans, pairs: list[Pair]) -> dict[str, list[li
 
 
 def write_data(out: Path, *, train_pairs: int, val_pairs: int, held_out: float, seed: int) -> dict[str, Any]:
-    """Both files and their labels into the existing folder `out`; the same arguments write the same bytes."""
+    """Writes both files and their labels into the existing folder `out`; equal arguments write equal bytes."""
     scans = load_scans()
-    train_scans, val_scans = split_scans(len(scans.digit_S), held_out=held_out, seed=seed)
+    train_scans, val_scans = split_scans(len(scans.digits), held_out=held_out, seed=seed)
     labels = {
         "train": write_rows(out / "train.parquet", scans, draw_pairs(train_scans, count=train_pairs, seed=seed + 1)),
         "val": write_rows(out / "val.parquet", scans, draw_pairs(val_scans, count=val_pairs, seed=seed + 2)),

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a single rank starts."""
+"""The checks of a run that need no rank: devices, layout, model, files. They come before any process is started."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from megatron_vppo.config.checks import check_device, check_layout, ranks_per_co
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
+from megatron_vppo.models.hf_config import vllm_split_refusal
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
-from megatron_vppo.models.precision import check_fp8
+from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.read_config import read_hf_config
-from megatron_vppo.planning.engine_share import unsplit
-from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.model_folder import model_folder
 
 
 def check_before_launch(config: RunConfig) -> int:
-    """Number of local ranks to start.
+    """Checks a run and returns the number of local ranks to start.
 
     Raises:
-        ValueError: sizes that do not fit the devices, a layout that the model does not allow, with the numbers, or a
-            file that is not there.
+        ValueError: sizes that do not fit the devices, a layout that the model does not allow, or a missing file. The
+            message has the numbers.
     """
     parallel = config.parallel
     per_replica = ranks_per_copy(config)
@@ -35,8 +34,8 @@ def check_before_launch(config: RunConfig) -> int:
         raise ValueError(
             f"tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x data {parallel.data_parallel_size or 1} needs {world_size} "
-            f"GPUs, this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun or "
-            "srun"
+            f"GPUs, but this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun "
+            "or srun"
         )
     check_layout(config, world_size)
     check_device(config, on_cpu=devices == 0)
@@ -52,7 +51,7 @@ def check_before_launch(config: RunConfig) -> int:
     )
     options = model_options(config, on_gpu=devices > 0)
     if options.fp8 is not None:
-        check_fp8(
+        check_fp8_model(
             hf_config,
             options.fp8,
             tensor=parallel.tensor_model_parallel_size,
@@ -61,14 +60,16 @@ def check_before_launch(config: RunConfig) -> int:
         )
     num_engines(config, world_size=world_size, on_cpu=devices == 0)
     size = config.rollout.tensor_parallel_size
-    if what := unsplit(language_sizes(hf_config), vision_sizes(hf_config), size):
-        raise ValueError(f"rollout.tensor_parallel_size={size}: vLLM cannot split {what} over {size} ranks; take fewer")
+    if refusal := vllm_split_refusal(hf_config, size):
+        raise ValueError(
+            f"rollout.tensor_parallel_size={size}: vLLM cannot split {refusal} over {size} ranks; lower it"
+        )
     _check_files(config)
     return world_size
 
 
 def _check_files(config: RunConfig) -> None:
-    """Ranks would find them missing too, one after the other and after their engines have started."""
+    """Looks for the files of a run. Ranks would miss them too, but only after their engines have started."""
     data, reward = config.data, config.reward.reward_function
     for source in (data.train_files, data.val_files):
         if source is not None:

@@ -1,4 +1,7 @@
-"""What one process of a conversion to Megatron writes. Without Megatron, so that a process is small and starts soon."""
+"""The writing of a distributed checkpoint piece by piece: what each process of a conversion to Megatron does.
+
+Imports no Megatron, so that these processes are small and start soon.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +19,16 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vppo.conversion.read_ahead import read_ahead
-from megatron_vppo.conversion.workers import Report
-from megatron_vppo.weights.hf_folder import LazyTensor
+from megatron_vppo.conversion.workers import OnBytes
+from megatron_vppo.weights.hf_folder import FileTensor
 from megatron_vppo.weights.kinds import Kind, Shape
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a tensor as they are."""
+    """The source of a piece that is some rows of one tensor, as they are."""
 
-    tensor: LazyTensor
+    tensor: FileTensor
     low: int
     high: int
 
@@ -35,10 +38,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shard:
-    """What one of `size` tensor-parallel ranks would hold: the rows of a parameter whose order differs."""
+    """The source of a piece whose rows are in another order than the tensors': one of `size` ranks' shards."""
 
     kind: Kind
-    tensors: tuple[LazyTensor, ...]
+    tensors: tuple[FileTensor, ...]
     rank: int
     size: int
 
@@ -48,15 +51,19 @@ class Shard:
 
 @dataclass(frozen=True)
 class Piece:
+    """Rows of a parameter that are read, cast and written at a time."""
+
     key: str
+    """The name of the tensor in the checkpoint."""
     size: Shape
-    """Of the whole tensor `key`."""
+    """The shape of that tensor."""
     offset: Shape
+    """The position of this piece in it."""
     sizes: Shape
-    """Of this piece in it."""
+    """The shape of this piece in it."""
     source: Rows | Shard
     dtype: torch.dtype
-    """As stored; the source may have another."""
+    """The dtype in the checkpoint; the source may have another."""
 
     @property
     def nbytes(self) -> int:
@@ -72,25 +79,27 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class FilePart:
-    """What one process writes: plans of whole files, each with the pieces it needs."""
+class CheckpointShare:
+    """The files of a checkpoint that one process writes."""
 
     dist_ckpt: Path
     plans: tuple[SavePlan, ...]
+    """One per file."""
     pieces: dict[MetadataIndex, Piece]
+    """The pieces of all these files, in the order in which they are written."""
 
 
 class LazyPlanner(DefaultSavePlanner):
-    """Has each tensor made shortly before the writer asks for it. To be closed."""
+    """Makes each tensor shortly before the writer asks for it. Close it at the end."""
 
-    def __init__(self, pieces: Mapping[MetadataIndex, Piece], report: Report) -> None:
+    def __init__(self, pieces: Mapping[MetadataIndex, Piece], on_bytes: OnBytes) -> None:
         """
         Args:
             pieces: in the order in which the writer will ask for them.
         """
         super().__init__(flatten_state_dict=False)
         self._made = read_ahead((index, piece.read()) for index, piece in pieces.items())
-        self._report = report
+        self._on_bytes = on_bytes
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
@@ -100,29 +109,36 @@ class LazyPlanner(DefaultSavePlanner):
         index, tensor = next(self._made)
         if index != write_item.index:
             raise RuntimeError(f"the writer asks for {write_item.index} when it is {index}'s turn")
-        self._report(tensor.nbytes)
+        self._on_bytes(tensor.nbytes)
         return tensor
 
     def close(self) -> None:
         self._made.close()
 
 
-def write_files(part: FilePart, report: Report) -> list[list[WriteResult]]:
-    """What was written where, by file.
+def write_share(share: CheckpointShare, on_bytes: OnBytes) -> list[list[WriteResult]]:
+    """Writes the files of one process.
+
+    Returns:
+        For each file, what was written where in it.
 
     Raises:
         OSError: a write failed.
     """
-    writer = file_writer(part.dist_ckpt)
-    with closing(LazyPlanner(part.pieces, report)) as planner:
+    writer = file_writer(share.dist_ckpt)
+    with closing(LazyPlanner(share.pieces, on_bytes)) as planner:
         try:
-            return [writer.write_data(plan, planner).value() for plan in part.plans]
+            return [writer.write_data(plan, planner).value() for plan in share.plans]
         except RuntimeError as error:
-            raise _behind(error) from None
+            raise _cause_of(error) from None
 
 
-def _behind(error: RuntimeError) -> BaseException:
-    """What ended a write. torch.save then also finds that its file is too short, and says only that."""
+def _cause_of(error: RuntimeError) -> BaseException:
+    """Finds what ended a write.
+
+    Where a write fails within torch.save, torch then also finds that its file is too short, and reports only that. The
+    first error is in the chain of contexts.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) or not isinstance(cause, Exception):  # the latter is Ctrl-C or SIGTERM
@@ -132,7 +148,7 @@ def _behind(error: RuntimeError) -> BaseException:
 
 
 def file_writer(dist_ckpt: Path) -> FileSystemWriter:
-    # Flushed once, when everything is written; nothing is copied ahead, also where there are GPUs.
+    # Files are flushed once, when everything is written. Nothing is copied ahead, not even where there are GPUs.
     writer = FileSystemWriter(dist_ckpt, sync_files=False, per_thread_copy_ahead=0)
     writer.set_up_storage_writer(True)
     return writer

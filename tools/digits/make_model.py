@@ -1,8 +1,8 @@
-"""Make the digits model: a Qwen-VL of 2.5 M parameters that answers a part of the held-out pictures right.
+"""Makes the digits model: a Qwen-VL of 2.5 M parameters that is right about some of the held-out images.
 
-    python tools/make_digits_model.py --data build/digits/data --out build/digits/model [--family qwen3-vl]
+    python tools/digits/make_model.py --data build/digits/data --out build/digits/model [--family qwen3-vl]
 
-The folder is an ordinary Hugging Face one: transformers and vLLM load it.
+The result is an ordinary Hugging Face folder, which transformers and vLLM load.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # waiting threads sleep: on a busy machine spinning costs five times the work
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# Waiting threads sleep: on a busy machine, spinning costs five times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
+
 from digits.checkpoint import FAMILIES, make_config, make_model, make_processor, save_checkpoint
 from digits.cold_start import load_rows, train
 from digits.folder import STAMP, build_once
@@ -41,13 +43,13 @@ def write_model(
     threads: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Train from random weights and save into the existing folder `out`."""
+    """Trains from random weights and saves into the existing folder `out`."""
     begin = time.perf_counter()
     torch.set_num_threads(threads)  # a seed gives the same weights again for the same number of threads
     processor = make_processor(family)
     model = make_model(make_config(processor.tokenizer, family), seed=seed)
     params = sum(p.numel() for p in model.parameters())
-    print(f"a {family} of {params:,} parameters; supervised steps until {stop_at:.0%} of held-out answers are right")
+    print(f"a {family} of {params:,} parameters; supervised steps until {stop_at:.0%} of held-out responses are right")
     reached = train(
         model,
         processor,
@@ -75,7 +77,7 @@ def write_model(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder that make_digits_data.py wrote")
+    parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0])
     parser.add_argument(
@@ -84,15 +86,15 @@ def main() -> None:
     parser.add_argument("--stop-at", type=float, default=0.38, help="held-out accuracy to stop at")
     parser.add_argument("--max-steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--misread-share", type=float, default=0.35, help="of demonstrations with a wrong digit")
+    parser.add_argument("--misread-share", type=float, default=0.35, help="share of demonstrations with a wrong digit")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if not (options.data / STAMP).is_file():
-        parser.error(f"{options.data} is no folder of make_digits_data.py; build it first")
+        parser.error(f"{options.data} was not written by make_data.py; run that first")
     training = {k: v for k, v in vars(options).items() if k not in ("data", "out")}
-    settings = {k: v for k, v in training.items() if k != "threads"}  # changes rounding, not what the folder is
+    settings = {k: v for k, v in training.items() if k != "threads"}  # it changes only how sums are rounded
     data_stamp = json.loads((options.data / STAMP).read_text())["arguments"]
     result, reused = build_once(
         options.out,

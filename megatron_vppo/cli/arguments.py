@@ -1,0 +1,24 @@
+"""Types of command-line arguments: each turns a text into a value, or tells argparse what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+
+def positive(text: str) -> int:
+    """Reads a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def gibibytes(text: str) -> int:
+    """Reads a size in GiB, decimals allowed, as a number of bytes."""
+    try:
+        size = float(text) * 2**30
+    except ValueError:
+        size = math.nan
+    if not 1 <= size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
+    return int(size)

@@ -1,0 +1,114 @@
+"""The choices of every setting that has some, each set once. A leaf: every room may import it, and it imports nothing.
+
+The setting's description in `schema.py` says what each choice does; here is what the choices are about.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+# --- Data and rewards -------------------------------------------------------------------------------------------------
+
+BadRows = Literal["error", "skip"]
+"""The treatment of data rows that cannot be used."""
+
+ResizeMode = Literal["smart", "easyr1"]
+"""The rule that brings images under the pixel budget."""
+
+RewardType = Literal["batch", "sequential"]
+"""The way a user's reward function is called."""
+
+# --- Model ------------------------------------------------------------------------------------------------------------
+
+Dtype = Literal["float32", "bfloat16"]
+"""The number format of the weights."""
+
+BackendSetting = Literal["auto", "te", "torch"]
+"""The maker of the transformer layers; `models/options.py` has the two that 'auto' stands for."""
+
+ModelPart = Literal["vision_tower", "projector", "language_model"]
+"""The parts of a model that can be frozen."""
+
+VisionSplit = Literal["tensor", "images"]
+"""The way tensor-parallel ranks share the vision tower's work."""
+
+Recompute = Literal["none", "selective", "full"]
+"""What the backward pass computes again instead of keeping."""
+
+Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
+"""The scaling of FP8 operands."""
+
+Fp8Phase = Literal["scoring", "update"]
+"""The trainer's phases that can run in FP8."""
+
+# --- Algorithm --------------------------------------------------------------------------------------------------------
+
+Preset = Literal["global", "reference"]
+"""The named sets of algorithm settings."""
+
+DependencyKind = Literal["k3_sampled", "kl_full", "jsd"]
+"""The measures of a token's visual dependency."""
+
+Divergence = Literal["kl_full", "jsd"]
+"""The measures of visual dependency that need both distributions over the whole vocabulary."""
+
+ShapingMinScope = Literal["minibatch", "device_minibatch"]
+"""The rows over which advantage shaping takes its minimum."""
+
+ShapingMeanScope = Literal["minibatch", "microbatch"]
+"""The rows over which advantage shaping takes its mean."""
+
+NegativeAdvantages = Literal["same", "unscaled", "mirrored"]
+"""The scale of negative advantages."""
+
+TextOnlyRows = Literal["bypass", "rank"]
+"""The treatment of rows without an image."""
+
+LossAverage = Literal["token", "seq"]
+"""The mean that the policy-gradient loss is."""
+
+EntropyKind = Literal["nll", "entropy"]
+"""The quantity that the entropy term takes."""
+
+CountedTokens = Literal["all", "selected"]
+"""The tokens that a term counts: every response token, or those that the token filter selected."""
+
+TruncatedResponses = Literal["train", "mask"]
+"""The treatment of responses cut at the length limit."""
+
+PerturbKind = Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"]
+"""The ways to hide what an image shows."""
+
+PerturbSpace = Literal["patches", "pixels"]
+"""The side of the image processor on which an image is perturbed."""
+
+PerturbUnit = Literal["row", "image"]
+"""What gets a random perturbation of its own."""
+
+# --- Actor ------------------------------------------------------------------------------------------------------------
+
+LrScheduleKind = Literal["constant", "linear", "cosine"]
+"""The course of the learning rate after its warm-up."""
+
+MemoryPart = Literal["params", "grads", "optimizer"]
+"""The parts of the trainer's memory that can leave the GPU."""
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
+
+# --- Rollout ----------------------------------------------------------------------------------------------------------
+
+SeedKind = Literal["independent", "shared", "engine"]
+"""The origin of sampling seeds."""
+
+WeightTransferSetting = Literal["auto", "shm", "ipc"]
+"""The way of weights to the engines; `rollout/records.py` has the two that 'auto' stands for."""
+
+VerifyWeights = Literal["always", "first", "never"]
+"""The weight syncs whose checksums are compared."""
+
+Quantization = Literal["fp8"]
+"""The number format that engines quantise weights to."""
+
+# --- Trainer ----------------------------------------------------------------------------------------------------------
+
+LoggerService = Literal["wandb", "swanlab"]
+"""The services that metrics can go to."""

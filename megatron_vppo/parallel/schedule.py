@@ -1,0 +1,196 @@
+"""Megatron's pipeline schedule over packed micro-batches of responses: what scoring and updates share.
+
+Shape suffix legend: C = tokens of this context-parallel rank; h = hidden size; V = this rank's vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import Response
+from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
+from megatron_vppo.models.families import family_of
+from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.precision import language_precision
+from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel.batching import BatchSplit, Packer, Pixels, ResponseBatch, View, rows_of_rank
+from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.vocab_head import VocabHead
+
+ReadHidden = Callable[[ResponseBatch, Tensor], None]
+"""(micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
+LossOf = Callable[[ResponseBatch, Tensor], Tensor]
+"""(micro-batch, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last stage."""
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """The numbers of a run that scoring and updates go by."""
+
+    temperature: float
+    """The rollouts' temperature; log-probs are those of the distribution that was sampled."""
+    banned_ids: tuple[int, ...]
+    """Tokens that rollouts cannot sample; the distribution leaves them out."""
+    rows_per_update: int
+    """Responses per micro-batch of an update."""
+    rows_per_experience: int
+    """Responses per micro-batch of a scoring pass."""
+    head_chunk_tokens: int
+    """Rows of logits that may exist at once."""
+    perturb_per: PerturbUnit
+    fp8_scope: frozenset[Fp8Phase] = frozenset()
+    """The phases in which the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
+    token_alignment: int = 1
+    """The tokens of a rank are padded to a multiple of this."""
+
+
+class ScheduleRunner:
+    """Runs micro-batches through the stages of a model.
+
+    `forward` and `forward_backward` are collectives over all trainer ranks.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[QwenVLModel],
+        *,
+        hf_config: HfConfig,
+        layout: Layout,
+        settings: PolicySettings,
+        pixels: Pixels,
+    ) -> None:
+        """Takes bare stages, as build_model makes them, with or without Megatron's wrappers around them."""
+        self.stages = tuple(stages)
+        self.layout = layout
+        self.settings = settings
+        self._vocab_size = hf_config.text_config.vocab_size
+        self._packer = Packer(
+            pixels=pixels if layout.is_first_stage else None,
+            positions=family_of(hf_config).positions(hf_config),
+            image_token_id=hf_config.image_token_id,
+            merge_size=hf_config.vision_config.spatial_merge_size,
+            split=BatchSplit(
+                context=layout.context,
+                context_rank=layout.context_rank,
+                sequence_ranks=layout.tensor if self.stages[0].config.sequence_parallel else 1,
+                image_ranks=layout.vision_groups.images.size(),
+                image_rank=layout.vision_groups.images.rank(),
+                token_alignment=settings.token_alignment,
+            ),
+            device=layout.device,
+        )
+
+    @property
+    def reports(self) -> bool:
+        """True if this rank's results count.
+
+        The last stage has them, the same on all of its tensor-parallel ranks; each context-parallel rank has those of
+        its own tokens.
+        """
+        return self.layout.is_last_stage and self.layout.tensor_rank == 0
+
+    def micro_batches(self, responses: Sequence[Response], *, rows_each: int) -> list[Sequence[int]]:
+        """Cuts this rank's rows into micro-batches. Neighbours stay together: responses to a prompt share images."""
+        rows = rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
+        return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
+
+    def vocab_head(self, *, trained: bool) -> VocabHead:
+        """The vocabulary head of the last stage.
+
+        Args:
+            trained: a backward pass follows. It adds the weight's gradient to Megatron's `main_grad`, the optimizer's
+                own sum, without a copy in the model's dtype in between.
+        """
+        weight_Vh = self.stages[-1].head_weight_Vh()
+        return VocabHead(
+            weight_Vh,
+            vocab_size=self._vocab_size,
+            temperature=self.settings.temperature,
+            chunk_tokens=self.settings.head_chunk_tokens,
+            group=self.layout.groups.tp,
+            vocab_start=self.layout.tensor_rank * weight_Vh.shape[0],
+            banned_ids=self.settings.banned_ids,
+            weight_grad_Vh=weight_Vh.main_grad if trained and weight_Vh.requires_grad else None,  # type: ignore[attr-defined]
+        )
+
+    def forward(self, responses: Sequence[Response], micro_views: Sequence[Sequence[View]], read: ReadHidden) -> None:
+        """Runs the micro-batches forward through the bare stages, without dropout and gradient."""
+
+        def collect(batch: ResponseBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
+            read(batch, hidden_C1h)
+
+        for stage in self.stages:
+            stage.eval()
+        with torch.no_grad():
+            self._run(responses, micro_views, collect, models=self.stages, phase="scoring")
+        for stage in self.stages:
+            stage.train()
+
+    def forward_backward(
+        self,
+        responses: Sequence[Response],
+        micro_views: Sequence[Sequence[View]],
+        loss_of: LossOf,
+        *,
+        models: Sequence[torch.nn.Module],
+    ) -> None:
+        """Runs the micro-batches forward and backward; gradients add up where the wrappers keep them.
+
+        Args:
+            models: the stages in Megatron's data-parallel wrappers.
+        """
+        no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)  # that Megatron would divide by
+
+        def loss(batch: ResponseBatch, hidden_C1h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return loss_of(batch, hidden_C1h), no_tokens, {}
+
+        self._run(responses, micro_views, loss, models=models, phase="update")
+
+    def _run(
+        self,
+        responses: Sequence[Response],
+        micro_views: Sequence[Sequence[View]],
+        on_hidden: Callable[..., object],
+        *,
+        models: Sequence[torch.nn.Module],
+        phase: Fp8Phase,
+    ) -> None:
+        """Runs the schedule, which calls `on_hidden(batch, hidden)` on the last stage.
+
+        Every rank must run it, so a rank without rows runs a row that counts for nothing. With several stages per rank,
+        Megatron's schedule takes a multiple of the pipeline size.
+        """
+        multiple = self.layout.pipeline if len(models) > 1 else 1
+        num_micro_batches = math.ceil(max(1, len(micro_views)) / multiple) * multiple
+        idle = [[View(0, None, counted=False)]] * (num_micro_batches - len(micro_views))
+
+        def forward_step(
+            batches: Iterator[ResponseBatch], model: torch.nn.Module
+        ) -> tuple[Tensor, Callable[..., object]]:
+            batch = next(batches)
+            hidden_C1h = model(batch.packed)
+            return hidden_C1h, partial(on_hidden, batch)
+
+        # A generator: the images of a micro-batch are read and packed when the schedule asks for it, not before. Every
+        # stage of this rank asks once, so they share the batches.
+        packed = (self._packer.pack(responses, views) for views in [*micro_views, *idle])
+        iterators = list(itertools.tee(packed, len(models)))
+        with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators if len(models) > 1 else iterators[0],
+                model=list(models),
+                num_microbatches=num_micro_batches,
+                seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
+                micro_batch_size=1,
+                forward_only=phase == "scoring",
+                collect_non_loss_data=phase == "scoring",
+            )

@@ -1,0 +1,44 @@
+"""The results of a scoring pass, written token by token and summed over the ranks that hold them.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch, flat.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vppo.parallel.batching import ResponseTokens
+from megatron_vppo.parallel.vocab_head import TwoViews
+
+
+class ScoreTable:
+    """Log-probs, entropies, perturbed log-probs and divergences of all response tokens; 0.0 until they are written."""
+
+    def __init__(self, num_responses: int, num_tokens: int, *, device: torch.device) -> None:
+        self._tables_4BT = torch.zeros(4, num_responses, num_tokens, device=device)
+        self.logp_BT, self.entropy_BT, self.perturbed_logp_BT, self.divergence_BT = self._tables_4BT.unbind()
+
+    def write_original(self, tokens: ResponseTokens, logp_N: Tensor, entropy_N: Tensor) -> None:
+        self.logp_BT[tokens.at], self.entropy_BT[tokens.at] = logp_N, entropy_N
+
+    def write_perturbed(self, tokens: ResponseTokens, logp_N: Tensor) -> None:
+        self.perturbed_logp_BT[tokens.at] = logp_N
+
+    def write_two_views(self, tokens: ResponseTokens, views: TwoViews) -> None:
+        self.write_original(tokens, views.logp_N, views.entropy_N)
+        self.write_perturbed(tokens, views.perturbed_logp_N)
+        self.divergence_BT[tokens.at] = views.divergence_N
+
+    def sum_over_ranks(self, *, counts: bool) -> ScoreTable:
+        """The whole table in host memory, the same on every rank: each token was written by one rank that counts.
+
+        A collective over all ranks; the table itself is used up.
+        """
+        if not counts:
+            self._tables_4BT.zero_()
+        dist.all_reduce(self._tables_4BT)
+        whole = ScoreTable(*self.logp_BT.shape, device=torch.device("cpu"))
+        whole._tables_4BT.copy_(self._tables_4BT)
+        return whole

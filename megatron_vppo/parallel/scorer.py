@@ -1,0 +1,111 @@
+"""Scoring: log-probs and entropies of response tokens under the present weights, by a model that need not be trainable.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch, flat; C =
+tokens of this context-parallel rank; h = hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import PerturbKey, Response, Scores
+from megatron_vppo.config.choices import Divergence
+from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.schedule import ScheduleRunner
+from megatron_vppo.parallel.score_table import ScoreTable
+
+Views = Literal["original", "both"]
+
+
+class Scorer:
+    """Scores responses. It needs neither gradients nor an optimizer: any stages that can run forward will do."""
+
+    def __init__(self, runner: ScheduleRunner) -> None:
+        self._runner = runner
+
+    @property
+    def stages(self) -> tuple[QwenVLModel, ...]:
+        return self._runner.stages
+
+    def score(
+        self, responses: Sequence[Response], *, step: int, views: Views, divergence: Divergence | None = None
+    ) -> Scores:
+        """Scores every response token under the present weights; a collective over all trainer ranks.
+
+        Args:
+            step: training step; with the response, it seeds the perturbation.
+            views: 'both' also scores the perturbed image, in the same forward pass.
+            divergence: the full-vocabulary divergence between the two views. None: none is computed.
+        """
+        runner = self._runner
+        perturbed = [views == "both" and bool(response.prompt.images) for response in responses]
+        longest = max(len(response.token_ids) for response in responses)
+        table = ScoreTable(len(responses), longest, device=runner.layout.device)
+        perturbed_B = torch.tensor(perturbed, device=runner.layout.device)
+
+        def read(batch: ResponseBatch, hidden_C1h: Tensor) -> None:
+            if divergence is None:
+                self._write_logps(table, batch, hidden_C1h)
+            else:
+                self._write_divergences(table, batch, hidden_C1h, perturbed_B, divergence)
+
+        micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
+        runner.forward(responses, [self._views(rows, responses, step, perturbed) for rows in micro_batches], read)
+        whole = table.sum_over_ranks(counts=runner.reports)
+        return Scores(
+            old_logp_BT=whole.logp_BT,
+            entropy_BT=whole.entropy_BT,
+            perturbed_logp_BT=whole.perturbed_logp_BT if views == "both" else None,
+            divergence_BT=whole.divergence_BT if divergence is not None else None,
+        )
+
+    def _views(
+        self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
+    ) -> list[View]:
+        """The original views of a micro-batch's rows, then the perturbed views of those that have an image."""
+        per = self._runner.settings.perturb_per
+        return [View(row, None) for row in rows] + [
+            View(row, PerturbKey.of(responses[row], step, per=per)) for row in rows if perturbed[row]
+        ]
+
+    # A row without an image has no perturbed view: its original view stands for both.
+
+    def _write_logps(self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor) -> None:
+        """Writes log-probs and entropies; all tokens go through the head together."""
+        tokens = batch.tokens
+        hidden_Nh = hidden_C1h[tokens.hidden_index_N, 0]
+        logp_N, entropy_N = self._runner.vocab_head(trained=False).token_logps(
+            hidden_Nh, tokens.target_N, with_entropy=True
+        )
+        assert entropy_N is not None
+        original_N, perturbed_N = ~tokens.perturbed_N, tokens.perturbed_N
+        originals = tokens.select(original_N)
+        table.write_original(originals, logp_N[original_N], entropy_N[original_N])
+        table.write_perturbed(originals, logp_N[original_N])  # overwritten where there is a perturbed view
+        table.write_perturbed(tokens.select(perturbed_N), logp_N[perturbed_N])
+
+    def _write_divergences(
+        self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor, perturbed_B: Tensor, kind: Divergence
+    ) -> None:
+        """Writes everything: tokens of one view go through the head alone, those of two views in pairs."""
+        head, tokens = self._runner.vocab_head(trained=False), batch.tokens
+        paired_N = perturbed_B[tokens.row_N]
+        alone = tokens.select(~paired_N)
+        # The views are packed in the same order of rows and cut alike, so the two selections match token by token.
+        originals, perturbed = tokens.select(paired_N & ~tokens.perturbed_N), tokens.select(tokens.perturbed_N)
+        logp_N, entropy_N = head.token_logps(hidden_C1h[alone.hidden_index_N, 0], alone.target_N, with_entropy=True)
+        assert entropy_N is not None
+        table.write_original(alone, logp_N, entropy_N)
+        table.write_perturbed(alone, logp_N)
+        both = head.two_views(
+            hidden_C1h[originals.hidden_index_N, 0],
+            hidden_C1h[perturbed.hidden_index_N, 0],
+            originals.target_N,
+            kind=kind,
+        )
+        table.write_two_views(originals, both)

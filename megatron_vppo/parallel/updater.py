@@ -1,0 +1,84 @@
+"""Updates: the gradient of a mini-batch's loss, and the optimizer's step.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch,
+flat; C = tokens of this context-parallel rank; h = hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.types import TrainBatch
+from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.schedule import ScheduleRunner
+from megatron_vppo.parallel.training import Trainable
+
+
+class Updater:
+    """Trains a model on mini-batches."""
+
+    def __init__(self, trainable: Trainable, runner: ScheduleRunner) -> None:
+        """`runner` runs the stages of `trainable`."""
+        self._trainable = trainable
+        self._runner = runner
+
+    def update(self, batch: TrainBatch) -> dict[str, float]:
+        """Takes one optimizer step on one mini-batch; a collective over all trainer ranks.
+
+        The batch's weights hold every mask and denominator. A step whose gradient norm is not finite changes nothing
+        and is reported as actor/skipped_updates = 1.
+
+        Returns:
+            Metrics over the whole mini-batch, the same on every rank.
+        """
+        metrics = self.accumulate_gradients(batch)
+        grad_norm = self._trainable.step()
+        return {
+            **metrics,
+            "actor/grad_norm": grad_norm,
+            "actor/skipped_updates": float(not math.isfinite(grad_norm)),
+        }
+
+    def accumulate_gradients(self, batch: TrainBatch) -> dict[str, float]:
+        """Leaves the gradient of the mini-batch's loss in the parameters' `main_grad`; returns the loss's metrics."""
+        runner = self._runner
+        on_device = batch.to(runner.layout.device)
+        with_entropy = batch.loss.entropy_kind == "entropy"
+        weighted: dict[str, float] = {}
+        per_token: dict[str, float] = {}
+
+        def loss_of(micro_batch: ResponseBatch, hidden_C1h: Tensor) -> Tensor:
+            tokens = micro_batch.tokens
+            new_logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
+                hidden_C1h[tokens.hidden_index_N, 0], tokens.target_N, with_entropy=with_entropy
+            )
+            sums = surrogate_loss(new_logp_N, on_device.terms_at(tokens.at), spec=batch.loss, entropy_N=entropy_N)
+            _accumulate(weighted, sums.weighted_sums)
+            _accumulate(per_token, sums.token_sums)
+            return sums.loss
+
+        self._trainable.zero_gradients()
+        micro_batches = runner.micro_batches(batch.responses, rows_each=runner.settings.rows_per_update)
+        views = [[View(row, None) for row in rows] for rows in micro_batches]
+        runner.forward_backward(batch.responses, views, loss_of, models=self._trainable.ddps)
+        response_tokens = float(batch.response_mask_BT.sum())
+        return {
+            **self._sum_over_ranks(weighted, divide_by=1.0),
+            **self._sum_over_ranks(per_token, divide_by=response_tokens),
+        }
+
+    def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
+        gathered: list[dict[str, float]] = [{} for _ in range(self._runner.layout.world_size)]
+        dist.all_gather_object(gathered, sums if self._runner.reports else {})
+        names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
+        return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) / divide_by for name in names}
+
+
+def _accumulate(sums: dict[str, float], terms: Mapping[str, Tensor]) -> None:
+    for name, value in terms.items():
+        sums[name] = sums.get(name, 0.0) + float(value)
