@@ -16,16 +16,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import TextIO
 
-PHASE_LABELS = {
-    "gen": "rollout",
-    "reward": "reward",
-    "score": "score",
-    "adv": "adv",
-    "update_actor": "update",
-    "update_weights": "sync",
-    "testing": "val",
-}
-"""Span name -> the word on the line; spans of the same word are added. Others appear under their own name."""
+from megatron_vppo.observability.phases import PHASES
+
+LABELS = {phase.span: phase.label for phase in PHASES}
+"""Span -> the word on the line. Spans that belong to no phase appear under their own name."""
 
 SHORTEST_SECONDS = 0.05
 """Phases that are shorter do not appear on the line. metrics.jsonl has them."""
@@ -65,7 +59,7 @@ class Progress:
 
     def begin_phase(self, name: str) -> None:
         with self._lock:
-            self._phases.append((PHASE_LABELS.get(name, name), time.perf_counter()))
+            self._phases.append((LABELS.get(name, name), time.perf_counter()))
 
     def end_phase(self) -> None:
         with self._lock:
@@ -159,7 +153,7 @@ def _phases_of(metrics: Mapping[str, float]) -> dict[str, float]:
     for name, seconds in metrics.items():
         group, _, span = name.partition("/")
         if group == "timing_s" and span != "step":
-            label = PHASE_LABELS.get(span, span)
+            label = LABELS.get(span, span)
             phases[label] = phases.get(label, 0.0) + seconds
     return {label: seconds for label, seconds in phases.items() if seconds >= SHORTEST_SECONDS}
 

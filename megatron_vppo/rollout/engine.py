@@ -16,7 +16,7 @@ from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.rollout.transfer.weight_sender import DEFAULT_GROUP_BYTES, TransferBuffer, WeightSender
 
-MemoryTag = Literal["weights", "kv_cache"]
+EngineMemory = Literal["weights", "kv_cache"]
 """What an engine holds of its GPUs' memory and can give back."""
 
 
@@ -36,7 +36,7 @@ class RolloutEngine:
         self._session = _Session(self._child)
         self._sender: WeightSender | None = None
         self._has_weights = settings.load_format != "empty"
-        self._asleep: set[MemoryTag] = set()
+        self._asleep: set[EngineMemory] = set()
         self._finalizer = weakref.finalize(self, self._child.close)
 
     @property
@@ -114,7 +114,7 @@ class RolloutEngine:
             self._has_weights = False
             sender.forget_weights()
 
-    def wake(self, tag: MemoryTag) -> None:
+    def wake(self, tag: EngineMemory) -> None:
         """Take this part of the memory again. Weights that were forgotten come back as memory without meaning."""
         self._require_ready()
         if tag not in self._asleep:
@@ -144,7 +144,7 @@ class RolloutEngine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _require_awake(self, what: str, *tags: MemoryTag) -> None:
+    def _require_awake(self, what: str, *tags: EngineMemory) -> None:
         if missing := self._asleep.intersection(tags):
             raise RuntimeError(f"{what}: the rollout engine sleeps; wake its {' and '.join(sorted(missing))} first")
 

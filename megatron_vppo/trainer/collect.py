@@ -13,6 +13,7 @@ from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.observability.phases import REWARD, SAMPLE
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
@@ -63,7 +64,7 @@ class Collector:
 
     def _sample(self, step: int, attempt: int, log: RunLog) -> list[Group]:
         size = self.config.data.rollout_batch_size
-        with log.span("gen"):
+        with log.span(SAMPLE.span):
             prompts: list[Prompt] = from_rank_zero(lambda: self._draw(size))
             seeds = group_seeds(
                 prompts,
@@ -74,7 +75,7 @@ class Collector:
                 n=self.config.rollout.n,
             )
             groups = self.sampler.generate(prompts, seeds=seeds, sampling=self.sampling, first_group=attempt * size)
-        with log.span("reward"):
+        with log.span(REWARD.span):
             return score_groups(self.grader, groups)
 
     def _draw(self, size: int) -> list[Prompt]:

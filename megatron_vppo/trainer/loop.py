@@ -10,6 +10,7 @@ from megatron_vppo.algorithm.assemble import Minibatch, assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.observability.phases import ADVANTAGE, SAMPLE, SCORE, SYNC, UPDATE, VALIDATE
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
@@ -49,14 +50,14 @@ def train(run: Run) -> None:
     placement.syncing()
     log.add_all(sampler.send_weights(policy.hf_weights(), version=run.start_step))
     if run.validator and run.start_step == 0 and config.trainer.val_before_train:
-        with log.step(0), log.span("testing"):
+        with log.step(0), log.span(VALIDATE.span):
             placement.sampling()
             log.add_all(run.validator.run())
 
     for step in range(run.start_step + 1, run.total_steps + 1):
         with log.step(step):
             # 1-3. Sample groups, reward them, keep those with right and wrong answers.
-            with log.span("gen"):
+            with log.span(SAMPLE.span):
                 placement.sampling()
             groups = run.collector.groups(step, log)
             log.add("rollout/skipped_steps", float(not groups))
@@ -64,14 +65,14 @@ def train(run: Run) -> None:
                 scored = [item for group in groups for item in group]
 
                 # 4. How much did each token need the image? Both views in one forward pass of the old policy.
-                with log.span("score"):
+                with log.span(SCORE.span):
                     placement.scoring()
                     responses = [item.response for item in scored]
                     scores = policy.score(responses, step=step, views=views, divergence=divergence)
                 log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
 
                 # 5. Advantages by group, shaped by how visual the answer was; the tokens that carry the gradient.
-                with log.span("adv"):
+                with log.span(ADVANTAGE.span):
                     minibatches = assemble(
                         scored,
                         scores,
@@ -82,14 +83,14 @@ def train(run: Run) -> None:
                     )
 
                 # 6. Clipped policy updates, one per mini-batch.
-                with log.span("update_actor"):
+                with log.span(UPDATE.span):
                     placement.updating()
                     log.add("actor/lr", policy.trainable.set_step(step))
                     for minibatch in minibatches * config.actor.ppo_epochs:
                         log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
 
                 # 7. The new weights go to the engines, which never serve older ones and have the frozen ones.
-                with log.span("update_weights"):
+                with log.span(SYNC.span):
                     placement.syncing()
                     trained = policy.hf_weights(only_trained=True)
                     log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
@@ -97,7 +98,7 @@ def train(run: Run) -> None:
 
             # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
-                with log.span("testing"):
+                with log.span(VALIDATE.span):
                     placement.sampling()
                     log.add_all(run.validator.run())
         if is_due(step, config.trainer.save_freq, run.total_steps):

@@ -1,24 +1,42 @@
-"""Who holds the GPU, phase by phase. The one place that knows; `PHASES` is the whole of it.
+"""Decides who holds the GPU in each phase of a step; nothing else in the package does. `HOLDINGS` is the whole of it.
 
-A rank's trainer and the engine on the same GPU never hold more of it at once than the phase says. Entering a phase,
-what it does not need leaves first, on every rank, and only then comes what it needs. docs/placement.md has the table
-with the settings.
+A rank's trainer and the engine on the same GPU never hold more of it at once than the phase says. On entering a phase,
+every rank first gives up what the phase does not need, and only then takes what it needs. docs/placement.md has the
+table with the settings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from megatron_vppo.config.choices import MemoryPart
-from megatron_vppo.rollout.engine import MemoryTag
+from megatron_vppo.observability.phases import SAMPLE, SCORE, SYNC, UPDATE
+from megatron_vppo.rollout.engine import EngineMemory
 
-PhaseName = Literal["start", "sync", "sample", "score", "update", "write"]
+# One GPU through the first step, its checkpoint and the start of the second step, with engines that sleep and
+# `actor.offload: [params, grads, optimizer]`. A bar is memory on the GPU:
+#
+#                         start    sync     sample   score    update   sync     write    sample
+#     trainer  params     ================           ==================================
+#              grads      =======                             =======
+#              optimizer  =======                             =======           =======
+#     engine   weights             ================                    =======  (host)   =======
+#              kv_cache                     =======                                      =======
+#     for a moment                 buffers  prefill  activations       buffers           prefill
+#
+# The engine forgets its weights before `score`: an update and a sync follow, which brings new ones. Before `write` it
+# copies them to host memory, since nothing brings them again.
+
+START = "start"
+"""Before the first phase: the trainer's state is on the device, and engines that sleep are asleep."""
+WRITE = "write"
+"""A checkpoint or an export, between two steps."""
 
 
-class Trainer(Protocol):
-    """See parallel/offload.py."""
+class Offloadable(Protocol):
+    """The trainer's state on this rank; see parallel/offload.py."""
 
     def offload(self, parts: Collection[MemoryPart]) -> None: ...
 
@@ -27,57 +45,60 @@ class Trainer(Protocol):
     def empty_cache(self) -> None: ...
 
 
-class Engine(Protocol):
-    """See rollout/engine.py."""
+class Sleeper(Protocol):
+    """An engine that gives its memory back; see rollout/engine.py."""
 
     def sleep(self, *, keep_weights: bool) -> None: ...
 
-    def wake(self, tag: MemoryTag) -> None: ...
+    def wake(self, tag: EngineMemory) -> None: ...
 
 
 @dataclass(frozen=True)
-class Phase:
+class Holding:
+    """The state that trainer and engine keep on the device during a phase."""
+
     trainer: tuple[MemoryPart, ...]
-    """What has to be on the device; the rest leaves, as far as `actor.offload` names it."""
-    engine: tuple[MemoryTag, ...]
-    after: tuple[PhaseName, ...]
+    """Parts that must be on the device. The others leave it if `actor.offload` names them."""
+    engine: tuple[EngineMemory, ...]
+    after: tuple[str, ...]
     """Phases that this one may follow."""
     keeps_engine_weights: bool = False
-    """The engine's weights wait in host memory, since no sync follows."""
+    """True if the engine's weights wait in host memory, because no sync follows."""
 
 
-PHASES: dict[PhaseName, Phase] = {
-    "start": Phase(trainer=("params", "grads", "optimizer"), engine=(), after=()),
-    "sync": Phase(trainer=("params",), engine=("weights",), after=("start", "update")),
-    "sample": Phase(trainer=(), engine=("weights", "kv_cache"), after=("sync", "sample", "write")),
-    "score": Phase(trainer=("params",), engine=(), after=("sample",)),
-    "update": Phase(trainer=("params", "grads", "optimizer"), engine=(), after=("score",)),
-    "write": Phase(
-        trainer=("params", "optimizer"), engine=(), after=("sync", "sample", "write"), keeps_engine_weights=True
+HOLDINGS = {
+    START: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=()),
+    SYNC.name: Holding(trainer=("params",), engine=("weights",), after=(START, UPDATE.name)),
+    SAMPLE.name: Holding(trainer=(), engine=("weights", "kv_cache"), after=(SYNC.name, SAMPLE.name, WRITE)),
+    SCORE.name: Holding(trainer=("params",), engine=(), after=(SAMPLE.name,)),
+    UPDATE.name: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=(SCORE.name,)),
+    WRITE: Holding(
+        trainer=("params", "optimizer"), engine=(), after=(SYNC.name, SAMPLE.name, WRITE), keeps_engine_weights=True
     ),
 }
+"""The phases that move memory. Rewards and advantages need no GPU, and validation samples."""
 
 
 class Placement:
-    """Moves from phase to phase. Every method is a collective over all trainer ranks, and does nothing where the
-    device is as the phase wants it.
+    """Moves from phase to phase. Every method is a collective over all trainer ranks, and does nothing if the device
+    already holds what the phase wants.
     """
 
     def __init__(
         self,
-        trainer: Trainer,
-        engine: Engine | None,
+        trainer: Offloadable,
+        engine: Sleeper | None,
         *,
         offloads: Collection[MemoryPart],
         engines_sleep: bool,
         barrier: Callable[[], None],
     ) -> None:
-        """The trainer's state is on the device, and engines that sleep are asleep.
+        """Expects the state of `START`.
 
         Args:
-            engine: the one that this rank leads.
+            engine: the engine that this rank leads; None if it leads none.
             offloads: parts of the trainer that may leave the device; the same on every rank.
-            engines_sleep: whether engines give their memory back; the same on every rank.
+            engines_sleep: True if engines give their memory back; the same on every rank.
             barrier: returns when every rank has called it.
         """
         self._trainer = trainer
@@ -86,65 +107,70 @@ class Placement:
         self._offloads = frozenset(offloads)
         self._barrier = barrier
         self._away: frozenset[MemoryPart] = frozenset()
-        self._awake: frozenset[MemoryTag] = frozenset() if engines_sleep else frozenset(("weights", "kv_cache"))
-        self.phase: PhaseName = "start"
+        self._awake: frozenset[EngineMemory] = frozenset() if engines_sleep else frozenset(("weights", "kv_cache"))
+        self.phase: str = START
 
     def syncing(self) -> None:
-        """For sending the trainer's weights to the engines: both hold theirs, there is no KV cache yet."""
-        self._enter("sync")
+        """For sending the trainer's weights to the engines: both hold theirs, and there is no KV cache yet."""
+        self._enter(SYNC.name)
 
     def sampling(self) -> None:
-        """For the engines to answer: they hold their weights and KV cache."""
-        self._enter("sample")
+        """For sampling: the engines hold their weights and KV cache."""
+        self._enter(SAMPLE.name)
 
     def scoring(self) -> None:
         """For forward passes of the trainer. The engines forget their weights: an update and a sync follow."""
-        self._enter("score")
+        self._enter(SCORE.name)
 
     def updating(self) -> None:
         """For optimizer steps."""
-        self._enter("update")
+        self._enter(UPDATE.name)
 
     def writing(self) -> None:
-        """For checkpoint and export. Engines keep their weights, and memory that a written file needs none of."""
-        self._enter("write")
+        """For checkpoint and export. Engine weights wait in host memory; trainer state that no file contains stays
+        offloaded.
+        """
+        self._enter(WRITE)
 
-    def _enter(self, name: PhaseName) -> None:
-        phase = PHASES[name]
-        if self.phase not in phase.after:
+    def _enter(self, name: str) -> None:
+        holding = HOLDINGS[name]
+        if self.phase not in holding.after:
             raise RuntimeError(
-                f"placement: '{name}' cannot follow '{self.phase}', only {' or '.join(map(repr, phase.after))}"
+                f"placement: '{name}' cannot follow '{self.phase}', only {' or '.join(map(repr, holding.after))}"
             )
         self.phase = name
-        leaving = self._offloads - self._away - set(phase.trainer)
-        coming = self._away & set(phase.trainer)
-        engine_moves = self._engines_sleep and self._awake != set(phase.engine)
-        if name == "write" and not coming:
-            return  # everything that is written is there, and writing takes no room
+        leaving = self._offloads - self._away - set(holding.trainer)
+        coming = self._away & set(holding.trainer)
+        engine_moves = self._engines_sleep and self._awake != set(holding.engine)
+        if name == WRITE and not coming:
+            return  # everything that is written is on the device, and writing takes no room
         if leaving or coming or engine_moves:
-            self._make_room(leaving, phase)
-            self._barrier()  # an engine may reach over the GPUs of several ranks
-            self._take(coming, phase)
+            self._make_room(leaving, holding)
+            self._barrier()  # an engine may span the GPUs of several ranks
+            self._take(coming, holding)
 
-    def _make_room(self, leaving: frozenset[MemoryPart], phase: Phase) -> None:
-        """Nobody takes memory here: vLLM compares what the whole GPU has free before and after it falls asleep."""
+    def _make_room(self, leaving: frozenset[MemoryPart], holding: Holding) -> None:
+        """Gives memory up and takes none: vLLM compares the free memory of the whole GPU before and after it falls
+        asleep.
+        """
         if leaving:
             self._trainer.offload(leaving)
             self._away |= leaving
         if not self._engines_sleep:
             return
-        if self._awake - set(phase.engine):
+        # vLLM falls asleep as a whole: an engine that has to give up a part gives up all, and wakes what it keeps.
+        if self._awake - set(holding.engine):
             if self._engine is not None:
-                self._engine.sleep(keep_weights=phase.keeps_engine_weights)
+                self._engine.sleep(keep_weights=holding.keeps_engine_weights)
             self._awake = frozenset()
-        elif set(phase.engine) - self._awake:
+        elif set(holding.engine) - self._awake:
             self._trainer.empty_cache()
 
-    def _take(self, coming: frozenset[MemoryPart], phase: Phase) -> None:
+    def _take(self, coming: frozenset[MemoryPart], holding: Holding) -> None:
         if coming:
             self._trainer.reload(coming)
             self._away -= coming
-        for tag in phase.engine:
+        for tag in holding.engine:
             if tag not in self._awake and self._engine is not None:
                 self._engine.wake(tag)
-        self._awake |= set(phase.engine)
+        self._awake |= set(holding.engine)

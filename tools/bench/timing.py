@@ -5,8 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-PHASES = ("gen", "reward", "score", "adv", "update_actor", "update_weights")
-ONCE = ("testing",)
+from megatron_vppo.observability.phases import PHASES, VALIDATE
+
+EVERY_STEP = tuple(phase.span for phase in PHASES if phase is not VALIDATE)
+"""The spans of the phases that every step has."""
+ONCE = (VALIDATE.span,)
 """Spans that not every step has. They are subtracted from the time of a step."""
 
 Line = Mapping[str, float]
@@ -36,11 +39,11 @@ def phase_seconds(lines: Sequence[Line]) -> dict[str, dict[str, float]]:
     'step' is the whole step without validation and checkpoints; 'other' is the part of it that is in no phase.
     """
     series: dict[str, list[float]] = {
-        phase: [line[f"timing_s/{phase}"] for line in lines if f"timing_s/{phase}" in line] for phase in PHASES
+        phase: [line[f"timing_s/{phase}"] for line in lines if f"timing_s/{phase}" in line] for phase in EVERY_STEP
     }
     series["step"] = [step_seconds(line) for line in lines]
     series["other"] = [
-        step_seconds(line) - sum(line.get(f"timing_s/{phase}", 0.0) for phase in PHASES) for line in lines
+        step_seconds(line) - sum(line.get(f"timing_s/{phase}", 0.0) for phase in EVERY_STEP) for line in lines
     ]
     return {
         name: {"median": statistics.median(values), "min": min(values), "max": max(values)}

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_vppo.observability.phases import PHASES
 from megatron_vppo.observability.report.charts import Chart, Line
 from megatron_vppo.observability.report.data import RunData, ratio, rest_of_step
-
-PHASES = (
-    ("gen", "sampling"),
-    ("reward", "reward"),
-    ("score", "scoring, both views"),
-    ("update_actor", "policy update"),
-    ("update_weights", "weights to vLLM"),
-    ("testing", "validation"),
-)
-"""Spans shown with a colour of their own, in the order of a step; the rest is 'other'."""
-
-PHASE_COLORS = {
-    "gen": 1,
-    "reward": 4,
-    "score": 3,
-    "update_actor": 2,
-    "update_weights": 5,
-    "testing": 6,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +176,13 @@ def _system(run: RunData) -> tuple[Chart, ...]:
 
 
 def _phases(run: RunData) -> tuple[Line, ...]:
+    """The seconds of the logged phases that have a bar of their own, in the order of a step; the rest is 'other'."""
     logged = set(run.names("timing_s/"))
-    shown: Sequence[tuple[str, str]] = [(span, label) for span, label in PHASES if f"timing_s/{span}" in logged]
-    lines = [Line(label, run.series(f"timing_s/{span}"), PHASE_COLORS[span]) for span, label in shown]
-    rest = rest_of_step(run, [f"timing_s/{span}" for span, _ in shown])
+    bars = [
+        (f"timing_s/{phase.span}", phase.report_label, phase.report_color)
+        for phase in PHASES
+        if phase.report_label is not None and f"timing_s/{phase.span}" in logged
+    ]
+    lines = [Line(label, run.series(name), color) for name, label, color in bars]
+    rest = rest_of_step(run, [name for name, _, _ in bars])
     return (*lines, Line("other", rest, 0))
