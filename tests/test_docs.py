@@ -261,7 +261,7 @@ RIGHT = """
 Prose may say make haste, vppo nonsense and nowhere.py. <!-- `make nothing` and [x](gone.png) -->
 
 `make demo ARGS="rollout.n=4"`, `vppo report RUN`, `tests/test_docs.py`, `grouping.py`, `megatron_vppo/models/*.py`,
-`reward.reward_function=my_reward.py:score`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
+`reward.reward_function=my_reward.py:grade`, `algorithm.perturb`, `model.safetensors`, `actor/pg_loss`,
 `runs/<project>/<experiment>/`, `file.py:function`, `test_equals_transformers`.
 [Docs](docs/algorithm.md#what-is-computed), [top](#title) and
 [paper](https://arxiv.org/abs/1).

@@ -76,7 +76,7 @@ class RewardPool:
             self.close()
             raise
 
-    def score(self, responses: Sequence[Response], texts: Sequence[str]) -> list[Reward]:
+    def grade(self, responses: Sequence[Response], texts: Sequence[str]) -> list[Reward]:
         """One reward per response, in order. `texts`: the responses, decoded without special tokens."""
         inputs = [
             {"response": text, "response_length": len(r.token_ids), "ground_truth": r.prompt.answer}

@@ -26,7 +26,7 @@ Group = list[GradedResponse]
 
 @dataclass(frozen=True)
 class Collector:
-    """Draws prompts and turns them into scored groups; the same groups on every rank."""
+    """Draws prompts and turns them into graded groups; the same groups on every rank."""
 
     config: RunConfig
     stream: PromptStream | None
@@ -76,7 +76,7 @@ class Collector:
             )
             groups = self.sampler.generate(prompts, seeds=seeds, sampling=self.sampling, first_group=attempt * size)
         with log.span(REWARD.span):
-            return score_groups(self.grader, groups)
+            return grade_groups(self.grader, groups)
 
     def _draw(self, size: int) -> list[Prompt]:
         assert self.stream is not None, "prompts are drawn on rank 0"
@@ -89,10 +89,10 @@ class Collector:
         )
 
 
-def score_groups(grader: Grader, groups: Sequence[Sequence[Response]]) -> list[Group]:
+def grade_groups(grader: Grader, groups: Sequence[Sequence[Response]]) -> list[Group]:
     """Rewards every response, group by group."""
-    scored = iter(grader.score([response for group in groups for response in group]))
-    return [[next(scored) for _ in group] for group in groups]
+    graded = iter(grader.grade([response for group in groups for response in group]))
+    return [[next(graded) for _ in group] for group in groups]
 
 
 def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:

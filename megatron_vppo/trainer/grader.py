@@ -1,4 +1,4 @@
-"""Responses -> scored responses, the same on every rank."""
+"""Responses -> graded responses, the same on every rank."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class Grader:
         self._pool = pool
         self._decode = decode
 
-    def score(self, responses: Sequence[Response]) -> list[GradedResponse]:
+    def grade(self, responses: Sequence[Response]) -> list[GradedResponse]:
         """In the order of the responses; a collective over all ranks."""
-        graded = from_rank_zero(lambda: self._score_here(responses))
+        graded = from_rank_zero(lambda: self._grade_here(responses))
         return [
             GradedResponse(response=response, text=text, reward=reward)
             for response, (text, reward) in zip(responses, graded, strict=True)
         ]
 
-    def _score_here(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
+    def _grade_here(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
         assert self._pool is not None, "rewards are computed on rank 0"
         texts = [self._decode(response.token_ids) for response in responses]
-        rewards = self._pool.score(responses, texts)
+        rewards = self._pool.grade(responses, texts)
         return list(zip(texts, rewards, strict=True))
 
     def close(self) -> None:

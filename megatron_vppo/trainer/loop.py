@@ -62,19 +62,19 @@ def train(run: Run) -> None:
             groups = run.collector.groups(step, log)
             log.add("rollout/skipped_steps", float(not groups))
             if groups:
-                scored = [item for group in groups for item in group]
+                graded = [item for group in groups for item in group]
 
                 # 4. How much did each token need the image? Both views in one forward pass of the old policy.
                 with log.span(SCORE.span):
                     placement.scoring()
-                    responses = [item.response for item in scored]
+                    responses = [item.response for item in graded]
                     scores = policy.score(responses, step=step, views=views, divergence=divergence)
                 log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
 
                 # 5. Advantages by group, shaped by how visual the answer was; the tokens that carry the gradient.
                 with log.span(ADVANTAGE.span):
                     minibatches = assemble(
-                        scored,
+                        graded,
                         scores,
                         settings=settings,
                         responses_per_minibatch=config.actor.global_batch_size * config.rollout.n,

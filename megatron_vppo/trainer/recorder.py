@@ -32,13 +32,13 @@ class Recorder:
         self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores
     ) -> Iterator[RolloutRecord]:
         """One per trained response, in the order of the step."""
-        scored = [item for group in groups for item in group]
-        texts = self._token_texts([item.response for item in scored])
+        graded = [item for group in groups for item in group]
+        texts = self._token_texts([item.response for item in graded])
         with_pictures = _pick(groups)
         row = 0
         for minibatch in minibatches:
             for local in range(len(minibatch.batch.responses)):
-                item = scored[row]
+                item = graded[row]
                 record = self._record(item, row, local, minibatch, scores, texts)
                 if (item.response.group_id, item.response.sample) in with_pictures:
                     record["images"] = [

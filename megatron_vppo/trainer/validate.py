@@ -9,7 +9,7 @@ from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
-from megatron_vppo.trainer.collect import score_groups
+from megatron_vppo.trainer.collect import grade_groups
 from megatron_vppo.trainer.grader import Grader
 
 
@@ -28,7 +28,7 @@ class Validator:
         """
         n = self.config.rollout.val.n
         seeds = group_seeds(self.prompts, kind="independent", run_seed=self.config.trainer.seed, step=0, attempt=0, n=n)
-        groups = score_groups(self.grader, self.sampler.generate(self.prompts, seeds=seeds, sampling=self.sampling))
+        groups = grade_groups(self.grader, self.sampler.generate(self.prompts, seeds=seeds, sampling=self.sampling))
         items = [item for group in groups for item in group]
         return {
             "val/accuracy": sum(item.reward.accuracy for item in items) / len(items),

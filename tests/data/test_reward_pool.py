@@ -78,24 +78,24 @@ def responses(texts: list[str], answer: str = "42") -> list[Response]:
     ]
 
 
-def score(pool: RewardPool, texts: list[str]):
-    return pool.score(responses(texts), texts)
+def grade(pool: RewardPool, texts: list[str]):
+    return pool.grade(responses(texts), texts)
 
 
 def test_built_in_grader_in_workers() -> None:
     texts = [r"\boxed{42}", "42", r"\boxed{41}", r"so \boxed{42.0}"] * 5
     with RewardPool(num_workers=2) as pool:
-        rewards = score(pool, texts)
+        rewards = grade(pool, texts)
         assert [reward.overall for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
         assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
-        assert score(pool, []) == []
+        assert grade(pool, []) == []
 
 
 def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
     bomb = r"\boxed{x+99999999!}"  # MathRuler lets sympy compute it
     with RewardPool(timeout_seconds=1.0) as pool:
         started = time.monotonic()
-        rewards = pool.score(responses(["a", "b"], answer="x+1"), [bomb, r"\boxed{1+x}"])
+        rewards = pool.grade(responses(["a", "b"], answer="x+1"), [bomb, r"\boxed{1+x}"])
         assert [reward.overall for reward in rewards] == [0.0, 1.0]
         assert [reward.error for reward in rewards] == ["no result after 1 s", None]
         assert time.monotonic() - started < 60
@@ -106,7 +106,7 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
     texts = ["four", "hang", "42", "raise", "die", "raise", "end"]
     caplog.set_level(logging.WARNING)
     with RewardPool(f"{functions}:{reward_type}", reward_type=reward_type, num_workers=2, timeout_seconds=1.0) as pool:
-        rewards = score(pool, texts)
+        rewards = grade(pool, texts)
         assert [reward.overall for reward in rewards] == [0.4, 0.0, 0.2, 0.0, 0.0, 0.0, 0.3]
         assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
         size = {"size": 1.0} if reward_type == "batch" else {}
@@ -129,28 +129,28 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
         assert sum("row 101" in m and "'hang'" in m for m in shown) == 1
         assert sum("row 103" in m and "KeyError" in m and "'raise'" in m for m in shown) == 1
         assert sum("row 104" in m for m in shown) == 1
-        assert [reward.overall for reward in score(pool, ["ab", "abc"])] == [0.2, 0.3]
+        assert [reward.overall for reward in grade(pool, ["ab", "abc"])] == [0.2, 0.3]
 
 
 def test_a_batch_function_gets_the_whole_batch(functions: str) -> None:
     with RewardPool(f"{functions}:batch", num_workers=2) as pool:
-        assert [reward.metrics["size"] for reward in score(pool, ["a"] * 50)] == [50.0] * 50
+        assert [reward.metrics["size"] for reward in grade(pool, ["a"] * 50)] == [50.0] * 50
 
 
 def test_plain_numbers_and_unusable_results(functions: str) -> None:
     with RewardPool(f"{functions}:numbers") as pool:
-        rewards = score(pool, ["0.25", "-1", "3"])
+        rewards = grade(pool, ["0.25", "-1", "3"])
         assert [(r.overall, r.accuracy, dict(r.metrics)) for r in rewards] == [
             (0.25, 0.25, {}),
             (-1, 0, {}),
             (3, 1, {}),
         ]
-        bad = score(pool, ["1", "nan", "text"])
+        bad = grade(pool, ["1", "nan", "text"])
         assert [r.overall for r in bad] == [1.0, 0.0, 0.0]
         assert bad[1].error == "ValueError: the reward function returned nan for 'overall'"
         assert bad[2].error is not None and "could not convert string to float" in bad[2].error
     with RewardPool(f"{functions}:short") as pool:
-        assert [r.error for r in score(pool, ["a", "b"])] == [
+        assert [r.error for r in grade(pool, ["a", "b"])] == [
             "ValueError: the reward function returned 0 scores for 1 responses"
         ] * 2
 
@@ -159,14 +159,14 @@ def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> 
     texts = ["0.6", "0.01", "0.3", "0.02", "0.3"]
     with RewardPool(f"{functions}:slow", reward_type="sequential", num_workers=3) as pool:
         started = time.monotonic()
-        assert [reward.overall for reward in score(pool, texts)] == [float(text) for text in texts]
+        assert [reward.overall for reward in grade(pool, texts)] == [float(text) for text in texts]
         assert time.monotonic() - started < sum(float(text) for text in texts)
 
 
 def test_workers_are_light_and_no_ranks(functions: str, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "3")
     with RewardPool(f"{functions}:modules", reward_type="sequential") as pool:
-        assert score(pool, ["x"])[0].metrics == {"torch": 0.0, "rank": 0.0}
+        assert grade(pool, ["x"])[0].metrics == {"torch": 0.0, "rank": 0.0}
 
 
 def test_functions_that_cannot_be_loaded_stop_the_run_at_its_start(functions: str, tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_close_and_a_death_between_calls(functions: str) -> None:
     pool = RewardPool(f"{functions}:numbers", num_workers=2)
     pids = worker_pids(pool)
     os.kill(pids[0], 9)
-    assert [reward.overall for reward in score(pool, ["1", "2"])] == [1.0, 2.0]
+    assert [reward.overall for reward in grade(pool, ["1", "2"])] == [1.0, 2.0]
     pids += worker_pids(pool)
     pool.close()
     pool.close()
@@ -208,10 +208,10 @@ def test_workers_die_with_a_parent_that_is_killed(functions: str) -> None:
     program = textwrap.dedent(f"""
         import sys, threading
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from tests.data.test_reward_pool import RewardPool, score, worker_pids
+        from tests.data.test_reward_pool import RewardPool, grade, worker_pids
         pool = RewardPool({f"{functions}:sequential"!r}, reward_type="sequential", num_workers=2, timeout_seconds=600)
         print(*worker_pids(pool), flush=True)
-        score(pool, ["hang"])
+        grade(pool, ["hang"])
     """)
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None

@@ -44,7 +44,7 @@ class Grader:
     def __init__(self, mixed: set[int]) -> None:
         self.mixed = mixed
 
-    def score(self, responses: Any) -> list[GradedResponse]:
+    def grade(self, responses: Any) -> list[GradedResponse]:
         rights = [float(r.sample == 0 and r.prompt.row in self.mixed) for r in responses]
         return [GradedResponse(r, "", Reward(right, right, {})) for r, right in zip(responses, rights, strict=True)]
 
@@ -111,10 +111,10 @@ def test_without_filtering_every_group_is_kept(tmp_path: Path) -> None:
 class BrokenGrader(Grader):
     """Like Grader, but no answer to row 1 could be graded."""
 
-    def score(self, responses: Any) -> list[GradedResponse]:
+    def grade(self, responses: Any) -> list[GradedResponse]:
         failed = Reward(0.0, 0.0, {}, error="it raised")
         return [
-            replace(item, reward=failed) if item.response.prompt.row == 1 else item for item in super().score(responses)
+            replace(item, reward=failed) if item.response.prompt.row == 1 else item for item in super().grade(responses)
         ]
 
 
