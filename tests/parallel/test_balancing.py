@@ -42,5 +42,5 @@ def test_balance_is_far_better_than_rows_in_order() -> None:
 
 
 def test_sizes_below_one_are_refused() -> None:
-    with pytest.raises(ValueError, match="num_ranks=0"):
+    with pytest.raises(ValueError, match="num_ranks is 0"):
         assign_to_ranks([1], num_ranks=0)

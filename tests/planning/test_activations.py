@@ -119,13 +119,13 @@ def _measure(case: Case, layout: Layout, *, sequence_parallel: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(two_rows_of_one_picture(has_picture=layout.context_rank == 0))
+        output = model(two_rows_of_one_image(rank=layout.context_rank, ranks=layout.context))
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def two_rows_of_one_picture(*, has_picture: bool) -> PackedBatch:
-    """The first context-parallel rank runs the tower on it."""
+def two_rows_of_one_image(*, rank: int, ranks: int) -> PackedBatch:
+    """One micro-batch; the first context-parallel rank runs the tower on its image."""
     image_tokens = PATCHES // MERGE**2
     row = [MEDIA_TOKENS["vision_start_token_id"], *[IMAGE] * image_tokens, *[5] * (ROW_TOKENS - image_tokens - 1)]
     positions = mrope_positions(row, [GRID], image_token_id=IMAGE, merge_size=MERGE)
@@ -136,8 +136,9 @@ def two_rows_of_one_picture(*, has_picture: bool) -> PackedBatch:
         packing=Packing((ROW_TOKENS,) * ROWS),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),
-        pixels_PD=torch.zeros(PATCHES if has_picture else 0, PATCH_VALUES),
+        pixels_PD=torch.zeros(PATCHES if rank == 0 else 0, PATCH_VALUES),
         grids_thw=(GRID,),
+        images_of_ranks=((0,), *((),) * (ranks - 1)),
     )
 
 
