@@ -1,13 +1,16 @@
-"""Pictures as the model takes them, from image references: resized for vLLM, patches for the trainer, perturbed.
+"""The images of a run as each consumer takes them, made from references to them.
 
-Shape suffix legend: P = vision patches in the processor's order (merge blocks first), D = patch_dim = channels *
-frames * patch * patch (channel-major; a still picture fills all frames alike).
+vLLM gets them resized, the trainer as patches, and the second view of scoring perturbed.
+
+Shape suffix legend: P = patches in the processor's order, merge block by merge block; D = values of one patch, channel
+by channel (a still image fills all frames of a patch alike).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -16,19 +19,25 @@ from PIL import Image
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
+from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.perturb import PerturbSettings, black_out_patches, black_patch_mask, perturb_image, perturb_rng
+from megatron_vppo.data.perturb import PatchPerturbation, Perturbation, perturb_rng
 
 Value = TypeVar("Value")
 
 
-class VisionInputs:
-    """The pictures of a run. Deterministic: the same reference and key give the same bits on every rank, at any time.
+@dataclass(frozen=True, slots=True)
+class Perturbing:
+    """The way a run hides what its images show."""
 
-    `datasets` maps the split names of ImageRef to data sets; `image_processor` is the model's own, of transformers;
-    `geometry` holds the pixel budget; `cache_bytes` bounds what is kept of decoded pictures and unperturbed patches.
-    """
+    perturbation: Perturbation
+    per: PerturbUnit
+    """What gets a random perturbation of its own: each response, or each image once per step."""
+
+
+class VisionInputs:
+    """The images of a run: the same reference and key give the same bits on every rank, at any time."""
 
     def __init__(
         self,
@@ -36,45 +45,57 @@ class VisionInputs:
         image_processor: Any,
         *,
         geometry: ImageGeometry,
-        perturb: PerturbSettings | None = None,
+        perturbing: Perturbing | None = None,
         run_seed: int = 0,
         cache_bytes: int = 1 << 30,
     ) -> None:
+        """
+        Args:
+            datasets: by split, as `ImageRef.split` names it.
+            image_processor: the model's own, of transformers.
+            geometry: the pixel budget.
+            perturbing: None if no perturbed image will be asked for.
+            cache_bytes: the bound on decoded images and unperturbed patches that are kept.
+        """
         self._datasets = datasets
         self._processor = image_processor
         self._geometry = geometry
-        self._perturb = perturb
+        self._perturbing = perturbing
         self._run_seed = run_seed
-        self._pictures: _ByteLru[Image.Image] = _ByteLru(cache_bytes // 4)
+        self._images: _ByteLru[Image.Image] = _ByteLru(cache_bytes // 4)
         self._patches: _ByteLru[Tensor] = _ByteLru(cache_bytes - cache_bytes // 4)
-        # All rows of an all-black picture are alike; the processor itself says what black is after its normalisation.
+        # All patches of a black image are alike. The processor itself says what black is after its normalisation.
         side = geometry.patch_size * geometry.merge_size
         black = self._process(Image.new("RGB", (side, side)), size=dict(shortest_edge=1, longest_edge=side * side))
         self._black_D = black[0]
 
     @property
     def patch_dim(self) -> int:
+        """Values of one patch: channels x frames x patch x patch."""
         return self._black_D.numel()
 
     @property
     def mm_processor_kwargs(self) -> dict[str, Any]:
-        """For vLLM's engine arguments; with it, its processor turns `pil(ref)` into what `patches(ref)` gives.
+        """The engine argument of this name, with which vLLM's processor turns `image(ref)` into `patches(ref)`.
 
         vLLM 0.32 leaves the normalisation to its model unless the engine has mm_device_do_normalize=False; only then
         are the values equal bit for bit, and not just to rounding.
         """
         return {"size": self._size_limits()}
 
-    def pil(self, ref: ImageRef) -> Image.Image:
-        """RGB picture under the pixel budget. Do not change it in place. Raises RowError for an unusable image."""
-        picture = self._pictures.get(ref)
-        if picture is None:
-            picture = self._resized(ref)
-            self._pictures.put(ref, picture, picture.width * picture.height * 3)
-        return picture
+    def image(self, ref: ImageRef) -> Image.Image:
+        """Returns the RGB image under the pixel budget. Do not change it in place.
+
+        Raises RowError for an unusable image.
+        """
+        image = self._images.get(ref)
+        if image is None:
+            image = self._resized(ref)
+            self._images.put(ref, image, image.width * image.height * 3)
+        return image
 
     def grid(self, ref: ImageRef) -> tuple[int, int, int]:
-        """(frames, rows, columns) in vision patches, from the file's header. Raises RowError."""
+        """Returns (frames, rows, columns) in patches, from the file's header. Raises RowError."""
         dataset = self._datasets[ref.split]
         size = dataset.image_size(ref.row, ref.index)
         try:
@@ -83,62 +104,67 @@ class VisionInputs:
             raise RowError(dataset.source, ref.row, f"image {ref.index}: {error}") from error
 
     def patches(self, ref: ImageRef, perturb: PerturbKey | None = None) -> Tensor:
-        """fp32 [P, D] by the model's image processor; perturbed where a key is given. Do not change it in place.
+        """Returns fp32 [P, D] of the model's image processor, perturbed if a key is given. Do not change it in place.
 
-        Raises RowError for an unusable image, ValueError for a key without PerturbSettings.
+        Raises RowError for an unusable image, ValueError for a key if these inputs have no perturbation.
         """
         if perturb is None:
-            return self._clean_patches(ref)
-        settings, rng = self._perturbation(ref, perturb)
-        if _in_patch_space(settings):
-            _, rows, columns = self.grid(ref)
-            hidden_RC = black_patch_mask(rows, columns, probability=settings.probability, rng=rng)
-            return black_out_patches(
-                self._clean_patches(ref), hidden_RC, self._black_D, merge=self._geometry.merge_size
-            )
-        return self._process(perturb_image(self.pil(ref), settings, rng), size=self._size_limits())
+            return self._original_patches(ref)
+        perturbation, rng = self._perturbation(ref, perturb)
+        if isinstance(perturbation, PatchPerturbation):
+            return self._perturb_patches(ref, perturbation, rng, self._original_patches(ref), self._black_D)
+        return self._process(perturbation(self.image(ref), rng), size=self._size_limits())
 
-    def perturbed_pil(self, ref: ImageRef, key: PerturbKey) -> Image.Image:
-        """The picture that `patches(ref, key)` shows to the model; for reports."""
-        settings, rng = self._perturbation(ref, key)
-        if not _in_patch_space(settings):
-            return perturb_image(self.pil(ref), settings, rng)
+    def perturbed_image(self, ref: ImageRef, key: PerturbKey) -> Image.Image:
+        """Returns the image that `patches(ref, key)` shows to the model; for reports."""
+        perturbation, rng = self._perturbation(ref, key)
+        if not isinstance(perturbation, PatchPerturbation):
+            return perturbation(self.image(ref), rng)
+        grey_levels_PD = self._process(self.image(ref), size=self._size_limits(), raw=True)
+        black_D = torch.zeros_like(grey_levels_PD[0])
+        hidden_PD = self._perturb_patches(ref, perturbation, rng, grey_levels_PD, black_D)
         _, rows, columns = self.grid(ref)
-        hidden_RC = black_patch_mask(rows, columns, probability=settings.probability, rng=rng)
-        grey_levels_PD = self._process(self.pil(ref), size=self._size_limits(), raw=True)
-        hidden_PD = black_out_patches(
-            grey_levels_PD, hidden_RC, torch.zeros_like(self._black_D), merge=self._geometry.merge_size
-        )
         return self._assemble(hidden_PD, rows, columns)
 
-    def _perturbation(self, ref: ImageRef, key: PerturbKey) -> tuple[PerturbSettings, np.random.Generator]:
-        if self._perturb is None:
-            raise ValueError("a perturbed picture was asked for, but VisionInputs was built without PerturbSettings")
-        return self._perturb, perturb_rng(self._perturb, ref, key, run_seed=self._run_seed)
+    def _perturbation(self, ref: ImageRef, key: PerturbKey) -> tuple[Perturbation, np.random.Generator]:
+        if self._perturbing is None:
+            raise ValueError("a perturbed image was asked for, but these VisionInputs were built without Perturbing")
+        return self._perturbing.perturbation, perturb_rng(ref, key, per=self._perturbing.per, run_seed=self._run_seed)
 
-    def _clean_patches(self, ref: ImageRef) -> Tensor:
+    def _perturb_patches(
+        self,
+        ref: ImageRef,
+        perturbation: PatchPerturbation,
+        rng: np.random.Generator,
+        patches_PD: Tensor,
+        black_D: Tensor,
+    ) -> Tensor:
+        _, rows, columns = self.grid(ref)
+        return perturbation(patches_PD, rng, grid=(rows, columns), merge=self._geometry.merge_size, black_D=black_D)
+
+    def _original_patches(self, ref: ImageRef) -> Tensor:
         patches_PD = self._patches.get(ref)
         if patches_PD is None:
-            patches_PD = self._process(self.pil(ref), size=self._size_limits())
+            patches_PD = self._process(self.image(ref), size=self._size_limits())
             self._patches.put(ref, patches_PD, patches_PD.numel() * patches_PD.element_size())
         return patches_PD
 
     def _resized(self, ref: ImageRef) -> Image.Image:
         dataset = self._datasets[ref.split]
-        picture = dataset.image(ref.row, ref.index)
+        image = dataset.image(ref.row, ref.index)
         try:
-            target = self._geometry.budget_size(*picture.size)
+            target = self._geometry.budget_size(*image.size)
         except ValueError as error:
             raise RowError(dataset.source, ref.row, f"image {ref.index}: {error}") from error
         if self._geometry.mode == "easyr1":
-            # The authors resize in the picture's own mode, with PIL's default filter, and only then convert to RGB.
-            return (picture if picture.size == target else picture.resize(target)).convert("RGB")
-        picture = picture.convert("RGB")
-        while picture.size != target:  # one pass, except for shapes at the edge of the budget
-            patches_PD = self._process(picture, size=self._size_limits(), raw=True)
-            _, rows, columns = self._grid_after_processor(picture.size)
-            picture = self._assemble(patches_PD, rows, columns)
-        return picture
+            # The authors resize in the image's own mode, with PIL's default filter, and only then convert to RGB.
+            return (image if image.size == target else image.resize(target)).convert("RGB")
+        image = image.convert("RGB")
+        while image.size != target:  # one pass, except for shapes at the edge of the budget
+            patches_PD = self._process(image, size=self._size_limits(), raw=True)
+            _, rows, columns = self._grid_after_processor(image.size)
+            image = self._assemble(patches_PD, rows, columns)
+        return image
 
     def _grid_after_processor(self, size: tuple[int, int]) -> tuple[int, int, int]:
         limits = self._size_limits()
@@ -151,30 +177,26 @@ class VisionInputs:
             return {"shortest_edge": geometry.processor_min_pixels, "longest_edge": geometry.processor_max_pixels}
         return {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}
 
-    def _process(self, picture: Image.Image, *, size: dict[str, int], raw: bool = False) -> Tensor:
-        """The processor's pixel values [P, D]: fp32 normalised, or the resized grey levels as uint8 where `raw`."""
+    def _process(self, image: Image.Image, *, size: dict[str, int], raw: bool = False) -> Tensor:
+        """Runs the image processor: [P, D], fp32 normalised, or where `raw` the resized grey levels as uint8."""
         options: dict[str, Any] = {"do_rescale": False, "do_normalize": False} if raw else {}
-        out = self._processor(images=[picture], size=size, return_tensors="pt", **options)["pixel_values"]
+        out = self._processor(images=[image], size=size, return_tensors="pt", **options)["pixel_values"]
         return out.to(torch.uint8 if raw else torch.float32)
 
     def _assemble(self, grey_levels_PD: Tensor, rows: int, columns: int) -> Image.Image:
-        """The RGB picture that these patches (uint8) were cut from."""
+        """Puts patches (uint8) back together to the RGB image that they were cut from."""
         merge, patch = self._geometry.merge_size, self._geometry.patch_size
         frames = self.patch_dim // (3 * patch * patch)
-        blocks = grey_levels_PD.numpy().reshape(rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)[
-            :, :, :, :, :, 0
-        ]
-        pixels = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
+        # [block row, block column, row in block, column in block, channel, frame, pixel row, pixel column]
+        blocks = grey_levels_PD.numpy().reshape(rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
+        first_frame = blocks[:, :, :, :, :, 0]
+        # To [block row, row in block, pixel row, block column, column in block, pixel column, channel].
+        pixels = first_frame.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)
         return Image.fromarray(np.ascontiguousarray(pixels))
 
 
-def _in_patch_space(settings: PerturbSettings) -> bool:
-    """Noise, blur and grey fill have no grid: they act on the picture at either stage."""
-    return settings.kind == "patch_black" and settings.stage == "patches"
-
-
 class _ByteLru(Generic[Value]):
-    """Keeps the most recently used values, as many as fit into `capacity_bytes`."""
+    """A cache of the values used last, as many as fit into `capacity_bytes`."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes

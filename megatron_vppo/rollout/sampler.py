@@ -55,7 +55,7 @@ class EngineSampler:
             requests = [
                 SampleRequest(
                     token_ids=prompts[i].compact_token_ids,
-                    images=tuple(self._images.pil(ref) for ref in prompts[i].images),
+                    images=tuple(self._images.image(ref) for ref in prompts[i].images),
                     seeds=tuple(seeds[i]),
                 )
                 for i in share

@@ -1,28 +1,31 @@
-"""What a model's folder and the data files hold, opened for a run."""
+"""The configuration and processor of a model's folder, and the data files: everything a run reads, opened."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 from transformers import AutoProcessor
 
-from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.config.schema import PerturbConfig, RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.images import VisionInputs
-from megatron_vppo.data.perturb import PerturbSettings
+from megatron_vppo.data.images import Perturbing, VisionInputs
+from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.models.read_config import read_hf_config
 
 
 @dataclass(frozen=True)
 class RunInputs:
+    """Everything that a run reads, opened."""
+
     hf_config: Any
+    """The model's configuration, of transformers."""
     processor: Any
-    """Of transformers."""
+    """The model's processor, of transformers."""
     datasets: dict[str, VisionDataset]
     """'train', and 'val' where there is one."""
     images: VisionInputs
@@ -30,9 +33,9 @@ class RunInputs:
 
 
 def open_inputs(config: RunConfig, source: Path) -> RunInputs:
-    """
-    Args:
-        source: folder of the model.
+    """Opens the processor of the model's folder `source` and the data files.
+
+    Raises ValueError for a file or column that is missing, and for a pixel budget that no image fits.
     """
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     geometry = ImageGeometry.from_processor(
@@ -42,16 +45,34 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
         mode=config.algorithm.resize,
     )
     datasets = _datasets(config)
-    perturb = PerturbSettings(**config.algorithm.perturb.model_dump())
+    perturb = config.algorithm.perturb
     return RunInputs(
         hf_config=read_hf_config(source),
         processor=processor,
         datasets=datasets,
         images=VisionInputs(
-            datasets, processor.image_processor, geometry=geometry, perturb=perturb, run_seed=config.trainer.seed
+            datasets,
+            processor.image_processor,
+            geometry=geometry,
+            perturbing=Perturbing(make_perturbation(perturb), per=perturb.per),
+            run_seed=config.trainer.seed,
         ),
         builder=PromptBuilder(processor, geometry, template=_template(config), system_prompt=config.data.system_prompt),
     )
+
+
+def make_perturbation(config: PerturbConfig) -> Perturbation:
+    """Builds the perturbation of the kind that is set, with the parameters of this kind."""
+    if config.kind == "patch_black":
+        grid = config.patch_size  # None: the model's own patches
+        return BlackPatches(config.probability) if grid is None else BlackSquares(config.probability, side=grid)
+    if config.kind == "gaussian_noise":
+        return GaussianNoise(config.noise_std)
+    if config.kind == "gaussian_blur":
+        return GaussianBlur(config.blur_radius)
+    if config.kind == "grey":
+        return GreyImage(config.grey_level)
+    assert_never(config.kind)
 
 
 def _datasets(config: RunConfig) -> dict[str, VisionDataset]:
@@ -74,7 +95,7 @@ def _template(config: RunConfig) -> str | None:
 
 
 def read_prompts(config: RunConfig, inputs: RunInputs, split: str) -> PromptSet:
-    """The usable prompts of 'train' or 'val'."""
+    """Tokenises the rows of 'train' or 'val' and returns the usable prompts."""
     return load_prompts(
         inputs.datasets[split],
         inputs.builder,

@@ -88,8 +88,8 @@ class Recorder:
     def _pictures(self, response: Response, index: int, step: int, *, masked: bool) -> dict[str, str]:
         """`masked`: whether the policy was shown the perturbed picture at all."""
         ref, key = response.prompt.images[index], self.policy.perturb_key(response, step)
-        perturbed = _png(self.images.perturbed_pil(ref, key)) if masked else None
-        return png_pair(_png(self.images.pil(ref)), perturbed)
+        perturbed = _png(self.images.perturbed_image(ref, key)) if masked else None
+        return png_pair(_png(self.images.image(ref)), perturbed)
 
 
 def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:

@@ -16,8 +16,8 @@ from transformers import Qwen2VLImageProcessor
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.images import VisionInputs, _ByteLru
-from megatron_vppo.data.perturb import PerturbSettings, black_out_blocks, perturb_rng
+from megatron_vppo.data.images import Perturbing, VisionInputs, _ByteLru
+from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, perturb_rng
 from tests.data.images import noise_image
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
@@ -29,7 +29,7 @@ KEY = PerturbKey(step=5, response_row=2)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> VisionDataset:
-    """Row i holds a picture of SIZES[i]; the row after the last a greyscale one with transparency."""
+    """Row i holds a image of SIZES[i]; the row after the last a greyscale one with transparency."""
     rows = []
     for i, size in enumerate(SIZES):
         noise_image(*size, seed=i).save(tmp_path / f"{i}.png")
@@ -40,10 +40,10 @@ def dataset(tmp_path: Path) -> VisionDataset:
     return open_dataset(str(tmp_path / "rows.jsonl"))
 
 
-def vision(dataset: VisionDataset, processor=None, *, mode="smart", perturb=None, **options) -> VisionInputs:
+def vision(dataset: VisionDataset, processor=None, *, mode="smart", perturbing=None, **options) -> VisionInputs:
     processor = processor or Qwen2VLImageProcessor()
     geometry = ImageGeometry.from_processor(processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, mode=mode)
-    return VisionInputs({"train": dataset}, processor, geometry=geometry, perturb=perturb, **options)
+    return VisionInputs({"train": dataset}, processor, geometry=geometry, perturbing=perturbing, **options)
 
 
 def ref(row: int) -> ImageRef:
@@ -55,7 +55,7 @@ def ref(row: int) -> ImageRef:
     [Qwen2VLImageProcessor(), Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)],
     ids=["patch14", "patch16"],
 )
-def test_patches_are_bit_equal_to_the_processor_on_the_original_picture(dataset, image_processor) -> None:
+def test_patches_are_bit_equal_to_the_processor_on_the_original_image(dataset, image_processor) -> None:
     inputs = vision(dataset, image_processor)
     for row in range(len(dataset)):
         original = dataset.image(row, 0)
@@ -66,19 +66,19 @@ def test_patches_are_bit_equal_to_the_processor_on_the_original_picture(dataset,
         assert torch.equal(patches_PD, expected["pixel_values"])
         assert inputs.patch_dim == patches_PD.shape[1]
         # What vLLM is handed gives the same pixels there: its processor gets these keyword arguments.
-        again = image_processor(images=[inputs.pil(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
+        again = image_processor(images=[inputs.image(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
         assert torch.equal(patches_PD, again["pixel_values"])
 
 
-def test_resized_picture_has_its_final_size(dataset) -> None:
+def test_resized_image_has_its_final_size(dataset) -> None:
     inputs = vision(dataset)
     for row, size in enumerate(SIZES):
-        picture = inputs.pil(ref(row))
+        image = inputs.image(ref(row))
         _, rows, columns = inputs.grid(ref(row))
-        assert picture.mode == "RGB" and picture.size == (columns * 14, rows * 14)
-        assert MIN_PIXELS <= picture.width * picture.height <= MAX_PIXELS
+        assert image.mode == "RGB" and image.size == (columns * 14, rows * 14)
+        assert MIN_PIXELS <= image.width * image.height <= MAX_PIXELS
         if size == (112, 56):
-            assert np.array_equal(np.asarray(picture), np.asarray(dataset.image(row, 0)))
+            assert np.array_equal(np.asarray(image), np.asarray(dataset.image(row, 0)))
 
 
 def test_budget_sizes_are_fixed_points_or_refused() -> None:
@@ -117,7 +117,7 @@ def test_refused_aspect_ratio_names_its_row(tmp_path: Path) -> None:
     noise_image(1000, 4).save(tmp_path / "strip.png")
     (tmp_path / "r.jsonl").write_text(json.dumps({"problem": "<image>", "answer": "1", "images": ["strip.png"]}))
     inputs = vision(open_dataset(str(tmp_path / "r.jsonl")))
-    for use in (inputs.pil, inputs.grid, inputs.patches):
+    for use in (inputs.image, inputs.grid, inputs.patches):
         with pytest.raises(RowError, match=r"r\.jsonl, row 0: image 0: 1000x4 pixels: the aspect ratio is over 200"):
             use(ref(0))
 
@@ -131,56 +131,55 @@ def test_easyr1_mode_is_the_authors_process_image_followed_by_the_processor(data
             target = tuple(int(side * math.sqrt(MAX_PIXELS / (width * height))) for side in (width, height))
         elif width * height < MIN_PIXELS:
             target = tuple(int(side * math.sqrt(MIN_PIXELS / (width * height))) for side in (width, height))
-        picture = dataset.image(row, 0)
-        picture = picture if target == (width, height) else picture.resize(target)
-        expected = image_processor(images=[picture], return_tensors="pt")
-        assert inputs.pil(ref(row)).size == target
+        image = dataset.image(row, 0)
+        image = image if target == (width, height) else image.resize(target)
+        expected = image_processor(images=[image], return_tensors="pt")
+        assert inputs.image(ref(row)).size == target
         assert inputs.grid(ref(row)) == tuple(expected["image_grid_thw"][0].tolist())
         assert torch.equal(inputs.patches(ref(row)), expected["pixel_values"])
-        again = image_processor(images=[inputs.pil(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
+        again = image_processor(images=[inputs.image(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
         assert torch.equal(inputs.patches(ref(row)), again["pixel_values"])
 
 
-SETTINGS = [
-    PerturbSettings(),
-    PerturbSettings(stage="pixels", patch_size=14),
-    PerturbSettings(kind="gaussian_noise"),
-    PerturbSettings(kind="gaussian_blur"),
-    PerturbSettings(kind="grey"),
+KINDS = [
+    BlackPatches(0.5),
+    BlackSquares(0.5, side=14),
+    GaussianNoise(189.0),
+    GaussianBlur(6.0),
+    GreyImage(128),
 ]
 
 
 @pytest.mark.parametrize("mode", ["smart", "easyr1"])
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: f"{s.kind}-{s.stage}")
-def test_reported_picture_is_what_the_model_sees(dataset, settings, mode) -> None:
-    inputs = vision(dataset, perturb=settings, mode=mode)
+@pytest.mark.parametrize("perturbation", KINDS, ids=lambda kind: type(kind).__name__)
+def test_reported_image_is_what_the_model_sees(dataset, perturbation, mode) -> None:
+    inputs = vision(dataset, perturbing=Perturbing(perturbation, per="row"), mode=mode)
     for row in range(len(dataset)):
         patches_PD = inputs.patches(ref(row), KEY)
-        picture = inputs.perturbed_pil(ref(row), KEY)
-        seen = Qwen2VLImageProcessor()(images=[picture], return_tensors="pt", **inputs.mm_processor_kwargs)
+        image = inputs.perturbed_image(ref(row), KEY)
+        seen = Qwen2VLImageProcessor()(images=[image], return_tensors="pt", **inputs.mm_processor_kwargs)
         assert torch.equal(patches_PD, seen["pixel_values"])
         assert patches_PD.shape == inputs.patches(ref(row)).shape
         assert not torch.equal(patches_PD, inputs.patches(ref(row)))
 
 
-def test_patch_stage_blacks_whole_patches_of_the_picture(dataset) -> None:
-    settings = PerturbSettings()
-    inputs = vision(dataset, perturb=settings, run_seed=9)
-    expected = black_out_blocks(
-        inputs.pil(ref(2)), patch_size=14, probability=0.5, rng=perturb_rng(settings, ref(2), KEY, run_seed=9)
-    )
-    assert np.array_equal(np.asarray(inputs.perturbed_pil(ref(2), KEY)), np.asarray(expected))
+def test_patch_stage_blacks_whole_patches_of_the_image(dataset) -> None:
+    inputs = vision(dataset, perturbing=Perturbing(BlackPatches(0.5), per="row"), run_seed=9)
+    rng = perturb_rng(ref(2), KEY, per="row", run_seed=9)
+    expected = BlackSquares(0.5, side=14)(inputs.image(ref(2)), rng)
+    assert np.array_equal(np.asarray(inputs.perturbed_image(ref(2), KEY)), np.asarray(expected))
 
 
 def test_perturbations_repeat_and_differ_as_their_keys_do(dataset) -> None:
-    inputs, other_process = (vision(dataset, perturb=PerturbSettings(), cache_bytes=n) for n in (1 << 30, 0))
+    per_row, per_image = (Perturbing(BlackPatches(0.5), per=per) for per in ("row", "image"))
+    inputs, other_process = (vision(dataset, perturbing=per_row, cache_bytes=n) for n in (1 << 30, 0))
     first = inputs.patches(ref(1), KEY)
     assert torch.equal(first, inputs.patches(ref(1), KEY)) and torch.equal(first, other_process.patches(ref(1), KEY))
     for key in (PerturbKey(5, 3), PerturbKey(6, 2)):
         assert not torch.equal(first, inputs.patches(ref(1), key))
-    shared = vision(dataset, perturb=PerturbSettings(per="image"))
+    shared = vision(dataset, perturbing=per_image)
     assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, response_row=7)))
-    with pytest.raises(ValueError, match="without PerturbSettings"):
+    with pytest.raises(ValueError, match="without Perturbing"):
         vision(dataset).patches(ref(1), KEY)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,15 @@ from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.data.perturb import (
-    PerturbSettings,
-    add_gaussian_noise,
-    black_out_blocks,
+    BlackPatches,
+    BlackSquares,
+    GaussianBlur,
+    GaussianNoise,
+    GreyImage,
+    ImagePerturbation,
     black_out_patches,
-    black_patch_mask,
+    draw_hidden,
     merge_order,
-    perturb_image,
     perturb_rng,
 )
 from tests.data.images import noise_image
@@ -25,12 +29,12 @@ KEY = PerturbKey(step=3, response_row=1)
 
 
 def test_golden_mask_of_the_authors() -> None:
-    """Spec T9: white 40x20 picture, 14-pixel blocks, p 0.5, np.random.seed(1)."""
+    """The authors' `perc_utils.py` on a white 40x20 image: squares of 14 pixels, p 0.5, np.random.seed(1)."""
     white = Image.new("RGB", (40, 20), "white")
     rng = np.random.RandomState(1)
-    pixels = np.asarray(black_out_blocks(white, patch_size=14, probability=0.5, rng=rng))
+    pixels = np.asarray(BlackSquares(0.5, side=14)(white, rng))
     assert pixels[::14, ::14, 0].tolist() == [[0, 255, 0], [0, 0, 0]]
-    # Blocks are uniform to their cut-off edges, in every channel.
+    # Squares are uniform to their cut-off edges, in every channel.
     grid = np.array([[0, 255, 0], [0, 0, 0]], dtype=np.uint8)
     expected = np.kron(grid, np.ones((14, 14), dtype=np.uint8))[:20, :40]
     assert np.array_equal(pixels, np.stack([expected] * 3, axis=-1))
@@ -39,7 +43,7 @@ def test_golden_mask_of_the_authors() -> None:
 def test_draws_are_the_authors_scalar_draws_in_row_major_order() -> None:
     scalar = np.random.RandomState(5)
     expected = [[scalar.rand() < 0.3 for _ in range(11)] for _ in range(4)]
-    assert black_patch_mask(4, 11, probability=0.3, rng=np.random.RandomState(5)).tolist() == expected
+    assert draw_hidden(4, 11, probability=0.3, rng=np.random.RandomState(5)).tolist() == expected
 
 
 def test_merge_order_of_a_small_grid() -> None:
@@ -50,20 +54,20 @@ def test_merge_order_of_a_small_grid() -> None:
 
 @pytest.mark.parametrize("rows, columns", [(4, 6), (2, 10), (8, 2)])
 def test_black_patches_equal_black_pixels_before_the_processor(processor, rows: int, columns: int) -> None:
-    """The same mask, once on the patches and once on the picture that the processor then cuts up."""
-    picture = noise_image(columns * 14, rows * 14)
+    """The same mask, once on the patches and once on the image that the processor then cuts up."""
+    image = noise_image(columns * 14, rows * 14)
     limits = {"shortest_edge": 28 * 28, "longest_edge": 1 << 30}
 
     def process(image: Image.Image) -> torch.Tensor:
         return processor.image_processor(images=[image], size=limits, return_tensors="pt")["pixel_values"]
 
-    hidden_RC = black_patch_mask(rows, columns, probability=0.5, rng=np.random.RandomState(3))
-    assert 0 < hidden_RC.sum() < hidden_RC.size
+    hidden_YX = draw_hidden(rows, columns, probability=0.5, rng=np.random.RandomState(3))
+    assert 0 < hidden_YX.sum() < hidden_YX.size
     black_D = process(Image.new("RGB", (28, 28)))[0]
-    in_patches = black_out_patches(process(picture), hidden_RC, black_D, merge=2)
-    in_pixels = process(black_out_blocks(picture, patch_size=14, probability=0.5, rng=np.random.RandomState(3)))
+    in_patches = black_out_patches(process(image), hidden_YX, black_D, merge=2)
+    in_pixels = process(BlackSquares(0.5, side=14)(image, np.random.RandomState(3)))
     assert torch.equal(in_patches, in_pixels)
-    assert not torch.equal(in_patches, process(picture))
+    assert not torch.equal(in_patches, process(image))
 
 
 def test_black_is_the_normalised_value_and_not_zero(processor) -> None:
@@ -78,29 +82,27 @@ def test_black_is_the_normalised_value_and_not_zero(processor) -> None:
 
 
 def test_other_perturbations() -> None:
-    picture = noise_image(60, 40)
-    grey = perturb_image(picture, PerturbSettings(kind="grey"), np.random.default_rng(0))
+    image = noise_image(60, 40)
+    grey = GreyImage(128)(image, np.random.default_rng(0))
     assert grey.size == (60, 40) and set(np.asarray(grey).reshape(-1)) == {128}
     # Blur of a step edge: dark and bright side meet half way, far from the edge nothing changes.
     step = Image.fromarray(np.repeat(np.array([[0] * 60 + [200] * 60], dtype=np.uint8), 90, axis=0)).convert("RGB")
-    blurred = np.asarray(perturb_image(step, PerturbSettings(kind="gaussian_blur"), np.random.default_rng(0)))[45, :, 0]
+    blurred = np.asarray(GaussianBlur(6.0)(step, np.random.default_rng(0)))[45, :, 0]
     assert blurred[5] == 0 and blurred[115] == 200 and 80 < blurred[59] < 120
     assert blurred[59 - 6] == pytest.approx(200 * 0.159, abs=10)  # one standard deviation out
     # Noise of small std: its moments, on a grey that is never clipped.
     level = Image.new("RGB", (200, 200), (128, 128, 128))
-    noisy = np.asarray(add_gaussian_noise(level, std=10.0, rng=np.random.default_rng(1)), dtype=np.float64)
+    noisy = np.asarray(GaussianNoise(10.0)(level, np.random.default_rng(1)), dtype=np.float64)
     assert noisy.mean() == pytest.approx(128, abs=0.2) and noisy.std() == pytest.approx(10, abs=0.2)
     # Noise of the paper's std: P(clipped to black) = Phi(-128/189) = 0.249, and channels are independent.
-    strong = np.asarray(perturb_image(level, PerturbSettings(kind="gaussian_noise"), np.random.default_rng(2)))
+    strong = np.asarray(GaussianNoise(189.0)(level, np.random.default_rng(2)))
     assert (strong == 0).mean() == pytest.approx(0.249, abs=0.01)
     assert abs(np.corrcoef(strong[..., 0].ravel(), strong[..., 1].ravel())[0, 1]) < 0.02
 
 
 def test_generator_depends_on_every_part_of_its_key() -> None:
-    settings = PerturbSettings()
-
-    def draws(settings=settings, ref=REF, key=KEY, seed=0):
-        return tuple(perturb_rng(settings, ref, key, run_seed=seed).random(4))
+    def draws(per="row", ref=REF, key=KEY, seed=0):
+        return tuple(perturb_rng(ref, key, per=per, run_seed=seed).random(4))
 
     variants = {
         draws(),
@@ -112,15 +114,41 @@ def test_generator_depends_on_every_part_of_its_key() -> None:
         draws(ref=ImageRef("train", 7, 1)),
     }
     assert len(variants) == 7 and draws() == draws()
-    shared = PerturbSettings(per="image")
-    assert draws(settings=shared, key=PerturbKey(3, 1)) == draws(settings=shared, key=PerturbKey(3, None))
+    assert draws("image", key=PerturbKey(3, 1)) == draws("image", key=PerturbKey(3, None))
     with pytest.raises(ValueError, match="response_row"):
         draws(key=PerturbKey(3, None))
 
 
-def test_settings_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ValueError, match="patch_size"):
-        PerturbSettings(stage="pixels")
-    with pytest.raises(ValueError, match="patch_size"):
-        PerturbSettings(stage="patches", patch_size=14)
-    PerturbSettings(kind="grey", stage="pixels", patch_size=14)
+# --- Runs of earlier versions go on with the same draws: numbers of commit fa01c45 ------------------------------------
+
+BEFORE = {
+    BlackSquares(0.5, side=14): "d3d62289775bdbb5",
+    GaussianNoise(189.0): "cb1beab0455f3183",
+    GaussianBlur(6.0): "e7d405ba8066461e",
+    GreyImage(128): "1c12165d854fd38a",
+}
+"""First 16 hexadecimal digits of the sha256 of the pixels."""
+
+
+def digest(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("perturbation", BEFORE, ids=lambda p: type(p).__name__)
+def test_images_are_perturbed_as_by_earlier_versions(perturbation: ImagePerturbation) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    assert digest(np.asarray(perturbation(image, np.random.default_rng(11)))) == BEFORE[perturbation]
+
+
+def test_patches_are_perturbed_as_by_earlier_versions() -> None:
+    patches_PD = torch.arange(24 * 12, dtype=torch.float32).reshape(24, 12)
+    black_D = torch.full((12,), -1.5)
+    out_PD = BlackPatches(0.5)(patches_PD, np.random.default_rng(11), grid=(4, 6), merge=2, black_D=black_D)
+    assert digest(out_PD.numpy()) == "0f5bdcfce6a193ab"
+
+
+def test_generators_draw_as_those_of_earlier_versions() -> None:
+    per_row = perturb_rng(REF, KEY, per="row", run_seed=5).random(3)
+    assert per_row.tolist() == [0.569993554722711, 0.42567175814412295, 0.40805769166942674]
+    per_image = perturb_rng(REF, PerturbKey(step=3, response_row=None), per="image", run_seed=5).random(2)
+    assert per_image.tolist() == [0.9470051029999644, 0.7778544648774742]

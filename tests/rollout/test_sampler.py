@@ -38,7 +38,7 @@ class Engine:
 def _rank(rank: int, world: int) -> Any:
     leads = rank in (0, 2)
     engine = Engine(rank) if leads else None
-    images = SimpleNamespace(pil=lambda ref: Image.new("RGB", (28, 28)))
+    images = SimpleNamespace(image=lambda ref: Image.new("RGB", (28, 28)))
     sampler = EngineSampler(
         engine,  # type: ignore[arg-type]
         engine_index=rank // 2 if leads else None,
