@@ -8,6 +8,7 @@ from typing import get_args, get_type_hints
 from megatron_vppo.config.choices import (
     CountedTokens,
     DependencyKind,
+    Divergence,
     EntropyKind,
     LossAverage,
     NegativeAdvantages,
@@ -20,17 +21,13 @@ from megatron_vppo.config.choices import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VppoSettings:
-    """Everything that `assemble` decides by. Defaults and presets live in the configuration, not here."""
+    """The settings that the algorithm reads. Descriptions, defaults and presets are in `config/schema.py` alone."""
 
     use_vppo_on_perception: bool
-    """Token gradient filtering (paper Eq. 4)."""
     use_advantage_shaping: bool
-    """Trajectory advantage shaping (paper Eq. 5); works with and without the filter."""
     use_entropy_penalty: bool
     top_p_perception_tokens: float
-    """Share of each response's tokens that receive policy gradient, in (0, 1]."""
     advantage_scaling_min: float
-    """beta_min, in (0, 1]."""
     entropy_penalty_coef: float
     dependency: DependencyKind
     dependency_expm1: bool
@@ -50,7 +47,6 @@ class VppoSettings:
     truncated_responses: TruncatedResponses
     rollout_correction_cap: float | None
     reference_devices: int | None
-    """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -62,3 +58,13 @@ class VppoSettings:
     def needs_dependency(self) -> bool:
         """True if the perturbed view has to be scored at all."""
         return self.use_vppo_on_perception or self.use_advantage_shaping
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The divergence that scoring has to compute between the two views; None if log-probs are enough."""
+        return divergence_of(self.dependency) if self.needs_dependency else None
+
+
+def divergence_of(dependency: DependencyKind) -> Divergence | None:
+    """Returns the divergence that a measure of dependency is; None for 'k3_sampled', which needs log-probs alone."""
+    return None if dependency == "k3_sampled" else dependency

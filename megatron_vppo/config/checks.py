@@ -1,18 +1,19 @@
 """Combinations of settings that cannot work, each refused by a small function with the numbers and what to set.
 
-Only the impossible is refused: what is merely unusual is the user's business. A setting that another one leaves without
-effect counts as impossible where it would make a run something else than its file says.
+Only the impossible is refused: what is merely unusual is the user's business. A setting without effect counts as
+impossible if the run would then be another than its file says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from megatron_vppo.config.choices import BUILT_IN_REWARD
 from megatron_vppo.config.schema import RunConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:
-    """Messages of every check below that needs nothing but the config; `check_layout` needs the number of ranks."""
+    """Returns the messages of all CHECKS, which need nothing but the config."""
     problems = []
     for check in CHECKS:
         try:
@@ -23,7 +24,10 @@ def problems_of(config: RunConfig) -> list[str]:
 
 
 def check_layout(config: RunConfig, world_size: int) -> int:
-    """Tensor x context x pipeline x data must be the number of trainer ranks. Returns the data-parallel size."""
+    """Returns the data-parallel size of `world_size` trainer ranks.
+
+    Raises ValueError if tensor x context x pipeline x data is another number of ranks.
+    """
     parallel = config.parallel
     copy = ranks_per_copy(config)
     model = (
@@ -46,13 +50,13 @@ def check_layout(config: RunConfig, world_size: int) -> int:
 
 
 def ranks_per_copy(config: RunConfig) -> int:
-    """Trainer ranks that hold one copy of the model."""
+    """Counts the trainer ranks that hold one copy of the model."""
     parallel = config.parallel
     return parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
 
 
 def check_training(config: RunConfig) -> None:
-    """Settings without effect in a run; `vppo fp8-fidelity` takes them."""
+    """Refuses settings without effect in a training run; `vppo fp8-fidelity` takes them."""
     ends = config.fp8.bf16_layers_at_ends
     if ends and config.fp8.recipe is None and config.rollout.quantization is None:
         raise ValueError(
@@ -62,7 +66,7 @@ def check_training(config: RunConfig) -> None:
 
 
 def check_device(config: RunConfig, *, on_cpu: bool) -> None:
-    """Settings that need GPUs."""
+    """Refuses settings that need GPUs on a machine without."""
     if not on_cpu:
         return
     gpu_only = {
@@ -77,7 +81,7 @@ def check_device(config: RunConfig, *, on_cpu: bool) -> None:
 
 
 def check_pipeline(config: RunConfig) -> None:
-    """An explicit split of the layers has one positive entry per stage; virtual stages need a pipeline."""
+    """Refuses a split of the layers without one positive entry per stage, and virtual stages without a pipeline."""
     layers, pipeline = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if virtual > 1 and pipeline == 1:
@@ -101,7 +105,7 @@ def check_pipeline(config: RunConfig) -> None:
 
 
 def check_freeze(config: RunConfig) -> None:
-    """Something is left to train."""
+    """Refuses to freeze the whole model."""
     if len(set(config.model.freeze)) == 3:
         raise ValueError(
             "model.freeze names vision_tower, projector and language_model: nothing is left to train; drop one of them"
@@ -109,7 +113,7 @@ def check_freeze(config: RunConfig) -> None:
 
 
 def check_offload(config: RunConfig) -> None:
-    """Memory that the trainer gives back while engines sample is of use only to engines that give theirs back after."""
+    """Refuses an offload that makes room for nobody: for engines that never give up the memory they hold."""
     if config.actor.offload and config.rollout.free_cache_engine is False:
         raise ValueError(
             f"actor.offload {list(config.actor.offload)} makes room for engines while they sample, but with "
@@ -118,7 +122,7 @@ def check_offload(config: RunConfig) -> None:
 
 
 def check_fp8(config: RunConfig) -> None:
-    """What is set is used. TransformerEngine takes the scales of 'delayed' from updates."""
+    """Refuses a recipe that no phase uses, and 'delayed' without updates, from which it takes its scales."""
     fp8 = config.fp8
     if fp8.recipe is not None and not fp8.scope:
         raise ValueError(
@@ -132,16 +136,16 @@ def check_fp8(config: RunConfig) -> None:
 
 
 def check_rollout_quantization(config: RunConfig) -> None:
-    """vLLM quantises 16-bit weights."""
+    """Refuses quantised engines of a float32 model: vLLM quantises 16-bit weights."""
     if config.rollout.quantization is not None and config.model.dtype == "float32":
         raise ValueError(
-            f"rollout.quantization '{config.rollout.quantization}' needs model.dtype=bfloat16, which is float32; set "
-            "one of them anew"
+            f"rollout.quantization '{config.rollout.quantization}' needs model.dtype=bfloat16, and it is float32; "
+            "change one of the two"
         )
 
 
 def check_batches(config: RunConfig) -> None:
-    """A training step is a whole number of optimizer steps."""
+    """Refuses a training step that is not a whole number of optimizer steps."""
     rollout, update = config.data.rollout_batch_size, config.actor.global_batch_size
     if update > rollout:
         raise ValueError(
@@ -158,7 +162,7 @@ def check_batches(config: RunConfig) -> None:
 
 
 def check_sampling(config: RunConfig) -> None:
-    """Sampling settings that vLLM refuses, or that compare two different distributions."""
+    """Refuses sampling settings that vLLM refuses later, and a correction between two different distributions."""
     rollout = config.rollout
     if rollout.top_k != -1 and rollout.top_k < 1:
         raise ValueError(f"rollout.top_k is {rollout.top_k}; set -1 (off) or at least 1")
@@ -176,7 +180,7 @@ def check_sampling(config: RunConfig) -> None:
 
 
 def check_perturbation(config: RunConfig) -> None:
-    """The patch grid is the model's own at stage 'patches', and has to be given at stage 'pixels'."""
+    """Refuses a patch size that nothing uses, and squares without a size."""
     perturb = config.algorithm.perturb
     if perturb.stage == "patches" and perturb.patch_size is not None:
         raise ValueError(
@@ -191,7 +195,7 @@ def check_perturbation(config: RunConfig) -> None:
 
 
 def check_reference_devices(config: RunConfig) -> None:
-    """An emulated split needs a statistic that depends on it."""
+    """Refuses an emulated split of the devices on which no statistic depends."""
     algorithm = config.algorithm
     if algorithm.reference_devices is None:
         return
@@ -205,7 +209,7 @@ def check_reference_devices(config: RunConfig) -> None:
 
 
 def check_filter(config: RunConfig) -> None:
-    """Group filtering has to leave room between its bounds."""
+    """Refuses bounds between which no group lies."""
     algorithm = config.algorithm
     if algorithm.online_filtering and algorithm.filter_low >= algorithm.filter_high:
         raise ValueError(
@@ -215,14 +219,14 @@ def check_filter(config: RunConfig) -> None:
 
 
 def check_pixels(config: RunConfig) -> None:
-    """The pixel budget is a range."""
+    """Refuses a pixel budget whose lower bound is above its upper one."""
     low, high = config.data.min_pixels, config.data.max_pixels
     if low > high:
         raise ValueError(f"data.min_pixels {low} is more than data.max_pixels {high}; set min_pixels to at most {high}")
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """AdamW's decay rates lie in [0, 1); a rate that does not fall has no floor."""
+    """Refuses decay rates of AdamW outside [0, 1), and a floor of a learning rate that does not fall."""
     betas = config.actor.optim.betas
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"actor.optim.betas is {list(betas)}; both belong in [0, 1), for example [0.9, 0.999]")
@@ -234,7 +238,7 @@ def check_optimizer(config: RunConfig) -> None:
 
 
 def check_intervals(config: RunConfig) -> None:
-    """Intervals in steps are positive, or -1 for 'not in between'."""
+    """Refuses intervals that are neither a positive number of steps nor -1, which means only at the ends."""
     for name in ("val_freq", "save_freq"):
         value = getattr(config.trainer, name)
         if value != -1 and value < 1:
@@ -242,11 +246,11 @@ def check_intervals(config: RunConfig) -> None:
 
 
 def check_reward(config: RunConfig) -> None:
-    """The built-in grader, or a function named with its file."""
+    """Refuses a name that is neither the built-in grader's nor a function with its file."""
     name = config.reward.reward_function
     file, colon, function = name.rpartition(":")
-    if name != "mathruler" and not (colon and file and function.isidentifier()):
-        raise ValueError(f"reward.reward_function is '{name}'; set 'mathruler' or file.py:function")
+    if name != BUILT_IN_REWARD and not (colon and file and function.isidentifier()):
+        raise ValueError(f"reward.reward_function is '{name}'; set '{BUILT_IN_REWARD}' or file.py:function")
 
 
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
@@ -265,3 +269,4 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_intervals,
     check_reward,
 )
+"""Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

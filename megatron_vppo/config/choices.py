@@ -18,6 +18,9 @@ ResizeMode = Literal["smart", "easyr1"]
 RewardType = Literal["batch", "sequential"]
 """The way a user's reward function is called."""
 
+BUILT_IN_REWARD = "mathruler"
+"""The value of reward.reward_function that names the grader of `data/mathruler.py`; any other names a user's file."""
+
 # --- Model ------------------------------------------------------------------------------------------------------------
 
 Dtype = Literal["float32", "bfloat16"]
@@ -33,7 +36,7 @@ VisionSplit = Literal["tensor", "images"]
 """The way tensor-parallel ranks share the vision tower's work."""
 
 Recompute = Literal["none", "selective", "full"]
-"""What the backward pass computes again instead of keeping."""
+"""The activations that the backward pass computes again instead of keeping them."""
 
 Fp8Recipe = Literal["blockwise", "tensorwise", "delayed", "mxfp8"]
 """The scaling of FP8 operands."""
@@ -83,7 +86,7 @@ PerturbSpace = Literal["patches", "pixels"]
 """The side of the image processor on which an image is perturbed."""
 
 PerturbUnit = Literal["row", "image"]
-"""What gets a random perturbation of its own."""
+"""The unit that gets a random perturbation of its own: a response, or an image once per step."""
 
 # --- Actor ------------------------------------------------------------------------------------------------------------
 
@@ -97,7 +100,7 @@ MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 # --- Rollout ----------------------------------------------------------------------------------------------------------
 
 SeedKind = Literal["independent", "shared", "engine"]
-"""The origin of sampling seeds."""
+"""The origin of the sampling seeds."""
 
 WeightTransferSetting = Literal["auto", "shm", "ipc"]
 """The way of weights to the engines; `rollout/records.py` has the two that 'auto' stands for."""

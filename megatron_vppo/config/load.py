@@ -1,4 +1,4 @@
-"""YAML file, base files and dotted overrides to a checked `RunConfig`, and back to the file of a run folder.
+"""A reader of configurations, from a YAML file, its base files and dotted overrides; and a writer for the run folder.
 
     base: vppo.yaml          # optional; another file, relative to this one, that this one is laid over
     rollout:
@@ -27,11 +27,11 @@ BASE_KEY = "base"
 
 @dataclass(frozen=True)
 class Setting:
-    """One value as a user wrote it."""
+    """A value as a user wrote it."""
 
     value: Any
     source: str
-    """File or override, for messages."""
+    """The file or override that it stands in, for messages."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -73,7 +73,7 @@ def save_resolved(config: RunConfig, path: str | Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """YAML with 1e-6 as a number (YAML 1.1 wants 1.0e-6) and without silently dropping a key written twice."""
+    """A YAML loader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key that is written twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -97,7 +97,7 @@ def _parse(text: str, source: str) -> Any:
 
 
 def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Mapping[Any, Any]]]:
-    """(source, mapping) of the file and its bases, the lowest base first."""
+    """Reads the file and its bases: (source, mapping) of each, the lowest base first."""
     if not path.is_file():
         named_in = f" (named by '{BASE_KEY}' in {above[-1]})" if above else ""
         raise FileNotFoundError(f"no configuration file {path}{named_in}")
@@ -126,7 +126,7 @@ def _override_layer(text: str) -> tuple[str, Mapping[Any, Any]]:
 
 
 def _section(model: type[Section], name: str) -> type[Section] | None:
-    """The section class behind a field, None for a plain setting."""
+    """Returns the section class of a field, None for a plain setting."""
     annotation = model.model_fields[name].annotation
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
 
@@ -134,7 +134,7 @@ def _section(model: type[Section], name: str) -> type[Section] | None:
 def _leaves(
     mapping: Mapping[Any, Any], model: type[Section], prefix: str, source: str, problems: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of every known setting in the mapping; the others are added to problems."""
+    """Yields (dotted name, value) of every known setting in the mapping; the others are added to `problems`."""
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if key not in model.model_fields:
@@ -160,7 +160,10 @@ def _known_names(model: type[Section], prefix: str = "", *, sections: bool) -> I
 
 
 def _suggestion(name: str, is_section: bool) -> str:
-    """Nearest valid name: by the whole dotted name and by its last part, so that a wrong section is found too."""
+    """Suggests the nearest valid name.
+
+    Likeness counts over the whole dotted name and over its last part, so that a setting in a wrong section is found.
+    """
 
     def likeness(candidate: str) -> float:
         whole = difflib.SequenceMatcher(None, name, candidate).ratio()
@@ -189,7 +192,7 @@ def _nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
-    """One pydantic error as `name = value (source): what was expected`."""
+    """Formats a pydantic error as `name = value (source): what was expected`."""
     parts = [str(part) for part in error["loc"]]
     whole = ".".join(parts)
     while parts and ".".join(parts) not in settings:

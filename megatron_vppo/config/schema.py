@@ -1,4 +1,4 @@
-"""Every setting of a run: one class per component, one place per default, leaf names as users of EasyR1 and verl know.
+"""Every setting of a run: one class per component, one place per default, names as users of EasyR1 and verl know them.
 
 Unknown keys are refused (see load.py for the message). The defaults are those of `algorithm.preset: global`; settings
 marked (Preset) get another one from PRESETS under `reference`. What a user sets wins over either.
@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from megatron_vppo.config.choices import (
+    BUILT_IN_REWARD,
     BackendSetting,
     BadRows,
     CountedTokens,
@@ -45,6 +46,8 @@ from megatron_vppo.config.choices import (
 
 
 class Section(BaseModel):
+    """A group of settings: frozen, unknown names refused, the docstrings of its fields their descriptions."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
@@ -76,7 +79,7 @@ class DataConfig(Section):
     shuffle: bool = True
     on_bad_row: BadRows = "error"
     max_val_rows: int | None = Field(default=None, gt=0)
-    """Validate on the first so many rows; None: all."""
+    """The number of rows, from the first, to validate on; None: all."""
     num_workers: int = Field(default=2, ge=0)
     """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
 
@@ -94,11 +97,12 @@ class ModelConfig(Section):
 
 class Fp8Config(Section):
     recipe: Fp8Recipe | None = None
-    """How inputs and weights of the language model's linear layers are scaled to 8 bits; None: no FP8."""
+    """Scaling of the inputs and weights of the language model's linear layers to 8 bits; None: no FP8."""
     scope: tuple[Fp8Phase, ...] = ("scoring", "update")
-    """Where it is used: in the two views that token dependency is computed from, and in the policy update."""
+    """Phases that use it: scoring, which gives the two views of token dependency, and the policy update."""
     bf16_layers_at_ends: int = Field(default=0, ge=0)
-    """So many first and so many last language layers stay in bfloat16 (not with 'delayed')."""
+    """The number of language layers at the start, and of as many at the end, that stay in bfloat16 (not with
+    'delayed')."""
 
 
 class ParallelConfig(Section):
@@ -114,11 +118,11 @@ class ParallelConfig(Section):
     """Language model layers of each pipeline stage, in the order of the model; None: an even split. One entry per
     stage: pipeline size times virtual size."""
     sequence_parallel: bool = False
-    """Tensor-parallel ranks share the tokens between the language model's layers instead of each holding all; nothing
-    to share with one."""
+    """Between the language model's layers, tensor-parallel ranks share the tokens instead of each holding all. With one
+    rank it has no effect."""
     vision_split: VisionSplit = "tensor"
-    """How tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank the
-    whole tower and pictures of its own. Context-parallel ranks get pictures of their own in both."""
+    """The way tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank
+    the whole tower and images of its own. Context-parallel ranks get images of their own in both."""
     recompute: Recompute = "none"
     """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
     and run again."""
@@ -126,25 +130,26 @@ class ParallelConfig(Section):
     threads_per_rank: int = Field(default=1, gt=0)
     """CPU threads of a trainer rank on a machine without GPUs."""
     collective_timeout_seconds: float = Field(default=1800.0, gt=0)
-    """How long ranks wait for the slowest before the run fails; also while it samples, grades or writes."""
+    """The time that ranks wait for the slowest before the run fails; also while it samples, grades or writes."""
 
 
 class PerturbConfig(Section):
     kind: PerturbKind = "patch_black"
     probability: float = Field(default=0.5, ge=0, le=1)
-    """Chance of each patch to be blacked (patch_black)."""
+    """The chance of each patch to be blacked (patch_black)."""
     stage: PerturbSpace = "patches"
     """'patches': after the processor, on the model's own patch grid; 'pixels': before the processor's resize, on a
     fixed grid (the authors'). (Preset.)"""
     patch_size: int | None = Field(default=None, gt=0)
-    """Pixels; grid of stage 'pixels'. For stage 'patches' it must stay None: the model's own patch."""
+    """Pixels; the grid of stage 'pixels'. None at stage 'patches', which uses the model's own patch."""
     per: PerturbUnit = "row"
-    """A fresh mask for each response row, or one per image and step. (Preset.)"""
+    """A new perturbation for each response ('row'), or one per image and step ('image'). (Preset.)"""
     noise_std: float = Field(default=189.0, gt=0)
     """Grey levels (gaussian_noise); the paper's ablation."""
     blur_radius: float = Field(default=6.0, gt=0)
     """Pixels (gaussian_blur); the paper's ablation."""
     grey_level: int = Field(default=128, ge=0, le=255)
+    """0 (black) to 255 (white) (grey)."""
 
 
 class AlgorithmConfig(Section):
@@ -161,7 +166,8 @@ class AlgorithmConfig(Section):
     """beta_min of the advantage scale; beta_max follows from mean scale one."""
     entropy_penalty_coef: float = Field(default=0.06, ge=0)
     dependency: DependencyKind = "k3_sampled"
-    """Token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or Jensen-Shannon."""
+    """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or the
+    Jensen-Shannon divergence."""
     dependency_expm1: bool = True
     """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. (Preset.)"""
     stable_ranking: bool = True
@@ -169,9 +175,9 @@ class AlgorithmConfig(Section):
     integer_ceil: bool = True
     """Number of kept tokens by exact arithmetic instead of a float32 product. (Preset.)"""
     shaping_min_scope: ShapingMinScope = "minibatch"
-    """Rows over which the smallest trajectory score is taken. (Preset.)"""
+    """Responses over which the smallest mean dependency is taken. (Preset.)"""
     shaping_mean_scope: ShapingMeanScope = "minibatch"
-    """Rows over which the mean advantage scale is made one. (Preset.)"""
+    """Responses over which the mean advantage scale is made one. (Preset.)"""
     negative_advantages: NegativeAdvantages = "same"
     """Advantage scale where the advantage is negative: alpha, 1, or 2 - alpha."""
     text_only_rows: TextOnlyRows = "bypass"
@@ -193,13 +199,13 @@ class AlgorithmConfig(Section):
     max_try_make_batch: int = Field(default=4, gt=0)
     """Sampling rounds per step at most; then the step trains on the groups it has."""
     truncated_responses: TruncatedResponses = "train"
-    """Responses cut at the length limit: train on them as they scored, or give them no gradient."""
+    """Responses cut at the length limit: trained on with the reward they got, or without gradient."""
     resize: ResizeMode = "smart"
-    """Pictures to the pixel budget by the processor's own rule, or as the authors do before the processor runs.
-    Preset-dependent."""
+    """Images come under the pixel budget by the processor's own rule, or as the authors resize them before the
+    processor runs. (Preset.)"""
     score_banned_tokens: bool = False
-    """Whether the trainer's log-probs count the image and vision tokens, which rollouts cannot sample: the authors' do.
-    Preset-dependent."""
+    """True if the trainer's log-probs count the image and vision tokens, which rollouts cannot sample. The authors' do.
+    (Preset.)"""
     rollout_correction_cap: float | None = Field(default=None, gt=0)
     """Weight each token's policy gradient by min(p_trainer / p_rollout, cap); None: no correction."""
     reference_devices: int | None = Field(default=None, gt=0)
@@ -257,9 +263,9 @@ class OptimConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
     lr_warmup_steps: int = Field(default=0, ge=0)
-    """Training steps over which the rate rises linearly."""
+    """Training steps over which the learning rate rises linearly."""
     lr_scheduler_type: LrScheduleKind = "constant"
-    """After the warm-up, until the run's last step."""
+    """Course of the learning rate from the warm-up to the run's last step."""
     min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of `lr` that 'linear' and 'cosine' fall to."""
 
@@ -268,16 +274,16 @@ class ActorConfig(Section):
     global_batch_size: int = Field(default=128, gt=0)
     """Prompts per optimizer step (rollout.n responses each)."""
     micro_batch_size_per_device_for_update: int = Field(default=4, gt=0)
-    """Responses per micro-batch; rows are packed, so a micro-batch has no padding."""
+    """Responses per micro-batch of the update; they are packed, so there is no padding."""
     micro_batch_size_per_device_for_experience: int = Field(default=8, gt=0)
-    """Responses per micro-batch of the scoring pass."""
+    """Responses per micro-batch of scoring."""
     ppo_epochs: int = Field(default=1, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     head_chunk_tokens: int = Field(default=1024, gt=0)
     """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
     offload: tuple[MemoryPart, ...] = ()
-    """What waits in host memory while the engines sample: weights, gradients (freed, not copied), optimizer state. The
-    engines take its room, see rollout.free_cache_engine. GPUs only."""
+    """Parts of the trainer's memory that leave the GPU while the engines sample: weights, gradients (freed, not
+    copied), optimizer state. The engines take their room, see rollout.free_cache_engine. GPUs only."""
     optim: OptimConfig = OptimConfig()
 
 
@@ -308,10 +314,10 @@ class RolloutConfig(Section):
     """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
     them with the trainer."""
     weight_transfer: WeightTransferSetting = "auto"
-    """Weights reach the engines through host memory (shm) or through buffers on the GPU (ipc); 'auto': ipc on GPUs."""
+    """Way of the weights to the engines: host memory (shm) or buffers on the GPU (ipc); 'auto': ipc on GPUs."""
     quantization: Quantization | None = None
-    """Engines compute the language model's linear layers in FP8, scaled as fp8.recipe says (block by block without
-    one); they quantise the weights that they are sent. GPUs only."""
+    """Number format of the linear layers in the engines' language model, scaled as fp8.recipe says (block by block
+    without one). Engines quantise the weights that they are sent. GPUs only."""
     cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
     """GiB for the KV cache of an engine on CPU."""
     threads_per_engine: int | None = Field(default=None, gt=0)
@@ -322,20 +328,20 @@ class RolloutConfig(Section):
     enforce_eager: bool = True
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: VerifyWeights = "first"
-    """When vLLM's checksums are compared with those of the stream sent to it."""
+    """Weight syncs after which vLLM's checksums are compared with those of the weights sent to it."""
     logprob_diff_bound: float = Field(default=0.05, gt=0)
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
     start_timeout_seconds: float = Field(default=600.0, gt=0)
 
 
 class RewardConfig(Section):
-    reward_function: str = "mathruler"
+    reward_function: str = BUILT_IN_REWARD
     """'mathruler', or `file.py:function` of yours."""
     reward_type: RewardType = "batch"
-    """How a function of yours is called: with lists of all responses, or once per response."""
+    """The call of a function of yours: with a list of all responses, or once per response."""
     num_workers: int = Field(default=1, gt=0)
     timeout_seconds: float = Field(default=10.0, gt=0)
-    """Per response; a longer grading scores zero and is counted."""
+    """Time for one response. One that takes longer gets the reward zero and is counted."""
 
 
 class TrainerConfig(Section):
@@ -359,7 +365,7 @@ class TrainerConfig(Section):
     """Go on from the newest complete checkpoint of the run folder."""
     save_rollouts: bool = True
     loggers: tuple[LoggerService, ...] = ()
-    """Beside metrics.jsonl and TensorBoard, which are always written."""
+    """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""
 
 
 class RunConfig(Section):

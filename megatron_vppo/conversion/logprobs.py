@@ -129,6 +129,9 @@ def _vllm_logps(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype="float32" if dtype == torch.float32 else "bfloat16",
         max_num_seqs=len(rows),
+        cpu_kv_cache_gib=1.0,
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
         banned_token_ids=vision_token_ids(hf_config),
     )
     requests = [

@@ -151,9 +151,9 @@ class VisionDataset:
 def open_dataset(
     source: str,
     *,
-    problem_key: str = "problem",
-    answer_key: str = "answer",
-    image_key: str = "images",
+    problem_key: str,
+    answer_key: str,
+    image_key: str,
     image_dir: str | None = None,
     max_rows: int | None = None,
 ) -> VisionDataset:

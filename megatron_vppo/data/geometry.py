@@ -33,11 +33,11 @@ class ImageGeometry:
     processor_min_pixels: int
     """The processor's own limits, used by 'easyr1' only."""
     processor_max_pixels: int
-    mode: ResizeMode = "smart"
+    mode: ResizeMode
 
     @classmethod
     def from_processor(
-        cls, image_processor: Any, *, min_pixels: int, max_pixels: int, mode: ResizeMode = "smart"
+        cls, image_processor: Any, *, min_pixels: int, max_pixels: int, mode: ResizeMode
     ) -> ImageGeometry:
         """Patch geometry from a Qwen-VL image processor of transformers. Raises ValueError for an empty budget."""
         factor = image_processor.patch_size * image_processor.merge_size

@@ -188,8 +188,8 @@ def load_prompts(
     split: str,
     max_prompt_length: int,
     max_images: int,
-    on_bad_row: BadRows = "error",
-    num_workers: int = 0,
+    on_bad_row: BadRows,
+    num_workers: int,
 ) -> PromptSet:
     """Checks and tokenises every row; over-long prompts are left out, counted and reported.
 

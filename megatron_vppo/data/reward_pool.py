@@ -51,11 +51,11 @@ class RewardPool:
 
     def __init__(
         self,
-        function: str = "mathruler",
+        function: str,
         *,
-        reward_type: RewardType = "batch",
-        num_workers: int = 1,
-        timeout_seconds: float = 10.0,
+        reward_type: RewardType,
+        num_workers: int,
+        timeout_seconds: float,
     ) -> None:
         if function != "mathruler" and ":" not in function:
             raise ValueError(f"reward.reward_function={function}: use 'mathruler' or `file.py:function`")

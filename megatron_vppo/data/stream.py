@@ -22,7 +22,7 @@ class StreamPosition:
 class PromptStream:
     """Endless prompts in shuffled epochs; the order follows from the seed alone, the position is two numbers."""
 
-    def __init__(self, prompts: PromptSet, *, seed: int, shuffle: bool = True) -> None:
+    def __init__(self, prompts: PromptSet, *, seed: int, shuffle: bool) -> None:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
         self.position = StreamPosition(epoch=0, offset=0)
         self._order = self._epoch_order(0)

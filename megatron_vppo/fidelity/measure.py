@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_vppo.algorithm.settings import divergence_of
 from megatron_vppo.algorithm.types import Response, Scores
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.schema import ParallelConfig, RunConfig
@@ -197,7 +198,7 @@ def _scorer_and_responses(
 
 def _score(scorer: Scorer, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
-    return scorer.score(responses, step=STEP, views="both", divergence=None if kind == "k3_sampled" else kind)
+    return scorer.score(responses, step=STEP, views="both", divergence=divergence_of(kind))
 
 
 def _score_with_own_model(config: RunConfig, model: _Model, responses: Sequence[Response]) -> Scores:

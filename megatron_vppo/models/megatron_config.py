@@ -70,7 +70,7 @@ def _split_layers(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[in
     return tuple(pipeline_layers)
 
 
-def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: VisionSplit = "tensor") -> None:
+def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: VisionSplit) -> None:
     """Checks that the tensor-parallel size divides everything that is split by it.
 
     Raises:

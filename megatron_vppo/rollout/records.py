@@ -13,7 +13,7 @@ from megatron_vppo.config.choices import Dtype
 WeightTransfer = Literal["shm", "ipc"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """One vLLM engine; fixed for its life."""
 
@@ -21,23 +21,26 @@ class EngineSettings:
     """Hugging Face folder or hub id."""
     max_model_len: int
     """Tokens of prompt (image tokens included) and response together."""
+    dtype: Dtype
+    max_num_seqs: int
+    """Responses in flight."""
+    cpu_kv_cache_gib: float
+    """GiB for the KV cache on CPU."""
+    gpu_memory_utilization: float
+    """Share of each of its GPUs that the engine takes while it is awake."""
+    enforce_eager: bool
+    """True if nothing is compiled, not even the sampler's helpers, which would take 25 s of the first generate on two
+    cores."""
     device: Literal["cpu", "cuda"] = "cpu"
     cuda_visible_devices: str | None = None
     """CUDA_VISIBLE_DEVICES of the engine; None: the trainer's."""
-    dtype: Dtype = "bfloat16"
     tensor_parallel_size: int = 1
-    max_num_seqs: int = 256
-    """Samples in flight."""
     images_per_prompt: int = 1
     """The most images that one prompt may have."""
     seed: int = 0
-    """Only for samples without a seed of their own."""
-    cpu_kv_cache_gib: float = 1.0
+    """The seed of responses without one of their own."""
     cpu_threads: int = 1
     """OpenMP threads of each worker process on CPU."""
-    gpu_memory_utilization: float = 0.5
-    enforce_eager: bool = True
-    """Also keeps the sampler's helpers from being compiled, which takes 25 s of the first generate on two cores."""
     load_format: Literal["auto", "empty"] = "auto"
     """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `send_weights`."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)

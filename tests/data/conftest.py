@@ -1,4 +1,4 @@
-"""A tiny real processor (tokenizer, chat template, Qwen2-VL image processor) and pictures to feed it."""
+"""A tiny real processor (tokenizer, chat template, Qwen2-VL image processor) and images to feed it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>",
     "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
-# As Qwen2.5-VL's own: a default system turn, vision marks around each picture.
+# As Qwen2.5-VL's own: a default system turn, vision marks around each image.
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n"
@@ -48,9 +48,9 @@ def processor() -> Qwen2_5_VLProcessor:
 
 
 @pytest.fixture
-def picture_folder(tmp_path: Path) -> Path:
+def image_folder(tmp_path: Path) -> Path:
     """a.png 90x60, b.png 60x120, c.jpg 100x80 (greyscale), and a turned JPEG: 50x30 stored, 30x50 seen."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     noise_image(90, 60, seed=1).save(folder / "a.png")
     noise_image(60, 120, seed=2).save(folder / "b.png")

@@ -1,4 +1,4 @@
-"""Pictures for the tests of the data layer."""
+"""Images for the tests of the data layer."""
 
 from __future__ import annotations
 

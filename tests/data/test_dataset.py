@@ -1,4 +1,4 @@
-"""Every form a data set may come in gives the same rows; broken pictures are found and named."""
+"""Every form a data set may come in gives the same rows; broken images are found and named."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from megatron_vppo.data.dataset import RowError, Source, VisionDataset, open_dataset, parse_source
+from megatron_vppo.data.dataset import RowError, Source, VisionDataset, parse_source
 from tests.data.images import noise_image
+from tests.data.rows import open_rows
 
 ROWS = [
     {"problem": "<image>How many?", "answer": "3", "images": ["a.png"]},
@@ -84,59 +85,59 @@ def write_hub_layout(folder: Path) -> str:
         write_hub_layout,
     ],
 )
-def test_every_source_gives_the_same_rows(write, picture_folder: Path) -> None:
-    dataset = open_dataset(write(picture_folder))
+def test_every_source_gives_the_same_rows(write, image_folder: Path) -> None:
+    dataset = open_rows(write(image_folder))
     for copy in (dataset, pickle.loads(pickle.dumps(dataset))):
         assert len(copy) == 3
         assert [copy.problem(i) for i in range(3)] == [row["problem"] for row in ROWS]
         assert [copy.answer(i) for i in range(3)] == ["3", "left", "4"]
         assert [len(copy.image_cells(i)) for i in range(3)] == [1, 2, 0]
         assert [copy.image_size(0, 0), copy.image_size(1, 0), copy.image_size(1, 1)] == [(90, 60), (60, 120), (100, 80)]
-        with Image.open(picture_folder / "c.jpg") as expected:
+        with Image.open(image_folder / "c.jpg") as expected:
             assert np.array_equal(np.asarray(copy.image(1, 1)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv"])
-def test_folder_of_images_with_metadata(kind: str, picture_folder: Path) -> None:
-    (picture_folder / "turned.jpg").unlink()
+def test_folder_of_images_with_metadata(kind: str, image_folder: Path) -> None:
+    (image_folder / "turned.jpg").unlink()
     names = ["a.png", "b.png", "c.jpg"]
     if kind == "metadata.csv":
         lines = ["file_name,problem,answer", *(f"{name},<image>{name}?,{i}" for i, name in enumerate(names))]
-        (picture_folder / kind).write_text("\n".join(lines))
+        (image_folder / kind).write_text("\n".join(lines))
     else:
         rows = [{"file_name": name, "problem": f"<image>{name}?", "answer": i} for i, name in enumerate(names)]
-        (picture_folder / kind).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = open_dataset(str(picture_folder), image_key="image")
+        (image_folder / kind).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = open_rows(str(image_folder), image_key="image")
     assert [dataset.problem(i) for i in range(3)] == ["<image>a.png?", "<image>b.png?", "<image>c.jpg?"]
     assert [dataset.answer(i) for i in range(3)] == ["0", "1", "2"]
     assert [dataset.check_image(i, 0) for i in range(3)] == [(90, 60), (60, 120), (100, 80)]
 
 
-def test_answers_of_mixed_type_and_single_image_cells(picture_folder: Path) -> None:
+def test_answers_of_mixed_type_and_single_image_cells(image_folder: Path) -> None:
     rows = [
         {"problem": "p", "answer": 5, "images": "a.png"},
         {"problem": "p", "answer": "x", "images": ["a.png", {"path": "b.png"}]},
     ]
-    (picture_folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = open_dataset(str(picture_folder / "m.jsonl"))
+    (image_folder / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = open_rows(str(image_folder / "m.jsonl"))
     assert [dataset.answer(0), dataset.answer(1)] == ["5", "x"]
     assert [dataset.image_size(0, 0), dataset.image_size(1, 1)] == [(90, 60), (60, 120)]
 
 
-def test_image_dir_and_row_limits(picture_folder: Path, tmp_path: Path) -> None:
+def test_image_dir_and_row_limits(image_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     source = str(tmp_path / "rows.jsonl")
-    assert open_dataset(source, image_dir=str(picture_folder)).image_size(0, 0) == (90, 60)
-    assert len(open_dataset(source, max_rows=2)) == 2
-    assert len(open_dataset(f"{source}@train[:1]")) == 1
+    assert open_rows(source, image_dir=str(image_folder)).image_size(0, 0) == (90, 60)
+    assert len(open_rows(source, max_rows=2)) == 2
+    assert len(open_rows(f"{source}@train[:1]")) == 1
     with pytest.raises(RowError, match=r"rows\.jsonl, row 0: image 0 cannot be read: No such file.*data\.image_dir"):
-        open_dataset(source).image_size(0, 0)
+        open_rows(source).image_size(0, 0)
 
 
-def test_camera_orientation_is_applied_to_size_and_pixels_alike(picture_folder: Path) -> None:
-    (picture_folder / "t.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "images": ["turned.jpg"]}))
-    dataset = open_dataset(str(picture_folder / "t.jsonl"))
-    with Image.open(picture_folder / "turned.jpg") as stored:
+def test_camera_orientation_is_applied_to_size_and_pixels_alike(image_folder: Path) -> None:
+    (image_folder / "t.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "images": ["turned.jpg"]}))
+    dataset = open_rows(str(image_folder / "t.jsonl"))
+    with Image.open(image_folder / "turned.jpg") as stored:
         expected = ImageOps.exif_transpose(stored)
     assert dataset.image_size(0, 0) == dataset.check_image(0, 0) == (30, 50)
     assert np.array_equal(np.asarray(dataset.image(0, 0)), np.asarray(expected))
@@ -178,16 +179,16 @@ def broken_images(folder: Path) -> dict[str, bytes]:
         "empty file",
     ],
 )
-def test_broken_image_is_named(name: str, picture_folder: Path) -> None:
-    data = broken_images(picture_folder)[name]
+def test_broken_image_is_named(name: str, image_folder: Path) -> None:
+    data = broken_images(image_folder)[name]
     table = datasets.Dataset.from_list(
         [
-            ROWS[2] | {"images": [{"bytes": (picture_folder / "a.png").read_bytes()}]},
+            ROWS[2] | {"images": [{"bytes": (image_folder / "a.png").read_bytes()}]},
             ROWS[2] | {"images": [{"bytes": data}]},
         ]
     )
     columns = ("problem", "answer", "images")
-    dataset = VisionDataset(table, source="mine.parquet", image_root=picture_folder, columns=columns)
+    dataset = VisionDataset(table, source="mine.parquet", image_root=image_folder, columns=columns)
     assert dataset.check_image(0, 0) == (90, 60)
     with pytest.raises(RowError, match=r"mine\.parquet, row 1: image 0 is unreadable or truncated: ") as caught:
         dataset.check_image(1, 0)
@@ -195,18 +196,18 @@ def test_broken_image_is_named(name: str, picture_folder: Path) -> None:
     assert (again.source, again.row, str(again)) == ("mine.parquet", 1, str(caught.value))
 
 
-def test_missing_columns_and_sources_say_what_to_set(picture_folder: Path) -> None:
-    write_jsonl_of_paths(picture_folder)
+def test_missing_columns_and_sources_say_what_to_set(image_folder: Path) -> None:
+    write_jsonl_of_paths(image_folder)
     with pytest.raises(
         ValueError, match=r"no column 'question'; it has problem, answer, images\. Set data\.prompt_key"
     ):
-        open_dataset(str(picture_folder / "rows.jsonl"), problem_key="question")
+        open_rows(str(image_folder / "rows.jsonl"), problem_key="question")
     with pytest.raises(ValueError, match=r"no column 'image'.*Set data\.image_key"):
-        open_dataset(str(picture_folder / "rows.jsonl"), image_key="image")
+        open_rows(str(image_folder / "rows.jsonl"), image_key="image")
     with pytest.raises(ValueError, match=r"nowhere\.parquet does not exist"):
-        open_dataset(str(picture_folder / "nowhere.parquet"))
+        open_rows(str(image_folder / "nowhere.parquet"))
     with pytest.raises(ValueError, match="unknown kind of file"):
-        open_dataset(str(picture_folder / "a.png"))
+        open_rows(str(image_folder / "a.png"))
 
 
 def test_source_text(tmp_path: Path) -> None:

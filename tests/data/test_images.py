@@ -14,11 +14,12 @@ from PIL import Image
 from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
-from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
+from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs, _ByteLru
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, perturb_rng
 from tests.data.images import noise_image
+from tests.data.rows import open_rows
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
 LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
@@ -29,7 +30,7 @@ KEY = PerturbKey(step=5, response_row=2)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> VisionDataset:
-    """Row i holds a image of SIZES[i]; the row after the last a greyscale one with transparency."""
+    """Row i holds an image of SIZES[i]; the row after the last a greyscale one with transparency."""
     rows = []
     for i, size in enumerate(SIZES):
         noise_image(*size, seed=i).save(tmp_path / f"{i}.png")
@@ -37,7 +38,7 @@ def dataset(tmp_path: Path) -> VisionDataset:
     noise_image(70, 70, mode="LA").save(tmp_path / "alpha.png")
     rows.append({"problem": "<image>?", "answer": "1", "images": ["alpha.png"]})
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return open_dataset(str(tmp_path / "rows.jsonl"))
+    return open_rows(str(tmp_path / "rows.jsonl"))
 
 
 def vision(dataset: VisionDataset, processor=None, *, mode="smart", perturbing=None, **options) -> VisionInputs:
@@ -82,7 +83,9 @@ def test_resized_image_has_its_final_size(dataset) -> None:
 
 
 def test_budget_sizes_are_fixed_points_or_refused() -> None:
-    geometry = ImageGeometry.from_processor(Qwen2VLImageProcessor(), min_pixels=200704, max_pixels=1003520)
+    geometry = ImageGeometry.from_processor(
+        Qwen2VLImageProcessor(), min_pixels=200704, max_pixels=1003520, mode="smart"
+    )
     assert geometry.budget_size(448, 448) == (448, 448)
     assert geometry.budget_size(1200, 1200) == (980, 980)  # 1001.76 square root of the budget, rounded down to 28
     assert geometry.budget_size(100, 100) == (448, 448)
@@ -105,18 +108,18 @@ def test_budget_sizes_are_fixed_points_or_refused() -> None:
 
 def test_budgets_without_a_stable_size_are_refused() -> None:
     processor = Qwen2VLImageProcessor()
-    narrow = ImageGeometry.from_processor(processor, min_pixels=8 * 784 - 1, max_pixels=8 * 784)
+    narrow = ImageGeometry.from_processor(processor, min_pixels=8 * 784 - 1, max_pixels=8 * 784, mode="smart")
     assert narrow.budget_size(112, 56) == (112, 56)
     with pytest.raises(ValueError, match=r"no stable size.*widen"):
         narrow.budget_size(84, 84)  # 9 tokens are too many, and 4 too few
     with pytest.raises(ValueError, match="need min <= max"):
-        ImageGeometry.from_processor(processor, min_pixels=8000, max_pixels=4000)
+        ImageGeometry.from_processor(processor, min_pixels=8000, max_pixels=4000, mode="smart")
 
 
 def test_refused_aspect_ratio_names_its_row(tmp_path: Path) -> None:
     noise_image(1000, 4).save(tmp_path / "strip.png")
     (tmp_path / "r.jsonl").write_text(json.dumps({"problem": "<image>", "answer": "1", "images": ["strip.png"]}))
-    inputs = vision(open_dataset(str(tmp_path / "r.jsonl")))
+    inputs = vision(open_rows(str(tmp_path / "r.jsonl")))
     for use in (inputs.image, inputs.grid, inputs.patches):
         with pytest.raises(RowError, match=r"r\.jsonl, row 0: image 0: 1000x4 pixels: the aspect ratio is over 200"):
             use(ref(0))

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.algorithm.types import ImageRef
-from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
+from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.prompts import PromptBuilder, load_prompts, read_template
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from tests.data.images import noise_image
+from tests.data.rows import open_rows
 
 MIN_PIXELS, MAX_PIXELS = 4 * 784, 40 * 784
 LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
@@ -32,29 +33,34 @@ ROWS = [
 ]
 
 
+READING = {"max_prompt_length": 4096, "max_images": 8, "on_bad_row": "error", "num_workers": 0}
+
+
 def write(folder: Path, rows: list[dict]) -> VisionDataset:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return open_dataset(str(folder / "rows.jsonl"))
+    return open_rows(str(folder / "rows.jsonl"))
 
 
 def builder(processor, **options) -> PromptBuilder:
-    geometry = ImageGeometry.from_processor(processor.image_processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    geometry = ImageGeometry.from_processor(
+        processor.image_processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, mode="smart"
+    )
     return PromptBuilder(processor, geometry, **options)
 
 
 def load(folder: Path, processor, rows: list[dict], **options):
-    options = {"split": "train", "max_prompt_length": 4096, "max_images": 8, **options}
+    options = {**READING, "split": "train", **options}
     return load_prompts(write(folder, rows), builder(processor), **options)
 
 
 @pytest.mark.parametrize("name, ending", [("math_format_perception", THINK), (None, "")])
 @pytest.mark.parametrize("system_prompt", [None, "Be brief."])
-def test_token_ids_equal_the_processors(processor, picture_folder, repo_root, name, ending, system_prompt) -> None:
-    dataset = write(picture_folder, ROWS)
+def test_token_ids_equal_the_processors(processor, image_folder, repo_root, name, ending, system_prompt) -> None:
+    dataset = write(image_folder, ROWS)
     path = None if name is None else str(repo_root / f"examples/format_prompt/{name}.jinja")
     template = None if path is None else read_template(path)
     build = builder(processor, template=template, system_prompt=system_prompt)
-    prompts = load_prompts(dataset, build, split="val", max_prompt_length=4096, max_images=8)
+    prompts = load_prompts(dataset, build, split="val", **READING)
     for row, prompt in enumerate(prompts):
         problem = ROWS[row]["problem"]
         body = (problem.strip() if name else problem) + ending
@@ -73,23 +79,23 @@ def test_token_ids_equal_the_processors(processor, picture_folder, repo_root, na
     assert prompts[-1] == prompts[2] and prompts[:2] == [prompts[0], prompts[1]]
 
 
-def test_too_long_prompts_are_left_out_and_counted(processor, picture_folder, caplog) -> None:
-    everything = load(picture_folder, processor, ROWS)
+def test_too_long_prompts_are_left_out_and_counted(processor, image_folder, caplog) -> None:
+    everything = load(image_folder, processor, ROWS)
     lengths = [len(prompt.token_ids) for prompt in everything]
     assert lengths[0] < lengths[1]
-    kept = load(picture_folder, processor, ROWS, max_prompt_length=lengths[1] - 1)
+    kept = load(image_folder, processor, ROWS, max_prompt_length=lengths[1] - 1)
     assert kept.rows == (0, 2) and kept.report.too_long == (1,)
     assert kept[1] == everything[2]
     assert "2 of 3 rows kept, 1 too long, 0 bad" in caplog.text
-    assert load(picture_folder, processor, ROWS, max_prompt_length=lengths[1]).rows == (0, 1, 2)
+    assert load(image_folder, processor, ROWS, max_prompt_length=lengths[1]).rows == (0, 1, 2)
     with pytest.raises(ValueError, match=r"no usable prompt.*3 too long[\s\S]*data\.max_prompt_length \(5 tokens\)"):
-        load(picture_folder, processor, ROWS, max_prompt_length=5)
+        load(image_folder, processor, ROWS, max_prompt_length=5)
 
 
-def test_a_row_with_more_images_than_the_engine_takes_is_a_bad_one(processor, picture_folder) -> None:
+def test_a_row_with_more_images_than_the_engine_takes_is_a_bad_one(processor, image_folder) -> None:
     with pytest.raises(RowError, match=r"row 1: 3 images; rollout\.max_images_per_prompt is 2"):
-        load(picture_folder, processor, ROWS, max_images=2)
-    kept = load(picture_folder, processor, ROWS, max_images=2, on_bad_row="skip")
+        load(image_folder, processor, ROWS, max_images=2)
+    kept = load(image_folder, processor, ROWS, max_images=2, on_bad_row="skip")
     assert kept.rows == (0, 2) and [error.row for error in kept.report.bad_rows] == [1]
 
 
@@ -108,9 +114,9 @@ BAD_ROWS = {
 
 
 @pytest.fixture
-def with_strip(picture_folder: Path) -> Path:
-    noise_image(402, 2).save(picture_folder / "strip.png")
-    return picture_folder
+def with_strip(image_folder: Path) -> Path:
+    noise_image(402, 2).save(image_folder / "strip.png")
+    return image_folder
 
 
 @pytest.mark.parametrize("reason", list(BAD_ROWS))
@@ -132,12 +138,12 @@ def test_bad_rows_are_skipped_counted_and_listed(processor, with_strip, caplog) 
 
 
 @pytest.mark.distributed
-def test_number_of_workers_changes_nothing(processor, picture_folder, monkeypatch) -> None:
+def test_number_of_workers_changes_nothing(processor, image_folder, monkeypatch) -> None:
     monkeypatch.setattr("megatron_vppo.data.prompts._MIN_ROWS_PER_WORKER", 1)
     monkeypatch.setattr("megatron_vppo.data.prompts._ROWS_PER_CHUNK", 2)
     rows = [ROWS[i % 3] | {"answer": str(i)} for i in range(9)] + [BAD_ROWS["1 '<image>' for 0 image"]]
-    alone = load(picture_folder, processor, rows, on_bad_row="skip")
-    shared = load(picture_folder, processor, rows, on_bad_row="skip", num_workers=2)
+    alone = load(image_folder, processor, rows, on_bad_row="skip")
+    shared = load(image_folder, processor, rows, on_bad_row="skip", num_workers=2)
     assert list(shared) == list(alone) and shared.rows == alone.rows == tuple(range(9))
     assert [str(e) for e in shared.report.bad_rows] == [str(e) for e in alone.report.bad_rows]
     assert list(pickle.loads(pickle.dumps(shared))) == list(alone)
@@ -152,10 +158,10 @@ def test_template_errors_name_the_file(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def ten(processor, picture_folder):
+def ten(processor, image_folder):
     rows = [{"problem": f"question {i}", "answer": str(i), "images": []} for i in range(10)]
     rows[4] = BAD_ROWS["1 '<image>' for 0 image"]
-    return load(picture_folder, processor, rows, on_bad_row="skip")
+    return load(image_folder, processor, rows, on_bad_row="skip")
 
 
 def drawn(stream: PromptStream, k: int) -> list[int]:
@@ -163,20 +169,24 @@ def drawn(stream: PromptStream, k: int) -> list[int]:
 
 
 def test_epochs_cover_every_prompt_once_in_changing_order(ten) -> None:
-    stream = PromptStream(ten, seed=1)
+    stream = PromptStream(ten, seed=1, shuffle=True)
     epochs = [drawn(stream, 3) + drawn(stream, 3) + drawn(stream, 3) for _ in range(3)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 5, 6, 7, 8, 9] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert stream.position == StreamPosition(2, 9)
-    assert drawn(PromptStream(ten, seed=1), 9) == epochs[0] != drawn(PromptStream(ten, seed=2), 9)
+    assert (
+        drawn(PromptStream(ten, seed=1, shuffle=True), 9)
+        == epochs[0]
+        != drawn(PromptStream(ten, seed=2, shuffle=True), 9)
+    )
     in_order = PromptStream(ten, seed=1, shuffle=False)
     assert [drawn(in_order, 9), drawn(in_order, 9)] == [[0, 1, 2, 3, 5, 6, 7, 8, 9]] * 2
 
 
 def test_a_short_rest_of_an_epoch_is_dropped(ten) -> None:
-    stream = PromptStream(ten, seed=1)
+    stream = PromptStream(ten, seed=1, shuffle=True)
     assert stream.steps_per_epoch(4) == 2
-    full = drawn(PromptStream(ten, seed=1), 9)
+    full = drawn(PromptStream(ten, seed=1, shuffle=True), 9)
     assert drawn(stream, 4) + drawn(stream, 4) == full[:8]
     third = drawn(stream, 4)
     assert stream.position == StreamPosition(1, 4) and len(set(third)) == 4
@@ -185,13 +195,13 @@ def test_a_short_rest_of_an_epoch_is_dropped(ten) -> None:
 
 
 def test_resume_is_exact(ten) -> None:
-    stream = PromptStream(ten, seed=3)
+    stream = PromptStream(ten, seed=3, shuffle=True)
     for _ in range(5):
         stream.next(2)
     state = json.loads(json.dumps(stream.state_dict()))
     rest = [drawn(stream, 2) for _ in range(8)]
-    resumed = PromptStream(ten, seed=3)
+    resumed = PromptStream(ten, seed=3, shuffle=True)
     resumed.load_state_dict(state)
     assert [drawn(resumed, 2) for _ in range(8)] == rest
     with pytest.raises(ValueError, match=r"seed=3, this run has seed=4.*trainer\.experiment_name"):
-        PromptStream(ten, seed=4).load_state_dict(state)
+        PromptStream(ten, seed=4, shuffle=True).load_state_dict(state)

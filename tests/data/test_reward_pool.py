@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,13 +79,17 @@ def responses(texts: list[str], answer: str = "42") -> list[Response]:
     ]
 
 
+def make_pool(function: str = "mathruler", **options: Any) -> RewardPool:
+    return RewardPool(function, **{"reward_type": "batch", "num_workers": 1, "timeout_seconds": 10.0, **options})
+
+
 def grade(pool: RewardPool, texts: list[str]):
     return pool.grade(responses(texts), texts)
 
 
 def test_built_in_grader_in_workers() -> None:
     texts = [r"\boxed{42}", "42", r"\boxed{41}", r"so \boxed{42.0}"] * 5
-    with RewardPool(num_workers=2) as pool:
+    with make_pool(num_workers=2) as pool:
         rewards = grade(pool, texts)
         assert [reward.overall for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
         assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 0.0, 1.0] * 5
@@ -93,7 +98,7 @@ def test_built_in_grader_in_workers() -> None:
 
 def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
     bomb = r"\boxed{x+99999999!}"  # MathRuler lets sympy compute it
-    with RewardPool(timeout_seconds=1.0) as pool:
+    with make_pool(timeout_seconds=1.0) as pool:
         started = time.monotonic()
         rewards = pool.grade(responses(["a", "b"], answer="x+1"), [bomb, r"\boxed{1+x}"])
         assert [reward.overall for reward in rewards] == [0.0, 1.0]
@@ -105,7 +110,7 @@ def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
 def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> None:
     texts = ["four", "hang", "42", "raise", "die", "raise", "end"]
     caplog.set_level(logging.WARNING)
-    with RewardPool(f"{functions}:{reward_type}", reward_type=reward_type, num_workers=2, timeout_seconds=1.0) as pool:
+    with make_pool(f"{functions}:{reward_type}", reward_type=reward_type, num_workers=2, timeout_seconds=1.0) as pool:
         rewards = grade(pool, texts)
         assert [reward.overall for reward in rewards] == [0.4, 0.0, 0.2, 0.0, 0.0, 0.0, 0.3]
         assert [reward.accuracy for reward in rewards] == [1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
@@ -133,12 +138,12 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
 
 
 def test_a_batch_function_gets_the_whole_batch(functions: str) -> None:
-    with RewardPool(f"{functions}:batch", num_workers=2) as pool:
+    with make_pool(f"{functions}:batch", num_workers=2) as pool:
         assert [reward.metrics["size"] for reward in grade(pool, ["a"] * 50)] == [50.0] * 50
 
 
 def test_plain_numbers_and_unusable_results(functions: str) -> None:
-    with RewardPool(f"{functions}:numbers") as pool:
+    with make_pool(f"{functions}:numbers") as pool:
         rewards = grade(pool, ["0.25", "-1", "3"])
         assert [(r.overall, r.accuracy, dict(r.metrics)) for r in rewards] == [
             (0.25, 0.25, {}),
@@ -149,7 +154,7 @@ def test_plain_numbers_and_unusable_results(functions: str) -> None:
         assert [r.overall for r in bad] == [1.0, 0.0, 0.0]
         assert bad[1].error == "ValueError: the reward function returned nan for 'overall'"
         assert bad[2].error is not None and "could not convert string to float" in bad[2].error
-    with RewardPool(f"{functions}:short") as pool:
+    with make_pool(f"{functions}:short") as pool:
         assert [r.error for r in grade(pool, ["a", "b"])] == [
             "ValueError: the reward function returned 0 scores for 1 responses"
         ] * 2
@@ -157,7 +162,7 @@ def test_plain_numbers_and_unusable_results(functions: str) -> None:
 
 def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> None:
     texts = ["0.6", "0.01", "0.3", "0.02", "0.3"]
-    with RewardPool(f"{functions}:slow", reward_type="sequential", num_workers=3) as pool:
+    with make_pool(f"{functions}:slow", reward_type="sequential", num_workers=3) as pool:
         started = time.monotonic()
         assert [reward.overall for reward in grade(pool, texts)] == [float(text) for text in texts]
         assert time.monotonic() - started < sum(float(text) for text in texts)
@@ -165,20 +170,20 @@ def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> 
 
 def test_workers_are_light_and_no_ranks(functions: str, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "3")
-    with RewardPool(f"{functions}:modules", reward_type="sequential") as pool:
+    with make_pool(f"{functions}:modules", reward_type="sequential") as pool:
         assert grade(pool, ["x"])[0].metrics == {"torch": 0.0, "rank": 0.0}
 
 
 def test_functions_that_cannot_be_loaded_stop_the_run_at_its_start(functions: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no function 'batchh' in that file; it has sequential, batch, numbers"):
-        RewardPool(f"{functions}:batchh")
+        make_pool(f"{functions}:batchh")
     with pytest.raises(ValueError, match="no such Python file"):
-        RewardPool(f"{tmp_path}/gone.py:batch")
+        make_pool(f"{tmp_path}/gone.py:batch")
     with pytest.raises(ValueError, match=r"`file\.py:function`"):
-        RewardPool("mathruller")
+        make_pool("mathruller")
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere\n")
     with pytest.raises(ValueError, match="No module named 'no_such_module_anywhere'"):
-        RewardPool(f"{tmp_path}/broken.py:f")
+        make_pool(f"{tmp_path}/broken.py:f")
 
 
 def worker_pids(pool: RewardPool) -> list[int]:
@@ -193,7 +198,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_close_and_a_death_between_calls(functions: str) -> None:
-    pool = RewardPool(f"{functions}:numbers", num_workers=2)
+    pool = make_pool(f"{functions}:numbers", num_workers=2)
     pids = worker_pids(pool)
     os.kill(pids[0], 9)
     assert [reward.overall for reward in grade(pool, ["1", "2"])] == [1.0, 2.0]
@@ -208,8 +213,8 @@ def test_workers_die_with_a_parent_that_is_killed(functions: str) -> None:
     program = textwrap.dedent(f"""
         import sys, threading
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        from tests.data.test_reward_pool import RewardPool, grade, worker_pids
-        pool = RewardPool({f"{functions}:sequential"!r}, reward_type="sequential", num_workers=2, timeout_seconds=600)
+        from tests.data.test_reward_pool import grade, make_pool, worker_pids
+        pool = make_pool({f"{functions}:sequential"!r}, reward_type="sequential", num_workers=2, timeout_seconds=600)
         print(*worker_pids(pool), flush=True)
         grade(pool, ["hang"])
     """)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings, WeightTransfer
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings, WeightTransfer
+from tests.rollout.settings import engine_settings
 from tests.rollout.tiny_model import (
     build_config,
     build_model,
@@ -56,7 +57,7 @@ def running(
     transfer: WeightTransfer
     family, transfer, quantization = request.param
     folder = FAMILIES[family][0](tmp_path_factory.mktemp("tiny"), tied=False)
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder), max_model_len=256, device="cuda", dtype="bfloat16", max_num_seqs=8,
         gpu_memory_utilization=0.2, load_format="empty", can_sleep=True, weight_transfer=transfer,
         quantization=quantization, unquantized_layers=("visual.*",),

@@ -180,16 +180,16 @@ def test_mrope_positions_by_hand() -> None:
 
 def test_impossible_layouts_are_refused_with_numbers() -> None:
     config = tiny_config(tied=False, vocab=301)
-    check_tensor_parallel(config, tensor=2)
+    check_tensor_parallel(config, tensor=2, vision_split="tensor")
     with pytest.raises(
         ValueError, match=r"2 key-value heads .* tensor_model_parallel_size = 4; set it to one of \[1, 2\]"
     ):
-        check_tensor_parallel(config, tensor=4)
+        check_tensor_parallel(config, tensor=4, vision_split="tensor")
     with pytest.raises(ValueError, match=r"4 attention heads .* 3"):
-        check_tensor_parallel(config, tensor=3)
+        check_tensor_parallel(config, tensor=3, vision_split="tensor")
     config.vision_config.num_heads = 3
     with pytest.raises(ValueError, match=r"3 vision attention heads .*, or parallel\.vision_split=images"):
-        check_tensor_parallel(config, tensor=2)
+        check_tensor_parallel(config, tensor=2, vision_split="tensor")
     check_tensor_parallel(config, tensor=2, vision_split="images")
 
 

@@ -264,8 +264,8 @@ def test_norms_by_hand() -> None:
 
 
 LANGUAGE = LanguageSizes(layer=LAYER, layers=4, vocabulary=1001)
-PICTURE_LAYER = replace(LAYER, hidden=32, heads=2, kv_heads=2, qk_norm=False, gated=False, rms_norm=False)
-PICTURES = VisionSizes(layer=PICTURE_LAYER, layers=3, patch_values=24, taps=1)
+IMAGE_LAYER = replace(LAYER, hidden=32, heads=2, kv_heads=2, qk_norm=False, gated=False, rms_norm=False)
+PICTURES = VisionSizes(layer=IMAGE_LAYER, layers=3, patch_values=24, taps=1)
 BATCH = MicroBatch(tokens=40, response_tokens=12, image_tokens=8, patches=32)
 
 
@@ -281,7 +281,7 @@ def test_stages_of_a_pipeline_by_hand() -> None:
     layer = layer_saved(LAYER, 20, split=LayerSplit(1, 2, False), kernels=CUDA, recompute="none")
     out = 20 * 64 * 2
     tower = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none")
-    picture_layer = layer_saved(PICTURE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
+    image_layer = layer_saved(IMAGE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
     features = 2 * 4 * 64 * 2  # embeddings and one deepstack feature of this context rank's half
     stages = [
         update_activations(
@@ -297,7 +297,7 @@ def test_stages_of_a_pipeline_by_hand() -> None:
         )
         for stage in range(3)
     ]
-    assert stages[0].layers == 3 * (layer + features + out + tower) + max(layer, picture_layer)
+    assert stages[0].layers == 3 * (layer + features + out + tower) + max(layer, image_layer)
     assert stages[1].layers == 2 * (2 * layer + out) + layer
     assert stages[2].layers == (layer + 20 * 64 * 2 + out) + layer  # with the final norm's input
     assert [s.head for s in stages] == [0, 0, head_bytes(LANGUAGE, BATCH, chunk=5, tensor=1, dtype_bytes=2)]
@@ -305,7 +305,7 @@ def test_stages_of_a_pipeline_by_hand() -> None:
 
 def test_tower_by_hand() -> None:
     width = 32 * 32 * 2  # bytes
-    layer = layer_saved(PICTURE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
+    layer = layer_saved(IMAGE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
     # The main merger's norm keeps its input; the tapped one's is kept by the next layer. Each: norm, gelu in, gelu out.
     expected = 32 * 24 * 2 + 3 * layer + width + 2 * 3 * width
     assert vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none") == expected
@@ -327,6 +327,6 @@ def test_scoring_keeps_one_layer() -> None:
     assert first.layers == last.layers == layer + 2 * 40 * 64 * 2
     assert (first.head, last.head) == (0, 3 * 4 * 5 * 1001)
     many = replace(BATCH, patches=1000)
-    picture_layer = layer_saved(PICTURE_LAYER, 1000, split=WHOLE, kernels=CUDA, recompute="none")
+    image_layer = layer_saved(IMAGE_LAYER, 1000, split=WHOLE, kernels=CUDA, recompute="none")
     shown = score_activations(LANGUAGE, PICTURES, many, stage=0, **shared)
-    assert shown.layers == picture_layer + 2 * 40 * 64 * 2
+    assert shown.layers == image_layer + 2 * 40 * 64 * 2

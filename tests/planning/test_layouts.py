@@ -194,8 +194,8 @@ def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
     assert b.fullest.activations.layers < a.fullest.activations.layers
 
 
-def test_a_micro_batch_counts_pictures_and_views() -> None:
-    """Four neighbours of groups of eight lie in two groups at most; the perturbed picture of each is its own."""
+def test_a_micro_batch_counts_images_and_views() -> None:
+    """Four neighbours of groups of eight lie in two groups at most; the perturbed image of each is its own."""
     workload = replace(WORKLOAD, rows_per_micro_batch=4)
     update = workload.micro_batch(merge=2, context=1, both_views=False)
     score = workload.micro_batch(merge=2, context=1, both_views=True)
@@ -206,7 +206,7 @@ def test_a_micro_batch_counts_pictures_and_views() -> None:
         replace(workload, responses_per_prompt=1).micro_batch(merge=2, context=1, both_views=False).patches == 4 * 5120
     )
     two = workload.micro_batch(merge=2, context=4, both_views=True)
-    assert two.patches == 2 * 5120, "six pictures on four ranks"
+    assert two.patches == 2 * 5120, "six images on four ranks"
     assert WORKLOAD.micro_batch(merge=2, context=1, both_views=False).patches == 5120
 
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
+from tests.rollout.settings import engine_settings
 
 ROOT = Path(__file__).parents[2]
 VPPO = (sys.executable, "-m", "megatron_vppo.cli.main")
@@ -79,15 +80,15 @@ def check_export(folder: Path, scratch: Path) -> None:
     """transformers and vLLM load the exported folder as it is, and agree on what it says."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     processor = AutoProcessor.from_pretrained(folder)
-    picture = Image.new("RGB", (112, 56), (200, 30, 90))
+    image = Image.new("RGB", (112, 56), (200, 30, 90))
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the sum?"}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(text=[text], images=[picture], return_tensors="pt")
+    inputs = processor(text=[text], images=[image], return_tensors="pt")
     compact = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    settings = EngineSettings(model=str(folder), max_model_len=96, dtype="float32", cpu_kv_cache_gib=0.25)
+    settings = engine_settings(model=str(folder), max_model_len=96, dtype="float32", cpu_kv_cache_gib=0.25)
     with RolloutEngine(settings, log_path=scratch / "engine.log") as engine:
         engine.wait_ready(timeout_seconds=300)
-        request = SampleRequest(token_ids=tuple(compact), images=(picture,), seeds=(7,))
+        request = SampleRequest(token_ids=tuple(compact), images=(image,), seeds=(7,))
         ((completion,),) = engine.generate([request], SamplingSettings(max_tokens=8))
     ids = torch.cat([inputs["input_ids"][0], torch.tensor(completion.token_ids)])[None]
     types = (ids == model.config.image_token_id).int()

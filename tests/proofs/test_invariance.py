@@ -38,7 +38,7 @@ class Problem:
 def make_problem() -> Problem:
     g = torch.Generator().manual_seed(11)
     lengths = torch.randint(1, WIDTH + 1, (NUM_ROWS,), generator=g).tolist()
-    # The third group is a question without a picture; one row of the fifth was cut at the limit.
+    # The third group is a question without an image; one row of the fifth was cut at the limit.
     rows = [
         response(n, group=i // GROUP_SIZE, sample=i % GROUP_SIZE, image=i // GROUP_SIZE != 2,
                  finish="length" if i == 17 else "stop")

@@ -116,7 +116,7 @@ MODELS = {
 """No vocabulary is divisible by 2."""
 EXPECTED = "expected.pickle"
 ROWS_EACH = (1, 6)
-"""Rows of a micro-batch: one by one, some without a picture; all packed, which leaves other micro-batches idle."""
+"""Rows of a micro-batch: one by one, some without an image; all packed, which leaves other micro-batches idle."""
 
 
 @dataclass(frozen=True)

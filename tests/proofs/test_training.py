@@ -29,8 +29,8 @@ def test_reward_rises_and_engines_hold_the_trainers_weights(digits: Path, tmp_pa
     assert first["actor/perception_token_fraction"] == pytest.approx(4 / 8, abs=0.02), "ceil(0.4 x 8) of 8 tokens"
     assert first["actor/low_var_kl_mean_selected"] > 2 * first["actor/low_var_kl_mean_rejected"] > 0
     assert (run / "report.html").stat().st_size > 50_000
-    pictured = [record for record in read_rollouts(rollout_path(run, LEARNING_STEPS)) if "images" in record]
-    assert {record["accuracy"] for record in pictured} == {0.0, 1.0}, "right and wrong answers keep their pictures"
+    imaged = [record for record in read_rollouts(rollout_path(run, LEARNING_STEPS)) if "images" in record]
+    assert {record["accuracy"] for record in imaged} == {0.0, 1.0}, "right and wrong answers keep their images"
     check_export(run / "huggingface" / f"step_{LEARNING_STEPS}", tmp_path)
 
 

@@ -16,11 +16,11 @@ from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings
 from megatron_vppo.weights.load_hf import load_hf_weights
 from megatron_vppo.weights.stream import hf_weights, save_hf
 from tests.gloo import run_gloo
 from tests.rollout.rig import START_SECONDS
+from tests.rollout.settings import engine_settings
 from tests.rollout.tiny_model import save_model_folder, save_qwen3_folder
 
 RANKS = 4
@@ -78,7 +78,7 @@ def _rank(
 
 
 def _engine(folder: Path, ranks: int) -> RolloutEngine:
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder),
         max_model_len=128,
         dtype="float32",

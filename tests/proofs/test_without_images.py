@@ -1,4 +1,4 @@
-"""A mini-batch in which no row has a picture: nobody waits for the vision tower, and the rest is what it should be."""
+"""A mini-batch in which no row has an image: nobody waits for the vision tower, and the rest is what it should be."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings
 from tests.rollout.rig import MAX_PIXELS, START_SECONDS, Rig
+from tests.rollout.settings import engine_settings
 from tests.rollout.tiny_model import build_tokenizer, save_model_folder, save_qwen3_folder
 
 
@@ -31,7 +31,7 @@ def running(folder: Path, tmp_path_factory: pytest.TempPathFactory, *, family: s
     banned = tuple(
         token_id(f"<|{name}|>") for name in ("vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     )
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder),
         max_model_len=256,
         dtype="float32",

@@ -1,4 +1,4 @@
-"""What the rollout tests share: the running engine's description, prompts, pictures and the transformers oracle."""
+"""What the rollout tests share: the running engine's description, prompts, images and the transformers oracle."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def picture(seed: int, *, width: int = 112, height: int = 84) -> Image.Image:
+def make_image(seed: int, *, width: int = 112, height: int = 84) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

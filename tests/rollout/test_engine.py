@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings
-from tests.rollout.rig import Rig, flip_one_bit_on_the_way, picture, prompt_ids, reference_logps, weights
+from tests.rollout.rig import Rig, flip_one_bit_on_the_way, make_image, prompt_ids, reference_logps, weights
 
 LOGP_TOLERANCE = 1e-5
 
@@ -31,9 +31,9 @@ def load(rig: Rig, *, seed: int, folder, version: int = 0, verify: bool = True):
 def requests(seeds: tuple[int | None, ...] = (11, 12, 13)) -> list[SampleRequest]:
     """Two images, one image, text alone."""
     return [
-        SampleRequest(prompt_ids(2), (picture(1), picture(2, width=56, height=140)), seeds),
-        SampleRequest(prompt_ids(1, text="what is the sum?"), (picture(3),), seeds),
-        SampleRequest(prompt_ids(0, text="no picture"), (), seeds),
+        SampleRequest(prompt_ids(2), (make_image(1), make_image(2, width=56, height=140)), seeds),
+        SampleRequest(prompt_ids(1, text="what is the sum?"), (make_image(3),), seeds),
+        SampleRequest(prompt_ids(0, text="no image"), (), seeds),
     ]
 
 
@@ -51,8 +51,8 @@ def test_logps_equal_transformers(rig: Rig) -> None:
     asked = requests()
     answers = rig.engine.generate(asked, SamplingSettings(max_tokens=24, stop_token_ids=(rig.eos,)))
     assert largest_difference(rig, model, asked, answers) < LOGP_TOLERANCE
-    # Alive: another picture changes the log-probs of the same tokens by far more than the tolerance.
-    swapped = SampleRequest(asked[1].token_ids, (picture(4),), asked[1].seeds)
+    # Alive: another image changes the log-probs of the same tokens by far more than the tolerance.
+    swapped = SampleRequest(asked[1].token_ids, (make_image(4),), asked[1].seeds)
     assert largest_difference(rig, model, [swapped], answers[1:2]) > 1e-2
     # Alive: the sampled tokens are neither certain nor all the same.
     assert len({token for completions in answers for c in completions for token in c.token_ids}) > 20
@@ -113,7 +113,7 @@ def test_send_weights_gives_the_new_model_and_drops_every_cache(rig: Rig, tmp_pa
     before = rig.engine.generate(asked, settings)
     assert {c.weight_version for completions in before for c in completions} == {0}
     model, report = load(rig, seed=1, folder=tmp_path, version=7)
-    after = rig.engine.generate(asked, settings)  # same prompts and pictures: every cache would hit
+    after = rig.engine.generate(asked, settings)  # same prompts and images: every cache would hit
     assert {c.weight_version for completions in after for c in completions} == {7}
     assert largest_difference(rig, model, asked, after) < LOGP_TOLERANCE
     assert largest_difference(rig, rig.model(0), asked, after) > 1e-2

@@ -17,8 +17,9 @@ import pytest
 
 from megatron_vppo.rollout import process_group
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
-from tests.rollout.rig import START_SECONDS, picture, prompt_ids, reference_logps, weights
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
+from tests.rollout.rig import START_SECONDS, make_image, prompt_ids, reference_logps, weights
+from tests.rollout.settings import engine_settings
 from tests.rollout.tiny_model import build_config, build_model, build_tokenizer, save_model_folder
 
 GONE_SECONDS = 10
@@ -29,8 +30,8 @@ TRAINER = """
     from pathlib import Path
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
     from megatron_vppo.rollout.engine import RolloutEngine
-    from megatron_vppo.rollout.records import EngineSettings
-    engine = RolloutEngine(EngineSettings(model=sys.argv[1], max_model_len=64), log_path=Path(sys.argv[2]))
+    from tests.rollout.settings import engine_settings
+    engine = RolloutEngine(engine_settings(model=sys.argv[1], max_model_len=64), log_path=Path(sys.argv[2]))
     print(engine.pid, flush=True)
     time.sleep(600)
 """
@@ -75,7 +76,7 @@ def test_engine_ends_with_its_trainer(trainer, how: signal.Signals, tmp_path: Pa
 
 
 def test_close_while_loading_is_quick_and_idempotent(tmp_path: Path) -> None:
-    engine = RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
+    engine = RolloutEngine(engine_settings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
     with pytest.raises(RuntimeError, match="call wait_ready first"):
         engine.generate([], SamplingSettings(max_tokens=1))
     start = time.monotonic()
@@ -86,7 +87,7 @@ def test_close_while_loading_is_quick_and_idempotent(tmp_path: Path) -> None:
 
 
 def test_time_limit_of_the_start(tmp_path: Path) -> None:
-    engine = RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
+    engine = RolloutEngine(engine_settings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
     with pytest.raises(RuntimeError, match="did not answer within 0 seconds"):
         engine.wait_ready(timeout_seconds=0.1)
     assert process_group.members(engine.pid) == []
@@ -95,7 +96,7 @@ def test_time_limit_of_the_start(tmp_path: Path) -> None:
 def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
     """An empty folder is no model; vLLM's own words reach the trainer."""
     log_path = tmp_path / "logs" / "engine.log"
-    with RolloutEngine(EngineSettings(model=str(tmp_path), max_model_len=64), log_path=log_path) as engine:
+    with RolloutEngine(engine_settings(model=str(tmp_path), max_model_len=64), log_path=log_path) as engine:
         with pytest.raises(RuntimeError) as error:
             engine.wait_ready(timeout_seconds=START_SECONDS)
         message = str(error.value)
@@ -109,9 +110,9 @@ def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
 
 def test_bad_settings_are_refused_before_a_process_starts() -> None:
     with pytest.raises(ValueError, match="tensor_parallel_size = 0"):
-        EngineSettings(model="m", max_model_len=64, tensor_parallel_size=0)
+        engine_settings(max_model_len=64, tensor_parallel_size=0)
     with pytest.raises(ValueError, match="2000 banned_token_ids"):
-        EngineSettings(model="m", max_model_len=64, banned_token_ids=tuple(range(2000)))
+        engine_settings(max_model_len=64, banned_token_ids=tuple(range(2000)))
 
 
 @pytest.mark.slow
@@ -121,7 +122,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
     """Shards verified, log-probs equal, and after SIGKILL of the engine no process, memory or socket is left."""
     monkeypatch.setenv("VLLM_RPC_BASE_PATH", str(short_folder))
     folder = save_model_folder(tmp_path / "model", tied=False)
-    settings = EngineSettings(
+    settings = engine_settings(
         model=str(folder),
         max_model_len=128,
         dtype="float32",
@@ -132,7 +133,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
     )
     with RolloutEngine(settings, log_path=tmp_path / "engine.log") as engine:
         engine.wait_ready(timeout_seconds=START_SECONDS)
-        request = SampleRequest(prompt_ids(1), (picture(1, width=84, height=84),), (1, 2))
+        request = SampleRequest(prompt_ids(1), (make_image(1, width=84, height=84),), (1, 2))
         for seed in (3, 4):  # the second load replaces weights that were loaded, not zeros
             model = build_model(build_config(build_tokenizer(), tied=False), seed=seed)
             tensors = weights(model, tmp_path / "weights")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
-from tests.rollout.rig import Rig, flip_one_bit_on_the_way, picture, prompt_ids, reference_logps, weights
+from tests.rollout.rig import Rig, flip_one_bit_on_the_way, make_image, prompt_ids, reference_logps, weights
 
 LOGP_TOLERANCE = 1e-5
 
@@ -17,9 +17,9 @@ def requests() -> list[SampleRequest]:
     """Two images, one image, text alone."""
     seeds = (11, 12, 13)
     return [
-        SampleRequest(prompt_ids(2), (picture(1), picture(2, width=64, height=160)), seeds),
-        SampleRequest(prompt_ids(1, text="what is the sum?"), (picture(3),), seeds),
-        SampleRequest(prompt_ids(0, text="no picture"), (), seeds),
+        SampleRequest(prompt_ids(2), (make_image(1), make_image(2, width=64, height=160)), seeds),
+        SampleRequest(prompt_ids(1, text="what is the sum?"), (make_image(3),), seeds),
+        SampleRequest(prompt_ids(0, text="no image"), (), seeds),
     ]
 
 
@@ -35,9 +35,9 @@ def test_logps_equal_transformers_after_new_weights(qwen3_rig: Rig, tmp_path: Pa
         for completion in completions:
             expected = reference_logps(model, request, completion, banned=qwen3_rig.banned)
             assert (expected - torch.tensor(completion.logps)).abs().max() < LOGP_TOLERANCE
-    blind = SampleRequest(asked[1].token_ids, (picture(4),), asked[1].seeds)
+    blind = SampleRequest(asked[1].token_ids, (make_image(4),), asked[1].seeds)
     other = reference_logps(model, blind, answers[1][0], banned=qwen3_rig.banned)
-    assert (other - torch.tensor(answers[1][0].logps)).abs().max() > 1e-2, "the picture matters"
+    assert (other - torch.tensor(answers[1][0].logps)).abs().max() > 1e-2, "the image matters"
 
 
 @pytest.mark.parametrize(

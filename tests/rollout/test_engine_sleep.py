@@ -22,6 +22,7 @@ from megatron_vppo.rollout.records import EngineSettings, LiveWeight, SampleRequ
 from megatron_vppo.rollout.transfer.vllm_layout import ExpectedDigests, StreamCheck, parameters_of
 from megatron_vppo.rollout.worker import WorkerExtension, _live_weights
 from tests.rollout.rig import Rig, prompt_ids, reference_logps, weights
+from tests.rollout.settings import engine_settings
 
 LOGP_TOLERANCE = 1e-5
 
@@ -106,7 +107,7 @@ def stream(*names: str) -> Iterator[tuple[str, torch.Tensor]]:
 @pytest.fixture
 def sleeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[RolloutEngine]:
     monkeypatch.setattr(engine_module, "ChildProcess", YesMan)
-    settings = EngineSettings(model="m", max_model_len=8, device="cuda", load_format="empty", can_sleep=True)
+    settings = engine_settings(max_model_len=8, device="cuda", load_format="empty", can_sleep=True)
     with RolloutEngine(settings, log_path=tmp_path / "log") as engine:
         engine.wait_ready(timeout_seconds=1)
         yield engine
@@ -175,7 +176,7 @@ def test_only_what_is_preserved_need_not_come_again_after_sleep(sleeper: Rollout
 def test_no_such_thing_on_cpu(setting: dict[str, Any]) -> None:
     (name,) = setting
     with pytest.raises(ValueError, match=f"{name} = .* needs engines on GPUs"):
-        EngineSettings(model="m", max_model_len=8, **setting)
+        engine_settings(max_model_len=8, **setting)
 
 
 def test_without_can_sleep_there_is_no_sleep(rig: Rig) -> None:

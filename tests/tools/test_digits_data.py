@@ -35,10 +35,10 @@ def test_rows_are_what_scikit_learn_says(folder, split, count):
     for row, (left, right) in zip(rows, scans, strict=True):
         assert row["problem"].count("<image>") == 1
         assert row["answer"] == str(truth.target[left] + truth.target[right])
-        (picture,) = row["images"]
-        assert picture.size == (112, 56)
+        (image,) = row["images"]
+        assert image.size == (112, 56)
         # A 7x7 block of a smooth enlargement keeps about its scan's grey value: wrong scan, side or polarity fail.
-        blocks = np.asarray(picture.convert("L"), dtype=float).reshape(8, 7, 16, 7).mean(axis=(1, 3))
+        blocks = np.asarray(image.convert("L"), dtype=float).reshape(8, 7, 16, 7).mean(axis=(1, 3))
         expected = 255 - np.hstack((truth.images[left], truth.images[right])) * 255 / 16
         assert np.abs(blocks - expected).mean() < 20
         assert np.corrcoef(blocks.ravel(), expected.ravel())[0, 1] > 0.97

@@ -66,13 +66,13 @@ def test_processor_of_the_folder(saved):
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is the sum?<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8))
-    inputs = processor(text=[prompt], images=[picture], return_tensors="pt")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 112, 3), dtype=np.uint8))
+    inputs = processor(text=[prompt], images=[image], return_tensors="pt")
     image_id = processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert (inputs["input_ids"] == image_id).sum() == 8
     assert inputs["image_grid_thw"].tolist() == [[1, 4, 8]]
     # Normalised, not resized: the first patch is the upper left 14x14 pixels, twice over time.
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:, :14, :14] / 255
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[:, :14, :14] / 255
     mean, std = (torch.tensor(getattr(processor.image_processor, name)) for name in ("image_mean", "image_std"))
     first_patch = inputs["pixel_values"][0].view(3, 2, 14, 14)
     expected = ((pixels - mean[:, None, None]) / std[:, None, None])[:, None].expand(3, 2, 14, 14)

@@ -156,6 +156,8 @@ def _engine(case: Case, folder: Path) -> RolloutEngine:
         tensor_parallel_size=case.engine_ranks,
         max_num_seqs=8,
         cpu_kv_cache_gib=0.125,
+        gpu_memory_utilization=0.5,
+        enforce_eager=True,
         load_format="empty",
     )
     engine = RolloutEngine(settings, log_path=folder / "engine.log")
