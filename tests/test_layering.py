@@ -59,7 +59,7 @@ ROOMS = {
     "models": room("weights", "megatron transformer_engine transformers"),
     "parallel": room("algorithm models weights system", "megatron"),
     # vLLM's tower.
-    "rollout": room("algorithm data", "vllm PIL"),
+    "rollout": room("algorithm data system", "vllm PIL"),
     # From settings to parts.
     "setup": room(f"{GROUND} {ENGINES}", "megatron transformers"),
     # Wings: each belongs to one command, none imports another.

@@ -20,8 +20,6 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKED = ("megatron_vppo", "tools", "checkpoints_conversion")
 
 NOT_YET = (
-    "megatron_vppo/config/",
-    "megatron_vppo/data/",
     "megatron_vppo/rollout/",
     "megatron_vppo/setup/",
     "megatron_vppo/trainer/",

@@ -251,7 +251,7 @@ def _preset_of(algorithm: Any) -> dict[str, dict[str, Any]] | None:
 
 
 def _as_set(section: Any) -> dict[str, Any] | None:
-    """What was set in a section, given as a mapping or as an instance; None for anything else."""
+    """Returns the values that were set in a section, given as a mapping or as an instance; None for anything else."""
     if isinstance(section, Section):
         return section.model_dump(exclude_unset=True)
     return section if isinstance(section, dict) else None

@@ -1,7 +1,7 @@
 """Rows of image questions, by random access: parquet, JSON lines, folders, `save_to_disk` folders and hub ids.
 
-A row is (problem, answer, images). Only what a call needs is read: texts never touch image bytes, a picture's size
-comes from its header, and pixels are decoded by `image()` alone. Every fault of a row is a RowError with file and row.
+A row is (problem, answer, images). A call reads only what it needs: a text is read without image bytes, an image's size
+comes from its header, and only `image()` decodes pixels. Every fault of a row is a RowError with file and row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 _FILE_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
 _EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TRANSPOSED = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
 _EXIF_OPERATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -29,7 +29,7 @@ _EXIF_OPERATIONS = {
 
 
 class RowError(ValueError):
-    """One row of a data set cannot be used; the message holds the data file, the row index and the reason."""
+    """A row of a data set that cannot be used; the message holds the data file, the row index and the reason."""
 
     def __init__(self, source: str, row: int, reason: str) -> None:
         super().__init__(f"{source}, row {row}: {reason}")
@@ -41,7 +41,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`path`, `path@split` or `repo@split`, taken apart."""
+    """The parts of `path`, `path@split` or `repo@split`."""
 
     location: str
     """Local path or hub id."""
@@ -60,44 +60,47 @@ def parse_source(text: str) -> Source:
 
 
 class VisionDataset:
-    """Image questions by row index. Picklable: a copy in another process maps the same files again.
-
-    `columns` is (problem, answer, images). An images cell is a list (or a single one) of paths, of {'bytes', 'path'},
-    or of the Image feature of `datasets`; relative paths are taken from `image_root`.
-    """
+    """The rows of a data set, by index. Picklable: a copy in another process maps the same files again."""
 
     def __init__(
         self, table: datasets.Dataset, *, source: str, image_root: Path, columns: tuple[str, str, str]
     ) -> None:
+        """
+        Args:
+            source: the name of the data set in messages.
+            image_root: the folder that relative image paths are taken from.
+            columns: the names of the problems, answers and images. A cell of images holds a path, a {'bytes', 'path'}
+                or an Image feature of `datasets`, or a list of them.
+        """
         problem_key, answer_key, image_key = columns
         self.source = source
         self._image_root = image_root
         self._columns = columns
         self._texts = table.select_columns(list(dict.fromkeys((problem_key, answer_key))))
-        pictures = table.select_columns([image_key])
+        images = table.select_columns([image_key])
         # The Image feature would decode on access; its Arrow storage is the {'bytes', 'path'} that we want.
-        self._pictures = pictures.with_format("arrow") if _holds_images(table.features[image_key]) else pictures
+        self._images = images.with_format("arrow") if _holds_images(table.features[image_key]) else images
 
     def __len__(self) -> int:
         return len(self._texts)
 
     def problem(self, row: int) -> str:
-        """Raises RowError where it is missing, empty or no text."""
+        """Returns the problem's text. Raises RowError if it is missing, empty or not a text."""
         value = self._texts[row][self._columns[0]]
         if not isinstance(value, str) or not value.strip():
             raise RowError(self.source, row, f"column {self._columns[0]!r} holds no text: {value!r}")
         return value
 
     def answer(self, row: int) -> str:
-        """Numbers become their text. Raises RowError where it is missing or empty."""
+        """Returns the answer as text, also if it is a number. Raises RowError if it is missing or empty."""
         value = self._texts[row][self._columns[1]]
         if not isinstance(value, (str, int, float)) or not str(value).strip():
             raise RowError(self.source, row, f"column {self._columns[1]!r} holds no answer: {value!r}")
         return str(value)
 
     def image_cells(self, row: int) -> list[Any]:
-        """The row's images as stored: paths or {'bytes', 'path'}."""
-        record = self._pictures[row]
+        """Returns the row's images as they are stored: paths or {'bytes', 'path'}."""
+        record = self._images[row]
         record = record if isinstance(record, dict) else record.to_pylist()[0]
         cell = record[self._columns[2]]
         if cell is None:
@@ -105,7 +108,7 @@ class VisionDataset:
         return list(cell) if isinstance(cell, (list, tuple)) else [cell]
 
     def image_bytes(self, row: int, index: int) -> bytes:
-        """The encoded image. Raises RowError where there is none, or its file is missing or cannot be read."""
+        """Reads the encoded image. Raises RowError if there is none, or its file is missing or cannot be read."""
         cells = self.image_cells(row)
         if index >= len(cells):
             raise RowError(self.source, row, f"image {index} asked for, {len(cells)} in column {self._columns[2]!r}")
@@ -124,17 +127,18 @@ class VisionDataset:
             raise RowError(self.source, row, f"{reason} (relative paths are taken from data.image_dir)") from error
 
     def image_size(self, row: int, index: int) -> tuple[int, int]:
-        """(width, height) as `image` will give it, from the header. Raises RowError for an unreadable file."""
+        """Reads the (width, height) that `image` will have from the header. Raises RowError for an unreadable file."""
         return self._guarded(row, index, _upright_size)
 
     def image(self, row: int, index: int) -> Image.Image:
-        """The decoded picture, upright by its EXIF tag, in its own mode. Raises RowError."""
+        """Decodes the image, upright by its EXIF tag, in its own mode. Raises RowError for an unreadable file."""
         return self._guarded(row, index, _decode)
 
     def check_image(self, row: int, index: int) -> tuple[int, int]:
-        """(width, height) of an image that was found to be complete. Raises RowError for a damaged file.
+        """Checks that an image is complete and returns its (width, height). Raises RowError for a damaged file.
 
-        PNG by its checksums, JPEG by decoding it at an eighth of its size, everything else by decoding it.
+        PNG files are checked by their checksums, JPEG files by decoding them at an eighth of their size, all others by
+        decoding them.
         """
         return self._guarded(row, index, _check_complete)
 
@@ -160,9 +164,16 @@ def open_dataset(
     """Opens `path`, `path@split` or `repo@split` (see parse_source).
 
     A path is a parquet, JSON-lines or JSON file, or a folder: one made by `save_to_disk`, one that holds
-    `SPLIT.parquet` (or .jsonl, .json), or anything that `datasets.load_dataset` understands, such as images beside a
-    metadata.jsonl or metadata.csv. What is no path is a hub id.
-    Raises ValueError for a path that does not exist and for missing columns (with those that do).
+    `SPLIT.parquet` (or .jsonl, .json), or anything that `datasets.load_dataset` understands, such as images next to a
+    metadata.jsonl or metadata.csv. Any other source is a hub id.
+
+    Args:
+        problem_key, answer_key, image_key: names of the columns.
+        image_dir: the folder that relative image paths are taken from; None: that of the data file.
+        max_rows: the number of rows that are used, from the first; None: all.
+
+    Raises:
+        ValueError: the path does not exist, or a column is missing; the message has the columns that there are.
     """
     parsed = check_source(source)
     path = Path(parsed.location)
@@ -181,7 +192,7 @@ def open_dataset(
 
 
 def check_source(source: str) -> Source:
-    """The source in its parts. Raises ValueError for a path that does not exist; hub ids are not looked up."""
+    """Splits a source into its parts. Raises ValueError for a path that does not exist; hub ids are not looked up."""
     parsed = parse_source(source)
     path = Path(parsed.location)
     is_path = path.is_absolute() or path.suffix in _FILE_READERS or parsed.location.startswith(".")
@@ -191,7 +202,7 @@ def check_source(source: str) -> Source:
 
 
 def _load_local(path: Path, split: str) -> tuple[datasets.Dataset, Path]:
-    """The rows, and the folder that their relative image paths start from."""
+    """Opens a path: returns the rows, and the folder that their relative image paths start from."""
     if path.is_file():
         return _load_file(path, split), path.parent
     if (path / "dataset_dict.json").exists():
@@ -217,35 +228,35 @@ def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
 
 
-def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation from what precedes the pixels, so that `image_size` and `image` agree without decoding twice."""
-    if picture.format == "PNG" and "exif" not in picture.info:
+def _orientation(image: Image.Image) -> int:
+    """Reads the EXIF orientation from what precedes the pixels, so that `image_size` need not decode them."""
+    if image.format == "PNG" and "exif" not in image.info:
         return 1  # PIL would decode the whole file to look for a trailing eXIf chunk
-    return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
 
 
 def _upright_size(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as picture:
-        width, height = picture.size
-        return (height, width) if _orientation(picture) in _TRANSPOSED else (width, height)
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+        return (height, width) if _orientation(image) in _TRANSPOSED else (width, height)
 
 
 def _decode(data: bytes) -> Image.Image:
-    picture = Image.open(io.BytesIO(data))
-    orientation = _orientation(picture)
-    picture.load()
+    image: Image.Image = Image.open(io.BytesIO(data))
+    orientation = _orientation(image)
+    image.load()
     operation = _EXIF_OPERATIONS.get(orientation)
-    return picture if operation is None else picture.transpose(operation)
+    return image if operation is None else image.transpose(operation)
 
 
 def _check_complete(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as picture:
-        if picture.format == "PNG":
-            picture.verify()  # walks all chunks and compares their checksums
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "PNG":
+            image.verify()  # walks all chunks and compares their checksums
             return _upright_size(data)
-        if picture.format == "JPEG":
-            size = (max(1, picture.width // 8), max(1, picture.height // 8))
-            picture.draft("RGB", size)  # still reads every block
-            picture.load()
+        if image.format == "JPEG":
+            size = (max(1, image.width // 8), max(1, image.height // 8))
+            image.draft("RGB", size)  # still reads every block
+            image.load()
             return _upright_size(data)
     return _decode(data).size

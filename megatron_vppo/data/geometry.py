@@ -1,9 +1,11 @@
-"""Sizes of pictures: the pixel budget, and the vision-patch grid that follows from a size alone.
+"""Sizes of images: the pixel budget, and the grid of patches that follows from a size alone.
 
-Two budgets exist. 'smart': the model processor's own smart resize under [min_pixels, max_pixels]; the picture handed
-to vLLM already has its final size, and every later smart resize under the same budget leaves it alone. 'easyr1': what
-the authors do (spec 1.5): scale to the budget with int() floors first, and let the processor resize again under its
-own limits.
+There are two rules for the budget:
+
+- 'smart': the processor's own smart resize under [min_pixels, max_pixels]. The image handed to vLLM already has its
+  final size, and every later smart resize under the same budget leaves it as it is.
+- 'easyr1': the authors' (`process_image` of EasyR1). The image is first scaled to the budget, sides rounded down; the
+  processor then resizes it again under its own limits.
 """
 
 from __future__ import annotations
@@ -22,24 +24,25 @@ _MAX_RESIZES = 8
 
 @dataclass(frozen=True, slots=True)
 class ImageGeometry:
-    """From a picture's size to the size and the grid that the model sees. No pixels needed."""
+    """The rule that leads from the size of an image to the size and the grid that the model sees."""
 
     patch_size: int
     """Pixels."""
     merge_size: int
-    """Patches per side that share one token of the language model."""
+    """Patches along one side of a merge block, which becomes one token of the language model."""
     min_pixels: int
     max_pixels: int
+    """The pixel budget."""
     processor_min_pixels: int
-    """The processor's own limits, used by 'easyr1' only."""
     processor_max_pixels: int
+    """The processor's own limits, which only 'easyr1' uses."""
     mode: ResizeMode
 
     @classmethod
     def from_processor(
         cls, image_processor: Any, *, min_pixels: int, max_pixels: int, mode: ResizeMode
     ) -> ImageGeometry:
-        """Patch geometry from a Qwen-VL image processor of transformers. Raises ValueError for an empty budget."""
+        """Reads sizes of a Qwen-VL image processor of transformers. Raises ValueError for an empty budget."""
         factor = image_processor.patch_size * image_processor.merge_size
         if min_pixels > max_pixels or max_pixels < factor * factor:
             raise ValueError(
@@ -57,10 +60,11 @@ class ImageGeometry:
         )
 
     def budget_size(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the picture that goes to vLLM and to the image processor.
+        """Returns (width, height) of the image that goes to vLLM and to the image processor.
 
-        'smart': multiples of patch * merge, and a fixed point of the processor's smart resize under this budget.
-        Raises ValueError for an aspect ratio that the processor refuses, and where the budget has no stable size.
+        Under 'smart' both are multiples of patch x merge, and another smart resize under this budget leaves them alone.
+        Raises ValueError for an aspect ratio that the processor refuses, and for a size that every further resize
+        changes again.
         """
         if self.mode == "easyr1":
             return _floor_scaled(width, height, self.min_pixels, self.max_pixels)
@@ -76,18 +80,18 @@ class ImageGeometry:
         )
 
     def grid(self, width: int, height: int) -> tuple[int, int, int]:
-        """(frames, rows, columns) in vision patches, for an original size; frames is 1. Raises as budget_size."""
+        """Returns (1 frame, rows, columns) in patches for an original size. Raises as `budget_size` does."""
         size = self.budget_size(width, height)
         if self.mode == "easyr1":
             size = self.smart_size(*size, self.processor_min_pixels, self.processor_max_pixels)
         return 1, size[1] // self.patch_size, size[0] // self.patch_size
 
     def tokens(self, grid_thw: tuple[int, int, int]) -> int:
-        """Image tokens that the language model reads for this grid."""
+        """Counts the image tokens that the language model reads for this grid."""
         return math.prod(grid_thw) // self.merge_size**2
 
     def smart_size(self, width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-        """(width, height) after one smart resize of the processor. Raises ValueError for the aspect ratio."""
+        """Returns (width, height) after one smart resize of the processor. Raises ValueError for the aspect ratio."""
         if max(width, height) > _MAX_ASPECT_RATIO * min(width, height):
             raise ValueError(
                 f"{width}x{height} pixels: the aspect ratio is over {_MAX_ASPECT_RATIO}, which the processor refuses"
@@ -98,7 +102,7 @@ class ImageGeometry:
 
 
 def _floor_scaled(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The authors' `process_image`: down to max_pixels, then up to min_pixels, each side rounded down."""
+    """Scales down to max_pixels, then up to min_pixels, sides rounded down, as the authors' `process_image` does."""
     size = (width, height)
     if size[0] * size[1] > max_pixels:
         factor = math.sqrt(max_pixels / (size[0] * size[1]))

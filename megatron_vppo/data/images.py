@@ -33,7 +33,7 @@ class Perturbing:
 
     perturbation: Perturbation
     per: PerturbUnit
-    """What gets a random perturbation of its own: each response, or each image once per step."""
+    """The unit that gets a random perturbation of its own: each response, or each image once per step."""
 
 
 class VisionInputs:

@@ -1,7 +1,7 @@
-"""Data set rows to tokenised prompts: template, chat template, and checks of every row.
+"""Tokenised prompts of data set rows, by template and chat template, and the checks of every row.
 
-A prompt's tokens equal what the model's processor of transformers gives for the same text and images, without touching
-pixels: the text is tokenised with one placeholder per image, which is then repeated by the image's grid.
+A prompt's tokens are those that the model's processor of transformers gives for the same text and images, but no pixel
+is read for them: the text is tokenised with one placeholder per image, which is then repeated by the image's grid.
 """
 
 from __future__ import annotations
@@ -31,14 +31,17 @@ _ROWS_PER_CHUNK = 256
 _MIN_ROWS_PER_WORKER = 4000  # a row takes 1-2 ms, and a process about 8 s to import transformers
 _LISTED = 20
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Grids = tuple[tuple[int, int, int], ...]
 TokenIds = Sequence[int] | NDArray[np.int32]
 
 
 def read_template(path: str) -> str:
-    """Source of a prompt template (Jinja, variable `content`), stripped as the authors do. Raises ValueError."""
+    """Reads a prompt template (Jinja, variable `content`), stripped as the authors do.
+
+    Raises ValueError if the file is missing or not Jinja.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
         jinja2.Environment().parse(text)
@@ -54,7 +57,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 @dataclass(frozen=True)
 class PromptBuilder:
-    """Everything that turns (problem, picture sizes) into token ids. Picklable."""
+    """The maker of token ids from a problem and the grids of its images. Picklable."""
 
     processor: Any
     """The model's processor of transformers: tokenizer, chat template, image token."""
@@ -65,7 +68,7 @@ class PromptBuilder:
     """None: what the chat template puts there by itself."""
 
     def text(self, problem: str) -> str:
-        """The whole prompt as text, up to where the model's answer starts; one image placeholder per `<image>`."""
+        """Returns the whole prompt as text, up to where the response starts; one placeholder per `<image>`."""
         content = problem if self.template is None else _compiled(self.template).render(content=problem)
         turns: list[dict[str, Any]] = []
         if self.system_prompt is not None:
@@ -74,7 +77,7 @@ class PromptBuilder:
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def compact_ids(self, problem: str, *, num_images: int) -> list[int]:
-        """Token ids with one placeholder per image. Raises ValueError where marks and images do not match."""
+        """Returns token ids with one placeholder per image. Raises ValueError if marks and images do not match."""
         if (marks := problem.count(IMAGE_MARK)) != num_images:
             raise ValueError(f"the problem has {marks} {IMAGE_MARK!r} for {num_images} image(s)")
         token_ids = list(self.processor.tokenizer(self.text(problem))["input_ids"])
@@ -88,7 +91,7 @@ class PromptBuilder:
         return token_ids
 
     def expand(self, compact_ids: Sequence[int], grids: Grids) -> tuple[int, ...]:
-        """The i-th placeholder repeated once per merged patch of the i-th image."""
+        """Repeats the i-th placeholder once per merged patch of the i-th image."""
         expanded: list[int] = []
         image = 0
         for token_id in compact_ids:
@@ -100,7 +103,7 @@ class PromptBuilder:
         return tuple(expanded)
 
     def num_tokens(self, compact_ids: TokenIds, grids: Grids) -> int:
-        """Length of `expand`."""
+        """Returns the length of what `expand` would return."""
         return len(compact_ids) + sum(self.geometry.tokens(grid) - 1 for grid in grids)
 
 
@@ -116,17 +119,17 @@ def _content_list(content: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True, slots=True)
 class PromptReport:
-    """What became of the rows of a data set."""
+    """The counts of usable and unusable rows of a data set."""
 
     rows: int
     kept: int
     too_long: tuple[int, ...]
     """Rows over max_prompt_length."""
     bad_rows: tuple[RowError, ...]
-    """Left out under on_bad_row=skip."""
+    """Rows left out under on_bad_row=skip."""
 
     def summary(self) -> str:
-        """Counts, and the first of the bad rows with their reasons."""
+        """Formats the counts, and the first bad rows with their reasons."""
         lines = [f"{self.kept} of {self.rows} rows kept, {len(self.too_long)} too long, {len(self.bad_rows)} bad"]
         lines += [f"  bad row left out: {error}" for error in self.bad_rows[:_LISTED]]
         if len(self.bad_rows) > _LISTED:
@@ -135,7 +138,10 @@ class PromptReport:
 
 
 class PromptSet(Sequence[Prompt]):
-    """The usable prompts of a data set, in row order. Holds compact ids and grids; a Prompt is built when asked for."""
+    """The usable prompts of a data set, in row order.
+
+    It holds compact token ids and grids; a Prompt is built when it is asked for.
+    """
 
     def __init__(
         self,
@@ -146,7 +152,7 @@ class PromptSet(Sequence[Prompt]):
         rows: Sequence[tuple[int, TokenIds, Grids]],
         report: PromptReport,
     ) -> None:
-        """`rows`: (row, compact token ids, grids) of each prompt."""
+        """`rows`: row, compact token ids and grids of each prompt."""
         self.dataset, self.report, self.split = dataset, report, split
         self._builder = builder
         self._rows = np.array([row for row, _, _ in rows], dtype=np.int64)
@@ -159,7 +165,7 @@ class PromptSet(Sequence[Prompt]):
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Data set row of each prompt."""
+        """The data set row of each prompt."""
         return tuple(self._rows.tolist())
 
     def __getitem__(self, index: Any) -> Any:
@@ -191,11 +197,16 @@ def load_prompts(
     on_bad_row: BadRows,
     num_workers: int,
 ) -> PromptSet:
-    """Checks and tokenises every row; over-long prompts are left out, counted and reported.
+    """Checks and tokenises every row. Prompts that are too long are left out, counted and reported.
 
-    A row with more than `max_images` is a bad one: the rollout engine takes no more.
-    `num_workers` processes share the work where it pays; the result does not depend on their number.
-    Raises RowError (the first by row) under on_bad_row='error', ValueError where no prompt is left.
+    Args:
+        max_images: a row with more is a bad one, since the rollout engine takes no more.
+        on_bad_row: 'error' raises, 'skip' leaves the row out.
+        num_workers: processes that share the work if there are enough rows; the result does not depend on it.
+
+    Raises:
+        RowError: the first bad row, under on_bad_row='error'.
+        ValueError: no prompt is left.
     """
     usable: list[tuple[int, TokenIds, Grids]] = []
     too_long: list[int] = []
@@ -209,7 +220,7 @@ def load_prompts(
             if isinstance(outcome, RowError):
                 if on_bad_row == "error":
                     raise RowError(
-                        outcome.source, outcome.row, f"{outcome.reason}. Mend it or set data.on_bad_row=skip"
+                        outcome.source, outcome.row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip"
                     )
                 bad.append(outcome)
             elif builder.num_tokens(*outcome) > max_prompt_length:
@@ -220,9 +231,10 @@ def load_prompts(
     if not usable:
         raise ValueError(
             f"{dataset.source}: no usable prompt. {report.summary()}\n"
-            f"Raise data.max_prompt_length ({max_prompt_length} tokens) or lower data.max_pixels if they are too long."
+            f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
+            "data.max_pixels."
         )
-    (log.warning if too_long or bad else log.info)("%s: %s", dataset.source, report.summary())
+    (logger.warning if too_long or bad else logger.info)("%s: %s", dataset.source, report.summary())
     return PromptSet(dataset, builder, split=split, rows=usable, report=report)
 
 

@@ -1,7 +1,7 @@
 """Rewards of responses, computed in worker processes with a time limit.
 
-A reward function is code of someone else's: it may hang, raise, print or kill its process. None of that stops the
-run: the response scores zero, is counted, and the first case of each kind is logged with its row.
+A reward function is foreign code: it may hang, raise, print or end its process. None of that stops the run. The
+response gets the reward zero and is counted, and the first case of each kind is logged with its row.
 """
 
 from __future__ import annotations
@@ -20,33 +20,27 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
-import megatron_vppo
 from megatron_vppo.algorithm.types import Response, Reward
-from megatron_vppo.config.choices import RewardType
+from megatron_vppo.config.choices import BUILT_IN_REWARD, RewardType
 from megatron_vppo.data.reward_worker import read_message, write_message
+from megatron_vppo.system.processes import child_environment
 
 _START_SECONDS = 300.0  # a user's file may import heavy packages
 _MAX_BATCH_TIMEOUTS = 60
 _SHOWN_CHARACTERS = 400
-# A worker is no rank of anything; libraries that it imports must not believe so.
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Job = tuple[int, ...]
 """Indices of responses that are graded in one call."""
 
 
 class RewardPool:
-    """Grades responses with 'mathruler' or a function `file.py:function`.
+    """The workers that grade responses. They end with this process, however it ends.
 
-    reward_type 'sequential': the function gets one dict (response, response_length, ground_truth) at a time; 'batch': a
-    list of all of them, in one call on one worker, and returns a list (EasyR1's convention). A result is a number or a
-    dict with 'overall' (and 'accuracy'; the rest become metrics). 'mathruler' is always sequential.
-
-    timeout_seconds is for one response. A batch may take timeout_seconds x min(size, 60); where it fails or takes
-    longer, its responses are graded again one by one, so that only the culprits score zero.
-    Raises ValueError where the function cannot be loaded. Workers die with this process, however it ends.
+    A reward function gets a dict (response, response_length, ground_truth), or a list of dicts, and returns a number or
+    a dict with 'overall' for each. 'accuracy' may be in the dict as well; all other entries become metrics (EasyR1's
+    convention).
     """
 
     def __init__(
@@ -57,12 +51,24 @@ class RewardPool:
         num_workers: int,
         timeout_seconds: float,
     ) -> None:
-        if function != "mathruler" and ":" not in function:
-            raise ValueError(f"reward.reward_function={function}: use 'mathruler' or `file.py:function`")
-        self._batch = reward_type == "batch" and function != "mathruler"
+        """
+        Args:
+            function: 'mathruler', or `file.py:function`.
+            reward_type: 'sequential' calls the function with one response at a time, 'batch' with all of them in one
+                call on one worker. 'mathruler' is always sequential.
+            timeout_seconds: for one response. A batch of n may take min(n, 60) times as long. If it fails or takes
+                longer, its responses are graded again one by one, so that only the culprits get zero.
+
+        Raises:
+            ValueError: the function cannot be loaded.
+            RuntimeError: a worker does not start.
+        """
+        if function != BUILT_IN_REWARD and ":" not in function:
+            raise ValueError(f"reward.reward_function={function}: use '{BUILT_IN_REWARD}' or `file.py:function`")
+        self._batch = reward_type == "batch" and function != BUILT_IN_REWARD
         self._timeout_seconds = timeout_seconds
         self.failures: Counter[str] = Counter()
-        """Responses that scored zero for want of a result, by kind of error, since the start."""
+        """The number of responses without a result, by kind of error, since the start."""
         file, _, name = function.rpartition(":")
         spec = f"{Path(file).absolute()}:{name}" if file else function
         self._arguments = (spec, "batch" if self._batch else "sequential")
@@ -77,7 +83,11 @@ class RewardPool:
             raise
 
     def grade(self, responses: Sequence[Response], texts: Sequence[str]) -> list[Reward]:
-        """One reward per response, in order. `texts`: the responses, decoded without special tokens."""
+        """Returns one reward per response, in order.
+
+        Args:
+            texts: the responses, decoded without special tokens.
+        """
         inputs = [
             {"response": text, "response_length": len(r.token_ids), "ground_truth": r.prompt.answer}
             for r, text in zip(responses, texts, strict=True)
@@ -100,7 +110,7 @@ class RewardPool:
                     )
                     jobs.extend(singles)
                 else:
-                    self._show(answer, "scored zero", responses[job[0]], texts[job[0]])
+                    self._show(answer, "the reward is zero", responses[job[0]], texts[job[0]])
                     self.failures[answer["kind"]] += 1
                     rewards[job[0]] = Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
         return cast(list[Reward], rewards)
@@ -145,7 +155,7 @@ class RewardPool:
         self._shown.add(kind)
         prompt = response.prompt
         shown = "" if text is None else f"\n  response: {text[:_SHOWN_CHARACTERS]!r}"
-        log.warning(
+        logger.warning(
             "reward function failed (%s) on split %s, row %d: %s%s\n  Further cases of this kind are only counted.",
             consequence, prompt.split, prompt.row, answer["error"], shown,
         )  # fmt: skip
@@ -157,20 +167,17 @@ def _reward(score: dict[str, float]) -> Reward:
 
 
 class _Worker:
-    """One process, with at most one job."""
+    """A worker process, with at most one job."""
 
     def __init__(self, spec: str, reward_type: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if name not in _RANK_VARIABLES}
-        root = str(Path(megatron_vppo.__file__).parents[1])
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-        environment["OMP_NUM_THREADS"] = "1"
-        environment["PYTHONHASHSEED"] = "0"
+        environment = {**child_environment(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_vppo.data.reward_worker", str(os.getpid()), spec, reward_type],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # Ctrl-C is the trainer's business, and what a function starts dies with its worker
+            # Ctrl-C in the terminal is for the trainer, and processes that a function starts end with their worker.
+            start_new_session=True,
         )
         self.requests = cast(BinaryIO, self.process.stdin)
         self.answers = cast(BinaryIO, self.process.stdout)
@@ -180,7 +187,10 @@ class _Worker:
         self._ready = False
 
     def wait_until_ready(self) -> None:
-        """Raises ValueError where the function cannot be loaded, RuntimeError where the process does not start."""
+        """Waits for the process to load the function.
+
+        Raises ValueError if the function cannot be loaded, RuntimeError if the process does not start.
+        """
         if self._ready:
             return
         with selectors.DefaultSelector() as selector:
@@ -205,7 +215,7 @@ class _Worker:
         self.deadline = time.monotonic() + limit_seconds
 
     def take_answer(self) -> tuple[Job, dict[str, Any]]:
-        """The finished job and {'scores'} or {'error', 'kind'}; a worker that is late or dead is gone afterwards."""
+        """Returns the finished job, and its {'scores'} or {'error', 'kind'}. Ends a worker that is late."""
         assert self.job is not None
         job, self.job = self.job, None
         with selectors.DefaultSelector() as selector:

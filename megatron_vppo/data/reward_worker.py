@@ -1,8 +1,9 @@
-"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE`, driven by rewards.RewardPool.
+"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE`, driven by `RewardPool`.
 
-Requests come as length-prefixed JSON on stdin, answers leave the same way on the descriptor that was stdout; what a
-user's function prints goes to stderr. It must start fast, so nothing here imports torch. One request at a time:
-a list of reward inputs, graded in one call ('batch') or one by one ('sequential').
+Requests come as length-prefixed JSON on stdin, and answers leave the same way on the descriptor that was stdout;
+anything that a user's function prints goes to stderr. There is one request at a time, a list of reward inputs, which
+the function grades in one call ('batch') or one by one ('sequential'). Nothing here imports torch, so that it starts
+fast.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_vppo.config.choices import BUILT_IN_REWARD
 from megatron_vppo.system.processes import die_with_parent
 
 _HEADER = struct.Struct("<Q")
@@ -32,7 +34,7 @@ def write_message(stream: BinaryIO, message: Any) -> None:
 
 
 def read_message(stream: BinaryIO) -> Any:
-    """Raises EOFError where the other side is gone."""
+    """Reads one message. Raises EOFError if the other side is gone."""
     header = stream.read(_HEADER.size)
     data = stream.read(_HEADER.unpack(header)[0]) if len(header) == _HEADER.size else b""
     if not data:
@@ -41,11 +43,11 @@ def read_message(stream: BinaryIO) -> Any:
 
 
 def load_function(spec: str) -> Callable[..., Any]:
-    """'mathruler', or the function of `file.py:function`. Raises ValueError where there is no such thing.
+    """Loads the built-in reward function, or that of `file.py:function`. Raises ValueError if there is no such thing.
 
     The file's folder is not put on the import path, where a file called math.py would hide the standard library's.
     """
-    if spec == "mathruler":
+    if spec == BUILT_IN_REWARD:
         from megatron_vppo.data.mathruler import compute_score
 
         resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
@@ -65,9 +67,9 @@ def load_function(spec: str) -> Callable[..., Any]:
 
 
 def checked_score(value: Any) -> dict[str, float]:
-    """A number, or a mapping with 'overall', as plain finite floats with 'overall' and 'accuracy'.
+    """Turns a number, or a mapping with 'overall', into finite floats with 'overall' and 'accuracy'.
 
-    Without an accuracy of its own, it is the overall reward clipped to [0, 1]. Raises TypeError, ValueError.
+    If there is no accuracy, it is the overall reward clipped to [0, 1]. Raises TypeError, ValueError.
     """
     if not isinstance(value, Mapping):
         value = {"overall": value}
@@ -87,7 +89,7 @@ def checked_score(value: Any) -> dict[str, float]:
 
 
 def grade(function: Callable[..., Any], inputs: list[dict[str, Any]], *, batch: bool) -> list[dict[str, float]]:
-    """One checked score per input. Raises whatever the function raises."""
+    """Returns one checked result per input. Raises whatever the function raises."""
     results = function(inputs) if batch else [function(item) for item in inputs]
     results = list(results)
     if len(results) != len(inputs):
@@ -96,7 +98,7 @@ def grade(function: Callable[..., Any], inputs: list[dict[str, Any]], *, batch: 
 
 
 def _describe(error: BaseException) -> dict[str, str]:
-    """Message, and where it was raised: two errors from one place count as one kind."""
+    """Describes an error, with the line that raised it: two errors of one line count as one kind."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
     return {"error": f"{type(error).__name__}: {error}"[:500], "kind": f"{type(error).__name__} at {place}"}
@@ -107,8 +109,8 @@ def main() -> None:
     die_with_parent(parent_pid)
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what the function prints must not get between the messages,
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # nor may it read them
+    os.dup2(2, 1)  # the function's output must not get between the messages,
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and the function must not read them
     try:
         function = load_function(spec)
     except BaseException as error:

@@ -14,13 +14,15 @@ from megatron_vppo.data.prompts import PromptSet
 
 @dataclass(frozen=True, slots=True)
 class StreamPosition:
+    """A place in the order of prompts."""
+
     epoch: int
     offset: int
-    """Prompts of this epoch that were handed out."""
+    """The number of prompts of this epoch that were handed out."""
 
 
 class PromptStream:
-    """Endless prompts in shuffled epochs; the order follows from the seed alone, the position is two numbers."""
+    """An endless sequence of prompts, epoch after epoch. The order follows from the seed and the epoch alone."""
 
     def __init__(self, prompts: PromptSet, *, seed: int, shuffle: bool) -> None:
         self._prompts, self._seed, self._shuffle = prompts, seed, shuffle
@@ -28,13 +30,13 @@ class PromptStream:
         self._order = self._epoch_order(0)
 
     def steps_per_epoch(self, k: int) -> int:
-        """Full draws of k prompts in one epoch."""
+        """Returns the number of full draws of k prompts in one epoch."""
         return len(self._prompts) // k
 
     def next(self, k: int) -> list[Prompt]:
-        """The next k prompts, all different. The rest of an epoch that is smaller than k is dropped, as by the authors.
+        """Draws the next k prompts, all different. If fewer are left of an epoch they are dropped, as by the authors.
 
-        Raises ValueError where k exceeds the number of prompts.
+        Raises ValueError if k is more than the number of prompts.
         """
         if k > len(self._prompts):
             raise ValueError(
@@ -47,11 +49,11 @@ class PromptStream:
         return [self._prompts[int(i)] for i in self._order[start : start + k]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers: position, and what it is valid for."""
+        """Returns the position as plain numbers, with the data, seed and shuffling that it is valid for."""
         return {"epoch": self.position.epoch, "offset": self.position.offset, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken. Raises ValueError where data, seed or shuffling are not the same."""
+        """Goes on where `state_dict` was taken. Raises ValueError if the data, seed or shuffling differ."""
         for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(

@@ -13,25 +13,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import megatron_vppo
 from megatron_vppo.rollout import process_group
 from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.system.processes import child_environment
 
 LOG_TAIL_LINES = 30
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
 """From the request to end, and again from SIGTERM to SIGKILL."""
-
-LAUNCHER_VARIABLES = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""The trainer's own place in its world; vLLM would take them for its own."""
 
 
 class ChildProcess:
@@ -47,7 +36,7 @@ class ChildProcess:
         with theirs, log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "megatron_vppo.rollout.engine_process", str(theirs.fileno())],
-                env=child_environment(settings),
+                env=engine_environment(settings),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -118,15 +107,9 @@ class ChildProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def child_environment(settings: EngineSettings) -> dict[str, str]:
-    """The trainer's environment with what vLLM needs; the trainer's own stays as it is."""
-    environment = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
-    }
-    root = str(Path(megatron_vppo.__file__).parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, environment.get("PYTHONPATH")]))
+def engine_environment(settings: EngineSettings) -> dict[str, str]:
+    """Returns the environment of an engine: that of any child, and what vLLM needs."""
+    environment = child_environment()
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["VLLM_NO_USAGE_STATS"] = "1"

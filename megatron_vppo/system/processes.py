@@ -1,12 +1,32 @@
-"""Worker processes that cannot outlive the process that started them."""
+"""Processes that a trainer rank starts: their environment, and their end with the rank's."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import signal
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def child_environment() -> dict[str, str]:
+    """Returns the environment of a process that runs a module of this package and is not a trainer rank.
+
+    It is this process's environment without the launcher's variables, which libraries would take for the child's own
+    rank, and with this package on the import path.
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _LAUNCHER_VARIABLES and not name.startswith("TORCHELASTIC_")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_PACKAGE_PARENT), environment.get("PYTHONPATH")]))
+    return environment
 
 
 def die_with_parent(parent_pid: int) -> None:
@@ -16,5 +36,5 @@ def die_with_parent(parent_pid: int) -> None:
         parent_pid: the parent's own `os.getpid()`, to notice that it ended before this call.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent_pid:  # it died before the line above
+    if os.getppid() != parent_pid:  # it ended before the line above
         os._exit(1)

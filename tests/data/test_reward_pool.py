@@ -129,7 +129,7 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
         assert sorted(pool.failures.values()) == [1, 1, 2]
         assert pool.failures["timeout"] == pool.failures["died"] == 1
         # Each kind is shown once, with the first row it happened on.
-        shown = [record.getMessage() for record in caplog.records if "scored zero" in record.getMessage()]
+        shown = [record.getMessage() for record in caplog.records if "the reward is zero" in record.getMessage()]
         assert len(shown) == 3
         assert sum("row 101" in m and "'hang'" in m for m in shown) == 1
         assert sum("row 103" in m and "KeyError" in m and "'raise'" in m for m in shown) == 1

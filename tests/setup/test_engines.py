@@ -10,7 +10,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
 from megatron_vppo.config.schema import Fp8Config, RunConfig
-from megatron_vppo.rollout.child import child_environment
+from megatron_vppo.rollout.child import engine_environment
 from megatron_vppo.setup.engines import VLLM_FP8, engine_devices, engines_sleep, unquantized_layers, weight_transfer
 from tests.rollout.settings import engine_settings
 
@@ -32,9 +32,9 @@ def test_an_engine_over_the_end_of_the_machine_is_refused() -> None:
 def test_the_engine_process_sees_only_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     settings = engine_settings(max_model_len=8, device="cuda", cuda_visible_devices="2,3")
-    assert child_environment(settings)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert engine_environment(settings)["CUDA_VISIBLE_DEVICES"] == "2,3"
     unset = engine_settings(max_model_len=8, device="cuda")
-    assert child_environment(unset)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert engine_environment(unset)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def config_of(**sections: dict[str, object]) -> RunConfig:
