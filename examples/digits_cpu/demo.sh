@@ -15,12 +15,11 @@ python tools/digits/make_model.py --data build/digits/data --out build/digits/mo
 
 run=$(python - "$here/config.yaml" "$@" <<'PY'
 import sys
-from pathlib import Path
 
 from megatron_vppo.config.load import load_config
+from megatron_vppo.setup.run_folder import RunFolder
 
-trainer = load_config(sys.argv[1], sys.argv[2:]).trainer
-print(Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name)
+print(RunFolder.of(load_config(sys.argv[1], sys.argv[2:]).trainer).root)
 PY
 )
 echo "demo: training, into $run"

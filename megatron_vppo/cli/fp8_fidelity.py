@@ -7,7 +7,6 @@ import os
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.fidelity.measure import measure_fidelity, refusal
 from megatron_vppo.fidelity.page import compared, precision, subject
+from megatron_vppo.setup.hardware import slower_layers
+from megatron_vppo.setup.run_folder import RunFolder
 
 WIDTH = 110
 """Characters per line."""
@@ -35,8 +36,9 @@ def run_fp8_fidelity(options: argparse.Namespace) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("fp8-fidelity runs in one process; start it without torchrun and srun")
     config = load_config(options.config, options.overrides)
-    trainer = config.trainer
-    folder = options.out or Path(trainer.runs_dir) / trainer.project_name / trainer.experiment_name / "fp8_fidelity"
+    folder = options.out or RunFolder.of(config.trainer).root / "fp8_fidelity"
+    if torch.cuda.is_available() and (warning := slower_layers(config, on_gpu=True)):
+        print(warning, flush=True)
     report = measure_fidelity(
         config,
         recipes=_recipes(config, options.recipe),

@@ -6,6 +6,7 @@ Modules that take seconds to import are imported when their command runs, so tha
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import select
 import signal
@@ -242,7 +243,7 @@ def _train(options: argparse.Namespace) -> int:
     quieten_libraries()
     from megatron_vppo.trainer.run import run_training
 
-    run_training(config)
+    run_training(config, say=functools.partial(print, flush=True))
     return 0
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import PerturbKey, Response, Scores, TrainBatch
+from megatron_vppo.algorithm.types import Response, Scores, TrainBatch
 from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.parallel.batching import Pixels
@@ -68,7 +68,3 @@ class MegatronPolicy:
         """The tensors that training does not change, under their Hugging Face names."""
         entries = self.trainable.stages[0].weight_map
         return frozenset(n for entry in entries if entry.part in self.trainable.frozen for n in entry.hf_names)
-
-    def perturb_key(self, response: Response, step: int) -> PerturbKey:
-        """The key of the perturbation under which scoring shows a response's images."""
-        return PerturbKey.of(response, step, per=self.settings.perturb_per)

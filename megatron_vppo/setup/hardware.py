@@ -1,4 +1,4 @@
-"""What the machine can do, and so how the model is built: of which backend's layers, with which FP8 recipe."""
+"""The choices that the machine decides: the backend whose layers a model is built of, and the FP8 recipes that run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 
 
 def choose_backend(setting: BackendSetting, *, on_gpu: bool, dtype: Dtype) -> Backend:
-    """The backend that `model.backend` means on this machine, for a model of `model.dtype`.
+    """Returns the backend that `model.backend` means on this machine, for a model of `model.dtype`.
 
-    TransformerEngine's fused attention takes 16 bits; what it does in float32 is slower than torch.
+    'auto' takes TransformerEngine for bfloat16 alone: its fused attention has no float32, and what it runs instead is
+    slower than torch.
 
     Raises:
         ValueError: 'te' in float32, without a GPU, or without TransformerEngine.
@@ -34,7 +35,7 @@ def choose_backend(setting: BackendSetting, *, on_gpu: bool, dtype: Dtype) -> Ba
 
 
 def fp8_options(config: RunConfig) -> Fp8Options | None:
-    """None where no phase uses FP8."""
+    """Returns the model's FP8 options; None if no phase uses FP8."""
     recipe = config.fp8.recipe
     if recipe is None or not config.fp8.scope:
         return None
@@ -42,7 +43,7 @@ def fp8_options(config: RunConfig) -> Fp8Options | None:
 
 
 def check_fp8_hardware(config: RunConfig, *, on_gpu: bool) -> None:
-    """Raises ValueError where `fp8.recipe` cannot run here, with what it needs."""
+    """Raises ValueError, with what is needed, if `fp8.recipe` cannot run here."""
     options = fp8_options(config)
     if options is None:
         return
@@ -57,10 +58,10 @@ def check_fp8_hardware(config: RunConfig, *, on_gpu: bool) -> None:
 
 
 def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
-    """How the model is to be laid out and run on this machine.
+    """Collects the options by which the model is built on this machine.
 
     Raises:
-        ValueError: it cannot do what is set.
+        ValueError: this machine cannot do what is set.
     """
     check_fp8_hardware(config, on_gpu=on_gpu)
     parallel = config.parallel
@@ -77,7 +78,7 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
 
 
 def slower_without(backend: Backend) -> list[str]:
-    """What a GPU run of the torch backend misses, one line each; nothing of TransformerEngine's."""
+    """Lists the reasons why the layers of `backend` are slower than TransformerEngine's; none for those themselves."""
     if backend == "te":
         return []
     lines = [
@@ -88,3 +89,11 @@ def slower_without(backend: Backend) -> list[str]:
     if importlib.util.find_spec(APEX_GRADIENTS) is None:
         lines.append("weight gradients are added up in fp32 by a kernel of their own (NVIDIA Apex would fuse it)")
     return lines
+
+
+def slower_layers(config: RunConfig, *, on_gpu: bool) -> str | None:
+    """Returns a warning, with reasons, for a run on GPUs without TransformerEngine's layers; None for any other."""
+    backend = choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype)
+    if not on_gpu or not (reasons := slower_without(backend)):
+        return None
+    return "\n- ".join(["model.backend=torch is slower than TransformerEngine's layers:", *reasons])

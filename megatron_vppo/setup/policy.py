@@ -1,4 +1,4 @@
-"""Settings of a run to its model: one that trains, or one that only scores."""
+"""The model of a run, built and loaded by its settings: one that trains, or one that only scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
-from megatron_vppo.setup.hardware import model_options, slower_without
+from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.inputs import RunInputs
 from megatron_vppo.weights.load import load_weights
 
@@ -60,13 +60,14 @@ def make_scorer(config: RunConfig, layout: Layout, source: Path, inputs: RunInpu
 
 
 def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions) -> PolicySettings:
+    """Collects the settings of scoring and updating."""
     return PolicySettings(
         temperature=config.rollout.temperature,
         banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
         rows_per_update=config.actor.micro_batch_size_per_device_for_update,
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
         head_chunk_tokens=config.actor.head_chunk_tokens,
-        perturb_per=config.algorithm.perturb.per or "row",
+        perturb_per=config.algorithm.perturb.per,
         fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
         token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
     )
@@ -75,9 +76,7 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
 def _load_stages(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, options: ModelOptions
 ) -> list[QwenVLModel]:
-    """This rank's pipeline stages, with their weights."""
-    if layout.rank == 0 and layout.device.type == "cuda" and (missing := slower_without(options.backend)):
-        print("model.backend=torch is slower than TransformerEngine's layers:", *missing, sep="\n- ", flush=True)
+    """Builds this rank's pipeline stages and loads their weights."""
     stages = [
         build_model(
             inputs.hf_config,

@@ -1,15 +1,23 @@
-"""Where a run keeps what it makes."""
+"""The folder of a run and the places in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_vppo.config.schema import TrainerConfig
+
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
+    """The files that a run makes."""
+
     root: Path
-    """runs/<project>/<experiment>"""
+
+    @classmethod
+    def of(cls, config: TrainerConfig) -> RunFolder:
+        """The folder runs_dir/project_name/experiment_name."""
+        return cls(Path(config.runs_dir) / config.project_name / config.experiment_name)
 
     @property
     def config(self) -> Path:

@@ -1,4 +1,5 @@
 """`vppo train`: one training run.
 
-loop.py is a step, in the paper's order. run.py opens and closes a run; the other files are what the loop drives.
+loop.py is one step, in the order of the paper. run.py opens and closes a run. The other files are parts that the loop
+drives.
 """

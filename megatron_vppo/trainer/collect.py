@@ -1,4 +1,4 @@
-"""Stages 1 to 3 of a step: sample groups, reward them, keep those with right and wrong answers."""
+"""Steps 1 to 3 of the loop: sample groups of responses, grade them, keep the groups with right and wrong ones."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ Group = list[GradedResponse]
 
 @dataclass(frozen=True)
 class Collector:
-    """Draws prompts and turns them into graded groups; the same groups on every rank."""
+    """Draws prompts, and samples and grades a group of responses to each. Every rank gets the same groups."""
 
     config: RunConfig
     stream: PromptStream | None
-    """On rank 0 only."""
+    """On rank 0; None elsewhere."""
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
 
     def groups(self, step: int, log: RunLog) -> list[Group]:
-        """At most rollout_batch_size groups to train on. Sampling stops after max_try_make_batch rounds: then the step
-        goes on with the groups it has, which may be none.
+        """Returns at most rollout_batch_size groups to train on.
+
+        After max_try_make_batch rounds of sampling the step goes on with the groups that it has, which may be none.
         """
         wanted, rounds = self.config.data.rollout_batch_size, self.config.algorithm.max_try_make_batch
         sampled: list[Group] = []
@@ -90,15 +91,15 @@ class Collector:
 
 
 def grade_groups(grader: Grader, groups: Sequence[Sequence[Response]]) -> list[Group]:
-    """Rewards every response, group by group."""
+    """Grades every response, group by group."""
     graded = iter(grader.grade([response for group in groups for response in group]))
     return [[next(graded) for _ in group] for group in groups]
 
 
 def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Over everything that was sampled, groups that are not trained on included."""
+    """Averages over everything that was sampled, including groups that are not trained on."""
     items = [item for group in groups for item in group]
-    scores = [item.reward.overall for item in items]
+    rewards = [item.reward.overall for item in items]
     lengths = [len(item.response.token_ids) for item in items]
     prompts = [len(item.response.prompt.token_ids) for item in items]
     metrics = {
@@ -107,7 +108,7 @@ def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
         "response_length/clip_ratio": _mean([float(item.response.finish_reason == "length") for item in items]),
         "perf/total_num_tokens": float(sum(lengths) + sum(prompts)),
     }
-    for name, values in (("critic/score", scores), ("response_length", lengths), ("prompt_length", prompts)):
+    for name, values in (("critic/score", rewards), ("response_length", lengths), ("prompt_length", prompts)):
         metrics |= {f"{name}/mean": _mean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
     for name in sorted({name for item in items for name in item.reward.metrics}):
         metrics[f"reward/{name}"] = _mean([item.reward.metrics[name] for item in items if name in item.reward.metrics])

@@ -1,4 +1,4 @@
-"""Responses -> graded responses, the same on every rank."""
+"""The grader: from responses to graded responses, the same on every rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vppo.parallel.collective import from_rank_zero
 
 
 class Grader:
-    """Rewards run in worker processes of rank 0."""
+    """Grades responses in worker processes of rank 0."""
 
     def __init__(self, pool: RewardPool | None, decode: Callable[[Sequence[int]], str]) -> None:
         """
@@ -22,7 +22,7 @@ class Grader:
         self._decode = decode
 
     def grade(self, responses: Sequence[Response]) -> list[GradedResponse]:
-        """In the order of the responses; a collective over all ranks."""
+        """Grades responses, in their order. A collective over all ranks."""
         graded = from_rank_zero(lambda: self._grade_here(responses))
         return [
             GradedResponse(response=response, text=text, reward=reward)

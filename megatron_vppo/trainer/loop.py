@@ -1,12 +1,18 @@
-"""VPPO, top to bottom (paper section 3): every rank runs these lines; mechanism sits behind the verbs."""
+"""VPPO, top to bottom (paper section 3). Every rank runs these lines.
+
+GRPO does steps 1 to 3, 6 and 7, with one advantage per response, which all of its tokens share. VPPO adds two:
+
+- Step 4 scores each response twice, with its image and with the image perturbed: what that changes is the dependency of
+  each token.
+- Step 5 scales a response's advantage by its mean dependency (Eq. 5), and leaves the gradient to the tokens that depend
+  most (Eq. 4).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_vppo.algorithm.assemble import Minibatch, assemble
+from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
@@ -15,14 +21,16 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
-from megatron_vppo.trainer.collect import Collector, Group
+from megatron_vppo.trainer.checkpointer import Checkpointer
+from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.placement import Placement
+from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.validate import Validator
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the loop drives, built and connected (see build.py)."""
+    """Everything the loop drives, built and connected; see run.py."""
 
     config: RunConfig
     policy: MegatronPolicy
@@ -34,18 +42,15 @@ class Run:
     start_step: int
     """The step whose weights are loaded; 0 for a fresh run."""
     total_steps: int
-    save: Callable[[int], None]
-    """Writes the checkpoint of a step."""
-    record: Callable[[int, list[Minibatch], list[Group], Any], None]
-    """Writes what the model answered in a step."""
+    checkpointer: Checkpointer
+    recorder: Recorder
 
 
 def train(run: Run) -> None:
-    """From the loaded weights to the last step. A step without any group to train on is counted and leaves no trace."""
+    """Trains from the loaded weights to the last step. A step without a usable group is counted and changes nothing."""
     config, policy, placement, sampler, log = run.config, run.policy, run.placement, run.sampler, run.log
     settings = vppo_settings(config)
     views: Views = "both" if settings.needs_dependency else "original"
-    divergence = settings.dependency if views == "both" and settings.dependency != "k3_sampled" else None
 
     placement.syncing()
     log.add_all(sampler.send_weights(policy.hf_weights(), version=run.start_step))
@@ -56,7 +61,7 @@ def train(run: Run) -> None:
 
     for step in range(run.start_step + 1, run.total_steps + 1):
         with log.step(step):
-            # 1-3. Sample groups, reward them, keep those with right and wrong answers.
+            # 1-3. Sample groups of responses, grade them, keep the groups with right and wrong ones.
             with log.span(SAMPLE.span):
                 placement.sampling()
             groups = run.collector.groups(step, log)
@@ -68,10 +73,10 @@ def train(run: Run) -> None:
                 with log.span(SCORE.span):
                     placement.scoring()
                     responses = [item.response for item in graded]
-                    scores = policy.score(responses, step=step, views=views, divergence=divergence)
+                    scores = policy.score(responses, step=step, views=views, divergence=settings.divergence)
                 log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
 
-                # 5. Advantages by group, shaped by how visual the answer was; the tokens that carry the gradient.
+                # 5. Advantages within each group, scaled by mean dependency; the tokens that get gradient.
                 with log.span(ADVANTAGE.span):
                     minibatches = assemble(
                         graded,
@@ -86,15 +91,16 @@ def train(run: Run) -> None:
                 with log.span(UPDATE.span):
                     placement.updating()
                     log.add("actor/lr", policy.trainable.set_step(step))
-                    for minibatch in minibatches * config.actor.ppo_epochs:
-                        log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
+                    for _ in range(config.actor.ppo_epochs):
+                        for minibatch in minibatches:
+                            log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
 
-                # 7. The new weights go to the engines, which never serve older ones and have the frozen ones.
+                # 7. Send the new weights to the engines, which have the frozen ones already.
                 with log.span(SYNC.span):
                     placement.syncing()
                     trained = policy.hf_weights(only_trained=True)
                     log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
-                run.record(step, minibatches, groups, scores)
+                run.recorder.write(step, minibatches, groups, scores)
 
             # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
@@ -103,9 +109,9 @@ def train(run: Run) -> None:
                     log.add_all(run.validator.run())
         if is_due(step, config.trainer.save_freq, run.total_steps):
             placement.writing()
-            run.save(step)
+            run.checkpointer.save(step)
 
 
 def is_due(step: int, freq: int, total_steps: int) -> bool:
-    """Every `freq` steps and after the last one; a negative `freq` leaves the last one only."""
+    """Returns True every `freq` steps and after the last one; with a negative `freq` only after the last one."""
     return step == total_steps or (freq > 0 and step % freq == 0)

@@ -1,7 +1,7 @@
-"""Decides who holds the GPU in each phase of a step; nothing else in the package does. `HOLDINGS` is the whole of it.
+"""The use of GPU memory by trainer and engine in each phase of a step; `HOLDINGS` is the whole of it.
 
-A rank's trainer and the engine on the same GPU never hold more of it at once than the phase says. On entering a phase,
-every rank first gives up what the phase does not need, and only then takes what it needs. docs/placement.md has the
+A rank's trainer and the engine on the same GPU never hold more than the phase says. On entering a phase, every rank
+first gives up the memory that the phase does not need, and only then takes what it needs. docs/placement.md has the
 table with the settings.
 """
 
@@ -80,8 +80,10 @@ HOLDINGS = {
 
 
 class Placement:
-    """Moves from phase to phase. Every method is a collective over all trainer ranks, and does nothing if the device
-    already holds what the phase wants.
+    """Moves memory from phase to phase.
+
+    Every method is a collective over all trainer ranks, and does nothing if the device already holds what the phase
+    wants.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class Placement:
         engines_sleep: bool,
         barrier: Callable[[], None],
     ) -> None:
-        """Expects the state of `START`.
+        """Begins in the state of `START`.
 
         Args:
             engine: the engine that this rank leads; None if it leads none.
@@ -111,24 +113,25 @@ class Placement:
         self.phase: str = START
 
     def syncing(self) -> None:
-        """For sending the trainer's weights to the engines: both hold theirs, and there is no KV cache yet."""
+        """Makes room to send weights to the engines: trainer and engines hold theirs, and there is no KV cache yet."""
         self._enter(SYNC.name)
 
     def sampling(self) -> None:
-        """For sampling: the engines hold their weights and KV cache."""
+        """Gives the engines room for their weights and KV cache."""
         self._enter(SAMPLE.name)
 
     def scoring(self) -> None:
-        """For forward passes of the trainer. The engines forget their weights: an update and a sync follow."""
+        """Gives the trainer room for forward passes. Engines forget their weights, since a sync will bring new ones."""
         self._enter(SCORE.name)
 
     def updating(self) -> None:
-        """For optimizer steps."""
+        """Gives the trainer room for optimizer steps."""
         self._enter(UPDATE.name)
 
     def writing(self) -> None:
-        """For checkpoint and export. Engine weights wait in host memory; trainer state that no file contains stays
-        offloaded.
+        """Brings the trainer's state back for a checkpoint or an export.
+
+        Engine weights wait in host memory. Trainer state that no file contains stays offloaded.
         """
         self._enter(WRITE)
 
@@ -150,9 +153,7 @@ class Placement:
             self._take(coming, holding)
 
     def _make_room(self, leaving: frozenset[MemoryPart], holding: Holding) -> None:
-        """Gives memory up and takes none: vLLM compares the free memory of the whole GPU before and after it falls
-        asleep.
-        """
+        """Gives up memory and takes none: vLLM refuses to sleep if the GPU's free memory shrinks meanwhile."""
         if leaving:
             self._trainer.offload(leaving)
             self._away |= leaving

@@ -1,56 +1,69 @@
-"""What a step decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it."""
+"""The record of a step: what was decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded.
+"""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
 from megatron_vppo.algorithm.assemble import Minibatch
-from megatron_vppo.algorithm.types import GradedResponse, Response, Scores
+from megatron_vppo.algorithm.types import GradedResponse, PerturbKey, Response, Scores
+from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.data.images import VisionInputs
-from megatron_vppo.observability.rollouts import RolloutRecord, png_pair
-from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.observability.rollouts import RolloutRecord, png_pair, write_rollouts
 from megatron_vppo.trainer.collect import Group
 
-PICTURES_PER_OUTCOME = 4
-"""Responses of a step that keep their pictures: so many right and so many wrong ones, each of another prompt."""
+IMAGES_PER_OUTCOME = 4
+"""The number of right responses of a step, and of wrong ones, that keep their images; each is of another prompt."""
 
 
 @dataclass(frozen=True)
 class Recorder:
+    """Writes the record of each step on one rank."""
+
+    folder: Path
+    """The run folder."""
     tokenizer: Any
-    """Of transformers."""
+    """The model's, of transformers."""
     images: VisionInputs
-    policy: MegatronPolicy
+    perturb_per: PerturbUnit
+    is_writer: bool
+    """True on the rank that writes, if the run keeps records at all. On the others nothing happens."""
+
+    def write(self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores) -> None:
+        """Writes the records of one step."""
+        if self.is_writer:
+            write_rollouts(self.folder, step, self.records(step, minibatches, groups, scores))
 
     def records(
         self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores
     ) -> Iterator[RolloutRecord]:
-        """One per trained response, in the order of the step."""
+        """Yields one record per trained response, in the order of the step."""
         graded = [item for group in groups for item in group]
         texts = self._token_texts([item.response for item in graded])
-        with_pictures = _pick(groups)
+        with_images = _pick(groups)
         row = 0
         for minibatch in minibatches:
             for local in range(len(minibatch.batch.responses)):
                 item = graded[row]
                 record = self._record(item, row, local, minibatch, scores, texts)
-                if (item.response.group_id, item.response.sample) in with_pictures:
-                    record["images"] = [
-                        self._pictures(item.response, i, step, masked=scores.perturbed_logp_BT is not None)
-                        for i in range(len(item.response.prompt.images))
-                    ]
+                if (item.response.group_id, item.response.sample) in with_images:
+                    record["images"] = self._images(item.response, step, perturbed=scores.perturbed_logp_BT is not None)
                 yield record
                 row += 1
 
     def _record(
         self, item: GradedResponse, row: int, local: int, minibatch: Minibatch, scores: Scores, texts: dict[int, str]
     ) -> RolloutRecord:
+        """Builds the record of the response that is number `row` of the step and number `local` of its mini-batch."""
         response, reward, decided = item.response, item.reward, minibatch.record
         length = len(response.token_ids)
 
@@ -81,21 +94,26 @@ class Recorder:
         )
 
     def _token_texts(self, responses: Sequence[Response]) -> dict[int, str]:
-        """Each distinct token as text, special tokens included."""
+        """Decodes each distinct token, special tokens included."""
         distinct = sorted({token for response in responses for token in response.token_ids})
         return dict(zip(distinct, self.tokenizer.batch_decode([[token] for token in distinct]), strict=True))
 
-    def _pictures(self, response: Response, index: int, step: int, *, masked: bool) -> dict[str, str]:
-        """`masked`: whether the policy was shown the perturbed picture at all."""
-        ref, key = response.prompt.images[index], self.policy.perturb_key(response, step)
-        perturbed = _png(self.images.perturbed_image(ref, key)) if masked else None
-        return png_pair(_png(self.images.image(ref)), perturbed)
+    def _images(self, response: Response, step: int, *, perturbed: bool) -> list[dict[str, str]]:
+        """Encodes a response's images as PNG, each with its perturbed copy if the policy was shown that."""
+        key = PerturbKey.of(response, step, per=self.perturb_per)
+        return [
+            png_pair(
+                _png(self.images.image(ref)),
+                _png(self.images.perturbed_image(ref, key)) if perturbed else None,
+            )
+            for ref in response.prompt.images
+        ]
 
 
 def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:
-    """(group, sample) of the responses that keep their pictures: right ones first, wrong ones from the next groups."""
+    """Picks the responses that keep their images, as (group, sample): at most one of a group, right ones first."""
     picked: set[tuple[int, int]] = set()
-    right_left = wrong_left = PICTURES_PER_OUTCOME
+    right_left = wrong_left = IMAGES_PER_OUTCOME
     for group in groups:
         right = [i for i in group if i.reward.accuracy >= 0.5]
         wrong = [i for i in group if i.reward.accuracy < 0.5]
@@ -109,7 +127,7 @@ def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:
     return picked
 
 
-def _png(picture: Image.Image) -> bytes:
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,18 +1,16 @@
-"""From a configuration to a run whose parts are built and connected, and taken down again in every case."""
+"""A training run, opened from its configuration, trained, exported, and closed again in every case."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_vppo.algorithm.assemble import Minibatch
-from megatron_vppo.algorithm.types import Prompt, Scores
+from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
@@ -20,20 +18,21 @@ from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
-from megatron_vppo.observability.rollouts import cut_rollouts_after, write_rollouts
-from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.observability.rollouts import cut_rollouts_after
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
+from megatron_vppo.setup.hardware import slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import eos_ids, train_sampling, val_sampling
-from megatron_vppo.trainer.collect import Collector, Group
+from megatron_vppo.trainer.checkpointer import Checkpointer
+from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
@@ -41,9 +40,12 @@ from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf
 
+Say = Callable[[str], None]
+"""Shows a line to the user; called on rank 0 only."""
 
-def run_training(config: RunConfig) -> None:
-    """One trainer rank, from start to finish: train, export, report."""
+
+def run_training(config: RunConfig, *, say: Say) -> None:
+    """Runs one trainer rank from start to finish: train, export, report."""
     layout = init_layout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
@@ -55,25 +57,29 @@ def run_training(config: RunConfig) -> None:
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
-    folder = RunFolder(Path(config.trainer.runs_dir) / config.trainer.project_name / config.trainer.experiment_name)
-    with _open_run(config, layout, folder) as (run, source):
+    folder = RunFolder.of(config.trainer)
+    source = model_folder(config.model.path)
+    with _open_run(config, layout, folder, source, say) as run:
         train(run)
         target = folder.huggingface(run.total_steps)
         if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
             run.placement.writing()
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
     if layout.rank == 0:
-        print(f"report: {write_report(folder.root)}", flush=True)
+        say(f"report: {write_report(folder.root)}")
     destroy_layout()
 
 
 @contextmanager
-def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[tuple[Run, Path]]:
-    """Builds everything. The engine starts first: without GPUs it loads while the rest is built, with them before."""
-    is_writer = layout.rank == 0
-    source = model_folder(config.model.path)
+def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path, say: Say) -> Iterator[Run]:
+    """Builds the parts of a run and connects them.
+
+    The engine is started first. On GPUs the rest waits until it has loaded, because vLLM measures while it starts how
+    much memory is free. On a machine without GPUs it loads while the rest is built.
+    """
+    is_writer, on_gpus = layout.rank == 0, layout.device.type == "cuda"
     inputs = open_inputs(config, source)
-    processor, images = inputs.processor, inputs.images
+    images, tokenizer = inputs.images, inputs.processor.tokenizer
     with ExitStack() as stack:
         engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
         sampler = EngineSampler(
@@ -81,21 +87,20 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
             verify=config.rollout.verify_weights,
         )  # fmt: skip
         stack.callback(sampler.close)
-        grader = Grader(_reward_pool(config) if is_writer else None, _decoder(processor.tokenizer))
+        pool = _reward_pool(config) if is_writer else None
+        grader = Grader(pool, partial(tokenizer.decode, skip_special_tokens=True))
         stack.callback(grader.close)
-        stream = _stream(config, inputs) if is_writer else None
-        on_gpus = layout.device.type == "cuda"
-        if on_gpus:  # vLLM measures while it starts how much is free: the trainer takes its memory only afterwards
+        stream = _stream(config, inputs, say) if is_writer else None
+        if on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        held_out = from_rank_zero(partial(_validation_prompts, config, inputs))
+        held_out = from_rank_zero(partial(_validation_prompts, config, inputs, say))
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
-        policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
 
-        start_step = from_rank_zero(partial(_start_step, config, folder))
-        if start_step:
-            state = load_checkpoint(folder.checkpoints, step=start_step, trainable=policy.trainable, layout=layout)
-            if stream is not None:
-                stream.load_state_dict(state["data"])
+        if is_writer and (warning := slower_layers(config, on_gpu=on_gpus)):
+            say(warning)
+        policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
+        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream)
+        start_step = checkpointer.resume()
         if start_step > total_steps:
             raise ValueError(
                 f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
@@ -105,7 +110,8 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        eos = eos_ids(source, processor.tokenizer)
+        eos = eos_ids(source, tokenizer)
+        records = is_writer and config.trainer.save_rollouts
         yield Run(
             config=config,
             policy=policy,
@@ -116,23 +122,37 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder) -> Iterator[
             log=log,
             start_step=start_step,
             total_steps=total_steps,
-            save=partial(_save, config, layout, folder, policy, stream),
-            record=partial(_record, config, layout, folder, Recorder(processor.tokenizer, images, policy)),
-        ), source  # fmt: skip
+            checkpointer=checkpointer,
+            recorder=Recorder(folder.root, tokenizer, images, config.algorithm.perturb.per, is_writer=records),
+        )
 
 
-def _stream(config: RunConfig, inputs: RunInputs) -> PromptStream:
+# --- The parts of a run -----------------------------------------------------------------------------------------------
+
+
+def _stream(config: RunConfig, inputs: RunInputs, say: Say) -> PromptStream:
     prompts = read_prompts(config, inputs, "train")
-    print(f"train data: {prompts.report.summary()}", flush=True)
+    say(f"train data: {prompts.report.summary()}")
     return PromptStream(prompts, seed=config.trainer.seed, shuffle=config.data.shuffle)
 
 
-def _validation_prompts(config: RunConfig, inputs: RunInputs) -> list[Prompt]:
+def _validation_prompts(config: RunConfig, inputs: RunInputs, say: Say) -> Sequence[Prompt]:
     if "val" not in inputs.datasets:
         return []
     prompts = read_prompts(config, inputs, "val")
-    print(f"validation data: {prompts.report.summary()}", flush=True)
+    say(f"validation data: {prompts.report.summary()}")
     return list(prompts)
+
+
+def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
+    assert stream is not None, "prompts are counted on rank 0"
+    steps_per_epoch = stream.steps_per_epoch(config.data.rollout_batch_size)
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
+            f"{config.data.train_files}; lower it"
+        )
+    return config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
 
 
 def _reward_pool(config: RunConfig) -> RewardPool:
@@ -142,10 +162,6 @@ def _reward_pool(config: RunConfig) -> RewardPool:
         num_workers=config.reward.num_workers,
         timeout_seconds=config.reward.timeout_seconds,
     )
-
-
-def _decoder(tokenizer: Any) -> Any:
-    return partial(tokenizer.decode, skip_special_tokens=True)
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:
@@ -160,29 +176,8 @@ def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -
     )
 
 
-def _start_step(config: RunConfig, folder: RunFolder) -> int:
-    """The step of the newest complete checkpoint; 0: start anew."""
-    newest = latest_step(folder.checkpoints)
-    if newest is not None and not config.trainer.resume:
-        raise ValueError(
-            f"trainer.resume=false, but {folder.root} holds the checkpoint of step {newest}, which a new run would mix "
-            "with its own; set another trainer.experiment_name, or remove the folder"
-        )
-    return newest or 0
-
-
-def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
-    assert stream is not None, "prompts are counted on rank 0"
-    steps_per_epoch = stream.steps_per_epoch(config.data.rollout_batch_size)
-    if steps_per_epoch == 0:
-        raise ValueError(
-            f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
-            f"{config.data.train_files}; lower it"
-        )
-    return config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
-
-
 def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_step: int, total_steps: int) -> RunLog:
+    """Opens the log, and brings the run folder to the state of the step that was loaded."""
     is_writer = layout.rank == 0
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
@@ -199,30 +194,3 @@ def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_ste
         num_devices=layout.world_size,
         progress=Progress(total_steps=total_steps),
     )
-
-
-def _save(
-    config: RunConfig, layout: Layout, folder: RunFolder, policy: MegatronPolicy, stream: PromptStream | None, step: int
-) -> None:
-    save_checkpoint(
-        folder.checkpoints,
-        step=step,
-        trainable=policy.trainable,
-        layout=layout,
-        state={"data": stream.state_dict()} if stream is not None else {},
-        keep=config.trainer.save_limit,
-    )
-
-
-def _record(
-    config: RunConfig,
-    layout: Layout,
-    folder: RunFolder,
-    recorder: Recorder,
-    step: int,
-    minibatches: list[Minibatch],
-    groups: list[Group],
-    scores: Scores,
-) -> None:
-    if layout.rank == 0 and config.trainer.save_rollouts:
-        write_rollouts(folder.root, step, recorder.records(step, minibatches, groups, scores))

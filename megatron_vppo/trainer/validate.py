@@ -1,4 +1,4 @@
-"""Held-out prompts -> avg@k."""
+"""Validation: the mean accuracy over k responses to each held-out prompt (avg@k)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from megatron_vppo.trainer.grader import Grader
 
 @dataclass(frozen=True)
 class Validator:
+    """Samples and grades responses to the held-out prompts."""
+
     config: RunConfig
     prompts: Sequence[Prompt]
     """The same on every rank."""
@@ -23,8 +25,9 @@ class Validator:
     sampling: SamplingSettings
 
     def run(self) -> dict[str, float]:
-        """Mean accuracy over val.n samples of every held-out prompt. Seeds do not depend on the step, so that two
-        validations differ by the weights alone.
+        """Returns the means over val.n responses to each prompt.
+
+        Seeds do not depend on the step, so that two validations differ by the weights alone.
         """
         n = self.config.rollout.val.n
         seeds = group_seeds(self.prompts, kind="independent", run_seed=self.config.trainer.seed, step=0, attempt=0, n=n)

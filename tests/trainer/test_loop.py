@@ -33,6 +33,10 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
         "sampler": SimpleNamespace(send_weights=lambda weights, version: notes.note(f"weights {version}", sync)),
         "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
         "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
+        "checkpointer": SimpleNamespace(
+            save=lambda step: notes.note(f"save {step} after {len(read_metrics(folder))} lines")
+        ),
+        "recorder": SimpleNamespace(write=lambda *args: notes.note("record")),
     }
     device: Any = None  # nothing leaves it
     return Run(
@@ -41,8 +45,6 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
         log=RunLog(folder, resume_step=start_step or None),
         start_step=start_step,
         total_steps=total_steps,
-        save=lambda step: notes.note(f"save {step} after {len(read_metrics(folder))} lines"),
-        record=lambda *args: notes.note("record"),
         **parts,
     ), notes
 

@@ -161,10 +161,11 @@ def make_run(
         "sampler": SimpleNamespace(send_weights=send_weights),
         "collector": SimpleNamespace(groups=groups),
         "validator": SimpleNamespace(run=validate),
+        "checkpointer": SimpleNamespace(save=save),
+        "recorder": SimpleNamespace(write=lambda *args: None),
     }  # fmt: skip
     return Run(
-        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps,
-        save=save, record=lambda *args: None, **parts,
+        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps, **parts,
     ), device  # fmt: skip
 
 
