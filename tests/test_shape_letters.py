@@ -109,18 +109,11 @@ def all_violations() -> list[str]:
     ]
 
 
-NOT_YET = {
-    "megatron_vppo/conversion/logprobs.py",
-    "megatron_vppo/trainer/recorder.py",
-}
-"""Files whose letters are still being renamed."""
-
-
 # --- The package as it is ---------------------------------------------------------------------------------------------
 
 
 def test_shape_letters_are_those_of_the_alphabet_and_explained() -> None:
-    assert [found for found in all_violations() if found.partition(":")[0] not in NOT_YET] == []
+    assert all_violations() == []
 
 
 def test_the_alphabet_was_read() -> None:

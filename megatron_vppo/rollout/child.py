@@ -1,4 +1,4 @@
-"""One engine process as the trainer sees it: launched without waiting, talked to over a socket, never left behind."""
+"""The process of an engine, from the trainer's side: started without waiting, reached over a socket, always ended."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout import os_processes
 from megatron_vppo.rollout.records import EngineSettings
 from megatron_vppo.system.processes import child_environment
 
 LOG_TAIL_LINES = 30
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
-"""From the request to end, and again from SIGTERM to SIGKILL."""
+"""The time from the request to end until SIGTERM, and again from SIGTERM until SIGKILL."""
 
 
 class ChildProcess:
-    """The process of one engine, in a session of its own: Ctrl-C in the trainer's terminal does not reach it.
+    """Starts the process of one engine and talks to it.
 
-    It ends with `close`, and within seconds by itself when the trainer is gone (`engine_process.start_watchdog`).
+    The process has a session of its own, so Ctrl-C in the trainer's terminal does not reach it. It ends with `close`,
+    and within seconds by itself when the trainer is gone (`engine_process.start_watchdog`).
     """
 
     def __init__(self, settings: EngineSettings, *, log_path: Path) -> None:
@@ -54,7 +55,10 @@ class ChildProcess:
             raise self.failure("is gone") from error
 
     def receive(self, *, timeout_seconds: float | None = None) -> Any:
-        """The next answer. RuntimeError with the end of the log if the process ended or the time is over."""
+        """Waits for the next answer.
+
+        Raises RuntimeError, with the end of the log, if the process ends or time is over.
+        """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
             ended = self._process.poll() is not None  # before the poll: an answer sent just before the end still counts
@@ -71,12 +75,13 @@ class ChildProcess:
                 raise self.failure(f"did not answer within {timeout_seconds:.0f} seconds")
 
     def failure(self, what: str) -> RuntimeError:
+        """Builds the error of an engine that `what` happened to, with the end of its log."""
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
         tail = "\n".join(f"  | {line}" for line in lines)
         return RuntimeError(f"the rollout engine (process {self.pid}) {what}; end of {self.log_path}:\n{tail}")
 
     def close(self, *, goodbye: Any = None) -> None:
-        """End the process and everything that it started. Sends `goodbye` first and waits, if given. Idempotent."""
+        """Ends the process and everything that it started. Sends `goodbye` first and waits, if given. Idempotent."""
         if self._connection.closed:
             return
         if goodbye is not None and self._process.poll() is None:
@@ -95,7 +100,7 @@ class ChildProcess:
         deadline = time.monotonic() + GRACE_SECONDS
         while time.monotonic() < deadline:
             self._process.poll()
-            if not process_group.members(self.pid):
+            if not os_processes.members(self.pid):
                 return True
             time.sleep(0.02)
         return False
@@ -113,7 +118,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["VLLM_NO_USAGE_STATS"] = "1"
-    # vLLM's scheduler in our process: one process less, and one hop less for every token.
+    # vLLM's scheduler runs in the process we start: one process less, and one hop less for every token.
     environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     if settings.enforce_eager:
         environment["TORCH_COMPILE_DISABLE"] = "1"
@@ -124,7 +129,7 @@ def engine_environment(settings: EngineSettings) -> dict[str, str]:
     if settings.device == "cpu":
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         environment["OMP_NUM_THREADS"] = str(settings.cpu_threads)
-        # Idle OpenMP threads sleep instead of spinning: the trainer wants the cores while the engine waits.
+        # Idle OpenMP threads sleep instead of spinning, since the trainer uses the cores while the engine waits.
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
         environment["GOMP_SPINCOUNT"] = "0"
         environment["KMP_BLOCKTIME"] = "0"

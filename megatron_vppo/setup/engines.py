@@ -1,4 +1,11 @@
-"""Which trainer ranks lead a rollout engine, and the engine of this rank, started in the background."""
+"""The rollout engines of a run: the ranks that lead one, their settings, and the start of this rank's engine.
+
+The ranks that lead are spread evenly. With 8 ranks and 2 engines of 2 GPUs each:
+
+    rank     0  1  2  3  4  5  6  7
+    leads    0           1
+    GPUs     0  0        1  1           of the engine with this number
+"""
 
 from __future__ import annotations
 
@@ -25,24 +32,27 @@ VLLM_FP8 = {
     "delayed": "fp8_per_tensor",
     "mxfp8": "mxfp8",
 }
-"""The trainer's `fp8.recipe` -> vLLM's scheme that scales weights alike."""
+"""vLLM's scheme that scales weights as the trainer's `fp8.recipe` does."""
 
 
 @dataclass(frozen=True)
 class EnginePlace:
+    """The engine that this rank leads, if any, and the number of all."""
+
     client: RolloutEngine | None
-    """None on ranks that lead no engine."""
+    """None if this rank leads no engine."""
     index: int | None
+    """The number of the engine; None if this rank leads none."""
     count: int
     sleeps: bool
-    """Engines give their memory back while the trainer computes; the same on every rank."""
+    """True if engines give their memory back while the trainer computes; the same on every rank."""
 
 
 def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
-    """As configured; by default one on a CPU machine, and on GPUs one per tensor_parallel_size devices.
+    """Returns the number of engines that is set; by default one on CPU, and one per tensor_parallel_size GPUs.
 
     Raises:
-        ValueError: more engines than trainer ranks to lead them, or devices that do not divide.
+        ValueError: there are fewer trainer ranks than engines to lead, or fewer GPUs than engines need.
     """
     size = config.rollout.tensor_parallel_size
     count = config.rollout.num_engines or (1 if on_cpu else world_size // size)
@@ -55,16 +65,16 @@ def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
 
 
 def engine_devices(visible: str | None, *, device_count: int, local_rank: int, size: int) -> str:
-    """CUDA_VISIBLE_DEVICES of an engine: the GPU of the rank that leads it, and those of the ranks after it.
+    """Returns CUDA_VISIBLE_DEVICES of an engine: the GPU of the rank that leads it, and those of the ranks after it.
 
     Args:
         visible: the trainer's own CUDA_VISIBLE_DEVICES; None: not set.
         device_count: GPUs that the trainer sees.
-        local_rank: the leader's number on its machine, which is that of its GPU among the visible ones.
+        local_rank: the leading rank's number on its machine, which is its GPU's number among the visible ones.
         size: GPUs of an engine.
 
     Raises:
-        ValueError: the engine would reach over the end of the machine.
+        ValueError: the machine has too few GPUs from there on.
     """
     devices = visible.split(",") if visible else [str(number) for number in range(device_count)]
     mine = devices[local_rank : local_rank + size]
@@ -77,11 +87,13 @@ def engine_devices(visible: str | None, *, device_count: int, local_rank: int, s
 
 
 def engines_sleep(config: RunConfig, *, on_cpu: bool) -> bool:
+    """Returns True if engines give their memory back while the trainer computes; by default they do on GPUs."""
     asked = config.rollout.free_cache_engine
     return not on_cpu if asked is None else asked
 
 
 def weight_transfer(config: RunConfig, *, on_cpu: bool) -> WeightTransfer:
+    """Returns the way of the weights that `rollout.weight_transfer` means on this machine."""
     asked = config.rollout.weight_transfer
     if asked == "auto":
         return "shm" if on_cpu else "ipc"
@@ -89,8 +101,10 @@ def weight_transfer(config: RunConfig, *, on_cpu: bool) -> WeightTransfer:
 
 
 def unquantized_layers(config: RunConfig, *, language_layers: int) -> tuple[str, ...]:
-    """vLLM's names of what stays in 16 bits, as in the trainer: the vision tower and layers at the ends. Embeddings and
-    vocabulary head are never quantised.
+    """Returns vLLM's names of the layers that stay in 16 bits, as in the trainer.
+
+    These are the vision tower and the language layers at the ends. Embeddings and the vocabulary head are never
+    quantised.
     """
     ends = config.fp8.bf16_layers_at_ends
     numbers = {*range(ends), *range(language_layers - ends, language_layers)}
@@ -105,46 +119,62 @@ def start_engine(
     check_device(config, on_cpu=on_cpu)
     sleeps = engines_sleep(config, on_cpu=on_cpu)
     count = num_engines(config, world_size=layout.world_size, on_cpu=on_cpu)
-    stride = layout.world_size // count
-    index, offset = divmod(layout.rank, stride)
+    index, offset = divmod(layout.rank, layout.world_size // count)
     if offset or index >= count:
         return EnginePlace(None, None, count, sleeps)
-    cores = len(os.sched_getaffinity(0))
-    settings = EngineSettings(
-        model=str(source),
-        max_model_len=config.data.max_prompt_length + config.data.max_response_length,
-        device="cpu" if on_cpu else "cuda",
-        cuda_visible_devices=None
-        if on_cpu
-        else engine_devices(
-            os.environ.get("CUDA_VISIBLE_DEVICES"),
-            device_count=torch.cuda.device_count(),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-            size=config.rollout.tensor_parallel_size,
-        ),
-        dtype=config.model.dtype,
-        tensor_parallel_size=config.rollout.tensor_parallel_size,
-        max_num_seqs=config.rollout.max_num_seqs,
-        images_per_prompt=config.rollout.max_images_per_prompt,
-        seed=config.trainer.seed + index,
-        cpu_kv_cache_gib=config.rollout.cpu_kv_cache_gib,
-        cpu_threads=config.rollout.threads_per_engine or max(1, cores // (count * config.rollout.tensor_parallel_size)),
-        gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        enforce_eager=config.rollout.enforce_eager,
-        load_format="empty",
-        mm_processor_kwargs=images.mm_processor_kwargs,
-        can_sleep=sleeps,
-        weight_transfer=weight_transfer(config, on_cpu=on_cpu),
-        quantization=None if config.rollout.quantization is None else VLLM_FP8[config.fp8.recipe],
-        unquantized_layers=unquantized_layers(config, language_layers=hf_config.text_config.num_hidden_layers),
-        banned_token_ids=vision_token_ids(hf_config),
+    settings = _engine_settings(
+        config, source, images=images, hf_config=hf_config, index=index, count=count, on_cpu=on_cpu
     )
     client = RolloutEngine(settings, log_path=logs / f"engine_{index}.log")
     return EnginePlace(client, index, count, sleeps)
 
 
+def _engine_settings(
+    config: RunConfig, source: Path, *, images: VisionInputs, hf_config: Any, index: int, count: int, on_cpu: bool
+) -> EngineSettings:
+    """Collects the settings of engine `index` of `count`, for the model of the folder `source`."""
+    rollout = config.rollout
+    return EngineSettings(
+        model=str(source),
+        max_model_len=config.data.max_prompt_length + config.data.max_response_length,
+        device="cpu" if on_cpu else "cuda",
+        cuda_visible_devices=None if on_cpu else _own_devices(rollout.tensor_parallel_size),
+        dtype=config.model.dtype,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        max_num_seqs=rollout.max_num_seqs,
+        images_per_prompt=rollout.max_images_per_prompt,
+        seed=config.trainer.seed + index,
+        cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
+        cpu_threads=rollout.threads_per_engine or _fair_threads(count * rollout.tensor_parallel_size),
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        enforce_eager=rollout.enforce_eager,
+        load_format="empty",
+        mm_processor_kwargs=images.mm_processor_kwargs,
+        can_sleep=engines_sleep(config, on_cpu=on_cpu),
+        weight_transfer=weight_transfer(config, on_cpu=on_cpu),
+        quantization=None if rollout.quantization is None else VLLM_FP8[config.fp8.recipe],
+        unquantized_layers=unquantized_layers(config, language_layers=hf_config.text_config.num_hidden_layers),
+        banned_token_ids=vision_token_ids(hf_config),
+    )
+
+
+def _own_devices(size: int) -> str:
+    """Returns CUDA_VISIBLE_DEVICES of the engine of `size` GPUs that this rank leads."""
+    return engine_devices(
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+        device_count=torch.cuda.device_count(),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        size=size,
+    )
+
+
+def _fair_threads(workers: int) -> int:
+    """Returns the CPU threads of a worker, if all workers share the cores of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // workers)
+
+
 def await_engines(engine: EnginePlace, *, timeout_seconds: float) -> None:
-    """Returns on every rank when every engine has loaded, and sleeps if it can."""
+    """Waits on every rank until every engine has loaded; engines that can sleep are asleep then."""
     if engine.client is not None:
         engine.client.wait_ready(timeout_seconds=timeout_seconds)
         if engine.sleeps:

@@ -1,4 +1,4 @@
-"""Where a model's files are."""
+"""The folder with a model's files."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from huggingface_hub import snapshot_download
 
 
 def model_folder(path: str) -> Path:
-    """A local Hugging Face folder as it is; anything else is a hub id, downloaded once into the hub's cache.
+    """Returns a local Hugging Face folder as it is. Anything else is a hub id, downloaded once into the hub's cache.
 
     Raises:
-        ValueError: a path that does not exist.
+        ValueError: the path is no folder, and no hub id either.
     """
     local = Path(path)
     if local.is_dir():

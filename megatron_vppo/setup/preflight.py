@@ -69,7 +69,7 @@ def check_before_launch(config: RunConfig) -> int:
 
 
 def _check_files(config: RunConfig) -> None:
-    """Looks for the files of a run. Ranks would miss them too, but only after their engines have started."""
+    """Checks that the files of a run exist. Ranks would miss them only after their engines have started."""
     data, reward = config.data, config.reward.reward_function
     for source in (data.train_files, data.val_files):
         if source is not None:

@@ -1,4 +1,4 @@
-"""Settings of a run to sampling settings."""
+"""The settings of sampling, from those of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from megatron_vppo.rollout.records import SamplingSettings
 
 
 def eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Where the model stops: its generation configuration, else its tokenizer."""
+    """Returns the tokens at which the model stops, from its generation configuration, else from its tokenizer.
+
+    Raises ValueError if neither names one.
+    """
     eos: int | Sequence[int] | None = tokenizer.eos_token_id
     if (source / "generation_config.json").is_file():
         eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
@@ -23,7 +26,7 @@ def eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
-    """As rollouts of training are sampled."""
+    """Returns the settings by which responses to train on are sampled."""
     rollout = config.rollout
     return SamplingSettings(
         temperature=rollout.temperature,
@@ -35,6 +38,7 @@ def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
 
 
 def val_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
+    """Returns the settings by which validation samples."""
     val = config.rollout.val
     return SamplingSettings(
         temperature=val.temperature,

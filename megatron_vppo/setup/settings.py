@@ -1,4 +1,4 @@
-"""Settings of a run to the algorithm's settings."""
+"""The settings of the algorithm, from those of a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_vppo.config.schema import RunConfig
 
 
 def vppo_settings(config: RunConfig) -> VppoSettings:
-    """The algorithm's settings, name by name from the configuration."""
+    """Takes the algorithm's settings from the configuration, by name."""
     return VppoSettings(
         **{field.name: getattr(config.algorithm, field.name) for field in dataclasses.fields(VppoSettings)}
     )

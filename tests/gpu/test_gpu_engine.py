@@ -62,7 +62,7 @@ def running(
         gpu_memory_utilization=0.2, load_format="empty", can_sleep=True, weight_transfer=transfer,
         quantization=quantization, unquantized_layers=("visual.*",),
     )  # fmt: skip
-    with RolloutEngine(settings, log_path=folder / "engine.log", group_bytes=60_000) as engine:
+    with RolloutEngine(settings, log_path=folder / "engine.log", buffer_bytes=60_000) as engine:
         engine.wait_ready(timeout_seconds=START_SECONDS)
         yield engine, family
 

@@ -87,7 +87,7 @@ def _engine(folder: Path, ranks: int) -> RolloutEngine:
         cpu_kv_cache_gib=0.125,
         load_format="auto",
     )
-    engine = RolloutEngine(settings, log_path=folder.parent / "engine.log", group_bytes=30_000)
+    engine = RolloutEngine(settings, log_path=folder.parent / "engine.log", buffer_bytes=30_000)
     engine.wait_ready(timeout_seconds=START_SECONDS)
     return engine
 

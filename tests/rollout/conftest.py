@@ -44,6 +44,6 @@ def running(folder: Path, tmp_path_factory: pytest.TempPathFactory, *, family: s
         banned_token_ids=banned,
     )
     # Buffers so small that layers are spread over several and single tensors need larger ones.
-    with RolloutEngine(settings, log_path=log_path, group_bytes=30_000) as engine:
+    with RolloutEngine(settings, log_path=log_path, buffer_bytes=30_000) as engine:
         engine.wait_ready(timeout_seconds=START_SECONDS)
         yield Rig(engine, folder, log_path, token_id("<|im_end|>"), banned, token_id("<|image_pad|>"), family)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.rollout import process_group
+from megatron_vppo.rollout import os_processes
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
 from tests.rollout.rig import START_SECONDS, make_image, prompt_ids, reference_logps, weights
@@ -39,7 +39,7 @@ TRAINER = """
 
 def wait_until_gone(group: int) -> list[int]:
     deadline = time.monotonic() + GONE_SECONDS
-    while (left := process_group.members(group)) and time.monotonic() < deadline:
+    while (left := os_processes.members(group)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
 
@@ -58,9 +58,9 @@ def trainer(tmp_path: Path):
     with process.stdout:
         engine_pid = int(process.stdout.readline())
     deadline = time.monotonic() + 60
-    while len(process_group.members(engine_pid)) < 2 and time.monotonic() < deadline:  # the engine and its watchdog
+    while len(os_processes.members(engine_pid)) < 2 and time.monotonic() < deadline:  # the engine and its watchdog
         time.sleep(0.05)
-    assert len(process_group.members(engine_pid)) >= 2
+    assert len(os_processes.members(engine_pid)) >= 2
     yield process, engine_pid
     process.kill()
     process.wait()
@@ -83,14 +83,14 @@ def test_close_while_loading_is_quick_and_idempotent(tmp_path: Path) -> None:
     engine.close()
     engine.close()
     assert time.monotonic() - start < GONE_SECONDS
-    assert process_group.members(engine.pid) == []
+    assert os_processes.members(engine.pid) == []
 
 
 def test_time_limit_of_the_start(tmp_path: Path) -> None:
     engine = RolloutEngine(engine_settings(model=str(tmp_path), max_model_len=64), log_path=tmp_path / "engine.log")
     with pytest.raises(RuntimeError, match="did not answer within 0 seconds"):
         engine.wait_ready(timeout_seconds=0.1)
-    assert process_group.members(engine.pid) == []
+    assert os_processes.members(engine.pid) == []
 
 
 def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
@@ -105,7 +105,7 @@ def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
         assert "Traceback" in log_path.read_text()
         shown = [line.removeprefix("  | ") for line in message.splitlines()[1:]]
         assert shown == log_path.read_text().splitlines()[-30:]
-        assert process_group.members(engine.pid) == []
+        assert os_processes.members(engine.pid) == []
 
 
 def test_bad_settings_are_refused_before_a_process_starts() -> None:
@@ -143,7 +143,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
             for completion in engine.generate([request], SamplingSettings(max_tokens=12))[0]:
                 expected = reference_logps(model, request, completion, banned=())
                 assert completion.logps == pytest.approx(expected.tolist(), abs=LOGP_TOLERANCE)
-        assert len(process_group.members(engine.pid)) >= 4  # engine, watchdog, two workers
+        assert len(os_processes.members(engine.pid)) >= 4  # engine, watchdog, two workers
         shared = shared_memory_of(engine.pid)
         assert shared, "the engine's processes share memory; the test would not see it left behind"
         assert any(path.is_socket() for path in short_folder.glob("vppo-*/*"))
@@ -165,5 +165,5 @@ def short_folder() -> Iterator[Path]:
 
 def shared_memory_of(engine: int) -> set[str]:
     """Names of the shared memory that any process of an engine has mapped, whether they still stand there or not."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in process_group.members(engine))
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in os_processes.members(engine))
     return set(re.findall(r"/dev/shm/(\S+)", maps))

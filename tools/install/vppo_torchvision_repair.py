@@ -1,13 +1,13 @@
-"""Lets `import torchvision` succeed beside a torch build that its compiled operators were not made for.
+"""Lets `import torchvision` succeed with a torch build that torchvision's compiled operators were not made for.
 
-Why: vLLM's and transformers' Qwen-VL code needs torchvision's pure-Python transforms, never its compiled operators.
-The public wheels of torchvision are CUDA builds; beside a CPU torch their `_C` library does not load. torchvision
-itself puts up with that, except in two modules, which register kernels for operators that are then missing and so
-make the whole import fail.
+Why: vLLM's and transformers' Qwen-VL code needs torchvision's transforms, which are plain Python, and never its
+compiled operators. The public wheels of torchvision are CUDA builds, whose `_C` library does not load with a CPU torch.
+torchvision itself tolerates that, except in two modules. They register kernels for operators that are then missing, and
+so make the whole import fail.
 
-What: a finder that gives those two modules an empty body, if and only if torchvision has just found that its `_C` does
-not load. torchvision's `__init__` settles that in `torchvision.extension`, which it imports before either of them.
-Where `_C` loads the finder always declines, and torchvision is as it came.
+What: a finder that gives those two modules an empty body, if torchvision has just found that its `_C` does not load.
+torchvision's `__init__` finds that out in `torchvision.extension`, which it imports before either of them. If `_C`
+loads, the finder does nothing.
 
 Where: install.sh copies this file into site-packages with a `.pth` file that imports it, and only where it is needed.
 A `.pth` file is read by every interpreter of the environment, vLLM's child processes included; a vLLM plugin would

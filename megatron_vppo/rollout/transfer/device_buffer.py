@@ -1,7 +1,7 @@
 """GPU memory that the trainer writes and every worker of an engine on the same machine reads, over CUDA IPC.
 
-Torch counts, for each export of a tensor, one opening and one closing by a reader, and frees the memory when all are
-closed. So there is one export per reader, made once with the memory, and a reader opens it once.
+For each export of a tensor torch expects one opening and one closing by a reader, and frees the memory when all exports
+are closed. So there is one export per reader, made once with the memory, and the reader opens it once.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from torch import Tensor
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 STORAGE_DEVICE = 6
-"""Place of the device's number among the arguments of `rebuild_cuda_tensor`."""
+"""The position of the device number among the arguments of `rebuild_cuda_tensor`."""
 
 Handle = tuple[Any, ...]
-"""Arguments of `rebuild_cuda_tensor`; picklable, and of use in another process only."""
+"""The arguments of `rebuild_cuda_tensor`; picklable, and valid in other processes only."""
 
 
 class DeviceBuffer:
-    """The writer's end. Holds memory from the first `grow` to `free`, and again from the next `grow`."""
+    """The writer's end. It holds memory from `grow` until `free`."""
 
     def __init__(self, capacity: int, *, device: torch.device, num_readers: int) -> None:
-        """`capacity`: bytes that the first `grow` takes at least."""
+        """
+        Args:
+            capacity: the least number of bytes that `grow` takes.
+        """
         self.capacity = capacity
         self._device = device
         self._num_readers = num_readers
@@ -31,7 +34,7 @@ class DeviceBuffer:
         self._handles: list[Handle] = []
 
     def grow(self, capacity: int) -> None:
-        """Hold at least `capacity` bytes. What was written before may be lost."""
+        """Takes at least `capacity` bytes. Earlier contents may be lost."""
         if self._bytes is not None and capacity <= self.capacity:
             return
         self.free()
@@ -39,20 +42,20 @@ class DeviceBuffer:
         self._bytes = torch.empty(self.capacity, dtype=torch.uint8, device=self._device)
 
     def write(self, tensor: Tensor, *, offset: int) -> None:
-        """Copy a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
+        """Copies a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
         assert self._bytes is not None, "grow makes the room"
         num_bytes = tensor.numel() * tensor.element_size()
         self._bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
     def publish(self) -> dict[str, Any]:
-        """One handle per reader. Waits for the copies: no event of this process orders the readers after them."""
+        """Returns one handle per reader, after all copies are done: readers cannot wait for events of this process."""
         torch.cuda.current_stream(self._device).synchronize()
-        if not self._handles:  # not before they are wanted: one that no reader opens keeps the memory
+        if not self._handles:  # not earlier: a handle that no reader opens keeps the memory
             self._handles = [reduce_tensor(self._bytes)[1] for _ in range(self._num_readers)]
         return {"handles": self._handles}
 
     def free(self) -> None:
-        """Give the memory back; where a reader still has it open, torch does so once that is closed."""
+        """Gives the memory back. If a reader still has it open, torch frees it when the reader closes it."""
         if self._bytes is not None:
             self._bytes, self._handles = None, []
             torch.cuda.ipc_collect()
@@ -63,17 +66,17 @@ class DeviceBuffer:
 
 
 class DeviceBufferReader:
-    """A reader's end; opens each buffer once between two calls of `close`."""
+    """A reader's end. It opens each buffer once between two calls of `close`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._opened: dict[Handle, Tensor] = {}
 
     def read(self, handle: Handle) -> Tensor:
-        """uint8 [capacity] view of the writer's memory.
+        """Returns a uint8 [capacity] view of the writer's memory.
 
-        The memory may be another GPU's: CUDA then maps it by peer access (cudaIpcOpenMemHandle with
-        cudaIpcMemLazyEnablePeerAccess, which is what torch calls).
+        The memory may be another GPU's. CUDA then maps it by peer access: torch calls cudaIpcOpenMemHandle with
+        cudaIpcMemLazyEnablePeerAccess.
 
         Raises:
             RuntimeError: the memory cannot be opened here.

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Bytes; every tensor starts at a multiple of a cache line, which suits every dtype."""
+"""Bytes; every tensor starts at a multiple of this, a cache line, which suits every dtype."""
 
 
 def aligned(num_bytes: int) -> int:
+    """Rounds up to a multiple of ALIGNMENT."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
@@ -26,7 +27,7 @@ def _map(fd: int, capacity: int) -> Tensor:
 
 
 class SharedBuffer:
-    """The writer's end. Pages cost memory only once they are written."""
+    """The writer's end. A page takes memory only once it is written."""
 
     def __init__(self, capacity: int) -> None:
         self._fd = os.memfd_create("vppo-weights")
@@ -35,23 +36,23 @@ class SharedBuffer:
         self.grow(capacity)
 
     def grow(self, capacity: int) -> None:
-        """Make room for at least `capacity` bytes."""
+        """Makes room for at least `capacity` bytes."""
         if capacity > self.capacity:
             os.ftruncate(self._fd, capacity)
             self.bytes = _map(self._fd, capacity)
             self.capacity = capacity
 
     def write(self, tensor: Tensor, *, offset: int) -> None:
-        """Copy a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
+        """Copies a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
         num_bytes = tensor.numel() * tensor.element_size()
         self.bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
     def publish(self) -> dict[str, Any]:
-        """How a `SharedBufferReader` finds the memory; everything written is visible there."""
+        """Returns the arguments of `SharedBufferReader.read`, which then sees everything that was written."""
         return {"path": self._path, "capacity": self.capacity}
 
     def free(self) -> None:
-        """Nothing to do: it is host memory, and readers keep it mapped from one transfer to the next."""
+        """Does nothing: it is host memory, and readers keep it mapped from one transfer to the next."""
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -61,13 +62,13 @@ class SharedBuffer:
 
 
 class SharedBufferReader:
-    """A reader's end; keeps each buffer mapped until it grows."""
+    """A reader's end. It keeps each buffer mapped until the buffer grows."""
 
     def __init__(self) -> None:
         self._mapped: dict[str, Tensor] = {}
 
     def read(self, path: str, capacity: int) -> Tensor:
-        """uint8 [capacity] view of the writer's memory."""
+        """Returns a uint8 [capacity] view of the writer's memory."""
         mapped = self._mapped.get(path)
         if mapped is None or mapped.numel() != capacity:
             fd = os.open(path, os.O_RDWR)

@@ -1,7 +1,7 @@
-"""Where each tensor of a Hugging Face Qwen-VL checkpoint ends up in vLLM, written independently of vLLM's loader.
+"""The place of each tensor of a Hugging Face Qwen-VL checkpoint in vLLM, written independently of vLLM's loader.
 
-Two uses: a stream of weights is refused if a name is unknown, comes twice or is missing (vLLM only logs it), and the
-digests that a correctly loaded engine must report are computed from the stream alone.
+It has two uses. `StreamCheck` refuses a transfer in which a name is unknown, missing or comes twice, which vLLM would
+only log. `ExpectedDigests` computes, from the tensors sent alone, the digests that a correctly loaded engine reports.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 from megatron_vppo.rollout.records import LiveWeight
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""vLLM's layer -> the checkpoint's layers, stacked along the output."""
+"""The checkpoint's layers that vLLM stacks along the output, by the name of vLLM's layer."""
 
 PREFIXES = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."), ("visual.", "visual."))
-"""vLLM's names -> those of released Qwen2.5-VL checkpoints, which we compare by."""
+"""Beginnings of vLLM's names, and the canonical ones: those of released Qwen2.5-VL checkpoints."""
 
 ALIASES = (("model.language_model.", "model."), ("model.visual.", "visual."))
-"""Prefixes of released Qwen3-VL checkpoints, and of newer Qwen2.5-VL files -> the same."""
+"""Beginnings of names in released Qwen3-VL checkpoints and newer Qwen2.5-VL files, and the canonical ones."""
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of this, with zero rows."""
@@ -33,6 +33,7 @@ VOCAB_PARALLEL = ("embed_tokens", "lm_head")
 
 
 def canonical_name(name: str) -> str:
+    """Returns the name by which a checkpoint's tensor is known here, whichever way the checkpoint spells it."""
     for alias, released in ALIASES:
         if name.startswith(alias):
             return released + name.removeprefix(alias)
@@ -40,7 +41,7 @@ def canonical_name(name: str) -> str:
 
 
 def checkpoint_names(parameter: str) -> tuple[str, ...]:
-    """The checkpoint's tensors that vLLM's `parameter` is stacked from, in order."""
+    """Returns the checkpoint's tensors that vLLM's `parameter` is stacked from, in order."""
     for prefix, released in PREFIXES:
         if parameter.startswith(prefix):
             name = released + parameter.removeprefix(prefix)
@@ -56,7 +57,13 @@ def checkpoint_names(parameter: str) -> tuple[str, ...]:
 def worker_shard(
     tensor: Tensor, *, parameter: str, part: int, rank: int, world_size: int, kv_replicas: int = 1
 ) -> Tensor:
-    """What worker `rank` of `world_size` keeps of one checkpoint tensor: part number `part` of vLLM's `parameter`."""
+    """Returns the share of worker `rank` of `world_size` in a checkpoint tensor.
+
+    Args:
+        parameter: vLLM's parameter that the tensor belongs to.
+        part: the tensor's position among those that the parameter is stacked from.
+        kv_replicas: the number of workers that hold the same key-value head.
+    """
     layer, _, leaf = parameter.rpartition(".")
     if layer.endswith(VOCAB_PARALLEL):
         missing = -tensor.shape[0] % VOCAB_PADDING
@@ -80,11 +87,11 @@ DigestKey = tuple[int, str]
 
 
 HASHED_ROWS = 4096
-"""At a time: a copy of so many rows exists, not of a whole embedding."""
+"""The number of rows that are copied and hashed at a time, so that no copy of a whole embedding exists."""
 
 
 def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]]) -> tuple[str, ...]:
-    """vLLM's names of all parameters that are made of these tensors of a checkpoint, scales of quantised ones included.
+    """Returns vLLM's names of all parameters that are made of these checkpoint tensors, including scales.
 
     Raises:
         ValueError: a parameter is stacked from some of these and some others.
@@ -92,7 +99,8 @@ def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]
     wanted = {canonical_name(name) for name in names}
     found: dict[str, None] = {}
     for weight in (weight for worker in workers for weight in worker):
-        inside = wanted.intersection(sources := checkpoint_names(weight.parameter))
+        sources = checkpoint_names(weight.parameter)
+        inside = wanted.intersection(sources)
         if inside and len(inside) < len(sources):
             raise ValueError(f"vLLM holds {', '.join(sources)} as one, {weight.parameter}, of which {inside} are meant")
         if inside:
@@ -101,10 +109,13 @@ def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]
 
 
 class StreamCheck:
-    """Holds one stream of weights against what the engine's workers consist of."""
+    """Checks the names of one transfer against the weights that the engine's workers have."""
 
     def __init__(self, workers: Sequence[Sequence[LiveWeight]], *, kept: Collection[str] = ()) -> None:
-        """`kept`: names that do not come, since the engine has them from an earlier stream."""
+        """
+        Args:
+            kept: names that do not come, because the engine has them from an earlier transfer.
+        """
         parameters = dict.fromkeys(weight.parameter for worker in workers for weight in worker)
         self.places = {
             name: (parameter, part) for parameter in parameters for part, name in enumerate(checkpoint_names(parameter))
@@ -114,7 +125,10 @@ class StreamCheck:
         self.kept_parameters = frozenset(self.places[name][0] for name in self.kept)
 
     def take(self, name: str) -> tuple[str, int]:
-        """vLLM's parameter and the part of it that `name` fills. ValueError if it fills none, or did already."""
+        """Returns vLLM's parameter and the part of it that `name` fills.
+
+        Raises ValueError if it fills none, or did before.
+        """
         canonical = canonical_name(name)
         if canonical not in self.places:
             hint = (
@@ -127,7 +141,7 @@ class StreamCheck:
         return self.places[canonical]
 
     def finish(self) -> None:
-        """ValueError if tensors are missing."""
+        """Raises ValueError if tensors are missing."""
         if self._missing:
             names = list(self._missing)
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -135,7 +149,7 @@ class StreamCheck:
 
 
 class ExpectedDigests:
-    """The digest that each live weight of each worker must have, from the trainer's own tensors."""
+    """The digests that the live weights of the workers must have, computed from the trainer's own tensors."""
 
     def __init__(
         self,
@@ -148,7 +162,8 @@ class ExpectedDigests:
         """
         Args:
             kept_parameters: parameters that do not come.
-            known: digests of an earlier stream, which those must still have; one that is not known is not compared.
+            known: digests from an earlier transfer, which kept parameters must still have. Those without one are not
+                compared.
         """
         self._workers = workers
         self._kept = {
@@ -169,8 +184,10 @@ class ExpectedDigests:
         self._next_part: dict[str, int] = {}
 
     def add(self, tensor: Tensor, *, parameter: str, part: int) -> None:
-        """Parts of one parameter may come in any order; the early ones are kept until their turn. Those of a quantised
-        parameter are passed over: the engine will have other bits.
+        """Takes a tensor of the transfer into account.
+
+        The parts of a parameter may come in any order: one that comes early is kept until its turn. Parts of a
+        quantised parameter are skipped, because the engine will have other bits.
         """
         if parameter not in self._by_parameter:
             return
@@ -194,17 +211,20 @@ class ExpectedDigests:
                 kv_replicas=weight.kv_replicas,
             )
             for block in shard.split(HASHED_ROWS):
-                # The kernel's answer has no -0.0.
+                # A weight that is read back through its kernel has no -0.0; adding 0.0 turns -0.0 into 0.0.
                 values = block + 0.0 if weight.repacked else block.contiguous()
                 self._hashes[rank, weight.key].update(values.flatten().view(torch.uint8).numpy().data)
 
     def digests(self) -> dict[DigestKey, str]:
-        """Of every weight that came, and of those kept that are known."""
+        """Returns the digests of the weights that came, and of the kept ones as far as they are known."""
         kept = {key: digest for key, digest in self._kept.items() if digest is not None}
         return {**kept, **{key: found.hexdigest() for key, found in self._hashes.items()}}
 
     def compare(self, live: Iterable[dict[str, str]]) -> int:
-        """Number of weights compared. RuntimeError that names those which differ."""
+        """Compares the workers' digests with the expected ones and returns their number.
+
+        Raises RuntimeError that names the weights which differ.
+        """
         expected = self.digests()
         wrong: dict[str, list[int]] = {}
         for rank, digests in enumerate(live):

@@ -1,14 +1,13 @@
-"""Our weight-transfer backends of vLLM: each worker reads memory of the trainer, the host's ('shm') or a GPU's
-('vppo_ipc').
+"""Two weight-transfer backends for vLLM, by which each worker reads memory of the trainer: of the host, or of a GPU.
 
-Registered through the `vllm.general_plugins` entry point, which vLLM loads in every one of its processes. The session
-is vLLM's own (start_weight_update, update_weights for each buffer, finish_weight_update); names are those of the
-Hugging Face checkpoint, and vLLM's model maps, fuses and shards them. The backends differ in how a buffer is found and
-mapped, and in nothing else.
+They are registered through the entry point `vllm.general_plugins`, which vLLM loads in every one of its processes. The
+session is vLLM's own: start_weight_update, update_weights for each buffer, finish_weight_update. Names are those of the
+Hugging Face checkpoint, and vLLM's model maps, fuses and shards them. The backends differ only in the way a buffer is
+found and mapped.
 
-The trainer's half is `weight_sender.WeightSender`. It drives the four methods of vLLM's `VLLMWeightSyncClient`
-protocol but is no `TrainerWeightTransferEngine`: importing that class takes 7 s and imports all of vLLM into the
-trainer, and it replays a re-iterable source, where ours is a stream that exists once.
+The trainer's half is `weight_sender.WeightSender`. It calls the four methods of vLLM's `VLLMWeightSyncClient`, but is
+no `TrainerWeightTransferEngine`. Importing that class takes 7 s and brings all of vLLM into the trainer. It also
+iterates over the weights more than once, and ours are a stream that exists once.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from megatron_vppo.rollout.transfer.device_buffer import DeviceBufferReader, Han
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBufferReader
 
 BACKENDS: dict[WeightTransfer, str] = {"shm": "shm", "ipc": "vppo_ipc"}
-"""Ours, by the setting; vLLM has an 'ipc' of its own."""
+"""The names of our backends by setting; vLLM has an 'ipc' of its own."""
 EMPTY_LOAD_FORMAT = "vppo_empty"
 
 
 @functools.cache
 def register() -> None:
-    """Make the backend and the load format known to vLLM in this process; a second call does nothing."""
+    """Makes the backends and the load format known to vLLM in this process; a second call does nothing."""
     WeightTransferEngineFactory.register_engine(BACKENDS["shm"], ShmTransferEngine)
     WeightTransferEngineFactory.register_engine(BACKENDS["ipc"], IpcTransferEngine)
     register_model_loader(EMPTY_LOAD_FORMAT)(EmptyModelLoader)
@@ -50,16 +49,16 @@ def register() -> None:
 
 @dataclass
 class NoInitInfo(WeightTransferInitInfo):
-    """Nothing: each update says where its memory is."""
+    """The empty start of a session: each update says where its memory is."""
 
 
 @dataclass
 class PackedUpdateInfo(WeightTransferUpdateInfo):
-    """One buffer of whole tensors. The four lists run in parallel."""
+    """A buffer of whole tensors, described by four lists of equal length."""
 
     names: list[str]
     dtypes: list[str]
-    """Names in torch, such as 'bfloat16'."""
+    """Torch's names, such as 'bfloat16'."""
     shapes: list[list[int]]
     offsets: list[int]
     """Bytes from the start of the buffer."""
@@ -67,6 +66,8 @@ class PackedUpdateInfo(WeightTransferUpdateInfo):
 
 @dataclass
 class ShmUpdateInfo(PackedUpdateInfo):
+    """A buffer in host memory."""
+
     path: str
     capacity: int
     """Bytes of the whole buffer."""
@@ -74,22 +75,24 @@ class ShmUpdateInfo(PackedUpdateInfo):
 
 @dataclass
 class IpcUpdateInfo(PackedUpdateInfo):
+    """A buffer in GPU memory."""
+
     handles: list[Handle]
-    """One for each of the engine's workers, by rank."""
+    """One for each worker of the engine, by rank."""
 
 
 UpdateInfo = TypeVar("UpdateInfo", bound=PackedUpdateInfo)
 
 
 class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
-    """A worker's end."""
+    """The part of a backend that runs in a worker and loads the tensors of a buffer."""
 
     init_info_cls = NoInitInfo
     reader: SharedBufferReader | DeviceBufferReader
 
     @abstractmethod
     def memory(self, info: UpdateInfo) -> torch.Tensor:
-        """uint8 view of the buffer."""
+        """Returns a uint8 view of the buffer."""
 
     def init_transfer_engine(self, init_info: NoInitInfo) -> None:
         pass
@@ -98,11 +101,11 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Load one buffer. vLLM waits for the device before it answers; then the trainer may overwrite the buffer."""
+        """Loads one buffer. vLLM waits for the device before it answers; then the trainer may overwrite the buffer."""
         try:
             self.model.load_weights(self._tensors(update_info))
         except BaseException:
-            # vLLM ends the session here; without this the half-filled layers would stay and break the next session.
+            # vLLM ends the session here. Half-filled layers must not stay: they would break the next session.
             finalize_layerwise_reload(self.model, self.model_config)
             self.reader.close()
             raise
@@ -121,12 +124,14 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
             dtype: torch.dtype = getattr(torch, dtype_name)
             num_bytes = torch.Size(shape).numel() * dtype.itemsize
             view = memory[offset : offset + num_bytes].view(dtype).view(shape)
-            # A copy of our own: vLLM holds on to tensors until their layer is complete, maybe in a later buffer.
+            # A copy, because vLLM keeps a tensor until its layer is complete, maybe with a later buffer.
             tensors.append((name, view.to(self.device, copy=True)))
         return tensors
 
 
 class ShmTransferEngine(PackedTransferEngine[ShmUpdateInfo]):
+    """The backend 'shm'."""
+
     update_info_cls = ShmUpdateInfo
 
     def __init__(
@@ -140,6 +145,8 @@ class ShmTransferEngine(PackedTransferEngine[ShmUpdateInfo]):
 
 
 class IpcTransferEngine(PackedTransferEngine[IpcUpdateInfo]):
+    """The backend 'vppo_ipc'."""
+
     update_info_cls = IpcUpdateInfo
 
     def __init__(
@@ -152,16 +159,16 @@ class IpcTransferEngine(PackedTransferEngine[IpcUpdateInfo]):
         return self.reader.read(info.handles[self.parallel_config.rank])
 
     def finish_weight_update(self) -> None:
-        """The trainer's buffers are let go as well: it frees them between two updates."""
+        """Ends the session and closes the trainer's buffers, since it frees them between two transfers."""
         super().finish_weight_update()
         self.reader.close()
 
 
 def refresh_tied_heads(model: torch.nn.Module) -> None:
-    """Let output heads that share the embedding's weight repack it.
+    """Makes output heads that share the embedding's weight repack it.
 
-    vLLM's CPU kernels compute with a repacked copy, made when a layer's weights were loaded. A tied head is loaded
-    through the embedding, so after an update its own copy would still be the old one.
+    vLLM's CPU kernels compute with a repacked copy that is made when a layer's weights are loaded. A tied head is
+    loaded through the embedding, so its own copy would still be the old one after a transfer.
     """
     owners: dict[int, Any] = {}
     module: Any
@@ -174,10 +181,10 @@ def refresh_tied_heads(model: torch.nn.Module) -> None:
 
 
 class EmptyModelLoader(BaseModelLoader):
-    """Zero parameters, for an engine that gets its weights before its first request. Buffers stay as they were built.
+    """A loader that sets all parameters to zero, for an engine that is sent its weights before its first request.
 
-    Not vLLM's 'dummy' format: that also randomises buffers which no checkpoint holds and no transfer restores, such
-    as the pixel normalisation of the vision tower (`FusedMMInputNorm`).
+    Buffers stay as they were built. vLLM's own format 'dummy' would also randomise buffers that no checkpoint holds and
+    no transfer restores, such as the pixel normalisation of the vision tower (`FusedMMInputNorm`).
     """
 
     def download_model(self, model_config: ModelConfig) -> None:

@@ -1,7 +1,13 @@
-"""The trainer's half of the weight transfer: a stream of tensors in, vLLM's transfer session out.
+"""The trainer's half of the weight transfer: it takes a stream of tensors and drives vLLM's transfer session.
 
-Two buffers take turns, in shared host memory or on the GPU: while the engine loads one, the next tensors are packed
-into the other. Beside them the trainer holds no copy of the weights.
+Two buffers take turns, in shared host memory or on the GPU. While the engine loads one, the next tensors are packed
+into the other:
+
+    buffer 1   pack A | engine loads A |  pack C        | engine loads C
+    buffer 2          |  pack B        | engine loads B |  pack D         ...
+
+`end_update_weights` waits at each bar, so a buffer is packed again only after the engine has loaded it. Besides the two
+buffers the trainer holds no copy of the weights.
 """
 
 from __future__ import annotations
@@ -10,6 +16,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -25,19 +32,19 @@ from megatron_vppo.rollout.transfer.vllm_layout import (
     parameters_of,
 )
 
-DEFAULT_GROUP_BYTES = 256 << 20
-"""Of one buffer. A single larger tensor makes its buffer grow to hold it."""
+BUFFER_BYTES = 256 << 20
+"""The size of one buffer. It grows for a single tensor that is larger."""
 
 
 class WeightSession(Protocol):
-    """One engine's control plane: vLLM's transfer session, its update step split in two so that packing overlaps."""
+    """vLLM's transfer session of one engine, with its update step split in two, so that packing can go on meanwhile."""
 
     def start_weight_update(self) -> None: ...
 
     def begin_update_weights(self, update_info: dict[str, Any]) -> None: ...
 
     def end_update_weights(self) -> None:
-        """Wait for what `begin_update_weights` began; returns at once if nothing was."""
+        """Waits for the engine to load the last buffer; returns at once if there is none."""
 
     def finish_weight_update(self, weight_version: str) -> None: ...
 
@@ -52,21 +59,21 @@ class TransferBuffer(Protocol):
     capacity: int
 
     def grow(self, capacity: int) -> None:
-        """Hold at least so many bytes; only while nothing is packed."""
+        """Makes room for at least `capacity` bytes; only while nothing is packed."""
 
     def write(self, tensor: Tensor, *, offset: int) -> None: ...
 
     def publish(self) -> dict[str, Any]:
-        """Fields of the update info by which a worker finds the buffer. What was written is visible when it returns."""
+        """Returns the fields of the update info by which a worker finds the buffer and everything written to it."""
 
     def free(self) -> None:
-        """The transfer is over: nobody reads any more, and the next one begins with `grow`."""
+        """Gives memory back after a transfer, when nobody reads any more. The next one begins with `grow`."""
 
     def close(self) -> None: ...
 
 
-class _Group:
-    """Tensors packed into one buffer, described as `weight_receiver.PackedUpdateInfo` wants it."""
+class _Bundle:
+    """The tensors packed into one buffer, with their description for `weight_receiver.PackedUpdateInfo`."""
 
     def __init__(self, buffer: TransferBuffer) -> None:
         self.buffer = buffer
@@ -99,8 +106,18 @@ class _Group:
         }
 
 
+@dataclass
+class _Counts:
+    """The tensors, bytes and buffers of one transfer so far, and the seconds that hashing took."""
+
+    tensors: int = 0
+    bytes: int = 0
+    buffers: int = 0
+    hash_seconds: float = 0.0
+
+
 class WeightSender:
-    """Sends a model to one engine, again and again; whole, or without what did not change."""
+    """Sends a model to one engine, again and again; whole, or without the tensors that do not change."""
 
     def __init__(
         self,
@@ -110,43 +127,50 @@ class WeightSender:
         workers: Sequence[Sequence[LiveWeight]],
         dtype: torch.dtype,
     ) -> None:
-        """`workers`: what each of the engine's workers consists of; `dtype`: what they compute in."""
+        """
+        Args:
+            workers: the weights of each of the engine's workers.
+            dtype: the dtype that they compute in.
+        """
         self._session = session
         self._workers = workers
         self._dtype = dtype
         self._digests: Mapping[DigestKey, str] = {}
         self._present: frozenset[str] = frozenset()
-        """Tensors that the engine now holds, as `canonical_name` spells them."""
+        """The tensors that the engine now holds, as `canonical_name` spells them."""
         self._preserved: frozenset[str] = frozenset()
         self._buffers = buffers
 
     def preserve(self, names: Collection[str]) -> tuple[str, ...]:
-        """From now on these tensors stay when the engine forgets its weights. Returns vLLM's names of what they make.
+        """Notes that these tensors stay when the engine forgets its weights; returns vLLM's names of their parameters.
 
-        Raises ValueError where vLLM holds one of them together with another tensor.
+        Raises ValueError if vLLM stacks one of them together with a tensor that is not named.
         """
         parameters = parameters_of(names, self._workers)
         self._preserved = frozenset(canonical_name(name) for name in names)
         return parameters
 
     def forget_weights(self) -> None:
-        """The engine has forgotten its weights but for the preserved ones."""
+        """Notes that the engine has forgotten its weights, except for the preserved ones."""
         self._present &= self._preserved
 
     def send(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
     ) -> SyncReport:
-        """Send one complete model, but for the tensors named in `kept`, which an earlier stream brought.
+        """Sends one model.
 
-        Verification also covers those that were verified then.
-
-        A layer's tensors should be adjacent: vLLM keeps the tensors of incomplete layers in memory. Producing the
-        stream is usually a collective of all trainer ranks, so on an error of ours it is run to its end before the
+        A layer's tensors should be adjacent, because vLLM keeps the tensors of incomplete layers in memory. Making the
+        stream is usually a collective of all trainer ranks, so after an error it is still run to its end before the
         error is raised.
 
+        Args:
+            verify: compare the weights that the engine then computes with to those sent.
+            kept: tensors that do not come, because an earlier transfer brought them. They are compared as well if
+                they were then.
+
         Raises:
-            ValueError: a name of the stream is unknown, comes twice or is missing; or tensors are to be kept, but the
-                engine does not have them: the last stream did not get through, or it forgot them while it slept.
+            ValueError: a name is unknown, comes twice or is missing. Or a tensor is to be kept that the engine does not
+                have, because the last transfer failed or it forgot the tensor in its sleep.
             RuntimeError: the engine failed, or verification found a weight that differs.
         """
         try:
@@ -169,46 +193,11 @@ class WeightSender:
                 "not there"
             )
         self._present = frozenset()
-        expected = (
-            ExpectedDigests(
-                self._workers, dtype=self._dtype, kept_parameters=check.kept_parameters, known=self._digests
-            )
-            if verify
-            else None
-        )
-        verify_seconds = 0.0
-        num_tensors = num_bytes = num_groups = 0
-        spare, group = self._buffers[1], _Group(self._buffers[0])
-
-        self._session.start_weight_update()
-        try:
-            for name, tensor in stream:
-                parameter, part = check.take(name)
-                if expected is not None:
-                    hash_start = time.perf_counter()
-                    expected.add(tensor, parameter=parameter, part=part)
-                    verify_seconds += time.perf_counter() - hash_start
-                if not group.has_room(tensor):
-                    self._session.end_update_weights()  # of the group before: its buffer is free now
-                    self._session.begin_update_weights(group.update_info())
-                    num_groups += 1
-                    spare, group = group.buffer, _Group(spare)
-                group.pack(name, tensor)
-                num_tensors += 1
-                num_bytes += tensor.nbytes
-                del tensor  # before the next one is made
-            check.finish()
-            self._session.end_update_weights()
-            self._session.begin_update_weights(group.update_info())
-            self._session.end_update_weights()
-            num_groups += 1
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # where the engine is gone, the first error says more
-                self._session.abort_weight_update()
-            raise
+        expected = self._expected_digests(check) if verify else None
+        counts = self._transfer(stream, check, expected)
         self._session.finish_weight_update(str(version))
 
-        num_checksums = 0
+        num_checksums, verify_seconds = 0, counts.hash_seconds
         if expected is not None:
             compare_start = time.perf_counter()
             num_checksums = expected.compare(self._session.live_digests())
@@ -217,13 +206,52 @@ class WeightSender:
         self._present = frozenset(check.places)
         return SyncReport(
             version=version,
-            num_tensors=num_tensors,
-            num_bytes=num_bytes,
-            num_groups=num_groups,
+            num_tensors=counts.tensors,
+            num_bytes=counts.bytes,
+            num_buffers=counts.buffers,
             seconds=time.perf_counter() - start,
             verify_seconds=verify_seconds,
             num_checksums=num_checksums,
             checksums_ok=True if verify else None,
+        )
+
+    def _transfer(
+        self, stream: Iterator[tuple[str, Tensor]], check: StreamCheck, expected: ExpectedDigests | None
+    ) -> _Counts:
+        """Packs the stream into the two buffers in turn and lets the engine load each that is full."""
+        counts = _Counts()
+        bundle, spare = _Bundle(self._buffers[0]), self._buffers[1]
+        self._session.start_weight_update()
+        try:
+            for name, tensor in stream:
+                parameter, part = check.take(name)
+                if expected is not None:
+                    hash_start = time.perf_counter()
+                    expected.add(tensor, parameter=parameter, part=part)
+                    counts.hash_seconds += time.perf_counter() - hash_start
+                if not bundle.has_room(tensor):
+                    self._session.end_update_weights()  # the engine has loaded the spare buffer
+                    self._session.begin_update_weights(bundle.update_info())
+                    counts.buffers += 1
+                    bundle, spare = _Bundle(spare), bundle.buffer
+                bundle.pack(name, tensor)
+                counts.tensors += 1
+                counts.bytes += tensor.nbytes
+                del tensor  # before the next one is made
+            check.finish()
+            self._session.end_update_weights()
+            self._session.begin_update_weights(bundle.update_info())
+            self._session.end_update_weights()
+            counts.buffers += 1
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # if the engine is gone, the first error says more
+                self._session.abort_weight_update()
+            raise
+        return counts
+
+    def _expected_digests(self, check: StreamCheck) -> ExpectedDigests:
+        return ExpectedDigests(
+            self._workers, dtype=self._dtype, kept_parameters=check.kept_parameters, known=self._digests
         )
 
     def close(self) -> None:

@@ -1,4 +1,7 @@
-"""Who is still alive in a process group. Zombies do not count: where nobody reaps orphans they stay for ever."""
+"""Questions to the operating system about the processes of an engine (Linux).
+
+Zombies do not count as alive: on a machine where nobody reaps orphans they stay for ever.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,28 @@ from pathlib import Path
 
 
 def parent_of(pid: int) -> int | None:
-    """None if the process is gone."""
+    """Returns the parent of a process; None if the process is gone."""
     fields = _stat_fields(pid)
     return int(fields[1]) if fields else None
 
 
 def members(group: int) -> list[int]:
-    """Processes of the group, zombies left out."""
+    """Lists the processes of a group (setpgid) that are alive."""
     pids = [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
     return [pid for pid in pids if (fields := _stat_fields(pid)) and int(fields[2]) == group and fields[0] != "Z"]
 
 
 def unlink_shared_memory(group: int) -> None:
-    """Take the names off the segments in /dev/shm that the group has mapped; they live on until it ends.
+    """Removes the names of the segments in /dev/shm that the group has mapped.
 
-    For segments that are complete and never opened again: whatever ends the group then frees them.
+    The segments themselves stay until the group ends, however it ends, and are freed then. No process can open them any
+    more, so this is for segments that all users have opened.
     """
     paths = set()
     for pid in members(group):
         try:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-        except OSError:  # ended meanwhile
+        except OSError:  # it has ended meanwhile
             continue
         paths |= {line.split(maxsplit=5)[5] for line in lines if any(p in line for p in SHARED_MEMORY)}
     for path in paths:
@@ -35,12 +39,12 @@ def unlink_shared_memory(group: int) -> None:
 
 
 SHARED_MEMORY = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
-"""Segments by which vLLM's CPU workers exchange tensors (vLLM 0.32 always leaves them behind) and messages (left behind
-where Python's resource tracker is killed as well). All are attached once the engine is ready."""
+"""The segments by which vLLM's CPU workers exchange tensors and messages. vLLM 0.32 always leaves the first behind, and
+the second if Python's resource tracker is killed as well. All are opened by the time the engine is ready."""
 
 
 def _stat_fields(pid: int) -> list[str]:
-    """State, parent, process group, ...; empty if the process is gone."""
+    """Reads a process's state, parent, group, ...; empty if the process is gone."""
     try:
         # the second field is the command in brackets, which may itself hold spaces and brackets
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
