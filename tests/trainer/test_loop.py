@@ -6,9 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
-from megatron_vppo.trainer.loop import Run, train
+from megatron_vppo.trainer.loop import Run, is_due, train
 from megatron_vppo.trainer.placement import Placement
 
 
@@ -72,3 +74,8 @@ def test_a_finished_run_only_sends_its_weights(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=3, total_steps=3)
     train(run)
     assert notes.calls == ["weights 3"]
+
+
+@pytest.mark.parametrize("step, freq, due", [(5, 5, True), (4, 5, False), (7, 5, True), (3, -1, False), (7, -1, True)])
+def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: bool) -> None:
+    assert is_due(step, freq, total_steps=7) is due

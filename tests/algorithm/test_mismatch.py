@@ -1,4 +1,4 @@
-"""Small numbers of the loop: rollout mismatch, when validation and checkpoints are due."""
+"""The difference between the log-probs of engine and trainer, as metrics."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.types import Prompt, Response, Scores
-from megatron_vppo.trainer.loop import is_due
 
 PROMPT = Prompt("train", 0, "q", "a", (1,), (1,), (), ())
 
@@ -24,8 +23,3 @@ def test_mismatch_counts_response_tokens_only() -> None:
     assert metrics["training/rollout_logp_diff_max"] == pytest.approx(0.25)
     assert metrics["training/rollout_logp_diff_frac_over"] == pytest.approx(1 / 4)
     assert metrics["actor/entropy"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("step, freq, due", [(5, 5, True), (4, 5, False), (7, 5, True), (3, -1, False), (7, -1, True)])
-def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: bool) -> None:
-    assert is_due(step, freq, total_steps=7) is due
