@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -67,8 +67,6 @@ class RewardPool:
             raise ValueError(f"reward.reward_function={function}: use '{BUILT_IN_REWARD}' or `file.py:function`")
         self._batch = reward_type == "batch" and function != BUILT_IN_REWARD
         self._timeout_seconds = timeout_seconds
-        self.failures: Counter[str] = Counter()
-        """The number of responses without a result, by kind of error, since the start."""
         file, _, name = function.rpartition(":")
         spec = f"{Path(file).absolute()}:{name}" if file else function
         self._arguments = (spec, "batch" if self._batch else "sequential")
@@ -111,7 +109,6 @@ class RewardPool:
                     jobs.extend(singles)
                 else:
                     self._show(answer, "the reward is zero", responses[job[0]], texts[job[0]])
-                    self.failures[answer["kind"]] += 1
                     rewards[job[0]] = Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
         return cast(list[Reward], rewards)
 

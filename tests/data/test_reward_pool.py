@@ -126,8 +126,6 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
             "KeyError: 'no such thing'",
             None,
         ]
-        assert sorted(pool.failures.values()) == [1, 1, 2]
-        assert pool.failures["timeout"] == pool.failures["died"] == 1
         # Each kind is shown once, with the first row it happened on.
         shown = [record.getMessage() for record in caplog.records if "the reward is zero" in record.getMessage()]
         assert len(shown) == 3

@@ -308,10 +308,12 @@ def saved_models(
 
 
 def hf_gradients(policy: MegatronPolicy) -> dict[str, Tensor]:
-    """The gradients that `accumulate_gradients` left, under Hugging Face names.
+    """Returns the gradients that `accumulate_gradients` left, whole and under Hugging Face names.
 
-    An export knows how to join a parameter's shards and to name the result, and a gradient has the shape of its
-    parameter. So each gradient takes its parameter's place for the time of one export; then the weights come back.
+    Gradients lie in shards, under Megatron's names. The export of weights already joins the shards of a parameter over
+    the ranks and gives the result its Hugging Face name, and a gradient has the shape and the cut of its parameter. So
+    each gradient takes the place of its parameter's values (`.data`) while the weights are exported, and the values
+    are put back afterwards. A frozen parameter has no gradient, and counts as zero here.
     """
     parameters = [parameter for stage in policy.trainable.stages for parameter in stage.parameters()]
     weights = [parameter.data for parameter in parameters]

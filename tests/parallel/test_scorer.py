@@ -12,10 +12,10 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_vppo.algorithm.types import Scores
-from megatron_vppo.models.options import PLAIN, ModelOptions
-from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.models.options import ModelOptions
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.parallel.case import Case
 from tests.parallel.policy_rig import STEP, make_policy, make_responses, make_scorer
 
 MODELS = {
@@ -23,11 +23,10 @@ MODELS = {
     "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(0,), num_hidden_layers=4),
 }
 LAYOUTS = {
-    "TP 2, sequence parallel": ({"tensor": 2, "pipeline": 1}, ModelOptions(sequence_parallel=True)),
-    "CP 2": ({"tensor": 1, "pipeline": 1, "context": 2}, PLAIN),
-    "PP 2, interleaved": ({"tensor": 1, "pipeline": 2, "virtual_stages": 2}, ModelOptions(virtual_stages=2)),
+    "TP 2, sequence parallel": Case(tensor=2, options=ModelOptions(sequence_parallel=True)),
+    "CP 2": Case(context=2),
+    "PP 2, interleaved": Case(pipeline=2, options=ModelOptions(virtual_stages=2)),
 }
-"""Arguments of init_layout, and options."""
 DIVERGENCES = (None, "kl_full", "jsd")
 
 
@@ -41,11 +40,11 @@ def unequal_fields(left: Scores, right: Scores) -> list[str]:
 
 def _rank(rank: int, world: int, folders: dict[str, Path]) -> dict[tuple[str, str, str | None], list[str]]:
     found = {}
-    for name, (sizes, options) in LAYOUTS.items():
-        layout = init_layout(**sizes, timeout_seconds=300)  # type: ignore[arg-type]
+    for name, case in LAYOUTS.items():
+        layout = case.open()
         for model, folder in folders.items():
-            policy = make_policy(folder, layout, rows=4, options=options)
-            scorer = make_scorer(folder, layout, rows=4, options=options)
+            policy = make_policy(folder, layout, rows=4, options=case.options)
+            scorer = make_scorer(folder, layout, rows=4, options=case.options)
             for divergence in DIVERGENCES:
                 scores = [
                     scoring.score(make_responses(), step=STEP, views="both", divergence=divergence)

@@ -11,11 +11,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vppo.config.choices import ModelPart
-from megatron_vppo.models.options import PLAIN, ModelOptions
-from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
+from tests.parallel.case import Case
 from tests.parallel.policy_rig import (
     OPTIM,
     Outcome,
@@ -43,25 +43,16 @@ IMAGES = ModelOptions(sequence_parallel=True, vision_split="images")
 STAGES = ModelOptions(pipeline_layers=(2, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A layout of the three-layer models above, and those that run under it."""
-
-    models: tuple[str, ...]
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    options: ModelOptions = PLAIN
-
-
+BOTH, QWEN25, QWEN3 = tuple(MODELS), ("Qwen2.5-VL",), ("Qwen3-VL",)
 LAYOUTS = {
-    "one rank": Case(tuple(MODELS)),
-    "TP 2, sequence parallel": Case(("Qwen2.5-VL",), tensor=2, options=ModelOptions(sequence_parallel=True)),
-    "TP 2, sequence parallel, images shared out": Case(("Qwen3-VL",), tensor=2, options=IMAGES),
-    "CP 2, recomputed": Case(("Qwen3-VL",), context=2, options=ModelOptions(recompute="full")),
-    "PP 2": Case(tuple(MODELS), pipeline=2, options=STAGES),
-    "PP 2, recomputed": Case(("Qwen3-VL",), pipeline=2, options=dataclasses.replace(STAGES, recompute="full")),
+    "one rank": (BOTH, Case()),
+    "TP 2, sequence parallel": (QWEN25, Case(tensor=2, options=ModelOptions(sequence_parallel=True))),
+    "TP 2, sequence parallel, images shared out": (QWEN3, Case(tensor=2, options=IMAGES)),
+    "CP 2, recomputed": (QWEN3, Case(context=2, options=ModelOptions(recompute="full"))),
+    "PP 2": (BOTH, Case(pipeline=2, options=STAGES)),
+    "PP 2, recomputed": (QWEN3, Case(pipeline=2, options=dataclasses.replace(STAGES, recompute="full"))),
 }
+"""Layouts of the three-layer models above, with those that run under them."""
 ADAM_BYTES = 12
 """Per trained fp32 parameter: master weights are the parameters themselves, two moments, and the fp32 gradient."""
 
@@ -125,15 +116,9 @@ def _rank(rank: int, world: int, layouts: list[str], folders: dict[str, Path]) -
     found = {}
     optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False, weight_decay=0.0)
     for name in layouts:
-        case = LAYOUTS[name]
-        layout = init_layout(
-            tensor=case.tensor,
-            context=case.context,
-            pipeline=case.pipeline,
-            vision_split=case.options.vision_split,
-            timeout_seconds=300,
-        )
-        for model in case.models:
+        models, case = LAYOUTS[name]
+        layout = case.open()
+        for model in models:
             for frozen in FROZEN:
                 options = dataclasses.replace(case.options, frozen=frozen)
                 policy = make_policy(folders[model], layout, rows=1, optim=optim, options=options)

@@ -19,11 +19,11 @@ from megatron.core import parallel_state
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_vppo.models.options import PLAIN, ModelOptions
-from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
+from tests.parallel.case import Case
 from tests.parallel.policy_rig import (
     OPTIM,
     STEP,
@@ -48,22 +48,6 @@ BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.03, 0.15
 """Nats; about twice what was seen."""
 BFLOAT16_GRADIENT = 0.06
 """Of all parameters together, relative to its norm."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layout of the five-layer models below."""
-
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    data: int = 1
-    options: ModelOptions = PLAIN
-    token_alignment: int = 1
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.context * self.pipeline * self.data
 
 
 SP = ModelOptions(sequence_parallel=True)
@@ -173,14 +157,7 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
     }
     for name in names:
         case = LAYOUTS[name]
-        layout = init_layout(
-            tensor=case.tensor,
-            context=case.context,
-            pipeline=case.pipeline,
-            virtual_stages=case.options.virtual_stages,
-            vision_split=case.options.vision_split,
-            timeout_seconds=300,
-        )
+        layout = case.open()
         whole = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
         for model, (folder, expected) in models.items():
             make = functools.partial(
@@ -256,7 +233,7 @@ def test_equals_transformers(
 
 def _rank_rounded(rank: int, world: int, folders: dict[str, Path]) -> dict[str, tuple[Tensor, float]]:
     """Differences of log-probs, and of the gradient of all parameters together relative to its norm."""
-    layout = init_layout(tensor=2, context=2, pipeline=1, vision_split="images", timeout_seconds=300)
+    layout = Case(tensor=2, context=2, options=SP_IMAGES).open()
     optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)
     found = {}
     for model, folder in folders.items():

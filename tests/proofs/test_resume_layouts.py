@@ -9,9 +9,10 @@ from megatron.core import parallel_state
 
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.checkpoint import load_checkpoint
-from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.layout import Layout
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.parallel.case import Case
 from tests.parallel.policy_rig import RESUMED_OPTIM, make_policy, resumed_equals_straight
 
 RANKS = 4
@@ -20,12 +21,11 @@ IMAGES = ModelOptions(vision_split="images", sequence_parallel=True)
 FROZEN = ModelOptions(frozen=frozenset({"vision_tower", "projector"}))
 TOWER_ONLY = ModelOptions(frozen=frozenset({"language_model"}))
 CASES = {
-    "interleaved": ({"tensor": 2, "pipeline": 2, "virtual_stages": 2}, INTERLEAVED),
-    "whole towers": ({"tensor": 2, "pipeline": 1, "context": 2, "vision_split": "images"}, IMAGES),
-    "frozen": ({"tensor": 1, "pipeline": 1, "context": 2}, FROZEN),
-    "a stage with nothing to train": ({"tensor": 1, "pipeline": 2}, TOWER_ONLY),
+    "interleaved": Case(tensor=2, pipeline=2, options=INTERLEAVED),
+    "whole towers": Case(tensor=2, context=2, options=IMAGES),
+    "frozen": Case(context=2, options=FROZEN),
+    "a stage with nothing to train": Case(pipeline=2, options=TOWER_ONLY),
 }
-"""Arguments of init_layout, and options."""
 MODELS = {
     "Qwen2.5-VL": tiny_config(tied=True, vocab=299, num_hidden_layers=4),
     "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(1,), num_hidden_layers=4),
@@ -34,14 +34,14 @@ MODELS = {
 
 def _rank(rank: int, world: int, folders: dict[str, Path], checkpoints: Path) -> dict[tuple[str, str], bool]:
     exact = {}
-    for case, (sizes, options) in CASES.items():
-        layout = init_layout(**sizes, timeout_seconds=300)  # type: ignore[arg-type]
+    for name, case in CASES.items():
+        layout = case.open()
         for model, folder in folders.items():
-            place = checkpoints / f"{case} {model}"
-            exact[case, model] = resumed_equals_straight(
-                folder, layout, place, distributed_optimizer=True, options=options
+            place = checkpoints / f"{name} {model}"
+            exact[name, model] = resumed_equals_straight(
+                folder, layout, place, distributed_optimizer=True, options=case.options
             )
-            if case == "frozen":
+            if name == "frozen":
                 _other_parts_are_refused(folder, layout, place)
         parallel_state.destroy_model_parallel()
     return exact

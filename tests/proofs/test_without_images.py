@@ -10,10 +10,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response
-from megatron_vppo.models.options import PLAIN, ModelOptions
-from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.models.options import ModelOptions
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
+from tests.parallel.case import Case
 from tests.parallel.policy_rig import (
     OPTIM,
     STEP,
@@ -32,19 +32,12 @@ MODELS = {
     "Qwen3-VL": tiny_qwen3_config(tied=False, vocab=301, taps=(0, 2), num_hidden_layers=5),
 }
 LAYOUTS = {
-    "TP 2, sequence parallel": ({"tensor": 2, "pipeline": 1}, ModelOptions(sequence_parallel=True)),
-    "TP 2, images shared out": (
-        {"tensor": 2, "pipeline": 1, "vision_split": "images"},
-        ModelOptions(vision_split="images", recompute="full"),
-    ),
-    "CP 2": ({"tensor": 1, "pipeline": 1, "context": 2}, PLAIN),
-    "PP 2, interleaved": (
-        {"tensor": 1, "pipeline": 2, "virtual_stages": 2},
-        ModelOptions(virtual_stages=2, pipeline_layers=(2, 1, 1, 1)),
-    ),
-    "DP 2": ({"tensor": 1, "pipeline": 1}, PLAIN),
+    "TP 2, sequence parallel": Case(tensor=2, options=ModelOptions(sequence_parallel=True)),
+    "TP 2, images shared out": Case(tensor=2, options=ModelOptions(vision_split="images", recompute="full")),
+    "CP 2": Case(context=2),
+    "PP 2, interleaved": Case(pipeline=2, options=ModelOptions(virtual_stages=2, pipeline_layers=(2, 1, 1, 1))),
+    "DP 2": Case(data=2),
 }
-"""Arguments of init_layout, and options."""
 
 
 def text_only() -> list[Response]:
@@ -63,10 +56,10 @@ class Found:
 def _rank(rank: int, world: int, folders: dict[str, Path]) -> dict[tuple[str, str], Found]:
     found = {}
     optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)
-    for name, (sizes, options) in LAYOUTS.items():
-        layout = init_layout(**sizes, timeout_seconds=120)  # type: ignore[arg-type]
+    for name, case in LAYOUTS.items():
+        layout = case.open()
         for model, folder in folders.items():
-            policy = make_policy(folder, layout, rows=1, optim=optim, options=options)
+            policy = make_policy(folder, layout, rows=1, optim=optim, options=case.options)
             scores = policy.score(text_only(), step=STEP, views="both")
             policy.accumulate_gradients(make_batch(text_only(), "nll"))
             found[name, model] = Found(scores.old_logp_BT, scores.perturbed_logp_BT, hf_gradients(policy))

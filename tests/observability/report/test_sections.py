@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_every_line_is_of_a_documented_metric(tmp_path: Path) -> None:
-    """docs/metrics.md lists exactly what a run logs (`tests/proofs/test_training.py`); here each of its first names has a value."""
+    """docs/metrics.md lists what a run logs (test_training.py shows that); here each of its first names has a value."""
     rows = [line for line in (ROOT / "docs" / "metrics.md").read_text().splitlines() if line.startswith("| `")]
     names: dict[str, float] = {}
     for row in rows:
