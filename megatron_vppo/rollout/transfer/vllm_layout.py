@@ -102,7 +102,10 @@ def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]
         sources = checkpoint_names(weight.parameter)
         inside = wanted.intersection(sources)
         if inside and len(inside) < len(sources):
-            raise ValueError(f"vLLM holds {', '.join(sources)} as one, {weight.parameter}, of which {inside} are meant")
+            raise ValueError(
+                f"vLLM holds {', '.join(sources)} as one parameter, {weight.parameter}, of which only "
+                f"{', '.join(sorted(inside))} would be kept; name all of them or none"
+            )
         if inside:
             found.update(dict.fromkeys((weight.parameter, *weight.scales)))
     return tuple(found)

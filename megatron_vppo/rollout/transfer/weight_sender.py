@@ -189,8 +189,8 @@ class WeightSender:
         check = StreamCheck(self._workers, kept=kept)
         if missing := check.kept - self._present:
             raise ValueError(
-                f"the rollout engine has no complete set of weights, of which some could be kept: {min(missing)} is "
-                "not there"
+                f"the rollout engine has no complete set of weights, so it cannot keep some: {min(missing)} is not "
+                "there; send all of them"
             )
         self._present = frozenset()
         expected = self._expected_digests(check) if verify else None
