@@ -1,4 +1,7 @@
-"""From graded responses to the optimizer mini-batches of a step: every mask, scale and weight, final before the update.
+"""From graded responses to the optimizer mini-batches of a step.
+
+Every mask, scale and weight of the loss is computed here, before the first update; the update only multiplies by them.
+"Reference" and "the authors" mean the published code of the paper, whose choices some settings reproduce.
 
 Shape suffix legend: B = responses of the step or of one mini-batch; T = response tokens, right-padded.
 """
@@ -30,9 +33,10 @@ class VppoRecord:
     dependency_BT: Tensor | None
     """fp32 nats; 0.0 where padded and for rows without an image. None if neither filter nor shaping needs it."""
     token_mask_BT: Tensor
-    """fp32; 1.0 on tokens that carry policy gradient."""
+    """fp32; 1.0 on the tokens that the filter keeps, also those of a response that is not trained on."""
     scale_B: Tensor
-    """fp32; the alpha of each response, before the rule for negative advantages."""
+    """fp32; alpha, the factor of each response's advantage (paper Eq. 5). Where the advantage is negative,
+    `negative_advantages` may replace it."""
     dependency_mean_B: Tensor | None
     """fp32 nats; the mean dependency of each response."""
     group_advantage_B: Tensor
@@ -41,6 +45,8 @@ class VppoRecord:
 
 @dataclass(frozen=True, slots=True)
 class Minibatch:
+    """One optimizer mini-batch, with the decisions behind it."""
+
     batch: TrainBatch
     record: VppoRecord
     metrics: dict[str, float]
@@ -57,16 +63,16 @@ def assemble(
 ) -> list[Minibatch]:
     """Splits a step's responses, in order, into optimizer mini-batches with all weights of their loss.
 
-    Under the shaping scope 'minibatch' nothing in the result depends on data_parallel_size or micro_batch_size. Only
-    the authors' scopes look at them.
+    With shaping_min_scope and shaping_mean_scope at 'minibatch' the result does not depend on data_parallel_size or
+    micro_batch_size. Only the authors' scopes, 'device_minibatch' and 'microbatch', read them.
 
     Args:
         graded: the responses of the step; the responses of a group lie next to each other.
         scores: the scores of these responses; T is at least the longest response.
         responses_per_minibatch: rows per optimizer step; the last mini-batch takes what is left.
-        data_parallel_size: devices of the update. The scope 'device_minibatch' emulates that many, unless
-            settings.reference_devices says otherwise.
-        micro_batch_size: rows per micro-batch of the update. The scope 'microbatch' emulates such micro-batches.
+        data_parallel_size: the number of devices whose split of the rows the scope 'device_minibatch' imitates;
+            settings.reference_devices replaces it if set.
+        micro_batch_size: rows of the micro-batches that the scope 'microbatch' imitates.
 
     Raises:
         ValueError: rows and scores do not match, the perturbed view or a divergence is missing, or a group has one
@@ -77,7 +83,7 @@ def assemble(
     _check_scores(responses, scores, settings)
     if responses_per_minibatch < 1:
         raise ValueError(
-            f"responses_per_minibatch is {responses_per_minibatch}; set actor.global_batch_size to at least 1"
+            f"responses_per_minibatch is {responses_per_minibatch}; set actor.global_batch_size (prompts) to at least 1"
         )
     width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
@@ -124,7 +130,7 @@ def visual_dependency(
             raise ValueError(
                 f"dependency {settings.dependency!r} needs divergence_BT: score both views with this kind of divergence"
             )
-        dependency_BT = scores.divergence_BT.clamp(min=0.0)
+        dependency_BT = scores.divergence_BT.clamp(min=0.0)  # a sum over slices of the vocabulary may round below zero
     has_image_B = _has_image(responses).to(mask_BT.device)
     return torch.where(has_image_B[:, None] & mask_BT.bool(), dependency_BT, 0.0).float()
 
@@ -195,6 +201,8 @@ def _token_mask(
     )
     if settings.text_only_rows == "rank":
         return token_mask_BT
+    # 'bypass': a row without an image keeps all its tokens. Its dependencies are all zero, so ranking them says
+    # nothing.
     return torch.where(_has_image(responses).to(mask_BT.device)[:, None], token_mask_BT, mask_BT)
 
 
@@ -208,7 +216,10 @@ def _scale(
     micro_batch_size: int,
 ) -> TrajectoryScale:
     if not settings.use_advantage_shaping or dependency_mean_B is None:
-        return TrajectoryScale(torch.ones_like(trained_BT[:, 0]), (), (), ())
+        return TrajectoryScale(
+            scale_B=torch.ones_like(trained_BT[:, 0]), smallest_means=(), largest_means=(), target_maxima=()
+        )
+    # Only these rows enter the minimum and the mean; the others get scale 1.
     counted_B = trained_BT.sum(1) > 0
     if settings.text_only_rows == "bypass":
         counted_B &= _has_image(responses).to(counted_B.device)
@@ -263,5 +274,5 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
         if bool(bad_B.any()):
             raise RuntimeError(
                 f"scores.{name} has NaN or infinite entries in {int(bad_B.sum())} of {len(responses)} rows, first row "
-                f"{int(bad_B.nonzero()[0])}; the weights or the images of that row are broken"
+                f"{int(bad_B.nonzero()[0])}; the model's weights or the images of that row are broken"
             )

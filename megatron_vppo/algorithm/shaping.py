@@ -28,7 +28,7 @@ class TrajectoryScale:
     largest_means: tuple[float, ...]
     """Nats; the extreme mean dependencies of each minimum scope with more than one counted row."""
     target_maxima: tuple[float, ...]
-    """beta_max of each mean scope: the scale of a row with the largest mean dependency."""
+    """beta_max of each mean scope: the scale that a row with the largest mean dependency of its minimum scope gets."""
 
 
 def dependency_means(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -54,9 +54,10 @@ def trajectory_scale(
 ) -> TrajectoryScale:
     """Maps mean dependencies linearly to [scale_min, beta_max], with beta_max such that the mean scale is one.
 
-    A mean dependency is first put between the smallest and the largest of its minimum scope; the mean scale is then
-    taken over its mean scope. In the authors' code the first scope is a device's mini-batch and the second a
-    micro-batch, so that the result depends on the layout. None means all rows.
+    A row's mean dependency is first related to the smallest and largest of a set of rows, its minimum scope. Then
+    beta_max is chosen so that the scales of another set, its mean scope, have the mean one. In the authors' code the
+    first set is a device's mini-batch and the second a micro-batch, so that the result depends on the layout. By
+    default both are all rows.
 
         relative = (mean - smallest) / (largest - smallest)               in [0, 1]
         beta_max = scale_min + (1 - scale_min) / mean of relative
@@ -101,8 +102,9 @@ def shape_advantages(advantage_B: Tensor, scale_B: Tensor, *, negative: Negative
 
     Args:
         advantage_B, scale_B: [B].
-        negative: the scale of a negative advantage. 'same': the authors' alpha, so that a visually dependent wrong
-            response is punished harder; 'unscaled': 1; 'mirrored': 2 - alpha, but at least 0, so that no sign turns.
+        negative: the factor of a negative advantage, given its scale alpha. 'same': alpha, as in the authors' code, so
+            that a wrong response that depends on the image is punished harder. 'unscaled': 1. 'mirrored': 2 - alpha,
+            but at least 0, so that no sign turns.
     """
     if negative == "same":
         return advantage_B * scale_B

@@ -14,15 +14,15 @@ from megatron_vppo.config.choices import CountedTokens, LossAverage
 def policy_gradient_weight(
     token_mask_BT: Tensor, trained_mask_BT: Tensor, *, denominator: CountedTokens, average: LossAverage
 ) -> Tensor:
-    """The weight of each token's surrogate; the weighted sum is the policy-gradient loss of the whole mini-batch.
+    """Returns the weight of each token's surrogate loss. The weighted sum over all ranks is the mini-batch's loss.
 
     Args:
-        token_mask_BT: [B, T], 1 on tokens that carry policy gradient.
+        token_mask_BT: [B, T], 1 on the tokens that the filter keeps.
         trained_mask_BT: [B, T], 1 on all response tokens of responses that are trained on.
-        denominator: 'all': divide by all tokens of trained_mask_BT (the authors' code; the kept share then scales the
-            gradient). 'selected': divide by the kept tokens.
+        denominator: 'all': divide by the number of tokens of trained_mask_BT (the authors' code). If 40 % of them are
+            kept, the gradient is 0.4 times that of a mean over the kept ones. 'selected': divide by the number kept.
         average: 'token': one mean over the tokens of the mini-batch (the authors' code). 'seq': a mean per response,
-            then a mean over responses with tokens (paper Eq. 6).
+            then a mean over the responses that have tokens to count (paper Eq. 6).
 
     Returns:
         [B, T] float32; 0.0 where no policy gradient flows.
@@ -42,7 +42,7 @@ def policy_gradient_weight(
 def entropy_penalty_weight(
     token_mask_BT: Tensor, trained_mask_BT: Tensor, *, coefficient: float, tokens: CountedTokens
 ) -> Tensor:
-    """The weight of each token's entropy term: the coefficient times a plain mean over the covered tokens.
+    """Returns the weight of each token's entropy term: the coefficient, divided by the number of covered tokens.
 
     Args:
         token_mask_BT, trained_mask_BT: as in policy_gradient_weight.
@@ -50,7 +50,7 @@ def entropy_penalty_weight(
             gradient.
 
     Returns:
-        [B, T] float32, positive: added to the loss, it lowers the entropy.
+        [B, T] float32, never negative. The loss adds the entropy term with this weight, so training lowers it.
     """
     if tokens not in ("all", "selected"):
         raise ValueError(f"entropy_tokens is {tokens!r}; set it to 'all' or 'selected'")
@@ -59,11 +59,12 @@ def entropy_penalty_weight(
 
 
 def rollout_correction(old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Tensor, *, cap: float) -> Tensor:
-    """Truncated importance weights min(p_trainer / p_rollout, cap) of tokens that the rollout engine sampled.
+    """Returns the truncated importance weights min(p_trainer / p_rollout, cap) of sampled tokens.
 
     Args:
-        old_logp_BT: [B, T] nats; the trainer's log-probs under the weights that sampled.
-        rollout_logp_BT: [B, T] nats; the engine's, in the distribution that was sampled from.
+        old_logp_BT: [B, T] nats; the trainer's log-probs, with the model weights that the responses were sampled with.
+        rollout_logp_BT: [B, T] nats; the engine's log-probs, in the distribution it sampled from: after temperature,
+            top-p and banned tokens.
         mask_BT: [B, T], 1 on response tokens.
 
     Returns:

@@ -37,13 +37,14 @@ class PerturbKey:
     """Seeds the perturbation of an image: the same key gives the same one on every rank and after a resume."""
 
     step: int
-    response_row: int | None
-    """A number of the response that is unique within the step. None if one perturbation serves all responses."""
+    response_number: int | None
+    """A number that only this response of the step has: group x 2**16 + sample. None if one perturbation serves all
+    responses to a prompt."""
 
     @classmethod
     def of(cls, response: Response, step: int, *, per: PerturbUnit) -> PerturbKey:
         """The key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
-        return cls(step=step, response_row=response.group_id * 2**16 + response.sample if per == "row" else None)
+        return cls(step=step, response_number=response.group_id * 2**16 + response.sample if per == "row" else None)
 
 
 @dataclass(frozen=True, slots=True)

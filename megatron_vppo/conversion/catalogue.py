@@ -30,7 +30,7 @@ class Catalogue:
     """The keys of Megatron's extra states. They are empty for our layers, but its loader looks for them."""
     hf_copies: Mapping[str, str]
     """The tensors that the model takes from another one: their names, each with that one's name."""
-    released_name: Callable[[str], str]
+    to_released_name: Callable[[str], str]
     """Translates the name of a tensor in a file to that of the released checkpoint."""
 
     @property
@@ -63,13 +63,17 @@ def read_catalogue(config_folder: Path) -> Catalogue:
         assert len(objects) == len(sharded), f"not in the weight map: {sorted(sharded.keys() - objects.keys())}"
         # A pipeline whose last stage holds a tied output layer of its own looks for the extra state of that layer.
         tied_heads = [
-            f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1" for entry in model.weight_map if entry.copy
+            f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1"
+            for entry in model.weight_map
+            if entry.is_copy
+            for entry in model.weight_map
+            if entry.is_copy
         ]
         return Catalogue(
             entries=entries,
             object_keys=(*(item.unique_key for item in objects.values()), *tied_heads),
             hf_copies=model.hf_copies,
-            released_name=model.released_name,
+            to_released_name=model.to_released_name,
         )
 
 

@@ -28,8 +28,8 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class FilledEntry:
-    """A stored parameter and the tensors that it fills in."""
+class EntryToFill:
+    """A stored parameter, and the tensors whose values come from it."""
 
     stored: StoredEntry
     tensors: tuple[FileTensor, ...]
@@ -43,24 +43,24 @@ class FilledEntry:
 def lay_out(
     folder: Path, tensors: Sequence[tuple[str, Shape, torch.dtype]], *, shard_bytes: int
 ) -> dict[str, FileTensor]:
-    """Makes the files with headers and holes, and the index if there are several.
+    """Makes the files, with their headers and without values, and the index if there are several.
 
     Args:
         tensors: name, shape and dtype of each, in the order of the files.
-        shard_bytes: the largest size of a file's tensors; a larger tensor has a file of its own.
+        shard_bytes: the most bytes that the tensors of a file have together; a larger tensor gets a file of its own.
 
     Returns:
         The tensors to fill in, by name.
     """
     files: list[list[tuple[str, Shape, torch.dtype]]] = [[]]
-    filled = 0
+    used = 0
     for tensor in tensors:
         nbytes = math.prod(tensor[1]) * tensor[2].itemsize
-        if files[-1] and filled + nbytes > shard_bytes:
+        if files[-1] and used + nbytes > shard_bytes:
             files.append([])
-            filled = 0
+            used = 0
         files[-1].append(tensor)
-        filled += nbytes
+        used += nbytes
     laid: dict[str, FileTensor] = {}
     for number, held in enumerate(files, start=1):
         laid.update(_make_file(folder / shard_name(number, len(files)), held))
@@ -89,7 +89,7 @@ def _make_file(path: Path, tensors: Sequence[tuple[str, Shape, torch.dtype]]) ->
     }
 
 
-def fill(share: tuple[Path, tuple[FilledEntry, ...]], on_bytes: OnBytes) -> None:
+def fill(share: tuple[Path, tuple[EntryToFill, ...]], on_bytes: OnBytes) -> None:
     """Fills in some parameters from a distributed checkpoint.
 
     Args:
@@ -97,18 +97,18 @@ def fill(share: tuple[Path, tuple[FilledEntry, ...]], on_bytes: OnBytes) -> None
     """
     dist_ckpt, entries = share
     weights = StoredWeights(dist_ckpt)
-    for rows in read_ahead(rows for entry in entries for rows in _rows_of(weights, entry)):
-        rows.tensor.write_rows(rows.row, rows.values)
-        on_bytes(rows.nbytes)
+    for write in read_ahead(write for entry in entries for write in _writes(weights, entry)):
+        write.tensor.write_rows(write.row, write.values)
+        on_bytes(write.nbytes)
 
 
 @dataclass(frozen=True)
-class _FilledRows:
+class _RowsToWrite:
     """Rows to write into a tensor."""
 
     tensor: FileTensor
     row: int
-    """The first one."""
+    """The row of the tensor that is the first to be written."""
     values: Tensor
 
     @property
@@ -117,17 +117,19 @@ class _FilledRows:
         return self.values.numel() * self.tensor.dtype.itemsize
 
 
-def _rows_of(weights: StoredWeights, entry: FilledEntry) -> Iterator[_FilledRows]:
+def _writes(weights: StoredWeights, entry: EntryToFill) -> Iterator[_RowsToWrite]:
+    """Reads a parameter, and yields everything to be written of it; a few rows at a time if the kind allows it."""
     kind, blocks = entry.stored.entry.kind, entry.stored.blocks
     if not kind.stacks_rows:
         parameter = torch.cat([weights.rows(block, block.row, block.end) for block in blocks])
+        # [None]: the checkpoint's parameter is that of a single tensor-parallel rank.
         for tensor, values in zip(entry.tensors, kind.merge(parameter[None]), strict=True):
-            yield _FilledRows(tensor, 0, values)
+            yield _RowsToWrite(tensor, 0, values)
         return
     heights = [tensor.shape[0] for tensor in entry.tensors]
     for block in blocks:
         for low, high in weights.row_ranges(block, num_bytes=PIECE_BYTES):
             rows, done = weights.rows(block, low, high), 0
             for number, begin, end in rows_by_tensor(low, high, heights):
-                yield _FilledRows(entry.tensors[number], begin, rows[done : done + end - begin])
+                yield _RowsToWrite(entry.tensors[number], begin, rows[done : done + end - begin])
                 done += end - begin

@@ -1,4 +1,7 @@
-"""The place of a parameter in a distributed checkpoint, and of rows of stacked tensors in their parameter."""
+"""The place of a parameter in a distributed checkpoint, and of Hugging Face tensors within a parameter.
+
+Parameters are meant as they are with tensor-parallel size 1.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from megatron_vppo.weights.kinds import Shape
 
 @dataclass(frozen=True)
 class StoredBlock:
-    """A block of rows of a parameter, as one rank alone holds it.
+    """A range of rows of a parameter, which the checkpoint keeps in one place.
 
     Example: rows 0 to 100 of the third layer's [100, 64] weight are [1, 100, 64] at offset (2, 0, 0) of a tensor of
     size [28, 100, 64], because the 28 layers of a tower share one tensor. Then `stacked` is 1.
@@ -24,11 +27,11 @@ class StoredBlock:
     offset: Shape
     """The position of this block in it."""
     row: int
-    """The first row of the parameter in this block."""
+    """The row of the parameter that is the first of this block."""
     rows: int
     """The number of rows in this block."""
     stacked: int
-    """The leading dimensions of the tensor that the parameter does not have."""
+    """The number of leading dimensions of the tensor that the parameter does not have."""
 
     @property
     def end(self) -> int:
@@ -48,13 +51,13 @@ class StoredEntry:
 
     entry: Entry
     shape: Shape
-    """The shape of the parameter on one rank alone."""
+    """The shape of the parameter with tensor-parallel size 1."""
     blocks: tuple[StoredBlock, ...]
     """In the order of the rows; one, except for gated projections, whose halves are stored apart."""
 
 
 def rows_by_tensor(low: int, high: int, heights: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Finds the rows `low` to `high` of a parameter that is the rows of one tensor after those of another.
+    """Finds the rows `low` to `high` of a parameter that is several tensors, one below the other.
 
     Args:
         heights: the number of rows of each tensor.

@@ -9,7 +9,7 @@ import torch
 
 from megatron_vppo.conversion.catalogue import read_catalogue
 from megatron_vppo.conversion.dist_reader import StoredWeights
-from megatron_vppo.conversion.hf_writer import FilledEntry, fill, lay_out
+from megatron_vppo.conversion.hf_writer import EntryToFill, fill, lay_out
 from megatron_vppo.conversion.workers import run_shares, split_evenly
 from megatron_vppo.observability.byte_progress import ByteProgress
 from megatron_vppo.system.whole import exit_on_sigterm, whole_folder
@@ -66,7 +66,7 @@ def megatron_to_hf(
         name_dtype(folder, dtypes)
         tensors = lay_out(folder, shapes, shard_bytes=shard_bytes)
         filled = [
-            FilledEntry(stored, tuple(tensors[name] for name in stored.entry.hf_names)) for stored in catalogue.entries
+            EntryToFill(stored, tuple(tensors[name] for name in stored.entry.hf_names)) for stored in catalogue.entries
         ]
         progress = ByteProgress(f"writing {target.name}", total)
         shares = [

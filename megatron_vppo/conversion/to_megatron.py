@@ -52,7 +52,7 @@ def hf_to_megatron(source: Path, target: Path, *, dtype: torch.dtype | None = No
             exists, or the disk is full. Nothing is left under the target's name.
     """
     catalogue = read_catalogue(source)
-    weights = HfFolder(source, catalogue.released_name)
+    weights = HfFolder(source, catalogue.to_released_name)
     weights.check([stored.entry for stored in catalogue.entries], catalogue.hf_copies)
     pieces = [piece for stored in catalogue.entries for piece in pieces_of(stored, weights, dtype=dtype)]
     _check_one_dtype_per_key(pieces)

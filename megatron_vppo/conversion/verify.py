@@ -23,8 +23,10 @@ _BITS = {2: torch.int16, 4: torch.int32}
 
 @dataclass(frozen=True)
 class Comparison:
+    """The outcome of a comparison."""
+
     tensors: int
-    """The number of tensors compared, under the names of the source; each name once."""
+    """The number of the source's tensors, all of which were compared."""
     num_bytes: int
     """The bytes of the source's tensors."""
     differing: tuple[str, ...]
@@ -32,20 +34,22 @@ class Comparison:
     casts: tuple[str, ...]
     """The casts of the source where the other side has another dtype, such as 'float32 -> bfloat16'."""
     copies: tuple[str, ...]
-    """The names of tensors of the source that equal the one they are tied to; a conversion leaves them out."""
+    """The names of tensors that the source holds although they are tied to another tensor, which they equal. A
+    conversion leaves them out."""
 
 
 def compare_checkpoints(source: Path, other: Path) -> Comparison:
     """Compares every tensor of a Hugging Face folder with a converted folder, or with another Hugging Face folder.
 
     A converted folder is checked in both directions: its Megatron parameters against those made from the source, and
-    the tensors that an export would write against the source's. Call it where no process groups exist.
+    the tensors that an export would write against the source's. It builds a layout of one rank for itself, so call it
+    where no process groups exist.
 
     Raises:
         ValueError: one of them is incomplete, or a tensor is missing, unknown or there twice.
     """
     catalogue = read_catalogue(source)
-    weights = HfFolder(source, catalogue.released_name)
+    weights = HfFolder(source, catalogue.to_released_name)
     copies = weights.check([stored.entry for stored in catalogue.entries], catalogue.hf_copies)
     is_converted = (other / DIST_CKPT).is_dir()
     compare = _stored_side(other / DIST_CKPT, catalogue) if is_converted else _hf_side(other, catalogue)
@@ -73,7 +77,7 @@ class _Pair:
     source: Tensor
     other: Tensor
     progress: int
-    """The bytes of the source that are done with this pair."""
+    """The bytes of the source that have been compared once this pair is."""
 
 
 _Compare = Callable[[StoredEntry, tuple[FileTensor, ...]], Iterator[_Pair]]
@@ -89,7 +93,7 @@ def _stored_side(dist_ckpt: Path, catalogue: Catalogue) -> _Compare:
 
 
 def _hf_side(folder: Path, catalogue: Catalogue) -> _Compare:
-    weights = HfFolder(folder, catalogue.released_name)
+    weights = HfFolder(folder, catalogue.to_released_name)
     weights.check([stored.entry for stored in catalogue.entries], catalogue.hf_copies)
     return lambda stored, tensors: _with_hf(tensors, weights.tensors(stored.entry))
 

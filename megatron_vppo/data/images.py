@@ -1,6 +1,6 @@
-"""The images of a run as each consumer takes them, made from references to them.
+"""The images of a run, made from references in the forms that are needed.
 
-vLLM gets them resized, the trainer as patches, and the second view of scoring perturbed.
+vLLM gets them resized, the trainer as patches, and the second view of scoring as patches of the perturbed image.
 
 Shape suffix legend: P = patches in the processor's order, merge block by merge block; D = values of one patch, channel
 by channel (a still image fills all frames of a patch alike).
@@ -33,7 +33,7 @@ class Perturbing:
 
     perturbation: Perturbation
     per: PerturbUnit
-    """The unit that gets a random perturbation of its own: each response, or each image once per step."""
+    """The unit that gets a random perturbation of its own: each response ('row'), or each image once per step."""
 
 
 class VisionInputs:
@@ -51,7 +51,7 @@ class VisionInputs:
     ) -> None:
         """
         Args:
-            datasets: by split, as `ImageRef.split` names it.
+            datasets: the data sets by the names of `ImageRef.split`, 'train' and 'val'.
             image_processor: the model's own, of transformers.
             geometry: the pixel budget.
             perturbing: None if no perturbed image will be asked for.
@@ -78,8 +78,8 @@ class VisionInputs:
     def mm_processor_kwargs(self) -> dict[str, Any]:
         """The engine argument of this name, with which vLLM's processor turns `image(ref)` into `patches(ref)`.
 
-        vLLM 0.32 leaves the normalisation to its model unless the engine has mm_device_do_normalize=False; only then
-        are the values equal bit for bit, and not just to rounding.
+        The values are equal bit for bit if the engine has mm_device_do_normalize=False as well. Without it vLLM 0.32
+        normalises in the model, in another order of operations.
         """
         return {"size": self._size_limits()}
 
@@ -120,9 +120,9 @@ class VisionInputs:
         perturbation, rng = self._perturbation(ref, key)
         if not isinstance(perturbation, PatchPerturbation):
             return perturbation(self.image(ref), rng)
-        grey_levels_PD = self._process(self.image(ref), size=self._size_limits(), raw=True)
-        black_D = torch.zeros_like(grey_levels_PD[0])
-        hidden_PD = self._perturb_patches(ref, perturbation, rng, grey_levels_PD, black_D)
+        raw_PD = self._process(self.image(ref), size=self._size_limits(), raw=True)
+        black_D = torch.zeros_like(raw_PD[0])
+        hidden_PD = self._perturb_patches(ref, perturbation, rng, raw_PD, black_D)
         _, rows, columns = self.grid(ref)
         return self._assemble(hidden_PD, rows, columns)
 
@@ -160,7 +160,8 @@ class VisionInputs:
             # The authors resize in the image's own mode, with PIL's default filter, and only then convert to RGB.
             return (image if image.size == target else image.resize(target)).convert("RGB")
         image = image.convert("RGB")
-        while image.size != target:  # one pass, except for shapes at the edge of the budget
+        # One pass, except for shapes at the edge of the budget. It ends: budget_size takes the same steps to `target`.
+        while image.size != target:
             patches_PD = self._process(image, size=self._size_limits(), raw=True)
             _, rows, columns = self._grid_after_processor(image.size)
             image = self._assemble(patches_PD, rows, columns)
@@ -178,17 +179,17 @@ class VisionInputs:
         return {"shortest_edge": geometry.min_pixels, "longest_edge": geometry.max_pixels}
 
     def _process(self, image: Image.Image, *, size: dict[str, int], raw: bool = False) -> Tensor:
-        """Runs the image processor: [P, D], fp32 normalised, or where `raw` the resized grey levels as uint8."""
+        """Runs the image processor: [P, D], fp32 normalised; or if `raw`, resized only, as uint8."""
         options: dict[str, Any] = {"do_rescale": False, "do_normalize": False} if raw else {}
         out = self._processor(images=[image], size=size, return_tensors="pt", **options)["pixel_values"]
         return out.to(torch.uint8 if raw else torch.float32)
 
-    def _assemble(self, grey_levels_PD: Tensor, rows: int, columns: int) -> Image.Image:
+    def _assemble(self, raw_PD: Tensor, rows: int, columns: int) -> Image.Image:
         """Puts patches (uint8) back together to the RGB image that they were cut from."""
         merge, patch = self._geometry.merge_size, self._geometry.patch_size
         frames = self.patch_dim // (3 * patch * patch)
         # [block row, block column, row in block, column in block, channel, frame, pixel row, pixel column]
-        blocks = grey_levels_PD.numpy().reshape(rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
+        blocks = raw_PD.numpy().reshape(rows // merge, columns // merge, merge, merge, 3, frames, patch, patch)
         first_frame = blocks[:, :, :, :, :, 0]
         # To [block row, row in block, pixel row, block column, column in block, pixel column, channel].
         pixels = first_frame.transpose(0, 2, 5, 1, 3, 6, 4).reshape(rows * patch, columns * patch, 3)

@@ -130,10 +130,10 @@ def perturb_rng(ref: ImageRef, key: PerturbKey, *, per: PerturbUnit, run_seed: i
 
     Raises ValueError where each response has a perturbation of its own (`per` = 'row') and the key names none.
     """
-    if per == "row" and key.response_row is None:
-        raise ValueError("perturb.per=row needs PerturbKey.response_row, and the key has none")
-    response_row = key.response_row if per == "row" else None
-    text = f"{run_seed}|{key.step}|{ref.split}|{ref.row}|{ref.index}|{response_row}"
+    if per == "row" and key.response_number is None:
+        raise ValueError("perturb.per=row needs PerturbKey.response_number, and the key has none")
+    response_number = key.response_number if per == "row" else None
+    text = f"{run_seed}|{key.step}|{ref.split}|{ref.row}|{ref.index}|{response_number}"
     digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 

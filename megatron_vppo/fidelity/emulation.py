@@ -1,7 +1,7 @@
 """FP8 linear layers on hardware that has none: quantised and dequantised operands, multiplied in float32.
 
-The values of FP8 operands are emulated, in the recipes' own formats and block shapes (formats.py). The order in which a
-GPU adds their products up is not, nor anything of the backward pass.
+The values of FP8 operands are emulated, in the recipes' own formats and block shapes (formats.py). Two things are not
+emulated: the order in which a GPU adds up their products, and the backward pass.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
     Everything else stays as it is: vision tower, projector, embedding, norms, attention scores, head, and the first and
     last `bf16_layers_at_ends` layers of the whole model.
 
-    Forward passes only. On opening, each rank quantises the weights that it holds, which takes 4 bytes per weight. On
-    closing, the weights are back bit for bit. Outputs have the model's dtype.
+    Forward passes only. On opening, each rank makes quantised copies of the weights that it holds, of 4 bytes per
+    weight. On closing, the weights are back bit for bit. Outputs have the model's dtype.
 
-    The scale of 'delayed' comes from the largest amax of earlier forwards since it opened. The first forward uses the
-    operand's own amax. TransformerEngine starts from scale 1; we want the steady state, not that start.
+    The scale of 'delayed' comes from the largest amax of the forward passes since opening; the first one uses the
+    operand's own amax. TransformerEngine starts from scale 1, but the steady state is what we want to measure.
 
     Args:
         stages: the stages of the model that this rank holds.
 
     Raises:
-        ValueError: the layers are of another backend, or the recipe does not take such ends.
+        ValueError: the layers are of another backend, or the recipe does not allow layers in 16 bits at the ends.
         RuntimeError: from a forward pass with gradients.
     """
     linears = fp8_linears(stages, options)
@@ -53,7 +53,7 @@ def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.M
     """The linear layers of these stages that compute in FP8, in the order of the model."""
     layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
     check_ends(options, layers=layers)
-    if stages[0].parts.name != "torch":  # other layers hold a norm in the same module
+    if stages[0].parts.name != "torch":  # TransformerEngine's linear layers hold a norm as well
         raise ValueError(
             f"FP8 is emulated in layers of model.backend=torch, but they are {stages[0].parts.name}; "
             "set model.backend=torch"

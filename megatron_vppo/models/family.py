@@ -55,5 +55,5 @@ class Family:
     """Makes the weight map of the tower, from a vision configuration."""
     language_prefix: str
     """The beginning of the checkpoint's names, as in `{prefix}embed_tokens.weight`."""
-    released_name: Callable[[str], str]
+    to_released_name: Callable[[str], str]
     """Gives a tensor's name in released checkpoints, from its name in the memory of transformers."""

@@ -2,8 +2,8 @@
 
 Shape suffix legend: K = all packed tokens; C = those of this context-parallel rank (all, without context parallelism);
 S = those of C that this rank holds between layers (all, without sequence parallelism); I = image tokens among K; J =
-image tokens among C; M = merged vision features; P = patches of this rank's images; D = values of one patch; V =
-vocabulary rows of this rank; h = hidden size.
+image tokens among C; W, in a comment only: image tokens among S; M = merged vision features; P = patches of this rank's
+images; D = values of one patch; V = vocabulary rows of this rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class QwenVLModel(MegatronModule):
         self.groups = groups
         self.vision_groups = vision_groups
         self.stage_layers = stage_layers
-        self.released_name = family.released_name
+        self.to_released_name = family.to_released_name  # a function: name in a file -> name in the released checkpoint
         self.parts = parts
         self.weight_map = parts.rename_entries(weight_map(hf_config, family=family))
-        tied_head = next((entry for entry in self.weight_map if entry.copy), None)
+        tied_head = next((entry for entry in self.weight_map if entry.is_copy), None)
         self.hf_copies = {HEAD: tied_head.hf_names[0]} if tied_head else {}
         self.pre_process = self.stage == 0
         self.post_process = self.stage == len(stage_layers) - 1
@@ -95,7 +95,7 @@ class QwenVLModel(MegatronModule):
         return self.groups.tp if entry.part == "language_model" else self.vision_groups.tower.tp
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        """[C, 1, h] after the final norm on the last stage; what the next stage continues from ([S, 1, h]) otherwise.
+        """Returns hidden states: after the final norm on the last stage [C, 1, h], else for the next stage [S, 1, h].
 
         Raises:
             ValueError: image tokens without pixels on the first stage.
@@ -106,7 +106,8 @@ class QwenVLModel(MegatronModule):
         hidden, deepstack = self._embed(batch, own_C) if self.pre_process else (None, None)
         hidden = self.language(hidden, batch.positions_3K[:, own_C], PackedSequences(plan=plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:
-            # The head gives every rank the whole gradient, so each takes its share of it back.
+            # The vocabulary head has already summed its gradient over the ranks. So the backward pass of this gather
+            # only cuts out each rank's tokens, and does not sum again.
             hidden = gather_from_sequence_parallel_region(
                 hidden, tensor_parallel_output_grad=False, group=self.groups.tp
             )
@@ -119,13 +120,14 @@ class QwenVLModel(MegatronModule):
     #         of context rank              0  0  1  1  1  1  0  0     (chunks of 2, see context_parallel.py)
     #     C   tokens of context rank 0     a  i              c  d     J = 1, at 1 of C
     #         tokens of context rank 1           i  i  i  b           J = 3, at 0 1 2 of C
-    #     S   its tensor rank 0                  i  i                 W = 2, at 0 1 of S, see deepstack.py
-    #         its tensor rank 1                        i  b           W = 1, at 0 of S
+    #     S   of these, tensor rank 0            i  i                 W = 2, at 0 1 of S, see deepstack.py
+    #         of these, tensor rank 1                  i  b           W = 1, at 0 of S
     #
-    # Image tokens are filled while a rank has its C tokens; then tensor-parallel ranks share them out (sequence
-    # parallelism) and the layers go on with S. Vision features are on every rank, so each I only picks its own J.
+    # Vision features take the places of image tokens while a rank has its C tokens. Then tensor-parallel ranks share
+    # the tokens out (sequence parallelism), and the layers go on with S. Every rank has the vision features of all I
+    # image tokens, and picks those of its own J.
     def _embed(self, batch: PackedBatch, own_C: Tensor) -> tuple[Tensor, Deepstack | None]:
-        """The embeddings of this rank's tokens, [S, 1, h], with the images in them, and deepstack's features."""
+        """Embeds this rank's tokens, [S, 1, h], puts the images in, and prepares deepstack's features."""
         hidden_C1h = self.language.embed(batch.token_ids_K[own_C])
         deepstack_Jh, image_token_index_J = [], batch.image_token_index_I
         if batch.image_token_index_I.numel():
@@ -143,7 +145,8 @@ class QwenVLModel(MegatronModule):
         if sequence_group is not None:
             hidden_S1h = scatter_to_sequence_parallel_region(hidden_C1h, group=sequence_group)
         if torch.is_grad_enabled() and not hidden_S1h.requires_grad:
-            hidden_S1h.requires_grad_()  # all of this is frozen; Megatron's schedules and recompute want a gradient
+            # Embedding and tower are frozen, but Megatron's schedules and recomputation want a gradient of the input.
+            hidden_S1h.requires_grad_()
         return prepare_deepstack(hidden_S1h, deepstack_Jh, image_token_index_J, sequence_group=sequence_group)
 
     def _features(self, batch: PackedBatch) -> VisionFeatures:
@@ -160,7 +163,9 @@ class QwenVLModel(MegatronModule):
         state = super().sharded_state_dict(*args, **kwargs)
         if self.vision_groups.tower.tp.size() != self.groups.tp.size():
             for key, item in state.items():
-                if key.startswith("vision."):  # its modules count one tensor-parallel rank; every rank has a copy
+                # The tower was built for one tensor-parallel rank, and every rank has a whole copy of it. The replica
+                # id tells Megatron which of the copies to write.
+                if key.startswith("vision."):
                     first, _, last = item.replica_id
                     item.replica_id = (first, self.groups.tp.rank(), last)
         return state

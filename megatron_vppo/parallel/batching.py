@@ -1,8 +1,8 @@
-"""Responses -> packed micro-batches, and the places of their tokens in response-aligned tensors.
+"""Packed micro-batches made of responses, and the way from their hidden states back to [B, T] tensors.
 
 Shape suffix legend: B = responses of the whole mini-batch; T = response tokens, right-padded; N = response tokens of a
-micro-batch, flat; L = tokens of one packed sequence; K = all packed tokens of a micro-batch; C = tokens of this
-context-parallel rank; I = image tokens among K; P = patches; D = values of a patch.
+micro-batch that this context-parallel rank predicts, flat; L = tokens of one packed sequence; K = all packed tokens of
+a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K; P = patches; D = values of a patch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _PADDING_TOKEN = 0
 
 
 class Pixels(Protocol):
-    """The source of pixels. Packing asks it for an image when the image's micro-batch is about to run."""
+    """The source of pixels. `Packer.pack` asks it for an image just before the image's micro-batch runs."""
 
     def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        """The patches of an image, float32 [P, D]; perturbed if there is a key."""
+        """Returns the patches of an image, float32 [P, D]; perturbed if there is a key."""
         ...
 
 
@@ -37,7 +37,8 @@ class Pixels(Protocol):
 class View:
     """One look at one response: with its images as they are, or perturbed.
 
-    Example: View(row=3, perturb=PerturbKey(step=7, response_row=65536))
+    Example: View(row=3, perturb=PerturbKey(step=7, response_number=65536)) is the perturbed view of
+    sample 0 of group 1, which is row 3 of the mini-batch.
     """
 
     row: int
@@ -45,12 +46,13 @@ class View:
     perturb: PerturbKey | None
     """The perturbation of its images. None: they are shown as they are."""
     counted: bool = True
-    """False: the view only runs so that this rank takes part in the others' schedule; it has no response tokens."""
+    """False for a stand-in, from which no response token is read: the filler of a packing, or the view that a rank
+    without micro-batches of its own runs to take part in the collectives of the others."""
 
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """Response tokens that this context-parallel rank predicts in a micro-batch: where they are, and what they are."""
+    """The response tokens that this context-parallel rank predicts in a micro-batch, and their places."""
 
     hidden_index_N: Tensor
     """int64; the index among this rank's packed tokens (C) of the hidden state that predicts each token."""
@@ -60,7 +62,7 @@ class ResponseTokens:
     column_N: Tensor
     """int64; the row and column of each token in [B, T] tensors."""
     perturbed_N: Tensor
-    """bool; True if the token is read in a view with perturbed images."""
+    """bool; True if the token belongs to a view with perturbed images."""
 
     @property
     def at(self) -> tuple[Tensor, Tensor]:
@@ -68,7 +70,7 @@ class ResponseTokens:
         return self.row_N, self.column_N
 
     def select(self, which: Tensor | slice) -> ResponseTokens:
-        """Some of the tokens, by indices, mask or slice."""
+        """Selects some of the tokens, by indices, mask or slice."""
         return ResponseTokens(
             self.hidden_index_N[which],
             self.target_N[which],
@@ -89,7 +91,7 @@ class ResponseTokens:
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """One packed micro-batch: what the model reads, and the tokens that are read off its output."""
+    """One packed micro-batch: the input of the model, and the tokens whose log-probs its output gives."""
 
     packed: PackedBatch
     tokens: ResponseTokens
@@ -97,23 +99,25 @@ class ResponseBatch:
 
 @dataclass(frozen=True)
 class BatchSplit:
-    """The ranks that share a micro-batch, and this rank's place among them."""
+    """The numbers of ranks that work on one micro-batch together, and this rank's place among them."""
 
     context: int
+    """The number of context-parallel ranks."""
     context_rank: int
     sequence_ranks: int
-    """The ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none)."""
+    """The number of tensor-parallel ranks that share out the tokens between layers; 1 without sequence parallelism."""
     image_ranks: int
-    """The ranks that share the images."""
+    """The number of ranks that share out the images, each taking whole ones through the vision tower."""
     image_rank: int
     token_alignment: int = 1
     """The tokens that each rank holds are padded to a multiple of this; FP8 needs it."""
 
 
 def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) -> tuple[int, ...]:
-    """Rows that a data-parallel rank works on: whole groups, balanced by tokens, so that one rank sees an image.
+    """Returns the rows of a data-parallel rank: whole groups, balanced by tokens.
 
-    May be empty if there are fewer groups than ranks.
+    A group shares its prompt's images, so each image is needed on one data-parallel rank only. There are no rows if
+    there are fewer groups than ranks.
     """
     rows_of_group: dict[int, list[int]] = {}
     for row, response in enumerate(responses):
@@ -125,7 +129,7 @@ def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) ->
 
 
 def num_tokens(response: Response) -> int:
-    """Tokens that the model reads to score a response; the last response token predicts nothing and is left out."""
+    """Counts the tokens that the model reads to score a response: all but the last, which predicts nothing."""
     return len(response.prompt.token_ids) + len(response.token_ids) - 1
 
 
@@ -136,9 +140,10 @@ class Packer:
     pixels: Pixels | None
     """None on pipeline stages without the vision tower."""
     positions: PositionFn
+    """The family's rotary positions of a sequence, from its token ids and image grids."""
     image_token_id: int
     merge_size: int
-    """Patches per side of a merged vision feature."""
+    """Patches along one side of a merged vision feature."""
     split: BatchSplit
     device: torch.device
 
@@ -165,7 +170,9 @@ class Packer:
                 positions_3K=torch.cat([sequence.positions_3L for sequence in sequences], dim=1).to(self.device),
                 packing=packing,
                 image_token_index_I=(token_ids_K == self.image_token_id).nonzero()[:, 0].to(self.device),
-                image_feature_index_I=_concatenated([i for s in sequences for i in s.features]).to(self.device),
+                image_feature_index_I=_concatenated(
+                    [index for sequence in sequences for index in sequence.feature_indices]
+                ).to(self.device),
                 pixels_PD=self._pixels_of(images, images_of_ranks[self.split.image_rank]),
                 grids_thw=tuple(images.grids),
                 images_of_ranks=images_of_ranks,
@@ -174,7 +181,7 @@ class Packer:
         )
 
     def _pixels_of(self, images: _Images, own_images: Sequence[int]) -> Tensor | None:
-        """Patches of this rank's images, given by their numbers; no rows if there are fewer images than ranks."""
+        """Returns the patches of this rank's images, given by their numbers; [0, 0] if it has none."""
         if self.pixels is None or not images.grids:
             return None
         patches = [self.pixels.patches(*images.keys[number]) for number in own_images]
@@ -188,16 +195,16 @@ class _Sequence:
     view: View
     token_ids: tuple[int, ...]
     positions_3L: Tensor
-    features: tuple[Tensor, ...]
-    """Per image, int64 indices of its merged features among those of all images."""
+    feature_indices: tuple[Tensor, ...]
+    """The int64 indices of each image's merged features among those of all images of the micro-batch."""
     response: tuple[int, ...]
-    """The response tokens; empty if the view is not counted."""
+    """The response tokens to read; empty if the view is not counted."""
     response_start: int
     """The position within the sequence of the hidden state that predicts the first response token."""
 
 
 def _sequence(response: Response, view: View, *, length: int, positions: PositionFn, images: _Images) -> _Sequence:
-    """A view padded to `length`. The padding comes last, so that no token that counts looks at it."""
+    """Lays out a view, padded to `length`. The padding comes last, and attention is causal: no real token sees it."""
     prompt, response_ids = response.prompt, tuple(response.token_ids)
     padding = (_PADDING_TOKEN,) * (length - num_tokens(response))
     token_ids = (*prompt.token_ids, *response_ids[:-1], *padding)
@@ -205,8 +212,9 @@ def _sequence(response: Response, view: View, *, length: int, positions: Positio
         view=view,
         token_ids=token_ids,
         positions_3L=positions(token_ids, prompt.grids_thw),
-        features=tuple(
-            images.features(ref, view.perturb, grid) for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
+        feature_indices=tuple(
+            images.feature_index(ref, view.perturb, grid)
+            for ref, grid in zip(prompt.images, prompt.grids_thw, strict=True)
         ),
         response=response_ids if view.counted else (),
         response_start=len(prompt.token_ids) - 1,
@@ -214,19 +222,19 @@ def _sequence(response: Response, view: View, *, length: int, positions: Positio
 
 
 def _filler(length: int) -> _Sequence:
-    """A sequence of padding alone."""
+    """Makes a sequence of padding alone, for tokens that no sequence of its own can absorb (see padded_packing)."""
     return _Sequence(
         view=View(0, None, counted=False),
         token_ids=(_PADDING_TOKEN,) * length,
         positions_3L=torch.arange(length).expand(3, -1),
-        features=(),
+        feature_indices=(),
         response=(),
         response_start=0,
     )
 
 
 def _response_tokens(sequences: Sequence[_Sequence], packing: Packing, split: BatchSplit) -> ResponseTokens:
-    """The response tokens of all sequences whose predicting hidden states this context-parallel rank holds."""
+    """Finds the response tokens whose predicting hidden states this context-parallel rank holds."""
     # A token is predicted by the hidden state before it. Say there are two sequences of eight tokens. The second has
     # the prompt p p p and the response a b c, of which c is not read. Two context-parallel ranks share the tokens: each
     # sequence is cut into four chunks, of which rank 0 takes the outer two and rank 1 the inner two.
@@ -260,7 +268,7 @@ def _response_tokens(sequences: Sequence[_Sequence], packing: Packing, split: Ba
 
 
 class _Images:
-    """The distinct images of a micro-batch: the same image under the same perturbation goes through vision once."""
+    """The distinct images of a micro-batch. The same image under the same perturbation goes through the tower once."""
 
     def __init__(self, merge_size: int) -> None:
         self._merge_area = merge_size * merge_size
@@ -273,8 +281,8 @@ class _Images:
         """Image and perturbation, in the order of `grids`."""
         return list(self._first_feature)
 
-    def features(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Tensor:
-        """Indices of the image's merged features among those of all images."""
+    def feature_index(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Tensor:
+        """Returns the indices of the image's merged features among those of all images, and adds it if it is new."""
         count = grid[0] * grid[1] * grid[2] // self._merge_area
         key = (ref, perturb)
         if key not in self._first_feature:

@@ -1,12 +1,12 @@
-"""Weights, gradients and optimizer state of one trainer rank: off the device while others need it, and back in place.
+"""The moves of a trainer rank's weights, gradients and optimizer state to host memory and back.
 
 The memory behind the tensors (their storages) leaves, not the tensors. So parameters stay views of Megatron's buffers,
 `main_grad` a view of another buffer, and optimizer shards views of the tensors they were cut from.
 
 Gradients use Megatron's own function, which frees their buffers and brings them back as zeros. Weights and optimizer
-state use ours, because of two faults in Megatron 0.16 to 0.19. A buffer's `offload_to_cpu` knows neither frozen
-parameters nor those of the ordinary optimizer. An optimizer's gives every fp32 weight memory of its own: its shard is
-then no view of the model's weight any more, and both exist.
+state use ours, because of two faults in Megatron 0.16 to 0.19. `offload_to_cpu` of a buffer leaves out frozen
+parameters and those of the ordinary optimizer. `offload_to_cpu` of an optimizer gives every fp32 weight new memory: the
+optimizer's shard is then a second copy, and no longer a view of the model's weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vppo.parallel.training import Trainable
 
 
 class TrainerMemory:
-    """The device memory that a rank's training holds between micro-batches."""
+    """The device memory that a rank's training holds permanently, which is all but activations."""
 
     def __init__(self, trainable: Trainable) -> None:
         self._trainable = trainable
@@ -39,8 +39,8 @@ class TrainerMemory:
         if "grads" in parts:
             for ddp in self._trainable.ddps:
                 ddp.offload_grad_buffers(synchronize=torch.cuda.is_available(), empty_cache=False)
-        # The optimizer goes first: tensors that it shares with the weights count as weights, and are found by the
-        # memory that the weights still have.
+        # The optimizer goes first. Tensors whose memory is also the weights' are left to the weights, and they are
+        # recognised by its address, which the weights have only as long as they are on the device.
         if "optimizer" in parts:
             self._host["optimizer"].offload(optimizer_tensors(self._trainable))
         if "params" in parts:
@@ -51,7 +51,7 @@ class TrainerMemory:
         self.empty_cache()
 
     def reload(self, parts: Collection[MemoryPart]) -> None:
-        """Brings these parts back to where they were; gradients as zeros.
+        """Brings these parts back into the same tensors; gradients as zeros.
 
         Raises:
             RuntimeError: one of them is on the device already.

@@ -89,7 +89,7 @@ class ScheduleRunner:
         )
 
     @property
-    def reports(self) -> bool:
+    def holds_results(self) -> bool:
         """True if this rank's results count.
 
         The last stage has them, the same on all of its tensor-parallel ranks; each context-parallel rank has those of

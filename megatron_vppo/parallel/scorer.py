@@ -1,4 +1,4 @@
-"""Scoring: log-probs and entropies of response tokens under the present weights, by a model that need not be trainable.
+"""Scoring: log-probs and entropies of response tokens under a model's present weights. It needs no optimizer.
 
 Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch, flat; C =
 tokens of this context-parallel rank; h = hidden size.
@@ -23,7 +23,7 @@ Views = Literal["original", "both"]
 
 
 class Scorer:
-    """Scores responses. It needs neither gradients nor an optimizer: any stages that can run forward will do."""
+    """Scores responses with the pipeline stages of a model, forward only; they need no gradient buffers."""
 
     def __init__(self, runner: ScheduleRunner) -> None:
         self._runner = runner
@@ -35,7 +35,7 @@ class Scorer:
     def score(
         self, responses: Sequence[Response], *, step: int, views: Views, divergence: Divergence | None = None
     ) -> Scores:
-        """Scores every response token under the present weights; a collective over all trainer ranks.
+        """Scores every response token. A collective: every rank passes all responses and gets all scores.
 
         Args:
             step: training step; with the response, it seeds the perturbation.
@@ -56,7 +56,7 @@ class Scorer:
 
         micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
         runner.forward(responses, [self._views(rows, responses, step, perturbed) for rows in micro_batches], read)
-        whole = table.sum_over_ranks(counts=runner.reports)
+        whole = table.sum_over_ranks(counts=runner.holds_results)
         return Scores(
             old_logp_BT=whole.logp_BT,
             entropy_BT=whole.entropy_BT,
@@ -67,16 +67,14 @@ class Scorer:
     def _views(
         self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
     ) -> list[View]:
-        """The original views of a micro-batch's rows, then the perturbed views of those that have an image."""
+        """Lists the original views of a micro-batch's rows, then the perturbed views of those that have an image."""
         per = self._runner.settings.perturb_per
         return [View(row, None) for row in rows] + [
             View(row, PerturbKey.of(responses[row], step, per=per)) for row in rows if perturbed[row]
         ]
 
-    # A row without an image has no perturbed view: its original view stands for both.
-
     def _write_logps(self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor) -> None:
-        """Writes log-probs and entropies; all tokens go through the head together."""
+        """Writes log-probs and entropies of all tokens of a micro-batch, those of both views together."""
         tokens = batch.tokens
         hidden_Nh = hidden_C1h[tokens.hidden_index_N, 0]
         logp_N, entropy_N = self._runner.vocab_head(trained=False).token_logps(
@@ -86,22 +84,28 @@ class Scorer:
         original_N, perturbed_N = ~tokens.perturbed_N, tokens.perturbed_N
         originals = tokens.select(original_N)
         table.write_original(originals, logp_N[original_N], entropy_N[original_N])
-        table.write_perturbed(originals, logp_N[original_N])  # overwritten where there is a perturbed view
+        # A row without an image has no perturbed view: its original one stands for both. The others are overwritten.
+        table.write_perturbed(originals, logp_N[original_N])
         table.write_perturbed(tokens.select(perturbed_N), logp_N[perturbed_N])
 
     def _write_divergences(
         self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor, perturbed_B: Tensor, kind: Divergence
     ) -> None:
-        """Writes everything: tokens of one view go through the head alone, those of two views in pairs."""
+        """Writes log-probs, entropies and divergences of a micro-batch.
+
+        Tokens of rows with an image go through the head in pairs, original and perturbed. Those of rows without an
+        image have one view, which stands for both; their divergence stays zero.
+        """
         head, tokens = self._runner.vocab_head(trained=False), batch.tokens
         paired_N = perturbed_B[tokens.row_N]
-        alone = tokens.select(~paired_N)
-        # The views are packed in the same order of rows and cut alike, so the two selections match token by token.
+        single = tokens.select(~paired_N)
+        # Both views of a row have the same length, so context parallelism cuts them at the same tokens, and rows are
+        # packed in the same order: the two selections match token by token.
         originals, perturbed = tokens.select(paired_N & ~tokens.perturbed_N), tokens.select(tokens.perturbed_N)
-        logp_N, entropy_N = head.token_logps(hidden_C1h[alone.hidden_index_N, 0], alone.target_N, with_entropy=True)
+        logp_N, entropy_N = head.token_logps(hidden_C1h[single.hidden_index_N, 0], single.target_N, with_entropy=True)
         assert entropy_N is not None
-        table.write_original(alone, logp_N, entropy_N)
-        table.write_perturbed(alone, logp_N)
+        table.write_original(single, logp_N, entropy_N)
+        table.write_perturbed(single, logp_N)
         both = head.two_views(
             hidden_C1h[originals.hidden_index_N, 0],
             hidden_C1h[perturbed.hidden_index_N, 0],

@@ -74,7 +74,7 @@ class Updater:
 
     def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{} for _ in range(self._runner.layout.world_size)]
-        dist.all_gather_object(gathered, sums if self._runner.reports else {})
+        dist.all_gather_object(gathered, sums if self._runner.holds_results else {})
         names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
         return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) / divide_by for name in names}
 

@@ -2,10 +2,10 @@
 
 The vocabulary is split over the ranks of one process group. Positions go through the head in chunks, so that no more
 than `chunk_tokens` rows of logits exist at once, in the forward and in the backward pass. Prompt tokens never reach it.
-docs/adr/0011-fused-head.md says what the head costs on top of its matrix products.
+docs/adr/0011-fused-head.md has the time that the head takes besides its matrix products.
 
 Shape suffix legend: N = response tokens of a micro-batch, flat; U = positions of one chunk; h = hidden size; V = this
-rank's vocabulary rows; R = statistics per position.
+rank's vocabulary rows; R = statistics per position, which are named where they are made.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class TwoViews:
     """The entropy given the original image."""
     perturbed_logp_N: Tensor
     divergence_N: Tensor
-    """Never negative."""
+    """Not below zero, except for rounding in the sum over slices."""
 
 
 @dataclass(frozen=True)
 class VocabHead:
-    """One rank's slice of the output matrix, and how its logits become the distribution that rollouts sample from."""
+    """One rank's slice of the output matrix, with the temperature and banned tokens that rollouts are sampled with."""
 
     weight_Vh: Tensor
     """float; this rank's rows of the output or tied embedding matrix, padding rows at the end included."""
@@ -63,10 +63,11 @@ class VocabHead:
     vocab_start: int = 0
     """The global index of this rank's first row."""
     banned_ids: tuple[int, ...] = ()
-    """Tokens that cannot be sampled: probability and gradient are zero, the others share the whole."""
+    """Tokens that cannot be sampled: their probability and gradient are zero, and the others' probabilities add up to
+    one."""
     weight_grad_Vh: Tensor | None = None
-    """The tensor to which the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32
-    (float64 for a float64 weight). Autograd then gets none. None: autograd gets it."""
+    """A buffer to which the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32
+    (float64 for a float64 weight). If there is no buffer, the backward pass returns the gradient to autograd."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are not positive and for a gradient that does not fit the weight."""
@@ -82,11 +83,11 @@ class VocabHead:
             )
 
     def token_logps(self, hidden_Nh: Tensor, target_N: Tensor, *, with_entropy: bool) -> tuple[Tensor, Tensor | None]:
-        """Log-probs of the target tokens, and the entropy of their distributions; both differentiable.
+        """Computes log-probs of the target tokens, and the entropy of their distributions; both differentiable.
 
-        The backward pass computes each chunk's logits again instead of keeping them. Its gradient of `hidden_Nh` is
-        already summed over the group: no further all-reduce belongs before the head. The gradient of the weight is this
-        rank's own.
+        The backward pass computes each chunk's logits again instead of keeping them. It sums the gradient of
+        `hidden_Nh` over the group itself, so the hidden states must not pass through another mapping that does (such
+        as Megatron's copy_to_tensor_model_parallel_region). The gradient of the weight is that of this rank's rows.
 
         Args:
             hidden_Nh: [N, h] float, after the final norm; equal on every rank of the group.
@@ -108,7 +109,7 @@ class VocabHead:
     def two_views(
         self, hidden_Nh: Tensor, perturbed_hidden_Nh: Tensor, target_N: Tensor, *, kind: Divergence
     ) -> TwoViews:
-        """Everything that scoring needs of tokens seen in two views, from one matrix product per view; no gradient.
+        """Computes all scores of tokens seen in two views, from one matrix product per view; no gradient.
 
         Args:
             hidden_Nh, perturbed_hidden_Nh: [N, h], the same tokens in the two views.
@@ -125,8 +126,8 @@ class VocabHead:
             raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
         rows_Vh, banned_rows = self.rows_Vh, self.banned_rows
         local_N, owned_N = self.local_targets(target_N)
-        result_RN = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
-        # One turn takes U positions of both views, so that 2U <= chunk_tokens rows of logits exist:
+        result_4N = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
+        # One turn takes U positions of both views, so that 2U <= chunk_tokens rows of logits exist (U is at least 1):
         #
         #     hidden_Nh[chunk]    perturbed_hidden_Nh[chunk]
         #           | @ rows_Vh.T         | @ rows_Vh.T
@@ -144,21 +145,21 @@ class VocabHead:
                 chunk_sums(logits_UV, local_U=local_N[chunk], owned_U=owned_N[chunk], temperature=self.temperature)
                 for logits_UV in logits
             ]
-            both = _join_slices(torch.cat(sums, dim=1), self.group)
+            both = _join_slices(torch.cat(sums, dim=1), self.group)  # of 2U positions, the original ones first
             (logp_U, perturbed_logp_U), (entropy_U, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
-            result_RN[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
+            result_4N[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
             if len(rows_Vh):
                 logsumexps = both.logsumexp_N.chunk(2)
-                result_RN[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
-        # The slices of the vocabulary add up, so one reduction at the end serves all chunks.
-        _all_reduce(result_RN[3], self.group)
-        return TwoViews(*result_RN)
+                result_4N[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
+        # A divergence is a sum over the vocabulary, so the slices' parts of all chunks are added at the end, at once.
+        _all_reduce(result_4N[3], self.group)
+        return TwoViews(*result_4N)
 
     # ---- this rank's slice
 
     @property
     def rows_Vh(self) -> Tensor:
-        """The weight without padding rows; empty on a rank that holds nothing else."""
+        """The weight without its padding rows; empty on a rank that holds only such rows."""
         return self.weight_Vh[: max(0, self.vocab_size - self.vocab_start)]
 
     @property
@@ -169,7 +170,7 @@ class VocabHead:
         return torch.tensor(held, dtype=torch.int64, device=self.weight_Vh.device)
 
     def local_targets(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of each target among this rank's rows (0 if another rank holds it), and whether this rank holds it."""
+        """Returns each target's index among this rank's rows (0 if another rank holds it), and if it is held."""
         local_N = target_N - self.vocab_start
         owned_N = (local_N >= 0) & (local_N < len(self.rows_Vh))
         return torch.where(owned_N, local_N, 0), owned_N
@@ -199,7 +200,7 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, target_N: Tensor, head: VocabHead, with_entropy: bool
     ) -> tuple[Tensor, Tensor]:
-        """`weight_Vh` is the head's: autograd finds inputs among the arguments only."""
+        """`weight_Vh` is that of `head`, passed again because autograd looks for inputs among the arguments only."""
         rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
         local_N, owned_N = head.local_targets(target_N)
         sums_RN = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
@@ -229,7 +230,7 @@ class _TokenLogps(torch.autograd.Function):
         if grad_logp_N is None:
             grad_logp_N = torch.zeros_like(logsumexp_N)
         if grad_entropy_N is None:
-            entropy_N = None  # its value is needed for its gradient only
+            entropy_N = None  # the gradient of the log-probs does not need it
         rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
         local_N, owned_N = head.local_targets(target_N)
         grad_hidden_Nh = torch.zeros_like(hidden_Nh) if wants_hidden else None
@@ -281,9 +282,11 @@ class _Joined:
 
 
 def _join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Joined:
-    """Joins the ranks' sums (see chunk_sums). Each refers to its rank's own peak, and is restated for the peak of all.
+    """Joins the ranks' sums: peak, sum of e^x, sum of x e^x, target logit (see chunk_sums).
 
-    With s the shift of the peak (not positive), e^x becomes e^s e^x, and x e^x becomes e^s (x e^x + s e^x).
+    x is a logit less the peak of its rank. To add sums of different ranks, each x is first moved to the peak of all
+    ranks, by adding s = own peak - common peak, which is at most 0. Then e^x becomes e^s e^x, and x e^x becomes
+    e^s (x e^x + s e^x).
     """
     peak_N = sums_RN[0]
     top_N = _all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
@@ -301,7 +304,7 @@ def _join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Joined:
 
 
 def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
-    """In place; every rank of the group gets the result. Without a group the value is already whole."""
+    """Reduces in place; every rank of the group gets the result. Without a group the value is already whole."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(value, op=op, group=group)
     return value

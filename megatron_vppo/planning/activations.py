@@ -1,6 +1,6 @@
 """The bytes that a micro-batch keeps on a trainer rank from its forward to its backward pass.
 
-Formulas of numbers. Each term is a tensor that autograd saves in the plain layers (`models/layers/torch_parts.py`):
+Plain arithmetic. Each term is a tensor that autograd saves in the plain layers (`models/layers/torch_parts.py`):
 Megatron's linear layers, with F.scaled_dot_product_attention as a flash kernel. Statistics of one number per token and
 norm are left out. docs/plan.md says what was measured.
 """
@@ -36,7 +36,7 @@ class VisionSizes:
     patch_values: int
     """The values of one patch."""
     taps: int
-    """The number of deepstack features, each with a merger of its own."""
+    """The number of deepstack features, which are taken from inside the tower, each by a merger of its own."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,14 @@ def layer_saved(layer: LayerSizes, tokens: int, *, split: LayerSplit, kernels: K
     heads, kv_heads = (tokens * count * layer.head_dim // tensor for count in (layer.heads, layer.kv_heads))
     norms = 2 * norm_saved(between, rms_norm=layer.rms_norm, kernels=kernels)
     if layer.qk_norm:
-        # The values are a view of the projections' output and keep it alive, and the keys are a view of it, too. The
-        # queries are a copy, unless this rank has one key-value head.
+        # Attention's V is a view of the output of the QKV projection, and keeps all of it alive. K is a view of it as
+        # well, so saving the input of its norm costs nothing more. Q is a copy, unless this rank has one key-value
+        # head.
         norms += norm_saved(heads, rms_norm=True, kernels=kernels, held=layer.kv_heads == tensor)
         norms += norm_saved(kv_heads, rms_norm=True, kernels=kernels, held=True)
     linear_inputs = 2 * between * size
     projections = (heads + 2 * kv_heads) * size
-    rotated = (heads + kv_heads) * size + 4 * tokens * layer.head_dim * size  # and cos, sin, for queries and for keys
+    rotated = (heads + kv_heads) * size + 4 * tokens * layer.head_dim * size  # the last: cos and sin, for Q and for K
     attention = heads * size  # the output
     if split.context > 1:
         # Each sequence is cut into 2 * context chunks of equal length, of which a rank has two, one from each end. For
@@ -115,7 +116,8 @@ def layer_saved(layer: LayerSizes, tokens: int, *, split: LayerSplit, kernels: K
         attention += 2 * kv_heads * (2 * split.context + 1) // 2 * size
     if recompute == "none":
         attention += FLOAT32 * tokens * layer.heads // tensor  # the log-sum-exp of each query
-    # Gated: gate and up, silu(gate), up + offset, their product. Otherwise: input and output of the activation.
+    # Gated: gate, up, silu(gate), up + offset (Megatron's glu_linear_offset, saved even if it is 0), their product.
+    # Otherwise: input and output of the activation.
     mlp = (5 if layer.gated else 2) * tokens * layer.ffn // tensor * size
     return norms + linear_inputs + projections + rotated + attention + mlp
 

@@ -1,4 +1,7 @@
-"""The share of a GPU that the trainer leaves to a rollout engine, and the numbers of GPUs that an engine can have."""
+"""The share of a GPU that the trainer leaves to a rollout engine, and the numbers of GPUs that an engine can have.
+
+The number of GPUs of an engine is its tensor-parallel size (`--rollout-tp`).
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,14 @@ ENGINE_RESERVE = 3 * GIB
 SLEEPING_ENGINE = GIB
 """The CUDA context, which a sleeping engine still holds. An assumption as well."""
 TRANSFER_BUFFER = GIB // 4
-"""The size of each of the two buffers in which weights reach an engine, unless one tensor is larger."""
+"""Bytes of each of the two buffers through which weights are sent to an engine; more if one tensor is larger."""
 MOST_UTILIZATION = 0.9
+"""The largest `rollout.gpu_memory_utilization` that is planned."""
 
 
 @dataclass(frozen=True)
 class EngineModel:
-    """The numbers of a model that its engines depend on."""
+    """The properties of a model that decide the memory of its engines."""
 
     hf_config: HfConfig
     language: LanguageSizes
@@ -29,25 +33,26 @@ class EngineModel:
 
     @property
     def largest_tensor_bytes(self) -> int:
-        """The embedding's size."""
+        """Bytes of the embedding, which is the largest tensor of these models."""
         return self.language.vocabulary * self.language.layer.hidden * DTYPE_BYTES
 
 
 def engine_sizes(model: EngineModel, cluster: Cluster) -> tuple[int, ...]:
-    """GPUs that an engine may have: they are on one node, no GPU of the cluster is left over, and vLLM can split the
-    model over them.
+    """Lists the numbers of GPUs that an engine may have.
+
+    They fit on one node, leave no GPU of the cluster over, and vLLM can split the model over them.
     """
     return tuple(size for size in cluster.group_sizes if vllm_split_refusal(model.hf_config, size) is None)
 
 
 def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
     """Raises ValueError, with the possible sizes, unless `size` is one of `engine_sizes`."""
-    refusal = vllm_split_refusal(model.hf_config, size)
+    unsplittable = vllm_split_refusal(model.hf_config, size)
     if size not in cluster.group_sizes:
         nodes = f" in nodes of {cluster.node_gpus}" if cluster.gpus > cluster.node_gpus else ""
         reason = f"{cluster.gpus} GPUs{nodes} do not divide into engines of {size}"
-    elif refusal is not None:
-        reason = f"{refusal} cannot be split over the {size} GPUs of an engine"
+    elif unsplittable is not None:
+        reason = f"{unsplittable} cannot be split over the {size} GPUs of an engine"
     else:
         return
     raise ValueError(f"--rollout-tp {size}: {reason}; possible: {', '.join(map(str, engine_sizes(model, cluster)))}")
@@ -56,11 +61,11 @@ def check_engine_size(model: EngineModel, cluster: Cluster, size: int) -> None:
 def engine_share(
     model: EngineModel, trainer: Candidate, *, request: PlanRequest, sizes: tuple[int, ...]
 ) -> EngineShare | None:
-    """The GPU share of the smallest engine that fits.
+    """Finds the smallest engine that fits, and its share of each GPU.
 
-    It gets everything that the fullest trainer rank leaves free while engines sample, up to MOST_UTILIZATION. Returns
-    None if no size holds `request.engine_sequences`, or if trainer and engine do not fit together while the trainer
-    computes (engines sleep) or while it sends weights.
+    While engines sample, an engine gets everything that the fullest trainer rank leaves free, up to MOST_UTILIZATION.
+    Returns None if no engine's KV cache holds `request.engine_sequences` sequences of full length. Returns None as well
+    if trainer and engine do not fit together while the trainer computes, when engines sleep, or while it sends weights.
 
     Args:
         sizes: GPUs that an engine may have, smallest first.

@@ -105,7 +105,7 @@ def _preference(candidate: Candidate, cluster: Cluster) -> tuple[bool, int, int,
 
 
 class _Model:
-    """The numbers of a model, computed once for all layouts."""
+    """The sizes and counts of a model, computed once for all layouts."""
 
     def __init__(self, hf_config: HfConfig, *, frozen: frozenset[ModelPart]) -> None:
         self.hf_config, self.frozen = hf_config, frozen
@@ -154,7 +154,7 @@ class _Model:
         )
 
     def _stage_values(self, stage: int, layers: tuple[int, ...], *, tensor: int) -> StageValues:
-        """Counts once for all contexts and recomputations, because a large model has a thousand parameters."""
+        """Counts the values of a stage, once for all context sizes and recomputations: there may be 1000 tensors."""
         key = (stage, len(layers), tensor)
         if key not in self._values:
             self._values[key] = stage_values(

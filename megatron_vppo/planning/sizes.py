@@ -68,7 +68,7 @@ def stage_values(
         frozen: parts of the model that are not trained.
     """
     mine = stage_entries(entries, stage_layers=stage_layers, stage=stage)
-    tied = {name for entry in entries if entry.copy for name in entry.hf_names} if len(stage_layers) > 1 else set()
+    tied = {name for entry in entries if entry.is_copy for name in entry.hf_names} if len(stage_layers) > 1 else set()
     buckets: list[list[int]] = [[]]
     untrained = 0
     for entry in mine:

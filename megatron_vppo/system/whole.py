@@ -6,8 +6,9 @@ Everything is written under a temporary name in the same folder, flushed to disk
     .target.tmp/       what is being written
     .target.old.tmp/   what was there before, for the moment between two renames
 
-So whoever finds `target` finds all of it, also after a power cut. A process that is killed leaves `.target.tmp`, which
-the next one that writes the same target removes.
+So whoever finds `target` finds all of it, also after a power cut. A process that is killed while it writes a folder
+leaves `.target.tmp`, which the next one that writes the same target removes. A file's temporary name has the number of
+its process in it, so that several may write at once; one that is left by a killed process stays.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def unfinished_folder(target: Path) -> Path:
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder so that nothing is ever left of it under its name but all of it."""
+    """Removes a folder. It is renamed first, so that its name never shows a folder of which a part is gone."""
     _remove(_set_aside(path))
 
 
@@ -102,8 +103,9 @@ def remove_folder(path: Path) -> None:
 def exit_on_sigterm() -> Iterator[None]:
     """Lets SIGTERM unwind the stack within the block as Ctrl-C does, so that unfinished files are removed.
 
-    Only for a process on its own: a rank that waits for others within a collective would then not end at once. Does
-    nothing in a thread other than the main one, where no handler can be set.
+    This is for a process on its own. A rank that waits for others in a collective would not end: Python runs a handler
+    only when the call into the library returns. In another thread than the main one, which cannot set a handler, it
+    does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -129,7 +131,7 @@ def _claim(unfinished: Path, target: Path) -> int:
         os.close(lock)
         raise ValueError(f"another process is writing {target}") from None
     except OSError as error:
-        if error.errno not in _NO_LOCKS:  # some network file systems have none: two writers then see nothing of it
+        if error.errno not in _NO_LOCKS:  # some network file systems have no locks; two writers are then not kept apart
             os.close(lock)
             raise
     for left in unfinished.iterdir():

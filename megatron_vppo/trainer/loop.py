@@ -102,7 +102,8 @@ def train(run: Run) -> None:
                     log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
                 run.recorder.write(step, minibatches, groups, scores)
 
-            # 8. Validate, checkpoint. The step's line is written first: a resume cuts lines after its checkpoint.
+            # 8. Validate, write the step's line of metrics, save a checkpoint. A resume drops lines after its
+            # checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
                 with log.span(VALIDATE.span):
                     placement.sampling()

@@ -1,8 +1,8 @@
-"""The use of GPU memory by trainer and engine in each phase of a step; `HOLDINGS` is the whole of it.
+"""The use of GPU memory by trainer and engine in each phase of a step, as the table `HOLDINGS` has it.
 
-A rank's trainer and the engine on the same GPU never hold more than the phase says. On entering a phase, every rank
-first gives up the memory that the phase does not need, and only then takes what it needs. docs/placement.md has the
-table with the settings.
+Of the parts that may leave the GPU (`actor.offload`, and engines that sleep), trainer and engine hold only those of the
+phase. On entering a phase, every rank first gives up the memory that the phase does not need, and only then takes what
+it needs. docs/placement.md has the table with the settings.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_vppo.rollout.engine import EngineMemory
 #              kv_cache                     =======                                      =======
 #     for a moment                 buffers  prefill  activations       buffers           prefill
 #
-# The engine forgets its weights before `score`: an update and a sync follow, which brings new ones. Before `write` it
-# copies them to host memory, since nothing brings them again.
+# The engine forgets its weights before `score`, because a sync will bring new ones after the update. Before `write` it
+# copies them to host memory, because no sync follows.
 
 START = "start"
 """Before the first phase: the trainer's state is on the device, and engines that sleep are asleep."""
@@ -76,7 +76,7 @@ HOLDINGS = {
         trainer=("params", "optimizer"), engine=(), after=(SYNC.name, SAMPLE.name, WRITE), keeps_engine_weights=True
     ),
 }
-"""The phases that move memory. Rewards and advantages need no GPU, and validation samples."""
+"""The phases that move memory. Rewards and advantages need no GPU. Validation runs in the phase of sampling."""
 
 
 class Placement:
@@ -146,7 +146,7 @@ class Placement:
         coming = self._away & set(holding.trainer)
         engine_moves = self._engines_sleep and self._awake != set(holding.engine)
         if name == WRITE and not coming:
-            return  # everything that is written is on the device, and writing takes no room
+            return  # all that is written is on the device, and writing needs no further memory: engines may stay awake
         if leaving or coming or engine_moves:
             self._make_room(leaving, holding)
             self._barrier()  # an engine may span the GPUs of several ranks
@@ -165,7 +165,7 @@ class Placement:
                 self._engine.sleep(keep_weights=holding.keeps_engine_weights)
             self._awake = frozenset()
         elif set(holding.engine) - self._awake:
-            self._trainer.empty_cache()
+            self._trainer.empty_cache()  # torch keeps freed memory, which the engine is about to take
 
     def _take(self, coming: frozenset[MemoryPart], holding: Holding) -> None:
         if coming:

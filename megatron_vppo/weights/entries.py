@@ -33,7 +33,7 @@ class Entry:
     layer: int | None = None
     """The number, in the whole model, of the language layer that `{}` stands for."""
     part: ModelPart = "language_model"
-    copy: bool = False
+    is_copy: bool = False
     """True if another entry has the same tensors: the tied output layer of a pipeline's last stage. It is loaded, kept
     equal by the optimizer step, and never exported."""
 
@@ -65,10 +65,12 @@ def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stag
     A tied copy is among them if there are several stages; a single one holds the tensor once.
     """
     return [
-        entry for entry in entries if entry.stage(stage_layers) == stage and not (entry.copy and len(stage_layers) == 1)
+        entry
+        for entry in entries
+        if entry.stage(stage_layers) == stage and not (entry.is_copy and len(stage_layers) == 1)
     ]
 
 
 def stream_entries(entries: Iterable[Entry]) -> list[Entry]:
     """Selects the entries of an export: every tensor once, in the order of the model."""
-    return [entry for entry in entries if not entry.copy]
+    return [entry for entry in entries if not entry.is_copy]

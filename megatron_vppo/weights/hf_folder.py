@@ -95,10 +95,10 @@ class FileTensor:
 class HfFolder:
     """The tensors of a folder: those of `model.safetensors`, or of the files that an index names."""
 
-    def __init__(self, folder: Path, released_name: Callable[[str], str]) -> None:
+    def __init__(self, folder: Path, to_released_name: Callable[[str], str]) -> None:
         """
         Args:
-            released_name: translates the name of a tensor in a file to that of the released checkpoint.
+            to_released_name: translates the name of a tensor in a file to that of the released checkpoint.
 
         Raises:
             ValueError: files are missing or cut off, are not safetensors files, or do not hold what the index says.
@@ -113,7 +113,7 @@ class HfFolder:
         else:
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder in Hugging Face's format")
         for tensor in tensors:
-            name = released_name(tensor.name)
+            name = to_released_name(tensor.name)
             if name in self._tensors:
                 other = self._tensors[name]
                 raise ValueError(f"{name} comes twice: {other.name} in {other.path} and {tensor.name} in {tensor.path}")

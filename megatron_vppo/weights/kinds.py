@@ -6,9 +6,11 @@ again, bit for bit.
 `shard` only slices its inputs along one dimension (`x[a:b]`, `x[:, a:b]`, `x[:]`), so it also takes tensors that still
 lie in a safetensors file (`hf_folder.FileTensor`), and reads no more of them than this rank needs.
 
-A new kind is one class here: nothing outside asks for its type. A gated projection of 4 rows on 2 ranks, for example:
+A new kind is one class here, since no other file asks which kind it has. The "unsplit" parameter is the one that a rank
+holds with tensor-parallel size 1. A gated projection of 4 rows on 2 ranks, for example:
 
     Hugging Face        gate: g0 g1 g2 g3      up: u0 u1 u2 u3
+    unsplit             g0 g1 g2 g3 u0 u1 u2 u3
     shard, rank 0       g0 g1 u0 u1
     shard, rank 1       g2 g3 u2 u3
 """
@@ -27,7 +29,7 @@ Shape = tuple[int, ...]
 
 
 class Kind(Protocol):
-    """The correspondence between the tensors of one entry and its parameter on each tensor-parallel rank."""
+    """The correspondence between the tensors of an `Entry` and its parameter on each tensor-parallel rank."""
 
     @property
     def partition_dim(self) -> int | None:
@@ -39,16 +41,16 @@ class Kind(Protocol):
 
     @property
     def stacks_rows(self) -> bool:
-        """True if the parameter of one rank is the rows of one tensor after those of another, in their order.
+        """True if the unsplit parameter is the Hugging Face tensors one below the other, with their rows unchanged.
 
         Such a parameter can be read and written a few rows at a time.
         """
 
     @property
     def row_blocks(self) -> int:
-        """The number of equal blocks of rows that the parameter of one rank can be made in, one after another.
+        """The largest `size` for which the shards of ranks 0, 1, ..., one below the other, are the unsplit parameter.
 
-        For every divisor of it as `size`, `shard` of all ranks in turn gives these blocks; for no other size.
+        They are so for every divisor of this number as `size`, and for no other.
         """
 
     @property
@@ -65,15 +67,15 @@ class Kind(Protocol):
         """Cuts the parameter of rank `rank` of `size` from the Hugging Face tensors.
 
         Raises:
-            ValueError: `size` does not divide what has to stay whole.
+            ValueError: `size` does not divide the number of rows or heads.
         """
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        """Turns [ranks, *local shape] into the Hugging Face tensors, each when it is asked for; may be views."""
+        """Turns [ranks, *local shape] into the Hugging Face tensors, one at a time; they may be views."""
 
 
 def _share(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
-    """The first of this rank's share of `total` units, and the one after its last."""
+    """Returns the first of this rank's share of `total` units, and the one after its last."""
     if total % size:
         raise ValueError(f"{total} {unit} cannot be split over {size} tensor-parallel ranks")
     return rank * (total // size), (rank + 1) * (total // size)
@@ -81,7 +83,10 @@ def _share(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Replicated:
-    """Every rank holds the whole tensor, perhaps in another shape (a convolution whose stride is its kernel)."""
+    """Every rank holds the whole tensor, perhaps in another shape.
+
+    An example is the patch embedding: a convolution whose stride is its kernel, held as the matrix that it is.
+    """
 
     hf_shape: Shape
     shape: Shape
@@ -175,7 +180,7 @@ class GroupedQKV:
     """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value.
 
     Hugging Face    q0 q1 q2 q3      k0 k1      v0 v1           4 heads, 2 key-value heads
-    one rank        q0 q1 k0 v0 q2 q3 k1 v1
+    unsplit         q0 q1 k0 v0 q2 q3 k1 v1
     """
 
     heads: int
@@ -224,7 +229,7 @@ class FusedQKV:
     """One tensor of all queries, all keys, all values -> one ordered by head: its query, its key, its value.
 
     Hugging Face    q0 q1 k0 k1 v0 v1           2 heads
-    one rank        q0 k0 v0 q1 k1 v1
+    unsplit         q0 k0 v0 q1 k1 v1
     """
 
     heads: int

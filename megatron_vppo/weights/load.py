@@ -68,7 +68,7 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
                 unpadded_rows=kinds[name].unpadded_rows,
             )
     for entry in model.weight_map:
-        if entry.copy and entry.template in metadata.state_dict_metadata:
+        if entry.is_copy and entry.template in metadata.state_dict_metadata:
             raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
     # Megatron's own check wants all ranks together to read everything, which fails if a rank holds several stages and
     # loads one after the other. That nothing is missing was seen above, tensor by tensor.

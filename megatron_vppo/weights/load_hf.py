@@ -23,7 +23,7 @@ class MappedModel(Protocol):
     stage: int
     groups: ProcessGroupCollection
     hf_copies: Mapping[str, str]
-    released_name: Callable[[str], str]
+    to_released_name: Callable[[str], str]
 
     def tensor_group(self, entry: Entry) -> dist.ProcessGroup: ...
 
@@ -41,7 +41,7 @@ def load_hf_weights(model: MappedModel, folder: str | Path) -> None:
         ValueError: a tensor is missing, has another shape than the configuration says, does not belong to the model,
             or is a copy with other values.
     """
-    weights = HfFolder(Path(folder), model.released_name)
+    weights = HfFolder(Path(folder), model.to_released_name)
     weights.check(model.weight_map, model.hf_copies)
     unfilled = dict(model.named_parameters())
     for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):

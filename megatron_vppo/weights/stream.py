@@ -23,9 +23,9 @@ from megatron_vppo.weights.residence import require_resident
 def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yields every tensor of the checkpoint once, in the order of the model and whole on every rank.
 
-    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. At any time there are
-    the shards of one entry (at most QKV, gate and up, or the embedding), next to whole tensors that the caller keeps.
-    Tensors may be views of parameters, so copy what has to outlive the next optimizer step.
+    A collective over the tensor- and pipeline-parallel groups: their ranks must iterate together. Besides the tensors
+    that the caller keeps, memory holds the shards of one entry at a time, of which QKV, gate and up, or the embedding
+    is the largest. Tensors may be views of parameters, so copy what has to outlive the next optimizer step.
 
     Args:
         stages: the pipeline stages that this rank holds.

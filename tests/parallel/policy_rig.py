@@ -83,7 +83,7 @@ class RigPixels:
         clean = list(make_pixels().values())[ref.row]
         if perturb is None:
             return clean
-        generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_row or 0) % 997 + ref.row)
+        generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_number or 0) % 997 + ref.row)
         return clean + torch.randn(clean.shape, generator=generator)
 
 

@@ -113,7 +113,7 @@ def _compare(
     stages = SPLITS[name] if pipeline > 1 else (3,)
     compared = set()
     for entry in weight_map(MODELS[name], family=family_of(MODELS[name])):
-        if entry.copy and pipeline == 1:
+        if entry.is_copy and pipeline == 1:
             continue
         stage = entry.stage(stages)
         shards = [

@@ -83,7 +83,7 @@ def test_every_tensor_of_the_checkpoint_maps(name: str) -> None:
     family = family_of(config)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    theirs = {family.released_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    theirs = {family.to_released_name(key): tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     if config.tie_word_embeddings:
         del theirs[HEAD]  # not stored
 

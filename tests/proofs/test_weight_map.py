@@ -35,7 +35,7 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("saved")
     config = CONFIGS[request.param]
     model = save_tiny_model(folder, config)
-    memory = {family_of(config).released_name(name) for name, _ in model.named_parameters()}
+    memory = {family_of(config).to_released_name(name) for name, _ in model.named_parameters()}
     assert memory == set(load_file(folder / "model.safetensors"))
     return config, folder
 

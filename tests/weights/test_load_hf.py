@@ -36,7 +36,7 @@ class TwoTensors(nn.Module):
         return SimpleNamespace(rank=lambda: 1, size=lambda: 2)
 
     @staticmethod
-    def released_name(name: str) -> str:
+    def to_released_name(name: str) -> str:
         return name.removeprefix("prefix.")
 
 

@@ -1,8 +1,8 @@
 """Deepstack (Qwen3-VL): features from inside the vision tower, added to image tokens after the first language layers.
 
 Shape suffix legend: S = tokens that this rank holds between layers; W = image tokens among S; J = image tokens among
-the tokens of this context-parallel rank (W without sequence parallelism); O = outputs of the vision tower that are
-deepstack features, one per layer that adds one; h = hidden size of the language model.
+the tokens of this context-parallel rank (without sequence parallelism J and W are the same); O = outputs of the vision
+tower that are deepstack features, one per layer that adds one; h = hidden size of the language model.
 
 No layer may read a tensor that is connected to the vision tower. A layer that runs again in the backward pass
 (recompute) calls backward by itself; it would walk through the tower's graph, which is freed after the first walk. So
@@ -38,7 +38,7 @@ def prepare_deepstack(
     *,
     sequence_group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Deepstack | None]:
-    """The embeddings, through which the features' gradients will go back, and what the layers add.
+    """Returns the embeddings, connected so that the features' gradients go back through them, and the layers' leaves.
 
     Args:
         features_Jh: one tensor per language layer that adds one; empty without deepstack.

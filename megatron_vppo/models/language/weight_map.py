@@ -31,7 +31,7 @@ def language_entries(hf_config: HfConfig, *, prefix: str, qkv_bias: bool, qk_nor
         Entry("language.embedding.word_embeddings.weight", (embedding,), vocabulary, "first"),
         *layers,
         Entry("language.decoder.final_layernorm.weight", (f"{prefix}norm.weight",), whole(text.hidden_size), "last"),
-        Entry("language.output_layer.weight", (embedding if tied else HEAD,), vocabulary, "last", copy=tied),
+        Entry("language.output_layer.weight", (embedding if tied else HEAD,), vocabulary, "last", is_copy=tied),
     ]
 
 

@@ -2,8 +2,8 @@
 
 Shape suffix legend: Z = packed sequences; C = tokens of this context-parallel rank (patches, in a vision tower); K =
 all packed tokens (C where there is one rank); A = pieces of a bucket: packed sequences, or chunks of them; Q = query
-positions of a bucket; L = key length of a bucket: tokens of one packed sequence, or of its visible front; H = attention
-heads of this rank; E = values per attention head.
+positions of a bucket; L = key length of a bucket: tokens of one packed sequence, or of the beginning of one that a
+chunk sees; H = attention heads of this rank; E = values per attention head.
 
 A loop over sequences would launch a kernel per sequence, a single padded call would waste memory. So pieces of similar
 length form a bucket, which is one call of torch's scaled_dot_product_attention:
@@ -38,7 +38,7 @@ from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.sequences import AttentionPlan
 
 _SHORTEST_TO_LONGEST = 0.8
-"""The least ratio of lengths within a bucket. At most 1/5 of its tokens and 1/3 of its attention scores are padding."""
+"""The least ratio of lengths within a bucket. So less than 20 % of its tokens and 36 % of its scores are padding."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +46,24 @@ class Bucket:
     """Pieces that share one attention call."""
 
     pieces: int
+    """The number of pieces, A."""
     query_index: Tensor | slice
-    """int64 [A*Q]; which of the C tokens fills each place. Padding repeats a real token. It is a slice if the bucket's
-    tokens lie together and have no padding."""
+    """int64 [A*Q]; the index among the C tokens of each query. Padding repeats a real token. It is a slice if the
+    bucket's tokens lie together and have no padding."""
     key_index: Tensor | slice
-    """int64 [A*L]; the same for keys, which of the K tokens. Equal to the query's where pieces attend to themselves."""
+    """int64 [A*L]; the index of each key in the tensor of keys. Without context parallelism it is `query_index`. With
+    it, the tensor holds the keys gathered from all ranks, one rank after the other."""
     mask: Tensor | None
     """The keys that each query sees: bool [A, 1, 1, L]; or `causal_lower_right`, which fused kernels apply without
-    storing a mask; or None if `causal` is enough."""
+    storing a mask. None if every query sees all keys, or those that `causal` says."""
     causal: bool
-    """True if each token of a piece sees the piece up to itself; keys are then the queries' own."""
+    """True if each query sees the keys up to itself. Queries and keys are then the same tokens."""
 
 
 @dataclass(frozen=True)
 class BucketPlan(AttentionPlan):
+    """The buckets of a micro-batch, and the way back to the order of its tokens."""
+
     buckets: tuple[Bucket, ...]
     restore_C: Tensor | None
     """int64; the place of each token among the outputs of all buckets, one bucket after the other. None: in order."""
@@ -120,7 +124,7 @@ def plan_context_attention(packing: Packing, *, rank: int, size: int, device: to
 
 
 def plan_packed(packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1) -> BucketPlan:
-    """See LayerParts.plan."""
+    """Plans attention for the torch backend (LayerParts.plan). Over several context-parallel ranks it is causal."""
     if size > 1:
         return plan_context_attention(packing, rank=rank, size=size, device=device)
     return plan_attention(packing, causal=causal, device=device)
@@ -195,7 +199,7 @@ def packed_attention(
 
 
 class PackedAttention(PackedCoreAttention, nn.Module):
-    """Megatron's core attention, over the plan of whole sequences."""
+    """Megatron's core attention, by the plan for whole sequences."""
 
     def __init__(
         self,
@@ -203,11 +207,11 @@ class PackedAttention(PackedCoreAttention, nn.Module):
         config: TransformerConfig,
         softmax_scale: float | None,
         pg_collection: ProcessGroupCollection,
-        **of_megatron: object,
+        **unused: object,
     ) -> None:
         """
         Args:
-            of_megatron: what Megatron also says of a core attention (number and type of the layer); unused.
+            unused: further arguments of Megatron to a core attention, such as the number and type of the layer.
         """
         super().__init__()
         assert config.kv_channels is not None
@@ -218,11 +222,11 @@ class PackedAttention(PackedCoreAttention, nn.Module):
         assert isinstance(plan, BucketPlan)
         key, value = key_CHE, value_CHE
         if plan.gathers_keys:
-            # As one tensor: one collective here, and one that sums its gradient over the ranks.
+            # Keys and values go as one tensor: one collective here, and one that sums its gradient over the ranks.
             both = gather_from_sequence_parallel_region(torch.stack([key, value], dim=1), group=self.context_group)
             key, value = both.unbind(1)
         return packed_attention(query_CHE, key, value, plan, scale=self.scale)
 
 
 class WindowAttention(InWindows, PackedAttention):
-    """The same, over the plan of windows."""
+    """The same for layers of Qwen2.5-VL's tower that attend within windows: by the plan for windows."""

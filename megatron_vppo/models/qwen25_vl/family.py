@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.language.mrope import mrope_position_fn, sectioned_mrope
 from megatron_vppo.models.qwen25_vl.vision import Qwen25VisionTower
-from megatron_vppo.models.qwen25_vl.weight_map import released_name, vision_entries
+from megatron_vppo.models.qwen25_vl.weight_map import to_released_name, vision_entries
 
 
 def _check(hf_config: Qwen2_5_VLConfig) -> None:
@@ -29,5 +29,5 @@ QWEN25_VL = Family(
     vision_tower=Qwen25VisionTower,
     vision_entries=vision_entries,
     language_prefix="model.",
-    released_name=released_name,
+    to_released_name=to_released_name,
 )

@@ -1,7 +1,7 @@
 """Qwen2.5-VL: Hugging Face tensor names -> parameters of our Megatron modules.
 
 Names are those of released checkpoints, which transformers 5 also writes and vLLM reads: `visual.*`, `model.*`,
-`lm_head.weight`. What transformers 5 calls them in memory is translated by `released_name`.
+`lm_head.weight`. What transformers 5 calls them in memory is translated by `to_released_name`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_vppo.weights.kinds import Gated, Kind, Split, whole
 _IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "model."}
 
 
-def released_name(name: str) -> str:
+def to_released_name(name: str) -> str:
     """The released checkpoint's name of a tensor that transformers 5 names otherwise in memory."""
     for prefix, released in _IN_MEMORY_PREFIXES.items():
         if name.startswith(prefix):

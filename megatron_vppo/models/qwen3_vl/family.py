@@ -42,5 +42,5 @@ QWEN3_VL = Family(
     vision_tower=Qwen3VisionTower,
     vision_entries=vision_entries,
     language_prefix="model.language_model.",
-    released_name=lambda name: name,  # transformers uses the released names
+    to_released_name=lambda name: name,  # transformers uses the released names
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_vppo.rollout.records import LiveWeight
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""The checkpoint's layers that vLLM stacks along the output, by the name of vLLM's layer."""
+"""The checkpoint's layers that vLLM stacks, row by row, into the layer of this name."""
 
 PREFIXES = (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head."), ("visual.", "visual."))
 """Beginnings of vLLM's names, and the canonical ones: those of released Qwen2.5-VL checkpoints."""
@@ -91,10 +91,10 @@ HASHED_ROWS = 4096
 
 
 def parameters_of(names: Collection[str], workers: Sequence[Sequence[LiveWeight]]) -> tuple[str, ...]:
-    """Returns vLLM's names of all parameters that are made of these checkpoint tensors, including scales.
+    """Returns vLLM's names of all parameters made of these checkpoint tensors, and of the scales of quantised ones.
 
     Raises:
-        ValueError: a parameter is stacked from some of these and some others.
+        ValueError: a parameter is stacked from tensors of which only some are among these.
     """
     wanted = {canonical_name(name) for name in names}
     found: dict[str, None] = {}
@@ -139,7 +139,7 @@ class StreamCheck:
             )
             raise ValueError(f"weight {name!r} is unknown to the rollout engine's model{hint}")
         if canonical not in self._missing:
-            raise ValueError(f"weight {name!r} came twice in one stream, or is one of those that stay as they are")
+            raise ValueError(f"weight {name!r} came twice in one stream, or is one of those that the engine keeps")
         del self._missing[canonical]
         return self.places[canonical]
 
@@ -190,7 +190,7 @@ class ExpectedDigests:
         """Takes a tensor of the transfer into account.
 
         The parts of a parameter may come in any order: one that comes early is kept until its turn. Parts of a
-        quantised parameter are skipped, because the engine will have other bits.
+        quantised parameter are skipped, because the engine holds quantised values, which have other bits.
         """
         if parameter not in self._by_parameter:
             return

@@ -6,7 +6,7 @@ into the other:
     buffer 1   pack A | engine loads A |  pack C        | engine loads C
     buffer 2          |  pack B        | engine loads B |  pack D         ...
 
-`end_update_weights` waits at each bar, so a buffer is packed again only after the engine has loaded it. Besides the two
+A buffer is packed again only after the engine has loaded it (`end_update_weights`). Besides the two
 buffers the trainer holds no copy of the weights.
 """
 
@@ -165,8 +165,8 @@ class WeightSender:
 
         Args:
             verify: compare the weights that the engine then computes with to those sent.
-            kept: tensors that do not come, because an earlier transfer brought them. They are compared as well if
-                they were then.
+            kept: tensors that do not come, because the engine has them from an earlier transfer. With `verify` they
+                are compared with their digests from the last transfer that was verified, if there was one.
 
         Raises:
             ValueError: a name is unknown, comes twice or is missing. Or a tensor is to be kept that the engine does not
