@@ -49,10 +49,11 @@ class ChildProcess:
         self.send(settings)
 
     def send(self, message: Any) -> None:
+        """Sends a request. Raises RuntimeError, with the end of the log, if the process has ended."""
         try:
             self._connection.send(message)
         except OSError as error:
-            raise self.failure("is gone") from error
+            raise self._end_of_process() from error
 
     def receive(self, *, timeout_seconds: float | None = None) -> Any:
         """Waits for the next answer.
@@ -66,11 +67,9 @@ class ChildProcess:
                 if self._connection.poll(POLL_SECONDS):
                     return self._connection.recv()
             except (EOFError, OSError) as error:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(GRACE_SECONDS)
-                raise self.failure(f"ended with {self._exit_status()}") from error
+                raise self._end_of_process() from error
             if ended:
-                raise self.failure(f"ended with {self._exit_status()}")
+                raise self._end_of_process()
             if deadline is not None and time.monotonic() > deadline:
                 raise self.failure(f"did not answer within {timeout_seconds:.0f} seconds")
 
@@ -95,6 +94,12 @@ class ChildProcess:
             if self._wait_for_group():
                 break
         self._process.wait()
+
+    def _end_of_process(self) -> RuntimeError:
+        """Builds the error of a process whose end of the connection is closed; its exit may follow in a moment."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(GRACE_SECONDS)
+        return self.failure(f"ended with {self._exit_status()}")
 
     def _wait_for_group(self) -> bool:
         deadline = time.monotonic() + GRACE_SECONDS

@@ -39,7 +39,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.observability.metrics import read_metrics
-from megatron_vppo.rollout.process_group import members
+from megatron_vppo.rollout.os_processes import members
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA, DEMO_MODEL = "build/digits/data", "build/digits/model"
