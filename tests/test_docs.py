@@ -1,4 +1,4 @@
-"""What README and docs name exists: files, folders, make targets, `vppo` subcommands, settings, tests, links.
+"""README and docs name only what exists: files, folders, make targets, `vppo` subcommands, settings, tests, links.
 
 Only code is looked at (`spans`, fenced and indented blocks) and the targets of links; prose may say what it likes. HTML
 comments are left out. The checker is itself shown planted mistakes below: it has to see each of them.
@@ -111,7 +111,7 @@ def known_tests() -> frozenset[str]:
 
 
 def is_setting(name: str) -> bool:
-    """Whether the dotted name is a setting or a section of one."""
+    """Returns True if the dotted name is a setting or a section."""
     model: type[Section] | None = RunConfig
     for key in name.split("."):
         if model is None or key not in model.model_fields:

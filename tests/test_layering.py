@@ -7,7 +7,7 @@
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
     config.choices                                         the one module that every room may import; imports nothing
 
-What each room may import is in ROOMS; docs/architecture.md draws the same picture. Imports inside functions and under
+What each room may import is in ROOMS; docs/architecture.md has the same drawing. Imports inside functions and under
 TYPE_CHECKING count like any other: a border is a border.
 
 Also a program: `python tests/test_layering.py` prints the violations and exits with 1 if there are any.
@@ -31,7 +31,7 @@ GUARDED = {"megatron", "vllm", "transformers", "datasets", "PIL", "transformer_e
 
 @dataclass(frozen=True)
 class Room:
-    """What a folder of the package may import, beside the standard library."""
+    """The imports that a folder of the package may have besides the standard library."""
 
     ours: frozenset[str]
     """Other folders of the package."""
@@ -100,7 +100,7 @@ def imports_of(source: str, module: str) -> Iterator[Import]:
 
 
 def violation(home: str, module: str) -> str | None:
-    """Why the folder `home` of the package may not import `module`; None if it may."""
+    """Returns the reason why the folder `home` of the package may not import `module`; None if it may."""
     top, _, rest = module.partition(".")
     rules = ROOMS[home]
     if f"{module}.".startswith(f"{CHOICES}."):
@@ -180,7 +180,7 @@ def circle_in(arrows: dict[str, set[str]]) -> list[str]:
 
 
 def arrows_of(sources: dict[str, str]) -> dict[str, set[str]]:
-    """Which modules of the package each module imports; a name imported from a module counts as that module."""
+    """Lists the package's modules that each module imports; a name imported from a module counts as that module."""
     arrows: dict[str, set[str]] = {module: set() for module in sources}
     for module, source in sources.items():
         for imported in imports_of(source, module):

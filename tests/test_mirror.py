@@ -1,7 +1,8 @@
 """Tests lie where the code that they test lies, and every proof is named on the page that says what is proved.
 
-`tests/ROOM/test_NAME.py` tests `megatron_vppo/ROOM/NAME.py`; a second file about the same module adds its subject,
-`test_NAME_SUBJECT.py`. Whole-package claims are in `tests/proofs/`, programs in `tests/tools/`.
+The tests of a module are in the folder of the same name below tests/, in the file of its name with `test_` before it; a
+second file about the same module adds its subject to the name. Whole-package claims are in `tests/proofs/`, programs in
+`tests/tools/`.
 """
 
 from __future__ import annotations

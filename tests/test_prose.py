@@ -1,4 +1,4 @@
-"""Holds the words and the docstrings of the package and of tools/ to CONTRIBUTING.md's sections "Words" and "Prose".
+"""Holds the words and the docstrings of all Python sources to CONTRIBUTING.md's sections "Words" and "Prose".
 
 Read from the sources with `ast` and `tokenize`: how docstrings begin, which words stand in names, docstrings and
 comments, and that no two classes of the package share a name. Standard library only, so that it runs anywhere. The
@@ -17,7 +17,9 @@ from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CHECKED = ("megatron_vppo", "tools", "checkpoints_conversion")
+CHECKED = ("megatron_vppo", "tools", "checkpoints_conversion", "examples", "tests")
+NOT_CHECKED = {"tests/test_prose.py"}
+"""This file, which has to spell out what it refuses."""
 
 # A clause that stands for a noun. A docstring begins with a verb, or with a noun and its article.
 CLAUSE = re.compile(r"(?:Of|What|Which|Where|Whether|How|As|For|When|Who|Whose|Why)\b")
@@ -48,6 +50,9 @@ NAMES = {
 ALLOWED = {
     ("megatron_vppo/rollout/", "completion"): "vLLM's own word for what it returns for a request",
     ("megatron_vppo/conversion/logprobs.py", "completion"): "the same",
+    ("tests/rollout/", "completion"): "the same",
+    ("tests/gpu/test_gpu_engine.py", "completion"): "the same",
+    ("tests/proofs/runs.py", "completion"): "the same",
     ("megatron_vppo/observability/rollouts.py", "masked_logps"): "a field of the files, which stays",
 }
 """(beginning of a path, word): why the word may stand there although the tables above say otherwise."""
@@ -55,7 +60,7 @@ ALLOWED = {
 
 REFERENCE = re.compile(r"(?<![\w/.-])(?:[\w-]+/)*[\w-]+\.(?:py|md|sh)(?!\.?\w)|\bADR \d{4}\b")
 """A file or a decision that prose leads to. A bare name is looked for in the same room, and at the root."""
-ELSEWHERE = re.compile(r"(?:megatron|verl|common)/.*|file\.py|math\.py|perc_utils\.py")
+ELSEWHERE = re.compile(r"(?:megatron|verl|common)/.*|accuracy\.md|file\.py|math\.py|perc_utils\.py")
 """References to files of other projects, or of a user."""
 
 
@@ -128,8 +133,11 @@ def files() -> frozenset[str]:
 
 
 def dead_references_in(passage: str, path: str) -> list[str]:
-    """The files and decisions that a passage of the file `path` names and that are not there."""
-    room = "/".join(path.split("/")[:-1][:2])
+    """The files and decisions that a passage of the file `path` names and that are not there.
+
+    A bare name is looked for in the same room; in a test, anywhere.
+    """
+    room = "" if path.startswith("tests/") else "/".join(path.split("/")[:-1][:2])
     dead = []
     for name in REFERENCE.findall(passage):
         if name.startswith("ADR "):
@@ -165,7 +173,8 @@ def mistakes_in(source: str, path: str = "") -> list[str]:
 def sources() -> dict[str, str]:
     """The text of every checked file by its path from the root."""
     files = (path for folder in CHECKED for path in sorted((ROOT / folder).rglob("*.py")))
-    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in files}
+    return {path: source for path, source in found.items() if path not in NOT_CHECKED}
 
 
 def classes_in(package: dict[str, str]) -> dict[str, list[str]]:

@@ -1,4 +1,4 @@
-"""Held-out accuracy over training steps of the runs that compare.sh made: a picture and a table.
+"""Held-out accuracy over training steps of the runs that compare.sh made: a plot and a table.
 
     python examples/digits_cpu/compare_plot.py runs/digits_compare
 
@@ -27,7 +27,7 @@ class Curve:
     seeds: tuple[int, ...]
     steps: tuple[int, ...]
     accuracies: tuple[tuple[float, ...], ...]
-    """For each step the accuracy of each seed."""
+    """The accuracy of each seed, for each step."""
 
 
 def read_curves(runs: Path) -> dict[str, Curve]:

@@ -169,8 +169,8 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
     ]  # fmt: skip
     old_BT = torch.full((8, 70), -1.0)
     steps_BT = torch.randint(0, 4, (8, 70), generator=generator)
-    masked_BT = old_BT - torch.tensor([0.0, 1e-4, 3e-4, 1.0])[steps_BT] * torch.arange(1, 9)[:, None] / 4
-    inputs = scores(old_BT, masked_BT, divergence_BT=torch.rand(8, 70, generator=generator))
+    perturbed_BT = old_BT - torch.tensor([0.0, 1e-4, 3e-4, 1.0])[steps_BT] * torch.arange(1, 9)[:, None] / 4
+    inputs = scores(old_BT, perturbed_BT, divergence_BT=torch.rand(8, 70, generator=generator))
     base: dict[str, Any] = {"top_p_perception_tokens": 0.3, "text_only_rows": "bypass"}
     if name == "reference_devices":
         base["shaping_min_scope"] = "device_minibatch"

@@ -89,8 +89,8 @@ def test_expm1_form_against_a_series(dtype: torch.dtype) -> None:
 
 
 def test_padding_never_reaches_the_result() -> None:
-    old_BT, masked_BT = torch.tensor([[-1.0, math.nan]]), torch.tensor([[-2.0, math.inf]])
-    k3_BT = k3_sampled(old_BT, masked_BT, torch.tensor([[1.0, 0.0]]), expm1=True)
+    old_BT, perturbed_BT = torch.tensor([[-1.0, math.nan]]), torch.tensor([[-2.0, math.inf]])
+    k3_BT = k3_sampled(old_BT, perturbed_BT, torch.tensor([[1.0, 0.0]]), expm1=True)
     assert k3_BT[0, 1] == 0.0 and k3_BT[0, 0] == pytest.approx(math.exp(-1), rel=1e-6)
 
 

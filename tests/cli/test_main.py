@@ -1,4 +1,4 @@
-"""What a user sees of a wrong command: one message that names the fix, exit status 2, and no rank started."""
+"""The answer to a wrong command: one message that names the fix, exit status 2, and no rank started."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ import pytest
 from megatron_vppo.cli import main as cli
 
 SIGPIPE_STATUS = 141
-"""What a shell reports for a program that SIGPIPE ended: 128 + 13."""
+"""The status that a shell reports for a program that SIGPIPE ended: 128 + 13."""
 COMMANDS = {
     "plan": ["plan", "--model", "qwen3-vl-2b", "--gpus", "8", "--gpu-memory", "80"],
     "report": ["report", "RUN"],

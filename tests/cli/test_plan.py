@@ -97,7 +97,7 @@ def test_fewer_rows_are_named_where_they_help(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("model", "gpus"), [("qwen3-vl-2b", 1), ("qwen2.5-vl-7b", 2), ("qwen3-vl-8b", 3)])
 def test_more_gpus_fill_their_node(model: str, gpus: int, capsys: pytest.CaptureFixture[str]) -> None:
-    """What makes these fit is tensor parallelism over more GPUs than there are."""
+    """These models fit by tensor parallelism over more GPUs than there are."""
     command = ["plan", "--model", model, "--gpu-memory", "24"]
     out = printed(capsys, *command, "--gpus", str(gpus), status=1)
     enough = int(re.search(r"What would fit: (\d+) such GPUs", out)[1])  # type: ignore[index]
@@ -108,7 +108,7 @@ def test_more_gpus_fill_their_node(model: str, gpus: int, capsys: pytest.Capture
 
 @pytest.mark.parametrize(("memory", "per_node"), [("4", "8"), ("24", "1")])
 def test_more_gpus_that_do_not_help(memory: str, per_node: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where even the engine's 3 GiB and weights are too much, and where the node has one GPU."""
+    """More GPUs do not help if the engine's 3 GiB and weights are too much, or if a node has one GPU."""
     command = ["plan", "--model", "qwen3-vl-2b", "--gpu-memory", memory, "--gpus-per-node", per_node]
     out = printed(capsys, *command, "--gpus", "1", status=1)
     assert "2, 4, 8, 16 or 32 times as many GPUs would not help." in out

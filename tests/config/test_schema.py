@@ -1,4 +1,4 @@
-"""What `algorithm.preset` fills in, and that a user's own value always wins."""
+"""The values that `algorithm.preset` fills in; a user's own value always wins."""
 
 from __future__ import annotations
 

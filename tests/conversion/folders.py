@@ -38,7 +38,7 @@ class MarksIfLoaded:
 
 
 def make_folder(folder: Path, name: str) -> Path:
-    """Every parameter random; beside the weights, the files that a conversion has to keep."""
+    """Saves a model of random weights, with the other files that a conversion has to keep."""
     save_tiny_model(folder, CONFIGS[name])
     for file, text in SIDE_FILES.items():
         (folder / file).parent.mkdir(exist_ok=True)

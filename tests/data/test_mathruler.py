@@ -1,4 +1,4 @@
-"""The built-in reward against spec 4.3, measured with the authors' code: every row of the table, odd ones included."""
+"""The built-in reward against results of the authors' code: every row of the table, odd ones included."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ FLOAT32 = 1e-6
 
 def make_scores(seed: int, *, kind: str = "k3_sampled") -> Scores:
     generator = torch.Generator().manual_seed(seed)
-    logp_BT, masked_BT, divergence_BT = (torch.rand(4, WIDTH, generator=generator) * 2 - 3 for _ in range(3))
+    logp_BT, perturbed_BT, divergence_BT = (torch.rand(4, WIDTH, generator=generator) * 2 - 3 for _ in range(3))
     return Scores(
         old_logp_BT=logp_BT,
         entropy_BT=torch.zeros(4, WIDTH),
-        perturbed_logp_BT=masked_BT,
+        perturbed_logp_BT=perturbed_BT,
         divergence_BT=divergence_BT.abs() if kind != "k3_sampled" else None,
     )
 
@@ -93,9 +93,9 @@ def test_differences_by_hand(kind: str, filtering: bool) -> None:
 
     at = [(row, t) for row, length in enumerate(LENGTHS) for t in range(length)]
     logps = [abs(float(after.old_logp_BT[place] - before.old_logp_BT[place])) for place in at]
-    masked = [abs(float(after.perturbed_logp_BT[place] - before.perturbed_logp_BT[place])) for place in at]  # type: ignore[index]
+    perturbed = [abs(float(after.perturbed_logp_BT[place] - before.perturbed_logp_BT[place])) for place in at]  # type: ignore[index]
     assert found.logp_N.tolist() == pytest.approx(logps, abs=FLOAT32)
-    assert found.perturbed_logp_N.tolist() == pytest.approx(masked, abs=FLOAT32)
+    assert found.perturbed_logp_N.tolist() == pytest.approx(perturbed, abs=FLOAT32)
 
 
 def test_equal_scores_differ_in_nothing() -> None:

@@ -20,7 +20,7 @@ from tests.models.tiny import save_tiny_model, tiny_config
 from tests.parallel.policy_rig import STEP, make_batch, make_policy, make_responses
 
 FLOAT32_SUM = 1e-5
-"""Of products of about 1, added up in another order."""
+"""The tolerance for products of about 1 that are added up in another order."""
 BFLOAT16_ROUNDING = 2**-8
 RECIPES: tuple[Fp8Recipe, ...] = ("blockwise", "tensorwise", "delayed", "mxfp8")
 

@@ -1,4 +1,4 @@
-"""Which FP8 recipes `vppo fp8-fidelity` measures with which settings, on which machine."""
+"""The FP8 recipes that `vppo fp8-fidelity` measures, by settings and machine."""
 
 from __future__ import annotations
 

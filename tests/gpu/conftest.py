@@ -1,4 +1,4 @@
-"""What only a CUDA device can show. Without one these files are not collected."""
+"""Tests that need a CUDA device. Without one these files are not collected."""
 
 from collections.abc import Generator
 

@@ -15,11 +15,11 @@ RECIPES: tuple[Fp8Recipe, ...] = ("blockwise", "tensorwise", "delayed", "mxfp8")
 SHAPES = ((256, 384), (160, 224))
 """The second leaves blocks of 128 that are not full."""
 DELAYED_AMAX = 2.5
-"""Of earlier forwards; some values are larger."""
+"""The amax of earlier forwards; some values are larger."""
 RECIPROCAL = 2.0**-22
 """Relative; TransformerEngine may take 1 / scale with another last bit. Powers of two are exact."""
 ACCUMULATION = 0.01
-"""Of the largest output: bfloat16 rounding and the GPU's shorter accumulators."""
+"""Tolerance, as a share of the largest output: bfloat16 rounding and the GPU's shorter accumulators."""
 
 pytestmark = pytest.mark.gpu
 

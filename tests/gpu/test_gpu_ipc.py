@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 MIB = 2**20
 CAPACITY = 32 * MIB
 SLACK = 4 * MIB
-"""Of the driver's own bookkeeping between two readings of free memory."""
+"""Bytes that the driver's own bookkeeping may take between two readings of free memory."""
 
 
 def _digest(tensor: torch.Tensor) -> str:

@@ -39,7 +39,7 @@ def _bytes(policy: MegatronPolicy) -> int:
 
 
 def requested_bytes() -> int:
-    """What tensors hold. The blocks that the allocator gives them may be larger, by up to a MiB."""
+    """Counts the bytes of tensors. The blocks that the allocator gives them may be larger, by up to a MiB."""
     return torch.cuda.memory_stats()["requested_bytes.all.current"]
 
 

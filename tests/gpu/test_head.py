@@ -35,7 +35,7 @@ def make_inputs(positions: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def exact_logps(hidden_Nh: Tensor, weight_Vh: Tensor) -> Tensor:
-    """Of the logits that a bfloat16 product gives; from there on float64."""
+    """Computes log-probs of the logits that a bfloat16 product gives, from there on in float64."""
     logits_NV = (hidden_Nh @ weight_Vh.T).double() / TEMPERATURE
     return logits_NV.index_fill(1, torch.tensor(BANNED, device=DEVICE), -1e30).log_softmax(-1)
 

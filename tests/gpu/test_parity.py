@@ -44,10 +44,10 @@ needs_te = pytest.mark.skipif(not has_transformer_engine(), reason="TransformerE
 FAMILIES = ("Qwen2.5-VL", "Qwen3-VL")
 BACKENDS = ("torch", pytest.param("te", marks=needs_te))
 SPREAD = 0.05
-"""Of the random weights: less than in other tests, where rounding alone turns a gradient by ten degrees."""
+"""The spread of the random weights: less than in other tests, where rounding alone turns a gradient by ten degrees."""
 ROUNDING = 2.0
-"""How much farther from float32 than transformers' bfloat16 we may be: log-probs on average (0.010 and 0.012 nats on
-CPU), and all gradients together (2 and 4 % there)."""
+"""The factor by which we may be farther from float32 than transformers' bfloat16: in log-probs on average (0.010 and
+0.012 nats on CPU), and in all gradients together (2 and 4 % there)."""
 BFLOAT16_COSINE = 0.99
 """Between each parameter's gradient and that in float32, at least; transformers' own have 0.999 on CPU."""
 SINGLE_LOGP, SINGLE_GRADIENT = 1e-4, 1e-3
@@ -59,11 +59,11 @@ FP8_GRADIENT = 0.6
 """Distance from float32, of the norm: 0.15 to 0.28 when products and their gradients were emulated on CPU. The least is
 `ROUNDING` times transformers' bfloat16."""
 FP8_COSINE = 0.8
-"""Of each parameter's gradient, at least; 0.95 when emulated."""
+"""The least cosine of a parameter's gradient; 0.95 when emulated."""
 
 
 LOWERING_RATE, LOWERED = 2e-4, 2.0
-"""Of Adam, and what one step takes off the loss at least. On CPU it fell from 10.2 to 1.7."""
+"""Adam's rate, and the least amount that one step takes off the loss. On CPU it fell from 10.2 to 1.7."""
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def policy_for(
 
 @pytest.fixture(scope="module")
 def rounded(models: dict[str, tuple[Path, Outcome]]) -> dict[str, Outcome]:
-    """What transformers makes of the same in bfloat16 on this GPU."""
+    """Computes the outcome of transformers for the same in bfloat16 on this GPU."""
     return {
         family: expected_outcome(folder, "entropy", OPTIM, dtype=torch.bfloat16, device=DEVICE)
         for family, (folder, _) in models.items()
@@ -118,7 +118,7 @@ def apart(found: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 
 def least_cosine(found: dict[str, Tensor], right: dict[str, Tensor]) -> tuple[float, str]:
-    """Of the parameter whose gradient points elsewhere most: a wrong bias would not show among all matrices."""
+    """Finds the parameter whose gradient points elsewhere most: a wrong bias would not show among all matrices."""
     cosines = {name: F.cosine_similarity(found[name].flatten(), right[name].flatten(), dim=0) for name in right}
     return min((float(cosine), name) for name, cosine in cosines.items())
 
@@ -241,7 +241,7 @@ def test_layers_that_run_again_give_the_same_fp8_gradients(recipe: Fp8Recipe, la
 @needs_te
 @pytest.mark.parametrize("recipe", ["blockwise", "tensorwise"])
 def test_ends_stay_in_bfloat16(recipe: Fp8Recipe, layout: Layout, models: Any) -> None:
-    """Of four layers, none, two or all are in FP8."""
+    """None, two or all of four layers are in FP8."""
     skip_unless_possible(recipe)
     folder, _ = models["Qwen2.5-VL"]
     plain = logps(policy_for(folder, layout, "te"))

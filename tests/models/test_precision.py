@@ -1,4 +1,4 @@
-"""When FP8 is in force, and what it asks of a model's sizes. Widths are worked out by hand."""
+"""The phases in which FP8 is in force, and the sizes that it asks of a model. Widths are worked out by hand."""
 
 from __future__ import annotations
 

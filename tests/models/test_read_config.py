@@ -1,4 +1,4 @@
-"""A configuration that cannot be read is named; nothing beside it is executed."""
+"""A configuration that cannot be read is named; no code next to it is executed."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ class Row:
     token_ids: list[int]
     images: tuple[str, ...]
     weights: Tensor
-    """What the test's loss multiplies each token's log-prob with; [tokens - 1]."""
+    """The factor of each token's log-prob in the test's loss; [tokens - 1]."""
 
 
 def make_pixels() -> dict[str, Tensor]:

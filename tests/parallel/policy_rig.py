@@ -116,9 +116,9 @@ class Outcome:
     kl_BT: Tensor
     metrics: dict[str, float]
     gradients: dict[str, Tensor]
-    """Of the loss, under Hugging Face names."""
+    """The gradients of the loss, under Hugging Face names."""
     weights: dict[str, Tensor]
-    """After the update."""
+    """The weights after the update."""
 
 
 # ---- what transformers says

@@ -42,7 +42,7 @@ def _held(policy: MegatronPolicy) -> dict[str, int]:
 
 
 def _views(policy: MegatronPolicy) -> list[tuple[int, ...]]:
-    """Which storage each tensor is a view of, as the number of the first tensor that has the same, and where in it."""
+    """Lists the storage of each tensor, as the number of the first tensor that has the same, and the place in it."""
     trainable = policy.trainable
     parameters = list(weight_tensors(trainable))
     shards = [p for g in trainable.optimizer.param_groups for p in g["params"]]

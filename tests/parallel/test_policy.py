@@ -90,7 +90,7 @@ def infinite_gradient_changes_nothing(folder: Path, layout: Layout) -> bool:
 
 @dataclass(frozen=True)
 class Found:
-    """What a rank found under one layout."""
+    """The results of a rank under one layout."""
 
     outcomes: dict[tuple[str, int], Outcome]
     """By model and rows of a micro-batch."""

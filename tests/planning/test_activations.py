@@ -1,4 +1,4 @@
-"""What the formulas of activations.py say, against what autograd keeps of real models on CPU.
+"""The formulas of activations.py, against the bytes that autograd keeps of real models on CPU.
 
 Counted are the storages that saved_tensors_hooks see, each once, parameters and buffers left out. CPU's flash attention
 keeps what CUDA's does; its RMSNorm keeps more, which the formulas are told (`fused_rms_norm`).
@@ -265,7 +265,7 @@ def test_norms_by_hand() -> None:
 
 LANGUAGE = LanguageSizes(layer=LAYER, layers=4, vocabulary=1001)
 IMAGE_LAYER = replace(LAYER, hidden=32, heads=2, kv_heads=2, qk_norm=False, gated=False, rms_norm=False)
-PICTURES = VisionSizes(layer=IMAGE_LAYER, layers=3, patch_values=24, taps=1)
+TOWER = VisionSizes(layer=IMAGE_LAYER, layers=3, patch_values=24, taps=1)
 BATCH = MicroBatch(tokens=40, response_tokens=12, image_tokens=8, patches=32)
 
 
@@ -280,13 +280,13 @@ def test_head_by_hand() -> None:
 def test_stages_of_a_pipeline_by_hand() -> None:
     layer = layer_saved(LAYER, 20, split=LayerSplit(1, 2, False), kernels=CUDA, recompute="none")
     out = 20 * 64 * 2
-    tower = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none")
+    tower = vision_saved(TOWER, 32, tensor=1, kernels=CUDA, recompute="none")
     image_layer = layer_saved(IMAGE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
     features = 2 * 4 * 64 * 2  # embeddings and one deepstack feature of this context rank's half
     stages = [
         update_activations(
             LANGUAGE,
-            PICTURES,
+            TOWER,
             BATCH,
             stage=stage,
             stage_layers=(1, 2, 1),
@@ -308,13 +308,13 @@ def test_tower_by_hand() -> None:
     layer = layer_saved(IMAGE_LAYER, 32, split=WHOLE, kernels=CUDA, recompute="none")
     # The main merger's norm keeps its input; the tapped one's is kept by the next layer. Each: norm, gelu in, gelu out.
     expected = 32 * 24 * 2 + 3 * layer + width + 2 * 3 * width
-    assert vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none") == expected
+    assert vision_saved(TOWER, 32, tensor=1, kernels=CUDA, recompute="none") == expected
     tower: frozenset[ModelPart] = frozenset({"vision_tower"})
-    mergers = vision_saved(PICTURES, 32, tensor=1, kernels=CUDA, recompute="none", frozen=tower)
+    mergers = vision_saved(TOWER, 32, tensor=1, kernels=CUDA, recompute="none", frozen=tower)
     assert mergers == width + 2 * 3 * width
     assert (
         vision_saved(
-            PICTURES, 32, tensor=1, kernels=CUDA, recompute="none", frozen=frozenset({"vision_tower", "projector"})
+            TOWER, 32, tensor=1, kernels=CUDA, recompute="none", frozen=frozenset({"vision_tower", "projector"})
         )
         == 0
     )
@@ -323,10 +323,10 @@ def test_tower_by_hand() -> None:
 def test_scoring_keeps_one_layer() -> None:
     shared = {"split": WHOLE, "kernels": CUDA, "chunk": 5, "stages": 2}
     layer = layer_saved(LAYER, 40, split=WHOLE, kernels=CUDA, recompute="none")
-    first, last = (score_activations(LANGUAGE, PICTURES, BATCH, stage=stage, **shared) for stage in range(2))
+    first, last = (score_activations(LANGUAGE, TOWER, BATCH, stage=stage, **shared) for stage in range(2))
     assert first.layers == last.layers == layer + 2 * 40 * 64 * 2
     assert (first.head, last.head) == (0, 3 * 4 * 5 * 1001)
     many = replace(BATCH, patches=1000)
     image_layer = layer_saved(IMAGE_LAYER, 1000, split=WHOLE, kernels=CUDA, recompute="none")
-    shown = score_activations(LANGUAGE, PICTURES, many, stage=0, **shared)
+    shown = score_activations(LANGUAGE, TOWER, many, stage=0, **shared)
     assert shown.layers == image_layer + 2 * 40 * 64 * 2

@@ -1,4 +1,4 @@
-"""Which sizes an engine may have: as many GPUs as `vppo train` and vLLM can give it."""
+"""The sizes that an engine may have: as many GPUs as `vppo train` and vLLM can give it."""
 
 from __future__ import annotations
 

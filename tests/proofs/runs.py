@@ -54,7 +54,7 @@ def train(digits: Path, runs: Path, name: str, *overrides: str) -> Path:
 
 
 def check_learned(run: Path) -> list[dict[str, float]]:
-    """Of a run with LEARNING: accuracy rose, and engines had the trainer's weights. The lines of its training steps."""
+    """Checks that a run with LEARNING learned and engines had the trainer's weights; returns its training lines."""
     lines = read_metrics(run)
     accuracy = [line["val/accuracy"] for line in lines if "val/accuracy" in line]
     assert accuracy[-1] - accuracy[0] >= LEARNED_POINTS, accuracy
@@ -70,7 +70,7 @@ def exported(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def vppo(*arguments: object) -> str:
-    """What a command prints; it must succeed."""
+    """Runs a command, which must succeed, and returns its output."""
     done = subprocess.run([*VPPO, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

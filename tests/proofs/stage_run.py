@@ -1,4 +1,4 @@
-"""What one rank does in the comparison with transformers: load, run the schedule, return log-probs and gradients."""
+"""One rank of the comparison with transformers: load, run the schedule, return log-probs and gradients."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _gradients(model: QwenVLModel) -> dict[str, Tensor]:
 
 
 def _problems(model: QwenVLModel, vocab: int) -> list[str]:
-    """What Megatron's optimizer relies on: marks of split parameters, equal tied weights, zero padding rows."""
+    """Checks what Megatron's optimizer relies on: marks of split parameters, equal tied weights, zero padding rows."""
     problems = []
     parameters = dict(model.named_parameters())
     for entry in stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage):

@@ -208,7 +208,7 @@ def test_shaping_edge_cases() -> None:
 
 
 def test_bounds_of_the_scale() -> None:
-    """0.9 <= alpha <= 0.9 + 0.1 * rows of the mean scope, with mean one (spec 1.3)."""
+    """0.9 <= alpha <= 0.9 + 0.1 * rows of the mean scope, with mean one (docs/algorithm.md, Shaping)."""
     dependency_mean_B = torch.distributions.Exponential(10.0).sample((256,))
     for size in (4, 16, 128):
         _, micro_batch_B = emulated_split(256, devices=2, micro_batch_size=size)
@@ -291,7 +291,7 @@ def test_an_empty_response_keeps_nothing() -> None:
 @pytest.mark.parametrize(("correct", "right", "wrong"), GOLDEN["G8"])
 def test_group_advantages(correct: int, right: float, wrong: float) -> None:
     rewards = [1.0] * correct + [0.0] * (8 - correct)
-    # A second group beside it, interleaved: groups must not see each other.
+    # A second group with it, interleaved: groups must not see each other.
     reward_B = torch.tensor([value for reward in rewards for value in (reward, 100 * reward + 7)])
     advantage_B = group_advantages(reward_B, torch.tensor([5, 3] * 8))[::2]
     expected_B = torch.tensor([right] * correct + [wrong] * (8 - correct))

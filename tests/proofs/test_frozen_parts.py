@@ -58,7 +58,7 @@ ADAM_BYTES = 12
 
 
 def part_of(name: str) -> ModelPart:
-    """Of a tensor, by its Hugging Face name; written without the project's weight map."""
+    """Returns the part that a tensor belongs to, by its Hugging Face name; written without the project's weight map."""
     if "visual." not in name:
         return "language_model"
     return "projector" if ".merger." in name or "deepstack_merger" in name else "vision_tower"
@@ -75,7 +75,7 @@ class Found:
     state_bytes: int
     """Gradient buffers and optimizer state of this rank."""
     trained_values: int
-    """Of this rank's parameters that are trained."""
+    """The number of values in this rank's trained parameters."""
 
 
 def _find(policy: MegatronPolicy) -> Found:

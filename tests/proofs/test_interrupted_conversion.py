@@ -143,7 +143,10 @@ def test_a_signal_within_a_write(
 
 @pytest.mark.distributed
 def test_killed(hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path, repo_root: Path) -> None:
-    """What is left has another name and no worker. Nobody else may write there meanwhile; the next one cleans up."""
+    """A killed conversion leaves a folder of another name and no worker.
+
+    Meanwhile nobody else may write there; the next one cleans up.
+    """
     target = tmp_path / "target"
     arguments = ("megatron-to-hf", converted[NAME], target, "--processes", 2)
     with stopped_in_the_middle(tmp_path, repo_root, *arguments) as process:

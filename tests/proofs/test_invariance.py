@@ -29,7 +29,7 @@ class Problem:
     rows: list[Response]
     rewards: list[float]
     feature_BTF: Tensor
-    masked_feature_BTF: Tensor
+    perturbed_feature_BTF: Tensor
     target_BT: Tensor
     old_weight_FV: Tensor
     new_weight_FV: Tensor
@@ -53,7 +53,7 @@ def make_problem() -> Problem:
         rows=rows,
         rewards=rewards,
         feature_BTF=feature_BTF,
-        masked_feature_BTF=feature_BTF + 0.5 * noise_BTF,
+        perturbed_feature_BTF=feature_BTF + 0.5 * noise_BTF,
         target_BT=torch.randint(0, VOCAB, (NUM_ROWS, WIDTH), generator=g),
         old_weight_FV=old_weight_FV,
         new_weight_FV=old_weight_FV + 0.15 * step_FV,
@@ -66,10 +66,10 @@ def logps(feature_BTF: Tensor, weight_FV: Tensor, target_BT: Tensor) -> Tensor:
 
 def assemble_rows(p: Problem, order: list[int], *, preset: str, devices: int, micro_batch_size: int) -> Minibatch:
     old_BT = logps(p.feature_BTF, p.old_weight_FV, p.target_BT)[order].float()
-    masked_BT = logps(p.masked_feature_BTF, p.old_weight_FV, p.target_BT)[order].float()
+    perturbed_BT = logps(p.perturbed_feature_BTF, p.old_weight_FV, p.target_BT)[order].float()
     (minibatch,) = assemble(
         graded([p.rows[i] for i in order], [p.rewards[i] for i in order]),
-        scores(old_BT, masked_BT),
+        scores(old_BT, perturbed_BT),
         settings=settings(preset=preset, truncated_responses="mask"),
         responses_per_minibatch=NUM_ROWS,
         data_parallel_size=devices,

@@ -47,7 +47,7 @@ CHANGE_TOLERANCE = 1e-4
 BFLOAT16_MEAN, BFLOAT16_LARGEST = 0.03, 0.15
 """Nats; about twice what was seen."""
 BFLOAT16_GRADIENT = 0.06
-"""Of all parameters together, relative to its norm."""
+"""The tolerance for the gradient of all parameters together, relative to its norm."""
 
 
 SP = ModelOptions(sequence_parallel=True)

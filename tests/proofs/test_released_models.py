@@ -100,7 +100,7 @@ def test_every_tensor_of_the_checkpoint_maps(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "tensor", "pipeline"), CASES)
 def test_stages_and_ranks_hold_the_published_model(name: str, tensor: int, pipeline: int) -> None:
-    """What the modules of all stages hold, split parameters times their ranks, is the published number of values."""
+    """The modules of all stages, split parameters times their ranks, hold the published number of values."""
     total = 0
     for stage in range(pipeline):
         counts = set()
@@ -128,7 +128,7 @@ def check_against_map(model: QwenVLModel, *, tensor: int, stage: int) -> None:
 
 
 def stored_values(model: QwenVLModel, *, tensor: int) -> int:
-    """Of the tensors that a checkpoint stores; a tied output layer on a stage of its own is not among them."""
+    """Counts the values of the tensors that a checkpoint stores, without a tied output layer on a stage of its own."""
     return sum(
         p.numel() * (tensor if getattr(p, "tensor_model_parallel", False) else 1)
         for p in model.parameters()

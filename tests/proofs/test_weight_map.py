@@ -87,7 +87,7 @@ def rows(*values: int) -> Tensor:
 
 
 def test_kinds_by_hand() -> None:
-    """Which rows each of two ranks holds, written out."""
+    """The rows that each of two ranks holds, written out."""
     grouped = GroupedQKV(heads=4, kv_heads=2, head_dim=1, tail=())
     q, k, v = rows(0, 1, 2, 3), rows(10, 11), rows(20, 21)
     assert grouped.shard([q, k, v], rank=0, size=2).tolist() == [0, 1, 10, 20]

@@ -27,7 +27,7 @@ RANKS = 4
 LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2))
 """Tensor, pipeline and context size; the rest of the ranks are data-parallel."""
 FAMILIES = {"Qwen2.5-VL": (save_model_folder, (1, 1)), "Qwen3-VL": (save_qwen3_folder, (2, 1))}
-"""How to save a model, and its layers on two pipeline stages."""
+"""The function that saves a model, and the layers of its two pipeline stages."""
 
 
 def _stage(folder: Path, layout: tuple[int, int, int], pipeline_layers: tuple[int, ...]) -> QwenVLModel:
@@ -48,7 +48,7 @@ def _stage(folder: Path, layout: tuple[int, int, int], pipeline_layers: tuple[in
 def _rank(
     rank: int, world: int, folder: Path, export: Path, pipeline_layers: tuple[int, ...], engine_ranks: int
 ) -> list[str]:
-    """What is wrong, by rank 0, which leads the engine."""
+    """Lists what is wrong, on rank 0, which leads the engine."""
     stage = _stage(folder, (2, 2, 1), pipeline_layers)
     save_hf(hf_weights([stage]), export, source=folder, is_writer=rank == 0)
     parallel_state.destroy_model_parallel()

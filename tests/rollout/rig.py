@@ -1,4 +1,4 @@
-"""What the rollout tests share: the running engine's description, prompts, images and the transformers oracle."""
+"""Helpers of the rollout tests: the running engine's description, prompts, images and the transformers oracle."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """For sockets, whose paths end after 107 bytes: pytest's own folders are too deep."""
+    """A folder for sockets, whose paths have at most 107 bytes: pytest's own folders are too deep."""
     with tempfile.TemporaryDirectory(prefix="t-") as folder:
         yield Path(folder)
 

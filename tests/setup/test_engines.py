@@ -1,4 +1,4 @@
-"""Which devices an engine gets. Engines themselves: tests/rollout."""
+"""The devices and settings that an engine gets. Engines themselves: tests/rollout."""
 
 from __future__ import annotations
 

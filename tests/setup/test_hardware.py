@@ -1,4 +1,4 @@
-"""What is said on a machine that cannot do what is set. What a GPU can do is asked of TransformerEngine on a GPU."""
+"""Refusals on a machine that cannot do what is set. What a GPU can do, TransformerEngine is asked on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The programs of tools/ and of the example import their parts by the names they have beside them."""
+"""The programs of tools/ and of the example import their parts by the names that they have in their own folder."""
 
 import sys
 from pathlib import Path

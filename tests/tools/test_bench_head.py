@@ -1,4 +1,4 @@
-"""head.py on a small head: the fields of its JSON, and that the products beside it are those the head needs."""
+"""head.py on a small head: the fields of its JSON, and the products that it measures for comparison."""
 
 from __future__ import annotations
 

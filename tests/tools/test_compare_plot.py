@@ -33,7 +33,7 @@ def test_a_folder_without_runs_is_named(tmp_path):
         compare_plot.read_curves(tmp_path)
 
 
-def test_picture(tmp_path):
+def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     write_run(tmp_path / "grpo-seed1", {0: 0.25, 5: 0.5})
     compare_plot.draw(compare_plot.read_curves(tmp_path), tmp_path / "a.png")

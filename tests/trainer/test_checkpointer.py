@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from. What a checkpoint holds is shown in tests/parallel and tests/proofs."""
+"""The checkpoint that a run goes on from. What a checkpoint holds is shown in tests/parallel and tests/proofs."""
 
 from __future__ import annotations
 

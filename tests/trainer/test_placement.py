@@ -1,4 +1,4 @@
-"""Who holds the device, and when. The real loop drives the real placement over a device that only counts bytes.
+"""The use of the device in each phase. The real loop drives the real placement over a device that only counts bytes.
 
 What is not under test: whether Megatron and vLLM really give back what they are asked for (tests/parallel/
 test_offload.py, tests/gpu).

@@ -1,4 +1,4 @@
-"""What each kind says of itself, against what its `shard` does for every number of ranks."""
+"""The properties of each kind, against what its `shard` does for every number of ranks."""
 
 from __future__ import annotations
 

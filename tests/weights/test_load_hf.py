@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said with the tensor's and the file's name."""
+"""Errors in a checkpoint are reported with the tensor's and the file's name."""
 
 from __future__ import annotations
 

@@ -167,8 +167,8 @@ def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     page = Elements(html)
     assert not re.search(r"https?://|@import|url\(", html)
     assert not page.all("link") and not [attrs for attrs, _ in page.all("script") if "src" in attrs]
-    original, masked = [base64.b64decode((attrs["src"] or "").partition(",")[2]) for attrs, _ in page.all("img")]
-    assert (original, masked) == (png(9), png(0))
+    original, perturbed = [base64.b64decode((attrs["src"] or "").partition(",")[2]) for attrs, _ in page.all("img")]
+    assert (original, perturbed) == (png(9), png(0))
 
 
 def test_tokens_are_shaded_by_the_root_of_their_dependency(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_samples_are_right_and_wrong_answers_of_first_middle_and_last_step(tmp_p
         records[7]["images"] = [png_pair(png(1), None)]
         write_rollouts(tmp_path, step, records)
     samples = [(sample.step, sample.record["row"]) for sample in pick_samples(tmp_path)]
-    # Row 7 has a picture, so it comes first of the right ones; rows without follow in order.
+    # Row 7 has an image, so it comes first of the right ones; rows without follow in order.
     assert samples == [(step, row) for step in (1, 10, 20) for row in (7, 1, 0, 2)]
 
 
