@@ -34,7 +34,7 @@ WORDS = {
     r"but for": "except for",
     r"beside": "next to, or besides",
     r"so many": "a number, or as many as",
-    r"spec \d[\d.]*": "a file, an equation of the paper or a section of docs/",
+    r"spec (?:\d[\d.]*|section \d|[A-Z]\d)": "a file, an equation of the paper or a section of docs/",
 }
 """Words that prose does not use, as patterns, with what it says instead."""
 
@@ -193,6 +193,17 @@ def classes_in(package: dict[str, str]) -> dict[str, list[str]]:
 def test_words_and_docstrings_are_as_contributing_asks() -> None:
     found = {path: mistakes_in(source, path) for path, source in sources().items()}
     assert {path: mistakes for path, mistakes in found.items() if mistakes} == {}
+
+
+def test_dividing_rules_have_one_form() -> None:
+    """`# --- Subject ---...`, filled up to column 120."""
+    lines = [
+        (path, line.strip())
+        for path, source in sources().items()
+        for line in source.splitlines()
+        if re.match(r"\s*# ?--", line) and not (re.fullmatch(r"\s*# --- [^-].*[^-] -+", line) and len(line) == 120)
+    ]
+    assert lines == []
 
 
 def test_every_room_says_what_it_is_for() -> None:

@@ -32,7 +32,7 @@ def stat_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# ---- what the head does with a chunk
+# --- Statistics and gradient of a chunk -------------------------------------------------------------------------------
 
 
 def chunk_logits(hidden_Uh: Tensor, weight_Vh: Tensor, banned_rows: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def add_product(sum_Vh: Tensor, left_VU: Tensor, right_Uh: Tensor) -> None:
         sum_Vh += left_VU @ right_Uh
 
 
-# ---- passes over every logit
+# --- Passes over every logit ------------------------------------------------------------------------------------------
 
 
 def softmax_sums(logits_UV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,7 +185,7 @@ def divergence_sum(
     return DIVERGENCES[kind](logp_UV, perturbed_logp_UV)
 
 
-# ---- how they run
+# --- The way they run -------------------------------------------------------------------------------------------------
 
 
 def _for_device(function: Callable[..., Any], logits_UV: Tensor) -> Callable[..., Any]:

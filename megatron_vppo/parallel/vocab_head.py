@@ -155,7 +155,7 @@ class VocabHead:
         _all_reduce(result_4N[3], self.group)
         return TwoViews(*result_4N)
 
-    # ---- this rank's slice
+    # --- This rank's slice --------------------------------------------------------------------------------------------
 
     @property
     def rows_Vh(self) -> Tensor:
@@ -269,7 +269,7 @@ def _cut(value_N: Tensor | None, chunk: slice) -> Tensor | None:
     return None if value_N is None else value_N[chunk]
 
 
-# ---- over the slices of the vocabulary
+# --- Over the slices of the vocabulary --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from megatron_vppo.algorithm.types import GradedResponse, ImageRef, Prompt, Resp
 from megatron_vppo.config.schema import AlgorithmConfig
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "golden.json").read_text())
-"""Measured on the authors' code, CPU, float32 unless noted (spec section 6)."""
+"""Measured on the authors' code, CPU, float32 unless noted."""
 CHECKS = json.loads((Path(__file__).parent / "golden" / "checks.json").read_text())
 
 
@@ -69,7 +69,7 @@ def scores(old_logp_BT: Tensor, perturbed_logp_BT: Tensor | None, divergence_BT:
 
 
 class SharedExample:
-    """T2 of the spec: two responses, all quantities known."""
+    """Two responses of which all quantities are known."""
 
     old_logp_BT = torch.full((2, 6), -1.0)
     perturbed_logp_BT = torch.tensor([[-1.0, -2.0, -1.5, -4.0, -1.0, -9.0], [-1.0, -1.2, -0.5, -3.0, -1.1, -7.0]])

@@ -1,4 +1,4 @@
-"""Whole mini-batches: the shared example of the spec, every setting, rows without an image, truncation, errors."""
+"""Whole mini-batches: the shared example, every setting, rows without an image, truncation, errors."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
 
 
 def test_text_only_rows_are_bypassed_or_ranked() -> None:
-    """T10 within a mixed mini-batch: the third row has no image."""
+    """Rows whose views agree, in a mixed mini-batch: the third row has no image."""
     rows = [response(5, group=i // 2, sample=i % 2, image=i != 2) for i in range(4)]
     divergence_BT = torch.tensor([[0.1] * 5, [0.3] * 5, [7.0] * 5, [0.8] * 5])
     inputs = scores(torch.full((4, 5), -1.0), None, divergence_BT)

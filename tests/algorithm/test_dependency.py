@@ -72,7 +72,7 @@ def test_slices_of_the_vocabulary_add_up() -> None:
 
 
 def test_k3_estimates_the_full_divergence() -> None:
-    """E[k3] over tokens sampled from the original view is KL(original || perturbed) (spec D2)."""
+    """E[k3] over tokens sampled from the original view is KL(original || perturbed)."""
     a_NV, b_NV = (x.log_softmax(-1) for x in random_views(difference=0.5, dtype=torch.float64))
     k3_NV = k3_sampled(a_NV, b_NV, torch.ones_like(a_NV), expm1=True, maximum=math.inf)
     torch.testing.assert_close((a_NV.exp() * k3_NV).sum(-1), kl_full(a_NV, b_NV), rtol=1e-9, atol=1e-13)

@@ -121,7 +121,7 @@ class Outcome:
     """The weights after the update."""
 
 
-# ---- what transformers says
+# --- Transformers' answers --------------------------------------------------------------------------------------------
 
 
 def _released(name: str, model_type: str) -> str:
@@ -233,7 +233,7 @@ def expected_outcome(
     )  # fmt: skip
 
 
-# ---- what the policy does
+# --- Policies to compare with them ------------------------------------------------------------------------------------
 
 
 def make_stages(

@@ -1,4 +1,4 @@
-"""The numbers that the authors' code gave on CPU in float32 (spec section 6, T1-T8 and T10), one formula at a time."""
+"""The numbers that the authors' code gave on CPU in float32, one formula at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def k3(x: Tensor, *, expm1: bool = False) -> Tensor:
     return k3_sampled(torch.zeros_like(x), x, torch.ones_like(x), expm1=expm1)
 
 
-# ---- T1
+# --- Token dependency -------------------------------------------------------------------------------------------------
 
 
 # The table prints these inputs with six digits.
@@ -57,7 +57,7 @@ def test_share_of_small_differences_that_cancel_to_zero() -> None:
     assert (k3(x, expm1=True) > 0).float().mean().item() > 0.999
 
 
-# ---- T2
+# --- Two responses, all quantities known ------------------------------------------------------------------------------
 
 
 def shared_dependency() -> Tensor:
@@ -155,7 +155,7 @@ def test_shared_example_ablations() -> None:
     assert per_response == pytest.approx(g6["alt_paper_eq6_per_sequence"], abs=3e-8)
 
 
-# ---- T3
+# --- Advantage shaping ------------------------------------------------------------------------------------------------
 
 # Measured in float64 on scores that were float32.
 SCORES = torch.tensor([0.02, 0.05, 0.08, 0.25]).double()
@@ -219,7 +219,7 @@ def test_bounds_of_the_scale() -> None:
         torch.testing.assert_close(scale_B.view(-1, size).mean(1), torch.ones(256 // size), rtol=0, atol=1e-6)
 
 
-# ---- T4
+# --- Clipping ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("advantage", "ratio", "loss", "gradient"), GOLDEN["G7"])
@@ -241,7 +241,7 @@ def test_runaway_ratios_stay_finite() -> None:
         assert loss.isfinite() and gradient_N.isfinite().all()
 
 
-# ---- T5
+# --- The number of kept tokens ----------------------------------------------------------------------------------------
 
 
 def test_kept_counts() -> None:
@@ -285,7 +285,7 @@ def test_an_empty_response_keeps_nothing() -> None:
     assert dependency_means(torch.ones(1, 4), torch.zeros(1, 4)).tolist() == [0.0]
 
 
-# ---- T6
+# --- Group advantages -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("correct", "right", "wrong"), GOLDEN["G8"])
@@ -298,11 +298,11 @@ def test_group_advantages(correct: int, right: float, wrong: float) -> None:
     torch.testing.assert_close(advantage_B, expected_B, rtol=0, atol=1e-6)
 
 
-# ---- T7, T8
+# --- Entropy penalty, and the mean over unequal ranks -----------------------------------------------------------------
 
 
 def test_entropy_penalty_is_an_advantage_shift_at_ratio_one() -> None:
-    """The gradient of pg(A m) + c NLL is the gradient of pg(A m + c on every token): spec T7."""
+    """The gradient of pg(A m) + c NLL is the gradient of pg(A m + c on every token)."""
     generator = torch.Generator().manual_seed(1)
     logit_NV = torch.randn(40, 11, dtype=torch.float64, generator=generator, requires_grad=True)
     target_N = torch.randint(0, 11, (40,), generator=generator)
@@ -344,7 +344,7 @@ def test_expected_penalty_gradient_is_zero_for_nll_but_not_for_entropy() -> None
 
 
 def test_losses_of_unequal_ranks_add_up_to_the_token_mean() -> None:
-    """T8: 3 tokens of advantage +1 on one rank, 7 of -1 on the other. The plain sum is (-3 + 7) / 10."""
+    """3 tokens of advantage +1 on one rank, 7 of -1 on the other. The plain sum is (-3 + 7) / 10."""
     mask_BT = torch.tensor([[1.0] * 3 + [0.0] * 4, [1.0] * 7])
     weight_BT = policy_gradient_weight(mask_BT, mask_BT, denominator="all", average="token")
     losses = []
@@ -357,7 +357,7 @@ def test_losses_of_unequal_ranks_add_up_to_the_token_mean() -> None:
     assert sum(losses) == pytest.approx(0.4, abs=1e-7)
 
 
-# ---- T10
+# --- Rows whose views agree -------------------------------------------------------------------------------------------
 
 
 def test_rows_whose_views_agree() -> None:

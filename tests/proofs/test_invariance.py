@@ -161,7 +161,7 @@ def test_reference_depends_on_the_split() -> None:
 
 
 def four_scores(*, preset: str, micro_batch_size: int, devices: int = 1) -> Minibatch:
-    """T3: four one-token responses with dependencies 0.02, 0.05, 0.08, 0.25."""
+    """Four one-token responses with dependencies 0.02, 0.05, 0.08, 0.25."""
     rows = [response(1, sample=i) for i in range(4)]
     divergence_BT = torch.tensor([[0.02], [0.05], [0.08], [0.25]])
     (minibatch,) = assemble(

@@ -34,7 +34,7 @@ def attribute(name: str) -> str:
     return name.rpartition(".")[2].partition("[")[0]
 
 
-# ---- a real engine on CPU
+# --- A real engine on CPU ---------------------------------------------------------------------------------------------
 
 
 def test_vllm_takes_weights_half_awake_and_answers_when_awake(rig: Rig, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_names_to_preserve_are_those_of_vllms_parameters(rig: Rig, tmp_path: Pat
     rig.engine.preserve(())
 
 
-# ---- the client; its engine only says yes
+# --- The client, with an engine that only says yes --------------------------------------------------------------------
 
 
 WEIGHTS = [
@@ -184,7 +184,7 @@ def test_without_can_sleep_there_is_no_sleep(rig: Rig) -> None:
         rig.engine.sleep()
 
 
-# ---- what vLLM does not save
+# --- Tensors that vLLM does not save ----------------------------------------------------------------------------------
 
 
 class Worker(WorkerExtension):
@@ -210,7 +210,7 @@ def test_plain_tensors_of_a_model_survive() -> None:
     assert model.layer.scratch[0].tolist() == [1, 1, 1], "only once: later wakes find it as it was left"
 
 
-# ---- quantised weights
+# --- Quantised weights ------------------------------------------------------------------------------------------------
 
 
 def test_scales_of_quantised_weights_are_preserved_with_them() -> None:
