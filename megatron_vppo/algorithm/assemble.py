@@ -130,7 +130,7 @@ def visual_dependency(
             raise ValueError(
                 f"dependency {settings.dependency!r} needs divergence_BT: score both views with this kind of divergence"
             )
-        dependency_BT = scores.divergence_BT.clamp(min=0.0)  # a sum over slices of the vocabulary may round below zero
+        dependency_BT = scores.divergence_BT.clamp(min=0.0)  # it may round below zero
     has_image_B = _has_image(responses).to(mask_BT.device)
     return torch.where(has_image_B[:, None] & mask_BT.bool(), dependency_BT, 0.0).float()
 

@@ -37,8 +37,8 @@ class Pixels(Protocol):
 class View:
     """One look at one response: with its images as they are, or perturbed.
 
-    Example: View(row=3, perturb=PerturbKey(step=7, response_number=65536)) is the perturbed view of
-    sample 0 of group 1, which is row 3 of the mini-batch.
+    Example: View(row=3, perturb=PerturbKey(step=7, response_number=65536)) is the perturbed view of sample 0 of group
+    1, which is row 3 of the mini-batch.
     """
 
     row: int

@@ -43,7 +43,7 @@ class TwoViews:
     """The entropy given the original image."""
     perturbed_logp_N: Tensor
     divergence_N: Tensor
-    """Not below zero, except for rounding in the sum over slices."""
+    """Never negative, except for rounding."""
 
 
 @dataclass(frozen=True)
