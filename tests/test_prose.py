@@ -24,6 +24,21 @@ NOT_CHECKED = {"tests/test_prose.py"}
 # A clause that stands for a noun. A docstring begins with a verb, or with a noun and its article.
 CLAUSE = re.compile(r"(?:Of|What|Which|Where|Whether|How|As|For|When|Who|Whose|Why)\b")
 
+# The first word of a function: "Packs". A reference, "See Scorer.score.", is a verb as well.
+VERB = re.compile(r"[A-Z][a-z]+s|See")
+PLURALS = {
+    "Bytes",
+    "Columns",
+    "Gradients",
+    "Indices",
+    "Layers",
+    "Layouts",
+    "Lines",
+    "Rows",
+    "Tokens",
+    "Values",
+}
+
 WORDS = {
     r"pictures?": "image",
     r"completions?": "response",
@@ -111,6 +126,21 @@ def names_in(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.lineno, node.attr
+
+
+def first_words(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(function, first word of its docstring) of all functions; __init__ and properties are left out.
+
+    A docstring that only describes arguments has no first word of its own, and neither has one that begins with the
+    name of an argument.
+    """
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or node.name == "__init__":
+            continue
+        text = ast.get_docstring(node) or "Args:"
+        if any("property" in ast.unparse(mark) for mark in node.decorator_list) or text.startswith(("Args:", "`")):
+            continue
+        yield node.name, re.sub(r"\W+$", "", text.split()[0])
 
 
 def words_of(name: str) -> str:
@@ -206,6 +236,18 @@ def test_dividing_rules_have_one_form() -> None:
     assert lines == []
 
 
+def test_functions_begin_with_a_verb() -> None:
+    """The first word ends in s and is no plural. Tests are left out: their docstrings are statements."""
+    found = [
+        (path, name, word)
+        for path, source in sources().items()
+        if not path.startswith("tests/")
+        for name, word in first_words(ast.parse(source))
+        if not VERB.fullmatch(word) or word in PLURALS
+    ]
+    assert found == []
+
+
 def test_every_room_says_what_it_is_for() -> None:
     """The docstring of a package's __init__ is the sign on its door."""
     rooms = {path: source for path, source in sources().items() if path.endswith("__init__.py")}
@@ -257,6 +299,14 @@ def test_planted_mistakes_are_found() -> None:
         (text, mistake) for text, mistake in PLANTED if not any(mistake in m for m in mistakes_in(text, "tools/x.py"))
     ]
     assert missed == []
+
+
+def test_planted_nouns_are_found() -> None:
+    source = 'def f():\n    """The rows."""\ndef g():\n    """Packs, then pads."""\ndef h(x):\n    """`x`: a row."""'
+    assert [(name, bool(VERB.fullmatch(word))) for name, word in first_words(ast.parse(source))] == [
+        ("f", False),
+        ("g", True),
+    ]
 
 
 def test_planted_namesakes_are_found() -> None:

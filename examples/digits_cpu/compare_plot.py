@@ -31,7 +31,7 @@ class Curve:
 
 
 def read_curves(runs: Path) -> dict[str, Curve]:
-    """The curve of each method with at least one run, in the order of LABELS.
+    """Returns the curve of each method with at least one run, in the order of LABELS.
 
     Raises:
         ValueError: the folder holds no run with validations.
@@ -58,7 +58,7 @@ def read_curves(runs: Path) -> dict[str, Curve]:
 
 
 def table(curves: dict[str, Curve]) -> str:
-    """Markdown: accuracy before and after, mean (lowest .. highest), and the mean over the validations of a run."""
+    """Writes Markdown: accuracy before and after, mean (lowest .. highest), and the mean over a run's validations."""
     lines = ["| method | seeds | steps | before | after | mean over the run |", "|---|---|---|---|---|---|"]
     for name, curve in curves.items():
         first, last = curve.accuracies[0], curve.accuracies[-1]

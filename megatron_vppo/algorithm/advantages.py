@@ -12,7 +12,8 @@ STD_EPS = 1e-6
 
 
 def group_advantages(reward_B: Tensor, group_B: Tensor) -> Tensor:
-    """GRPO (paper Eq. 1): the reward minus the mean of its group, divided by the group's unbiased deviation plus 1e-6.
+    """Computes GRPO's advantages (paper Eq. 1): the reward minus the mean of its group, divided by the group's unbiased
+    deviation plus 1e-6.
 
     Args:
         reward_B: [B] float32.

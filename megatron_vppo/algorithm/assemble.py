@@ -113,7 +113,7 @@ def assemble(
 def visual_dependency(
     responses: Sequence[Response], scores: Scores, mask_BT: Tensor, *, settings: VppoSettings
 ) -> Tensor | None:
-    """The dependency [B, T] in fp32 nats, of the kind that is set; None if neither filter nor shaping needs it.
+    """Computes the dependency [B, T] in fp32 nats, of the kind that is set; None if nothing needs it.
 
     Rows without an image have dependency zero: there is nothing to perturb.
     """
@@ -241,7 +241,7 @@ def _has_image(responses: Sequence[Response]) -> Tensor:
 
 
 def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:
-    """[B] 1.0 for responses that are trained on; truncated_responses='mask' leaves out truncated ones."""
+    """Returns [B] 1.0 for responses that are trained on; truncated_responses='mask' leaves out truncated ones."""
     masks_truncated = settings.truncated_responses == "mask"
     return torch.tensor([0.0 if masks_truncated and r.finish_reason == "length" else 1.0 for r in responses])
 

@@ -23,7 +23,7 @@ def k3_sampled(
     x_clamp: float = 20.0,
     maximum: float = 10.0,
 ) -> Tensor:
-    """The authors' estimator of KL(original view || perturbed view) from the sampled token alone.
+    """Computes the authors' estimator of KL(original view || perturbed view) from the sampled token alone.
 
     With x the clamped log-prob difference (perturbed minus original): exp(x) - 1 - x, limited to [0, maximum].
 
@@ -44,7 +44,7 @@ def k3_sampled(
 
 
 def kl_full(logp_NV: Tensor, perturbed_logp_NV: Tensor) -> Tensor:
-    """KL(original || perturbed) over the vocabulary: the quantity that the paper defines (Eq. 3).
+    """Computes KL(original || perturbed) over the vocabulary: the quantity that the paper defines (Eq. 3).
 
     Args:
         logp_NV, perturbed_logp_NV: [N, V] finite log-probs, each normalised over the *whole* vocabulary. V may be a
@@ -57,7 +57,10 @@ def kl_full(logp_NV: Tensor, perturbed_logp_NV: Tensor) -> Tensor:
 
 
 def jsd(logp_NV: Tensor, perturbed_logp_NV: Tensor) -> Tensor:
-    """Jensen-Shannon divergence between the two views: symmetric, at most log 2. It takes arguments as kl_full does."""
+    """Computes the Jensen-Shannon divergence between the two views: symmetric, at most log 2.
+
+    It takes arguments as kl_full does.
+    """
     mixture_NV = torch.logaddexp(logp_NV, perturbed_logp_NV) - LOG_2
     return 0.5 * (_kl_by_positive_terms(logp_NV, mixture_NV) + _kl_by_positive_terms(perturbed_logp_NV, mixture_NV))
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 
 def keep_group(accuracies: Sequence[float], *, low: float, high: float) -> bool:
-    """True if the mean accuracy of a group lies strictly between low and high, so that it can teach something (DAPO).
+    """Returns True if a group's mean accuracy lies strictly between low and high, so that it can teach something
+    (DAPO).
 
     Args:
         accuracies: in [0, 1], one per response of the group.

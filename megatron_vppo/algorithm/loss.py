@@ -50,7 +50,7 @@ def dual_clip_surrogate(
     clip_ratio_high: float,
     clip_ratio_dual: float,
 ) -> Surrogate:
-    """PPO's pessimistic surrogate, clipped in log space, with a second bound for negative advantages.
+    """Computes PPO's pessimistic surrogate, clipped in log space, with a second bound for negative advantages.
 
     With the ratio r = p_new / p_old and the advantage A, the loss of a token is:
 
@@ -85,7 +85,7 @@ def dual_clip_surrogate(
 def surrogate_loss(
     new_logp_N: Tensor, terms: TokenTerms, *, spec: LossSpec, entropy_N: Tensor | None = None
 ) -> LossSums:
-    """The loss of the tokens of one micro-batch: sum(pg_weight * surrogate) + sum(entropy_weight * entropy term).
+    """Computes the loss of a micro-batch's tokens: sum(pg_weight * surrogate) + sum(entropy_weight * entropy term).
 
     The weights hold masks, denominators and coefficients (see token_weights.py), so the losses of the micro-batches add
     up to the loss of the mini-batch, and so do their gradients.
@@ -124,7 +124,7 @@ def surrogate_loss(
 
 
 def _entropy_term(new_logp_N: Tensor, entropy_N: Tensor | None, *, kind: str) -> Tensor:
-    """The quantity that the penalty lowers: -log pi of the sampled token (the authors'), or the full entropy."""
+    """Returns what the penalty lowers: -log pi of the sampled token (the authors'), or the full entropy."""
     if kind == "nll":
         return -new_logp_N
     if kind != "entropy":

@@ -11,7 +11,7 @@ from megatron_vppo.algorithm.shaping import TrajectoryScale
 
 
 def advantage_metrics(advantage_BT: Tensor, trained_BT: Tensor) -> dict[str, float]:
-    """Mean, maximum and minimum of the shaped advantages over the trained tokens; empty if there are none."""
+    """Computes mean, maximum and minimum of the shaped advantages over the trained tokens; empty if there are none."""
     advantage_N = advantage_BT[trained_BT.bool()]
     if len(advantage_N) == 0:
         return {}

@@ -14,7 +14,7 @@ from megatron_vppo.algorithm.types import Response, Scores
 
 
 def rollout_mismatch(responses: Sequence[Response], scores: Scores, *, bound: float) -> dict[str, float]:
-    """|log p_trainer - log p_rollout| in nats per token: mean, largest, and the fraction of tokens over `bound`.
+    """Measures |log p_trainer - log p_rollout| in nats per token: mean, largest, and the share of tokens over `bound`.
 
     The numbers are near zero with top_p = 1 and top_k off. Truncated sampling renormalises, which shows here.
     """

@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def length_mask(lengths: Sequence[int], *, width: int | None = None) -> Tensor:
-    """A float32 mask [B, T]: 1.0 at the first lengths[b] positions of row b, else 0.0. T is width or the longest."""
+    """Returns a float32 mask [B, T]: 1.0 at the first lengths[b] positions of row b, else 0.0.
+
+    T is width or the longest.
+    """
     width = _checked_width(lengths, width)
     return (torch.arange(width)[None, :] < torch.tensor(lengths, dtype=torch.int64)[:, None]).to(torch.float32)
 
@@ -20,7 +23,7 @@ def length_mask(lengths: Sequence[int], *, width: int | None = None) -> Tensor:
 def pad_rows(
     rows: Sequence[Sequence[float]], *, dtype: torch.dtype, width: int | None = None, fill: float = 0.0
 ) -> Tensor:
-    """The rows as one tensor [B, T]: each row at the left, `fill` behind it. T is width or the longest row.
+    """Makes one tensor of the rows [B, T]: each row at the left, `fill` behind it. T is width or the longest row.
 
     Raises:
         ValueError: a row is longer than width.

@@ -32,7 +32,7 @@ class TrajectoryScale:
 
 
 def dependency_means(dependency_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """The mean dependency of each response, over all of its tokens, kept or not.
+    """Computes the mean dependency of each response, over all of its tokens, kept or not.
 
     Args:
         dependency_BT: [B, T] nats, finite.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def kept_counts(length_B: Tensor, *, keep_fraction: float, integer_ceil: bool) -> Tensor:
-    """The number of tokens that each response keeps: ceil(keep_fraction * length).
+    """Counts the tokens that each response keeps: ceil(keep_fraction * length).
 
     Args:
         length_B: [B] int64, response tokens.

@@ -43,7 +43,7 @@ class PerturbKey:
 
     @classmethod
     def of(cls, response: Response, step: int, *, per: PerturbUnit) -> PerturbKey:
-        """The key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
+        """Returns the key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
         return cls(step=step, response_number=response.group_id * 2**16 + response.sample if per == "row" else None)
 
 
@@ -160,12 +160,12 @@ class TrainBatch:
     loss: LossSpec
 
     def to(self, device: torch.device) -> TrainBatch:
-        """The batch with its tensors on a device."""
+        """Returns the batch with its tensors on a device."""
         names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT", "response_mask_BT")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
-        """The terms of some tokens, given their rows and columns; int64 [N] each."""
+        """Returns the terms of some tokens, given their rows and columns; int64 [N] each."""
         return TokenTerms(
             self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at]
         )

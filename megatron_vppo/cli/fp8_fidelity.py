@@ -51,7 +51,7 @@ def run_fp8_fidelity(options: argparse.Namespace) -> int:
 
 
 def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Recipe]:
-    """The recipes asked for; or the run's own; or, if it has none, all that can be measured here."""
+    """Returns the recipes asked for; or the run's own; or, if it has none, all that can be measured here."""
     chosen = asked or ([config.fp8.recipe] if config.fp8.recipe else None)
     every: Sequence[Fp8Recipe] = chosen or typing.get_args(Fp8Recipe)
     reasons = {recipe: refusal(recipe, config, on_gpu=torch.cuda.is_available()) for recipe in every}

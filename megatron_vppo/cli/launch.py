@@ -16,7 +16,7 @@ from megatron_vppo.system.processes import die_with_parent
 
 
 def is_trainer_rank() -> bool:
-    """True if torchrun (or srun, after take_rank_from_slurm) has already made this process one of several ranks."""
+    """Returns True if torchrun (or srun, after take_rank_from_slurm) has made this process one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -82,7 +82,7 @@ def _flush_output() -> None:
 
 
 def _reader_left(stream: TextIO | None) -> bool:
-    """True if the stream is a pipe that is no longer open for reading; poll() reports that as an error."""
+    """Returns True if the stream is a pipe that is no longer open for reading; poll() reports that as an error."""
     if stream is None:
         return False
     poll = select.poll()

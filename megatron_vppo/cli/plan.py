@@ -44,7 +44,7 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def _request(options: argparse.Namespace) -> PlanRequest:
-    """The request that the command line stands for, with the settings' defaults for what it leaves out."""
+    """Returns the request that the command line stands for, with the settings' defaults for what it leaves out."""
     hf_config = configuration_of(options.model)
     default_image_tokens = DataConfig.model_fields["max_pixels"].default // _pixels_per_token(hf_config)
     return PlanRequest(
@@ -130,7 +130,7 @@ def _table(plan: LayoutPlan, cluster: Cluster) -> Iterator[str]:
 
 
 def _settings(best: Candidate, request: PlanRequest) -> Iterator[str]:
-    """The settings of a layout, as the YAML of a configuration file."""
+    """Returns the settings of a layout, as the YAML of a configuration file."""
     assert best.engine is not None
     workload = request.workload
     yield "\nSettings of the first layout:"
@@ -179,7 +179,7 @@ def _what_is_missing(plan: LayoutPlan, request: PlanRequest) -> Iterator[str]:
 
 
 def _closest(closest: Candidate, cluster: Cluster) -> Iterator[str]:
-    """The memory of the layout with the smallest trainer, in sentences."""
+    """Returns the memory of the layout with the smallest trainer, in sentences."""
     state, activations = closest.fullest.state, closest.fullest.activations
     yield (
         f"The smallest trainer is TP {closest.tensor} x PP {closest.pipeline} x CP {closest.context} x DP "
@@ -203,7 +203,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _size(cluster: Cluster) -> str:
-    """The memory of a GPU in GiB, as the user probably gave it: 80, 79.6."""
+    """Returns the memory of a GPU in GiB, as the user probably gave it: 80, 79.6."""
     return f"{cluster.gpu_bytes / GIB:.2f}".rstrip("0").rstrip(".")
 
 

@@ -245,7 +245,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _preset_of(algorithm: Any) -> dict[str, dict[str, Any]] | None:
-    """The preset that algorithm values name; None where validation will refuse them anyway."""
+    """Returns the preset that algorithm values name; None where validation will refuse them anyway."""
     name = algorithm.get("preset", "global") if isinstance(algorithm, dict) else None
     return PRESETS.get(name) if isinstance(name, str) else None
 

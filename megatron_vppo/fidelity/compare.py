@@ -82,7 +82,9 @@ def decide(
     responses_per_minibatch: int,
     micro_batch_size: int,
 ) -> Decisions:
-    """VPPO's decisions about responses. The token filter and the shaping are on, whether or not the settings use them.
+    """Makes VPPO's decisions about responses.
+
+    The token filter and the shaping are on, whether or not the settings use them.
 
     Args:
         responses: each with an image; those of one group next to each other.
@@ -112,7 +114,7 @@ def decide(
 
 
 def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]) -> Differences:
-    """The differences between decisions about the same responses."""
+    """Computes the differences between decisions about the same responses."""
     lengths = [len(response.token_ids) for response in responses]
     mask_BT = length_mask(lengths, width=baseline.logp_BT.shape[1]).bool()
     both_BT, weight_BT = baseline.kept_BT & other.kept_BT, baseline.dependency_BT.double()
@@ -134,7 +136,9 @@ def compare(baseline: Decisions, other: Decisions, responses: Sequence[Response]
 
 
 def spread(values: Tensor) -> Spread:
-    """Mean, median, 99th percentile and maximum of |value|. Percentiles are nearest-rank, so each is an observed value.
+    """Computes mean, median, 99th percentile and maximum of |value|.
+
+    Percentiles are nearest-rank, so each is an observed value.
 
     Args:
         values: one-dimensional, not empty.
@@ -149,14 +153,14 @@ def spread(values: Tensor) -> Spread:
 
 
 def spearman(left: Tensor, right: Tensor) -> float:
-    """Spearman's rank correlation, with average ranks; NaN if all values of one side are equal."""
+    """Computes Spearman's rank correlation, with average ranks; NaN if all values of one side are equal."""
     left, right = average_ranks(left), average_ranks(right)
     left, right = left - left.mean(), right - right.mean()
     return ((left * right).sum() / (left.square().sum() * right.square().sum()).sqrt()).item()
 
 
 def average_ranks(values: Tensor) -> Tensor:
-    """float64; the rank of each value, from 1. Equal values share the mean of their ranks."""
+    """Ranks values from 1, as float64. Equal values share the mean of their ranks."""
     ordered = values.sort().values
     smaller, not_larger = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
     return (smaller + 1 + not_larger).double() / 2

@@ -50,7 +50,7 @@ def emulated_fp8(stages: Sequence[QwenVLModel], options: Fp8Options) -> Iterator
 
 
 def fp8_linears(stages: Sequence[QwenVLModel], options: Fp8Options) -> list[nn.Module]:
-    """The linear layers of these stages that compute in FP8, in the order of the model."""
+    """Returns the linear layers of these stages that compute in FP8, in the order of the model."""
     layers, ends = stages[0].config.num_layers, options.bf16_layers_at_ends
     check_ends(options, layers=layers)
     if stages[0].parts.name != "torch":  # TransformerEngine's linear layers hold a norm as well

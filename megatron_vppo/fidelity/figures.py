@@ -25,7 +25,7 @@ SHARE_EDGES = torch.linspace(0, 1, 21, dtype=torch.float64)
 
 
 def subject_figures(config: RunConfig, responses: Sequence[Response], baseline: Decisions) -> dict[str, Any]:
-    """The model, the settings and the responses that precisions are compared on."""
+    """Returns the model, the settings and the responses that precisions are compared on."""
     rows = zip(baseline.dependency_BT, responses, strict=True)
     dependency_N = torch.cat([row_T[: len(response.token_ids)] for row_T, response in rows])
     return {
@@ -73,7 +73,7 @@ def difference_figures(found: Differences) -> dict[str, Any]:
 
 
 def _counts(values: Tensor, edges: Tensor) -> list[int]:
-    """The number of values in each bin. An edge belongs to the bin above it, the last edge to the last bin."""
+    """Counts the values in each bin. An edge belongs to the bin above it, the last edge to the last bin."""
     bins = len(edges) - 1
     bin_of_value = (torch.bucketize(values.double(), edges, right=True) - 1).clamp(0, bins - 1)
     counts: list[int] = torch.bincount(bin_of_value, minlength=bins).tolist()

@@ -39,7 +39,7 @@ _LARGEST_E8M0 = 254
 
 
 def quantise_dequantise(x: Tensor, *, recipe: Fp8Recipe, operand: Operand, amax_before: Tensor | None = None) -> Tensor:
-    """The operand as an FP8 product sees it. The amax of a last block that is not full is that of its values.
+    """Computes the operand as an FP8 product sees it. The amax of a last block that is not full is that of its values.
 
     Args:
         x: [rows, columns] float32 or bfloat16.
@@ -60,13 +60,13 @@ def quantise_dequantise(x: Tensor, *, recipe: Fp8Recipe, operand: Operand, amax_
 
 
 def to_e4m3(x: Tensor) -> Tensor:
-    """The nearest E4M3 value, as float32. Ties go to even; values beyond 448 become 448."""
+    """Returns the nearest E4M3 value, as float32. Ties go to even; values beyond 448 become 448."""
     # Older versions of torch do not saturate; they turn values that are too large into NaN.
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
 
 
 def quotient_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
-    """448 / amax; 1 where amax is zero, infinite or NaN, the largest float32 where the quotient is infinite.
+    """Returns 448 / amax; 1 where amax is zero, infinite or NaN, the largest float32 where the quotient is infinite.
 
     Args:
         amax: float32, any shape.
@@ -80,7 +80,7 @@ def quotient_scale(amax: Tensor, *, power_of_two: bool) -> Tensor:
 
 
 def mx_scale(amax: Tensor) -> Tensor:
-    """The scale of a block: 2^-e with the smallest e such that amax / 448 <= 2^e, e from -127 to 127.
+    """Returns the scale of a block: 2^-e with the smallest e such that amax / 448 <= 2^e, e from -127 to 127.
 
     Args:
         amax: float32, any shape; zero has e = -127.
@@ -94,7 +94,7 @@ def mx_scale(amax: Tensor) -> Tensor:
 
 
 def block_amax(x: Tensor, rows: int, columns: int) -> Tensor:
-    """The largest magnitude in the block that each value belongs to, in the shape of x.
+    """Returns the largest magnitude in the block that each value belongs to, in the shape of x.
 
     Args:
         x: [height, width] float32.

@@ -40,7 +40,7 @@ STEP = 1
 
 
 def refusal(recipe: Fp8Recipe, config: RunConfig, *, on_gpu: bool) -> str | None:
-    """The reason why a recipe cannot be measured with this config on this machine, or None."""
+    """Returns the reason why a recipe cannot be measured with this config on this machine, or None."""
     if recipe == "delayed" and config.fp8.bf16_layers_at_ends:
         return f"takes no fp8.bf16_layers_at_ends ({config.fp8.bf16_layers_at_ends}); set it to 0"
     if not on_gpu:
@@ -116,7 +116,7 @@ def _check_recipes(config: RunConfig, recipes: Sequence[Fp8Recipe], model: _Mode
 def _compare_precisions(
     config: RunConfig, recipes: Sequence[Fp8Recipe], model: _Model, scorer: Scorer, responses: Sequence[Response]
 ) -> dict[str, Any]:
-    """The contents of fidelity.json.
+    """Returns the contents of fidelity.json.
 
     Args:
         scorer: the model in the configured dtype.
@@ -141,7 +141,7 @@ def _compare_precisions(
 
 
 def _on_one_rank(config: RunConfig) -> RunConfig:
-    """The same run with one engine, and without FP8."""
+    """Makes the settings of the same run with one engine, and without FP8."""
     parallel = ParallelConfig(
         threads_per_rank=config.parallel.threads_per_rank,
         collective_timeout_seconds=config.parallel.collective_timeout_seconds,
@@ -152,7 +152,7 @@ def _on_one_rank(config: RunConfig) -> RunConfig:
 
 
 def _in_fp8(config: RunConfig, recipe: Fp8Recipe) -> RunConfig:
-    """The same run, with TransformerEngine's FP8 in scoring."""
+    """Makes the settings of the same run, with TransformerEngine's FP8 in scoring."""
     return config.model_copy(update={"fp8": config.fp8.model_copy(update={"recipe": recipe, "scope": ("scoring",)})})
 
 
@@ -163,7 +163,7 @@ def _in_bfloat16(config: RunConfig) -> RunConfig:
 def _scorer_and_responses(
     config: RunConfig, model: _Model, *, num_prompts: int, logs: Path
 ) -> tuple[Scorer, list[Response]]:
-    """The model in the configured dtype, and the responses that it samples through a vLLM engine.
+    """Builds the model in the configured dtype, and samples responses of it through a vLLM engine.
 
     The engine is closed again, so that scoring has the machine to itself.
     """

@@ -35,7 +35,7 @@ def write_fidelity_page(report: Report, path: Path) -> None:
 
 
 def render_fidelity(report: Report) -> str:
-    """The page as one HTML document."""
+    """Writes the page as one HTML document."""
     style = files(report_of_run).joinpath("page.css").read_text(encoding="utf-8")
     title = f"{precision(report)} against {report['baseline_dtype']}"
     return (
@@ -50,12 +50,12 @@ def render_fidelity(report: Report) -> str:
 
 
 def precision(report: Report) -> str:
-    """The name of the precision, for headings."""
+    """Returns the name of the precision, for headings."""
     return "Emulated FP8" if report["emulated"] else "FP8"
 
 
 def subject(report: Report) -> str:
-    """The responses that were measured, in a sentence."""
+    """Returns the responses that were measured, in a sentence."""
     ends = report["bf16_layers_at_ends"]
     return (
         f"{report['responses']} responses ({report['tokens']} tokens) to {report['prompts']} prompts of "
@@ -81,7 +81,7 @@ def _tiles(report: Report) -> str:
 
 
 def compared(report: Report) -> dict[str, Any]:
-    """The figures of everything that is compared with the baseline: the recipes, then the controls."""
+    """Returns the figures of everything that is compared with the baseline: the recipes, then the controls."""
     return {**report["recipes"], **{f"{name} alone": found for name, found in report["controls"].items()}}
 
 
@@ -128,7 +128,7 @@ def _sections(report: Report) -> Sequence[str]:
 
 
 def histogram_html(title: str, bars: Sequence[Bars], edges: Sequence[float], *, x: Axis, y: Axis) -> str:
-    """A figure with the outlines of several histograms over the same bins.
+    """Draws a figure with the outlines of several histograms over the same bins.
 
     Args:
         edges: the edges of the bins, one more than bins.

@@ -92,7 +92,7 @@ def _mark(model: QwenVLModel, frozen: frozenset[ModelPart]) -> None:
 
 
 def layer_parts(backend: Backend) -> LayerParts:
-    """The modules of a backend. TransformerEngine is imported only if it is asked for."""
+    """Returns the modules of a backend. TransformerEngine is imported only if it is asked for."""
     if backend == "torch":
         return TORCH_PARTS
     from megatron_vppo.models.layers.te_parts import TE_PARTS

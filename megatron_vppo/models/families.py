@@ -13,7 +13,7 @@ FAMILIES = {family.model_type: family for family in (QWEN25_VL, QWEN3_VL)}
 
 
 def family_of(hf_config: HfConfig) -> Family:
-    """The family of a model's configuration.
+    """Returns the family of a model's configuration.
 
     Raises:
         ValueError: another architecture, or a setting of this one that no released model uses.
@@ -44,7 +44,7 @@ def family_of(hf_config: HfConfig) -> Family:
 
 
 def weight_map(hf_config: HfConfig, *, family: Family) -> tuple[Entry, ...]:
-    """Every parameter of the model, in the order of the forward pass."""
+    """Lists every parameter of the model, in the order of the forward pass."""
     language = language_entries(
         hf_config, prefix=family.language_prefix, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm
     )

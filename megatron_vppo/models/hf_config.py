@@ -9,7 +9,7 @@ HfConfig = Any
 
 
 def head_dim(text: Any) -> int:
-    """Values per attention head of a text configuration."""
+    """Returns the values per attention head of a text configuration."""
     return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
@@ -24,7 +24,7 @@ VISION_TOKENS = (
 
 
 def vision_token_ids(hf_config: HfConfig) -> tuple[int, ...]:
-    """The ids of the tokens in VISION_TOKENS that the configuration has."""
+    """Returns the ids of the tokens in VISION_TOKENS that the configuration has."""
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
 
 

@@ -30,7 +30,7 @@ def stage_layers(
     pipeline_layers: tuple[int, ...] | None,
     virtual_stages: int = 1,
 ) -> tuple[int, ...]:
-    """Language layers of each pipeline stage, in the order of the model.
+    """Returns the number of language layers of each pipeline stage, in the order of the model.
 
     Args:
         virtual_stages: stages that each of the `pipeline` ranks holds.
@@ -109,7 +109,7 @@ def language_config(
     dtype: torch.dtype,
     device: torch.device,
 ) -> TransformerConfig:
-    """Megatron's configuration of the language model.
+    """Makes Megatron's configuration of the language model.
 
     Args:
         tensor, context: ranks that the model and its tokens are split over.
@@ -161,7 +161,7 @@ def vision_config(
     dtype: torch.dtype,
     device: torch.device,
 ) -> TransformerConfig:
-    """Megatron's configuration of the vision tower, all of which lies on the first pipeline stage.
+    """Makes Megatron's configuration of the vision tower, all of which lies on the first pipeline stage.
 
     Args:
         tensor: ranks that the tower is split over.
@@ -228,8 +228,9 @@ def _common(*, dtype: torch.dtype, device: torch.device, activation: Callable, o
 
 
 def _fusions(*, on_gpu: bool, backend: Backend, activation: Callable) -> dict[str, bool]:
-    """The fused kernels that are on. Each needs a CUDA extension, or compiles code in every process, which does not pay
-    off on CPU.
+    """Returns the switches of the fused kernels.
+
+    Each needs a CUDA extension, or compiles code in every process, which does not pay off on CPU.
     """
     return {
         "gradient_accumulation_fusion": on_gpu

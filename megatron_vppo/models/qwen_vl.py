@@ -91,7 +91,7 @@ class QwenVLModel(MegatronModule):
         )
 
     def tensor_group(self, entry: Entry) -> dist.ProcessGroup:
-        """The ranks that a parameter is split over."""
+        """Returns the ranks that a parameter is split over."""
         return self.groups.tp if entry.part == "language_model" else self.vision_groups.tower.tp
 
     def forward(self, batch: PackedBatch) -> Tensor:
@@ -176,12 +176,12 @@ class QwenVLModel(MegatronModule):
         self.language.decoder.set_input_tensor(received)
 
     def head_weight_Vh(self) -> torch.nn.Parameter:
-        """This rank's vocabulary rows of the output weight, or of the embedding it is tied to; last stage only.
+        """Returns this rank's vocabulary rows of the output weight, or of the embedding it is tied to; last stage only.
 
         Rows that pad the vocabulary to a multiple of the tensor-parallel size are zero and come last.
         """
         return self.language.head_weight_Vh()
 
     def shared_embedding_or_output_weight(self) -> Tensor | None:
-        """The tied weight where embedding and output weight lie on two pipeline stages; Megatron calls it."""
+        """Returns the tied weight where embedding and output weight lie on two pipeline stages; Megatron calls it."""
         return self.language.shared_embedding_or_output_weight()

@@ -12,7 +12,7 @@ from megatron_vppo.models.hf_config import HfConfig
 
 
 def read_hf_config(folder: Path) -> HfConfig:
-    """The configuration of a supported model.
+    """Returns the configuration of a supported model.
 
     Raises:
         ValueError: there is no such folder or file, it cannot be read, or the model is of another kind.

@@ -181,7 +181,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 
 
 def peak_memory_gb() -> float:
-    """The largest memory so far, in GiB: torch's allocations on the CUDA device, or the resident set without one."""
+    """Returns the largest memory so far, in GiB: torch's allocations on the GPU, or the resident set without one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**30

@@ -41,7 +41,7 @@ parameters (its own warning says so; seen in 0.16.1 with two pipeline stages).""
 
 
 def latest_step(folder: Path) -> int | None:
-    """The newest complete checkpoint in `folder`, found from the folders themselves; None if there is none."""
+    """Returns the newest complete checkpoint in `folder`, found from the folders themselves; None if there is none."""
     steps = [step for step in _steps(folder) if (folder / f"global_step_{step}" / STATE).is_file()]
     return max(steps, default=None)
 
@@ -126,7 +126,7 @@ def _use_result_queue_of_ours() -> None:
 
 
 def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
-    """The facts that decide how the optimizer's state is laid out, under the names of the settings."""
+    """Returns the facts that decide how the optimizer's state is laid out, under the names of the settings."""
     model = trainable.stages[0]
     return {
         "tensor_model_parallel_size": layout.tensor,
@@ -139,7 +139,10 @@ def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
 
 
 def _model_keys(trainable: Trainable) -> list[str]:
-    """Megatron's keys of the stages: numbered if a rank holds several. A written checkpoint does not contain them."""
+    """Returns Megatron's keys of the stages: numbered if a rank holds several.
+
+    A written checkpoint does not contain them.
+    """
     count = len(trainable.stages)
     return ["model"] if count == 1 else [f"model{number}" for number in range(count)]
 
@@ -203,7 +206,7 @@ def _torch_adam(trainable: Trainable) -> torch.optim.Optimizer | None:
 
 
 def _only_optimizer(trainable: Trainable) -> Any:
-    """Megatron chains one optimizer per kind of parameter; a dense model has one."""
+    """Returns the only optimizer: Megatron chains one optimizer per kind of parameter; a dense model has one."""
     (optimizer,) = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
     return optimizer
 

@@ -72,7 +72,7 @@ def chunk_gradient(
     owned_U: Tensor,
     temperature: float,
 ) -> Tensor:
-    """Gradient [U, V] of sum_U(grad_logp logp + grad_entropy entropy) with respect to the logits, in their dtype.
+    """Computes the gradient [U, V] of sum_U(grad_logp logp + grad_entropy entropy) by the logits, in their dtype.
 
     Args:
         logsumexp_U: over the whole vocabulary.
@@ -97,7 +97,7 @@ def chunk_divergence(
     kind: Divergence,
     temperature: float,
 ) -> Tensor:
-    """This slice's part [U] of the divergence between the two views; see divergence_sum."""
+    """Computes this slice's part [U] of the divergence between the two views; see divergence_sum."""
     run = _for_device(divergence_sum, logits_UV)
     return run(logits_UV, perturbed_logits_UV, logsumexp_U, perturbed_logsumexp_U, kind=kind, temperature=temperature)
 
@@ -119,7 +119,7 @@ def add_product(sum_Vh: Tensor, left_VU: Tensor, right_Uh: Tensor) -> None:
 
 
 def softmax_sums(logits_UV: Tensor, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The peak of the logits over the temperature, and the sums over V of e^x and of x e^x.
+    """Returns the peak of the logits over the temperature, and the sums over V of e^x and of x e^x.
 
     x is the distance of a logit from the peak, never positive. Log-sum-exp and entropy follow from the three, also for
     several slices of the vocabulary together:
@@ -141,7 +141,7 @@ def logit_gradient(
     *,
     temperature: float,
 ) -> Tensor:
-    """The result of chunk_gradient, except at the targets.
+    """Returns the result of chunk_gradient, except at the targets.
 
     With p the probabilities: -p (grad_logp + grad_entropy (log p + entropy)) / temperature.
     """
@@ -163,7 +163,7 @@ def target_gradient(
     *,
     temperature: float,
 ) -> Tensor:
-    """The result of chunk_gradient at the targets: as elsewhere, with 1 - p in place of the -p of grad_logp."""
+    """Returns the result of chunk_gradient at the targets: as elsewhere, with 1 - p in place of the -p of grad_logp."""
     grad_U = -torch.expm1(target_logp_U) * grad_logp_U
     if entropy_U is not None and grad_entropy_U is not None:
         grad_U = grad_U - target_logp_U.exp() * (target_logp_U + entropy_U) * grad_entropy_U
@@ -179,7 +179,7 @@ def divergence_sum(
     kind: Divergence,
     temperature: float,
 ) -> Tensor:
-    """This slice's part [U] of the divergence between the two views' distributions."""
+    """Computes this slice's part [U] of the divergence between the two views' distributions."""
     logp_UV = _scaled(logits_UV, temperature).sub_(logsumexp_U[:, None])
     perturbed_logp_UV = _scaled(perturbed_logits_UV, temperature).sub_(perturbed_logsumexp_U[:, None])
     return DIVERGENCES[kind](logp_UV, perturbed_logp_UV)
@@ -189,13 +189,13 @@ def divergence_sum(
 
 
 def _for_device(function: Callable[..., Any], logits_UV: Tensor) -> Callable[..., Any]:
-    """The pass, compiled unless the logits are on a CPU, where compiling takes longer than it ever saves."""
+    """Returns the pass, compiled unless the logits are on a CPU, where compiling takes longer than it ever saves."""
     return function if logits_UV.device.type == "cpu" else compiled(function)
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The pass as one kernel.
+    """Returns the pass as one kernel.
 
     torch compiles it at the first call, and once more when the number of positions first changes; that code serves
     every number of positions above one. Vocabulary slice, dtype and the numbers are constants of the compiled code.
@@ -205,7 +205,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @cache
 def _can_add_wider(device: torch.device, factors: torch.dtype, total: torch.dtype) -> bool:
-    """True if torch can multiply and add to a sum of a wider dtype in one kernel; found out by trying.
+    """Returns True if torch can multiply and add to a sum of a wider dtype in one kernel; found out by trying.
 
     It can on CUDA alone, and not in older versions.
     """
@@ -218,7 +218,7 @@ def _can_add_wider(device: torch.device, factors: torch.dtype, total: torch.dtyp
 
 
 def _scaled(logits_UV: Tensor, temperature: float) -> Tensor:
-    """A new tensor, so that the passes may work in place on it."""
+    """Returns a new tensor, so that the passes may work in place on it."""
     return logits_UV.to(stat_dtype(logits_UV.dtype)).div(temperature)
 
 

@@ -20,7 +20,10 @@ class LrSchedule:
     min_ratio: float
 
     def at(self, step: int) -> float:
-        """The rate of training step `step`, counted from 1. The first step after the warm-up has the peak rate."""
+        """Returns the rate of training step `step`, counted from 1.
+
+        The first step after the warm-up has the peak rate.
+        """
         if step <= self.warmup_steps:
             return self.peak * step / self.warmup_steps
         progress = (step - 1 - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)

@@ -114,7 +114,7 @@ def _wait_for_copies() -> None:
 
 
 def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
-    """The storages of tensors, each once, in the order of their first tensor; without empty ones."""
+    """Returns the storages of tensors, each once, in the order of their first tensor; without empty ones."""
     seen: set[int] = set()
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -124,14 +124,14 @@ def storages_of(tensors: Iterable[Tensor]) -> Iterator[torch.UntypedStorage]:
 
 
 def weight_tensors(trainable: Trainable) -> Iterator[Tensor]:
-    """The model's parameters, frozen ones included, and its buffers."""
+    """Returns the model's parameters, frozen ones included, and its buffers."""
     for stage in trainable.stages:
         yield from stage.parameters()
         yield from stage.buffers()
 
 
 def optimizer_tensors(trainable: Trainable) -> Iterator[Tensor]:
-    """The optimizer's moments and fp32 weights, except those that lie in the model's own weights or on the host."""
+    """Returns the optimizer's moments and fp32 weights, except those in the model's own weights or on the host."""
     device = next(weight_tensors(trainable)).device
     weights = {storage.data_ptr() for storage in storages_of(weight_tensors(trainable))}
     for part in getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer]):

@@ -56,7 +56,7 @@ class MegatronPolicy:
         return self._updater.accumulate_gradients(batch)
 
     def hf_weights(self, *, only_trained: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """The present weights under their Hugging Face names, whole on every rank; see weights/stream.py.
+        """Yields the present weights under their Hugging Face names, whole on every rank; see weights/stream.py.
 
         Args:
             only_trained: leave out frozen parts of the model.

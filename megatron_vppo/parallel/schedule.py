@@ -103,7 +103,7 @@ class ScheduleRunner:
         return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
 
     def vocab_head(self, *, trained: bool) -> VocabHead:
-        """The vocabulary head of the last stage.
+        """Returns the vocabulary head of the last stage.
 
         Args:
             trained: a backward pass follows. It adds the weight's gradient to Megatron's `main_grad`, the optimizer's

@@ -32,7 +32,7 @@ class ScoreTable:
         self.divergence_BT[tokens.at] = views.divergence_N
 
     def sum_over_ranks(self, *, counts: bool) -> ScoreTable:
-        """The whole table in host memory, the same on every rank: each token was written by one rank that counts.
+        """Adds up the tables of all ranks, in host memory and equal on every rank: one counting rank wrote each token.
 
         A collective over all ranks; the table itself is used up.
         """

@@ -79,7 +79,7 @@ class Kernels:
 
 
 def norm_saved(values: int, *, rms_norm: bool, kernels: Kernels, held: bool = False) -> int:
-    """The bytes that a norm saves.
+    """Counts the bytes that a norm saves.
 
     Args:
         values: the size of its input.
@@ -92,7 +92,7 @@ def norm_saved(values: int, *, rms_norm: bool, kernels: Kernels, held: bool = Fa
 
 
 def layer_saved(layer: LayerSizes, tokens: int, *, split: LayerSplit, kernels: Kernels, recompute: Recompute) -> int:
-    """The bytes that one layer saves for the `tokens` of one context-parallel rank."""
+    """Counts the bytes that one layer saves for the `tokens` of one context-parallel rank."""
     size, tensor = kernels.dtype_bytes, split.tensor
     between = tokens * layer.hidden // (tensor if split.sequence_parallel else 1)
     if recompute == "full":
@@ -134,8 +134,8 @@ def language_saved(
     kernels: Kernels,
     recompute: Recompute,
 ) -> int:
-    """The bytes that the `layers` language layers of one stage save; on the first stage also the features that fill
-    image tokens, on the last one the final norm.
+    """Counts the bytes that the `layers` language layers of one stage save; on the first stage also the features that
+    fill image tokens, on the last one the final norm.
     """
     tokens = -(-batch.tokens // split.context)
     per_layer = layer_saved(language.layer, tokens, split=split, kernels=kernels, recompute=recompute)
@@ -156,7 +156,7 @@ def vision_saved(
     recompute: Recompute,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> int:
-    """The bytes that the whole vision tower saves.
+    """Counts the bytes that the whole vision tower saves.
 
     Autograd saves nothing before the first trained part: nothing in a frozen tower, and nothing in its mergers if they
     are frozen, too.
@@ -179,7 +179,7 @@ def vision_saved(
 
 
 def head_bytes(language: LanguageSizes, batch: MicroBatch, *, chunk: int, tensor: int, dtype_bytes: int) -> int:
-    """The vocabulary head at its fullest, in the backward pass of `parallel/vocab_head.py`.
+    """Counts the bytes of the vocabulary head at its fullest, in the backward pass of `parallel/vocab_head.py`.
 
     It holds five fp32 tensors of the size of a chunk's logits, the gradient of this rank's vocabulary rows in fp32 and
     in the model's dtype, and the hidden states of the response positions with their gradient. On a GPU, where the
@@ -215,7 +215,7 @@ def update_activations(
     chunk: int,
     frozen: frozenset[ModelPart] = frozenset(),
 ) -> StageActivations:
-    """The activations of one pipeline stage in the update, under the one-forward-one-backward schedule.
+    """Counts the activations of one pipeline stage in the update, under the one-forward-one-backward schedule.
 
     Stage s of p stages holds up to p - s micro-batches. On top of the saved activations come the stage's output (or the
     head's input) and the working set of one layer, of the larger tower: it is live while the layer runs or is
@@ -262,8 +262,8 @@ def score_activations(
     kernels: Kernels,
     chunk: int,
 ) -> StageActivations:
-    """The activations of scoring, which saves nothing for a backward pass: one running layer, its input and its output,
-    and on the last stage three fp32 tensors of the size of a chunk's logits.
+    """Counts the activations of scoring, which saves nothing for a backward pass: a running layer, its input and
+    output, and on the last stage three fp32 tensors of the size of a chunk's logits.
     """
     tokens = -(-batch.tokens // split.context)
     running = _running_layer(language, vision, batch, with_vision=stage == 0, split=split, kernels=kernels)
@@ -281,7 +281,7 @@ def _running_layer(
     split: LayerSplit,
     kernels: Kernels,
 ) -> int:
-    """The working set of one layer: of the language model, or of the vision tower if that needs more."""
+    """Counts the working set of one layer: of the language model, or of the vision tower if that needs more."""
     tokens = -(-batch.tokens // split.context)
     language_layer = layer_saved(language.layer, tokens, split=split, kernels=kernels, recompute="none")
     patches = batch.patches if with_vision else 0

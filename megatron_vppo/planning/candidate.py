@@ -190,6 +190,6 @@ class Candidate:
         return max(held) + TRAINER_RESERVE
 
     def _held(self, state: StateBytes, parts: Collection[MemoryPart]) -> int:
-        """The bytes of those `parts` that are not offloaded."""
+        """Counts the bytes of those `parts` that are not offloaded."""
         sizes = {"params": state.weights, "grads": state.gradients, "optimizer": state.optimizer}
         return sum(sizes[part] for part in parts if part not in self.offload)

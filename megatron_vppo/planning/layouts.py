@@ -77,7 +77,7 @@ def make_plan(request: PlanRequest) -> LayoutPlan:
 
 
 def _engine_sizes(model: EngineModel, request: PlanRequest) -> tuple[int, ...]:
-    """GPUs that an engine may have: `rollout_tensor` alone, or all that are possible."""
+    """Lists the numbers of GPUs that an engine may have: `rollout_tensor` alone, or all that are possible."""
     if request.rollout_tensor is None:
         return engine_sizes(model, request.cluster)
     check_engine_size(model, request.cluster, request.rollout_tensor)
@@ -95,7 +95,7 @@ def _cheapest(model: _Model, layout: _Layout, request: PlanRequest, sizes: tuple
 
 
 def _preference(candidate: Candidate, cluster: Cluster) -> tuple[bool, int, int, int]:
-    """The sorting key: the best candidate has the smallest."""
+    """Returns the sorting key: the best candidate has the smallest."""
     return (
         candidate.replica_gpus > cluster.node_gpus,
         RECOMPUTES.index(candidate.recompute),
@@ -127,7 +127,7 @@ class _Model:
         return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=split)
 
     def candidate(self, layout: _Layout, *, recompute: Recompute, request: PlanRequest) -> Candidate:
-        """The layout with the memory of its first, second and last stage, still without an engine.
+        """Returns the layout with the memory of its first, second and last stage, still without an engine.
 
         Stages between the second and the last cannot be fuller than the second: none has more layers (`near_even`),
         and each holds fewer micro-batches.
@@ -165,7 +165,7 @@ class _Model:
     def _activations(
         self, stage: int, layers: tuple[int, ...], split: LayerSplit, recompute: Recompute, workload: Workload
     ) -> StageActivations:
-        """The activations of the update or of scoring, whichever needs more."""
+        """Counts the activations of the update or of scoring, whichever needs more."""
         shared: dict[str, Any] = {
             "stage": stage,
             "split": split,
@@ -192,7 +192,7 @@ class _Model:
 
 
 def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[_Layout], tuple[str, ...]]:
-    """The layouts that the GPUs and the model allow, and the reasons why the model refuses others.
+    """Returns the layouts that the GPUs and the model allow, and the reasons why the model refuses others.
 
     A tensor-parallel group stays within a node, because its ranks exchange the hidden states of every layer.
     """

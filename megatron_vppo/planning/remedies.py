@@ -14,7 +14,7 @@ MORE_GPUS = (2, 4, 8, 16, 32)
 
 
 def enough_gpus(request: PlanRequest) -> int | None:
-    """The smallest number of GPUs, of those in MORE_GPUS, that the model fits on; None: none of them is enough."""
+    """Returns the smallest number of GPUs in MORE_GPUS that the model fits on; None if none is enough."""
     gpus = request.cluster.gpus
     larger = (replace(request, cluster=replace(request.cluster, gpus=gpus * factor)) for factor in MORE_GPUS)
     return next((asked.cluster.gpus for asked in larger if _fits(asked)), None)
@@ -32,7 +32,7 @@ def remedies(request: PlanRequest) -> Iterator[str]:
 
 
 def _fits(request: PlanRequest) -> bool:
-    """False also if engines of `rollout_tensor` GPUs divide the GPUs that there are, but not those of larger nodes."""
+    """Returns True if it fits; False also if engines of `rollout_tensor` GPUs do not divide the larger nodes."""
     try:
         return bool(make_plan(request).fitting)
     except ValueError:

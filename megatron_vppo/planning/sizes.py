@@ -47,7 +47,7 @@ def vision_sizes(hf_config: HfConfig) -> VisionSizes:
 
 
 def parameter_count(entries: Sequence[Entry]) -> int:
-    """The values of the whole model. A tied output layer is counted once, as the embedding."""
+    """Counts the values of the whole model. A tied output layer is counted once, as the embedding."""
     return sum(math.prod(shape) for entry in stream_entries(entries) for shape in entry.kind.hf_shapes())
 
 

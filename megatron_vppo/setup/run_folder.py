@@ -16,7 +16,7 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: TrainerConfig) -> RunFolder:
-        """The folder runs_dir/project_name/experiment_name."""
+        """Returns the folder runs_dir/project_name/experiment_name."""
         return cls(Path(config.runs_dir) / config.project_name / config.experiment_name)
 
     @property

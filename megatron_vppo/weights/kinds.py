@@ -58,10 +58,10 @@ class Kind(Protocol):
         """The rows without padding, if `shard` may add rows of zeros; None if it never does."""
 
     def hf_shapes(self) -> tuple[Shape, ...]:
-        """The shapes of the Hugging Face tensors."""
+        """Returns the shapes of the Hugging Face tensors."""
 
     def local_shape(self, size: int) -> Shape:
-        """The shape of the parameter on each of `size` ranks."""
+        """Returns the shape of the parameter on each of `size` ranks."""
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         """Cuts the parameter of rank `rank` of `size` from the Hugging Face tensors.

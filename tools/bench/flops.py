@@ -37,7 +37,7 @@ class ModelCost:
         return self.per_token * tokens + self.attention * tokens**2
 
     def continuation(self, prompt: float, tokens: float) -> float:
-        """The FLOPs of `tokens` more after a prompt whose keys and values are cached."""
+        """Counts the FLOPs of `tokens` more after a prompt whose keys and values are cached."""
         return self.per_token * tokens + self.attention * ((prompt + tokens) ** 2 - prompt**2)
 
     def image(self, patches: float) -> float:
@@ -159,7 +159,7 @@ def update_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
 
 
 def _rows_flops(groups: Sequence[GroupShape], cost: ModelCost) -> float:
-    """The forward FLOPs of one view: the language model on every sequence, the head on the response positions."""
+    """Counts the forward FLOPs of a view: the language model on every sequence, the head on response positions."""
     return sum(
         cost.sequence(tokens) + cost.per_head_position * response
         for group in groups

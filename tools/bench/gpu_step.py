@@ -284,7 +284,7 @@ def layers_that_fit(hf_config: Any, memory_bytes: int) -> int:
 
 
 def toy_config() -> Qwen2_5_VLConfig:
-    """A toy: two language layers of width 64, and two vision layers, one of them with attention over whole images."""
+    """Makes a toy: two language layers of width 64, and two vision layers, one with attention over whole images."""
     return Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -319,7 +319,7 @@ def _phase_report(timing: Timing, flops: float, tokens: int, ceilings: dict[str,
 
 
 def _speedup(phases: dict[str, dict[str, Any]], ours: str, other: str, phase: str) -> float | None:
-    """The other's seconds over ours; None if one of them was not measured."""
+    """Returns the other's seconds over ours; None if one of them was not measured."""
     seconds = [phases.get(case, {}).get(phase, {}).get("seconds") for case in (ours, other)]
     return round(seconds[1] / seconds[0], 3) if all(seconds) else None
 

@@ -53,7 +53,7 @@ def commit(root: Path) -> dict[str, Any]:
 
 
 def matmul_gflops(*, threads: int) -> float:
-    """The speed of the fastest float32 product of square matrices on the CPU, in 10^9 FLOPs per second."""
+    """Returns the speed of the fastest float32 product of square matrices on the CPU, in 10^9 FLOPs per second."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     left, right = torch.randn(MATRIX, MATRIX), torch.randn(MATRIX, MATRIX)
@@ -73,7 +73,7 @@ def stolen_seconds() -> float:
 
 
 def _field(path: str, name: str) -> str | None:
-    """The value of the first 'name: value' line of a /proc file."""
+    """Returns the value of the first 'name: value' line of a /proc file."""
     try:
         lines = Path(path).read_text().splitlines()
     except OSError:

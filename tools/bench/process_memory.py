@@ -102,7 +102,7 @@ def by_role(peaks: list[ProcessPeak]) -> list[dict[str, Any]]:
 
 
 def _later(before: ProcessPeak | None, now: ProcessPeak) -> ProcessPeak:
-    """The higher of two samples of a process, or the second if the process has become another program in between."""
+    """Returns the higher of two samples of a process, or the second if the process has become another program."""
     return before if before and before.role == now.role and before.peak_mib > now.peak_mib else now
 
 

@@ -163,7 +163,7 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def trainer_threads(config: RunConfig) -> int:
-    """The threads of all trainer ranks together, on a machine without GPUs."""
+    """Returns the threads of all trainer ranks together, on a machine without GPUs."""
     parallel = config.parallel
     return ranks_per_copy(config) * (parallel.data_parallel_size or 1) * parallel.threads_per_rank
 
@@ -171,7 +171,7 @@ def trainer_threads(config: RunConfig) -> int:
 def step_shape(
     config: RunConfig, sampled_groups: float, trained_groups: float, prompt_tokens: float, response_tokens: float
 ) -> StepShape:
-    """The shape of a step. Lengths are means over all sampled responses, so that dropped groups count, too."""
+    """Returns the shape of a step. Lengths are means over all sampled responses, so that dropped groups count, too."""
     algorithm = config.algorithm
     perturbed = algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping
     return StepShape(
@@ -188,7 +188,7 @@ def step_shape(
 
 
 def patches_per_prompt(config: RunConfig) -> float:
-    """The patches of a prompt's images after the resize, on average over the first training rows."""
+    """Returns the patches of a prompt's images after the resize, on average over the first training rows."""
     data = config.data
     rows = open_dataset(
         str(_from_root(data.train_files)),
@@ -215,7 +215,7 @@ def patches_per_prompt(config: RunConfig) -> float:
 def floor(
     flops: dict[str, float], seconds: dict[str, dict[str, float]], *, ceilings: Sequence[float], threads: int
 ) -> dict[str, Any]:
-    """The seconds of the arithmetic alone, if all of it ran at the speed of the matrix product."""
+    """Returns the seconds of the arithmetic alone, if all of it ran at the speed of the matrix product."""
     ceiling = max(ceilings)
     phases = {}
     for phase, count in flops.items():

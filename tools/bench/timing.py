@@ -57,7 +57,7 @@ def step_seconds(line: Line) -> float:
 
 
 def startup_seconds(lines: Sequence[Line], *, started: float) -> float:
-    """The time from the command to the first step: imports, models, engine, data set, first weight transfer.
+    """Returns the time from the command to the first step: imports, models, engine, data set, first weight transfer.
 
     Args:
         started: Unix seconds when the command was started.

@@ -193,7 +193,7 @@ def _copies(stage: QwenVLModel, repeats: int) -> list[float]:
 
 
 def _layer_group_bytes(stage: QwenVLModel, dtype: torch.dtype) -> int:
-    """The bytes of the largest layer group of a stream: a language layer, or the embedding if that is larger."""
+    """Counts the bytes of the largest layer group of a stream: a language layer, or the embedding if that is larger."""
     groups: dict[int | str, int] = {}
     for entry in stage.weight_map:
         key = entry.layer if entry.layer is not None else entry.template

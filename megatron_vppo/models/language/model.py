@@ -96,7 +96,7 @@ class LanguageModel(LanguageModule):
                 weight.shared = True  # type: ignore[attr-defined]
 
     def head_weight_Vh(self) -> torch.nn.Parameter:
-        """This rank's rows of the output weight.
+        """Returns this rank's rows of the output weight.
 
         Raises:
             RuntimeError: on another than the last pipeline stage.
@@ -108,7 +108,7 @@ class LanguageModel(LanguageModule):
         return self.output_layer.weight
 
     def embed(self, token_ids_C: Tensor) -> Tensor:
-        """[C, 1, h]."""
+        """Returns [C, 1, h]."""
         return self.embedding(input_ids=token_ids_C[None, :], position_ids=None)
 
     def forward(self, hidden_S1h: Tensor | None, positions_3C: Tensor, sequences: PackedSequences) -> Tensor:
@@ -136,7 +136,7 @@ def _output_layer(config: TransformerConfig, vocabulary: int, groups: ProcessGro
 def _layer_specs(
     family: Family, parts: LayerParts, *, layers: int, deepstack_layers: int
 ) -> TransformerBlockSubmodules:
-    """The specs of one stage's layers; the first ones add deepstack features."""
+    """Makes the specs of one stage's layers; the first ones add deepstack features."""
     classes = [DeepstackLayer if layer < deepstack_layers else TransformerLayer for layer in range(layers)]
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(parts, causal=True, qk_norm=family.qk_norm, layer=layer) for layer in classes],

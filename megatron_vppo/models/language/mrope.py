@@ -18,7 +18,7 @@ from megatron_vppo.models.hf_config import HfConfig, head_dim
 
 
 def mrope_position_fn(hf_config: HfConfig) -> PositionFn:
-    """`mrope_positions` with the sizes and the image token of a model's configuration."""
+    """Binds `mrope_positions` to the sizes and the image token of a model's configuration."""
     merge_size = hf_config.vision_config.spatial_merge_size
     return partial(mrope_positions, image_token_id=hf_config.image_token_id, merge_size=merge_size)
 
@@ -30,7 +30,7 @@ def mrope_positions(
     image_token_id: int,
     merge_size: int,
 ) -> Tensor:
-    """(frame, row, column) of every token of one sequence; int64 [3, L].
+    """Returns (frame, row, column) of every token of one sequence; int64 [3, L].
 
     Text counts on along all three. The tokens of an image lie on its merged grid, from the position where it starts.
     What follows starts after the larger of the grid's sides. Two words, an image of 2 x 3 merged features, two words:
@@ -77,7 +77,7 @@ def _text_block(position: int, length: int) -> Tensor:
 
 
 def sectioned_mrope(text: Any) -> MRope:
-    """Qwen2.5-VL: the first frequencies are the frame's, the next the row's, the last the column's.
+    """Arranges angles as Qwen2.5-VL does: the first frequencies are the frame's, then the row's, then the column's.
 
     Args:
         text: the text configuration.
@@ -88,8 +88,10 @@ def sectioned_mrope(text: Any) -> MRope:
 
 
 def interleaved_mrope(text: Any) -> MRope:
-    """Qwen3-VL: row and column take every third frequency, from the second and the third on, as many as their sections
-    have. All others are the frame's. Sections (4, 2, 2) give
+    """Arranges angles as Qwen3-VL does: row and column take every third frequency, from the second and the third on, as
+    many as their sections have.
+
+    All others are the frame's. Sections (4, 2, 2) give
 
         frame row column frame row column frame frame
 
@@ -129,7 +131,7 @@ class MRope(nn.Module):
         self.register_buffer("coordinate_F", coordinate_F, persistent=False)
 
     def forward(self, positions_3C: Tensor) -> Tensor:
-        """fp32 radians [C, 1, 1, E]; both halves of E are alike."""
+        """Returns fp32 radians [C, 1, 1, E]; both halves of E are alike."""
         # Indexing by coordinate makes [3, C] into [F, C]: row f holds the coordinate that frequency f turns with.
         angles_CF = positions_3C.to(torch.float32)[self.coordinate_F].T * self.frequency_F
         return torch.cat([angles_CF, angles_CF], dim=-1)[:, None, None, :]

@@ -14,7 +14,7 @@ HEAD = "lm_head.weight"
 
 
 def language_entries(hf_config: HfConfig, *, prefix: str, qkv_bias: bool, qk_norm: bool) -> list[Entry]:
-    """Every parameter of the language model: embedding, layers, final norm and output layer.
+    """Lists every parameter of the language model: embedding, layers, final norm and output layer.
 
     Args:
         prefix: the beginning of the checkpoint's names, as in `{prefix}embed_tokens.weight`.

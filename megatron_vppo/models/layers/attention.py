@@ -131,7 +131,7 @@ def plan_packed(packing: Packing, *, causal: bool, device: torch.device, rank: i
 
 
 def _by_length(lengths_Z: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
-    """(indices of the sequences, longest length) of each bucket; the longest sequences first."""
+    """Returns (indices of the sequences, longest length) of each bucket; the longest sequences first."""
     order_Z = torch.argsort(lengths_Z, descending=True, stable=True)
     descending = lengths_Z[order_Z].tolist()
     groups = []
@@ -146,21 +146,21 @@ def _by_length(lengths_Z: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_L
 
 
 def _padded_index(starts_A: Tensor, lengths_A: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The indices of each piece's tokens, with its last one repeated up to `longest`; and which of them are real."""
+    """Returns the indices of each piece's tokens, the last one repeated up to `longest`, and which of them are real."""
     offset_1L = torch.arange(longest)[None, :]
     index_AL = starts_A[:, None] + torch.minimum(offset_1L, lengths_A[:, None] - 1)
     return index_AL, offset_1L < lengths_A[:, None]
 
 
 def _as_slice(index: Tensor, *, no_padding: bool, device: torch.device) -> Tensor | slice:
-    """The index as a slice if it counts up by one; indexing with a slice copies nothing."""
+    """Returns the index as a slice if it counts up by one; indexing with a slice copies nothing."""
     first = int(index[0])
     together = no_padding and torch.equal(index, torch.arange(first, first + index.numel()))
     return slice(first, first + index.numel()) if together else index.to(device)
 
 
 def _restoring_index(places: Sequence[tuple[Tensor, Tensor]], total: int, device: torch.device) -> Tensor | None:
-    """The place of each token among the outputs of all buckets; None if they are in order already."""
+    """Returns the place of each token among the outputs of all buckets; None if they are in order already."""
     restore_C = torch.empty(total, dtype=torch.int64)
     done = 0
     for index_AL, real_AL in places:
@@ -173,7 +173,10 @@ def _restoring_index(places: Sequence[tuple[Tensor, Tensor]], total: int, device
 def packed_attention(
     query_CHE: Tensor, key_KHE: Tensor, value_KHE: Tensor, plan: BucketPlan, *, scale: float
 ) -> Tensor:
-    """softmax(q k^T * scale) v within each sequence; [C, H*E]. Key and value may have fewer heads (grouped queries)."""
+    """Computes softmax(q k^T * scale) v within each sequence; [C, H*E].
+
+    Key and value may have fewer heads (grouped queries).
+    """
     outputs = []
     for bucket in plan.buckets:
         query, key, value = (  # [A, H, Q or L, E]

@@ -29,13 +29,13 @@ from megatron_vppo.models.layers.packing import Packing
 
 
 def chunks_of_rank(*, rank: int, size: int) -> tuple[int, int]:
-    """The numbers of a rank's two chunks of each sequence, out of 2 * size."""
+    """Returns the numbers of a rank's two chunks of each sequence, out of 2 * size."""
     return rank, 2 * size - 1 - rank
 
 
 @functools.lru_cache(maxsize=64)
 def tokens_of_rank(packing: Packing, *, rank: int, size: int) -> Tensor:
-    """int64 [C]: the indices of a rank's tokens among all packed tokens, rising.
+    """Returns int64 [C]: the indices of a rank's tokens among all packed tokens, rising.
 
     Raises:
         ValueError: a length that does not divide into 2 * size chunks.

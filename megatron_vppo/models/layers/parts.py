@@ -41,7 +41,7 @@ class LayerParts:
     """Norms that lie inside a linear layer: (prefix of their parameters in the weight map, prefix in the module)."""
 
     def rename_entries(self, entries: Iterable[Entry]) -> tuple[Entry, ...]:
-        """The weight map with parameter names as they are in layers of these parts. Checkpoints keep the map's
+        """Returns the weight map with parameter names as they are in layers of these parts. Checkpoints keep the map's
         names."""
 
         def renamed(template: str) -> str:
@@ -60,7 +60,8 @@ def layer_spec(
     windowed: bool = False,
     layer: type[TransformerLayer] = TransformerLayer,
 ) -> ModuleSpec:
-    """The spec of a pre-norm layer: norm, self-attention, norm, MLP. `config.gated_linear_unit` makes the MLP gated.
+    """Makes the spec of a pre-norm layer: norm, self-attention, norm, MLP. `config.gated_linear_unit` makes the MLP
+    gated.
 
     Args:
         qk_norm: normalise queries and keys head by head before they are rotated.
@@ -94,7 +95,7 @@ def layer_spec(
 
 
 def for_plain_linear(config: TransformerConfig) -> TransformerConfig:
-    """The configuration for Megatron's own linear layers, which we use outside of transformer layers.
+    """Returns the configuration for Megatron's own linear layers, which we use outside of transformer layers.
 
     Fused gradient accumulation is off: TransformerEngine's layers have it built in, Megatron's would need Apex.
     """

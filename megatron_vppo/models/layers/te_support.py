@@ -35,13 +35,13 @@ _DEMANDS: dict[Fp8Recipe, _Demand] = {
 
 
 def has_transformer_engine() -> bool:
-    """True if it is installed, its part for torch included. Does not import it."""
+    """Returns True if it is installed, its part for torch included. Does not import it."""
     parts = ("transformer_engine", "transformer_engine_torch")
     return all(importlib.util.find_spec(part) is not None for part in parts)
 
 
 def recipe_refusal(recipe: Fp8Recipe, *, on_gpu: bool) -> str | None:
-    """The missing requirement of a recipe on this machine, or None."""
+    """Returns the missing requirement of a recipe on this machine, or None."""
     demand = _DEMANDS[recipe]
     if not on_gpu:
         return f"an NVIDIA GPU ({demand.chips}), and none is seen"

@@ -119,7 +119,7 @@ class Qwen25VisionTower(VisionTower):
 
 
 def _concatenate_orders(orders: list[WindowOrder]) -> Tensor:
-    """One order over the blocks of all images: each image's numbers go on after those of the image before."""
+    """Makes one order over the blocks of all images: each image's numbers go on after those of the image before."""
     offset, shifted = 0, []
     for order in orders:
         shifted.append(order.block_order_M + offset)

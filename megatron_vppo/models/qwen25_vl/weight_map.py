@@ -16,7 +16,7 @@ _IN_MEMORY_PREFIXES = {"model.visual.": "visual.", "model.language_model.": "mod
 
 
 def to_released_name(name: str) -> str:
-    """The released checkpoint's name of a tensor that transformers 5 names otherwise in memory."""
+    """Returns the released checkpoint's name of a tensor that transformers 5 names otherwise in memory."""
     for prefix, released in _IN_MEMORY_PREFIXES.items():
         if name.startswith(prefix):
             return released + name[len(prefix) :]
@@ -24,7 +24,7 @@ def to_released_name(name: str) -> str:
 
 
 def vision_entries(vision: Qwen2_5_VLVisionConfig) -> list[Entry]:
-    """Every parameter of the tower, in the order of the forward pass."""
+    """Lists every parameter of the tower, in the order of the forward pass."""
     merger = "visual.merger."
     return [
         patch_entry(vision, hf="visual."),

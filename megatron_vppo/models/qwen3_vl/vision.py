@@ -36,7 +36,7 @@ from megatron_vppo.models.vision.tower import (
 
 
 def segment_lengths(hf_config: Qwen3VLVisionConfig) -> tuple[int, ...]:
-    """The number of layers in each segment: up to and including each tapped layer, then the rest, if there is any."""
+    """Counts the layers of each segment: up to and including each tapped layer, then the rest, if there is any."""
     ends = [tap + 1 for tap in hf_config.deepstack_visual_indexes]
     if not ends or ends[-1] < hf_config.depth:
         ends.append(hf_config.depth)
@@ -45,7 +45,7 @@ def segment_lengths(hf_config: Qwen3VLVisionConfig) -> tuple[int, ...]:
 
 @functools.lru_cache(maxsize=256)
 def stretch_weights(count: int, *, side: int) -> Tensor:
-    """fp32 [count, side]: the weights that interpolate `count` points from `side` points on the same line.
+    """Returns fp32 [count, side]: the weights that interpolate `count` points from `side` points on the same line.
 
     Linear interpolation between neighbours, end on end. For side 3 and count 5:
 
@@ -109,7 +109,7 @@ class Qwen3VisionTower(VisionTower):
         return VisionFeatures(self.merger(hidden_P1h), tuple(tapped))
 
     def _positions(self, grids_thw: tuple[Grid, ...]) -> Tensor:
-        """The learned grid of positions, stretched over each image corner to corner; [P, h].
+        """Takes the learned grid of positions, stretched over each image corner to corner; [P, h].
 
         The interpolation is two products of matrices. torch's own adds gradients up in any order on CUDA, and the
         copies of the grid on tensor-parallel ranks would drift apart.

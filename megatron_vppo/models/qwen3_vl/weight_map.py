@@ -17,7 +17,7 @@ from megatron_vppo.weights.kinds import Kind, Split, whole
 
 
 def vision_entries(vision: Qwen3VLVisionConfig) -> list[Entry]:
-    """Every parameter of the tower."""
+    """Lists every parameter of the tower."""
     hidden, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
     positions = whole(vision.num_position_embeddings, hidden)
     entries = [

@@ -42,7 +42,9 @@ class VisionGroups:
 
 @functools.lru_cache(maxsize=256)
 def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int, ...], ...]:
-    """The numbers of each rank's images, rising. The largest image goes first, to the rank with the fewest patches.
+    """Returns the numbers of each rank's images, rising.
+
+    The largest image goes first, to the rank with the fewest patches.
 
     The result depends on the grids alone, so ranks that hold the same micro-batch agree without a message.
     """
@@ -59,7 +61,7 @@ def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int
 def image_parallel_features(
     tower: VisionTower, batch: PackedBatch, pixels_PD: Tensor, *, groups: VisionGroups, width: int
 ) -> VisionFeatures:
-    """The features of all images of a micro-batch on every rank; the tower runs on this rank's images alone.
+    """Brings the features of all images of a micro-batch to every rank; the tower runs on this rank's images alone.
 
     Args:
         pixels_PD: patches of this rank's images, in the images' order; no rows where it has none.
@@ -97,7 +99,7 @@ def _merged_counts(grids_thw: tuple[Grid, ...], images: tuple[int, ...], merge: 
 
 
 def _rows_by_image(images_of_ranks: tuple[tuple[int, ...], ...], counts: list[list[int]]) -> Tensor:
-    """int64 [M]: the rows of the gathered features, image after image.
+    """Returns int64 [M]: the rows of the gathered features, image after image.
 
     The gathered tensor holds the ranks one after the other, each padded to as many rows as the fullest has.
     """

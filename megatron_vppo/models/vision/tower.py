@@ -70,7 +70,7 @@ class VisionTower(MegatronModule):
 def vision_layers(
     config: TransformerConfig, specs: list[ModuleSpec], *, groups: ProcessGroupCollection
 ) -> TransformerBlock:
-    """Layers one after the other, without a norm at the end: the mergers have their own."""
+    """Chains layers, without a norm at the end: the mergers have their own."""
     return TransformerBlock(
         config,
         TransformerBlockSubmodules(layer_specs=specs),
@@ -83,7 +83,7 @@ def vision_layers(
 
 @functools.lru_cache(maxsize=256)
 def patch_positions(grid: Grid, *, merge: int) -> Tensor:
-    """int64 [P, 2]: (row, column) of each patch of one image, in the processor's order, merged block by merged
+    """Returns int64 [P, 2]: (row, column) of each patch of one image, in the processor's order, merged block by merged
     block."""
     frames, rows, columns = grid
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
@@ -92,7 +92,7 @@ def patch_positions(grid: Grid, *, merge: int) -> Tensor:
 
 
 def by_block(x: Tensor, *, merge: int) -> Tensor:
-    """[rows, columns, ...] of one frame -> [rows * columns, ...], the patches of a merged block next to each other."""
+    """Reorders a frame, [rows, columns, ...] -> [rows * columns, ...]: patches of a merge block become neighbours."""
     rows, columns = x.shape[:2]
     blocks = x.view(rows // merge, merge, columns // merge, merge, *x.shape[2:])
     return blocks.transpose(1, 2).reshape(rows * columns, *x.shape[2:])
@@ -110,7 +110,7 @@ class AxialRope(nn.Module):
         self.register_buffer("frequency_F", frequency_F, persistent=False)
 
     def forward(self, positions_P2: Tensor) -> Tensor:
-        """fp32 radians [P, 1, 1, E]; both halves of E are alike."""
+        """Returns fp32 radians [P, 1, 1, E]; both halves of E are alike."""
         row_and_column = (positions_P2[:, :, None].to(torch.float32) * self.frequency_F).flatten(1)
         return torch.cat([row_and_column, row_and_column], dim=-1)[:, None, None, :]
 
@@ -147,7 +147,7 @@ class Merger(MegatronModule):
         )
 
     def forward(self, hidden_P1h: Tensor) -> Tensor:
-        """[P, 1, h] -> [M, out_width]."""
+        """Maps [P, 1, h] to [M, out_width]."""
         before = hidden_P1h.view(-1, 1, self.width) if self.norm_over_block else hidden_P1h
         blocks = self.norm(before).view(-1, 1, self.width)
         return self.linear_fc2(F.gelu(self.linear_fc1(blocks)[0]))[0].squeeze(1)

@@ -15,19 +15,19 @@ from megatron_vppo.weights.kinds import FusedQKV, Kind, Replicated, Split, whole
 
 
 def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: ModelPart = "vision_tower") -> Entry:
-    """The entry of a parameter of the tower or its projector, which lie on the first pipeline stage."""
+    """Makes the entry of a parameter of the tower or its projector, which lie on the first pipeline stage."""
     return Entry(ours, tuple(hf_names), kind, "first", part=part)
 
 
 def patch_entry(vision: Any, *, hf: str) -> Entry:
-    """The entry of the weight of the convolution over patches, which is a linear layer here."""
+    """Makes the entry of the weight of the convolution over patches, which is a linear layer here."""
     kernel = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     kind = Replicated(hf_shape=(vision.hidden_size, *kernel), shape=(vision.hidden_size, math.prod(kernel)))
     return vision_entry("vision.patch_embed.weight", (f"{hf}patch_embed.proj.weight",), kind)
 
 
 def attention_entries(vision: Any, *, ours: str, hf: str) -> list[Entry]:
-    """The entries of the projections of a layer's attention."""
+    """Makes the entries of the projections of a layer's attention."""
     hidden, heads = vision.hidden_size, vision.num_heads
     kinds: dict[tuple[str, str], Kind] = {
         ("linear_qkv.weight", "qkv.weight"): FusedQKV(heads, hidden // heads, (hidden,)),
@@ -42,7 +42,7 @@ def attention_entries(vision: Any, *, ours: str, hf: str) -> list[Entry]:
 
 
 def merger_entries(vision: Any, *, ours: str, fc1: str, fc2: str) -> list[Entry]:
-    """The entries of the two linear layers of a merger; `fc1` and `fc2` are their names in the checkpoint."""
+    """Makes the entries of the two linear layers of a merger; `fc1` and `fc2` are their names in the checkpoint."""
     merged, out = vision.hidden_size * vision.spatial_merge_size**2, vision.out_hidden_size
     kinds: dict[tuple[str, str], Kind] = {
         ("linear_fc1.weight", f"{fc1}.weight"): Split((merged, merged), 0),

@@ -57,14 +57,14 @@ def pick_samples(run_dir: Path) -> list[Sample]:
 
 
 def shading_top(samples: Iterable[Sample]) -> float:
-    """The dependency with full shading, in nats: the 99th percentile (nearest rank) of those shown; 0.0 if none is."""
+    """Returns the dependency with full shading, in nats: the 99th percentile of those shown; 0.0 if none is."""
     shown = (_numbers(sample.record, "dependency")[:MAX_TOKENS] for sample in samples)
     values = sorted(d for dependencies in shown for d in dependencies if d is not None)
     return values[max(math.ceil(0.99 * len(values)) - 1, 0)] if values else 0.0
 
 
 def shade(dependency: float | None, top: float) -> float:
-    """The strength of the shading, in [0, 1]."""
+    """Returns the strength of the shading, in [0, 1]."""
     if dependency is None or top <= 0 or dependency <= 0:
         return 0.0
     return math.sqrt(min(dependency / top, 1.0))
@@ -144,7 +144,7 @@ def _visible(token: str) -> str:
 
 
 def _tooltips(record: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """The numbers that page.js shows over a token, one list entry per token."""
+    """Returns the numbers that page.js shows over a token, one list entry per token."""
     return {
         name: [None if value is None else float(f"{value:.4g}") for value in _numbers(record, name)[:MAX_TOKENS]]
         for name in ("dependency", "kept", "old_logps", "masked_logps", "rollout_logps")

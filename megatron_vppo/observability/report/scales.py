@@ -100,6 +100,6 @@ def significant(value: float, digits: int) -> str:
 
 
 def _nice_stride(rough: float) -> float:
-    """The smallest of 1, 2 and 5 times a power of ten that is not below `rough`."""
+    """Returns the smallest of 1, 2 and 5 times a power of ten that is not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))

@@ -176,7 +176,7 @@ def _system(run: RunData) -> tuple[Chart, ...]:
 
 
 def _phases(run: RunData) -> tuple[Line, ...]:
-    """The seconds of the logged phases that have a bar of their own, in the order of a step; the rest is 'other'."""
+    """Returns the seconds of the logged phases that have a bar of their own, in order; the rest is 'other'."""
     logged = set(run.names("timing_s/"))
     bars = [
         (f"timing_s/{phase.span}", phase.report_label, phase.report_color)
