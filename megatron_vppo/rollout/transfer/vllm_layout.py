@@ -139,7 +139,7 @@ class StreamCheck:
             )
             raise ValueError(f"weight {name!r} is unknown to the rollout engine's model{hint}")
         if canonical not in self._missing:
-            raise ValueError(f"weight {name!r} came twice in one stream, or is one of those that the engine keeps")
+            raise ValueError(f"weight {name!r} came twice in one stream, or is one of those that stay as they are")
         del self._missing[canonical]
         return self.places[canonical]
 
