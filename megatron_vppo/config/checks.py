@@ -180,7 +180,7 @@ def check_sampling(config: RunConfig) -> None:
 
 
 def check_perturbation(config: RunConfig) -> None:
-    """Refuses a patch size that nothing uses, and squares without a size."""
+    """Refuses a patch size at stage 'patches', and squares without a size at stage 'pixels'."""
     perturb = config.algorithm.perturb
     if perturb.stage == "patches" and perturb.patch_size is not None:
         raise ValueError(
@@ -209,7 +209,7 @@ def check_reference_devices(config: RunConfig) -> None:
 
 
 def check_filter(config: RunConfig) -> None:
-    """Refuses bounds between which no group lies."""
+    """Refuses a lower bound of group filtering that is not below the upper one."""
     algorithm = config.algorithm
     if algorithm.online_filtering and algorithm.filter_low >= algorithm.filter_high:
         raise ValueError(

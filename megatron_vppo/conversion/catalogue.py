@@ -66,8 +66,6 @@ def read_catalogue(config_folder: Path) -> Catalogue:
             f"{entry.template.removesuffix('weight')}_extra_state/shard_0_1"
             for entry in model.weight_map
             if entry.is_copy
-            for entry in model.weight_map
-            if entry.is_copy
         ]
         return Catalogue(
             entries=entries,

@@ -64,8 +64,10 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
 def make_perturbation(config: PerturbConfig) -> Perturbation:
     """Builds the perturbation of the kind that is set, with the parameters of this kind."""
     if config.kind == "patch_black":
-        grid = config.patch_size  # None: the model's own patches
-        return BlackPatches(config.probability) if grid is None else BlackSquares(config.probability, side=grid)
+        if config.stage == "patches":
+            return BlackPatches(config.probability)
+        assert config.patch_size is not None, "config/checks.py asks for it"
+        return BlackSquares(config.probability, side=config.patch_size)
     if config.kind == "gaussian_noise":
         return GaussianNoise(config.noise_std)
     if config.kind == "gaussian_blur":

@@ -1,4 +1,4 @@
-"""Processes that a trainer rank starts: their environment, and their end with the rank's."""
+"""Processes that we start: the environment of those that are no trainer rank, and their end with their parent's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 _LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
-_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+_PACKAGE_PARENT = Path(__file__).absolute().parents[2]
 
 
 def child_environment() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """VPPO, top to bottom (paper section 3). Every rank runs these lines.
 
-GRPO does steps 1 to 3, 6 and 7, with one advantage per response, which all of its tokens share. VPPO adds two:
+DAPO runs the same steps, with one view in step 4, and in step 5 one advantage per response, which all of its tokens
+share. GRPO also keeps every group in step 3. VPPO adds two things:
 
 - Step 4 scores each response twice, with its image and with the image perturbed: what that changes is the dependency of
   each token.
