@@ -225,6 +225,16 @@ def check_pixels(config: RunConfig) -> None:
         raise ValueError(f"data.min_pixels {low} is more than data.max_pixels {high}; set min_pixels to at most {high}")
 
 
+def check_background(config: RunConfig) -> None:
+    """Refuses a background that the authors' resize does not look at."""
+    default = type(config.data).model_fields["background"].default
+    if config.algorithm.resize == "easyr1" and config.data.background != default:
+        raise ValueError(
+            f"data.background '{config.data.background}' has no effect with algorithm.resize 'easyr1', which drops "
+            "transparency as the authors' code does; leave it out, or set algorithm.resize=smart"
+        )
+
+
 def check_optimizer(config: RunConfig) -> None:
     """Refuses decay rates of AdamW outside [0, 1), and a floor of a learning rate that does not fall."""
     betas = config.actor.optim.betas
@@ -265,6 +275,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_reference_devices,
     check_filter,
     check_pixels,
+    check_background,
     check_optimizer,
     check_intervals,
     check_reward,

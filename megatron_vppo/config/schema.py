@@ -74,6 +74,8 @@ class DataConfig(Section):
     min_pixels: int = Field(default=200704, gt=0)
     max_pixels: int = Field(default=1003520, gt=0)
     """Pixel budget per image."""
+    background: str = "white"
+    """Colour behind transparent pixels: a name, or '#rrggbb'. The authors' resize drops transparency instead."""
     rollout_batch_size: int = Field(default=384, gt=0)
     """Prompts per training step."""
     shuffle: bool = True

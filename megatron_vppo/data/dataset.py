@@ -6,7 +6,6 @@ comes from its header, and only `image()` decodes pixels. Every fault of a row i
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,9 @@ from typing import Any
 import datasets
 from PIL import Image
 
+from megatron_vppo.data.decode import check_complete, decode, has_transparent_pixels, upright_size
+
 _FILE_READERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}
-_EXIF_ORIENTATION = 0x0112
-_TRANSPOSED = (5, 6, 7, 8)  # the EXIF orientations that swap width and height
-_EXIF_OPERATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class RowError(ValueError):
@@ -128,11 +118,11 @@ class VisionDataset:
 
     def image_size(self, row: int, index: int) -> tuple[int, int]:
         """Reads the (width, height) that `image` will have from the header. Raises RowError for an unreadable file."""
-        return self._guarded(row, index, _upright_size)
+        return self._guarded(row, index, upright_size)
 
     def image(self, row: int, index: int) -> Image.Image:
         """Decodes the image, upright by its EXIF tag, in its own mode. Raises RowError for an unreadable file."""
-        return self._guarded(row, index, _decode)
+        return self._guarded(row, index, decode)
 
     def check_image(self, row: int, index: int) -> tuple[int, int]:
         """Checks that an image is complete and returns its (width, height). Raises RowError for a damaged file.
@@ -140,7 +130,11 @@ class VisionDataset:
         PNG files are checked by their checksums, JPEG files by decoding them at an eighth of their size, all others by
         decoding them.
         """
-        return self._guarded(row, index, _check_complete)
+        return self._guarded(row, index, check_complete)
+
+    def is_transparent(self, row: int, index: int) -> bool:
+        """Decodes an image and returns True if some pixel is not opaque. Raises RowError for an unreadable file."""
+        return self._guarded(row, index, lambda data: has_transparent_pixels(decode(data)))
 
     def _guarded(self, row: int, index: int, read: Any) -> Any:
         data = self.image_bytes(row, index)
@@ -226,37 +220,3 @@ def _load_file(path: Path, split: str) -> datasets.Dataset:
 
 def _holds_images(feature: Any) -> bool:
     return isinstance(feature, datasets.Image) or isinstance(getattr(feature, "feature", None), datasets.Image)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Reads the EXIF orientation from what precedes the pixels, so that `image_size` need not decode them."""
-    if image.format == "PNG" and "exif" not in image.info:
-        return 1  # PIL would decode the whole file to look for a trailing eXIf chunk
-    return int(image.getexif().get(_EXIF_ORIENTATION, 1))
-
-
-def _upright_size(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) in _TRANSPOSED else (width, height)
-
-
-def _decode(data: bytes) -> Image.Image:
-    image: Image.Image = Image.open(io.BytesIO(data))
-    orientation = _orientation(image)
-    image.load()
-    operation = _EXIF_OPERATIONS.get(orientation)
-    return image if operation is None else image.transpose(operation)
-
-
-def _check_complete(data: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.format == "PNG":
-            image.verify()  # walks all chunks and compares their checksums
-            return _upright_size(data)
-        if image.format == "JPEG":
-            size = (max(1, image.width // 8), max(1, image.height // 8))
-            image.draft("RGB", size)  # still reads every block
-            image.load()
-            return _upright_size(data)
-    return _decode(data).size

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.decode import Rgb, to_rgb
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.perturb import PatchPerturbation, Perturbation, perturb_rng
 
@@ -45,6 +46,7 @@ class VisionInputs:
         image_processor: Any,
         *,
         geometry: ImageGeometry,
+        background: Rgb,
         perturbing: Perturbing | None = None,
         run_seed: int = 0,
         cache_bytes: int = 1 << 30,
@@ -54,12 +56,14 @@ class VisionInputs:
             datasets: the data sets by the names of `ImageRef.split`, 'train' and 'val'.
             image_processor: the model's own, of transformers.
             geometry: the pixel budget.
+            background: the colour behind transparent pixels.
             perturbing: None if no perturbed image will be asked for.
             cache_bytes: the bound on decoded images and unperturbed patches that are kept.
         """
         self._datasets = datasets
         self._processor = image_processor
         self._geometry = geometry
+        self._background = background
         self._perturbing = perturbing
         self._run_seed = run_seed
         self._images: _ByteLru[Image.Image] = _ByteLru(cache_bytes // 4)
@@ -156,10 +160,14 @@ class VisionInputs:
             target = self._geometry.budget_size(*image.size)
         except ValueError as error:
             raise RowError(dataset.source, ref.row, f"image {ref.index}: {error}") from error
-        if self._geometry.mode == "easyr1":
-            # The authors resize in the image's own mode, with PIL's default filter, and only then convert to RGB.
-            return (image if image.size == target else image.resize(target)).convert("RGB")
-        image = image.convert("RGB")
+        try:
+            if self._geometry.mode == "easyr1":
+                # The authors resize in the image's own mode, with PIL's default filter, and only then convert to RGB,
+                # by which PIL drops transparency.
+                return (image if image.size == target else image.resize(target)).convert("RGB")
+            image = to_rgb(image, self._background)
+        except ValueError as error:
+            raise RowError(dataset.source, ref.row, f"image {ref.index} has no RGB: {error}") from error
         # One pass, except for shapes at the edge of the budget. It ends: budget_size takes the same steps to `target`.
         while image.size != target:
             patches_PD = self._process(image, size=self._size_limits(), raw=True)

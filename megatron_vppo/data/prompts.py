@@ -127,6 +127,8 @@ class PromptReport:
     """Rows over max_prompt_length."""
     bad_rows: tuple[RowError, ...]
     """Rows left out under on_bad_row=skip."""
+    transparent: int
+    """The number of rows whose transparent pixels the authors' resize shows as they are stored; 0 for any other."""
 
     def summary(self) -> str:
         """Formats the counts, and the first bad rows with their reasons."""
@@ -134,6 +136,12 @@ class PromptReport:
         lines += [f"  bad row left out: {error}" for error in self.bad_rows[:_LISTED]]
         if len(self.bad_rows) > _LISTED:
             lines.append(f"  ... and {len(self.bad_rows) - _LISTED} more")
+        if self.transparent:
+            lines.append(
+                f"  {self.transparent} rows have images with transparent pixels. algorithm.resize=easyr1 drops the "
+                "transparency, as the authors' code does, and mostly shows black there; set algorithm.resize=smart to "
+                "lay them over data.background"
+            )
         return "\n".join(lines)
 
 
@@ -211,9 +219,10 @@ def load_prompts(
     usable: list[tuple[int, TokenIds, Grids]] = []
     too_long: list[int] = []
     bad: list[RowError] = []
+    transparent = 0
     for chunk in _chunks(dataset, builder, num_workers):
         for row, outcome in chunk:
-            if not isinstance(outcome, RowError) and (images := len(outcome[1])) > max_images:
+            if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
                 outcome = RowError(
                     dataset.source, row, f"{images} images; rollout.max_images_per_prompt is {max_images}"
                 )
@@ -223,22 +232,35 @@ def load_prompts(
                         outcome.source, outcome.row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip"
                     )
                 bad.append(outcome)
-            elif builder.num_tokens(*outcome) > max_prompt_length:
+            elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
                 too_long.append(row)
             else:
-                usable.append((row, *outcome))
-    report = PromptReport(rows=len(dataset), kept=len(usable), too_long=tuple(too_long), bad_rows=tuple(bad))
+                usable.append((row, outcome.compact_ids, outcome.grids))
+                transparent += outcome.is_transparent
+    report = PromptReport(
+        rows=len(dataset), kept=len(usable), too_long=tuple(too_long), bad_rows=tuple(bad), transparent=transparent
+    )
     if not usable:
         raise ValueError(
             f"{dataset.source}: no usable prompt. {report.summary()}\n"
             f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
             "data.max_pixels."
         )
-    (logger.warning if too_long or bad else logger.info)("%s: %s", dataset.source, report.summary())
+    (logger.warning if too_long or bad or transparent else logger.info)("%s: %s", dataset.source, report.summary())
     return PromptSet(dataset, builder, split=split, rows=usable, report=report)
 
 
-Outcome = tuple[TokenIds, Grids] | RowError
+@dataclass(frozen=True, slots=True)
+class _UsableRow:
+    """A row that passed all checks but the length of its prompt."""
+
+    compact_ids: TokenIds
+    grids: Grids
+    is_transparent: bool
+    """True if an image has transparent pixels and the resize drops transparency."""
+
+
+Outcome = _UsableRow | RowError
 
 
 def _chunks(dataset: VisionDataset, builder: PromptBuilder, num_workers: int) -> Iterator[list[tuple[int, Outcome]]]:
@@ -287,7 +309,12 @@ def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outc
         for index in range(num_images):
             size = dataset.check_image(row, index)
             grids.append(builder.geometry.grid(*size))
-        return np.asarray(compact_ids, dtype=np.int32), tuple(grids)
+        drops_transparency = builder.geometry.mode == "easyr1"
+        return _UsableRow(
+            np.asarray(compact_ids, dtype=np.int32),
+            tuple(grids),
+            is_transparent=drops_transparency and any(dataset.is_transparent(row, i) for i in range(num_images)),
+        )
     except RowError as error:
         return error
     except ValueError as error:

@@ -11,6 +11,7 @@ from transformers import AutoProcessor
 
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
+from megatron_vppo.data.decode import Rgb, parse_color
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
@@ -54,11 +55,20 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
             datasets,
             processor.image_processor,
             geometry=geometry,
+            background=background_color(config),
             perturbing=Perturbing(make_perturbation(perturb), per=perturb.per),
             run_seed=config.trainer.seed,
         ),
         builder=PromptBuilder(processor, geometry, template=_template(config), system_prompt=config.data.system_prompt),
     )
+
+
+def background_color(config: RunConfig) -> Rgb:
+    """Returns the colour behind transparent pixels. Raises ValueError if data.background is none."""
+    try:
+        return parse_color(config.data.background)
+    except ValueError as error:
+        raise ValueError(f"data.background: {error}; set a name such as white, or '#rrggbb'") from error
 
 
 def make_perturbation(config: PerturbConfig) -> Perturbation:

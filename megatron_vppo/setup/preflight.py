@@ -16,6 +16,7 @@ from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import model_options
+from megatron_vppo.setup.inputs import background_color
 from megatron_vppo.setup.model_folder import model_folder
 
 
@@ -69,8 +70,9 @@ def check_before_launch(config: RunConfig) -> int:
 
 
 def _check_files(config: RunConfig) -> None:
-    """Checks that the files of a run exist. Ranks would miss them only after their engines have started."""
+    """Checks the files of a run and the background. Ranks would miss them only after their engines have started."""
     data, reward = config.data, config.reward.reward_function
+    background_color(config)
     for source in (data.train_files, data.val_files):
         if source is not None:
             check_source(source)

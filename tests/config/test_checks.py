@@ -106,6 +106,10 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"rollout": {"top_p": 0.9}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_p 0.9", "top_p=1"]),
     ({"rollout": {"top_k": 50}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_k 50", "top_k=-1"]),
     ({"algorithm": {"perturb": {"patch_size": 14}}}, ["patch_size 14 has no effect at stage 'patches'"]),
+    (
+        {"data": {"background": "#808080"}, "algorithm": {"resize": "easyr1"}},
+        ["data.background '#808080' has no effect with algorithm.resize 'easyr1'", "algorithm.resize=smart"],
+    ),
     ({"algorithm": {"perturb": {"stage": "pixels"}}}, ["set algorithm.perturb.patch_size", "14"]),
     ({"algorithm": {"reference_devices": 8}}, ["reference_devices 8 has no effect", "preset=reference"]),
     (

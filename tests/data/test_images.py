@@ -47,7 +47,9 @@ def dataset(tmp_path: Path) -> VisionDataset:
 def vision(dataset: VisionDataset, processor=None, *, mode="smart", perturbing=None, **options) -> VisionInputs:
     processor = processor or Qwen2VLImageProcessor()
     geometry = ImageGeometry.from_processor(processor, min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS, mode=mode)
-    return VisionInputs({"train": dataset}, processor, geometry=geometry, perturbing=perturbing, **options)
+    return VisionInputs(
+        {"train": dataset}, processor, geometry=geometry, background=(255, 255, 255), perturbing=perturbing, **options
+    )
 
 
 def ref(row: int) -> ImageRef:
@@ -153,6 +155,21 @@ def test_perturbations_repeat_and_differ_as_their_keys_do(dataset) -> None:
     assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, response_number=7)))
     with pytest.raises(ValueError, match="without Perturbing"):
         vision(dataset).patches(ref(1), KEY)
+
+
+def test_transparent_pixels_are_white_and_in_the_authors_mode_black(tmp_path: Path) -> None:
+    """A canvas of black strokes, of which only the opacity tells strokes from paper."""
+    canvas = Image.new("RGBA", (112, 56))
+    canvas.paste((0, 0, 0, 255), (0, 0, 112, 14))
+    canvas.save(tmp_path / "strokes.png")
+    (tmp_path / "r.jsonl").write_text(json.dumps({"problem": "<image>", "answer": "1", "images": ["strokes.png"]}))
+    dataset = open_rows(str(tmp_path / "r.jsonl"))
+    smart = np.asarray(vision(dataset).image(ref(0)))
+    assert (smart[:14] == 0).all() and (smart[14:] == 255).all()
+    assert not np.asarray(vision(dataset, mode="easyr1").image(ref(0))).any()
+    white = (1.0 - np.array(Qwen2VLImageProcessor().image_mean)) / np.array(Qwen2VLImageProcessor().image_std)
+    patches_PD = vision(dataset).patches(ref(0))
+    assert patches_PD[-1].reshape(3, -1).mean(1).tolist() == pytest.approx(white.tolist(), abs=1e-5)
 
 
 def test_cache_is_used_and_bounded(dataset, monkeypatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef
 from megatron_vppo.data.dataset import RowError, VisionDataset
@@ -139,6 +141,22 @@ def test_bad_rows_are_skipped_counted_and_listed(processor, with_strip, caplog) 
 
 
 @pytest.mark.distributed
+def test_transparency_that_the_authors_resize_drops_is_reported(processor, image_folder, caplog) -> None:
+    """Said once at start, with the setting that shows it; the project's own resize has nothing to say."""
+    Image.new("RGBA", (90, 60)).save(image_folder / "clear.png")
+    noise_image(90, 60, mode="RGBA").save(image_folder / "opaque.png")
+    rows = [{"problem": "<image>?", "answer": "1", "images": [name]} for name in ("clear.png", "opaque.png", "a.png")]
+    dataset = write(image_folder, rows)
+    for mode, expected in (("smart", 0), ("easyr1", 1)):
+        caplog.clear()
+        geometry = dataclasses.replace(builder(processor).geometry, mode=mode)
+        build = PromptBuilder(processor, geometry)
+        report = load_prompts(dataset, build, split="train", **READING).report
+        assert report.transparent == expected
+        said = [record for record in caplog.records if "1 rows have images with transparent pixels" in record.message]
+        assert len(said) == expected
+
+
 def test_number_of_workers_changes_nothing(processor, image_folder, monkeypatch) -> None:
     monkeypatch.setattr("megatron_vppo.data.prompts._MIN_ROWS_PER_WORKER", 1)
     monkeypatch.setattr("megatron_vppo.data.prompts._ROWS_PER_CHUNK", 2)
