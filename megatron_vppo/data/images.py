@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.config.choices import PerturbUnit
-from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.dataset import VisionDataset
 from megatron_vppo.data.decode import Rgb, to_rgb
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.perturb import PatchPerturbation, Perturbation, perturb_rng
@@ -105,7 +105,7 @@ class VisionInputs:
         try:
             return self._geometry.grid(*size)
         except ValueError as error:
-            raise RowError(dataset.source, ref.row, f"image {ref.index}: {error}") from error
+            raise dataset.error(ref.row, f"image {ref.index}: {error}") from error
 
     def patches(self, ref: ImageRef, perturb: PerturbKey | None = None) -> Tensor:
         """Returns fp32 [P, D] of the model's image processor, perturbed if a key is given. Do not change it in place.
@@ -159,7 +159,7 @@ class VisionInputs:
         try:
             target = self._geometry.budget_size(*image.size)
         except ValueError as error:
-            raise RowError(dataset.source, ref.row, f"image {ref.index}: {error}") from error
+            raise dataset.error(ref.row, f"image {ref.index}: {error}") from error
         try:
             if self._geometry.mode == "easyr1":
                 # The authors resize in the image's own mode, with PIL's default filter, and only then convert to RGB,
@@ -167,7 +167,7 @@ class VisionInputs:
                 return (image if image.size == target else image.resize(target)).convert("RGB")
             image = to_rgb(image, self._background)
         except ValueError as error:
-            raise RowError(dataset.source, ref.row, f"image {ref.index} has no RGB: {error}") from error
+            raise dataset.error(ref.row, f"image {ref.index} has no RGB: {error}") from error
         # One pass, except for shapes at the edge of the budget. It ends: budget_size takes the same steps to `target`.
         while image.size != target:
             patches_PD = self._process(image, size=self._size_limits(), raw=True)

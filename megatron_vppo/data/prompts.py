@@ -223,14 +223,10 @@ def load_prompts(
     for chunk in _chunks(dataset, builder, num_workers):
         for row, outcome in chunk:
             if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
-                outcome = RowError(
-                    dataset.source, row, f"{images} images; rollout.max_images_per_prompt is {max_images}"
-                )
+                outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
             if isinstance(outcome, RowError):
                 if on_bad_row == "error":
-                    raise RowError(
-                        outcome.source, outcome.row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip"
-                    )
+                    raise dataset.error(row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip")
                 bad.append(outcome)
             elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
                 too_long.append(row)
@@ -318,4 +314,5 @@ def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outc
     except RowError as error:
         return error
     except ValueError as error:
-        return RowError(dataset.source, row, str(error))
+        hint = "" if dataset.has_image_column else "; there is no column of images, see data.image_key"
+        return dataset.error(row, f"{error}{hint}")

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from megatron_vppo.data.dataset import RowError, Source, VisionDataset, parse_source
+from megatron_vppo.data.rows import DatasetRows
 from tests.data.images import noise_image
 from tests.data.rows import open_rows
 
@@ -188,7 +189,7 @@ def test_broken_image_is_named(name: str, image_folder: Path) -> None:
         ]
     )
     columns = ("problem", "answer", "images")
-    dataset = VisionDataset(table, source="mine.parquet", image_root=image_folder, columns=columns)
+    dataset = VisionDataset(DatasetRows(table), source="mine.parquet", image_root=image_folder, columns=columns)
     assert dataset.check_image(0, 0) == (90, 60)
     with pytest.raises(RowError, match=r"mine\.parquet, row 1: image 0 is unreadable or truncated: ") as caught:
         dataset.check_image(1, 0)
