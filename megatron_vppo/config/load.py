@@ -103,7 +103,11 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Ma
         raise FileNotFoundError(f"no configuration file {path}{named_in}")
     if path.resolve() in [p.resolve() for p in above]:
         raise ValueError(f"'{BASE_KEY}' goes in a circle: {' -> '.join(map(str, [*above, path]))}")
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
+    content = _parse(text, str(path))
     mapping = {} if content is None else content
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} holds {_shown(content)}; it should hold sections such as 'data:' and 'model:'")

@@ -344,13 +344,15 @@ class RewardConfig(Section):
     num_workers: int = Field(default=1, gt=0)
     timeout_seconds: float = Field(default=10.0, gt=0)
     """Time for one response. One that takes longer gets the reward zero and is counted."""
+    max_error_share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the rewards of one round of sampling that may fail: if as many fail, the run ends."""
 
 
 class TrainerConfig(Section):
     project_name: str = "megatron_vppo"
     experiment_name: str = "default"
     runs_dir: str = "runs"
-    seed: int = 1
+    seed: int = Field(default=1, ge=0, lt=2**32)
     total_steps: int | None = Field(default=None, gt=0)
     """Training steps; None: total_epochs passes over the data."""
     total_epochs: int = Field(default=2, gt=0)

@@ -9,6 +9,7 @@ fast.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -63,7 +64,26 @@ def load_function(spec: str) -> Callable[..., Any]:
     if not callable(function):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ValueError(f"reward.reward_function={spec}: no function {name!r} in that file; it has {known or 'none'}")
+    check_call(function, spec)
     return function
+
+
+def check_call(function: Callable[..., Any], spec: str) -> None:
+    """Refuses a function that cannot be called as reward functions are: with one argument, and not awaited."""
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(f"reward.reward_function={spec} is an async function; make it an ordinary one")
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some functions of compiled modules have none
+        return
+    try:
+        signature.bind(None)
+    except TypeError as error:
+        raise ValueError(
+            f"reward.reward_function={spec} is {getattr(function, '__name__', 'it')}{signature}, but it is called with "
+            "one argument: a dict with 'response', 'response_length' and 'ground_truth', or a list of them, by "
+            "reward.reward_type"
+        ) from error
 
 
 def checked_score(value: Any) -> dict[str, float]:

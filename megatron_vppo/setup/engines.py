@@ -143,7 +143,7 @@ def _engine_settings(
         tensor_parallel_size=rollout.tensor_parallel_size,
         max_num_seqs=rollout.max_num_seqs,
         images_per_prompt=rollout.max_images_per_prompt,
-        seed=config.trainer.seed + index,
+        seed=(config.trainer.seed + index) % 2**32,
         cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
         cpu_threads=rollout.threads_per_engine or _fair_threads(count * rollout.tensor_parallel_size),
         gpu_memory_utilization=rollout.gpu_memory_utilization,

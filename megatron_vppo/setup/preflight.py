@@ -10,7 +10,7 @@ from megatron_vppo.config.checks import check_device, check_layout, ranks_per_co
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.hf_config import vllm_split_refusal
+from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.models.read_config import read_hf_config
@@ -50,6 +50,7 @@ def check_before_launch(config: RunConfig) -> int:
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
     )
+    check_positions(config, hf_config)
     options = model_options(config, on_gpu=devices > 0)
     if options.fp8 is not None:
         check_fp8_model(
@@ -67,6 +68,17 @@ def check_before_launch(config: RunConfig) -> int:
         )
     _check_files(config)
     return world_size
+
+
+def check_positions(config: RunConfig, hf_config: HfConfig) -> None:
+    """Refuses prompts and responses that are longer together than the model has positions; vLLM would do so later."""
+    prompt, response = config.data.max_prompt_length, config.data.max_response_length
+    positions = hf_config.text_config.max_position_embeddings
+    if prompt + response > positions:
+        raise ValueError(
+            f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} tokens, but "
+            f"the model has {positions} positions (max_position_embeddings); lower one of the two"
+        )
 
 
 def _check_files(config: RunConfig) -> None:

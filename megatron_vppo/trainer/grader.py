@@ -12,17 +12,24 @@ from megatron_vppo.parallel.collective import from_rank_zero
 class Grader:
     """Grades responses in worker processes of rank 0."""
 
-    def __init__(self, pool: RewardPool | None, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(
+        self, pool: RewardPool | None, decode: Callable[[Sequence[int]], str], *, max_error_share: float
+    ) -> None:
         """
         Args:
             pool: on rank 0; None elsewhere.
             decode: token ids -> text without special tokens.
+            max_error_share: the share of failed rewards in one call of `grade` that ends the run.
         """
         self._pool = pool
+        self._max_error_share = max_error_share
         self._decode = decode
 
     def grade(self, responses: Sequence[Response]) -> list[GradedResponse]:
-        """Grades responses, in their order. A collective over all ranks."""
+        """Grades responses, in their order. A collective over all ranks.
+
+        Raises ValueError if too many rewards fail.
+        """
         graded = from_rank_zero(lambda: self._grade_here(responses))
         return [
             GradedResponse(response=response, text=text, reward=reward)
@@ -33,6 +40,13 @@ class Grader:
         assert self._pool is not None, "rewards are computed on rank 0"
         texts = [self._decode(response.token_ids) for response in responses]
         rewards = self._pool.grade(responses, texts)
+        errors = [(response, reward.error) for response, reward in zip(responses, rewards, strict=True) if reward.error]
+        if errors and len(errors) >= self._max_error_share * len(rewards):
+            first, error = errors[0]
+            raise ValueError(
+                f"{len(errors)} of {len(rewards)} rewards failed, which ends the run (reward.max_error_share is "
+                f"{self._max_error_share:g}). The first, of split {first.prompt.split}, row {first.prompt.row}: {error}"
+            )
         return list(zip(texts, rewards, strict=True))
 
     def close(self) -> None:

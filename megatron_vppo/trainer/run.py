@@ -88,7 +88,11 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path
         )  # fmt: skip
         stack.callback(sampler.close)
         pool = _reward_pool(config) if is_writer else None
-        grader = Grader(pool, partial(tokenizer.decode, skip_special_tokens=True))
+        grader = Grader(
+            pool,
+            partial(tokenizer.decode, skip_special_tokens=True),
+            max_error_share=config.reward.max_error_share,
+        )
         stack.callback(grader.close)
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:

@@ -190,3 +190,15 @@ def test_saved_config_reads_back_equal(write: Write, tmp_path: Path, preset: str
     )
     save_resolved(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(b"data: {train_files: \xff}\n")
+    with pytest.raises(ValueError, match=r"run\.yaml is not UTF-8 text \(.*save it as UTF-8"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, "x"])
+def test_seeds_that_a_generator_refuses_are_refused_at_once(write: Write, seed: object) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.seed = {seed!r}"):
+        load_config(write(MINIMAL), [f"trainer.seed={seed}"])

@@ -184,6 +184,37 @@ def test_functions_that_cannot_be_loaded_stop_the_run_at_its_start(functions: st
         make_pool(f"{tmp_path}/broken.py:f")
 
 
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("def f(predict_str, ground_truth): ...", r"is f\(predict_str, ground_truth\), but it is called with one arg"),
+        ("def f(data_source, solution_str, ground_truth, extra_info=None): ...", "is called with one argument: a dict"),
+        ("def f(): ...", r"is f\(\), but it is called with one argument"),
+        ("def f(item, *, key): ...", "is called with one argument"),
+        ("async def f(item): ...", "is an async function; make it an ordinary one"),
+    ],
+)
+def test_functions_of_another_calling_convention_are_refused(tmp_path: Path, function: str, message: str) -> None:
+    """Those of verl and of EasyR1's older versions; before, every reward was zero to the end of the run."""
+    (tmp_path / "other.py").write_text(function)
+    with pytest.raises(ValueError, match=message):
+        make_pool(f"{tmp_path}/other.py:f")
+
+
+def test_every_function_of_one_argument_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "ours.py").write_text(
+        "import functools\n"
+        "def f(item, weight=1.0, **rest): return 1.0\n"
+        "def g(*items): return 1.0\n"
+        "h = functools.partial(f, weight=2.0)\n"
+        "class C:\n    def __call__(self, item): return 1.0\n"
+        "c = C()\n"
+    )
+    for name in ("f", "g", "h", "c"):
+        with make_pool(f"{tmp_path}/ours.py:{name}", reward_type="sequential") as pool:
+            assert grade(pool, ["x"])[0].overall == 1.0, name
+
+
 def worker_pids(pool: RewardPool) -> list[int]:
     return [worker.process.pid for worker in pool._workers]
 
