@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_vppo.conversion.places import StoredBlock, StoredEntry
 from megatron_vppo.models.build import build_model
-from megatron_vppo.models.read_config import read_hf_config
+from megatron_vppo.models.model_files import check_what_is_there
 from megatron_vppo.parallel.layout import single_rank
 from megatron_vppo.weights.entries import Entry, stream_entries
 from megatron_vppo.weights.load import sharded_blocks
@@ -43,9 +43,9 @@ def read_catalogue(config_folder: Path) -> Catalogue:
     """Makes the catalogue of the model that `config.json` describes. Call it where no process groups exist.
 
     Raises:
-        ValueError: there is no configuration, or its model is not supported.
+        ValueError: there is no configuration, its model is not supported, or other files of the folder contradict it.
     """
-    hf_config = read_hf_config(config_folder)
+    hf_config = check_what_is_there(config_folder)
     with single_rank(backend="gloo") as layout:
         model = build_model(
             hf_config,

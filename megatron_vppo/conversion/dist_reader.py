@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_vppo.conversion.places import StoredBlock, StoredEntry
 from megatron_vppo.weights.dist_metadata import check_stored, read_metadata
+from megatron_vppo.weights.finite import check_finite
 from megatron_vppo.weights.kinds import Shape
 
 OPTIMIZER = "optimizer."
@@ -100,7 +101,7 @@ class StoredWeights:
         """Reads the parameter's rows `low` to `high`, which lie in this block.
 
         Raises:
-            ValueError: a file is damaged.
+            ValueError: a file is damaged, or the rows hold NaN or infinity.
         """
         found = self._described(block.key)
         offset, sizes = block.region(low, high)
@@ -120,6 +121,7 @@ class StoredWeights:
             self._reader.read_data(LoadPlan(items), _Into(target))
         except Exception as error:  # whatever bytes are there: torch.load may raise anything
             raise ValueError(f"{block.key} in {self._path} cannot be read: {error}") from error
+        check_finite(target, name=block.key, where=self._path)
         return target.reshape(sizes[block.stacked :])
 
     def _described(self, key: str) -> TensorStorageMetadata:

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_vppo.conversion.read_ahead import read_ahead
 from megatron_vppo.conversion.workers import OnBytes
+from megatron_vppo.weights.finite import cast_weights
 from megatron_vppo.weights.hf_folder import FileTensor
 from megatron_vppo.weights.kinds import Kind, Shape
 
@@ -70,7 +71,7 @@ class Piece:
         return torch.Size(self.sizes).numel() * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        return self.source.read().to(self.dtype).reshape(self.sizes)
+        return cast_weights(self.source.read(), self.dtype, name=self.key).reshape(self.sizes)
 
     def write_item(self) -> WriteItem:
         chunk = ChunkStorageMetadata(offsets=torch.Size(self.offset), sizes=torch.Size(self.sizes))

@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.build import build_model
+from megatron_vppo.models.config_checks import engine_overrides
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
-from megatron_vppo.models.read_config import read_hf_config
+from megatron_vppo.models.model_files import open_without_weights
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
@@ -75,9 +76,10 @@ def compare_logprobs(source: Path, converted: Path, *, with_vllm: bool) -> tuple
         The differences, and the tolerance for their means.
 
     Raises:
-        ValueError: the folder has no processor, or its weights cannot be loaded.
+        ValueError: files of the folder are missing or contradict one another, or its weights cannot be loaded.
     """
-    hf_config, processor = read_hf_config(source), AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    files = open_without_weights(source)
+    hf_config, processor = files.hf_config, files.processor
     dtype = torch.bfloat16 if hf_config.dtype == torch.bfloat16 else torch.float32
     rows = _rows(processor)
     sampled: list[Tensor] = []
@@ -132,6 +134,7 @@ def _vllm_logps(
         cpu_kv_cache_gib=1.0,
         gpu_memory_utilization=0.5,
         enforce_eager=True,
+        hf_overrides=engine_overrides(hf_config),
         banned_token_ids=vision_token_ids(hf_config),
     )
     requests = [

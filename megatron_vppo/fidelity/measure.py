@@ -31,7 +31,7 @@ from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_scorer
-from megatron_vppo.setup.sampling import eos_ids, train_sampling
+from megatron_vppo.setup.sampling import train_sampling
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.weights.stream import hf_weights
 
@@ -191,7 +191,7 @@ def _scorer_and_responses(
         seeds = group_seeds(
             prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
         )
-        sampling = train_sampling(config, eos_ids(source, inputs.processor.tokenizer))
+        sampling = train_sampling(config, inputs.eos_ids)
         groups = sampler.generate(prompts, seeds=seeds, sampling=sampling)
     return scorer, [response for group in groups for response in group]
 

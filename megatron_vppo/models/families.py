@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.language.weight_map import language_entries
+from megatron_vppo.models.language.weight_map import HEAD, language_entries
 from megatron_vppo.models.qwen3_vl.family import QWEN3_VL
 from megatron_vppo.models.qwen25_vl.family import QWEN25_VL
 from megatron_vppo.weights.entries import Entry
@@ -49,3 +51,9 @@ def weight_map(hf_config: HfConfig, *, family: Family) -> tuple[Entry, ...]:
         hf_config, prefix=family.language_prefix, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm
     )
     return (*family.vision_entries(hf_config.vision_config), *language)
+
+
+def hf_copies(entries: Iterable[Entry]) -> dict[str, str]:
+    """Returns the tensors that the model takes from another one: their names, each with that one's name."""
+    tied_head = next((entry for entry in entries if entry.is_copy), None)
+    return {HEAD: tied_head.hf_names[0]} if tied_head else {}

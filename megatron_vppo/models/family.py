@@ -32,6 +32,8 @@ class Family:
 
     model_type: str
     """`model_type` of its config.json."""
+    architecture: str
+    """The class of transformers and of vLLM, as `architectures` of its config.json names it."""
     check_own: Callable[[HfConfig], None]
     """Raises ValueError for settings that only this family's configuration has, and that no released model uses."""
     deepstack_layers: Callable[[HfConfig], int]
@@ -41,6 +43,11 @@ class Family:
     """True if the language model's query, key and value projections have biases."""
     qk_norm: bool
     """True if the language model normalises queries and keys."""
+    mrope_section: tuple[int, int, int]
+    """The rotary frequencies of frame, row and column, where a configuration has none: transformers' default."""
+    mrope_interleaved: bool
+    """True if the three take turns among the frequencies. vLLM reads it from the configuration, transformers does not.
+    """
     positions: Callable[[HfConfig], PositionFn]
     """Makes the function that gives tokens their rotary positions."""
     rotary: Callable[[Any], nn.Module]

@@ -22,12 +22,11 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from megatron_vppo.models.families import weight_map
+from megatron_vppo.models.families import hf_copies, weight_map
 from megatron_vppo.models.family import Family
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.language.deepstack import prepare_deepstack
 from megatron_vppo.models.language.model import LanguageModel
-from megatron_vppo.models.language.weight_map import HEAD
 from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.parts import LayerParts
@@ -66,8 +65,7 @@ class QwenVLModel(MegatronModule):
         self.to_released_name = family.to_released_name  # a function: name in a file -> name in the released checkpoint
         self.parts = parts
         self.weight_map = parts.rename_entries(weight_map(hf_config, family=family))
-        tied_head = next((entry for entry in self.weight_map if entry.is_copy), None)
-        self.hf_copies = {HEAD: tied_head.hf_names[0]} if tied_head else {}
+        self.hf_copies = hf_copies(self.weight_map)
         self.pre_process = self.stage == 0
         self.post_process = self.stage == len(stage_layers) - 1
         self.share_embeddings_and_output_weights = hf_config.tie_word_embeddings

@@ -7,15 +7,17 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
+from megatron_vppo.models.config_checks import complete_config, config_problems
 from megatron_vppo.models.families import FAMILIES, family_of
 from megatron_vppo.models.hf_config import HfConfig
 
 
 def read_hf_config(folder: Path) -> HfConfig:
-    """Returns the configuration of a supported model.
+    """Returns the configuration of a supported model, with what it leaves out filled in (`complete_config`).
 
     Raises:
-        ValueError: there is no such folder or file, it cannot be read, or the model is of another kind.
+        ValueError: there is no such folder or file, it cannot be read, the model is of another kind, or its numbers do
+            not fit one another.
     """
     path = folder / "config.json"
     if not folder.is_dir():
@@ -23,7 +25,7 @@ def read_hf_config(folder: Path) -> HfConfig:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a model in Hugging Face's format")
     try:
-        described = json.loads(path.read_text())
+        described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     kind = described.get("model_type") if isinstance(described, dict) else None
@@ -31,7 +33,11 @@ def read_hf_config(folder: Path) -> HfConfig:
         raise ValueError(f"{path}: a model of type {kind!r} is not supported; {', '.join(sorted(FAMILIES))} are")
     try:
         hf_config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        family_of(hf_config)
+        family = family_of(hf_config)
+        complete_config(hf_config, family)
+        problems = config_problems(hf_config, family)
     except Exception as error:  # transformers checks little, and raises whatever it runs into
         raise ValueError(f"{path}: {error or type(error).__name__}") from error
+    if problems:
+        raise ValueError("\n  - ".join([f"{path} describes a model that cannot be built:", *problems]))
     return hf_config

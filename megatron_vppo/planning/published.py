@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.read_config import read_hf_config
+from megatron_vppo.models.model_files import check_what_is_there
 
 CONFIGS = Path(__file__).with_name("published_configs")
 """The folder with one JSON file per model: those fields of its config.json that decide names, shapes and rotary angles.
@@ -47,13 +47,13 @@ def configuration_of(model: str) -> HfConfig:
     """Reads the configuration of a released model, by its name, or of a Hugging Face folder. Downloads nothing.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: neither of the two, or a folder whose files contradict one another.
     """
     if model in PUBLISHED:
         return published_config(model)
     if not (Path(model) / "config.json").is_file():
         raise ValueError(f"--model {model}: no folder with a config.json, and not one of {', '.join(PUBLISHED)}")
-    return read_hf_config(Path(model))
+    return check_what_is_there(Path(model))
 
 
 def published_config(name: str) -> HfConfig:

@@ -84,6 +84,7 @@ class Engine:
             max_num_seqs=settings.max_num_seqs,
             limit_mm_per_prompt={"image": settings.images_per_prompt, "video": 0},
             mm_processor_kwargs=dict(settings.mm_processor_kwargs) or None,
+            hf_overrides=dict(settings.hf_overrides),
             # Otherwise the model gets bytes and normalises them itself, in another order of operations.
             mm_device_do_normalize=False,
             skip_mm_profiling=settings.device == "cpu",

@@ -45,6 +45,8 @@ class EngineSettings:
     """'empty': start with zeros instead of reading the checkpoint; `generate` then refuses until weights were sent."""
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the image processor, such as min_pixels and max_pixels."""
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the model's configuration that replace those of its config.json."""
     can_sleep: bool = False
     """True if `RolloutEngine.sleep` and `wake` are to work; not on CPU."""
     weight_transfer: WeightTransfer = "shm"

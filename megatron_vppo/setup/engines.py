@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron_vppo.config.checks import check_device
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.models.config_checks import engine_overrides
 from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
@@ -150,6 +151,7 @@ def _engine_settings(
         enforce_eager=rollout.enforce_eager,
         load_format="empty",
         mm_processor_kwargs=images.mm_processor_kwargs,
+        hf_overrides=engine_overrides(hf_config),
         can_sleep=engines_sleep(config, on_cpu=on_cpu),
         weight_transfer=weight_transfer(config, on_cpu=on_cpu),
         quantization=None if rollout.quantization is None else VLLM_FP8[config.fp8.recipe],

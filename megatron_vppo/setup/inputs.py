@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, assert_never
 
-from transformers import AutoProcessor
-
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
 from megatron_vppo.data.decode import Rgb, parse_color
@@ -16,7 +14,7 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
-from megatron_vppo.models.read_config import read_hf_config
+from megatron_vppo.models.model_files import open_without_weights
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,8 @@ class RunInputs:
     """The model's configuration, of transformers."""
     processor: Any
     """The model's processor, of transformers."""
+    eos_ids: tuple[int, ...]
+    """The tokens at which a response ends."""
     datasets: dict[str, VisionDataset]
     """'train', and 'val' where there is one."""
     images: VisionInputs
@@ -34,11 +34,13 @@ class RunInputs:
 
 
 def open_inputs(config: RunConfig, source: Path) -> RunInputs:
-    """Opens the processor of the model's folder `source` and the data files.
+    """Opens the model's folder `source`, except for its weights, and the data files.
 
-    Raises ValueError for a file or column that is missing, and for a pixel budget that no image fits.
+    Raises ValueError for a file or column that is missing, for files of the model that contradict one another, and for
+    a pixel budget that no image fits.
     """
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    model = open_without_weights(source)
+    processor = model.processor
     geometry = ImageGeometry.from_processor(
         processor.image_processor,
         min_pixels=config.data.min_pixels,
@@ -48,8 +50,9 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
     datasets = _datasets(config)
     perturb = config.algorithm.perturb
     return RunInputs(
-        hf_config=read_hf_config(source),
+        hf_config=model.hf_config,
         processor=processor,
+        eos_ids=model.eos_ids,
         datasets=datasets,
         images=VisionInputs(
             datasets,

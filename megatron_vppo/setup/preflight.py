@@ -12,8 +12,8 @@ from megatron_vppo.data.dataset import check_source
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
+from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.models.precision import check_fp8_model
-from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.inputs import background_color
@@ -40,7 +40,7 @@ def check_before_launch(config: RunConfig) -> int:
         )
     check_layout(config, world_size)
     check_device(config, on_cpu=devices == 0)
-    hf_config = read_hf_config(model_folder(config.model.path))
+    hf_config = open_model_files(model_folder(config.model.path)).hf_config
     family = family_of(hf_config)
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)
     stage_layers(

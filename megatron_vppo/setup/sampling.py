@@ -2,27 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
-
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.rollout.records import SamplingSettings
-
-
-def eos_ids(source: Path, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the tokens at which the model stops, from its generation configuration, else from its tokenizer.
-
-    Raises ValueError if neither names one.
-    """
-    eos: int | Sequence[int] | None = tokenizer.eos_token_id
-    if (source / "generation_config.json").is_file():
-        eos = GenerationConfig.from_pretrained(source).eos_token_id or eos
-    if eos is None:
-        raise ValueError(f"{source} names no EOS token, neither in generation_config.json nor in the tokenizer")
-    return (eos,) if isinstance(eos, int) else tuple(eos)
 
 
 def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:

@@ -30,7 +30,7 @@ from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.run_folder import RunFolder
-from megatron_vppo.setup.sampling import eos_ids, train_sampling, val_sampling
+from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
@@ -79,7 +79,7 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path
     """
     is_writer, on_gpus = layout.rank == 0, layout.device.type == "cuda"
     inputs = open_inputs(config, source)
-    images, tokenizer = inputs.images, inputs.processor.tokenizer
+    images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
     with ExitStack() as stack:
         engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
         sampler = EngineSampler(
@@ -114,7 +114,6 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        eos = eos_ids(source, tokenizer)
         records = is_writer and config.trainer.save_rollouts
         yield Run(
             config=config,

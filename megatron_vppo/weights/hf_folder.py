@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.finite import cast_weights, check_finite
 from megatron_vppo.weights.kinds import Shape
 
 INDEX = "model.safetensors.index.json"
@@ -32,7 +33,10 @@ HEADER_BYTES = 100 << 20
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor in a safetensors file. `x[a:b]`, `x[:, a:b]` and `x[:]` read the rows they need, as a new tensor."""
+    """A tensor in a safetensors file. `x[a:b]`, `x[:, a:b]` and `x[:]` read the rows they need, as a new tensor.
+
+    Raises ValueError if the file ends too early, or if what is read holds NaN or infinity.
+    """
 
     path: Path
     name: str
@@ -55,7 +59,7 @@ class FileTensor:
 
     def write_rows(self, row: int, values: Tensor) -> None:
         """Writes rows from `row` on, cast to the tensor's dtype. The file is as long as it will be."""
-        data = raw_bytes(values.to(self.dtype).contiguous())
+        data = raw_bytes(cast_weights(values, self.dtype, name=self.name).contiguous())
         at = self.start + row * self._row_bytes
         descriptor = os.open(self.path, os.O_WRONLY)
         try:
@@ -89,6 +93,7 @@ class FileTensor:
                 if not read:
                     raise ValueError(f"{self.path} ends within {self.name}; download it again")
                 done += read
+        check_finite(block, name=self.name, where=self.path)
         return block
 
 
@@ -120,7 +125,20 @@ class HfFolder:
             self._tensors[name] = tensor
 
     def check(self, entries: Iterable[Entry], copies: Mapping[str, str]) -> tuple[str, ...]:
-        """Checks that the folder holds exactly the tensors of the model, and copies of some perhaps.
+        """Checks that the folder holds exactly the tensors of the model, and perhaps copies of some, with equal values.
+
+        Args and Returns: see `check_names`.
+
+        Raises:
+            ValueError: tensors are missing or unknown, or a copy has other values than its original.
+        """
+        stored = self.check_names(entries, copies)
+        for name in stored:
+            self._check_copy(self._tensors[name], self._tensors[copies[name]])
+        return stored
+
+    def check_names(self, entries: Iterable[Entry], copies: Mapping[str, str]) -> tuple[str, ...]:
+        """Checks the names of the tensors, without reading any.
 
         Args:
             copies: the tensors that the model takes from another one: their names, each with that one's name.
@@ -129,7 +147,7 @@ class HfFolder:
             The names of the copies that the folder holds.
 
         Raises:
-            ValueError: tensors are missing or unknown, or a copy has other values than its original.
+            ValueError: tensors are missing or unknown.
         """
         known = {name for entry in entries for name in entry.hf_names}
         missing = sorted(known - self._tensors.keys())
@@ -149,10 +167,7 @@ class HfFolder:
                 f"{self.folder} has {len(unknown)} tensors that the model does not know, first {unknown[:5]} in "
                 f"{files}; {config}"
             )
-        stored = tuple(name for name in copies if name in self._tensors)
-        for name in stored:
-            self._check_copy(self._tensors[name], self._tensors[copies[name]])
-        return stored
+        return tuple(name for name in copies if name in self._tensors)
 
     @staticmethod
     def _check_copy(copy: FileTensor, original: FileTensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,8 +11,9 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
-from megatron_vppo.weights.entries import stage_entries
-from megatron_vppo.weights.hf_folder import has_hf_weights
+from megatron_vppo.weights.entries import Entry, stage_entries
+from megatron_vppo.weights.finite import check_finite
+from megatron_vppo.weights.hf_folder import HfFolder, has_hf_weights
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
 
@@ -30,6 +32,18 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
         ValueError: the folder holds both kinds of weights, or neither, or those of another model.
     """
     folder = Path(folder)
+    if is_converted(folder):
+        load_dist_weights(model, folder / DIST_CKPT)
+    else:
+        load_hf_weights(model, folder)
+
+
+def is_converted(folder: Path) -> bool:
+    """Returns True for a folder with a distributed checkpoint, False for one with safetensors files.
+
+    Raises:
+        ValueError: the folder holds both kinds of weights, or neither.
+    """
     converted = (folder / DIST_CKPT).is_dir()
     if converted and has_hf_weights(folder):
         raise ValueError(f"{folder} holds both {DIST_CKPT}/ and safetensors files; remove one of them")
@@ -37,10 +51,29 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
         raise ValueError(
             f"{folder} holds no weights: neither model.safetensors, nor model.safetensors.index.json, nor {DIST_CKPT}/"
         )
-    if converted:
-        load_dist_weights(model, folder / DIST_CKPT)
-    else:
-        load_hf_weights(model, folder)
+    return converted
+
+
+def check_weight_files(
+    folder: Path, entries: Sequence[Entry], *, copies: Mapping[str, str], to_released_name: Callable[[str], str]
+) -> None:
+    """Checks what can be known about a folder's weights without reading them: files, names and shapes.
+
+    Of a distributed checkpoint only the files are checked; what its tensors are called follows from the built model.
+
+    Args:
+        copies: see `HfFolder.check_names`.
+
+    Raises:
+        ValueError: as `load_weights`.
+    """
+    if is_converted(folder):
+        read_metadata(folder / DIST_CKPT)
+        return
+    weights = HfFolder(folder, to_released_name)
+    weights.check_names(entries, copies)
+    for entry in entries:
+        weights.tensors(entry)
 
 
 @torch.no_grad()
@@ -51,7 +84,7 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
 
     Raises:
         ValueError: the checkpoint is incomplete, lacks a tensor, has one of another shape, or has an output layer of
-            its own although the configuration ties it.
+            its own although the configuration ties it; or a tensor holds NaN or infinity.
     """
     metadata = read_metadata(dist_ckpt)
     parameters = dict(model.named_parameters())
@@ -74,6 +107,7 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     # loads one after the other. That nothing is missing was seen above, tensor by tensor.
     loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
     for name, parameter in parameters.items():
+        check_finite(loaded[name], name=name, where=dist_ckpt)
         parameter.copy_(loaded[name])  # where Megatron could fill the parameter itself, this copies it onto itself
 
 

@@ -68,6 +68,17 @@ def widen_the_config(folder: Path) -> None:
     change_config(folder, text_config={**text, "intermediate_size": 100})
 
 
+def set_value(name: str, value: float) -> Callable[[Path], object]:
+    """Sets the last value of a tensor."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        changed = tensors[name].clone()
+        changed.view(-1)[-1] = value
+        return {**tensors, name: changed}
+
+    return lambda folder: rewrite(folder, change)
+
+
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lose_a_file, r"index\.json names files that are not there: \[.*00002-of-00003\.safetensors"),
     "file cut off": (cut_a_file, r"00003-of-00003\.safetensors has \d+ bytes, .* ends at \d+; download it again"),
@@ -130,6 +141,14 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: rewrite(folder, lambda tensors: {**tensors, DOWN: tensors[DOWN].half()}),
         r"decoder\.layers\.mlp\.linear_fc2\.weight has layers of dtypes .*; give --dtype",
     ),
+    "one value is no number": (
+        set_value(DOWN, float("nan")),
+        rf"{DOWN} in .*model\.safetensors holds NaN; take a checkpoint whose weights are numbers",
+    ),
+    "one value is infinite": (
+        set_value(NORM, float("-inf")),
+        rf"{NORM} in .*model\.safetensors holds an infinite value",
+    ),
     "config of another size": (
         widen_the_config,
         r"gate_proj\.weight in .*model\.safetensors has shape \(96, 64\), the configuration says \(100, 64\)",
@@ -172,6 +191,26 @@ def test_a_file_that_is_cut_off_while_it_is_read(
     with pytest.raises(ValueError, match=r"model\.safetensors ends within [a-z.0-9_]+; download it again"):
         hf_to_megatron(source, tmp_path / "target")
     assert left_behind(tmp_path / "target") == []
+
+
+def test_weights_beyond_float16(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    source = shutil.copytree(hf_folders[NAME], tmp_path / "source")
+    set_value(DOWN, 1e5)(source)
+    hf_to_megatron(source, tmp_path / "wide", dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"linear_fc2\.weight has values beyond the range of float16; convert to bfloat"
+    ):
+        hf_to_megatron(source, tmp_path / "target", dtype=torch.float16)
+    with pytest.raises(ValueError, match=rf"{DOWN} has values beyond the range of float16"):
+        megatron_to_hf(tmp_path / "wide", tmp_path / "target", dtype=torch.float16)
+    assert left_behind(tmp_path / "target") == []
+
+
+def test_verify_names_a_value_that_is_no_number(hf_folders: dict[str, Path], tmp_path: Path) -> None:
+    other = shutil.copytree(hf_folders[NAME], tmp_path / "other")
+    set_value(DOWN, float("nan"))(other)
+    with pytest.raises(ValueError, match=rf"{DOWN} in .*other/model\.safetensors holds NaN"):
+        compare_checkpoints(hf_folders[NAME], other)
 
 
 def test_the_other_family_is_refused(hf_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -260,6 +299,19 @@ def test_wrong_checkpoints_are_refused(what: str, converted: dict[str, Path], tm
         megatron_to_hf(tmp_path / "megatron", tmp_path / "target")
     assert left_behind(tmp_path / "target") == []
     assert not (tmp_path / "was_executed").exists()
+
+
+def test_a_value_that_is_no_number_in_a_checkpoint(
+    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = shutil.copytree(hf_folders[NAME], tmp_path / "source")
+    set_value(DOWN, float("nan"))(source)
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr("megatron_vppo.weights.hf_folder.check_finite", lambda *_, **__: None)
+        hf_to_megatron(source, tmp_path / "megatron")
+    with pytest.raises(ValueError, match=r"decoder\.layers\.mlp\.linear_fc2\.weight in .*dist_ckpt holds NaN"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "target")
+    assert left_behind(tmp_path / "target") == []
 
 
 def test_an_existing_target_is_not_touched(hf_folders: dict[str, Path], tmp_path: Path) -> None:

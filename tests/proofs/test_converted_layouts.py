@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from megatron_vppo.conversion.to_hf import megatron_to_hf
@@ -135,7 +136,7 @@ def _refused(rank: int, world: int, source: Path, folders: dict[str, Path]) -> d
 
 @pytest.mark.distributed
 def test_what_cannot_be_loaded_is_said_and_nothing_of_it_is_executed(
-    hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path
+    hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "was_executed"
     source = hf_folders["Qwen2.5 tied"]
@@ -150,13 +151,20 @@ def test_what_cannot_be_loaded_is_said_and_nothing_of_it_is_executed(
     torch.save(MarksIfLoaded(marker), common / "dist_ckpt" / "common.pt")
     neither = copy("neither")
     shutil.rmtree(neither / "dist_ckpt")
-    folders = {"both": both, "neither": neither, "metadata": metadata, "common": common,
+    spoiled = shutil.copytree(source, tmp_path / "spoiled")
+    tensors = load_file(spoiled / "model.safetensors")
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, spoiled / "model.safetensors")
+    monkeypatch.setattr("megatron_vppo.weights.hf_folder.check_finite", lambda *_, **__: None)  # only to write it
+    hf_to_megatron(spoiled, tmp_path / "no number")
+    folders = {"both": both, "neither": neither, "metadata": metadata, "common": common, "nan": tmp_path / "no number",
                "other": converted["Qwen2.5 untied"], "family": converted["Qwen3 tied"]}  # fmt: skip
     (messages,) = run_gloo(_refused, 1, source, folders)
     assert "holds both dist_ckpt/ and safetensors files" in messages["both"]
     assert "neither holds no weights" in messages["neither"]
     assert messages["metadata"].startswith("ValueError") and "was not loaded" in messages["metadata"]
     assert "common" in messages
+    assert "decoder.final_layernorm.weight in" in messages["nan"] and "dist_ckpt holds NaN" in messages["nan"]
     assert not marker.exists()
     assert "vision.segment" in messages["family"] or "lacks the tensor vision" in messages["family"]
     assert "has language.output_layer.weight, which config.json ties to model.embed_tokens.weight" in messages["other"]

@@ -78,3 +78,17 @@ def test_errors_name_tensor_and_file(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"down": "part.safetensors"}}')
     with pytest.raises(ValueError, match=r"part\.safetensors.*download them again"):
         load_hf_weights(model, tmp_path)
+
+
+def test_a_value_that_is_no_number(tmp_path: Path) -> None:
+    """Whichever tensor of a parameter holds it, and only where this rank reads it."""
+    for name, index, read in (("prefix.up", (3, 0), True), ("down", (0, 3), True), ("gate", (0, 0), False)):
+        held = tensors()
+        held[name][index] = float("nan")
+        del held["spare"]
+        save_file(held, tmp_path / "model.safetensors")
+        if read:
+            with pytest.raises(ValueError, match=rf"{name} in .*model\.safetensors holds NaN"):
+                load_hf_weights(TwoTensors(), tmp_path)
+        else:
+            load_hf_weights(TwoTensors(), tmp_path)

@@ -65,6 +65,8 @@ class LanguageModel(LanguageModule):
                 scatter_to_sequence_parallel=False,  # image features come in first
                 tp_group=groups.tp,
             )
+        pad = hf_config.pad_token_id
+        self.padding_token = None if pad is None else pad % hf_config.vocab_size  # -1 is the last one, as in torch
         self.rope = family.rotary(hf_config)
         self.decoder = TransformerBlock(
             config,
@@ -108,8 +110,16 @@ class LanguageModel(LanguageModule):
         return self.output_layer.weight
 
     def embed(self, token_ids_C: Tensor) -> Tensor:
-        """Returns [C, 1, h]."""
-        return self.embedding(input_ids=token_ids_C[None, :], position_ids=None)
+        """Returns [C, 1, h].
+
+        The row of the padding token gets no gradient from here, as with `padding_idx` of the embedding in transformers.
+        A tied output layer gives it one all the same.
+        """
+        hidden_C1h = self.embedding(input_ids=token_ids_C[None, :], position_ids=None)
+        if self.padding_token is None:
+            return hidden_C1h
+        is_padding_C11 = (token_ids_C == self.padding_token)[:, None, None]
+        return torch.where(is_padding_C11, hidden_C1h.detach(), hidden_C1h)
 
     def forward(self, hidden_S1h: Tensor | None, positions_3C: Tensor, sequences: PackedSequences) -> Tensor:
         """Runs this stage's layers on the embeddings, or on what the previous stage sent; [S, 1, h]."""

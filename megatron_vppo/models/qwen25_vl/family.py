@@ -18,10 +18,13 @@ def _check(hf_config: Qwen2_5_VLConfig) -> None:
 
 QWEN25_VL = Family(
     model_type="qwen2_5_vl",
+    architecture="Qwen2_5_VLForConditionalGeneration",
     check_own=_check,
     deepstack_layers=lambda hf_config: 0,
     qkv_bias=True,
     qk_norm=False,
+    mrope_section=(16, 24, 24),
+    mrope_interleaved=False,
     positions=mrope_position_fn,
     rotary=sectioned_mrope,
     vision_activation="silu",

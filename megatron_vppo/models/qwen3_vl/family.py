@@ -27,10 +27,13 @@ def _check(hf_config: Qwen3VLConfig) -> None:
 
 QWEN3_VL = Family(
     model_type="qwen3_vl",
+    architecture="Qwen3VLForConditionalGeneration",
     check_own=_check,
     deepstack_layers=lambda hf_config: len(hf_config.vision_config.deepstack_visual_indexes),
     qkv_bias=False,
     qk_norm=True,
+    mrope_section=(24, 20, 20),
+    mrope_interleaved=True,
     positions=mrope_position_fn,
     rotary=interleaved_mrope,
     vision_activation="gelu_pytorch_tanh",

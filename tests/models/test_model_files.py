@@ -1,0 +1,224 @@
+"""A model's folder is opened as a whole: what is missing, broken or contradictory is named, all of it at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
+from safetensors.torch import load_file, save_file
+
+from megatron_vppo.cli.main import main
+from megatron_vppo.conversion.to_megatron import hf_to_megatron
+from megatron_vppo.models.model_files import check_what_is_there, open_model_files
+from megatron_vppo.planning.published import configuration_of
+
+TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "7"}]}]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    processor = make_processor()
+    save_checkpoint(make_model(make_config(processor.tokenizer), seed=3), processor, folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def change(path: Path, **changes: Any) -> None:
+    """Sets keys of a JSON file; a dotted key is written with two underscores."""
+    described = json.loads(path.read_text())
+    for key, value in changes.items():
+        inner = described
+        *sections, last = key.split("__")
+        for section in sections:
+            inner = inner[section]
+        inner[last] = value
+    path.write_text(json.dumps(described))
+
+
+def move_template(folder: Path) -> None:
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    change(folder / "tokenizer_config.json", chat_template=template)
+
+
+def test_a_whole_folder(folder: Path) -> None:
+    opened = open_model_files(folder)
+    assert opened.eos_ids == (2,)
+    assert opened.processor.image_token_id == opened.hf_config.image_token_id == 6
+
+
+def test_a_template_of_the_tokenizer_is_used(folder: Path) -> None:
+    """Qwen's own script for fine-tuning writes it only there."""
+    expected = open_model_files(folder).processor.apply_chat_template(TURN, tokenize=False)
+    move_template(folder)
+    assert open_model_files(folder).processor.apply_chat_template(TURN, tokenize=False) == expected
+
+
+def test_a_processor_in_the_files_of_older_versions(folder: Path) -> None:
+    described = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**described["image_processor"], "processor_class": described["processor_class"]})
+    )
+    assert open_model_files(folder).processor.image_processor.patch_size == 14
+
+
+def test_eos_of_the_generation_configuration_before_the_tokenizers(folder: Path) -> None:
+    for eos, expected in (([5, 6], (5, 6)), (4, (4,)), (None, (2,))):
+        change(folder / "generation_config.json", eos_token_id=eos)
+        assert open_model_files(folder).eos_ids == expected
+    (folder / "generation_config.json").unlink()
+    assert open_model_files(folder).eos_ids == (2,)
+    change(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(
+        ValueError, match=r"names no EOS token, neither in generation_config\.json nor in the tokenizer"
+    ):
+        open_model_files(folder)
+
+
+def without(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def set_to(name: str, **changes: Any) -> Callable[[Path], None]:
+    return lambda folder: change(folder / name, **changes)
+
+
+def written(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def reshape_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.ones(7)}, folder / "model.safetensors")
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no processor": (
+        without("processor_config.json"),
+        r"the image processor is missing: neither preprocessor_config\.json nor processor_config\.json",
+    ),
+    "no tokenizer": (without("tokenizer.json"), r"the tokenizer is missing: neither tokenizer\.json nor vocab\.json"),
+    "generation not JSON": (
+        written("generation_config.json", "{"),
+        r"model is not whole:\n  - generation_config\.json is not valid JSON \(Expecting property",
+    ),
+    "generation no table": (written("generation_config.json", "[]"), r"generation_config\.json holds no table"),
+    "processor not JSON": (written("processor_config.json", ""), r"processor_config\.json is not valid JSON"),
+    "tokenizer of nothing": (written("tokenizer.json", "{}"), r"transformers cannot load the tokenizer: "),
+    "tokenizer not UTF-8": (
+        lambda folder: (folder / "tokenizer.json").write_bytes(b'{"a": "\xff"}'),
+        r"tokenizer\.json is not valid JSON \('utf-8' codec",
+    ),
+    "processor of text": (
+        set_to("processor_config.json", processor_class="WhisperProcessor"),
+        r"transformers cannot load the processor: |not the processor of a Qwen-VL",
+    ),
+    "no template": (without("chat_template.jinja"), r"there is no chat template, neither in chat_template\.jinja"),
+    "template without images": (
+        written("chat_template.jinja", "{% for m in messages %}{{ m['role'] }}{% endfor %}"),
+        r"the chat template makes 0 image tokens of a turn with one image",
+    ),
+    "template that refuses": (
+        written("chat_template.jinja", "{{ raise_exception('only text') }}"),
+        r"the chat template fails on a turn with an image: only text",
+    ),
+    "template that is none": (
+        written("chat_template.jinja", "{% for m in messages %}"),
+        r"the chat template fails on a turn with an image: ",
+    ),
+    "another patch": (
+        set_to("processor_config.json", image_processor__patch_size=16),
+        r"patch_size of the image processor is 16, vision_config\.patch_size in config\.json is 14",
+    ),
+    "another merge": (
+        set_to("processor_config.json", image_processor__merge_size=1),
+        r"merge_size of the image processor is 1, vision_config\.spatial_merge_size in config\.json is 2",
+    ),
+    "another image token": (
+        set_to("config.json", image_token_id=5),
+        r"gives '<\|image_pad\|>' the id 6, image_token_id in config\.json is 5",
+    ),
+    "another start of images": (
+        set_to("config.json", vision_start_token_id=4),
+        r"gives '<\|vision_start\|>' the id 3, vision_start_token_id in config\.json is 4",
+    ),
+    "too few rows": (
+        set_to("config.json", text_config__vocab_size=100),
+        r"the tokenizer has 109 tokens, vocab_size in config\.json is 100",
+    ),
+    "EOS outside": (
+        set_to("generation_config.json", eos_token_id=[2, 109]),
+        r"eos_token_id in generation_config\.json is \[109\], vocab_size in config\.json is 109",
+    ),
+    "tensor missing": (drop_a_tensor, r"lacks 1 tensors of the model, first \['model\.norm\.weight'\]"),
+    "tensor of another shape": (
+        reshape_a_tensor,
+        r"model\.norm\.weight in .* has shape \(7,\), the configuration says \(192,\)",
+    ),
+    "no weights": (without("model.safetensors"), r"holds no weights"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named(case: str, folder: Path) -> None:
+    damage, message = BROKEN[case]
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        open_model_files(folder)
+
+
+def test_contradictions_are_named_together(folder: Path) -> None:
+    change(folder / "config.json", image_token_id=5)
+    change(folder / "processor_config.json", image_processor__patch_size=16)
+    with pytest.raises(ValueError) as refused:
+        open_model_files(folder)
+    heading, *problems = str(refused.value).splitlines()
+    assert heading == f"the files of {folder} contradict one another:"
+    assert len(problems) == 2
+    assert "image_token_id in config.json is 5" in problems[0]
+    assert "patch_size of the image processor is 16" in problems[1]
+
+
+def test_train_convert_and_plan_ask_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(folder / "config.json", image_token_id=5)
+    config = folder.parent / "run.yaml"
+    config.write_text(f"data: {{train_files: {folder / 'rows.jsonl'}}}\nmodel: {{path: {folder}, dtype: float32}}\n")
+    (folder / "rows.jsonl").write_text('{"problem": "1", "answer": "1"}\n')
+    said = []
+    for command in (
+        ["train", "--config", str(config)],
+        ["convert", "hf-to-megatron", str(folder), str(folder.parent / "out")],
+        ["plan", "--model", str(folder), "--gpus", "1", "--gpu-memory", "80"],
+    ):
+        assert main(command) == 2
+        said.append(capsys.readouterr().err)
+    assert "image_token_id in config.json is 5" in said[0]
+    assert len(set(said)) == 1
+
+
+def test_a_folder_without_processor_can_be_converted_and_planned(folder: Path, tmp_path: Path) -> None:
+    for name in ("processor_config.json", "tokenizer.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    assert check_what_is_there(folder).text_config.vocab_size == 109
+    assert configuration_of(str(folder)).text_config.vocab_size == 109
+    hf_to_megatron(folder, tmp_path / "converted")
+    (folder / "model.safetensors").unlink()
+    assert configuration_of(str(folder)).text_config.vocab_size == 109
