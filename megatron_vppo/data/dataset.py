@@ -6,51 +6,31 @@ comes from its header, and only `image()` decodes pixels. Every fault of a row i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import datasets
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_vppo.data.decode import check_complete, decode, has_transparent_pixels, upright_size
-from megatron_vppo.data.rows import BadRow, DataRows, DatasetRows, read_file
+from megatron_vppo.data.rows import BadRow, DataRows
+from megatron_vppo.data.sources import open_source
 
-_FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 _ROWS_LOOKED_AT = 100
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
 class RowError(ValueError):
-    """A row of a data set that cannot be used; the message holds the data file, the row, the reason and the line."""
+    """A row of a data set that cannot be used; the message holds data set, row, reason and place."""
 
-    def __init__(self, source: str, row: int, reason: str, line: int | None = None) -> None:
-        super().__init__(f"{source}, row {row}: {reason}" + ("" if line is None else f" [line {line}]"))
-        self.source, self.row, self.reason, self.line = source, row, reason, line
+    def __init__(self, source: str, row: int, reason: str, place: str | None = None) -> None:
+        super().__init__(f"{source}, row {row}: {reason}" + ("" if place is None else f" [{place}]"))
+        self.source, self.row, self.reason, self.place = source, row, reason, place
 
-    def __reduce__(self) -> tuple[type[RowError], tuple[str, int, str, int | None]]:
-        return RowError, (self.source, self.row, self.reason, self.line)
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The parts of `path`, `path@split` or `repo@split`."""
-
-    location: str
-    """Local path or hub id."""
-    split: str
-    """Split expression of `datasets`: 'train', 'test', 'train[:1000]', ..."""
-
-
-def parse_source(text: str) -> Source:
-    """Splits off `@split` (default 'train'); a path that exists as written, '@' included, is taken whole."""
-    if "@" not in text or Path(text).exists():
-        return Source(text, "train")
-    location, split = text.rsplit("@", 1)
-    if not location or not split:
-        raise ValueError(f"data source {text!r}: expected `path`, `path@split` or `repo@split`")
-    return Source(location, split)
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, int, str, str | None]]:
+        return RowError, (self.source, self.row, self.reason, self.place)
 
 
 class VisionDataset:
@@ -89,21 +69,29 @@ class VisionDataset:
 
     def error(self, row: int, reason: str) -> RowError:
         """Builds the error of a row."""
-        return RowError(self.source, row, reason, self._rows.line(self._numbers[row]))
+        return RowError(self.source, row, reason, self._rows.place(self._numbers[row]))
 
     def problem(self, row: int) -> str:
         """Returns the problem's text. Raises RowError if it is missing, empty or not a text."""
         value = self._cell(row, self._problems)
         if not isinstance(value, str) or not value.strip():
             raise self.error(row, f"column {self._problems!r} holds no text: {value!r}")
-        return value
+        return self._whole_text(row, self._problems, value)
 
     def answer(self, row: int) -> str:
         """Returns the answer as text, also if it is a number or a date. Raises RowError if it is missing or empty."""
         value = self._cell(row, self._answers)
         if not isinstance(value, str | int | float | Decimal | date | time) or not str(value).strip():
             raise self.error(row, f"column {self._answers!r} holds no answer: {str(value)[:80]!r}")
-        return str(value)
+        return self._whole_text(row, self._answers, str(value))
+
+    def _whole_text(self, row: int, column: str, text: str) -> str:
+        """Returns the text. Raises RowError for half of a surrogate pair, which no tokenizer takes."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise self.error(row, f"column {column!r} holds half of a character: {error}") from error
+        return text
 
     def image_cells(self, row: int) -> list[Any]:
         """Returns the row's images as they are stored: paths, bytes or {'bytes', 'path'}."""
@@ -127,6 +115,10 @@ class VisionDataset:
             path = cell.get("path")
         if not isinstance(path, str) or not path:
             raise self.error(row, f"image {index} is neither a path nor bytes: {str(cell)[:80]!r}")
+        if _ADDRESS.match(path):
+            raise self.error(
+                row, f"image {index} is an address ({path[:80]}); images are read from files: download it first"
+            )
         try:
             return (self._image_root / path).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL
@@ -164,6 +156,9 @@ class VisionDataset:
         data = self.image_bytes(row, index)
         try:
             return read(data)
+        except UnidentifiedImageError as error:
+            why = f"of no type that can be read, it begins with {data[:24]!r}" if data else "empty"
+            raise self.error(row, f"image {index} is unreadable or truncated: {why}") from error
         except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error, ... on broken files
             raise self.error(
                 row, f"image {index} is unreadable or truncated: {type(error).__name__}: {error}"
@@ -179,11 +174,7 @@ def open_dataset(
     image_dir: str | None = None,
     max_rows: int | None = None,
 ) -> VisionDataset:
-    """Opens `path`, `path@split` or `repo@split` (see parse_source).
-
-    A path is a parquet, JSON-lines or JSON file, or a folder: one made by `save_to_disk`, one that holds
-    `SPLIT.parquet` (or .jsonl, .json), or anything that `datasets.load_dataset` understands, such as images next to a
-    metadata.jsonl or metadata.csv. Any other source is a hub id.
+    """Opens `path`, `path@split` or `repo@split` (see `open_source`).
 
     Args:
         problem_key, answer_key, image_key: names of the columns.
@@ -191,76 +182,36 @@ def open_dataset(
         max_rows: the number of rows that are used, from the first; None: all.
 
     Raises:
-        ValueError: the path does not exist, or a column is missing; the message has the columns that there are.
+        ValueError: as `open_source`; or a column is missing, and the message has the columns that there are.
     """
-    parsed = check_source(source)
-    path = Path(parsed.location)
-    if path.exists():
-        rows, root, split = _open_local(path, parsed.split)
-    else:
-        rows, root, split = DatasetRows(datasets.load_dataset(parsed.location, split=parsed.split)), Path.cwd(), None
+    opened = open_source(source)
+    rows = opened.rows
+    if not rows.columns:
+        _refuse_rows_without_columns(rows, source)
     for key, setting in ((problem_key, "prompt_key"), (answer_key, "answer_key"), (image_key, "image_key")):
         if key not in rows.columns and (key != image_key or _image_columns(rows, (problem_key, answer_key))):
             known = ", ".join(rows.columns)
             raise ValueError(f"{source}: no column {key!r}; it has {known}. Set data.{setting} to one of them.")
-    numbers = range(len(rows)) if split is None else _numbers(split, len(rows), source)
     return VisionDataset(
         rows,
         source=source,
-        image_root=(Path(image_dir) if image_dir is not None else root).absolute(),
+        image_root=(Path(image_dir) if image_dir is not None else opened.image_root).absolute(),
         columns=(problem_key, answer_key, image_key if image_key in rows.columns else None),
-        numbers=numbers[:max_rows],
+        numbers=opened.numbers[:max_rows],
     )
 
 
-def check_source(source: str) -> Source:
-    """Splits a source into its parts. Raises ValueError for a path that does not exist; hub ids are not looked up."""
-    parsed = parse_source(source)
-    path = Path(parsed.location)
-    is_path = path.is_absolute() or path.suffix in _FILE_SUFFIXES or parsed.location.startswith(".")
-    if is_path and not path.exists():
-        raise ValueError(f"data source {source!r}: {path.absolute()} does not exist")
-    return parsed
-
-
-def _open_local(path: Path, split: str) -> tuple[DataRows, Path, str | None]:
-    """Opens a path.
-
-    Returns:
-        The rows, the folder that their relative image paths start from, and the split expression that is still to be
-        applied, if there is one.
-    """
-    if path.is_file():
-        return _open_file(path), path.parent, split
-    if (path / "dataset_dict.json").exists():
-        path = path / split
-    if (path / "state.json").exists():
-        return DatasetRows(datasets.load_from_disk(str(path))), path, None
-    if not any(path.glob("metadata.*")):
-        for suffix in _FILE_SUFFIXES:
-            named = path / f"{split.split('[')[0]}{suffix}"
-            if named.is_file():
-                return _open_file(named), path, split
-    return DatasetRows(datasets.load_dataset(str(path), split=split)), path, None
-
-
-def _open_file(path: Path) -> DataRows:
-    if path.suffix not in _FILE_SUFFIXES:
-        known = ", ".join(_FILE_SUFFIXES)
-        raise ValueError(f"data source {path}: unknown kind of file; use one of {known} or a folder")
-    rows = read_file(path)
-    if not len(rows):
-        raise ValueError(f"data source {path}: the file has no rows")
-    return rows
-
-
-def _numbers(split: str, count: int, source: str) -> range:
-    """Applies a split expression of `datasets`, such as 'train[10:20]' or 'train[:5%]', to a file of `count` rows."""
+def _refuse_rows_without_columns(rows: DataRows, source: str) -> None:
+    """Raises ValueError with what is wrong with the first row, where no row could be read."""
     try:
-        (part,) = datasets.ReadInstruction.from_spec(split).to_absolute({split.split("[")[0]: count})
-    except (ValueError, AssertionError) as error:
-        raise ValueError(f"data source {source!r}: {error}") from error
-    return range(count)[part.from_ : part.to]
+        rows.cell(0, "")
+    except BadRow as error:
+        place = rows.place(0)
+        raise ValueError(
+            f"data source {source!r}: no row can be read; a file holds one JSON object per line, or one list of them. "
+            f"Row 0: {error}" + ("" if place is None else f" [{place}]")
+        ) from error
+    raise ValueError(f"data source {source!r}: its rows are empty")
 
 
 def _image_columns(rows: DataRows, others: tuple[str, ...]) -> list[str]:

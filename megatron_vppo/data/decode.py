@@ -13,7 +13,7 @@ import io
 import struct
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageColor
 
 Rgb = tuple[int, int, int]
 
@@ -124,8 +124,6 @@ def to_rgb(image: Image.Image, background: Rgb) -> Image.Image:
             return grey.convert("RGB")
         opaque = Image.fromarray(np.where(levels == transparent_level, 0, 255).astype(np.uint8))
         return _over(grey.convert("RGB"), opaque, background)
-    if image.mode == "LAB":
-        return _lab_to_rgb(image)
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
@@ -155,27 +153,21 @@ def _over(image: Image.Image, alpha: Image.Image, background: Rgb) -> Image.Imag
 def _eight_bits(levels: np.ndarray) -> np.ndarray:
     """Converts grey levels to 0..255, as uint8.
 
-    Integers above 255 are taken for 16 bits. Floating-point levels are taken for 0..1 if all are within it.
+    Integers above 255 are taken for 16 bits. Floating-point levels are taken for 0..1 if all are within it, else for
+    0..255.
 
-    Raises ValueError for negative levels, for integers above 65535, and for levels that are not finite.
+    Raises ValueError for negative levels, for integers above 65535, for floating-point levels above 255, and for levels
+    that are not finite.
     """
     if levels.size == 0:
         return levels.astype(np.uint8)
     values = levels.astype(np.float64)
     low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > _SIXTEEN_BITS:
+    limit = 255 if levels.dtype.kind == "f" else _SIXTEEN_BITS
+    if not (np.isfinite(low) and np.isfinite(high)) or low < 0 or high > limit:
         raise ValueError(f"its grey levels reach from {low:g} to {high:g}, which no viewer shows; write 8 or 16 bits")
     if levels.dtype.kind == "f" and high <= 1:
         values = values * 255
     elif levels.dtype.itemsize == 2 or high > 255:
         values = values / 257
     return np.rint(values).astype(np.uint8)
-
-
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
-    """Converts CIE L*a*b* through colour profiles: PIL's own conversion would take its three values for R, G and B."""
-    converted = ImageCms.profileToProfile(
-        image, ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), outputMode="RGB"
-    )
-    assert converted is not None
-    return converted

@@ -7,8 +7,10 @@ now, with its text as text.
 
 from __future__ import annotations
 
+import bisect
 import codecs
 import hashlib
+import itertools
 import json
 import mmap
 from collections.abc import Sequence
@@ -42,27 +44,39 @@ class DataRows(Protocol):
     def cell(self, row: int, column: str) -> Any:
         """Returns a value as Python has it; None if the row has none. Raises BadRow if the row cannot be read."""
 
-    def line(self, row: int) -> int | None:
-        """Returns the number of the row's line in the file, from 1; None if the file has no lines."""
+    def place(self, row: int) -> str | None:
+        """Names where the row is, for messages, if its number does not say it: 'line 3', 'b.jsonl, line 3'."""
 
 
 def read_file(path: Path) -> DataRows:
     """Opens a parquet, JSON-lines or JSON file, by its suffix. Raises ValueError for a damaged file."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         return ArrowRows.of_parquet(path)
-    text = path.read_bytes()[:64].removeprefix(codecs.BOM_UTF8).lstrip()
-    return JsonRows(path) if path.suffix == ".json" and text.startswith(b"[") else JsonLines(path)
+    with path.open("rb") as file:
+        begin = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    return JsonRows(path) if begin.startswith(b"[") else JsonLines(path)
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 
-def _parse(text: bytes | str) -> Any:
-    """Parses JSON with numbers as the text that they are written as. Raises BadRow."""
+def _parse(data: bytes) -> Any:
+    """Parses JSON with numbers as the text that they are written as, and NaN as no value. Raises BadRow."""
     try:
-        return json.loads(text, parse_int=str, parse_float=str)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        return json.loads(data.decode("utf-8"), parse_int=str, parse_float=str, parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"not valid JSON: {error}") from error
+
+
+def _as_written(value: Any) -> Any:
+    """Returns a boolean as JSON writes it, and everything else as it is."""
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _constant(name: str) -> str | None:
+    return None if name == "NaN" else name
 
 
 class JsonLines:
@@ -83,16 +97,16 @@ class JsonLines:
         return len(self._lines)
 
     def cell(self, row: int, column: str) -> Any:
-        return self._object(row).get(column)
+        return _as_written(self._object(row).get(column))
 
-    def line(self, row: int) -> int | None:
-        return int(self._lines[row]) + 1
+    def place(self, row: int) -> str | None:
+        return f"line {self._lines[row] + 1}"
 
     def _object(self, row: int) -> dict[str, Any]:
         text = self._bytes[self._begins[row] : self._ends[row]]
         found = _parse(text.removeprefix(codecs.BOM_UTF8) if row == 0 else text)
         if not isinstance(found, dict):
-            raise BadRow(f"a line holds one JSON object, and this one holds {type(found).__name__}")
+            raise BadRow(f"a line holds one JSON object, and this one holds {text.strip()[:40]!r}")
         return found
 
     def _names(self) -> tuple[str, ...]:
@@ -130,10 +144,10 @@ class JsonRows:
     def cell(self, row: int, column: str) -> Any:
         item = self._objects[row]
         if not isinstance(item, dict):
-            raise BadRow(f"an entry of the list is one JSON object, and this one is {type(item).__name__}")
-        return item.get(column)
+            raise BadRow(f"an entry of the list is one JSON object, and this one is {str(item)[:40]!r}")
+        return _as_written(item.get(column))
 
-    def line(self, row: int) -> int | None:
+    def place(self, row: int) -> str | None:
         return None
 
 
@@ -141,6 +155,34 @@ def _mapped(path: Path) -> Any:
     """Maps a file into memory; an empty one cannot be mapped."""
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
+
+
+class ChainedRows:
+    """The rows of several files of a folder, file after file. A column that a file lacks has no values there."""
+
+    def __init__(self, folder: Path, files: Sequence[tuple[Path, DataRows]]) -> None:
+        self._names = [str(path.relative_to(folder)) for path, _ in files]
+        self._files = [rows for _, rows in files]
+        self._begins = list(itertools.accumulate([len(rows) for rows in self._files], initial=0))
+        self.columns = tuple(dict.fromkeys(name for rows in self._files for name in rows.columns))
+
+    def __len__(self) -> int:
+        return self._begins[-1]
+
+    def cell(self, row: int, column: str) -> Any:
+        number, within = self._find(row)
+        rows = self._files[number]
+        # A damaged line is reported for any column, also in a file in which no line could be read.
+        return rows.cell(within, column) if column in rows.columns or not rows.columns else None
+
+    def place(self, row: int) -> str | None:
+        number, within = self._find(row)
+        return f"{self._names[number]}, {self._files[number].place(within) or f'row {within}'}"
+
+    def _find(self, row: int) -> tuple[int, int]:
+        """Returns the number of the file, and of the row in it. Files without rows are passed over."""
+        number = bisect.bisect_right(self._begins, row) - 1
+        return number, row - self._begins[number]
 
 
 # --- Arrow ------------------------------------------------------------------------------------------------------------
@@ -173,7 +215,9 @@ class ArrowRows:
                 with whole_file(copy) as target, pa.ipc.new_file(target, source.schema_arrow) as writer:
                     for batch in source.iter_batches(batch_size=_BATCH_ROWS):
                         writer.write_batch(batch)
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
+                    raise
                 raise ValueError(f"{path} is not a parquet file, or is damaged: {error}") from error
         return cls(copy)
 
@@ -183,7 +227,7 @@ class ArrowRows:
     def cell(self, row: int, column: str) -> Any:
         return plain_value(self._table.column(column)[row])
 
-    def line(self, row: int) -> int | None:
+    def place(self, row: int) -> str | None:
         return None
 
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[Path]]:
@@ -203,7 +247,7 @@ class DatasetRows:
     def cell(self, row: int, column: str) -> Any:
         return plain_value(self._table.select_columns([column])[row].column(0)[0])
 
-    def line(self, row: int) -> int | None:
+    def place(self, row: int) -> str | None:
         return None
 
 
@@ -216,5 +260,7 @@ def plain_value(value: pa.Scalar) -> Any:
     found = value.as_py()
     if found is None or not pa.types.is_floating(value.type):
         return found
+    if found != found:  # NaN, as pandas writes a missing number
+        return None
     text = str(value.type.to_pandas_dtype()(found))
     return text.removesuffix(".0")

@@ -8,7 +8,7 @@ import torch
 
 from megatron_vppo.config.checks import check_device, check_layout, ranks_per_copy
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.dataset import check_source
+from megatron_vppo.data.sources import check_source
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from megatron_vppo.data.dataset import RowError, Source, VisionDataset, parse_source
+from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.rows import DatasetRows
 from tests.data.images import noise_image
 from tests.data.rows import open_rows
@@ -191,10 +191,20 @@ def test_broken_image_is_named(name: str, image_folder: Path) -> None:
     columns = ("problem", "answer", "images")
     dataset = VisionDataset(DatasetRows(table), source="mine.parquet", image_root=image_folder, columns=columns)
     assert dataset.check_image(0, 0) == (90, 60)
-    with pytest.raises(RowError, match=r"mine\.parquet, row 1: image 0 is unreadable or truncated: ") as caught:
+    why = {"no image": r"of no type that can be read, it begins with b'<html>not found", "empty file": "empty"}
+    with pytest.raises(
+        RowError, match=rf"mine\.parquet, row 1: image 0 is unreadable or truncated: {why.get(name, '')}"
+    ) as caught:
         dataset.check_image(1, 0)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.source, again.row, str(again)) == ("mine.parquet", 1, str(caught.value))
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.png", "file:///a.png", "s3://b/a.png", "data:image/png;x"])
+def test_addresses_are_no_files(address: str, image_folder: Path) -> None:
+    (image_folder / "web.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "images": [address]}))
+    with pytest.raises(RowError, match=r"row 0: image 0 is an address \(.*\); images are read from files"):
+        open_rows(str(image_folder / "web.jsonl")).image_size(0, 0)
 
 
 def test_missing_columns_and_sources_say_what_to_set(image_folder: Path) -> None:
@@ -209,13 +219,3 @@ def test_missing_columns_and_sources_say_what_to_set(image_folder: Path) -> None
         open_rows(str(image_folder / "nowhere.parquet"))
     with pytest.raises(ValueError, match="unknown kind of file"):
         open_rows(str(image_folder / "a.png"))
-
-
-def test_source_text(tmp_path: Path) -> None:
-    odd = tmp_path / "at@home"
-    odd.mkdir()
-    assert parse_source("org/data@test[:50]") == Source("org/data", "test[:50]")
-    assert parse_source("org/data") == Source("org/data", "train")
-    assert parse_source(str(odd)) == Source(str(odd), "train")
-    with pytest.raises(ValueError, match="repo@split"):
-        parse_source("org/data@")

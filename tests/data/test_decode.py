@@ -129,10 +129,9 @@ RAMP = np.arange(0, 256, 5)
         (RAMP.astype(np.int32), ["TIFF"]),
         ((RAMP / 255).astype(np.float32), ["TIFF"]),
         (RAMP.astype(np.float32), ["TIFF"]),
-        ((RAMP * 257).astype(np.float32), ["TIFF"]),
         (RAMP.astype(np.uint8), ["PNG", "TIFF", "BMP", "PPM"]),
     ],
-    ids=["16 bits", "16 bits in 32", "8 bits in 32", "floats to 1", "floats to 255", "floats to 65535", "8 bits"],
+    ids=["16 bits", "16 bits in 32", "8 bits in 32", "floats to 1", "floats to 255", "8 bits"],
 )
 def test_grey_levels_of_every_width(levels: np.ndarray, kinds: list[str]) -> None:
     for kind in kinds:
@@ -141,7 +140,7 @@ def test_grey_levels_of_every_width(levels: np.ndarray, kinds: list[str]) -> Non
         assert check_complete(data) == (len(RAMP), 1)
 
 
-@pytest.mark.parametrize("levels", [[-1.0, 2.0], [0.0, 1e6], [0.0, float("nan")], [0.0, float("inf")]])
+@pytest.mark.parametrize("levels", [[-1.0, 2.0], [0.0, 256.0], [0.0, float("nan")], [0.0, float("inf")]])
 def test_grey_levels_without_a_meaning_are_refused(levels: list[float]) -> None:
     data = encoded(Image.fromarray(np.array([levels], dtype=np.float32)), "TIFF")
     with pytest.raises(ValueError, match=r"grey levels reach from .* write 8 or 16 bits"):

@@ -100,6 +100,31 @@ def test_json_answers_are_the_text_of_the_file(tmp_path: Path) -> None:
     assert answers(open_rows(lines(tmp_path / "b.jsonl", *rows))) == numbers
     (tmp_path / "c.json").write_text("[" + ",".join(rows) + "]")
     assert answers(open_rows(str(tmp_path / "c.json"))) == numbers
+    for name in ("d.json", "d.jsonl"):  # a list of objects, whatever the file is called
+        (tmp_path / name).write_text('[{"problem": "p", "answer": true}, {"problem": "p", "answer": Infinity}]')
+        assert answers(open_rows(str(tmp_path / name))) == ["true", "Infinity"]
+
+
+def test_values_that_are_no_answer(tmp_path: Path) -> None:
+    """pandas writes NaN where an answer is missing; JSON allows half of a surrogate pair, tokenizers do not."""
+    json_lines = lines(
+        tmp_path / "a.jsonl",
+        '{"problem": "p", "answer": NaN}',
+        '{"problem": "p", "answer": "\\ud83d"}',
+        '{"problem": "\\ude00", "answer": "\\ud83d\\ude00"}',
+    )
+    opened = open_rows(json_lines)
+    for read, row, message in (
+        (opened.answer, 0, "column 'answer' holds no answer: 'None'"),
+        (opened.answer, 1, "column 'answer' holds half of a character"),
+        (opened.problem, 2, "column 'problem' holds half of a character"),
+    ):
+        with pytest.raises(RowError, match=message):
+            read(row)
+    assert opened.answer(2) == "\U0001f600"
+    table = parquet(tmp_path / "b.parquet", problem=["p"], answer=pa.array([float("nan")], pa.float32()))
+    with pytest.raises(RowError, match="column 'answer' holds no answer"):
+        open_rows(table).answer(0)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +203,7 @@ def test_a_damaged_line_is_named_by_row_and_line_and_hurts_no_other(tmp_path: Pa
     assert len(dataset) == 5
     with pytest.raises(RowError, match=r"d\.jsonl, row 1: not valid JSON: .* \[line 3\]"):
         dataset.problem(1)
-    with pytest.raises(RowError, match=r"d\.jsonl, row 2: a line holds one JSON object, .* list \[line 4\]"):
+    with pytest.raises(RowError, match=r"d\.jsonl, row 2: a line holds one JSON object, .* b'\[1\]' \[line 4\]"):
         dataset.answer(2)
     assert [dataset.problem(row) for row in (0, 3, 4)] == ["p"] * 3
     error = dataset.error(4, "why")
@@ -201,6 +226,13 @@ def test_forms_that_a_line_may_have(tmp_path: Path, content: bytes, expected: st
     assert pickle.loads(pickle.dumps(dataset)).problem(0) == expected
 
 
+def damaged_inside(folder: Path) -> bytes:
+    """A parquet file whose end, which describes it, is whole."""
+    table = parquet(folder / "whole.parquet", problem=["p"] * 1000, answer=[str(n) for n in range(1000)])
+    data = Path(table).read_bytes()
+    return data[:100] + b"\xff" * 400 + data[500:]
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.jsonl", b"", "the file has no rows"),
@@ -208,7 +240,10 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("c.json", b'[{"problem": ', "c.json is not valid JSON"),
         ("d.parquet", b"PAR1", "d.parquet is not a parquet file, or is damaged"),
         ("e.parquet", b"", "e.parquet is not a parquet file, or is damaged"),
-        ("f.jsonl", b'\xff\xfe{"p": 1}\n', "no column 'problem'"),
+        ("f.jsonl", b'\xff\xfe{"p": 1}\n', r"no row can be read; .* Row 0: not UTF-8 text: .* \[line 1\]"),
+        ("g.json", b'{\n "data": []\n}', r"no row can be read; a file holds one JSON object per line, or one list of"),
+        ("h.jsonl", b"{}\n{}\n", "its rows are empty"),
+        ("i.parquet", damaged_inside(tmp_path), "i.parquet is not a parquet file, or is damaged: Corrupt"),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
