@@ -66,14 +66,15 @@ def config_problems(hf_config: HfConfig, family: Family) -> list[str]:
 def _rotary_problems(text: Any, family: Family) -> Iterator[str]:
     rope, frequencies = text.rope_parameters, head_dim(text) // 2
     section = rope["mrope_section"]
-    if not (isinstance(section, list | tuple) and len(section) == 3 and sum(section) == frequencies):
+    is_list = isinstance(section, list | tuple) and all(isinstance(count, int) and count > 0 for count in section)
+    if not (is_list and len(section) == 3 and sum(section) == frequencies):
         yield (
-            f"text_config: mrope_section is {section} and must be three numbers that sum to {frequencies}, half of "
-            f"the {head_dim(text)} values of a head (without one, it is {list(family.mrope_section)})"
+            f"text_config: mrope_section is {section} and must be three numbers above 0 that sum to {frequencies}, "
+            f"half of the {head_dim(text)} values of a head (left out, it is {list(family.mrope_section)})"
         )
     theta = rope.get("rope_theta")
     if not isinstance(theta, int | float) or not theta > 0:
-        yield f"text_config: rope_theta is {theta} and must be above 0"
+        yield f"text_config: rope_theta is {theta!r} and must be a number above 0"
     if bool(rope.get("mrope_interleaved", False)) != family.mrope_interleaved:
         yield (
             f"text_config: mrope_interleaved is {rope['mrope_interleaved']}, but models of type {family.model_type} "

@@ -15,8 +15,9 @@ from typing import Any
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from megatron_vppo.models.families import family_of, hf_copies, weight_map
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.read_config import read_hf_config
+from megatron_vppo.weights.hf_folder import how_to_mend
 from megatron_vppo.weights.load import check_weight_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -105,7 +106,7 @@ def _unreadable(folder: Path) -> Iterator[str]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
-            yield f"{name} is not valid JSON ({error}); download it again"
+            yield f"{name} is not valid JSON ({error}); {how_to_mend(path)}"
         else:
             if not isinstance(content, dict):
                 yield f"{name} holds no table of settings; download it again"
@@ -182,6 +183,8 @@ def _tokenizer_problems(hf_config: HfConfig, processor: Any, eos_ids: tuple[int,
                 f"the tokenizer gives {token!r} the id {tokenizer.get_added_vocab()[token]}, {name}_token_id in "
                 f"config.json is {theirs}"
             )
+    if never := sorted(set(eos_ids) & set(vision_token_ids(hf_config))):
+        yield f"eos_token_id in {GENERATION} has {never}, tokens of images, which are never sampled"
     if outside := [token for token in eos_ids if not (isinstance(token, int) and 0 <= token < vocabulary)]:
         yield f"eos_token_id in {GENERATION} is {outside}, vocab_size in config.json is {vocabulary}"
 
@@ -198,6 +201,14 @@ def _image_problems(hf_config: HfConfig, image_processor: Any) -> Iterator[str]:
                 f"{ours} of the image processor is {getattr(image_processor, ours, None)}, "
                 f"vision_config.{theirs} in config.json is {getattr(vision, theirs)}"
             )
+
+    for name in ("image_mean", "image_std"):
+        values = getattr(image_processor, name, None)
+        if not isinstance(values, list | tuple) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+            yield f"{name} of the image processor is {values}; it has one value for each color, a deviation above 0"
+    size = image_processor.size
+    if size["shortest_edge"] > size["longest_edge"]:
+        yield f"size of the image processor is {dict(size)}; the least number of pixels comes first"
 
 
 def _template_problems(processor: Any) -> Iterator[str]:

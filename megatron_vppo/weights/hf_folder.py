@@ -27,6 +27,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that weights may be stored in, by safetensors' names."""
 COMPARED_BYTES = 16 << 20
 """The bytes of a tensor that are compared at a time."""
+_LFS_POINTER = b"version https://git-lfs.github.com"
 HEADER_BYTES = 100 << 20
 """More than any header has. A file of another format begins with a number that is as good as random."""
 
@@ -201,6 +202,13 @@ def raw_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
+def how_to_mend(path: Path) -> str:
+    """Says what helps against a file that is not what its name says."""
+    with path.open("rb") as file:
+        is_pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    return "it is a pointer of Git LFS: run `git lfs pull` in the folder" if is_pointer else "download it again"
+
+
 def has_hf_weights(folder: Path) -> bool:
     """Returns True if the folder holds safetensors files that transformers would load."""
     return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
@@ -231,7 +239,7 @@ def read_header(path: Path) -> list[FileTensor]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(HEADER_BYTES, size - 8):
-            raise ValueError(f"{path} is not a safetensors file, or was cut off; download it again")
+            raise ValueError(f"{path} is not a safetensors file, or was cut off; {how_to_mend(path)}")
         try:
             header = json.loads(file.read(length))
         except ValueError as error:

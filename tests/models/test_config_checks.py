@@ -93,19 +93,33 @@ WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
     "sections": (
         QWEN25,
         {"text_config__rope_parameters__mrope_section": [2, 3, 4]},
-        r"mrope_section is \[2, 3, 4\] and must be three numbers that sum to 8",
+        r"mrope_section is \[2, 3, 4\] and must be three numbers above 0 that sum to 8",
     ),
     "two sections": (
         QWEN25,
         {"text_config__rope_parameters__mrope_section": [4, 4]},
         r"mrope_section is \[4, 4\] and must be three numbers",
     ),
+    "a section below 0": (
+        QWEN25,
+        {"text_config__rope_parameters__mrope_section": [-4, 6, 6]},
+        r"mrope_section is \[-4, 6, 6\] and must be three numbers above 0",
+    ),
+    "sections with fractions": (
+        QWEN25,
+        {"text_config__rope_parameters__mrope_section": [2.0, 3.0, 3.0]},
+        r"mrope_section is \[2\.0, 3\.0, 3\.0\] and must be",
+    ),
     "default sections": (
         QWEN25,
         {"text_config__rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        r"mrope_section is \[16, 24, 24\] and must be three numbers that sum to 8",
+        r"mrope_section is \[16, 24, 24\] and must be three numbers above 0 that sum to 8",
     ),
-    "theta": (QWEN25, {"text_config__rope_parameters__rope_theta": 0.0}, r"rope_theta is 0\.0 and must be above 0"),
+    "theta": (
+        QWEN25,
+        {"text_config__rope_parameters__rope_theta": 0.0},
+        r"rope_theta is 0\.0 and must be a number above 0",
+    ),
     "interleaved": (
         QWEN25,
         {"text_config__rope_parameters__mrope_interleaved": True},

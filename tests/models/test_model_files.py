@@ -75,7 +75,7 @@ def test_a_processor_in_the_files_of_older_versions(folder: Path) -> None:
 
 
 def test_eos_of_the_generation_configuration_before_the_tokenizers(folder: Path) -> None:
-    for eos, expected in (([5, 6], (5, 6)), (4, (4,)), (None, (2,))):
+    for eos, expected in (([8, 1], (8, 1)), (9, (9,)), (None, (2,))):
         change(folder / "generation_config.json", eos_token_id=eos)
         assert open_model_files(folder).eos_ids == expected
     (folder / "generation_config.json").unlink()
@@ -167,6 +167,30 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "EOS outside": (
         set_to("generation_config.json", eos_token_id=[2, 109]),
         r"eos_token_id in generation_config\.json is \[109\], vocab_size in config\.json is 109",
+    ),
+    "EOS of an image": (
+        set_to("generation_config.json", eos_token_id=[2, 6]),
+        r"eos_token_id in generation_config\.json has \[6\], tokens of images, which are never sampled",
+    ),
+    "two colors": (
+        set_to("processor_config.json", image_processor__image_mean=[0.5, 0.5]),
+        r"image_mean of the image processor is \(0\.5, 0\.5\)",
+    ),
+    "no deviation": (
+        set_to("processor_config.json", image_processor__image_std=[0.0, 1.0, 1.0]),
+        r"image_std of the image processor is \(0\.0, 1\.0, 1\.0\)",
+    ),
+    "sizes the other way round": (
+        set_to("processor_config.json", image_processor__size={"shortest_edge": 785, "longest_edge": 784}),
+        r"size of the image processor is .*; the least number of pixels comes first",
+    ),
+    "tokenizer of a clone without LFS": (
+        written("tokenizer.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        r"tokenizer\.json is not valid JSON \(.*\); it is a pointer of Git LFS: run `git lfs pull`",
+    ),
+    "weights of a clone without LFS": (
+        written("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        r"model\.safetensors is not a safetensors file.*; it is a pointer of Git LFS",
     ),
     "tensor missing": (drop_a_tensor, r"lacks 1 tensors of the model, first \['model\.norm\.weight'\]"),
     "tensor of another shape": (
