@@ -17,6 +17,7 @@ def rollout_mismatch(responses: Sequence[Response], scores: Scores, *, bound: fl
     """Measures |log p_trainer - log p_rollout| in nats per token: mean, largest, and the share of tokens over `bound`.
 
     The numbers are near zero with top_p = 1 and top_k off. Truncated sampling renormalises, which shows here.
+    `token_mult_prob_error` is NeMo-RL's, the mean of exp of the same differences: one where the two agree.
     """
     width = scores.old_logp_BT.shape[1]
     rollout_logp_BT = pad_rows([r.rollout_logps for r in responses], dtype=torch.float32, width=width)
@@ -26,5 +27,7 @@ def rollout_mismatch(responses: Sequence[Response], scores: Scores, *, bound: fl
         "training/rollout_logp_diff_mean": difference_N.mean().item(),
         "training/rollout_logp_diff_max": difference_N.max().item(),
         "training/rollout_logp_diff_frac_over": (difference_N > bound).float().mean().item(),
+        # In float64: e^89 is infinite in float32, and one token that the engine found impossible may differ by more.
+        "training/token_mult_prob_error": difference_N.double().exp().mean().item(),
         "actor/entropy": scores.entropy_BT[mask_BT].mean().item(),
     }
