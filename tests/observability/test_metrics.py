@@ -63,14 +63,17 @@ def test_values_of_several_mini_batches_are_reduced_by_their_names(tmp_path: Pat
     with log.step(1):
         for value in (1.0, 5.0, 3.0):
             log.add_all({"actor/loss": value, "critic/score/max": value, "critic/score/min": value})
-            log.add_all({"actor/global_sensitivity_score_min": value, "timing_s/gen": value})
+            log.add_all({"actor/global_sensitivity_score_min": value, "actor/global_sensitivity_score_max": value})
+            log.add_all({"actor/dynamic_scaling_max": value, "training/rollout_logp_diff_max": value})
+            log.add("timing_s/gen", value)
             log.add("rollout/kept_groups", value, reduce="sum")
         with pytest.raises(ValueError, match="reduce='sum' and now with reduce='max'"):
             log.add("rollout/kept_groups", 1.0, reduce="max")
     (line,) = strict_lines(tmp_path)
     assert line["actor/loss"] == 3.0
     assert (line["critic/score/max"], line["critic/score/min"]) == (5.0, 1.0)
-    assert line["actor/global_sensitivity_score_min"] == 1.0
+    assert (line["actor/global_sensitivity_score_min"], line["actor/global_sensitivity_score_max"]) == (1.0, 5.0)
+    assert (line["actor/dynamic_scaling_max"], line["training/rollout_logp_diff_max"]) == (5.0, 5.0)
     assert (line["timing_s/gen"], line["rollout/kept_groups"]) == (9.0, 9.0)
     log.close()
 

@@ -184,6 +184,9 @@ def test_reference_gives_the_authors_scales() -> None:
     # Two devices of two rows each: the second has a minimum of its own, and one row per micro-batch undoes the shaping.
     two_devices = four_scores(preset="reference", micro_batch_size=2, devices=2)
     assert two_devices.record.scale_B.tolist() == pytest.approx([0.9, 1.1, 0.9, 1.1], abs=1e-6)
+    # Their log has the mean over the devices of each one's extremes, and so has one mini-batch here.
+    assert two_devices.metrics["actor/global_sensitivity_score_min"] == pytest.approx((0.02 + 0.08) / 2)
+    assert two_devices.metrics["actor/global_sensitivity_score_max"] == pytest.approx((0.05 + 0.25) / 2)
     single = four_scores(preset="reference", micro_batch_size=1)
     assert single.record.scale_B.tolist() == pytest.approx([0.9, 1.0, 1.0, 1.0], abs=1e-6)
 
