@@ -72,7 +72,7 @@ class VisionDataset:
         return RowError(self.source, row, reason, self._rows.place(self._numbers[row]))
 
     def problem(self, row: int) -> str:
-        """Returns the problem's text. Raises RowError if it is missing, empty or not a text."""
+        """Returns the problem's text. Raises RowError if it is missing, empty, not a text or not Unicode."""
         value = self._cell(row, self._problems)
         if not isinstance(value, str) or not value.strip():
             raise self.error(row, f"column {self._problems!r} holds no text: {value!r}")

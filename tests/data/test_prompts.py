@@ -112,6 +112,7 @@ BAD_ROWS = {
     "unreadable or truncated": {"problem": "<image>?", "answer": "1", "images": ["rows.jsonl"]},
     "aspect ratio is over 200": {"problem": "<image>?", "answer": "1", "images": ["strip.png"]},
     "column 'problem' holds no text": {"problem": " ", "answer": "1", "images": []},
+    "column 'problem' holds half of a character": {"problem": "say \ud83d", "answer": "1", "images": []},
     "column 'answer' holds no answer": {"problem": "?", "answer": None, "images": []},
 }
 
