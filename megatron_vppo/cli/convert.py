@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.launch import quieten_libraries
+from megatron_vppo.cli.output import say
 
 if TYPE_CHECKING:
     import torch
@@ -84,14 +85,12 @@ def _verify(options: argparse.Namespace) -> int:
 
     found = compare_checkpoints(options.source, options.other)
     for cast in found.casts:
-        print(f"stored in another dtype; the source was cast: {cast}")
+        say(f"stored in another dtype; the source was cast: {cast}")
     for name in found.copies:
-        print(f"{name} equals the embedding that it is tied to; a conversion writes it once")
+        say(f"{name} equals the embedding that it is tied to; a conversion writes it once")
     for name in found.differing:
-        print(f"differs: {name}")
-    print(
-        f"{found.tensors} tensors, {found.num_bytes / 1e9:.2f} GB: {len(found.differing) or 'none'} differ in any bit"
-    )
+        say(f"differs: {name}")
+    say(f"{found.tensors} tensors, {found.num_bytes / 1e9:.2f} GB: {len(found.differing) or 'none'} differ in any bit")
     if found.differing:
         return 1
     return _logprobs(options) if options.logprobs or options.vllm else 0
@@ -102,9 +101,9 @@ def _logprobs(options: argparse.Namespace) -> int:
 
     differences, tolerance = compare_logprobs(options.source, options.other, with_vllm=options.vllm)
     for found in differences:
-        print(f"row {found.row}, {found.engines}: mean {found.mean:.2e}, largest {found.largest:.2e} nats")
+        say(f"row {found.row}, {found.engines}: mean {found.mean:.2e}, largest {found.largest:.2e} nats")
     worst = max(found.mean for found in differences)
-    print(f"largest mean {worst:.2e} nats, tolerance {tolerance:.0e}")
+    say(f"largest mean {worst:.2e} nats, tolerance {tolerance:.0e}")
     return int(not worst <= tolerance)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_vppo.cli.output import say
 from megatron_vppo.setup.diagnosis import diagnose
 
 
@@ -9,9 +10,9 @@ def run_doctor() -> int:
     """Prints the findings. Returns status 1 if one of them is a problem."""
     problems = 0
     for title, findings in diagnose().items():
-        print(title)
+        say(title)
         for finding in findings:
             problems += finding.level == "problem"
-            print(f"  {finding.level:<8} {finding.text}")
-    print(f"{problems} problem{'' if problems == 1 else 's'}")
+            say(f"  {finding.level:<8} {finding.text}")
+    say(f"{problems} problem{'' if problems == 1 else 's'}")
     return int(problems > 0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from megatron_vppo.cli.output import say
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
@@ -38,15 +39,15 @@ def run_fp8_fidelity(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     folder = options.out or RunFolder.of(config.trainer).root / "fp8_fidelity"
     if torch.cuda.is_available() and (warning := slower_layers(config, on_gpu=True)):
-        print(warning, flush=True)
+        say(warning)
     report = measure_fidelity(
         config,
         recipes=_recipes(config, options.recipe),
         num_prompts=options.prompts or config.data.rollout_batch_size,
         folder=folder,
     )
-    print(*_table(report), sep="\n")
-    print(f"page: {folder / 'fidelity.html'}", flush=True)
+    say("\n".join(_table(report)))
+    say(f"page: {folder / 'fidelity.html'}")
     return 0
 
 
@@ -59,7 +60,7 @@ def _recipes(config: RunConfig, asked: Sequence[Fp8Recipe] | None) -> list[Fp8Re
     if chosen and refused:
         raise ValueError("; ".join(refused))
     for line in refused:
-        print(f"left out: {line}", flush=True)
+        say(f"left out: {line}")
     if not any(reason is None for reason in reasons.values()):
         raise ValueError("no FP8 recipe can be measured here; the lines above say why")
     return [recipe for recipe, reason in reasons.items() if reason is None]

@@ -6,7 +6,6 @@ Modules that take seconds to import are imported when their command runs, so tha
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import select
 import signal
@@ -26,8 +25,10 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
+from megatron_vppo.cli.output import say
 from megatron_vppo.cli.plan_options import add_plan_options
 from megatron_vppo.config.choices import Fp8Recipe
+from megatron_vppo.system.visible import visible
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 READER_LEFT = 128 + signal.SIGPIPE
@@ -66,8 +67,8 @@ def _run(arguments: Sequence[str] | None) -> int:
         status: int = options.run(options)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         if is_trainer_rank():  # one line among those of many ranks would not say where
-            traceback.print_exc()
-        print(f"vppo: {error}", file=sys.stderr, flush=True)
+            print(visible(traceback.format_exc()), end="", file=sys.stderr)
+        print(visible(f"vppo: {error}"), file=sys.stderr, flush=True)
         return 2
     return status
 
@@ -243,7 +244,7 @@ def _train(options: argparse.Namespace) -> int:
     quieten_libraries()
     from megatron_vppo.trainer.run import run_training
 
-    run_training(config, say=functools.partial(print, flush=True))
+    run_training(config, say=say)
     return 0
 
 
@@ -264,7 +265,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _report(options: argparse.Namespace) -> int:
     from megatron_vppo.observability.report import write_report
 
-    print(write_report(options.run_dir))
+    say(str(write_report(options.run_dir)))
     return 0
 
 

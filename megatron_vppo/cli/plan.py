@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_vppo.cli.output import say
 from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import HfConfig
@@ -33,13 +34,13 @@ def run_plan(options: argparse.Namespace) -> int:
         raise ValueError(f"--freeze names {', '.join(options.freeze)}: nothing is left to train; drop one of them")
     request = _request(options)
     plan = make_plan(request)
-    print(*_header(options.model, plan, request), sep="\n")
+    say("\n".join(_header(options.model, plan, request)))
     if not plan.fitting:
-        print(*_what_is_missing(plan, request), sep="\n")
+        say("\n".join(_what_is_missing(plan, request)))
         return 1
-    print(*_table(plan, request.cluster), *_settings(plan.fitting[0], request), sep="\n")
+    say("\n".join([*_table(plan, request.cluster), *_settings(plan.fitting[0], request)]))
     if options.freeze:
-        print(f"model:\n  freeze: [{', '.join(options.freeze)}]")
+        say(f"model:\n  freeze: [{', '.join(options.freeze)}]")
     return 0
 
 

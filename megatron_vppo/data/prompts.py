@@ -25,6 +25,7 @@ from megatron_vppo.config.choices import BadRows
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.system.visible import visible
 
 IMAGE_MARK = "<image>"
 _ROWS_PER_CHUNK = 256
@@ -242,7 +243,8 @@ def load_prompts(
             f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
             "data.max_pixels."
         )
-    (logger.warning if too_long or bad or transparent else logger.info)("%s: %s", dataset.source, report.summary())
+    tell = logger.warning if too_long or bad or transparent else logger.info
+    tell("%s", visible(f"{dataset.source}: {report.summary()}"))
     return PromptSet(dataset, builder, split=split, rows=usable, report=report)
 
 

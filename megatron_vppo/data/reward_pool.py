@@ -24,6 +24,7 @@ from megatron_vppo.algorithm.types import Response, Reward
 from megatron_vppo.config.choices import BUILT_IN_REWARD, RewardType
 from megatron_vppo.data.reward_worker import read_message, write_message
 from megatron_vppo.system.processes import child_environment
+from megatron_vppo.system.visible import visible
 
 _START_SECONDS = 300.0  # a user's file may import heavy packages
 _MAX_BATCH_TIMEOUTS = 60
@@ -154,7 +155,7 @@ class RewardPool:
         shown = "" if text is None else f"\n  response: {text[:_SHOWN_CHARACTERS]!r}"
         logger.warning(
             "reward function failed (%s) on split %s, row %d: %s%s\n  Further cases of this kind are only counted.",
-            consequence, prompt.split, prompt.row, answer["error"], shown,
+            consequence, prompt.split, prompt.row, visible(answer["error"]), shown,
         )  # fmt: skip
 
 

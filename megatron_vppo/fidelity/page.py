@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from megatron_vppo.observability import report as report_of_run
 from megatron_vppo.observability.report.charts import frame_html
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
+from megatron_vppo.observability.report.text import html_text, plain_text
 from megatron_vppo.system.whole import whole_file
 
 Report = Mapping[str, Any]
@@ -42,9 +42,9 @@ def render_fidelity(report: Report) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
-        f'<header class="page"><p class="eyebrow">{escape(str(report["model"]))}</p><h1>{escape(title)}</h1>'
-        f'<p class="result">{escape(subject(report))}</p>{_tiles(report)}</header>'
+        f"<title>{plain_text(title)}</title><style>{style}</style></head><body>"
+        f'<header class="page"><p class="eyebrow">{html_text(str(report["model"]))}</p><h1>{html_text(title)}</h1>'
+        f'<p class="result">{html_text(subject(report))}</p>{_tiles(report)}</header>'
         f"<main>{''.join(_sections(report))}</main></body></html>"
     )
 
@@ -74,8 +74,8 @@ def _tiles(report: Report) -> str:
             f"{significant(found['logp']['mean'], 2)} nats"
         )
         tiles.append(
-            f'<div class="tile"><dt>{escape(label)}</dt><dd>{show(found["overlap"], "fraction")}'
-            f"<small>{escape(notes)}</small></dd></div>"
+            f'<div class="tile"><dt>{html_text(label)}</dt><dd>{show(found["overlap"], "fraction")}'
+            f"<small>{html_text(notes)}</small></dd></div>"
         )
     return f'<dl class="tiles">{"".join(tiles)}</dl>'
 
@@ -100,7 +100,8 @@ def _sections(report: Report) -> Sequence[str]:
             for label, histograms in counts.items()
         ]  # fmt: skip
         return (
-            f'<section id="{anchor}"><header class="sectionhead"><h2>{escape(title)}</h2><p>{escape(lead)}</p></header>'
+            f'<section id="{anchor}"><header class="sectionhead"><h2>{html_text(title)}</h2>'
+            f"<p>{html_text(lead)}</p></header>"
             f'<div class="grid pairs">{"".join(charts)}</div></section>'
         )
 
@@ -137,12 +138,12 @@ def histogram_html(title: str, bars: Sequence[Bars], edges: Sequence[float], *, 
         f'<path class="line" style="--c:var(--c{bar.color})" d="{_outline(bar.counts, edges, x, y)}"/>' for bar in bars
     )
     legend = "".join(
-        f'<li><i style="--c:var(--c{bar.color})"></i>{escape(bar.label)} <b>{sum(bar.counts):,}</b></li>'
+        f'<li><i style="--c:var(--c{bar.color})"></i>{html_text(bar.label)} <b>{sum(bar.counts):,}</b></li>'
         for bar in bars
     )
     summary = f"{title}: " + ", ".join(f"{bar.label} {sum(bar.counts)}" for bar in bars)
     return (
-        f'<figure class="chart" aria-label="{escape(summary, quote=True)}"><figcaption><h3>{escape(title)}</h3>'
+        f'<figure class="chart" aria-label="{plain_text(summary)}"><figcaption><h3>{html_text(title)}</h3>'
         f'</figcaption><ul class="legend">{legend}</ul>'
         f"{frame_html(paths, x, y, unit='', x_title='nats' if x.log else 'share', x_unit='' if x.log else 'fraction')}"
         "</figure>"

@@ -8,6 +8,7 @@ import time
 from typing import TextIO
 
 from megatron_vppo.observability.progress import clock
+from megatron_vppo.system.visible import visible
 
 GB = 1e9
 
@@ -24,7 +25,7 @@ class ByteProgress:
             stream: where the line is drawn; None: standard error.
             refresh_seconds: the shortest time between two drawings.
         """
-        self._label = label
+        self._label = visible(label)  # with the name of a folder in it
         self._total = total_bytes
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 
 def dump_line(record: Mapping[str, Any]) -> str:
     """Writes a record as one line of valid JSON, newline included. Floats that are not finite become strings."""
-    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
+    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
+    # UTF-8 has no half of a surrogate pair. JSON has, as an escape.
+    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", line)
 
 
 def number(value: Any) -> float | None:

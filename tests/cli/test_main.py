@@ -63,6 +63,30 @@ def test_missing_config_and_run_folder(tmp_path: Path, capfd: pytest.CaptureFixt
         assert error.startswith("vppo: ") and str(tmp_path) in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("is_rank", [False, True])
+def test_a_name_in_a_message_sends_nothing_to_the_terminal(
+    is_rank: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if is_rank:  # a rank prints a traceback as well, whose last line is the message
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    name = str(tmp_path / "run\x1b[2J\u202e")
+    for arguments in (["report", name], ["summary", name], ["train", "--config", name]):
+        assert main(arguments) == 2
+        error = capfd.readouterr().err
+        assert error.count("run␛[2J<U+202E>") >= 1 + is_rank and not {"\x1b", "\u202e"} & set(error)
+        assert ("Traceback" in error) == is_rank
+
+
+def test_the_report_of_a_folder_with_any_name(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A name that is not UTF-8 is read with a half of a pair in it."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/run\xff\x1b[2J"))
+    folder.mkdir()
+    assert main(["report", str(folder)]) == 0
+    assert capfd.readouterr().out == f"{tmp_path}/run<U+DCFF>␛[2J/report.html\n"
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
 def test_another_architecture_is_named(config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Qwen2Config(num_hidden_layers=1).save_pretrained(tmp_path / "text_only")
     assert main(["train", "--config", str(config_file), f"model.path={tmp_path}/text_only"]) == 2

@@ -141,6 +141,14 @@ def test_bad_rows_are_skipped_counted_and_listed(processor, with_strip, caplog) 
         assert str(error) in caplog.text
 
 
+def test_a_row_sends_nothing_to_the_terminal(processor, image_folder, caplog) -> None:
+    """The row keeps its text; what is said about it has symbols for escape sequences and the like."""
+    rows = [ROWS[0], {"problem": "<image>?", "answer": "1", "images": ["\x1b[2J\u202egnp.a"]}]
+    prompts = load(image_folder, processor, rows, on_bad_row="skip")
+    assert "\x1b[2J\u202egnp.a" in prompts.report.bad_rows[0].reason
+    assert "␛[2J<U+202E>gnp.a" in caplog.text and "\x1b" not in caplog.text and "\u202e" not in caplog.text
+
+
 @pytest.mark.distributed
 def test_transparency_that_the_authors_resize_drops_is_reported(processor, image_folder, caplog) -> None:
     """Said once at start, with the setting that shows it; the project's own resize has nothing to say."""

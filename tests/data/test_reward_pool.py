@@ -135,6 +135,14 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
         assert [reward.overall for reward in grade(pool, ["ab", "abc"])] == [0.2, 0.3]
 
 
+def test_an_error_of_the_function_sends_nothing_to_the_terminal(tmp_path: Path, caplog) -> None:
+    (tmp_path / "score.py").write_text("def score(item):\n    raise ValueError(item['response'])\n")
+    with make_pool(f"{tmp_path}/score.py:score", reward_type="sequential") as pool:
+        (reward,) = grade(pool, ["\x1b[2J\u202e\ud83d"])
+    assert reward.error == "ValueError: \x1b[2J\u202e\ud83d"  # exact, for the record
+    assert "ValueError: ␛[2J<U+202E><U+D83D>\n" in caplog.text and not {"\x1b", "\u202e"} & set(caplog.text)
+
+
 def test_a_batch_function_gets_the_whole_batch(functions: str) -> None:
     with make_pool(f"{functions}:batch", num_workers=2) as pool:
         assert [reward.metrics["size"] for reward in grade(pool, ["a"] * 50)] == [50.0] * 50

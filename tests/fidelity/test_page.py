@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from typing import Any
 
 import pytest
@@ -50,6 +51,12 @@ def test_page_stands_alone_and_escapes() -> None:
     assert "&lt;b&gt;model&lt;/b&gt;" in page and "<b>model" not in page
     assert not re.search(r"https?:|src=|<link|<script", page)
     assert page.count('<figure class="chart"') == 6, "three of each"
+
+
+def test_characters_that_act_unseen_are_shown() -> None:
+    page = render_fidelity(report(model="m\x1b[31m\u202egnp", split="val\x00"))
+    assert "m␛[31m<U+202E>gnp" in unescape(re.sub(r"<[^>]+>", "", page)) and "&#x27;val<code" in page
+    assert not re.search("[\x00\x1b\u202e]", page)
 
 
 def test_undefined_figures_are_named() -> None:

@@ -57,6 +57,15 @@ def test_non_finite_numbers_stay_valid_json(tmp_path: Path) -> None:
     assert record["old_logps"] == ["-Infinity", "NaN", 0.0]
 
 
+def test_text_is_exact_also_where_utf8_could_not_hold_it(tmp_path: Path) -> None:
+    text = "a\x00b\x1b[31m \x7f\x85\u2028 \u202egnp.exe \u200b\ufeff half a pair: \ud83d, \udcff"
+    path = write_rollouts(tmp_path, 1, [{**RECORD, "answer": text}])
+    (record,) = read_rollouts(path)
+    assert record["answer"] == text
+    with zstandard.open(path, "rb") as file:
+        assert json.loads(file.read().decode("utf-8"))["answer"] == text  # one line, and UTF-8
+
+
 def test_lists_of_different_lengths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="step 1, record 1: 2 kept for 3 tokens"):
         write_rollouts(tmp_path, 1, [RECORD, {**RECORD, "kept": [1, 0]}])

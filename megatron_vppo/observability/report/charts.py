@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 
 from megatron_vppo.observability.report.data import Series
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, tick_labels, value_axis
+from megatron_vppo.observability.report.text import html_text, plain_text
 
 SMOOTH_FROM = 80
 """Lines with at least this many points are drawn smoothed, over their faint raw values."""
@@ -52,7 +52,7 @@ def chart_html(chart: Chart, steps: Axis) -> str:
     unit = "%" if chart.unit == "fraction" else chart.unit
     if chart.scale == "stack" and lines and (size := _bars(lines)[1]) > 1:
         unit += f", mean of {size} steps"
-    head = f'<figcaption><h3>{escape(chart.title)}</h3><span class="unit">{escape(unit)}</span></figcaption>'
+    head = f'<figcaption><h3>{html_text(chart.title)}</h3><span class="unit">{html_text(unit)}</span></figcaption>'
     kind = "chart wide" if chart.wide else "chart"
     if not lines:
         return f'<figure class="{kind} empty">{head}<div class="nodata">no data</div></figure>'
@@ -68,12 +68,12 @@ def chart_html(chart: Chart, steps: Axis) -> str:
     legend = "".join(_legend_item(line, chart.unit) for line in lines)
     if chart.reference is not None:
         label, value = chart.reference
-        legend += f'<li><i class="dash"></i>{escape(label)} <b>{show(value, chart.unit)}</b></li>'
+        legend += f'<li><i class="dash"></i>{html_text(label)} <b>{show(value, chart.unit)}</b></li>'
     dropped = sum(line.series.dropped for line in lines)
     if dropped:
         legend += f'<li class="warn">{dropped} NaN or infinite, not drawn</li>'
     return (
-        f'<figure class="{kind}" tabindex="0" aria-label="{escape(_summary(chart, lines), quote=True)}">{head}'
+        f'<figure class="{kind}" tabindex="0" aria-label="{plain_text(_summary(chart, lines))}">{head}'
         f'<ul class="legend">{legend}</ul>{frame_html(body, steps, axis, unit=chart.unit, x_title="training step")}'
         f'<script type="application/json">{_hover_data(chart, lines, steps)}</script></figure>'
     )
@@ -166,24 +166,24 @@ def frame_html(body: str, horizontal: Axis, axis: Axis, *, unit: str, x_title: s
     """Draws grid, labels and title around the paths in `body`. Units are as in `Chart`."""
     grid = "".join(f'<path class="grid" d="M0 {_y(axis, tick)}H1000"/>' for tick in axis.ticks)
     y_labels = "".join(
-        f'<span style="bottom:{axis.place(tick) * 100:.2f}%">{escape(label)}</span>'
+        f'<span style="bottom:{axis.place(tick) * 100:.2f}%">{html_text(label)}</span>'
         for tick, label in zip(axis.ticks, tick_labels(axis, unit), strict=True)
     )
     x_labels = "".join(
-        f'<span style="left:{horizontal.place(tick) * 100:.2f}%">{escape(label)}</span>'
+        f'<span style="left:{horizontal.place(tick) * 100:.2f}%">{html_text(label)}</span>'
         for tick, label in zip(horizontal.ticks, tick_labels(horizontal, x_unit), strict=True)
     )
     return (
         f'<div class="plot"><div class="ylabels">{y_labels}</div><div class="area">'
         f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{grid}{body}</svg>'
         f'<div class="cursor"></div></div><div class="xlabels">{x_labels}</div>'
-        f'<div class="xtitle">{escape(x_title)}</div></div>'
+        f'<div class="xtitle">{html_text(x_title)}</div></div>'
     )
 
 
 def _legend_item(line: Line, unit: str) -> str:
     latest = show(line.series.values[-1], unit)
-    return f'<li><i style="--c:var(--c{line.color})"></i>{escape(line.label)} <b>{latest}</b></li>'
+    return f'<li><i style="--c:var(--c{line.color})"></i>{html_text(line.label)} <b>{latest}</b></li>'
 
 
 def _summary(chart: Chart, lines: Sequence[Line]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from megatron_vppo.observability.report.data import RunData, load_run
 from megatron_vppo.observability.report.samples import pick_samples, samples_html
 from megatron_vppo.observability.report.scales import significant, step_axis
 from megatron_vppo.observability.report.sections import sections
+from megatron_vppo.observability.report.text import html_text, plain_text
 from megatron_vppo.system.whole import whole_file
 
 
@@ -42,7 +42,7 @@ def render_report(run_dir: str | Path) -> str:
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(name)} · {escape(project)}</title><style>{style}</style></head><body>"
+        f"<title>{plain_text(name)} · {plain_text(project)}</title><style>{style}</style></head><body>"
         f"{_header_html(run, project, name)}<main>{_body_html(run)}</main>"
         f'<div id="tip" role="status"></div><script>{script}</script></body></html>'
     )
@@ -66,30 +66,31 @@ def _body_html(run: RunData) -> str:
     if run.config_text:
         html.append(
             '<section id="settings"><details><summary>All settings (config.yaml)</summary>'
-            f"<pre>{escape(run.config_text)}</pre></details></section>"
+            f"<pre>{html_text(run.config_text)}</pre></details></section>"
         )
     return "".join(html)
 
 
 def _section_html(anchor: str, title: str, lead: str, content: str) -> str:
     return (
-        f'<section id="{anchor}"><header class="sectionhead"><h2>{escape(title)}</h2><p>{escape(lead)}</p></header>'
-        f"{content}</section>"
+        f'<section id="{anchor}"><header class="sectionhead"><h2>{html_text(title)}</h2>'
+        f"<p>{html_text(lead)}</p></header>{content}</section>"
     )
 
 
 def _header_html(run: RunData, project: str, name: str) -> str:
     tiles = "".join(
-        f'<div class="tile {kind}"><dt>{escape(label)}</dt><dd>{escape(value)}<small>{escape(extra)}</small></dd></div>'
+        f'<div class="tile {kind}"><dt>{html_text(label)}</dt>'
+        f"<dd>{html_text(value)}<small>{html_text(extra)}</small></dd></div>"
         for label, value, extra, kind in _tiles(run)
     )
     settings = "".join(
-        f"<div><dt>{escape(label)}</dt><dd>{escape(value)}</dd></div>" for label, value in _settings(run)
+        f"<div><dt>{html_text(label)}</dt><dd>{html_text(value)}</dd></div>" for label, value in _settings(run)
     )
     written = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     return (
-        f'<header class="page"><p class="eyebrow">{escape(project)}<span>report of {written}</span></p>'
-        f'<h1>{escape(name)}</h1><p class="result">{_result(run)}</p><dl class="tiles">{tiles}</dl>'
+        f'<header class="page"><p class="eyebrow">{html_text(project)}<span>report of {written}</span></p>'
+        f'<h1>{html_text(name)}</h1><p class="result">{_result(run)}</p><dl class="tiles">{tiles}</dl>'
         f'<dl class="settings">{settings}</dl></header>'
     )
 

@@ -12,7 +12,6 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import zstandard
 from megatron_vppo.observability.json_lines import number
 from megatron_vppo.observability.report.charts import script_json
 from megatron_vppo.observability.report.scales import significant
+from megatron_vppo.observability.report.text import html_text
 from megatron_vppo.observability.rollouts import read_rollouts, rollout_path, rollout_steps
 
 PER_VERDICT = 2
@@ -95,9 +95,9 @@ def _card_html(sample: Sample, top: float) -> str:
         facts.append(("Ended", "at the length limit"))
     if record.get("reward_error"):
         facts.append(("Reward error", str(record["reward_error"])))
-    listed = "".join(f"<div><dt>{label}</dt><dd>{escape(text)}</dd></div>" for label, text in facts)
-    where = escape(f"{record.get('split', 'row')} {record.get('row', '')}")
-    problem = escape(str(record.get("problem", ""))).replace("&lt;image&gt;", "<span>image</span>")
+    listed = "".join(f"<div><dt>{label}</dt><dd>{html_text(text)}</dd></div>" for label, text in facts)
+    where = html_text(f"{record.get('split', 'row')} {record.get('row', '')}")
+    problem = html_text(str(record.get("problem", ""))).replace("&lt;image&gt;", "<span>image</span>")
     return (
         f'<article class="sample">{_images_html(record)}<div class="text">'
         f'<header><span class="verdict {verdict}">{sign} {verdict}</span><span class="where">{where}</span></header>'
@@ -125,22 +125,22 @@ def _images_html(record: Mapping[str, Any]) -> str:
 def _tokens_html(record: Mapping[str, Any], top: float) -> str:
     tokens = [str(token) for token in record.get("tokens") or []]
     if not tokens:
-        return escape(str(record.get("response", "")))
+        return html_text(str(record.get("response", "")))
     dependency = _numbers(record, "dependency")
     kept = _numbers(record, "kept")
     spans = []
     for index, token in enumerate(tokens[:MAX_TOKENS]):
         strength = shade(dependency[index] if index < len(dependency) else None, top)
         mark = ' class="k"' if index < len(kept) and kept[index] else ""
-        spans.append(f'<span{mark} style="--d:{strength:.3f}">{_visible(token)}</span>')
+        spans.append(f'<span{mark} style="--d:{strength:.3f}">{_token_html(token)}</span>')
     if len(tokens) > MAX_TOKENS:
         spans.append(f'<em class="more"> … {len(tokens) - MAX_TOKENS:,} more tokens</em>')
     return "".join(spans)
 
 
-def _visible(token: str) -> str:
-    """Escapes a text and makes line breaks and empty tokens visible."""
-    return escape(token).replace("\n", "⏎\n") if token else "∅"
+def _token_html(token: str) -> str:
+    """Writes a token as HTML, with symbols for line breaks and for an empty token."""
+    return html_text(token).replace("\n", "⏎\n") if token else "∅"
 
 
 def _tooltips(record: Mapping[str, Any]) -> dict[str, list[float | None]]:

@@ -6,8 +6,10 @@ import base64
 import io
 import json
 import re
+import unicodedata
 import zlib
 from collections.abc import Mapping
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,34 @@ def test_foreign_text_stays_text(tmp_path: Path) -> None:
     shown = [text for attrs, text in page.all("span") if "--d" in (attrs.get("style") or "") and "class" in attrs]
     assert [text for text in shown if text] == tokens
     assert page.all("h1")[0][1] == HOSTILE
+
+
+UNSEEN = "nul\x00 \x1b[31mred \x7f\x85 x\u202egnp.exe\u202c \u2066i\u2069 a\u200bb\ufeff \ud83d \r\n\tend"
+SHOWN = "nul␀ ␛[31mred ␡<U+0085> x<U+202E>gnp.exe<U+202C> <U+2066>i<U+2069> a<U+200B>b<U+FEFF> <U+D83D> ␍\n\tend"
+
+
+def test_characters_that_act_unseen_are_shown(tmp_path: Path) -> None:
+    """A record keeps them; on the page they are symbols, in every place that shows text of others."""
+    folder = tmp_path / "run\u202e\udcff"
+    folder.mkdir()
+    write_metrics(folder, [{"step": 1, "val/accuracy": 0.5, f"reward/{UNSEEN}": 1.0, f"timing_s/{UNSEEN}": 1.0}])
+    settings = {"model": {"path": UNSEEN}, "trainer": {"project_name": UNSEEN}}
+    (folder / "config.yaml").write_text(json.dumps(settings))  # PyYAML reads a raw one as the end of the file
+    tokens = ["plain", *UNSEEN]
+    whole = record(1, accuracy=1.0, dependency=[1.0] * len(tokens), tokens=tokens, problem=UNSEEN, answer=UNSEEN)
+    whole["split"] = whole["reward_error"] = UNSEEN
+    write_rollouts(folder, 1, [whole, {"response": UNSEEN}])
+    html = write_report(folder).read_bytes().decode("utf-8")
+    acting = [c for c in html if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c not in "\n\t"]
+    assert acting == []
+    page = Elements(html)
+    assert page.all("title")[0][1] == f"run<U+202E><U+DCFF> · {SHOWN}"  # a title holds no elements
+    text = re.sub(r"<[^>]+>", "", html)  # what is left has no '<' but as an entity
+    assert unescape(text).count(SHOWN) == 8  # title, eyebrow, setting, split, problem, two facts, response
+    symbols = [text for _, text in page.all("code", "unseen")]
+    assert "<U+202E>" in symbols and "␀" in symbols and "x" not in symbols
+    (shaded,) = re.findall(r'<div class="tokens">(<span.*?)</div>', html, re.S)
+    assert unescape(re.sub(r"<[^>]+>", "", shaded)) == "plain" + SHOWN.replace("\n", "⏎\n")
 
 
 def test_json_in_a_script_element_cannot_end_it() -> None:
