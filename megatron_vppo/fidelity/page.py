@@ -123,7 +123,7 @@ def _sections(report: Report) -> Sequence[str]:
             "kept", "Kept tokens in both",
             "Responses by the share of their kept tokens that are kept in both. Tokens kept at random would have a "
             f"share of {report['top_p_perception_tokens']:.0%}.",
-            {"overlap": ("responses", 5)}, "overlap_edges", x=value_axis([0.0, 1.0], from_zero=True, top=1.0),
+            {"overlap": ("responses", 5)}, "overlap_edges", x=value_axis([0.0, 1.0], from_zero=True),
         ),
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Random Qwen-VL models of a few thousand parameters, rows to run them on, and what transformers says of them.
 
-Rows cover: several images in a row, one image shown in two rows, images whose merged grid is no multiple of the
-window (odd sides, a single block), text alone, and a row of one token more than an image.
+Rows cover: several images in a row, also two of nearly the same size (60 and 64 patches), which attention pads to the
+larger one; one image shown in two rows; images whose merged grid is no multiple of the window (odd sides, a single
+block); text alone; and a row of one token more than an image.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import (
 IMAGE, VIDEO, START, END = 290, 291, 292, 293
 MERGE = 2
 PATCH_VALUES = 3 * 2 * 14 * 14
-GRIDS = {"a": (1, 10, 6), "b": (1, 4, 8), "c": (1, 2, 2), "d": (1, 6, 14)}
+GRIDS = {"a": (1, 10, 6), "b": (1, 8, 8), "c": (1, 2, 2), "d": (1, 6, 14)}
 ROWS: tuple[tuple[str | int, ...], ...] = ((7, "a", 12), (9,), (3, "b", 4, "a", 6), (23,), (0, "c", 2), (2, "d", 31))
 """Per row: a number of text tokens, or the name of an image."""
 

@@ -158,6 +158,26 @@ def test_weights_on_their_way_have_to_fit_as_well() -> None:
     assert resident.sampling_bytes == layout.fullest.state.gradients + layout.fullest.state.optimizer + TRAINER_RESERVE
 
 
+def test_a_layout_is_left_out_if_only_the_weights_on_their_way_do_not_fit() -> None:
+    """A 7B on two stages: the first leaves room for an engine of four GPUs and one sequence, not for the buffers too.
+
+    Each of its values takes 9 bytes: 2, 4, and 12 over 4 ranks.
+    """
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    tower = 32 * (4 * 1280**2 + 3 * 1280 * 3420) + 5120**2 + 5120 * 3584 + 1176 * 1280
+    trainer = 9 * (14 * layer + 152_064 * 3584 + tower) + TRAINER_RESERVE
+    engine = 2 * PUBLISHED["qwen2.5-vl-7b"].parameters // 4 + ENGINE_RESERVE
+    sequence = 2 * 28 * (4 // 4) * 128 * 2 * (4096 + 2048)
+    buffers = 2 * 152_064 * 3584 * 2
+    assert trainer + engine + sequence < 47.7 * GIB and 49 * GIB < trainer + engine + buffers < 50 * GIB
+    nodes = (replace(NODE, gpu_bytes=size * GIB) for size in (48, 51))
+    fitting, more = (
+        {(c.tensor, c.pipeline) for c in plan_of("qwen2.5-vl-7b", node, sequences=1).fitting} for node in nodes
+    )
+    assert (1, 2) in more
+    assert (1, 2) not in fitting and (1, 4) in fitting
+
+
 def test_what_would_need_more() -> None:
     plan = plan_of("qwen2.5-vl-72b")
     assert not plan.fitting and plan.closest is not None

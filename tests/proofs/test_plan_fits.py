@@ -84,7 +84,10 @@ def test_every_stage_fits_in_every_phase(name: str) -> None:
     buffers = 2 * 2 * text.vocab_size * text.hidden_size
     for (gpus, memory), offload in itertools.product(CLUSTERS, OFFLOADS):
         gpu = memory * GIB
-        for c in rows(name, gpus, memory, offload=offload):
+        fitting = rows(name, gpus, memory, offload=offload)
+        # 2 + 4 + 12 bytes of state a value: where they take at most half of all memory, the rest holds all else.
+        assert fitting or 18 * PUBLISHED[name].parameters / gpus > gpu / 2, f"nothing fits {gpus} GPUs of {memory} GiB"
+        for c in fitting:
             assert c.engine is not None
             weights = 2 * PUBLISHED[name].parameters / c.engine.tensor
             for stage in range(c.pipeline):

@@ -105,8 +105,7 @@ def _value_axis(chart: Chart, lines: Sequence[Line]) -> Axis:
         values = [sum(heights) for heights in _bars(lines)[2].values()]
     elif chart.reference is not None:
         values.append(chart.reference[1])
-    top = 1.0 if chart.unit == "fraction" and max(values) <= 1 else None
-    return value_axis(values, from_zero=chart.scale in ("zero", "stack", "log"), top=top)
+    return value_axis(values, from_zero=chart.scale in ("zero", "stack", "log"))
 
 
 def _line(line: Line, steps: Axis, axis: Axis) -> str:

@@ -30,26 +30,23 @@ def step_axis(steps: Sequence[int]) -> Axis:
     return Axis(low - 0.5, high + 0.5, ticks)
 
 
-def value_axis(values: Sequence[float], *, from_zero: bool, top: float | None = None) -> Axis:
+def value_axis(values: Sequence[float], *, from_zero: bool) -> Axis:
     """Makes a linear axis whose ends are ticks.
+
+    From zero, the axis of fractions ends at 1 at the latest, because 1 is a multiple of each stride up to 1.
 
     Args:
         from_zero: True to include zero, for amounts; False for the range of the values.
-        top: the largest possible value (1 for fractions); the axis ends there at the latest.
     """
     low, high = min(values), max(values)
     if from_zero:
         low, high = min(low, 0.0), max(high, 0.0)
     if high - low < 1e-12 * max(abs(low), abs(high), 1e-300):
         # A constant: leave half its size above it, so that the line lies inside the chart.
-        pad = abs(high) * 0.5 or (top or 1.0)
+        pad = abs(high) * 0.5 or 1.0
         low, high = (0.0, pad) if from_zero and high == 0 else (low - (0 if from_zero else pad), high + pad)
     stride = _nice_stride((high - low) / 4)
     first, last = math.floor(low / stride + 1e-9), math.ceil(high / stride - 1e-9)
-    if top is not None and last * stride > top >= high:
-        last = math.floor(top / stride + 1e-9)
-        if last * stride < high - 1e-12:
-            return Axis(first * stride, top, (*(i * stride for i in range(first, last + 1)), top))
     return Axis(first * stride, last * stride, tuple(i * stride for i in range(first, last + 1)))
 
 
