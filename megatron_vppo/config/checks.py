@@ -6,9 +6,11 @@ impossible if the run would then be another than its file says.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from megatron_vppo.config.choices import BUILT_IN_REWARD
+from megatron_vppo.config.ranges import LEAST_TEMPERATURE
 from megatron_vppo.config.schema import RunConfig
 
 
@@ -81,7 +83,7 @@ def check_device(config: RunConfig, *, on_cpu: bool) -> None:
 
 
 def check_pipeline(config: RunConfig) -> None:
-    """Refuses a split of the layers without one positive entry per stage, and virtual stages without a pipeline."""
+    """Refuses a split of the layers without one entry per stage, and virtual stages without a pipeline."""
     layers, pipeline = config.parallel.pipeline_layers, config.parallel.pipeline_model_parallel_size
     virtual = config.parallel.virtual_pipeline_model_parallel_size
     if virtual > 1 and pipeline == 1:
@@ -89,18 +91,12 @@ def check_pipeline(config: RunConfig) -> None:
             f"parallel.virtual_pipeline_model_parallel_size {virtual} interleaves the stages of a pipeline, but "
             "parallel.pipeline_model_parallel_size is 1; raise it, or set the virtual size to 1"
         )
-    if layers is None:
-        return
-    if len(layers) != pipeline * virtual:
+    if layers is not None and len(layers) != pipeline * virtual:
         raise ValueError(
             f"parallel.pipeline_layers {list(layers)} describes {len(layers)} stages, but "
             f"parallel.pipeline_model_parallel_size is {pipeline}"
             + (f" with {virtual} virtual stages on each rank" if virtual > 1 else "")
             + f"; give one number per stage, {pipeline * virtual} in all"
-        )
-    if min(layers) < 1:
-        raise ValueError(
-            f"parallel.pipeline_layers {list(layers)} leaves a stage without a layer; give each at least 1"
         )
 
 
@@ -166,6 +162,11 @@ def check_sampling(config: RunConfig) -> None:
     rollout = config.rollout
     if rollout.top_k != -1 and rollout.top_k < 1:
         raise ValueError(f"rollout.top_k is {rollout.top_k}; set -1 (off) or at least 1")
+    if 0 < rollout.val.temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"rollout.val.temperature is {rollout.val.temperature}, and vLLM samples at {LEAST_TEMPERATURE} at least; "
+            f"set 0 (greedy) or at least {LEAST_TEMPERATURE}"
+        )
     if rollout.val.temperature == 0 and rollout.val.n > 1:
         raise ValueError(
             f"rollout.val.temperature is 0, so all {rollout.val.n} validation samples of a prompt would be the same; "
@@ -218,6 +219,17 @@ def check_filter(config: RunConfig) -> None:
         )
 
 
+def check_keys(config: RunConfig) -> None:
+    """Refuses one column for two purposes: the answer would stand in the prompt."""
+    data = config.data
+    keys = {"prompt_key": data.prompt_key, "answer_key": data.answer_key, "image_key": data.image_key}
+    for (one, column), (other, same) in itertools.combinations(keys.items(), 2):
+        if column == same:
+            raise ValueError(
+                f"data.{one} and data.{other} are both '{column}'; each names a column of its own, so set one of them"
+            )
+
+
 def check_pixels(config: RunConfig) -> None:
     """Refuses a pixel budget whose lower bound is above its upper one."""
     low, high = config.data.min_pixels, config.data.max_pixels
@@ -236,14 +248,35 @@ def check_background(config: RunConfig) -> None:
 
 
 def check_optimizer(config: RunConfig) -> None:
-    """Refuses decay rates of AdamW outside [0, 1), and a floor of a learning rate that does not fall."""
-    betas = config.actor.optim.betas
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"actor.optim.betas is {list(betas)}; both belong in [0, 1), for example [0.9, 0.999]")
-    if config.actor.optim.min_lr_ratio and config.actor.optim.lr_scheduler_type == "constant":
+    """Refuses decay rates of AdamW outside [0, 1), a weight decay that turns the signs of the weights, and a floor of a
+    learning rate that does not fall.
+    """
+    optim = config.actor.optim
+    if not all(0 <= beta < 1 for beta in optim.betas):
+        raise ValueError(f"actor.optim.betas is {list(optim.betas)}; both belong in [0, 1), for example [0.9, 0.999]")
+    if optim.lr * optim.weight_decay >= 1:
         raise ValueError(
-            f"actor.optim.min_lr_ratio {config.actor.optim.min_lr_ratio} has no effect with lr_scheduler_type "
-            "'constant'; leave it out, or set actor.optim.lr_scheduler_type to linear or cosine"
+            f"actor.optim.lr {optim.lr} x weight_decay {optim.weight_decay} = {optim.lr * optim.weight_decay:g} is the "
+            f"share of each weight that a step takes away; set actor.optim.weight_decay below {1 / optim.lr:g}"
+        )
+    if optim.min_lr_ratio and optim.lr_scheduler_type == "constant":
+        raise ValueError(
+            f"actor.optim.min_lr_ratio {optim.min_lr_ratio} has no effect with lr_scheduler_type 'constant'; leave it "
+            "out, or set actor.optim.lr_scheduler_type to linear or cosine"
+        )
+
+
+def check_warmup(config: RunConfig, *, total_steps: int | None = None) -> None:
+    """Refuses a warm-up that is longer than the run, which would never have its learning rate.
+
+    Args:
+        total_steps: the steps of the run; None: trainer.total_steps, if it is set.
+    """
+    warmup, steps = config.actor.optim.lr_warmup_steps, total_steps or config.trainer.total_steps
+    if steps is not None and warmup > steps:
+        raise ValueError(
+            f"actor.optim.lr_warmup_steps {warmup} is more than the {steps} steps of the run, so that actor.optim.lr "
+            f"{config.actor.optim.lr} is never reached; set it to at most {steps}"
         )
 
 
@@ -274,9 +307,11 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_perturbation,
     check_reference_devices,
     check_filter,
+    check_keys,
     check_pixels,
     check_background,
     check_optimizer,
+    check_warmup,
     check_intervals,
     check_reward,
 )

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_vppo.config.choices import (
     BUILT_IN_REWARD,
@@ -43,6 +44,24 @@ from megatron_vppo.config.choices import (
     VisionSplit,
     WeightTransferSetting,
 )
+from megatron_vppo.config.ranges import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    LEAST_TEMPERATURE,
+    MOST_RESPONSES,
+    Count,
+    CountOrZero,
+    FolderName,
+    Pixels,
+    Positive,
+    PositiveOrZero,
+    Share,
+    ShareAboveZero,
+    Text,
+    Wait,
+    Workers,
+    holds_numbers,
+)
 
 
 class Section(BaseModel):
@@ -52,42 +71,52 @@ class Section(BaseModel):
         extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses true and false where a number belongs; pydantic would take them for 1 and 0."""
+        assert info.field_name is not None, "pydantic calls it for a field"
+        given = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(one, bool) for one in given) and holds_numbers(cls.model_fields[info.field_name].annotation):
+            raise PydanticCustomError("truth_value", "Input should be a number, not true or false")
+        return value
+
 
 class DataConfig(Section):
-    train_files: str
+    train_files: Text
     """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
-    val_files: str | None = None
+    val_files: Text | None = None
     """Held-out rows, same forms; None: no validation."""
-    prompt_key: str = "problem"
-    answer_key: str = "answer"
-    image_key: str = "images"
-    image_dir: str | None = None
+    prompt_key: Text = "problem"
+    answer_key: Text = "answer"
+    image_key: Text = "images"
+    image_dir: Text | None = None
     """Folder that relative image paths are taken from; None: the folder of the data file."""
-    format_prompt: str | None = None
+    format_prompt: Text | None = None
     """Jinja file that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
     """System turn; None: what the model's chat template puts there by itself."""
-    max_prompt_length: int = Field(default=4096, gt=0)
+    max_prompt_length: Count = 4096
     """Tokens, image tokens included; longer prompts are left out, counted and reported."""
-    max_response_length: int = Field(default=2048, gt=0)
+    max_response_length: Count = 2048
     """Tokens."""
-    min_pixels: int = Field(default=200704, gt=0)
-    max_pixels: int = Field(default=1003520, gt=0)
+    min_pixels: Pixels = 200704
+    max_pixels: Pixels = 1003520
     """Pixel budget per image."""
     background: str = "white"
     """Colour behind transparent pixels: a name, or '#rrggbb'. The authors' resize drops transparency instead."""
-    rollout_batch_size: int = Field(default=384, gt=0)
+    rollout_batch_size: Count = 384
     """Prompts per training step."""
     shuffle: bool = True
     on_bad_row: BadRows = "error"
-    max_val_rows: int | None = Field(default=None, gt=0)
+    max_val_rows: Count | None = None
     """The number of rows, from the first, to validate on; None: all."""
-    num_workers: int = Field(default=2, ge=0)
+    num_workers: int = Field(default=2, ge=0, le=1024)
     """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
 
 
 class ModelConfig(Section):
-    path: str
+    path: Text
     """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
     dtype: Dtype = "bfloat16"
     backend: BackendSetting = "auto"
@@ -102,21 +131,21 @@ class Fp8Config(Section):
     """Scaling of the inputs and weights of the language model's linear layers to 8 bits; None: no FP8."""
     scope: tuple[Fp8Phase, ...] = ("scoring", "update")
     """Phases that use it: scoring, which gives the two views of token dependency, and the policy update."""
-    bf16_layers_at_ends: int = Field(default=0, ge=0)
+    bf16_layers_at_ends: CountOrZero = 0
     """The number of language layers at the start, and of as many at the end, that stay in bfloat16 (not with
     'delayed')."""
 
 
 class ParallelConfig(Section):
-    tensor_model_parallel_size: int = Field(default=1, gt=0)
-    pipeline_model_parallel_size: int = Field(default=1, gt=0)
-    data_parallel_size: int | None = Field(default=None, gt=0)
+    tensor_model_parallel_size: Count = 1
+    pipeline_model_parallel_size: Count = 1
+    data_parallel_size: Count | None = None
     """None: as many as the devices allow (one on a machine without GPUs)."""
-    context_parallel_size: int = Field(default=1, gt=0)
+    context_parallel_size: Count = 1
     """Ranks that share the tokens of every sequence."""
-    virtual_pipeline_model_parallel_size: int = Field(default=1, gt=0)
+    virtual_pipeline_model_parallel_size: Count = 1
     """Stages that each pipeline rank holds (interleaved schedule); 1: the plain schedule."""
-    pipeline_layers: tuple[int, ...] | None = None
+    pipeline_layers: tuple[Count, ...] | None = None
     """Language model layers of each pipeline stage, in the order of the model; None: an even split. One entry per
     stage: pipeline size times virtual size."""
     sequence_parallel: bool = False
@@ -129,26 +158,26 @@ class ParallelConfig(Section):
     """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
     and run again."""
     use_distributed_optimizer: bool = True
-    threads_per_rank: int = Field(default=1, gt=0)
+    threads_per_rank: Workers = 1
     """CPU threads of a trainer rank on a machine without GPUs."""
-    collective_timeout_seconds: float = Field(default=1800.0, gt=0)
+    collective_timeout_seconds: Wait = 1800.0
     """The time that ranks wait for the slowest before the run fails; also while it samples, grades or writes."""
 
 
 class PerturbConfig(Section):
     kind: PerturbKind = "patch_black"
-    probability: float = Field(default=0.5, ge=0, le=1)
+    probability: Share = 0.5
     """The chance of each patch to be blacked (patch_black)."""
     stage: PerturbSpace = "patches"
     """'patches': after the processor, on the model's own patch grid; 'pixels': before the processor's resize, on a
     fixed grid (the authors'). (Preset.)"""
-    patch_size: int | None = Field(default=None, gt=0)
+    patch_size: int | None = Field(default=None, gt=0, le=2**14)
     """Pixels; the grid of stage 'pixels'. None at stage 'patches', which uses the model's own patch."""
     per: PerturbUnit = "row"
     """A new perturbation for each response ('row'), or one per image and step ('image'). (Preset.)"""
-    noise_std: float = Field(default=189.0, gt=0)
+    noise_std: Positive = 189.0
     """Grey levels (gaussian_noise); the paper's ablation."""
-    blur_radius: float = Field(default=6.0, gt=0)
+    blur_radius: float = Field(default=6.0, gt=0, le=2**14)
     """Pixels (gaussian_blur); the paper's ablation."""
     grey_level: int = Field(default=128, ge=0, le=255)
     """0 (black) to 255 (white) (grey)."""
@@ -162,11 +191,11 @@ class AlgorithmConfig(Section):
     use_advantage_shaping: bool = True
     """Trajectory advantage shaping (paper Eq. 5)."""
     use_entropy_penalty: bool = True
-    top_p_perception_tokens: float = Field(default=0.4, gt=0, le=1)
+    top_p_perception_tokens: ShareAboveZero = 0.4
     """Share of each response's tokens that receive policy gradient."""
-    advantage_scaling_min: float = Field(default=0.9, gt=0, le=1)
+    advantage_scaling_min: ShareAboveZero = 0.9
     """beta_min of the advantage scale; beta_max follows from mean scale one."""
-    entropy_penalty_coef: float = Field(default=0.06, ge=0)
+    entropy_penalty_coef: PositiveOrZero = 0.06
     dependency: DependencyKind = "k3_sampled"
     """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or the
     Jensen-Shannon divergence."""
@@ -192,13 +221,13 @@ class AlgorithmConfig(Section):
     entropy_kind: EntropyKind = "nll"
     entropy_tokens: CountedTokens = "all"
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
-    clip_ratio_high: float = Field(default=0.28, gt=0)
-    clip_ratio_dual: float = Field(default=3.0, gt=1)
+    clip_ratio_high: Positive = 0.28
+    clip_ratio_dual: float = Field(default=3.0, gt=1, le=LARGEST_FLOAT)
     online_filtering: bool = True
     """Keep only groups whose mean accuracy lies strictly between filter_low and filter_high."""
-    filter_low: float = Field(default=0.01, ge=0, le=1)
-    filter_high: float = Field(default=0.99, ge=0, le=1)
-    max_try_make_batch: int = Field(default=4, gt=0)
+    filter_low: Share = 0.01
+    filter_high: Share = 0.99
+    max_try_make_batch: Count = 4
     """Sampling rounds per step at most; then the step trains on the groups it has."""
     truncated_responses: TruncatedResponses = "train"
     """Responses cut at the length limit: trained on with the reward they got, or without gradient."""
@@ -208,9 +237,9 @@ class AlgorithmConfig(Section):
     score_banned_tokens: bool = False
     """True if the trainer's log-probs count the image and vision tokens, which rollouts cannot sample. The authors' do.
     (Preset.)"""
-    rollout_correction_cap: float | None = Field(default=None, gt=0)
+    rollout_correction_cap: Positive | None = None
     """Weight each token's policy gradient by min(p_trainer / p_rollout, cap); None: no correction."""
-    reference_devices: int | None = Field(default=None, gt=0)
+    reference_devices: Count | None = None
     """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
     perturb: PerturbConfig = PerturbConfig()
 
@@ -260,28 +289,29 @@ def _as_set(section: Any) -> dict[str, Any] | None:
 
 
 class OptimConfig(Section):
-    lr: float = Field(default=1e-6, gt=0)
+    lr: float = Field(default=1e-6, gt=0, le=1)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    lr_warmup_steps: int = Field(default=0, ge=0)
+    eps: float = Field(default=1e-8, ge=1.2e-38, le=1)
+    """A smaller one would be zero in float32, and make NaN of a weight that has no gradient."""
+    weight_decay: PositiveOrZero = 0.01
+    lr_warmup_steps: CountOrZero = 0
     """Training steps over which the learning rate rises linearly."""
     lr_scheduler_type: LrScheduleKind = "constant"
     """Course of the learning rate from the warm-up to the run's last step."""
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    min_lr_ratio: Share = 0.0
     """Share of `lr` that 'linear' and 'cosine' fall to."""
 
 
 class ActorConfig(Section):
-    global_batch_size: int = Field(default=128, gt=0)
+    global_batch_size: Count = 128
     """Prompts per optimizer step (rollout.n responses each)."""
-    micro_batch_size_per_device_for_update: int = Field(default=4, gt=0)
+    micro_batch_size_per_device_for_update: Count = 4
     """Responses per micro-batch of the update; they are packed, so there is no padding."""
-    micro_batch_size_per_device_for_experience: int = Field(default=8, gt=0)
+    micro_batch_size_per_device_for_experience: Count = 8
     """Responses per micro-batch of scoring."""
-    ppo_epochs: int = Field(default=1, gt=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    head_chunk_tokens: int = Field(default=1024, gt=0)
+    ppo_epochs: Count = 1
+    max_grad_norm: Positive = 1.0
+    head_chunk_tokens: Count = 1024
     """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
     offload: tuple[MemoryPart, ...] = ()
     """Parts of the trainer's memory that leave the GPU while the engines sample: weights, gradients (freed, not
@@ -290,25 +320,26 @@ class ActorConfig(Section):
 
 
 class ValSamplingConfig(Section):
-    n: int = Field(default=1, gt=0)
+    n: int = Field(default=1, gt=0, le=MOST_RESPONSES)
     """Samples per prompt: k of avg@k."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    """0: greedy."""
+    top_p: ShareAboveZero = 1.0
 
 
 class RolloutConfig(Section):
-    n: int = Field(default=8, gt=1)
+    n: int = Field(default=8, gt=1, le=MOST_RESPONSES)
     """Responses per prompt."""
-    temperature: float = Field(default=1.0, gt=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=-1)
+    temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
+    top_p: ShareAboveZero = 1.0
+    top_k: int = Field(default=-1, le=LARGEST_INT)
     """-1: off."""
     seeds: SeedKind = "independent"
     """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or
     none. (Preset.)"""
-    tensor_parallel_size: int = Field(default=1, gt=0)
+    tensor_parallel_size: Count = 1
     """Devices per vLLM engine."""
-    num_engines: int | None = Field(default=None, gt=0)
+    num_engines: Count | None = None
     """None: one per tensor_parallel_size trainer devices on GPUs, one on a machine without GPUs."""
     gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
     """Share of each of its GPUs that an engine takes while it is awake."""
@@ -320,48 +351,50 @@ class RolloutConfig(Section):
     quantization: Quantization | None = None
     """Number format of the linear layers in the engines' language model, scaled as fp8.recipe says (block by block
     without one). Engines quantise the weights that they are sent. GPUs only."""
-    cpu_kv_cache_gib: float = Field(default=1.0, gt=0)
+    cpu_kv_cache_gib: Positive = 1.0
     """GiB for the KV cache of an engine on CPU."""
-    threads_per_engine: int | None = Field(default=None, gt=0)
+    threads_per_engine: Workers | None = None
     """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
-    max_num_seqs: int = Field(default=256, gt=0)
-    max_images_per_prompt: int = Field(default=8, gt=0)
+    max_num_seqs: int = Field(default=256, gt=0, le=8192)
+    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB."""
+    max_images_per_prompt: Count = 8
     """The most images that one prompt may have."""
     enforce_eager: bool = True
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: VerifyWeights = "first"
     """Weight syncs after which vLLM's checksums are compared with those of the weights sent to it."""
-    logprob_diff_bound: float = Field(default=0.05, gt=0)
+    logprob_diff_bound: Positive = 0.05
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
-    start_timeout_seconds: float = Field(default=600.0, gt=0)
+    start_timeout_seconds: Wait = 600.0
 
 
 class RewardConfig(Section):
-    reward_function: str = BUILT_IN_REWARD
+    reward_function: Text = BUILT_IN_REWARD
     """'mathruler', or `file.py:function` of yours."""
     reward_type: RewardType = "batch"
     """The call of a function of yours: with a list of all responses, or once per response."""
-    num_workers: int = Field(default=1, gt=0)
-    timeout_seconds: float = Field(default=10.0, gt=0)
-    """Time for one response. One that takes longer gets the reward zero and is counted."""
-    max_error_share: float = Field(default=1.0, gt=0, le=1)
+    num_workers: Workers = 1
+    timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
+    """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
+    up to 60 times as long, and Linux waits no longer than 24 days."""
+    max_error_share: ShareAboveZero = 1.0
     """Share of the rewards of one round of sampling that may fail: if as many fail, the run ends."""
 
 
 class TrainerConfig(Section):
-    project_name: str = "megatron_vppo"
-    experiment_name: str = "default"
-    runs_dir: str = "runs"
+    project_name: FolderName = "megatron_vppo"
+    experiment_name: FolderName = "default"
+    runs_dir: Text = "runs"
     seed: int = Field(default=1, ge=0, lt=2**32)
-    total_steps: int | None = Field(default=None, gt=0)
+    total_steps: Count | None = None
     """Training steps; None: total_epochs passes over the data."""
-    total_epochs: int = Field(default=2, gt=0)
+    total_epochs: Count = 2
     val_before_train: bool = True
-    val_freq: int = Field(default=5)
+    val_freq: int = Field(default=5, le=LARGEST_INT)
     """Steps between validations; -1: only before and after training."""
-    save_freq: int = Field(default=5)
+    save_freq: int = Field(default=5, le=LARGEST_INT)
     """Steps between checkpoints; -1: only the last step."""
-    save_limit: int = Field(default=1, gt=0)
+    save_limit: Count = 1
     """Checkpoints kept."""
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""

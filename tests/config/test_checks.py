@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vppo.config.checks import check_device, check_layout, problems_of
+from megatron_vppo.config.checks import check_device, check_layout, check_warmup, problems_of
 from megatron_vppo.config.schema import RunConfig
 
 
@@ -61,7 +61,6 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [1, 2, 1]}},
         ["pipeline_layers [1, 2, 1] describes 3 stages", "pipeline_model_parallel_size is 2"],
     ),
-    ({"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [4, 0]}}, ["[4, 0]", "at least 1"]),
     (
         {
             "parallel": {
@@ -120,6 +119,18 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
     ({"actor": {"optim": {"betas": [0.9, 1.0]}}}, ["betas is [0.9, 1.0]"]),
     ({"actor": {"optim": {"min_lr_ratio": 0.1}}}, ["min_lr_ratio 0.1 has no effect", "linear or cosine"]),
+    (
+        {"actor": {"optim": {"lr": 0.1, "weight_decay": 10}}},
+        ["actor.optim.lr 0.1 x weight_decay 10.0 = 1", "weight_decay below 10"],
+    ),
+    (
+        {"actor": {"optim": {"lr_warmup_steps": 11}}, "trainer": {"total_steps": 10}},
+        ["lr_warmup_steps 11", "10 steps", "at most 10"],
+    ),
+    ({"data": {"prompt_key": "answer"}}, ["data.prompt_key and data.answer_key are both 'answer'"]),
+    ({"data": {"image_key": "problem"}}, ["data.prompt_key and data.image_key are both 'problem'"]),
+    ({"data": {"image_key": "answer"}}, ["data.answer_key and data.image_key are both 'answer'"]),
+    ({"rollout": {"val": {"temperature": 0.001}}}, ["val.temperature is 0.001", "0 (greedy) or at least 0.01"]),
     ({"trainer": {"save_freq": 0}}, ["trainer.save_freq is 0"]),
     ({"trainer": {"val_freq": -2}}, ["trainer.val_freq is -2"]),
     ({"reward": {"reward_function": "mathruller"}}, ["reward_function is 'mathruller'", "file.py:function"]),
@@ -147,12 +158,21 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"algorithm": {"rollout_correction_cap": 2}},
     {"rollout": {"val": {"temperature": 0}}},
     {"trainer": {"save_freq": -1, "val_freq": -1}},
+    {"actor": {"optim": {"lr_warmup_steps": 10}}, "trainer": {"total_steps": 10}},
+    {"actor": {"optim": {"lr_warmup_steps": 1000}}},  # total_epochs: the number of steps is not known yet
     {"parallel": {"pipeline_model_parallel_size": 2, "pipeline_layers": [1, 3]}},
     {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}},
     {"model": {"freeze": ["vision_tower", "projector"]}},
     {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 48}},
     {"reward": {"reward_function": "my/grader.py:score"}},
 ]
+
+
+def test_the_steps_of_a_run_by_epochs_bound_its_warm_up() -> None:
+    config = config_of(actor={"optim": {"lr_warmup_steps": 8}})
+    check_warmup(config, total_steps=8)
+    with pytest.raises(ValueError, match="lr_warmup_steps 8 is more than the 7 steps of the run"):
+        check_warmup(config, total_steps=7)
 
 
 @pytest.mark.parametrize("sections", POSSIBLE, ids=str)

@@ -41,7 +41,7 @@ def test_defaults_file_and_overrides_in_that_order(write: Write) -> None:
     ("override", "section", "name", "value"),
     [
         ("actor.optim.lr=1e-6", ("actor", "optim"), "lr", 1e-6),
-        ("actor.optim.lr=3E5", ("actor", "optim"), "lr", 3e5),
+        ("actor.max_grad_norm=3E5", ("actor",), "max_grad_norm", 3e5),
         ("actor.optim.betas=[0.9, 0.95]", ("actor", "optim"), "betas", (0.9, 0.95)),
         ("algorithm.use_advantage_shaping=false", ("algorithm",), "use_advantage_shaping", False),
         ("data.val_files=null", ("data",), "val_files", None),
