@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 
+from megatron_vppo.config.ranges import LARGEST_INT
+
 
 def positive(text: str) -> int:
-    """Reads a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    """Reads a whole number of at least 1, and at most LARGEST_INT, as settings have them."""
+    if not text.isdecimal() or not 1 <= int(text) <= LARGEST_INT:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1 and at most {LARGEST_INT}")
     return int(text)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_vppo.cli.output import say
 from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import pixels_per_token, position_refusal
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import LayoutPlan, make_plan
@@ -47,7 +47,12 @@ def run_plan(options: argparse.Namespace) -> int:
 def _request(options: argparse.Namespace) -> PlanRequest:
     """Returns the request that the command line stands for, with the settings' defaults for what it leaves out."""
     hf_config = configuration_of(options.model)
-    default_image_tokens = DataConfig.model_fields["max_pixels"].default // _pixels_per_token(hf_config)
+    if refusal := position_refusal(hf_config, prompt=options.prompt_tokens, response=options.response_tokens):
+        raise ValueError(
+            f"--prompt-tokens {options.prompt_tokens} + --response-tokens {options.response_tokens} = {refusal}; lower "
+            "one of the two"
+        )
+    default_image_tokens = DataConfig.model_fields["max_pixels"].default // pixels_per_token(hf_config)
     return PlanRequest(
         hf_config,
         Cluster(gpus=options.gpus, gpu_bytes=options.gpu_memory, gpus_per_node=options.gpus_per_node),
@@ -65,11 +70,6 @@ def _request(options: argparse.Namespace) -> PlanRequest:
         frozen=frozenset(options.freeze),
         offload=frozenset(options.offload),
     )
-
-
-def _pixels_per_token(hf_config: HfConfig) -> int:
-    vision = hf_config.vision_config
-    return (vision.patch_size * vision.spatial_merge_size) ** 2
 
 
 # --- What is planned for ----------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _settings(best: Candidate, request: PlanRequest) -> Iterator[str]:
     yield "data:"
     yield f"  max_prompt_length: {workload.prompt_tokens}"
     yield f"  max_response_length: {workload.response_tokens}"
-    yield f"  max_pixels: {workload.image_tokens * _pixels_per_token(request.hf_config)}"
+    yield f"  max_pixels: {workload.image_tokens * pixels_per_token(request.hf_config)}"
 
 
 # --- Nothing fits -----------------------------------------------------------------------------------------------------

@@ -42,13 +42,9 @@ class ImageGeometry:
     def from_processor(
         cls, image_processor: Any, *, min_pixels: int, max_pixels: int, mode: ResizeMode
     ) -> ImageGeometry:
-        """Reads sizes of a Qwen-VL image processor of transformers. Raises ValueError for an empty budget."""
-        factor = image_processor.patch_size * image_processor.merge_size
-        if min_pixels > max_pixels or max_pixels < factor * factor:
-            raise ValueError(
-                f"data.min_pixels={min_pixels}, data.max_pixels={max_pixels}: need min <= max, and "
-                f"max >= {factor * factor} (one token of this model covers {factor}x{factor} pixels)"
-            )
+        """Reads sizes of a Qwen-VL image processor of transformers. Raises ValueError for a budget as check_budget."""
+        pixels_per_token = (image_processor.patch_size * image_processor.merge_size) ** 2
+        check_budget(min_pixels=min_pixels, max_pixels=max_pixels, mode=mode, pixels_per_token=pixels_per_token)
         return cls(
             patch_size=image_processor.patch_size,
             merge_size=image_processor.merge_size,
@@ -99,6 +95,32 @@ class ImageGeometry:
         factor = self.patch_size * self.merge_size
         new_height, new_width = smart_resize(height, width, factor=factor, min_pixels=min_pixels, max_pixels=max_pixels)
         return new_width, new_height
+
+
+def check_budget(*, min_pixels: int, max_pixels: int, mode: ResizeMode, pixels_per_token: int) -> None:
+    """Refuses a pixel budget that no image fits.
+
+    Args:
+        pixels_per_token: pixels of the square that becomes one token of the model.
+    """
+    if min_pixels > max_pixels or max_pixels < pixels_per_token:
+        side = math.isqrt(pixels_per_token)
+        raise ValueError(
+            f"data.min_pixels={min_pixels}, data.max_pixels={max_pixels}: need min <= max, and "
+            f"max >= {pixels_per_token} (one token of this model covers {side}x{side} pixels)"
+        )
+    fewest = least_tokens(min_pixels, pixels_per_token=pixels_per_token)
+    if mode == "smart" and fewest * pixels_per_token > max_pixels:
+        raise ValueError(
+            f"data.min_pixels={min_pixels}, data.max_pixels={max_pixels}: no multiple of {pixels_per_token} (the "
+            f"pixels of one token of this model) lies between them, so no image fits; set data.max_pixels to at least "
+            f"{fewest * pixels_per_token}"
+        )
+
+
+def least_tokens(min_pixels: int, *, pixels_per_token: int) -> int:
+    """Counts the tokens of the smallest image under 'smart', which enlarges every image to `min_pixels` at least."""
+    return -(-min_pixels // pixels_per_token)
 
 
 def _floor_scaled(width: int, height: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

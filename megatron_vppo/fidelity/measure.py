@@ -31,6 +31,7 @@ from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_scorer
+from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.sampling import train_sampling
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.weights.stream import hf_weights
@@ -67,9 +68,11 @@ def measure_fidelity(
         The contents of fidelity.json: figures by recipe, and what they were measured on.
 
     Raises:
-        ValueError: ends that a recipe does not take, a recipe that this machine cannot run, no prompt with an image.
+        ValueError: as `check_run`; ends that a recipe does not take, a recipe that this machine cannot run, no prompt
+            with an image.
     """
     config = _on_one_rank(config)
+    check_run(config, world_size=1, on_gpu=torch.cuda.is_available())
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=config.parallel.collective_timeout_seconds)
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)

@@ -1,4 +1,4 @@
-"""A model's configuration in transformers, and two values read from it."""
+"""A model's configuration in transformers, and what follows from it alone."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ VISION_TOKENS = (
 def vision_token_ids(hf_config: HfConfig) -> tuple[int, ...]:
     """Returns the ids of the tokens in VISION_TOKENS that the configuration has."""
     return tuple(token for name in VISION_TOKENS if (token := getattr(hf_config, name, None)) is not None)
+
+
+def position_refusal(hf_config: HfConfig, *, prompt: int, response: int) -> str | None:
+    """Says that a prompt and its response have more tokens than the model has positions; None: they fit."""
+    positions = hf_config.text_config.max_position_embeddings
+    if prompt + response <= positions:
+        return None
+    return f"{prompt + response} tokens, but the model has {positions} positions (max_position_embeddings)"
+
+
+def kv_bytes_per_token(hf_config: HfConfig, *, ranks: int, dtype_bytes: int) -> int:
+    """Counts the bytes of a token's keys and values on a rank of an engine, which holds at least one key-value head."""
+    text = hf_config.text_config
+    return 2 * text.num_hidden_layers * max(1, text.num_key_value_heads // ranks) * head_dim(text) * dtype_bytes
+
+
+def pixels_per_token(hf_config: HfConfig) -> int:
+    """Returns the pixels of the square of an image that becomes one token of the language model."""
+    vision = hf_config.vision_config
+    return (vision.patch_size * vision.spatial_merge_size) ** 2
 
 
 def vllm_split_refusal(hf_config: HfConfig, ranks: int) -> str | None:

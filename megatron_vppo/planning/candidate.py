@@ -89,7 +89,9 @@ class Cluster:
 
 
 def divisors(number: int) -> tuple[int, ...]:
-    return tuple(size for size in range(1, number + 1) if number % size == 0)
+    """Lists the divisors, rising."""
+    low = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return tuple(sorted({*low, *(number // size for size in low)}))
 
 
 @dataclass(frozen=True)

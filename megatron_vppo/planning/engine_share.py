@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
+from megatron_vppo.models.hf_config import HfConfig, kv_bytes_per_token, vllm_split_refusal
 from megatron_vppo.planning.activations import LanguageSizes
 from megatron_vppo.planning.candidate import DTYPE_BYTES, GIB, Candidate, Cluster, EngineShare, PlanRequest
-from megatron_vppo.planning.state import engine_weight_bytes, kv_bytes_per_token
+from megatron_vppo.planning.state import engine_weight_bytes
 
 ENGINE_RESERVE = 3 * GIB
 """An engine's own CUDA context, and the working memory of its longest prefill. An assumption, not a measurement."""
@@ -76,16 +76,9 @@ def engine_share(
     free = gpu_bytes - trainer.sampling_bytes
     buffers = 2 * max(TRANSFER_BUFFER, model.largest_tensor_bytes)
     utilization = min(MOST_UTILIZATION, math.floor(100 * free / gpu_bytes) / 100)
-    layer = model.language.layer
     for size in sizes:
         weights = engine_weight_bytes(model.parameters, tensor=size, dtype_bytes=DTYPE_BYTES)
-        per_token = kv_bytes_per_token(
-            layers=model.language.layers,
-            kv_heads=layer.kv_heads,
-            head_dim=layer.head_dim,
-            tensor=size,
-            dtype_bytes=DTYPE_BYTES,
-        )
+        per_token = kv_bytes_per_token(model.hf_config, ranks=size, dtype_bytes=DTYPE_BYTES)
         kv_cache = utilization * gpu_bytes - weights - ENGINE_RESERVE
         sequences = int(kv_cache / (per_token * request.workload.sequence_tokens))
         sync_fits = trainer.sync_bytes + weights + ENGINE_RESERVE + buffers <= gpu_bytes

@@ -30,8 +30,9 @@ from megatron_vppo.planning.candidate import (
     divisors,
 )
 from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_share, engine_sizes
-from megatron_vppo.planning.sizes import language_sizes, parameter_count, stage_values, vision_sizes
+from megatron_vppo.planning.sizes import language_sizes, stage_values, vision_sizes
 from megatron_vppo.planning.state import StageValues, state_bytes
+from megatron_vppo.weights.entries import parameter_count
 
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
 """All choices, in the order of their cost."""

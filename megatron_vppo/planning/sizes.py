@@ -10,7 +10,7 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.planning.activations import LanguageSizes, LayerSizes, VisionSizes
 from megatron_vppo.planning.state import StageValues
-from megatron_vppo.weights.entries import Entry, stage_entries, stream_entries
+from megatron_vppo.weights.entries import Entry, stage_entries
 
 
 def language_sizes(hf_config: HfConfig) -> LanguageSizes:
@@ -44,11 +44,6 @@ def vision_sizes(hf_config: HfConfig) -> VisionSizes:
     return VisionSizes(
         layer=layer, layers=vision.depth, patch_values=patch_values, taps=family.deepstack_layers(hf_config)
     )
-
-
-def parameter_count(entries: Sequence[Entry]) -> int:
-    """Counts the values of the whole model. A tied output layer is counted once, as the embedding."""
-    return sum(math.prod(shape) for entry in stream_entries(entries) for shape in entry.kind.hf_shapes())
 
 
 def stage_values(

@@ -74,8 +74,3 @@ def _round_up(number: int, multiple: int) -> int:
 def engine_weight_bytes(parameters: int, *, tensor: int, dtype_bytes: int) -> int:
     """Counts the bytes of weights on a rank of a vLLM engine, as if all were split evenly; norms and biases are not."""
     return -(-parameters // tensor) * dtype_bytes
-
-
-def kv_bytes_per_token(*, layers: int, kv_heads: int, head_dim: int, tensor: int, dtype_bytes: int) -> int:
-    """Counts the bytes of a token's keys and values on a rank of an engine, which holds at least one key-value head."""
-    return 2 * layers * max(1, kv_heads // tensor) * head_dim * dtype_bytes

@@ -9,6 +9,12 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, has_transformer_engine, recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 
+GIB = 2**30
+BFLOAT16_CAPABILITY = (8, 0)
+"""The first compute capability with bfloat16: that of the A100."""
+LEAST_RANK_BYTES = GIB // 4
+"""Memory of a trainer rank before it holds a model. Measured: 0.42 GiB of its own, after its imports."""
+
 
 def choose_backend(setting: BackendSetting, *, on_gpu: bool, dtype: Dtype) -> Backend:
     """Returns the backend that `model.backend` means on this machine, for a model of `model.dtype`.
@@ -75,6 +81,38 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
         backend=choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype),
         fp8=fp8_options(config),
     )
+
+
+def check_dtype(config: RunConfig, *, capability: tuple[int, int]) -> None:
+    """Refuses bfloat16 on GPUs without it; vLLM would, once it starts.
+
+    Args:
+        capability: the compute capability of the GPUs, such as (9, 0).
+    """
+    if config.model.dtype == "bfloat16" and capability < BFLOAT16_CAPABILITY:
+        needed, found = (".".join(map(str, version)) for version in (BFLOAT16_CAPABILITY, capability))
+        raise ValueError(
+            f"model.dtype=bfloat16 needs GPUs of compute capability {needed} (A100) or later, and these have {found}; "
+            "set model.dtype=float32"
+        )
+
+
+def check_host_memory(config: RunConfig, *, ranks: int, engines: int, total_bytes: int) -> None:
+    """Refuses more ranks and KV caches on CPU than the machine has memory for, however small the model is.
+
+    Args:
+        ranks: trainer ranks on this machine.
+        engines: the number of engines.
+        total_bytes: the machine's memory.
+    """
+    workers = engines * config.rollout.tensor_parallel_size
+    needed = ranks * LEAST_RANK_BYTES + workers * int(config.rollout.cpu_kv_cache_gib * GIB)
+    if needed > total_bytes:
+        raise ValueError(
+            f"{ranks} trainer ranks (parallel.*_size) of {LEAST_RANK_BYTES / GIB} GiB at least and the KV caches of "
+            f"{workers} engine workers (rollout.cpu_kv_cache_gib {config.rollout.cpu_kv_cache_gib:g} each) need "
+            f"{needed / GIB:.1f} GiB, but this machine has {total_bytes / GIB:.1f} GiB; lower one of them"
+        )
 
 
 def slower_without(backend: Backend) -> list[str]:

@@ -1,7 +1,8 @@
-"""The checks of a run that need no rank: devices, layout, model, files. They come before any process is started."""
+"""The checks of a run that need no rank: devices, layout, model, engines, files. No process is started before."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,12 +11,13 @@ from megatron_vppo.config.checks import check_device, check_layout, ranks_per_co
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.sources import check_source
 from megatron_vppo.models.families import family_of
-from megatron_vppo.models.hf_config import HfConfig, vllm_split_refusal
+from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.models.precision import check_fp8_model
+from megatron_vppo.setup.engine_limits import check_engines
 from megatron_vppo.setup.engines import num_engines
-from megatron_vppo.setup.hardware import model_options
+from megatron_vppo.setup.hardware import check_dtype, check_host_memory, model_options
 from megatron_vppo.setup.inputs import background_color
 from megatron_vppo.setup.model_folder import model_folder
 
@@ -24,8 +26,8 @@ def check_before_launch(config: RunConfig) -> int:
     """Checks a run and returns the number of local ranks to start.
 
     Raises:
-        ValueError: sizes that do not fit the devices, a layout that the model does not allow, or a missing file. The
-            message has the numbers.
+        ValueError: sizes that do not fit the devices or the machine's memory, or as `check_run`. The message has the
+            numbers.
     """
     parallel = config.parallel
     per_replica = ranks_per_copy(config)
@@ -38,20 +40,50 @@ def check_before_launch(config: RunConfig) -> int:
             f"GPUs, but this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun "
             "or srun"
         )
+    check_run(config, world_size=world_size, on_gpu=devices > 0)
+    if devices == 0:
+        check_host_memory(
+            config,
+            ranks=world_size,
+            engines=num_engines(config, world_size=world_size, on_cpu=True),
+            total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        )
+    return world_size
+
+
+def check_run(config: RunConfig, *, world_size: int, on_gpu: bool) -> None:
+    """Checks that `world_size` ranks and their engines can run the model, and that the files are there.
+
+    Ranks that torchrun or srun has started check it themselves, before their engines start.
+
+    Raises:
+        ValueError: a layout that the ranks, the model or the GPUs do not allow; settings that an engine would refuse;
+            or a missing file. The message has the settings, the numbers and what to set.
+    """
     check_layout(config, world_size)
-    check_device(config, on_cpu=devices == 0)
+    check_device(config, on_cpu=not on_gpu)
+    if on_gpu:
+        check_dtype(config, capability=torch.cuda.get_device_capability())
     hf_config = open_model_files(model_folder(config.model.path)).hf_config
-    family = family_of(hf_config)
+    _check_trainer(config, hf_config, on_gpu=on_gpu)
+    num_engines(config, world_size=world_size, on_cpu=not on_gpu)
+    gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else None
+    check_engines(config, hf_config, gpu_bytes=gpu_bytes)
+    _check_files(config)
+
+
+def _check_trainer(config: RunConfig, hf_config: HfConfig, *, on_gpu: bool) -> None:
+    """Refuses a split of the model that Megatron does not allow, and FP8 that the model or the machine does not."""
+    parallel = config.parallel
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)
     stage_layers(
         hf_config,
-        family=family,
+        family=family_of(hf_config),
         pipeline=parallel.pipeline_model_parallel_size,
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
     )
-    check_positions(config, hf_config)
-    options = model_options(config, on_gpu=devices > 0)
+    options = model_options(config, on_gpu=on_gpu)
     if options.fp8 is not None:
         check_fp8_model(
             hf_config,
@@ -59,25 +91,6 @@ def check_before_launch(config: RunConfig) -> int:
             tensor=parallel.tensor_model_parallel_size,
             pipeline=parallel.pipeline_model_parallel_size,
             backend=options.backend,
-        )
-    num_engines(config, world_size=world_size, on_cpu=devices == 0)
-    size = config.rollout.tensor_parallel_size
-    if refusal := vllm_split_refusal(hf_config, size):
-        raise ValueError(
-            f"rollout.tensor_parallel_size={size}: vLLM cannot split {refusal} over {size} ranks; lower it"
-        )
-    _check_files(config)
-    return world_size
-
-
-def check_positions(config: RunConfig, hf_config: HfConfig) -> None:
-    """Refuses prompts and responses that are longer together than the model has positions; vLLM would do so later."""
-    prompt, response = config.data.max_prompt_length, config.data.max_response_length
-    positions = hf_config.text_config.max_position_embeddings
-    if prompt + response > positions:
-        raise ValueError(
-            f"data.max_prompt_length {prompt} + data.max_response_length {response} = {prompt + response} tokens, but "
-            f"the model has {positions} positions (max_position_embeddings); lower one of the two"
         )
 
 

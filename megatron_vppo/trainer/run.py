@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vppo.algorithm.types import Prompt
+from megatron_vppo.config.checks import check_warmup
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
@@ -29,6 +30,7 @@ from megatron_vppo.setup.hardware import slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
+from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.trainer.checkpointer import Checkpointer
@@ -57,6 +59,7 @@ def run_training(config: RunConfig, *, say: Say) -> None:
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
+    check_run(config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
     folder = RunFolder.of(config.trainer)
     source = model_folder(config.model.path)
     with _open_run(config, layout, folder, source, say) as run:
@@ -155,7 +158,9 @@ def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
             f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
             f"{config.data.train_files}; lower it"
         )
-    return config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
+    total_steps = config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
+    check_warmup(config, total_steps=total_steps)
+    return total_steps
 
 
 def _reward_pool(config: RunConfig) -> RewardPool:

@@ -6,6 +6,7 @@ engines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -74,3 +75,8 @@ def stage_entries(entries: Iterable[Entry], *, stage_layers: Sequence[int], stag
 def stream_entries(entries: Iterable[Entry]) -> list[Entry]:
     """Selects the entries of an export: every tensor once, in the order of the model."""
     return [entry for entry in entries if not entry.is_copy]
+
+
+def parameter_count(entries: Iterable[Entry]) -> int:
+    """Counts the values of the whole model. A tied output layer is counted once, as the embedding."""
+    return sum(math.prod(shape) for entry in stream_entries(entries) for shape in entry.kind.hf_shapes())

@@ -79,6 +79,12 @@ def test_the_settings_of_the_best_layout_are_a_configuration(
     assert (config.data.max_prompt_length, config.data.max_response_length) == (4096, 2048)
 
 
+def test_a_plan_for_more_tokens_than_the_model_has_positions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*EXAMPLE, "--prompt-tokens", "120000", "--response-tokens", "8001"]) == 2
+    error = capsys.readouterr().err
+    assert "--prompt-tokens 120000 + --response-tokens 8001 = 128001 tokens, but the model has 128000" in error
+
+
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     out = printed(capsys, "plan", "--model", "qwen2.5-vl-72b", "--gpus", "16", "--gpu-memory", "80", status=1)
     assert "Nothing fits" in out and not rows_of(out)
@@ -187,6 +193,9 @@ def test_numbers_that_are_none(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["plan", "--model", "qwen3-vl-2b", "--gpus", "0", "--gpu-memory", "80"])
     assert "--gpus: 0 is not a whole number of at least 1" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", "--model", "qwen2.5-vl-7b", "--gpus", "2147483648", "--gpu-memory", "80"])
+    assert "2147483648 is not a whole number of at least 1 and at most 2147483647" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("memory", ["0", "-1", "0.0", "nan", "inf", "1e300", "80G"])

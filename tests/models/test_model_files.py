@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from megatron_vppo.cli.main import main
 from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.models.model_files import check_what_is_there, open_model_files
 from megatron_vppo.planning.published import configuration_of
+from tests.models.whole import save_whole_folder
 
 TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "7"}]}]
 
@@ -24,8 +24,7 @@ TURN = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text":
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
-    processor = make_processor()
-    save_checkpoint(make_model(make_config(processor.tokenizer), seed=3), processor, folder)
+    save_whole_folder(folder)
     return folder
 
 

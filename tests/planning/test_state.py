@@ -17,8 +17,9 @@ from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
-from megatron_vppo.planning.sizes import parameter_count, stage_values
-from megatron_vppo.planning.state import StateBytes, engine_weight_bytes, kv_bytes_per_token, state_bytes
+from megatron_vppo.planning.sizes import stage_values
+from megatron_vppo.planning.state import StateBytes, engine_weight_bytes, state_bytes
+from megatron_vppo.weights.entries import parameter_count
 from tests.gloo import run_gloo
 from tests.models.tiny import tiny_config, tiny_qwen3_config
 
@@ -164,7 +165,5 @@ def test_numbers_by_hand() -> None:
     assert parameter_count(entries) > sum(values.buckets[0])
 
 
-def test_engine_numbers_by_hand() -> None:
+def test_engine_weights_by_hand() -> None:
     assert engine_weight_bytes(7_000_001, tensor=2, dtype_bytes=2) == 7_000_002
-    assert kv_bytes_per_token(layers=28, kv_heads=4, head_dim=128, tensor=2, dtype_bytes=2) == 2 * 28 * 2 * 128 * 2
-    assert kv_bytes_per_token(layers=28, kv_heads=4, head_dim=128, tensor=8, dtype_bytes=2) == 2 * 28 * 1 * 128 * 2

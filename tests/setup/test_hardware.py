@@ -10,7 +10,15 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.layers import te_support
 from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.setup import hardware
-from megatron_vppo.setup.hardware import check_fp8_hardware, choose_backend, fp8_options, model_options, slower_without
+from megatron_vppo.setup.hardware import (
+    check_dtype,
+    check_fp8_hardware,
+    check_host_memory,
+    choose_backend,
+    fp8_options,
+    model_options,
+    slower_without,
+)
 
 
 def config_with(**sections: Any) -> RunConfig:
@@ -71,6 +79,25 @@ def test_fp8_wants_transformer_engine_and_bfloat16(monkeypatch: pytest.MonkeyPat
     single = config_with(fp8={"recipe": "tensorwise"}, model={"path": "m", "dtype": "float32"})
     with pytest.raises(ValueError, match="bfloat16, not float32"):
         check_fp8_hardware(single, on_gpu=True)
+
+
+def test_bfloat16_needs_a_chip_that_has_it() -> None:
+    """vLLM's own bound (`CudaPlatform.check_if_supports_dtype`)."""
+    config = config_with()
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0)):
+        check_dtype(config, capability=capability)
+    with pytest.raises(ValueError, match=r"compute capability 8\.0 \(A100\) or later, and these have 7\.5; set"):
+        check_dtype(config, capability=(7, 5))
+    check_dtype(config_with(model={"path": "m", "dtype": "float32"}), capability=(7, 0))
+
+
+def test_a_machine_without_memory_for_the_ranks_and_caches() -> None:
+    config = config_with(rollout={"cpu_kv_cache_gib": 1.5, "tensor_parallel_size": 2})
+    check_host_memory(config, ranks=4, engines=1, total_bytes=4 * 2**30)  # 4 x 0.25 + 2 x 1.5
+    with pytest.raises(ValueError, match=r"5 trainer ranks .* 2 engine workers .* need 4\.2 GiB, .* has 4\.0 GiB"):
+        check_host_memory(config, ranks=5, engines=1, total_bytes=4 * 2**30)
+    with pytest.raises(ValueError, match=r"4 engine workers .* need 7\.0 GiB"):
+        check_host_memory(config, ranks=4, engines=2, total_bytes=4 * 2**30)
 
 
 def test_fp8_that_no_phase_uses_is_none() -> None:

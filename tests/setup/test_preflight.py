@@ -1,21 +1,49 @@
-"""Settings that a model refuses are refused before anything starts."""
+"""The checks before any process starts, in the order in which a run needs what they check."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.setup.preflight import check_positions
-from tests.models.tiny import tiny_config
+from megatron_vppo.setup.preflight import check_run
+from tests.models.whole import save_whole_folder
 
 
-def config_of(prompt: int, response: int) -> RunConfig:
-    data = {"train_files": "x", "max_prompt_length": prompt, "max_response_length": response}
-    return RunConfig.model_validate({"data": data, "model": {"path": "m"}})
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_whole_folder(tmp_path / "model")
+    (tmp_path / "rows.jsonl").touch()
+    return tmp_path
 
 
-def test_a_sequence_has_to_fit_the_models_positions() -> None:
-    model = tiny_config(tied=True, vocab=299, max_position_embeddings=4096)
-    check_positions(config_of(3000, 1096), model)
-    with pytest.raises(ValueError, match=r"max_prompt_length 3000 \+ .* 1097 = 4097 tokens, .* has 4096 positions"):
-        check_positions(config_of(3000, 1097), model)
+def config_of(folder: Path, **sections: dict[str, Any]) -> RunConfig:
+    lengths = {"max_prompt_length": 300, "max_response_length": 20}
+    data = {"train_files": str(folder / "rows.jsonl"), **lengths, **sections.pop("data", {})}
+    model = {"path": str(folder / "model"), "dtype": "float32"}
+    return RunConfig.model_validate({"data": data, "model": model, **sections})
+
+
+def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None:
+    check_run(config_of(folder), world_size=2, on_gpu=False)
+    pipeline = {"pipeline_model_parallel_size": 4}
+    check_run(config_of(folder, parallel=pipeline), world_size=4, on_gpu=False)
+    with pytest.raises(ValueError, match="4 ranks per model copy does not divide 2 ranks"):
+        check_run(config_of(folder, parallel=pipeline), world_size=2, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"rollout": {"weight_transfer": "ipc"}}, "rollout.weight_transfer is ipc"),
+        ({"parallel": {"tensor_model_parallel_size": 4}}, "6 attention heads"),
+        ({"rollout": {"num_engines": 5}}, "rollout.num_engines=5"),
+        ({"rollout": {"top_k": 300}}, "rollout.top_k 300"),
+        ({"data": {"val_files": "no.jsonl"}}, r"no\.jsonl does not exist"),
+    ],
+)
+def test_every_part_is_checked(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_run(config_of(folder, **sections), world_size=4, on_gpu=False)
