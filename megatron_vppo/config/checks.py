@@ -288,6 +288,16 @@ def check_intervals(config: RunConfig) -> None:
             raise ValueError(f"trainer.{name} is {value}; set a number of steps of at least 1, or -1")
 
 
+def check_resume(config: RunConfig) -> None:
+    """Refuses a step to go on from in a run that must not go on."""
+    step = config.trainer.resume_step
+    if step is not None and not config.trainer.resume:
+        raise ValueError(
+            f"trainer.resume_step {step} has no effect with trainer.resume=false; leave it out, or set "
+            "trainer.resume=true"
+        )
+
+
 def check_reward(config: RunConfig) -> None:
     """Refuses a name that is neither the built-in grader's nor a function with its file."""
     name = config.reward.reward_function
@@ -313,6 +323,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_optimizer,
     check_warmup,
     check_intervals,
+    check_resume,
     check_reward,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

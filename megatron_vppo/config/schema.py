@@ -399,7 +399,9 @@ class TrainerConfig(Section):
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
     resume: bool = True
-    """Go on from the newest complete checkpoint of the run folder."""
+    """Go on from a checkpoint of the run folder, if there is one. If false, a folder that has one is refused."""
+    resume_step: Count | None = None
+    """The step whose checkpoint to go on from; later checkpoints are set aside. None: the newest one."""
     save_rollouts: bool = True
     loggers: tuple[LoggerService, ...] = ()
     """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from megatron_vppo.conversion.places import StoredBlock, StoredEntry
-from megatron_vppo.weights.dist_metadata import check_stored, read_metadata
-from megatron_vppo.weights.finite import check_finite
+from megatron_vppo.weights.dist_metadata import DamagedCheckpoint, check_stored, one_line, place_of, read_metadata
+from megatron_vppo.weights.dist_records import check_records
+from megatron_vppo.weights.finite import non_finite
 from megatron_vppo.weights.kinds import Shape
 
 OPTIMIZER = "optimizer."
@@ -77,6 +79,14 @@ class StoredWeights:
                 "config.json belong to these weights?"
             )
 
+    def check_records(self, known: Collection[str]) -> None:
+        """Checks the records of these tensors, see `check_records`.
+
+        Raises:
+            DamagedCheckpoint: one is damaged.
+        """
+        check_records(self._path, self._metadata, known)
+
     def row_ranges(self, block: StoredBlock, *, num_bytes: int) -> list[tuple[int, int]]:
         """Divides the parameter's rows in this block into ranges of about `num_bytes`.
 
@@ -101,11 +111,11 @@ class StoredWeights:
         """Reads the parameter's rows `low` to `high`, which lie in this block.
 
         Raises:
-            ValueError: a file is damaged, or the rows hold NaN or infinity.
+            DamagedCheckpoint: a file is damaged, or a value is NaN or infinite.
         """
-        found = self._described(block.key)
+        described = self._described(block.key)
         offset, sizes = block.region(low, high)
-        target = torch.empty(sizes, dtype=found.properties.dtype)
+        target = torch.empty(sizes, dtype=described.properties.dtype)
         items = [
             ReadItem(
                 type=LoadItemType.TENSOR,
@@ -117,11 +127,13 @@ class StoredWeights:
             )
             for start, lengths, chunk in self._overlaps(block, offset, sizes)
         ]
+        where = partial(place_of, self._path, self._metadata, block.key, offset, sizes, stacked=block.stacked)
         try:
             self._reader.read_data(LoadPlan(items), _Into(target))
         except Exception as error:  # whatever bytes are there: torch.load may raise anything
-            raise ValueError(f"{block.key} in {self._path} cannot be read: {error}") from error
-        check_finite(target, name=block.key, where=self._path)
+            raise DamagedCheckpoint(f"{where()} cannot be read: {one_line(error)}") from error
+        if found := non_finite(target):
+            raise DamagedCheckpoint(f"{where()} holds {found}")
         return target.reshape(sizes[block.stacked :])
 
     def _described(self, key: str) -> TensorStorageMetadata:

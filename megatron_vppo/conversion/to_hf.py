@@ -39,8 +39,8 @@ def megatron_to_hf(
         processes: the number of processes that share the work; each needs memory of its own.
 
     Raises:
-        ValueError: the checkpoint is incomplete or that of another model, the target exists, or the disk is full.
-            Nothing is left under the target's name.
+        ValueError: the checkpoint is damaged, holds NaN or is that of another model, the target exists, or the disk is
+            full. Nothing is left under the target's name.
     """
     if not (checkpoint / DIST_CKPT).is_dir():
         raise ValueError(
@@ -53,6 +53,7 @@ def megatron_to_hf(
     weights = StoredWeights(checkpoint / DIST_CKPT)
     weights.check_keys(catalogue.keys)
     dtypes = [weights.check(stored) for stored in catalogue.entries]
+    weights.check_records(catalogue.keys)
     if dtype is not None:
         dtypes = [dtype] * len(dtypes)
     shapes = [

@@ -17,6 +17,7 @@ from megatron_vppo.conversion.read_ahead import PIECE_BYTES, read_ahead
 from megatron_vppo.observability.byte_progress import ByteProgress
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
 from megatron_vppo.weights.hf_folder import FileTensor, HfFolder
+from megatron_vppo.weights.load import check_dist_ckpt
 
 _BITS = {2: torch.int16, 4: torch.int32}
 
@@ -85,6 +86,7 @@ _Compare = Callable[[StoredEntry, tuple[FileTensor, ...]], Iterator[_Pair]]
 
 
 def _stored_side(dist_ckpt: Path, catalogue: Catalogue) -> _Compare:
+    check_dist_ckpt(dist_ckpt)
     weights = StoredWeights(dist_ckpt)
     weights.check_keys(catalogue.keys)
     for stored in catalogue.entries:

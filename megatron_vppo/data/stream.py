@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.data.prompts import PromptSet
+from megatron_vppo.system.records import Record, parse_record
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +22,16 @@ class StreamPosition:
     epoch: int
     offset: int
     """The number of prompts of this epoch that were handed out."""
+
+
+class SavedPosition(Record):
+    """A place in the order of prompts as a checkpoint keeps it, with the data, seed and shuffling it is valid for."""
+
+    epoch: int = Field(ge=0)
+    offset: int = Field(ge=0)
+    seed: int
+    shuffle: bool
+    num_prompts: int
 
 
 class PromptStream:
@@ -49,19 +62,28 @@ class PromptStream:
         return [self._prompts[int(i)] for i in self._order[start : start + k]]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the position as plain numbers, with the data, seed and shuffling that it is valid for."""
+        """Returns the position as plain numbers: the fields of SavedPosition."""
         return {"epoch": self.position.epoch, "offset": self.position.offset, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where `state_dict` was taken. Raises ValueError if the data, seed or shuffling differ."""
+    def check(self, saved: SavedPosition) -> None:
+        """Raises ValueError if the position is one of other data, of another seed or of another shuffling."""
+        written = saved.model_dump()
         for name, value in self._identity().items():
-            if state[name] != value:
+            if written[name] != value:
                 raise ValueError(
-                    f"the checkpoint's data position is for {name}={state[name]}, this run has {name}={value}: "
+                    f"the checkpoint's data position is for {name}={written[name]}, this run has {name}={value}: "
                     "resume with the data, data.shuffle and trainer.seed it was made with, or set another "
                     "trainer.experiment_name"
                 )
-        self._move_to(StreamPosition(state["epoch"], state["offset"]))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises ValueError if it is no position, or if the data, seed or shuffling differ.
+        """
+        saved = parse_record(SavedPosition, state)
+        self.check(saved)
+        self._move_to(StreamPosition(saved.epoch, saved.offset))
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self._seed, "shuffle": self._shuffle, "num_prompts": len(self._prompts)}

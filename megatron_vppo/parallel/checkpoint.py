@@ -10,10 +10,11 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,30 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_vppo.parallel.checkpoint_fit import check_fits, check_loaded_optimizer, check_loaded_weights
+from megatron_vppo.parallel.checkpoint_folder import (
+    STATE,
+    SavedSizes,
+    check_whole,
+    checkpoint_steps,
+    read_state,
+    step_folder,
+)
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
 from megatron_vppo.parallel.training import Trainable
+from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.system.processes import die_with_parent
 from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder
+from megatron_vppo.weights.dist_metadata import DIST_CKPT, naming
+from megatron_vppo.weights.load import load_sharded
 from megatron_vppo.weights.residence import require_resident
 
 LATEST = "latest_checkpointed_iteration.txt"
-STATE = "trainer_state.json"
 _METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
 """With it, weights load under any layout, and optimizer state under the same tensor and pipeline sizes and any
 data-parallel size. Megatron's other format, 'fully_reshardable', corrupts the state if there is padding between
 parameters (its own warning says so; seen in 0.16.1 with two pipeline stages)."""
-
-
-def latest_step(folder: Path) -> int | None:
-    """Returns the newest complete checkpoint in `folder`, found from the folders themselves; None if there is none."""
-    steps = [step for step in _steps(folder) if (folder / f"global_step_{step}" / STATE).is_file()]
-    return max(steps, default=None)
 
 
 def save_checkpoint(
@@ -60,18 +66,19 @@ def save_checkpoint(
         ValueError: the folder cannot be made, another run is writing it, or the disk is full.
     """
     require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
-    with _filled_by_all_ranks(folder / f"global_step_{step}", layout) as unfinished:
+    with _filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
         _use_result_queue_of_ours()
         _allocate_adam_state(trainable)  # no step may have had anything to train on yet
-        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / "dist_ckpt"))
+        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / DIST_CKPT))
         if layout.rank == 0:
-            (unfinished / STATE).write_text(json.dumps({"step": step, **_sizes(trainable, layout), **state}, indent=1))
+            sizes = _sizes(trainable, layout).model_dump()
+            (unfinished / STATE).write_text(json.dumps({"step": step, **sizes, **state}, indent=1))
     if layout.rank == 0:
         with whole_file(folder / LATEST) as file:
             file.write(str(step).encode())
-        older = sorted(other for other in _steps(folder) if other < step)
+        older = [other for other in checkpoint_steps(folder) if other < step]
         for old in older[: max(0, len(older) - (keep - 1))]:  # this one is kept too
-            remove_folder(folder / f"global_step_{old}")
+            remove_folder(step_folder(folder, old))
         for leftover in folder.glob(".global_step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     dist.barrier()
@@ -83,7 +90,7 @@ def _filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
     with ExitStack() as on_rank_zero:
         if layout.rank == 0:
             unfinished = on_rank_zero.enter_context(whole_folder(target, replace=True))
-            (unfinished / "dist_ckpt").mkdir()
+            (unfinished / DIST_CKPT).mkdir()
         dist.barrier()  # the folder is there
         yield unfinished_folder(target)
         dist.barrier()  # every rank has written its files, and rank 0 may rename the folder
@@ -93,24 +100,56 @@ def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: La
     """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks.
 
     Raises:
-        ValueError: the checkpoint was written with other sizes, stages, frozen parts, vision split or backend.
+        ValueError: see `check_checkpoint`; until then nothing is loaded.
+        DamagedCheckpoint: a weight or the optimizer's state that was loaded holds NaN or infinity.
     """
-    source = folder / f"global_step_{step}"
-    state: dict[str, Any] = json.loads((source / STATE).read_text())
-    present = _sizes(trainable, layout)
-    written = {name: state.pop(name) for name in present if name in state}
-    if any(present[name] != value for name, value in written.items()):
+    state = check_checkpoint(folder, step=step, trainable=trainable, layout=layout)
+    dist_ckpt = step_folder(folder, step) / DIST_CKPT
+    loaded = load_sharded(_sharded_state(trainable, layout, is_loading=True), dist_ckpt)
+    for stage, key in zip(trainable.stages, _model_keys(trainable), strict=True):
+        stage.load_state_dict(loaded[key])
+    on_every_rank(partial(check_loaded_weights, trainable, dist_ckpt))
+    if trainable.trains_here:
+        _load_optimizer(trainable, loaded["optimizer"])
+    on_every_rank(partial(check_loaded_optimizer, trainable, dist_ckpt))
+    _set_rng_state(loaded["rng"])
+    return {name: value for name, value in state.items() if name not in SavedSizes.model_fields}
+
+
+def check_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
+    """Checks that `global_step_{step}` can be loaded, and loads nothing of it; a collective over all ranks.
+
+    Returns:
+        Its STATE.
+
+    Raises:
+        DamagedCheckpoint: something is missing or damaged; names the file.
+        ValueError: the checkpoint was written with other sizes, stages, frozen parts, vision split or backend, or of
+            another model; or this rank does not see it. All ranks raise the same.
+    """
+    state = on_every_rank(partial(_check_state, folder, step, trainable, layout))
+    _allocate_adam_state(trainable)
+    sharded = _sharded_state(trainable, layout, is_loading=True)
+    on_every_rank(partial(check_fits, step_folder(folder, step) / DIST_CKPT, sharded))
+    return state
+
+
+def _check_state(folder: Path, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
+    source = step_folder(folder, step)
+    with naming(source):
+        if layout.rank > 0 and not source.is_dir():
+            raise ValueError(
+                f"{source} is there for rank 0, but not for rank {layout.rank} on {socket.gethostname()}; set "
+                "trainer.runs_dir to a folder that all machines share"
+            )
+    state = check_whole(folder, step) if layout.rank == 0 else read_state(folder, step)
+    present = _sizes(trainable, layout).model_dump()
+    written = {name: state[name] for name in present}
+    if written != present:
         raise ValueError(
             f"{source} was written with {written}, this run has {present}; set the same to continue, or another "
             "trainer.experiment_name to start from the beginning"
         )
-    _allocate_adam_state(trainable)
-    loaded = dist_checkpointing.load(_sharded_state(trainable, layout, is_loading=True), str(source / "dist_ckpt"))
-    for stage, key in zip(trainable.stages, _model_keys(trainable), strict=True):
-        stage.load_state_dict(loaded[key])
-    if trainable.trains_here:
-        _load_optimizer(trainable, loaded["optimizer"])
-    _set_rng_state(loaded["rng"])
     return state
 
 
@@ -125,17 +164,16 @@ def _use_result_queue_of_ours() -> None:
         filesystem_async._results_queue = manager.Queue()
 
 
-def _sizes(trainable: Trainable, layout: Layout) -> dict[str, Any]:
-    """Returns the facts that decide how the optimizer's state is laid out, under the names of the settings."""
+def _sizes(trainable: Trainable, layout: Layout) -> SavedSizes:
     model = trainable.stages[0]
-    return {
-        "tensor_model_parallel_size": layout.tensor,
-        "pipeline_model_parallel_size": layout.pipeline,
-        "pipeline_layers": list(model.stage_layers),
-        "vision_split": layout.vision_split,
-        "freeze": sorted(trainable.frozen),
-        "backend": model.parts.name,
-    }
+    return SavedSizes(
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_layers=list(model.stage_layers),
+        vision_split=layout.vision_split,
+        freeze=sorted(trainable.frozen),
+        backend=model.parts.name,
+    )
 
 
 def _model_keys(trainable: Trainable) -> list[str]:
@@ -219,8 +257,3 @@ def _set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-
-
-def _steps(folder: Path) -> list[int]:
-    names = (re.fullmatch(r"global_step_(\d+)", path.name) for path in folder.glob("global_step_*"))
-    return [int(match[1]) for match in names if match]

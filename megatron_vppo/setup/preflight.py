@@ -20,14 +20,15 @@ from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import check_dtype, check_host_memory, model_options
 from megatron_vppo.setup.inputs import background_color
 from megatron_vppo.setup.model_folder import model_folder
+from megatron_vppo.setup.resume import check_resume
 
 
 def check_before_launch(config: RunConfig) -> int:
     """Checks a run and returns the number of local ranks to start.
 
     Raises:
-        ValueError: sizes that do not fit the devices or the machine's memory, or as `check_run`. The message has the
-            numbers.
+        ValueError: sizes that do not fit the devices or the machine's memory, a damaged checkpoint, or as `check_run`.
+            The message has the numbers.
     """
     parallel = config.parallel
     per_replica = ranks_per_copy(config)
@@ -41,6 +42,7 @@ def check_before_launch(config: RunConfig) -> int:
             "or srun"
         )
     check_run(config, world_size=world_size, on_gpu=devices > 0)
+    check_resume(config.trainer)
     if devices == 0:
         check_host_memory(
             config,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+
+import torch.distributed as dist
 
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream
-from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
+from megatron_vppo.setup.resume import chosen_step, saved_position, with_way_out
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.system.agreement import on_every_rank
 
 
 @dataclass(frozen=True)
@@ -25,15 +31,20 @@ class Checkpointer:
     """The order of the prompts, on rank 0; None elsewhere."""
 
     def resume(self) -> int:
-        """Loads the newest complete checkpoint and returns its step; 0 if there is none.
+        """Loads the newest checkpoint, or that of trainer.resume_step, and returns its step; 0 if there is none.
 
-        Raises ValueError if there is one and trainer.resume=false.
+        Raises:
+            ValueError: there is one and trainer.resume=false; there is none of trainer.resume_step; or it is damaged
+                or does not fit the run. The message then names another one that is whole. All ranks raise the same.
         """
-        step = from_rank_zero(self._newest)
+        listed = on_every_rank(self._list_on_rank_zero)
+        steps = from_rank_zero(lambda: listed)
+        step = chosen_step(self.config, self.folder, steps)
         if step:
-            state = load_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
-            if self.stream is not None:
-                self.stream.load_state_dict(state["data"])
+            try:
+                self._load(step)
+            except ValueError as error:
+                raise with_way_out(error, step, steps, self._check) from error
         return step
 
     def save(self, step: int) -> None:
@@ -47,11 +58,21 @@ class Checkpointer:
             keep=self.config.save_limit,
         )
 
-    def _newest(self) -> int:
-        newest = latest_step(self.folder.checkpoints)
-        if newest is not None and not self.config.resume:
-            raise ValueError(
-                f"trainer.resume=false, but {self.folder.root} holds the checkpoint of step {newest}, which a new run "
-                "would mix with its own; set another trainer.experiment_name, or remove the folder"
-            )
-        return newest or 0
+    def _list_on_rank_zero(self) -> list[int]:
+        return checkpoint_steps(self.folder.checkpoints) if dist.get_rank() == 0 else []
+
+    def _load(self, step: int) -> None:
+        on_every_rank(partial(self._move_stream, step))
+        load_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
+
+    def _check(self, step: int) -> None:
+        on_every_rank(partial(self._check_stream, step))
+        check_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
+
+    def _move_stream(self, step: int) -> None:
+        if self.stream is not None:
+            self.stream.load_state_dict(saved_position(self.folder, step).model_dump())
+
+    def _check_stream(self, step: int) -> None:
+        if self.stream is not None:
+            self.stream.check(saved_position(self.folder, step))

@@ -20,6 +20,7 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
+from megatron_vppo.parallel.checkpoint_folder import set_aside_after
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
@@ -113,6 +114,8 @@ def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path
                 f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
                 "another trainer.experiment_name"
             )
+        if is_writer:
+            _pass_over_later_checkpoints(folder, start_step, say)
         log = _open_log(config, layout, folder, start_step=start_step, total_steps=total_steps)
         stack.callback(log.close)
         if not on_gpus:
@@ -182,6 +185,15 @@ def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -
         engines_sleep=engine.sleeps,
         barrier=dist.barrier,
     )
+
+
+def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -> None:
+    """Sets aside what trainer.resume_step does not go on from. The loop saves checkpoints of the same steps again."""
+    if aside := set_aside_after(folder.checkpoints, start_step):
+        say(
+            f"goes on from step {start_step}; later checkpoints are set aside, to be deleted by you: "
+            f"{', '.join(map(str, aside))}. Leave trainer.resume_step out at the next start"
+        )
 
 
 def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_step: int, total_steps: int) -> RunLog:

@@ -7,13 +7,18 @@ may safely read it again.
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pickle
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_vppo.weights.kinds import Shape, padded_vocabulary
 
@@ -39,6 +44,30 @@ _ALLOWED = {
 the plans of its writers in the same file."""
 
 
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is incomplete or damaged: no setting makes it usable."""
+
+
+@contextmanager
+def naming(path: Path, *, missing: str | None = None) -> Iterator[None]:
+    """Turns a failure of the system to read `path` into a DamagedCheckpoint with its name.
+
+    Args:
+        missing: the whole message if the file is not there.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DamagedCheckpoint(missing or f"{path} is missing; the checkpoint is incomplete") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its kind if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
@@ -50,33 +79,41 @@ def read_metadata(dist_ckpt: Path) -> Metadata:
     """Reads which tensors a distributed checkpoint holds, and where.
 
     Raises:
-        ValueError: it is not a distributed checkpoint, is incomplete, or its description would execute something.
+        DamagedCheckpoint: it is not a distributed checkpoint, is incomplete, or its description would execute
+            something.
     """
     _check_backend(dist_ckpt)
     path = dist_ckpt / ".metadata"
-    if not path.is_file():
-        raise ValueError(f"{dist_ckpt} lacks .metadata: the checkpoint is incomplete")
-    with path.open("rb") as file:
-        try:
-            metadata = _Reader(file).load()
-        except Exception as error:  # whatever bytes are there: a broken pickle may raise anything
-            raise ValueError(f"{path} is not the description of a checkpoint and was not loaded: {error}") from error
-    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
-        raise ValueError(f"{path} is not the description of a checkpoint")
-    _check_files(dist_ckpt, metadata)
+    with naming(path, missing=f"{dist_ckpt} lacks .metadata: the checkpoint is incomplete"):
+        data = path.read_bytes()
+    try:
+        metadata = _Reader(io.BytesIO(data)).load()
+        if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+            raise DamagedCheckpoint(f"{path} is not the description of a checkpoint")
+        _check_files(dist_ckpt, metadata)
+        for key, stored in metadata.state_dict_metadata.items():
+            _check_pieces(path, key, stored, metadata)
+    except DamagedCheckpoint:
+        raise
+    except Exception as error:  # whatever bytes are there: a broken pickle, and what came out of it, may raise anything
+        reason = one_line(error)
+        raise DamagedCheckpoint(
+            f"{path} is not the description of a checkpoint and was not loaded: {reason}"
+        ) from error
     return metadata
 
 
 def _check_backend(dist_ckpt: Path) -> None:
     path = dist_ckpt / "metadata.json"
-    if not path.is_file():
-        raise ValueError(f"{dist_ckpt} lacks metadata.json: it is not a distributed checkpoint, or an incomplete one")
+    absent = f"{dist_ckpt} lacks metadata.json: it is not a distributed checkpoint, or an incomplete one"
+    with naming(path, missing=absent):
+        text = path.read_bytes()
     try:
-        backend = json.loads(path.read_text())["sharded_backend"]
+        backend = json.loads(text)["sharded_backend"]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not that of a distributed checkpoint") from error
+        raise DamagedCheckpoint(f"{path} is not that of a distributed checkpoint") from error
     if backend != BACKEND:
-        raise ValueError(f"{path}: format {backend!r} is not supported, only {BACKEND!r} is")
+        raise DamagedCheckpoint(f"{path}: format {backend!r} is not supported, only {BACKEND!r} is")
 
 
 def _check_files(dist_ckpt: Path, metadata: Metadata) -> None:
@@ -87,11 +124,45 @@ def _check_files(dist_ckpt: Path, metadata: Metadata) -> None:
     for name, end in ends.items():
         path = dist_ckpt / name
         if Path(name).name != name:
-            raise ValueError(f"{dist_ckpt / '.metadata'} names {name}, which is not in the folder")
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; the checkpoint is incomplete")
-        if path.stat().st_size < end:
-            raise ValueError(f"{path} has {path.stat().st_size} bytes instead of {end}; the checkpoint is incomplete")
+            raise DamagedCheckpoint(f"{dist_ckpt / '.metadata'} names {name}, which is not in the folder")
+        with naming(path):
+            size = path.stat().st_size
+            path.open("rb").close()  # is it a file, and may it be read?
+        if size < end:
+            raise DamagedCheckpoint(f"{path} has {size} bytes instead of {end}; the checkpoint is incomplete")
+
+
+def _check_pieces(path: Path, key: str, stored: object, metadata: Metadata) -> None:
+    """Checks that the stored pieces of a tensor are all of it, and that each has its place in a file."""
+    if not isinstance(stored, TensorStorageMetadata):
+        places = [MetadataIndex(key)]
+    else:
+        places = [MetadataIndex(key, chunk.offsets) for chunk in stored.chunks]
+        held = sum(math.prod(chunk.sizes) for chunk in stored.chunks)
+        if held != math.prod(stored.size):
+            raise DamagedCheckpoint(f"{path} is damaged: it has {held} of the {math.prod(stored.size)} values of {key}")
+    if any(place not in metadata.storage_data for place in places):
+        raise DamagedCheckpoint(f"{path} is damaged: it does not say where {key} is")
+
+
+def place_of(
+    dist_ckpt: Path, metadata: Metadata, key: str, offset: Sequence[int], sizes: Sequence[int], *, stacked: int
+) -> str:
+    """Names a region of a tensor for a message: its key, its layer and the files that hold any of it.
+
+    Args:
+        stacked: the number of leading dimensions that count layers.
+    """
+    stored = metadata.state_dict_metadata[key]
+    assert isinstance(stored, TensorStorageMetadata)
+    overlapping = [
+        chunk
+        for chunk in stored.chunks
+        if all(a < b + n and b < a + m for a, m, b, n in zip(offset, sizes, chunk.offsets, chunk.sizes, strict=True))
+    ]
+    files = sorted({metadata.storage_data[MetadataIndex(key, chunk.offsets)].relative_path for chunk in overlapping})
+    layer = f" (layer {offset[0]})" if stacked else ""
+    return f"{key}{layer} in {', '.join(str(dist_ckpt / file) for file in files)}"
 
 
 def check_stored(

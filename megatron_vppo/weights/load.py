@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint import CheckpointException, Metadata
 
-from megatron_vppo.weights.dist_metadata import DIST_CKPT, check_stored, read_metadata
+from megatron_vppo.system.agreement import on_every_rank
+from megatron_vppo.weights.dist_metadata import (
+    DIST_CKPT,
+    DamagedCheckpoint,
+    check_stored,
+    naming,
+    one_line,
+    place_of,
+    read_metadata,
+)
+from megatron_vppo.weights.dist_records import check_records
 from megatron_vppo.weights.entries import Entry, stage_entries
-from megatron_vppo.weights.finite import check_finite
+from megatron_vppo.weights.finite import non_finite
 from megatron_vppo.weights.hf_folder import HfFolder, has_hf_weights
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
 
@@ -68,7 +83,7 @@ def check_weight_files(
         ValueError: as `load_weights`.
     """
     if is_converted(folder):
-        read_metadata(folder / DIST_CKPT)
+        check_dist_ckpt(folder / DIST_CKPT)
         return
     weights = HfFolder(folder, to_released_name)
     weights.check_names(entries, copies)
@@ -83,12 +98,80 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     Only the tensors of parameters are read: Megatron's extra states are pickles, and those of our layers are empty.
 
     Raises:
-        ValueError: the checkpoint is incomplete, lacks a tensor, has one of another shape, or has an output layer of
-            its own although the configuration ties it; or a tensor holds NaN or infinity.
+        ValueError: the checkpoint is damaged, lacks a tensor, has one of another shape or with NaN, or has an output
+            layer of its own although the configuration ties it. All ranks raise the same.
+    """
+    sharded = _sharded_parameters(model)
+    on_every_rank(partial(_check_fits, model, sharded, dist_ckpt))
+    # Megatron's own check wants all ranks together to read everything, which fails if a rank holds several stages and
+    # loads one after the other. That nothing is missing was seen above, tensor by tensor.
+    loaded = load_sharded(sharded, dist_ckpt, validate_access_integrity=False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(loaded[name])  # where Megatron could fill the parameter itself, this copies it onto itself
+    on_every_rank(partial(check_loaded, model, dist_ckpt))
+
+
+def check_dist_ckpt(dist_ckpt: Path) -> Metadata:
+    """Checks everything that Megatron's loader reads of a distributed checkpoint, except for the values of tensors.
+
+    Raises:
+        DamagedCheckpoint: something is missing or damaged; names the file.
     """
     metadata = read_metadata(dist_ckpt)
-    parameters = dict(model.named_parameters())
-    sharded = {name: item for name, item in model.sharded_state_dict().items() if name in parameters}
+    check_records(dist_ckpt, metadata)
+    try:
+        maybe_load_config(str(dist_ckpt))
+    except TypeError as error:  # a name that is none of the format's
+        raise DamagedCheckpoint(f"{dist_ckpt / 'metadata.json'} is not that of a distributed checkpoint") from error
+    _check_common(dist_ckpt, metadata)
+    return metadata
+
+
+def load_sharded(sharded: dict[str, Any], dist_ckpt: Path, *, validate_access_integrity: bool = True) -> dict[str, Any]:
+    """Loads a state with Megatron's loader; a collective over all ranks.
+
+    Raises:
+        DamagedCheckpoint: a rank cannot read it. All ranks raise it.
+    """
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(
+            sharded, str(dist_ckpt), validate_access_integrity=validate_access_integrity
+        )
+    except CheckpointException as error:  # torch's: what each rank met with
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise DamagedCheckpoint(f"{dist_ckpt} cannot be loaded by rank {rank}: {one_line(cause)}") from error
+    except CheckpointingException as error:  # Megatron's
+        raise DamagedCheckpoint(f"{dist_ckpt} cannot be loaded: {one_line(error)}") from error
+    return loaded
+
+
+def check_loaded(model: ShardedModel, dist_ckpt: Path) -> None:
+    """Checks the weights of this rank that were loaded from `dist_ckpt`.
+
+    Raises:
+        DamagedCheckpoint: one holds NaN or infinity; names it and its file.
+    """
+    for name, parameter in model.named_parameters():
+        if non_finite(parameter):
+            blocks = sharded_blocks(model.sharded_state_dict()[name])
+            parts = parameter.split([block.local_shape[0] for block in blocks])
+            block, found = next((b, what) for b, part in zip(blocks, parts, strict=True) if (what := non_finite(part)))
+            stacked = len(block.global_shape) - len(block.local_shape)
+            sizes = (*(1,) * stacked, *block.local_shape)
+            where = place_of(
+                dist_ckpt, read_metadata(dist_ckpt), block.key, block.global_offset, sizes, stacked=stacked
+            )
+            raise DamagedCheckpoint(f"{where} holds {found}")
+
+
+def _sharded_parameters(model: ShardedModel) -> dict[str, Any]:
+    names = {name for name, _ in model.named_parameters()}
+    return {name: item for name, item in model.sharded_state_dict().items() if name in names}
+
+
+def _check_fits(model: ShardedModel, sharded: dict[str, Any], dist_ckpt: Path) -> None:
+    """Checks on this rank that the checkpoint holds what it will read, and on rank 0 that nothing is damaged."""
+    metadata = check_dist_ckpt(dist_ckpt) if dist.get_rank() == 0 else read_metadata(dist_ckpt)
     entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage)
     kinds = {entry.local_name(model.stage_layers): entry.kind for entry in entries}
     for name, item in sharded.items():
@@ -103,12 +186,21 @@ def load_dist_weights(model: ShardedModel, dist_ckpt: Path) -> None:
     for entry in model.weight_map:
         if entry.is_copy and entry.template in metadata.state_dict_metadata:
             raise ValueError(f"{dist_ckpt} has {entry.template}, which config.json ties to {entry.hf_names[0]}")
-    # Megatron's own check wants all ranks together to read everything, which fails if a rank holds several stages and
-    # loads one after the other. That nothing is missing was seen above, tensor by tensor.
-    loaded = dist_checkpointing.load(sharded, str(dist_ckpt), validate_access_integrity=False)
-    for name, parameter in parameters.items():
-        check_finite(loaded[name], name=name, where=dist_ckpt)
-        parameter.copy_(loaded[name])  # where Megatron could fill the parameter itself, this copies it onto itself
+
+
+def _check_common(dist_ckpt: Path, metadata: Metadata) -> None:
+    """Checks the file of what is no tensor. Newer versions of Megatron (0.19) write it into the other files instead."""
+    path = dist_ckpt / "common.pt"
+    if any(key.startswith("common_state/") for key in metadata.state_dict_metadata) and not path.exists():
+        return
+    with naming(path):
+        data = path.read_bytes()
+    try:
+        held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever bytes are there: a broken pickle may raise anything
+        raise DamagedCheckpoint(f"{path} is damaged: {type(error).__name__}") from error
+    if not isinstance(held, dict):
+        raise DamagedCheckpoint(f"{path} holds {type(held).__name__}, not a table")
 
 
 def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:

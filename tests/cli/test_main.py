@@ -10,7 +10,7 @@ from transformers import Qwen2Config
 
 from megatron_vppo.cli.launch import take_rank_from_slurm
 from megatron_vppo.cli.main import main
-from tests.models.tiny import tiny_config
+from tests.models.whole import save_whole_folder
 
 CONFIG = """
 data: {train_files: FOLDER/rows.jsonl, rollout_batch_size: 8}
@@ -21,7 +21,7 @@ actor: {global_batch_size: 8}
 
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
-    tiny_config(tied=True, vocab=299).save_pretrained(tmp_path / "model")
+    save_whole_folder(tmp_path / "model", positions=32768)
     (tmp_path / "rows.jsonl").touch()
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("FOLDER", str(tmp_path)))
@@ -34,17 +34,17 @@ def config_file(tmp_path: Path) -> Path:
         ("rolout.n=4", "rollout"),
         ("rollout.n=many", "rollout.n"),
         ("actor.global_batch_size=3", "rollout_batch_size"),
-        ("parallel.tensor_model_parallel_size=4", "key-value heads"),
+        ("parallel.tensor_model_parallel_size=4", "6 attention heads cannot be split"),
         ("parallel.pipeline_model_parallel_size=8", "layers"),
         ("rollout.num_engines=3", "num_engines=3"),
-        ("rollout.tensor_parallel_size=8", "tensor_parallel_size=8: vLLM cannot split 4 attention heads over 8 ranks"),
+        ("rollout.tensor_parallel_size=8", "tensor_parallel_size=8: vLLM cannot split 6 attention heads over 8 ranks"),
         ("model.path=/no/such/folder", "no such folder"),
         ("data.train_files=nowhere.parquet", "nowhere.parquet does not exist"),
         ("data.val_files=/no/val.jsonl@test", "/no/val.jsonl does not exist"),
         ("data.format_prompt=no.jinja", "data.format_prompt: there is no file"),
         ("reward.reward_function=no.py:score", "reward.reward_function: there is no file"),
         ("rollout.temperature=2.5", "rollout.temperature"),
-        ("rollout.top_k=300", "rollout.top_k 300 is more than the 299 tokens"),
+        ("rollout.top_k=300", "rollout.top_k 300 is more than the 109 tokens"),
         ("data.max_prompt_length=32768", "32768 + data.max_response_length 2048 = 34816 tokens"),
         ("data.max_prompt_length=256", "data.min_pixels 200704 makes 256 tokens at least of every image"),
         ("rollout.cpu_kv_cache_gib=0.001", "rollout.cpu_kv_cache_gib 0.001 is too small"),

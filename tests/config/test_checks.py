@@ -133,6 +133,10 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"rollout": {"val": {"temperature": 0.001}}}, ["val.temperature is 0.001", "0 (greedy) or at least 0.01"]),
     ({"trainer": {"save_freq": 0}}, ["trainer.save_freq is 0"]),
     ({"trainer": {"val_freq": -2}}, ["trainer.val_freq is -2"]),
+    (
+        {"trainer": {"resume": False, "resume_step": 4}},
+        ["trainer.resume_step 4 has no effect with trainer.resume=false", "trainer.resume=true"],
+    ),
     ({"reward": {"reward_function": "mathruller"}}, ["reward_function is 'mathruller'", "file.py:function"]),
     ({"reward": {"reward_function": "file.py:"}}, ["reward_function is 'file.py:'"]),
 ]

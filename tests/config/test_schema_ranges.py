@@ -37,7 +37,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "algorithm.max_try_make_batch algorithm.reference_devices actor.global_batch_size actor.ppo_epochs "
         "actor.micro_batch_size_per_device_for_update actor.micro_batch_size_per_device_for_experience "
         "actor.head_chunk_tokens rollout.tensor_parallel_size rollout.num_engines rollout.max_images_per_prompt "
-        "trainer.total_steps trainer.total_epochs trainer.save_limit",
+        "trainer.total_steps trainer.total_epochs trainer.save_limit trainer.resume_step",
     ),
     ((0, 2**27 + 1), (1, 2**27), "data.min_pixels data.max_pixels"),
     ((-1, LARGEST_INT + 1), (0, 1, LARGEST_INT), "fp8.bf16_layers_at_ends actor.optim.lr_warmup_steps"),

@@ -20,11 +20,14 @@ from megatron_vppo.conversion.to_megatron import hf_to_megatron
 from megatron_vppo.conversion.verify import compare_checkpoints
 from megatron_vppo.system.whole import whole_folder
 from megatron_vppo.weights.hf_folder import HfFolder
-from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, shard
+from tests.conversion.folders import Flip, MarksIfLoaded, left_behind, rewrite, same_bits, shard, tensors_of
+from tests.parallel.damage import NORM as NORM_KEY
+from tests.parallel.damage import description_with, flip_a_value, in_record, lose_the_pieces, with_value
 
 NAME = "Qwen2.5 untied"
 NORM = "model.norm.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
+DOWN_KEY = "language.decoder.layers.mlp.linear_fc2.weight"
 
 
 def lose_a_file(folder: Path) -> None:
@@ -147,7 +150,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "one value is infinite": (
         set_value(NORM, float("-inf")),
-        rf"{NORM} in .*model\.safetensors holds an infinite value",
+        rf"{NORM} in .*model\.safetensors holds infinity",
     ),
     "config of another size": (
         widen_the_config,
@@ -252,6 +255,30 @@ WRONG_CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: largest(folder).write_bytes(largest(folder).read_bytes()[:-1]),
         r"__1_0\.distcp has \d+ bytes instead of \d+; the checkpoint is incomplete",
     ),
+    "file empty": (
+        lambda folder: largest(folder).write_bytes(b""),
+        r"__1_0\.distcp has 0 bytes instead of \d+; the checkpoint is incomplete",
+    ),
+    "a bit of a weight": (
+        lambda folder: in_record(NORM_KEY, flip_a_value)(folder.parent),
+        rf"{NORM_KEY} in \S+__\d_0\.distcp cannot be read: Bad CRC-32",
+    ),
+    "NaN": (
+        lambda folder: with_value(float("nan"), DOWN_KEY, which=1)(folder.parent),
+        rf"{DOWN_KEY} \(layer 1\) in \S+__\d_0\.distcp holds NaN",
+    ),
+    "infinity": (
+        lambda folder: with_value(float("inf"), NORM_KEY)(folder.parent),
+        rf"{NORM_KEY} in \S+__\d_0\.distcp holds infinity",
+    ),
+    "description empty": (
+        lambda folder: (folder / ".metadata").write_bytes(b""),
+        r"\.metadata is not the description .* was not loaded: Ran out of input",
+    ),
+    "description of other pieces": (
+        lambda folder: description_with(lose_the_pieces)(folder.parent),
+        rf"\.metadata is damaged: it has 0 of the 64 values of {NORM_KEY}",
+    ),
     "file damaged": (lambda folder: damage(largest(folder)), r"vision\.patch_embed\.weight in .* cannot be read"),
     "no description": (lambda folder: (folder / ".metadata").unlink(), r"lacks \.metadata"),
     "not finished": (lambda folder: (folder / "metadata.json").unlink(), r"lacks metadata\.json"),
@@ -301,17 +328,27 @@ def test_wrong_checkpoints_are_refused(what: str, converted: dict[str, Path], tm
     assert not (tmp_path / "was_executed").exists()
 
 
-def test_a_value_that_is_no_number_in_a_checkpoint(
-    hf_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["file empty", "a bit of a weight", "NaN", "description empty", "file damaged"])
+def test_a_damaged_conversion_does_not_pass_for_a_good_one(
+    what: str, hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path
 ) -> None:
-    source = shutil.copytree(hf_folders[NAME], tmp_path / "source")
-    set_value(DOWN, float("nan"))(source)
-    with monkeypatch.context() as unchecked:
-        unchecked.setattr("megatron_vppo.weights.hf_folder.check_finite", lambda *_, **__: None)
-        hf_to_megatron(source, tmp_path / "megatron")
-    with pytest.raises(ValueError, match=r"decoder\.layers\.mlp\.linear_fc2\.weight in .*dist_ckpt holds NaN"):
-        megatron_to_hf(tmp_path / "megatron", tmp_path / "target")
-    assert left_behind(tmp_path / "target") == []
+    spoil, message = WRONG_CHECKPOINTS[what]
+    shutil.copytree(converted[NAME], tmp_path / "megatron")
+    spoil(tmp_path / "megatron" / "dist_ckpt")
+    with pytest.raises(ValueError, match=message):
+        compare_checkpoints(hf_folders[NAME], tmp_path / "megatron")
+
+
+def test_a_file_that_only_training_reads(
+    hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path
+) -> None:
+    """Weights can still be had without it; to train from the folder it is needed."""
+    folder = shutil.copytree(converted[NAME], tmp_path / "megatron")
+    (folder / "dist_ckpt" / "common.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"common\.pt is damaged: EOFError"):
+        compare_checkpoints(hf_folders[NAME], folder)
+    megatron_to_hf(folder, tmp_path / "target")
+    assert same_bits(tensors_of(tmp_path / "target"), tensors_of(hf_folders[NAME]))
 
 
 def test_an_existing_target_is_not_touched(hf_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -55,3 +55,21 @@ def test_resume_is_exact(ten) -> None:
     assert [drawn(resumed, 2) for _ in range(8)] == rest
     with pytest.raises(ValueError, match=r"seed=3, this run has seed=4.*trainer\.experiment_name"):
         PromptStream(ten, seed=4, shuffle=True).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"offset": ...}, r"^lacks offset$"),
+        ({"epoch": "0"}, r"^has epoch='0': "),
+        ({"offset": -2}, r"^has offset=-2: "),
+        ({"num_prompts": None}, r"^has num_prompts=None: "),
+    ],
+)
+def test_what_is_no_place_changes_nothing(ten, changes: dict[str, object], message: str) -> None:
+    stream = PromptStream(ten, seed=3, shuffle=True)
+    stream.next(2)
+    state = {name: value for name, value in {**stream.state_dict(), **changes}.items() if value is not ...}
+    with pytest.raises(ValueError, match=message):
+        stream.load_state_dict(state)
+    assert stream.position == StreamPosition(0, 2)

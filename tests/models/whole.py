@@ -7,6 +7,8 @@ from pathlib import Path
 from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
 
 
-def save_whole_folder(folder: Path) -> None:
+def save_whole_folder(folder: Path, *, positions: int = 1024) -> None:
     processor = make_processor()
-    save_checkpoint(make_model(make_config(processor.tokenizer), seed=3), processor, folder)
+    config = make_config(processor.tokenizer)
+    config.text_config.max_position_embeddings = positions
+    save_checkpoint(make_model(config, seed=3), processor, folder)

@@ -22,7 +22,8 @@ from megatron_vppo.config.choices import Fp8Phase
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.checkpoint import latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint import load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -350,7 +351,7 @@ def resumed_equals_straight(
         )
     straight.update(batch)
     resumed = make_policy(folder, layout, rows=2, optim=optim, options=options, dtype=dtype)
-    assert latest_step(checkpoints) == 2
+    assert checkpoint_steps(checkpoints) == [2]
     assert [path.name for path in checkpoints.glob("*step*")] == ["global_step_2"]
     state = load_checkpoint(checkpoints, step=2, trainable=resumed.trainable, layout=layout)
     assert state == {"step": 2, "data": {"offset": 2}}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_vppo.parallel import checkpoint
-from megatron_vppo.parallel.checkpoint import LATEST, latest_step, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint import LATEST, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
@@ -73,7 +74,7 @@ def test_a_rank_that_ends_in_the_middle(step: int, how: str, model: Path, tmp_pa
     """`step` 1 would replace a whole checkpoint of that name."""
     with pytest.raises(RuntimeError, match=r"broken disk|exit codes by rank: .*1: -9|failed first"):
         run_gloo(_second_one_is_broken_off, 2, model, tmp_path, step, how)
-    assert latest_step(tmp_path) == 1
+    assert checkpoint_steps(tmp_path) == [1]
     assert [path.name for path in tmp_path.glob("global_step_*")] == ["global_step_1"]
     assert not [name for name in files_of(tmp_path / "global_step_1") if "half" in name]
     assert b'"old"' in (tmp_path / "global_step_1" / checkpoint.STATE).read_bytes()

@@ -7,18 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
 
 from tests.conversion.conftest import converted, hf_folders  # noqa: F401 (fixtures, shared)
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tools")]
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with data/ and model/, of random weights: the minutes of a cold start are not needed here."""
-    from digits.checkpoint import make_config, make_model, make_processor, save_checkpoint
-
     folder = tmp_path_factory.mktemp("digits")
     tool = [sys.executable, ROOT / "tools" / "digits" / "make_data.py", "--out", folder / "data"]
     subprocess.run([*map(str, tool)], check=True, cwd=ROOT)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.setup.preflight import check_run
+from megatron_vppo.setup.preflight import check_before_launch, check_run
 from tests.models.whole import save_whole_folder
 
 
@@ -47,3 +47,12 @@ def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None
 def test_every_part_is_checked(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_run(config_of(folder, **sections), world_size=4, on_gpu=False)
+
+
+def test_a_damaged_checkpoint_is_seen_before_ranks_start(folder: Path) -> None:
+    newest = folder / "p" / "e" / "checkpoints" / "global_step_4"
+    newest.mkdir(parents=True)
+    (newest / "trainer_state.json").write_text("{")
+    trainer = {"runs_dir": str(folder), "project_name": "p", "experiment_name": "e"}
+    with pytest.raises(ValueError, match=r"global_step_4/trainer_state\.json is not JSON .*no other whole checkpoint"):
+        check_before_launch(config_of(folder, trainer=trainer))

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_vppo.config.schema import TrainerConfig
-from megatron_vppo.parallel.checkpoint import STATE
-from megatron_vppo.parallel.layout import single_rank
+from megatron_vppo.data.stream import PromptStream, StreamPosition
+from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, set_aside_after
+from megatron_vppo.parallel.layout import Layout, single_rank
+from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.checkpointer import Checkpointer
+from tests.models.tiny import save_tiny_model, tiny_config
+from tests.parallel.damage import FILES, PLACE, STATES, STEPS, save_run, state_with
+from tests.parallel.policy_rig import make_batch, make_policy, make_responses
+
+OLDER, NEWEST = STEPS
 
 
 def checkpointer(folder: Path, *, resume: bool) -> Checkpointer:
@@ -32,3 +44,113 @@ def test_a_run_that_must_not_go_on_names_its_checkpoint(tmp_path: Path) -> None:
     (whole / STATE).write_text("{}")
     with single_rank(), pytest.raises(ValueError, match=r"trainer\.resume=false, but .*p/e holds .* step 4"):
         checkpointer(tmp_path, resume=False).resume()
+
+
+# --- A run with two checkpoints ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A folder of runs, and the policy that wrote its checkpoints."""
+
+    model: Path
+    runs: Path
+    layout: Layout
+    policy: MegatronPolicy
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A fresh policy and its checkpointer."""
+
+    policy: MegatronPolicy
+    stream: PromptStream
+    checkpointer: Checkpointer
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.checkpointer.folder.checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
+    root = tmp_path_factory.mktemp("saved")
+    save_tiny_model(root / "model", tiny_config(tied=False, vocab=299))
+    with single_rank() as layout:
+        policy = make_policy(root / "model", layout, rows=2)
+        save_run(root / "runs" / "p" / "e" / "checkpoints", policy, layout)
+        yield Saved(root / "model", root / "runs", layout, policy)
+
+
+def start(saved: Saved, runs: Path, *, seed: int = 1, **settings: object) -> Resumed:
+    config = TrainerConfig.model_validate(
+        {"runs_dir": str(runs), "project_name": "p", "experiment_name": "e", "save_limit": 2, **settings}
+    )
+    policy = make_policy(saved.model, saved.layout, rows=2)
+    prompts: Any = range(PLACE["num_prompts"])  # only their number counts
+    stream = PromptStream(prompts, seed=seed, shuffle=True)
+    return Resumed(policy, stream, Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream))
+
+
+@pytest.fixture
+def runs(saved: Saved, tmp_path: Path) -> Path:
+    return shutil.copytree(saved.runs, tmp_path / "runs")
+
+
+def newest(runs: Path) -> Path:
+    return runs / "p" / "e" / "checkpoints" / f"global_step_{NEWEST}"
+
+
+def weights(policy: MegatronPolicy) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.hf_weights()}
+
+
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("settings", [{}, {"resume_step": OLDER}, {"resume_step": NEWEST}])
+def test_model_and_place_in_the_data_are_those_of_the_step(settings: dict[str, int], saved: Saved, runs: Path) -> None:
+    run = start(saved, runs, **settings)
+    assert not same(weights(run.policy), weights(saved.policy))
+    assert run.checkpointer.resume() == settings.get("resume_step", NEWEST)
+    assert same(weights(run.policy), weights(saved.policy))
+    assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
+
+
+@pytest.mark.parametrize(("what", "cases"), [("empty", FILES), ("a brace", STATES)])
+def test_a_damaged_one_is_named_with_the_way_out(what: str, cases: Any, saved: Saved, runs: Path) -> None:
+    spoil, message = cases[what]
+    spoil(newest(runs))
+    with pytest.raises(ValueError, match=rf"{message}.*The checkpoint of step 2 is whole; trainer\.resume_step=2 take"):
+        start(saved, runs).checkpointer.resume()
+    assert start(saved, runs, resume_step=OLDER).checkpointer.resume() == OLDER
+    assert checkpoint_steps(newest(runs).parent) == [OLDER, NEWEST], "nothing is moved before everything is loaded"
+
+
+def test_only_one_that_fits_the_run_is_offered(saved: Saved, runs: Path) -> None:
+    state_with(tensor_model_parallel_size=2)(newest(runs))
+    with pytest.raises(
+        ValueError, match=r"was written with .*set the same to continue.*; trainer\.resume_step=2 takes"
+    ):
+        start(saved, runs).checkpointer.resume()
+    with pytest.raises(ValueError, match=r"position is for seed=1, this run has seed=5: .*experiment_name$"):
+        start(saved, runs, seed=5).checkpointer.resume()
+
+
+def test_what_follows_an_older_one_takes_the_place_of_nothing(saved: Saved, runs: Path) -> None:
+    """The damaged one is kept, is not found again, and the step is saved once more under its name."""
+    FILES["cut"][0](newest(runs))
+    damaged = {path.name: path.read_bytes() for path in (newest(runs) / "dist_ckpt").iterdir()}
+    run = start(saved, runs, resume_step=OLDER)
+    assert run.checkpointer.resume() == OLDER
+    (aside,) = set_aside_after(run.checkpoints, OLDER)
+    assert start(saved, runs).checkpointer.resume() == OLDER, "stopped before the next checkpoint"
+
+    run.policy.update(make_batch(make_responses(), "nll"))
+    run.checkpointer.save(NEWEST)
+    assert {path.name: path.read_bytes() for path in (aside / "dist_ckpt").iterdir()} == damaged
+    again = start(saved, runs)
+    assert again.checkpointer.resume() == NEWEST
+    assert same(weights(again.policy), weights(run.policy))
+    assert not same(weights(again.policy), weights(saved.policy))

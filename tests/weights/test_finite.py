@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vppo.weights.finite import cast_weights, check_finite
+from megatron_vppo.weights.finite import cast_weights, check_finite, non_finite
 
 FILE = Path("a/b.safetensors")
 
@@ -15,11 +15,15 @@ FILE = Path("a/b.safetensors")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [("nan", "NaN"), ("inf", "an infinite value"), ("-inf", "an infinite value")],
+    [("nan", "NaN"), ("inf", "infinity"), ("-inf", "infinity")],
 )
 def test_one_value_among_many(dtype: torch.dtype, value: str, kind: str) -> None:
     values = torch.full((70, 33), -2.5, dtype=dtype)
     check_finite(values, name="w", where=FILE)
+    for place in (0, 1000, values.numel() - 1):
+        spoilt = values.clone()
+        spoilt.view(-1)[place] = float(value)
+        assert non_finite(spoilt) == kind
     values[69, 32] = float(value)
     with pytest.raises(ValueError, match=f"^w in a/b.safetensors holds {kind};"):
         check_finite(values, name="w", where=FILE)
@@ -30,6 +34,7 @@ def test_the_largest_numbers_and_nothing_at_all_are_numbers() -> None:
         info = torch.finfo(dtype)
         check_finite(torch.tensor([info.max, info.min], dtype=dtype), name="w", where=FILE)
     check_finite(torch.empty(0, 5), name="w", where=FILE)
+    assert non_finite(torch.tensor([float("inf"), float("nan"), -float("inf")])) == "NaN"
 
 
 def test_a_cast_beyond_float16_is_refused() -> None:

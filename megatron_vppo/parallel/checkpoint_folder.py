@@ -1,0 +1,102 @@
+"""The folder `checkpoints` of a run: its steps, the check that one is whole, and those that a resume passes over.
+
+Nothing here needs a rank or a model, so a folder can be looked at before any process is started.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_vppo.system.records import Record, parse_record
+from megatron_vppo.weights.dist_metadata import DIST_CKPT, DamagedCheckpoint, naming
+from megatron_vppo.weights.load import check_dist_ckpt
+
+STATE = "trainer_state.json"
+
+
+class SavedSizes(Record):
+    """The facts that decide how the optimizer's state is laid out, under the names of the settings."""
+
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_size: int
+    pipeline_layers: list[int]
+    vision_split: str
+    freeze: list[str]
+    backend: str
+
+
+class SavedState(SavedSizes):
+    """The fields of STATE that every checkpoint has. The loop adds its own."""
+
+    step: int
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Returns the steps that have a checkpoint, damaged or not, in rising order; found from the folders themselves.
+
+    Raises DamagedCheckpoint if the folder cannot be read: whatever is in it must not be taken for nothing.
+    """
+    with naming(folder):
+        names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    matches = (re.fullmatch(r"global_step_(\d+)", name) for name in names)
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"global_step_{step}"
+
+
+def check_whole(folder: Path, step: int) -> dict[str, Any]:
+    """Checks everything of a checkpoint that can be checked without reading the values of tensors.
+
+    Returns:
+        Its STATE.
+
+    Raises:
+        DamagedCheckpoint: something is missing or damaged; names the file.
+    """
+    state = read_state(folder, step)
+    check_dist_ckpt(step_folder(folder, step) / DIST_CKPT)
+    return state
+
+
+def read_state(folder: Path, step: int) -> dict[str, Any]:
+    """Reads STATE of a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read, is not what was written there, or is that of another step.
+    """
+    path = step_folder(folder, step) / STATE
+    with naming(path):
+        text = path.read_bytes()
+    try:
+        state: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path} is not JSON ({error})") from error
+    try:
+        saved = parse_record(SavedState, state)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} is damaged: it {error}") from error
+    if saved.step != step:
+        raise DamagedCheckpoint(f"{path} is that of step {saved.step}, its folder that of step {step}")
+    found: dict[str, Any] = state
+    return found
+
+
+def set_aside_after(folder: Path, step: int) -> list[Path]:
+    """Renames the checkpoints of later steps, so that none of them is found as the newest or written over.
+
+    Returns:
+        Their new paths, in rising order of the steps.
+    """
+    return [_set_aside(step_folder(folder, later)) for later in checkpoint_steps(folder) if later > step]
+
+
+def _set_aside(path: Path) -> Path:
+    names = itertools.chain([f"set_aside_{path.name}"], (f"set_aside_{path.name}.{n}" for n in itertools.count(2)))
+    target = next(free for name in names if not (free := path.with_name(name)).exists())
+    return path.rename(target)

@@ -1,0 +1,155 @@
+"""The checkpoint that a run goes on from, found and checked before anything is started."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.config.schema import TrainerConfig
+from megatron_vppo.parallel.layout import single_rank
+from megatron_vppo.setup.resume import check_resume, chosen_step
+from megatron_vppo.setup.run_folder import RunFolder
+from tests.models.tiny import save_tiny_model, tiny_config
+from tests.parallel.damage import DESCRIPTIONS, FILES, POSITIONS, STATES, STEPS, save_run, state
+from tests.parallel.policy_rig import make_policy
+
+OLDER, NEWEST = STEPS
+
+
+def config_of(runs: Path, **settings: object) -> TrainerConfig:
+    return TrainerConfig.model_validate(
+        {"runs_dir": str(runs), "project_name": "p", "experiment_name": "e", **settings}
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs with one of two checkpoints."""
+    root = tmp_path_factory.mktemp("saved")
+    save_tiny_model(root / "model", tiny_config(tied=False, vocab=299))
+    with single_rank() as layout:
+        save_run(root / "runs" / "p" / "e" / "checkpoints", make_policy(root / "model", layout, rows=2), layout)
+    return root / "runs"
+
+
+@pytest.fixture
+def runs(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "runs")
+
+
+def checkpoint(runs: Path, step: int) -> Path:
+    return runs / "p" / "e" / "checkpoints" / f"global_step_{step}"
+
+
+# --- The step ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_newest_is_taken_or_the_one_that_is_set(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert chosen_step(config_of(tmp_path), folder, []) == 0
+    assert chosen_step(config_of(tmp_path), folder, [2, 4, 10]) == 10
+    assert chosen_step(config_of(tmp_path, resume_step=4), folder, [2, 4, 10]) == 4
+
+
+def test_a_step_that_is_not_there(tmp_path: Path) -> None:
+    folder, config = RunFolder(tmp_path), config_of(tmp_path, resume_step=3)
+    with pytest.raises(ValueError, match=r"resume_step=3: there is no such.*checkpoints has those of steps 2, 4; set"):
+        chosen_step(config, folder, [2, 4])
+    with pytest.raises(ValueError, match=r"resume_step=3: there is no such.*checkpoints has none, or leave the setti"):
+        chosen_step(config, folder, [])
+
+
+# --- Its check --------------------------------------------------------------------------------------------------------
+
+
+def test_whole_checkpoints_and_new_runs_pass(runs: Path, tmp_path: Path) -> None:
+    check_resume(config_of(runs))
+    check_resume(config_of(runs, resume_step=OLDER))
+    check_resume(config_of(tmp_path / "nothing yet"))
+
+
+DAMAGE = {
+    f"{kind}: {name}": case
+    for kind, cases in {"files": FILES, "descriptions": DESCRIPTIONS, "state": STATES, "place": POSITIONS}.items()
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_named_with_the_checkpoint_that_is_whole(what: str, runs: Path) -> None:
+    spoil, message = DAMAGE[what]
+    spoil(checkpoint(runs, NEWEST))
+    offer = rf"{message}.*\. The checkpoint of step {OLDER} is whole; trainer\.resume_step={OLDER} takes it$"
+    with pytest.raises(ValueError, match=offer) as refused:
+        check_resume(config_of(runs))
+    assert "\n" not in str(refused.value) and str(checkpoint(runs, NEWEST)) in str(refused.value)
+    check_resume(config_of(runs, resume_step=OLDER))
+
+
+def test_the_newest_is_offered_for_an_older_one(runs: Path) -> None:
+    FILES["cut"][0](checkpoint(runs, OLDER))
+    with pytest.raises(
+        ValueError, match=r"is incomplete\. The checkpoint of step 4 is whole; trainer\.resume_step=4 ta"
+    ):
+        check_resume(config_of(runs, resume_step=OLDER))
+
+
+def test_nothing_whole_is_left(runs: Path) -> None:
+    FILES["empty"][0](checkpoint(runs, NEWEST))
+    state(b"{")(checkpoint(runs, OLDER))
+    with pytest.raises(ValueError, match=r"incomplete\. There is no other whole checkpoint; set another trainer\.exp"):
+        check_resume(config_of(runs))
+
+
+def test_a_checkpoint_without_its_state_is_not_passed_over(runs: Path) -> None:
+    """The run would go on from an older one without a word, and save over it."""
+    shutil.rmtree(checkpoint(runs, OLDER))
+    STATES["missing"][0](checkpoint(runs, NEWEST))
+    with pytest.raises(ValueError, match=r"trainer_state\.json is missing.*There is no other whole checkpoint"):
+        check_resume(config_of(runs))
+
+
+# --- Permissions ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Gives up root's right to read everything."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+UNREADABLE = {
+    "global_step_4/dist_ckpt/__0_0.distcp": "global_step_4/dist_ckpt/__0_0.distcp",
+    "global_step_4/dist_ckpt/.metadata": "global_step_4/dist_ckpt/.metadata",
+    "global_step_4/dist_ckpt/common.pt": "global_step_4/dist_ckpt/common.pt",
+    "global_step_4/dist_ckpt": "global_step_4/dist_ckpt/metadata.json",
+    "global_step_4": "global_step_4/trainer_state.json",
+    "": "checkpoints",
+}
+"""The path that is closed, and the name in the message."""
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_must_not_be_read(name: str, saved: Path) -> None:
+    """A run that could not see its checkpoints would start from the beginning, and cut its lines and records."""
+    with tempfile.TemporaryDirectory() as place:  # pytest's own folders are closed to others
+        runs = shutil.copytree(saved, Path(place) / "runs")
+        Path(place).chmod(0o755)
+        locked = checkpoint(runs, NEWEST).parent / name
+        mode = locked.stat().st_mode
+        locked.chmod(0)
+        with as_somebody_else(), pytest.raises(ValueError, match=rf"/{UNREADABLE[name]} cannot be read: Permission"):
+            check_resume(config_of(runs))
+        locked.chmod(mode)
