@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from megatron_vppo.system.processes import die_with_parent
@@ -20,6 +21,13 @@ def is_trainer_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_first_on_host() -> bool:
+    """Returns False for ranks of a machine but the first. What is wrong before ranks join is wrong for all of them."""
+    if is_trainer_rank():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    return not _is_srun_task() or os.environ.get("SLURM_LOCALID", "0") == "0"
+
+
 def take_rank_from_slurm() -> None:
     """Sets the variables that torch.distributed reads from SLURM's, if `srun` has started several tasks.
 
@@ -28,8 +36,7 @@ def take_rank_from_slurm() -> None:
     Raises:
         ValueError: several nodes and no MASTER_ADDR.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))  # SLURM_NTASKS is set in the batch shell as well
-    if "RANK" in os.environ or "SLURM_PROCID" not in os.environ or tasks < 2:
+    if "RANK" in os.environ or not _is_srun_task():
         return
     if int(os.environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(
@@ -37,7 +44,7 @@ def take_rank_from_slurm() -> None:
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = str(tasks)
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
@@ -61,13 +68,19 @@ def quieten_libraries() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-def launch_ranks(num_ranks: int, arguments: Sequence[str]) -> NoReturn:
-    """Replaces this process by torchrun, which runs `vppo ARGUMENTS` on `num_ranks` local ranks. When one rank fails,
-    torchrun ends the others.
+def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoReturn:
+    """Replaces this process by the launcher, which runs `vppo ARGUMENTS` on `num_ranks` local ranks.
+
+    So nothing stays in memory that the checks before it have loaded. Raises OSError if `logs`, the folder for the logs
+    of the ranks, cannot be made.
     """
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}",
-        "-m", "megatron_vppo.cli.main", *arguments,
-    ]  # fmt: skip
+    logs.mkdir(parents=True, exist_ok=True)
+    launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs)]
     sys.stdout.flush()
-    os.execve(sys.executable, command, {"OMP_NUM_THREADS": "1", **os.environ})
+    os.execv(sys.executable, [*launcher, "-m", "megatron_vppo.cli.main", *arguments])
+
+
+def _is_srun_task() -> bool:
+    """Returns True if `srun` has started this process as one of several tasks."""
+    # SLURM_NTASKS is set in the batch shell as well.
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1

@@ -6,33 +6,37 @@ Modules that take seconds to import are imported when their command runs, so tha
 from __future__ import annotations
 
 import argparse
-import os
-import select
+import functools
 import signal
 import sys
-import traceback
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TextIO, TypeAlias
+from typing import TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
+from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake
 from megatron_vppo.cli.launch import (
     end_with_torchrun,
+    is_first_on_host,
     is_trainer_rank,
     launch_ranks,
     quieten_libraries,
     take_rank_from_slurm,
 )
-from megatron_vppo.cli.output import say
+from megatron_vppo.cli.output import READER_LEFT, discard, flush_output, output_is_full, reader_left, say
 from megatron_vppo.cli.plan_options import add_plan_options
+from megatron_vppo.cli.trainer_rank import run_rank
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.system.visible import visible
 
+if typing.TYPE_CHECKING:
+    from megatron_vppo.config.schema import RunConfig
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-READER_LEFT = 128 + signal.SIGPIPE
-"""The exit status when nobody reads the output any more: what a shell reports for a program that SIGPIPE ended."""
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit status after Ctrl-C: what a shell reports for a program that SIGINT ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,57 +49,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             status = _run(arguments)
         except SystemExit:  # argparse: --help, or a mistake in the command line
-            _flush_output()
+            flush_output()
             raise
-        _flush_output()
+        flush_output()
         return status
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
-        unread = [stream for stream in (sys.stdout, sys.stderr) if _reader_left(stream)]
+        unread = [stream for stream in (sys.stdout, sys.stderr) if reader_left(stream)]
         if not unread:  # another pipe: to an engine, to a reward worker
             raise
         for stream in unread:
-            _discard(stream)
+            discard(stream)
         return READER_LEFT
+    except OSError as error:
+        if not output_is_full():
+            raise
+        discard(sys.stdout)
+        print(visible(f"vppo: standard output: {error_text(error)}"), file=sys.stderr, flush=True)
+        return MISTAKE
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    """Parses and calls. A user's mistake (ValueError, a file that is missing or must not be read) ends in one line on
-    stderr and status 2.
-    """
+    """Parses and calls. A user's mistake ends in one message on stderr and status MISTAKE."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        if is_trainer_rank():  # one line among those of many ranks would not say where
-            print(visible(traceback.format_exc()), end="", file=sys.stderr)
-        print(visible(f"vppo: {error}"), file=sys.stderr, flush=True)
-        return 2
+    except (ValueError, OSError) as error:
+        if not is_mistake(error) or (isinstance(error, OSError) and output_is_full()):
+            raise
+        if is_first_on_host():
+            print(visible(f"vppo: {error_text(error)}"), file=sys.stderr, flush=True)
+        return MISTAKE
     return status
-
-
-# --- Output that nobody reads -----------------------------------------------------------------------------------------
-
-
-def _flush_output() -> None:
-    """Flushes stdout while a failure can still be caught. Python's own flush at exit could only print it."""
-    if sys.stdout is not None:  # None: started with stdout closed
-        sys.stdout.flush()
-
-
-def _reader_left(stream: TextIO | None) -> bool:
-    """Returns True if the stream is a pipe that is no longer open for reading; poll() reports that as an error."""
-    if stream is None:
-        return False
-    poll = select.poll()
-    poll.register(stream, select.POLLOUT)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
-
-
-def _discard(stream: TextIO) -> None:
-    """Sends the rest of a stream to /dev/null, what is still in its buffer too."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
 
 
 # --- The command line -------------------------------------------------------------------------------------------------
@@ -229,23 +215,29 @@ def _add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    take_rank_from_slurm()
+    end_with_torchrun()
+    quieten_libraries()
     from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
+    from megatron_vppo.setup.run_folder import RunFolder
 
     config = load_config(options.config, options.overrides)
     check_training(config)
-    take_rank_from_slurm()
-    if not is_trainer_rank():
-        quieten_libraries()
-        from megatron_vppo.setup.preflight import check_before_launch
+    logs = RunFolder.of(config.trainer).logs
+    if is_trainer_rank():
+        return run_rank(functools.partial(_train_on_this_rank, config), logs=logs)
 
-        launch_ranks(check_before_launch(config), ["train", "--config", str(options.config), *options.overrides])
-    end_with_torchrun()
-    quieten_libraries()
+    from megatron_vppo.setup.preflight import check_before_launch
+
+    num_ranks = check_before_launch(config)
+    launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
+
+
+def _train_on_this_rank(config: RunConfig) -> None:
     from megatron_vppo.trainer.run import run_training
 
     run_training(config, say=say)
-    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:

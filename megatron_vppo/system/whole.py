@@ -36,6 +36,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Opens a file to write that takes the place of `path` when the block ends without an exception.
 
     Several processes may write the same path; the last one to finish wins.
+
+    Raises OSError, with the path, if the disk becomes full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -44,8 +46,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _flush_entry(path.parent)
 

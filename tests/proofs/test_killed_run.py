@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.proofs.runs import ROOT, SHORT, VPPO, exported, train, train_arguments, vppo
+from tests.system.marked import processes_with, wait_until_gone
 
 
 @pytest.mark.slow
@@ -35,9 +36,9 @@ def test_killed_run_ends_with_the_weights_of_one_never_killed(digits: Path, tmp_
     ) as process:  # fmt: skip
         _wait_for_checkpoint(killed / "checkpoints" / "global_step_2", process)
         time.sleep(0.3)
-        assert len(_processes_with(mark)) >= 4, "torchrun, two ranks and an engine at least"
+        assert len(processes_with(mark)) >= 4, "the launcher, two ranks and an engine at least"
         os.killpg(process.pid, signal.SIGKILL)
-    _wait_until_gone(mark)
+    wait_until_gone(mark)
     assert (killed / "checkpoints" / "global_step_2" / "trainer_state.json").is_file()
     assert not (killed / "huggingface").exists()
     train(digits, tmp_path, "killed", *settings)
@@ -63,22 +64,3 @@ def _wait_for_checkpoint(folder: Path, process: subprocess.Popen[bytes], timeout
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline, "the run did not get so far"
         time.sleep(0.05)
-
-
-def _wait_until_gone(mark: str, timeout_seconds: float = 20) -> None:
-    """Until nothing that inherited `mark` in its environment is left: ranks, engine, workers, their helpers."""
-    deadline = time.monotonic() + timeout_seconds
-    while (left := _processes_with(mark)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not left, f"left behind: {left}"
-
-
-def _processes_with(mark: str) -> list[str]:
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if mark.encode() in (folder / "environ").read_bytes():
-                found.append(f"{folder.name}: {(folder / 'cmdline').read_bytes().decode()[:100]}")
-        except OSError:  # gone meanwhile
-            continue
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -85,6 +86,19 @@ def test_a_file_that_fails_leaves_the_old_one(old_file: Path, ending: type[BaseE
     with pytest.raises(ending), whole_file(old_file) as file:
         file.write(b"half of the new")
         raise ending
+    assert contents(old_file.parent) == {"file": "old"}
+
+
+def test_a_file_that_fills_the_disk_is_named(old_file: Path) -> None:
+    """A limit of 1 KiB per file stands in for the disk; write() then fails in the same way, and names no file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(OSError) as caught, whole_file(old_file) as file:
+            file.write(b"x" * 10_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(old_file))
     assert contents(old_file.parent) == {"file": "old"}
 
 

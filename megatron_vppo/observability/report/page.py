@@ -15,6 +15,7 @@ from megatron_vppo.observability.report.samples import pick_samples, samples_htm
 from megatron_vppo.observability.report.scales import significant, step_axis
 from megatron_vppo.observability.report.sections import sections
 from megatron_vppo.observability.report.text import html_text, plain_text
+from megatron_vppo.observability.sinks import METRICS_FILE
 from megatron_vppo.system.whole import whole_file
 
 
@@ -23,9 +24,12 @@ def write_report(run_dir: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        ValueError: it is not that of a run.
     """
     path = Path(run_dir) / "report.html"
     html = render_report(run_dir)
+    if not (Path(run_dir) / METRICS_FILE).exists():
+        raise ValueError(f"{run_dir} has no {METRICS_FILE}; give the folder of a run")
     with whole_file(path) as file:
         file.write(html.encode("utf-8"))
     return path

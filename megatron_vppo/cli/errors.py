@@ -1,0 +1,39 @@
+"""The text of an error for the user, and whether it is a mistake of theirs."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TextIO
+
+from megatron_vppo.system.visible import visible
+
+MISTAKE = 2
+"""The exit status of a user's mistake; that of any other error is 1."""
+_BETWEEN_PROCESSES = (
+    ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, BlockingIOError, InterruptedError,
+)  # fmt: skip
+"""The kinds of OSError that are not about a file, a disk or a setting."""
+_NATIVE_FRAMES = "\nException raised from "
+"""The text with which torch begins the C++ frames of some of its messages."""
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Returns True for errors that a user can mend: a setting, or a file or disk that cannot be read or written."""
+    return isinstance(error, ValueError | OSError) and not isinstance(error, _BETWEEN_PROCESSES)
+
+
+def error_text(error: BaseException) -> str:
+    """Returns the message of an error, after its type where the message may not be one of ours."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error).partition(_NATIVE_FRAMES)[0].strip()
+    if is_mistake(error) or type(error) is RuntimeError:
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Prints `vppo: TEXT`; on a terminal, in place of the live line of an unfinished step."""
+    erase = "\r\x1b[K" if stream.isatty() else ""
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(f"{erase}vppo: {visible(text)}", file=stream, flush=True)

@@ -1,0 +1,120 @@
+"""The process that starts the trainer ranks of this machine, waits for them, and tells the user why they failed.
+
+    python -m megatron_vppo.cli.launcher RANKS LOGS PROGRAM...
+
+runs `python PROGRAM...` on RANKS ranks. LOGS is the folder of their logs. torch's elastic agent starts the ranks, as it
+does for `torchrun --standalone`. When one fails, it ends the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from megatron_vppo.cli.errors import show
+from megatron_vppo.cli.output import READER_LEFT
+from megatron_vppo.cli.rank_error import parse_error, rank_log
+from megatron_vppo.cli.trainer_rank import LAUNCHER_VARIABLE
+
+MEANINGS: dict[int, str] = {
+    signal.SIGKILL: "usually the kernel's answer when the machine runs out of memory, see `dmesg`",
+    signal.SIGSEGV: "a crash in native code",
+    signal.SIGILL: "a crash in native code, often built for another processor",
+    signal.SIGFPE: "a crash in native code",
+    signal.SIGBUS: "a crash in native code, often because /dev/shm is full",
+    signal.SIGABRT: "a native library gave up, such as NCCL when it was out of time",
+}
+"""The usual meaning of a signal that has ended a rank."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the ranks and returns the exit status of the run."""
+    num_ranks, logs, *program = arguments
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
+    _log_agent_to(Path(logs) / "launcher.log")
+    try:
+        with tempfile.TemporaryDirectory(prefix="vppo-ranks-") as error_files:
+            elastic_launch(_launch_config(int(num_ranks), error_files), sys.executable)("-u", *program)
+    except ChildFailedError as error:
+        status, text = explain(error.failures, Path(logs))
+        if text is not None:
+            show(text, sys.stderr)
+        return status
+    except (SignalException, KeyboardInterrupt) as error:
+        number = error.sigval if isinstance(error, SignalException) else signal.SIGINT
+        show(f"ended by {signal.Signals(number).name}", sys.stderr)
+        return 128 + number
+    return 0
+
+
+def explain(failures: Mapping[int, ProcessFailure], logs: Path) -> tuple[int, str | None]:
+    """Finds the failure that the others follow from.
+
+    Args:
+        failures: by rank, in the order in which the agent saw ranks end; also those that it then ended with SIGTERM.
+
+    Returns:
+        The exit status of the run, and the message for the user; None: nobody reads the output any more.
+    """
+    written = {rank: parse_error(failure.error_file_data) for rank, failure in failures.items()}
+    errors = sorted(filter(None, written.values()), key=lambda error: error.time)
+    causes = [error for error in errors if not error.lost_contact]
+    if causes:
+        return causes[0].status, causes[0].text()
+    for position, (rank, failure) in enumerate(failures.items()):
+        ended_by_agent = failure.exitcode == -signal.SIGTERM and position > 0
+        if written[rank] is None and not ended_by_agent:
+            return _explain_silent_end(rank, failure.exitcode, rank_log(logs, rank))
+    return errors[0].status, errors[0].text()
+
+
+def _explain_silent_end(rank: int, exitcode: int, log: Path) -> tuple[int, str | None]:
+    """Explains the end of a rank that has not reported an exception."""
+    if exitcode == READER_LEFT:
+        return READER_LEFT, None
+    if exitcode > 0:
+        return 1, f"rank {rank} ended with exit status {exitcode} and reported no exception (log: {log})"
+    number = -exitcode
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    meaning = f": {MEANINGS[number]}" if number in MEANINGS else ""
+    return 1, f"rank {rank} was ended by {name}{meaning} (log: {log})"
+
+
+def _launch_config(num_ranks: int, error_files: str) -> LaunchConfig:
+    """Returns what `torchrun --standalone --nproc-per-node=NUM_RANKS` sets: one machine, a free port, no restarts."""
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=error_files),
+    )
+
+
+def _log_agent_to(path: Path) -> None:
+    """Sends what the agent logs to a file, which is made with the first line."""
+    logger = logging.getLogger("torch.distributed")
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for its_own in logger.handlers[:]:
+        logger.removeHandler(its_own)
+    logger.addHandler(handler)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
