@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ class TracingPlugin:
 
     def __init__(self, folder: Path) -> None:
         self._tracer = Tracer(folder)
-        self.durations: Counter[str] = Counter()
+        self.durations: defaultdict[str, float] = defaultdict(float)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._tracer.enter(nodeid.split("::")[0])

@@ -167,7 +167,8 @@ class Run:
         return Coverage(contexts_of_lines(notes), found["durations"])
 
     def _begin(self, mutant: Mutant, tree: Path, tests: list[str], durations: dict[str, float]) -> tuple[int, Attempt]:
-        chosen, total = [], 0.0
+        chosen: list[str] = []
+        total = 0.0
         for test in tests:
             if chosen and total + durations[test] > self._limit / 2:
                 break
