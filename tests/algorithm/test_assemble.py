@@ -316,6 +316,43 @@ def test_minibatches_take_rows_in_order_and_keep_the_step_baseline() -> None:
         assert part.record.scale_B.mean().item() == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("shaping", [True, False])
+def test_minibatches_of_one_response_of_one_token(shaping: bool) -> None:
+    rows = graded([response(1, sample=i) for i in range(2)], [1.0, 0.0])
+    inputs = scores(torch.full((2, 1), -1.0), torch.full((2, 1), -2.0))
+    minibatches = assemble(rows, inputs, settings=settings(use_advantage_shaping=shaping), responses_per_minibatch=1)
+    assert [m.batch.advantage_BT.tolist() for m in minibatches] == [
+        [[pytest.approx(sign * PAIR_ADVANTAGE)]] for sign in (1, -1)
+    ]
+    assert [m.batch.pg_weight_BT.tolist() for m in minibatches] == [[[1.0]]] * 2
+
+
+def test_a_response_of_one_token_is_shaped() -> None:
+    rows = graded([response(1, sample=i) for i in range(2)], [1.0, 0.0])
+    inputs = scores(torch.full((2, 1), -1.0), None, torch.tensor([[0.25], [0.5]]))
+    (minibatch,) = assemble(rows, inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=2)
+    assert minibatch.record.scale_B.tolist() == pytest.approx([0.9, 1.1], abs=1e-6)
+    assert minibatch.metrics["actor/trained_row_fraction"] == 1.0
+
+
+def test_one_device_and_micro_batches_of_one_row_unless_told_otherwise() -> None:
+    """In the authors' scopes, which read both: every row is a micro-batch, the least dependent one at the minimum."""
+    rows = graded([response(2, sample=i) for i in range(4)], [1.0, 0.0, 1.0, 0.0])
+    inputs = scores(torch.full((4, 2), -1.0), None, torch.tensor([[0.1], [0.3], [0.5], [0.9]]).expand(4, 2))
+    (minibatch,) = assemble(
+        rows, inputs, settings=settings(preset="reference", dependency="kl_full"), responses_per_minibatch=4
+    )
+    # A micro-batch of one row has a mean scale of one unless its relative dependency is zero.
+    assert minibatch.record.scale_B.tolist() == pytest.approx([0.9, 1.0, 1.0, 1.0], abs=1e-6)
+
+
+def test_a_divergence_that_rounds_below_zero_counts_as_zero() -> None:
+    rows = graded([response(2, sample=i) for i in range(2)], [1.0, 0.0])
+    inputs = scores(torch.full((2, 2), -1.0), None, torch.tensor([[-1e-7, 0.5], [0.25, -1e-9]]))
+    (minibatch,) = assemble(rows, inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=2)
+    assert minibatch.record.dependency_BT.tolist() == [[0.0, 0.5], [0.25, 0.0]]
+
+
 def test_errors_name_the_fix() -> None:
     rows = graded([response(3, sample=i) for i in range(2)], [1.0, 0.0])
     old_BT = torch.full((2, 3), -1.0)
@@ -331,6 +368,9 @@ def test_errors_name_the_fix() -> None:
         run(scores(torch.zeros(3, 3), torch.zeros(3, 3)))
     with pytest.raises(ValueError, match=r"perturbed_logp_BT has shape \[2, 4\]"):
         run(scores(old_BT, torch.zeros(2, 4)))
+    with pytest.raises(ValueError, match=r"divergence_BT has shape \[2, 4\]"):
+        run(scores(old_BT, None, torch.zeros(2, 4)), dependency="kl_full")
+    run(scores(old_BT, old_BT, torch.zeros(2, 4)))  # not needed, so not looked at
     with pytest.raises(ValueError, match="3 entries, more than the width of 2"):
         run(scores(torch.zeros(2, 2), torch.zeros(2, 2)))
     broken_BT = old_BT.clone()

@@ -50,3 +50,27 @@ def test_which_tokens_count_as_clipped(advantage: float, ratio: float, clipped: 
     )
     assert surrogate.clipped_high_N.tolist() == [clipped]
     assert surrogate.clipped_dual_N.tolist() == [dual]
+
+
+def test_a_ratio_on_the_dual_bound_does_not_exceed_it() -> None:
+    bounds = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 1.0}
+    surrogate = dual_clip_surrogate(torch.zeros(1), torch.zeros(1), torch.tensor([-1.0]), **bounds)
+    assert not surrogate.clipped_dual_N.any()
+
+
+def test_token_sums_of_two_tokens() -> None:
+    new_logp_N, old_logp_N, ones_N = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -4.0]), torch.ones(2)
+    spec = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll")
+    terms = TokenTerms(old_logp_N, torch.tensor([1.0, -1.0]), ones_N, ones_N)
+    without = surrogate_loss(new_logp_N, terms, spec=spec).token_sums
+    expected = {  # ratios e^0.5 and e^2
+        "actor/ppo_kl": -0.5 - 2.0,
+        "actor/entropy_loss": 1.0 + 2.0,
+        "actor/pg_clipfrac_higher": 1.0,
+        "actor/pg_clipfrac_lower": 1.0,
+    }
+    assert {name: value.item() for name, value in without.items()} == pytest.approx(expected)
+    reported = surrogate_loss(new_logp_N, terms, spec=spec, entropy_N=torch.tensor([0.5, 0.25])).token_sums
+    assert {name: value.item() for name, value in reported.items()} == pytest.approx(
+        {**expected, "actor/entropy": 0.75}
+    )

@@ -22,6 +22,8 @@ def test_mismatch_counts_response_tokens_only() -> None:
     assert metrics["training/rollout_logp_diff_mean"] == pytest.approx((0.25 + 0.1) / 4)
     assert metrics["training/rollout_logp_diff_max"] == pytest.approx(0.25)
     assert metrics["training/rollout_logp_diff_frac_over"] == pytest.approx(1 / 4)
+    on_it = rollout_mismatch(responses, scores, bound=0.25)
+    assert on_it["training/rollout_logp_diff_frac_over"] == 0.0, "the largest difference is the bound"
     assert metrics["actor/entropy"] == pytest.approx(1.0)
     # Differences 0, 0.25, 0.1 and 0: (1 + e^0.25 + e^0.1 + 1) / 4. The float32 log-prob -2.9 is off by 1e-7.
     assert metrics["training/token_mult_prob_error"] == pytest.approx(

@@ -14,6 +14,7 @@ def test_padding() -> None:
     padded = pad_rows([[1, 2], [], [3]], dtype=torch.int64, width=3, fill=-1)
     assert padded.dtype == torch.int64 and padded.tolist() == [[1, 2, -1], [-1, -1, -1], [3, -1, -1]]
     assert pad_rows([], dtype=torch.float32).shape == (0, 0)
+    assert pad_rows([[5.0], []], dtype=torch.float32).tolist() == [[5.0], [0.0]]
     for make in (lambda: length_mask([4], width=3), lambda: pad_rows([[0.0] * 4], dtype=torch.float32, width=3)):
         with pytest.raises(ValueError, match="4 entries, more than the width of 3"):
             make()

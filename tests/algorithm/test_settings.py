@@ -33,3 +33,10 @@ def test_settings_refuse_unknown_choices() -> None:
     values = {field.name: getattr(settings(), field.name) for field in fields(VppoSettings)}
     with pytest.raises(ValueError, match=r"algorithm\.dependency is 'kl_topM'; set it to one of 'k3_sampled'"):
         VppoSettings(**{**values, "dependency": "kl_topM"})
+
+
+def test_the_divergence_that_scoring_computes() -> None:
+    assert settings(dependency="k3_sampled").divergence is None
+    assert settings(dependency="kl_full").divergence == "kl_full"
+    unused = settings(dependency="jsd", use_vppo_on_perception=False, use_advantage_shaping=False)
+    assert unused.divergence is None

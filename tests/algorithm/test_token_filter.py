@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from megatron_vppo.algorithm.padding import length_mask
-from megatron_vppo.algorithm.token_filter import top_token_mask
+from megatron_vppo.algorithm.token_filter import kept_counts, top_token_mask
 
 
 def test_padding_is_never_ranked() -> None:
@@ -14,3 +15,8 @@ def test_padding_is_never_ranked() -> None:
     mask_BT = length_mask([3], width=6)
     kept_BT = top_token_mask(dependency_BT, mask_BT, keep_fraction=0.5, stable=True, integer_ceil=True)
     assert kept_BT.tolist() == [[1, 1, 0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("integer_ceil", [True, False])
+def test_a_fraction_of_one_keeps_everything(integer_ceil: bool) -> None:
+    assert kept_counts(torch.tensor([0, 1, 7]), keep_fraction=1.0, integer_ceil=integer_ceil).tolist() == [0, 1, 7]

@@ -7,6 +7,7 @@ import torch
 
 from megatron_vppo.algorithm.token_filter import kept_counts
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
+from megatron_vppo.config.choices import LossAverage
 
 KEPT = torch.tensor([[1.0, 0, 0, 0], [1.0, 1, 0, 0], [0, 0, 0, 0]])
 
@@ -38,6 +39,13 @@ def test_kept_tokens_of_rows_left_out_carry_nothing() -> None:
         assert torch.equal(weight_BT, nothing_BT)
 
 
+@pytest.mark.parametrize("average", ["token", "seq"])
+def test_a_minibatch_of_one_token(average: LossAverage) -> None:
+    one_BT = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+    assert torch.equal(policy_gradient_weight(one_BT, one_BT, denominator="all", average=average), one_BT)
+    assert torch.equal(entropy_penalty_weight(one_BT, one_BT, coefficient=0.5, tokens="all"), 0.5 * one_BT)
+
+
 def test_entropy_penalty_weight() -> None:
     everywhere = entropy_penalty_weight(KEPT, TOKENS, coefficient=0.06, tokens="all")
     torch.testing.assert_close(everywhere, TOKENS * 0.01)
@@ -62,5 +70,7 @@ def test_rollout_correction() -> None:
     old_BT = torch.tensor([0.5, 1.0, 4.0, 1.0]).log()[None]
     weight_BT = rollout_correction(old_BT, torch.zeros(1, 4), torch.tensor([[1.0, 1, 1, 0]]), cap=2.0)
     assert weight_BT.tolist()[0] == pytest.approx([0.5, 1.0, 2.0, 0.0])
+    below_one_BT = rollout_correction(old_BT, torch.zeros(1, 4), torch.ones(1, 4), cap=0.75)
+    assert below_one_BT.tolist()[0] == pytest.approx([0.5, 0.75, 0.75, 0.75])
     with pytest.raises(ValueError, match="rollout_correction_cap is 0"):
         rollout_correction(old_BT, old_BT, torch.ones(1, 4), cap=0.0)
