@@ -135,8 +135,8 @@ class Split:
         return (self.shape,)
 
     def local_shape(self, size: int) -> Shape:
-        low, high = _share(self.shape[self.partition_dim], rank=0, size=size, unit="rows or columns")
-        return (*self.shape[: self.partition_dim], high - low, *self.shape[self.partition_dim + 1 :])
+        _, high = _share(self.shape[self.partition_dim], rank=0, size=size, unit="rows or columns")
+        return (*self.shape[: self.partition_dim], high, *self.shape[self.partition_dim + 1 :])
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         low, high = _share(self.shape[self.partition_dim], rank=rank, size=size, unit="rows or columns")
@@ -296,7 +296,7 @@ class Vocabulary:
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         rows = self.local_shape(size)[0]
         low, high = min(rank * rows, self.tokens), min((rank + 1) * rows, self.tokens)
-        real = hf[0][low:high] if high > low else hf[0][0:1][:0]
+        real = hf[0][low:high]
         return torch.cat([real, real.new_zeros(rows - (high - low), self.hidden)])
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:

@@ -64,6 +64,22 @@ def test_shards_are_the_blocks_of_rows_that_the_kind_says(kind: Kind, size: int)
     assert are_blocks == (kind.row_blocks % size == 0)
 
 
+@pytest.mark.parametrize("size", EVERY_SIZE)
+def test_shards_are_cut_as_megatron_cuts_a_master_weight(kind: Kind, size: int) -> None:
+    """It makes size x stride blocks along the dimension, and gives each rank every size-th of them."""
+    shards = shards_of(kind, size)
+    unsplit = kind.shard(tensors_of(kind), rank=0, size=1)
+    if shards is None or (kind.unpadded_rows or 0) % size:
+        return
+    if kind.partition_dim is None:
+        expected = [unsplit] * size
+    else:
+        width = shards[0].shape[kind.partition_dim] // kind.partition_stride
+        blocks = unsplit.split(width, kind.partition_dim)
+        expected = [torch.cat(blocks[rank::size], kind.partition_dim) for rank in range(size)]
+    assert all(torch.equal(a, b) for a, b in zip(shards, expected, strict=True))
+
+
 def test_only_what_may_be_padded_ever_is(kind: Kind) -> None:
     rows = len(kind.shard(tensors_of(kind), rank=0, size=1))
     padded = any(
