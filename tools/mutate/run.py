@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import types
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -160,9 +161,10 @@ class Run:
         if status:
             raise SystemExit(f"the tests fail as they are:\n{log.read_text()[-4000:]}")
         found = json.loads(result.read_text())
-        for name in found["modules"]:
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)
+        with warnings.catch_warnings(action="ignore"):
+            for name in found["modules"]:
+                with contextlib.suppress(Exception):
+                    importlib.import_module(name)
         print(f"{len(found['durations'])} tests traced in {time.monotonic() - started:.0f} s", flush=True)
         return Coverage(contexts_of_lines(notes), found["durations"])
 
