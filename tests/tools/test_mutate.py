@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mutate.mutants import mutants_of, sample
 
@@ -191,6 +193,19 @@ def test_it_goes_on_where_it_stopped(toy: Path, tmp_path: Path) -> None:
     assert "4 mutants, 2 to try" in done.stdout
     lines = out.read_text().splitlines()
     assert lines[:2] == first and len(set(lines)) == len(lines) == 4
+
+
+def test_a_tool_that_is_ended_ends_its_processes(toy: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN), "toy", "--root", str(toy), "--out", str(tmp_path / "out.jsonl")]
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as tool:
+        assert tool.stdout is not None
+        while "toy/numbers.py:10 | 1 -> 2" not in tool.stdout.readline():  # the next one runs for ever
+            pass
+        while not (processes := [p for p in psutil.Process(tool.pid).children() if os.getsid(p.pid) == p.pid]):
+            pass  # it has a session of its own as soon as it runs tests
+        tool.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert alive == []
 
 
 def test_tests_that_fail_as_they_are_are_refused(toy: Path, tmp_path: Path) -> None:

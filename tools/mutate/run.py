@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--root", type=Path, default=ROOT)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing is left running or lying about
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder:
         run = Run(options.root.resolve(), Path(folder), options.sources, options.tests, options.limit)
         run.try_all(number=options.number, seed=options.seed, workers=options.workers, out=options.out)
@@ -117,7 +118,7 @@ class Run:
         trees = [self._copy(f"tree_{number}") for number in range(min(workers, len(waiting)))]
         coverage = self._trace(trees[0])
         running: dict[int, Attempt] = {}
-        with out.open("a") as lines:
+        try:
             while waiting or running:
                 while waiting and trees:
                     mutant = waiting.pop(0)
@@ -126,13 +127,16 @@ class Run:
                         pid, attempt = self._begin(mutant, trees.pop(), tests, coverage.durations)
                         running[pid] = attempt
                     else:
-                        _note(lines, mutant, status="not covered")
+                        _note(out, mutant, status="not covered")
                 time.sleep(0.02)
                 for pid, attempt in list(running.items()):
                     if (result := self._ended(pid, attempt)) is not None:
                         del running[pid]
                         trees.append(attempt.tree)
-                        _note(lines, attempt.mutant, **result)
+                        _note(out, attempt.mutant, **result)
+        finally:
+            for pid in running:
+                _kill(pid)
 
     def _copy(self, name: str) -> Path:
         tree = self._folder / name
@@ -157,7 +161,11 @@ class Run:
             return code
 
         started, log = time.monotonic(), self._folder / "baseline.log"
-        _, status = os.waitpid(_fork(tree, log, work), 0)
+        pid = _fork(tree, log, work)
+        try:
+            _, status = os.waitpid(pid, 0)
+        finally:
+            _kill(pid)
         if status:
             raise SystemExit(f"the tests fail as they are:\n{log.read_text()[-4000:]}")
         found = json.loads(result.read_text())
@@ -196,8 +204,7 @@ class Run:
         late = not ended and time.monotonic() > attempt.started + self._limit
         if not ended and not late:
             return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # the tests' own processes as well
+        _kill(pid)
         if late:
             os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
@@ -222,6 +229,7 @@ def _fork(tree: Path, log: Path, work: Callable[[], int]) -> int:
     code = CRASH
     try:
         os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -240,6 +248,12 @@ def _fork(tree: Path, log: Path, work: Callable[[], int]) -> int:
         os._exit(code)
 
 
+def _kill(pid: int) -> None:
+    """Ends a process that `_fork` started, and those that its tests have started and left."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def _lies_in(module: Any, tree: Path) -> bool:
     return str(getattr(module, "__file__", None)).startswith(f"{tree}/")
 
@@ -247,9 +261,9 @@ def _lies_in(module: Any, tree: Path) -> bool:
 # --- Records ----------------------------------------------------------------------------------------------------------
 
 
-def _note(lines: Any, mutant: Mutant, **result: Any) -> None:
-    lines.write(json.dumps(asdict(mutant) | result) + "\n")
-    lines.flush()
+def _note(out: Path, mutant: Mutant, **result: Any) -> None:
+    with out.open("a") as lines:
+        lines.write(json.dumps(asdict(mutant) | result) + "\n")
     print(f"{result['status']:12} {_describe(asdict(mutant))}", flush=True)
 
 
