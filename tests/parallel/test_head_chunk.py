@@ -55,6 +55,8 @@ def test_sums_give_the_log_softmax_and_the_entropy() -> None:
     peak_U, total_U, weighted_U, target_U = chunk_sums(logits_UV, **HERE, temperature=TEMPERATURE)
     torch.testing.assert_close(target_U - peak_U - total_U.log(), expected_logp_U, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(total_U.log() - weighted_U / total_U, expected_entropy_U, rtol=1e-13, atol=1e-13)
+    elsewhere_RU = chunk_sums(logits_UV, **ELSEWHERE, temperature=TEMPERATURE)
+    assert torch.equal(elsewhere_RU, torch.stack([peak_U, total_U, weighted_U, torch.zeros_like(peak_U)]))
 
 
 @pytest.mark.parametrize("with_entropy", [True, False])

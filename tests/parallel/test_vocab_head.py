@@ -186,6 +186,25 @@ def test_frozen_sides_get_no_gradient() -> None:
     assert hidden_Nh.grad is None and weight_Vh.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("vocab_start", "rows", "banned", "local", "owned"),
+    [
+        (0, 4, [3], [3, 0, 0, 0, 0], [True, False, False, False, False]),
+        (4, 4, [0, 3], [0, 0, 3, 0, 0], [False, True, True, False, False]),
+        (8, 2, [0], [0, 0, 0, 0, 1], [False, False, False, True, True]),
+        (12, 0, [], [0, 0, 0, 0, 0], [False] * 5),
+    ],
+)
+def test_a_slice_by_hand(vocab_start: int, rows: int, banned: list[int], local: list[int], owned: list[bool]) -> None:
+    """Ten tokens on four ranks of four rows; the third has two rows of padding, the last nothing else."""
+    weight_Vh = torch.arange(8.0).reshape(4, 2)
+    head = VocabHead(weight_Vh, 10, TEMPERATURE, 4, vocab_start=vocab_start, banned_ids=(3, 4, 7, 8))
+    assert torch.equal(head.rows_Vh, weight_Vh[:rows])
+    assert head.banned_rows.tolist() == banned
+    local_N, owned_N = head.local_targets(torch.tensor([3, 4, 7, 8, 9]))
+    assert local_N.tolist() == local and owned_N.tolist() == owned
+
+
 def test_no_positions() -> None:
     """A data-parallel rank may hold no response token in a micro-batch."""
     p = make_problem(num_tokens=0)

@@ -255,6 +255,27 @@ def test_tensor_and_sequence_parallel_by_hand() -> None:
     assert layer_saved(LAYER, 10, split=LayerSplit(2, 1, True), kernels=CUDA, recompute="full") == 10 * 2 * 32
 
 
+@pytest.mark.parametrize(("context", "chunks"), [(2, 5), (4, 9)])
+def test_context_parallel_by_hand(context: int, chunks: int) -> None:
+    """Ten tokens of a rank are two chunks of five: of c and of 2 * context + 1 - c chunks it keeps keys and values."""
+    alone, shared = (
+        layer_saved(LAYER, 10, split=LayerSplit(1, ranks, False), kernels=CUDA, recompute="selective")
+        for ranks in (1, context)
+    )
+    assert shared - alone == chunks * 5 * 2 * (4 * 16) * 2
+
+
+@pytest.mark.parametrize(("dtype_bytes", "of_keys"), [(2, 4 + 4), (4, 4)])
+def test_norms_of_queries_and_keys_on_cpu_by_hand(dtype_bytes: int, of_keys: int) -> None:
+    """Two fp32 tensors each; in fp32 the first of them is the output of the projection for keys, as a view."""
+    kernels = Kernels(dtype_bytes, fused_rms_norm=False)
+    normed, plain = (
+        layer_saved(replace(LAYER, qk_norm=qk_norm), 10, split=WHOLE, kernels=kernels, recompute="selective")
+        for qk_norm in (True, False)
+    )
+    assert normed - plain == 10 * (8 * 16 * (4 + 4) + 4 * 16 * of_keys)
+
+
 def test_norms_by_hand() -> None:
     cpu_bf16, cpu_fp32 = Kernels(2, False), Kernels(4, False)
     assert norm_saved(100, rms_norm=True, kernels=CUDA) == norm_saved(100, rms_norm=False, kernels=cpu_bf16) == 200
@@ -330,3 +351,16 @@ def test_scoring_keeps_one_layer() -> None:
     image_layer = layer_saved(IMAGE_LAYER, 1000, split=WHOLE, kernels=CUDA, recompute="none")
     shown = score_activations(LANGUAGE, TOWER, many, stage=0, **shared)
     assert shown.layers == image_layer + 2 * 40 * 64 * 2
+
+
+def test_scoring_on_a_part_of_the_ranks() -> None:
+    """Two context-parallel ranks share 40 tokens, two tensor-parallel ones 1001 rows; the tower is no sequence."""
+    split = LayerSplit(tensor=2, context=2, sequence_parallel=True)
+    shared = {"split": split, "kernels": CUDA, "chunk": 5, "stages": 1}
+    layer = layer_saved(LAYER, 20, split=split, kernels=CUDA, recompute="none")
+    few = score_activations(LANGUAGE, TOWER, BATCH, stage=0, **shared)
+    assert (few.layers, few.head) == (layer + 2 * 20 * 64 * 2, 3 * 4 * 5 * 501)
+    tower_split = LayerSplit(tensor=2, context=1, sequence_parallel=False)
+    image_layer = layer_saved(IMAGE_LAYER, 1000, split=tower_split, kernels=CUDA, recompute="none")
+    many = score_activations(LANGUAGE, TOWER, replace(BATCH, patches=1000), stage=0, **shared)
+    assert many.layers == image_layer + 2 * 20 * 64 * 2

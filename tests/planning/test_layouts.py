@@ -233,3 +233,6 @@ def test_a_micro_batch_counts_images_and_views() -> None:
 def test_images_that_do_not_fit_the_prompt() -> None:
     with pytest.raises(ValueError, match="4 images of 1280 tokens do not fit a prompt of 4096"):
         replace(WORKLOAD, images_per_row=4)
+    assert replace(WORKLOAD, image_tokens=4095).image_tokens == 4095
+    with pytest.raises(ValueError, match="1 images of 4096 tokens do not fit a prompt of 4096"):
+        replace(WORKLOAD, image_tokens=4096)
