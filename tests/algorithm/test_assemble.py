@@ -259,6 +259,37 @@ def test_truncated_responses_leave_loss_denominator_and_statistics() -> None:
     assert train.record.scale_B[2] > 1.1
 
 
+def test_metrics_of_rows_that_are_trained_on() -> None:
+    """Two rows of two tokens, one of each kept; the third, truncated and left out, has far larger numbers."""
+    rows = [response(2, sample=0), response(2, sample=1), response(2, sample=2, finish="length")]
+    divergence_BT = torch.tensor([[0.1, 0.3], [0.7, 0.5], [5.0, 9.0]])
+    (minibatch,) = assemble(
+        graded(rows, [1.0, 1.0, 0.0]),
+        scores(torch.full((3, 2), -1.0), None, divergence_BT),
+        settings=settings(
+            dependency="jsd", truncated_responses="mask", top_p_perception_tokens=0.5, shaping_mean_scope="microbatch"
+        ),
+        responses_per_minibatch=3,
+    )
+    # Micro-batches of one row: a mean scale of one, unless the row is the least dependent one.
+    assert minibatch.record.scale_B.tolist() == pytest.approx([0.9, 1.0, 1.0], abs=1e-6)
+    advantage = 1 / 3 / ((1 / 3) ** 0.5 + 1e-6)  # of rewards 1, 1, 0: mean 2/3, unbiased deviation sqrt(1/3)
+    expected = {
+        "actor/trained_row_fraction": 2 / 3,
+        "actor/perception_token_fraction": 2 / 4,
+        "actor/low_var_kl_mean_selected": (0.3 + 0.7) / 2,
+        "actor/low_var_kl_mean_rejected": (0.1 + 0.5) / 2,
+        "actor/low_var_kl_threshold": (0.3 + 0.7) / 2,
+        "actor/sensitivity_score_mean": (0.2 + 0.6) / 2,
+        "actor/scaling_factor_mean": 0.95,
+        "critic/advantages/mean": 0.95 * advantage,
+        "critic/advantages/max": advantage,
+        "critic/advantages/min": 0.9 * advantage,
+    }
+    found = {name: minibatch.metrics[name] for name in expected}
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_minibatch_of_truncated_responses_only() -> None:
     rows = [response(3, sample=i, finish="length") for i in range(2)]
     inputs = scores(torch.full((2, 3), -1.0), torch.full((2, 3), -2.0))
@@ -373,10 +404,16 @@ def test_errors_name_the_fix() -> None:
     run(scores(old_BT, old_BT, torch.zeros(2, 4)))  # not needed, so not looked at
     with pytest.raises(ValueError, match="3 entries, more than the width of 2"):
         run(scores(torch.zeros(2, 2), torch.zeros(2, 2)))
-    broken_BT = old_BT.clone()
-    broken_BT[1, 2] = float("nan")
-    with pytest.raises(RuntimeError, match="perturbed_logp_BT has NaN or infinite entries in 1 of 2 rows, first row 1"):
-        run(scores(old_BT, broken_BT))
+    for value in ("nan", "inf", "-inf"):
+        broken_BT = old_BT.clone()
+        broken_BT[1, 2] = float(value)
+        broken = "has NaN or infinite entries in 1 of 2 rows, first row 1"
+        with pytest.raises(RuntimeError, match=f"perturbed_logp_BT {broken}"):
+            run(scores(old_BT, broken_BT))
+        with pytest.raises(RuntimeError, match=f"old_logp_BT {broken}"):
+            run(scores(broken_BT, old_BT))
+        with pytest.raises(RuntimeError, match=f"divergence_BT {broken}"):
+            run(scores(old_BT, None, broken_BT), dependency="jsd")
     with pytest.raises(ValueError, match="no responses"):
         assemble([], scores(old_BT, old_BT), settings=settings(), responses_per_minibatch=2)
     with pytest.raises(ValueError, match="responses_per_minibatch is 0"):

@@ -88,6 +88,14 @@ def test_expm1_form_against_a_series(dtype: torch.dtype) -> None:
     assert ((actual.double() - exact).abs() / exact <= allowed).all()
 
 
+def test_k3_is_never_negative() -> None:
+    """exp(x) - 1 - x is at least zero; in float32 it rounds below for many small x."""
+    x = torch.linspace(-1e-3, 1e-3, 2001)[None]
+    assert (x.exp() - x - 1).min() < -1e-8
+    for expm1 in (False, True):
+        assert k3_sampled(torch.zeros_like(x), x, torch.ones_like(x), expm1=expm1).min() == 0.0
+
+
 def test_padding_never_reaches_the_result() -> None:
     old_BT, perturbed_BT = torch.tensor([[-1.0, math.nan]]), torch.tensor([[-2.0, math.inf]])
     k3_BT = k3_sampled(old_BT, perturbed_BT, torch.tensor([[1.0, 0.0]]), expm1=True)

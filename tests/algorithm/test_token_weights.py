@@ -54,6 +54,13 @@ def test_entropy_penalty_weight() -> None:
     assert not entropy_penalty_weight(KEPT, torch.zeros(3, 4), coefficient=0.06, tokens="all").any()
 
 
+def test_entropy_of_kept_tokens_in_rows_left_out_is_not_penalised() -> None:
+    """The first row is left out: of three kept tokens two remain, and share the coefficient."""
+    trained_BT = TOKENS * torch.tensor([[0.0], [1.0], [1.0]])
+    weight_BT = entropy_penalty_weight(KEPT, trained_BT, coefficient=0.06, tokens="selected")
+    torch.testing.assert_close(weight_BT, torch.tensor([[0.0] * 4, [0.03, 0.03, 0, 0], [0.0] * 4]))
+
+
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="loss_denominator is 'none'"):
         policy_gradient_weight(KEPT, TOKENS, denominator="none", average="token")
