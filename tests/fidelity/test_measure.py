@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.config.schema import DataConfig, Fp8Config, ModelConfig, RolloutConfig, RunConfig
 from megatron_vppo.fidelity.measure import measure_fidelity, refusal
-from tests.models.tiny import tiny_config
+from tests.models.whole import save_whole_folder
 
 
 def config(ends: int) -> RunConfig:
@@ -31,11 +31,13 @@ def test_delayed_has_no_scales_to_take_on_a_gpu() -> None:
 
 
 def test_what_an_engine_would_refuse_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
-    tiny_config(tied=True, vocab=299).save_pretrained(tmp_path)
+    save_whole_folder(tmp_path)
     asked = RunConfig(
-        data=DataConfig(train_files="x"), model=ModelConfig(path=str(tmp_path)), rollout=RolloutConfig(top_k=300)
+        data=DataConfig(train_files="x", max_prompt_length=300, max_response_length=20),
+        model=ModelConfig(path=str(tmp_path)),
+        rollout=RolloutConfig(top_k=300),
     )
-    with pytest.raises(ValueError, match=r"rollout\.top_k 300 is more than the 299 tokens"):
+    with pytest.raises(ValueError, match=r"rollout\.top_k 300 is more than the 109 tokens"):
         measure_fidelity(asked, recipes=["blockwise"], num_prompts=1, folder=tmp_path / "out")
     assert not dist.is_initialized()
     assert not (tmp_path / "out").exists()

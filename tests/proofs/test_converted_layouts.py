@@ -162,9 +162,9 @@ def test_what_cannot_be_loaded_is_said_and_nothing_of_it_is_executed(
     (messages,) = run_gloo(_refused, 1, source, folders)
     assert "holds both dist_ckpt/ and safetensors files" in messages["both"]
     assert "neither holds no weights" in messages["neither"]
-    assert messages["metadata"].startswith("ValueError") and "was not loaded" in messages["metadata"]
+    assert messages["metadata"].startswith("DamagedCheckpoint") and "was not loaded" in messages["metadata"]
     assert "common" in messages
-    assert "decoder.final_layernorm.weight in" in messages["nan"] and "dist_ckpt holds NaN" in messages["nan"]
+    assert "decoder.final_layernorm.weight in" in messages["nan"] and ".distcp holds NaN" in messages["nan"]
     assert not marker.exists()
     assert "vision.segment" in messages["family"] or "lacks the tensor vision" in messages["family"]
     assert "has language.output_layer.weight, which config.json ties to model.embed_tokens.weight" in messages["other"]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.proofs.runs import ROOT, SHORT, VPPO, train_arguments
-from tests.system.marked import processes_with, wait_until_gone
+from tests.system.marked import parent_of, processes_with, wait_until_gone
 
 FAST = (*SHORT, "rollout.n=2", "data.max_response_length=4", "trainer.save_freq=-1")
 
@@ -29,7 +29,8 @@ def test_the_user_reads_one_message(digits: Path, tmp_path: Path) -> None:
         assert process.stdout is not None
         while not process.stdout.readline().startswith("step 1/"):
             assert process.poll() is None, process.stderr and process.stderr.read()
-        (engine,) = [pid for pid, command in processes_with(mark).items() if "rollout.engine_process\0" in command]
+        found = [pid for pid, command in processes_with(mark).items() if "rollout.engine_process\0" in command]
+        (engine,) = [pid for pid in found if parent_of(pid) not in found]  # vLLM forks it
         os.kill(engine, signal.SIGKILL)
         _, error = process.communicate(timeout=300)
     assert process.returncode == 1

@@ -18,6 +18,15 @@ def processes_with(mark: str) -> dict[int, str]:
     return found
 
 
+def parent_of(pid: int) -> int | None:
+    """The process that started it; None if it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    return int(status.partition("\nPPid:\t")[2].split()[0])
+
+
 def wait_until_gone(mark: str, timeout_seconds: float = 20) -> None:
     """Until nothing with the mark is left: ranks, engine, workers, their helpers."""
     deadline = time.monotonic() + timeout_seconds
