@@ -21,7 +21,9 @@ def test_under_srun_the_rank_that_fails_speaks_in_every_attempt(tmp_path: Path) 
         assert second == (2, "", MISTAKE.format(logs_of(tmp_path))), attempt
         assert first[0] == 1
     log = (logs_of(tmp_path) / "trainer_rank_0.log").read_text()
-    assert log.count("Connection closed by peer") == log.count("an attempt begins") == 2
+    attempts = log.split("an attempt begins")[1:]
+    assert len(attempts) == 2
+    assert all("/gloo/" in attempt for attempt in attempts), "rank 0 lost contact, in words of gloo's that vary"
 
 
 def test_under_srun_a_second_error_is_only_in_its_log(tmp_path: Path) -> None:
