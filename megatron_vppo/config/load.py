@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from megatron_vppo.config.checks import problems_of
 from megatron_vppo.config.schema import RunConfig, Section
+from megatron_vppo.config.yaml_text import read_yaml, write_yaml
 
 BASE_KEY = "base"
 
@@ -65,35 +65,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def save_resolved(config: RunConfig, path: str | Path) -> None:
     """Writes every setting with the value in force; `load_config` of the file gives an equal config."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    Path(path).write_text(text, encoding="utf-8")
+    Path(path).write_text(write_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """A YAML loader that reads 1e-6 as a number (YAML 1.1 wants 1.0e-6) and refuses a key that is written twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is set twice", node.start_mark)
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return mapping
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _parse(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 
 def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Mapping[Any, Any]]]:
@@ -107,7 +82,7 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Ma
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    content = _parse(text, str(path))
+    content = read_yaml(text, str(path))
     mapping = {} if content is None else content
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} holds {_shown(content)}; it should hold sections such as 'data:' and 'model:'")
@@ -122,8 +97,11 @@ def _override_layer(text: str) -> tuple[str, Mapping[Any, Any]]:
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ValueError(f"override '{text}' is not of the form section.setting=value, for example rollout.n=8")
+    if value.lstrip().startswith("#"):
+        quoted = f"{name}=\"'{value.strip()}'\""
+        raise ValueError(f"override '{text}': # begins a comment in YAML; write it in quotes: {quoted}")
     source = f"override '{text}'"
-    return source, _nested({name: Setting(_parse(value, source), source)})
+    return source, _nested({name: Setting(read_yaml(value, source), source)})
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
@@ -175,6 +153,9 @@ def _suggestion(name: str, is_section: bool) -> str:
         return whole + last
 
     candidates = list(_known_names(RunConfig, sections=is_section))
+    if name in candidates:  # a key of a file that has dots
+        *sections, last = name.split(".")
+        return f"in a file, write '{last}' below {' and '.join(map(repr, sections))}"
     nearest = max(candidates, key=likeness)
     if likeness(nearest) >= 1.0:
         return f"did you mean {nearest}?"
@@ -205,6 +186,10 @@ def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
     if name:
         too_short = error["type"] == "missing"
         expected = "too few values" if too_short else error["msg"].replace("Input should be ", "should be ")
+        if error["type"] == "tuple_type":
+            expected = "should be a list, such as [a, b]"
+        elif error["type"] == "string_type":
+            expected = "should be a text; write it in quotes (in a shell, in two kinds: \"'1'\")"
         return f"{name} = {_shown(settings[name].value)} ({settings[name].source}): {expected}"
     if error["type"] != "missing":
         return f"{whole} = {_shown(error['input'])}: {error['msg']}"

@@ -6,7 +6,7 @@ marked (Preset) get another one from PRESETS under `reference`. What a user sets
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -79,6 +79,15 @@ class Section(BaseModel):
         given = value if isinstance(value, list | tuple) else [value]
         if any(isinstance(one, bool) for one in given) and holds_numbers(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("truth_value", "Input should be a number, not true or false")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _null_is_no_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses Python's None where null belongs; YAML takes it for a text."""
+        assert info.field_name is not None, "pydantic calls it for a field"
+        if value == "None" and type(None) in get_args(cls.model_fields[info.field_name].annotation):
+            raise PydanticCustomError("null", "Input should be null, which YAML does not write as None")
         return value
 
 

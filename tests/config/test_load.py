@@ -127,7 +127,7 @@ def test_nothing_near_lists_the_sections(write: Write) -> None:
         ("actor.optim.betas=[0.9]", "actor.optim.betas = [0.9] (override 'actor.optim.betas=[0.9]')"),
         ("actor.optim.betas=[0.9, x]", "actor.optim.betas = [0.9, 'x'] (override"),
         ("rollout.val=3", "rollout.val = 3 (override 'rollout.val=3'): rollout.val is a section; set one of n, temp"),
-        ("data.train_files=null", "data.train_files = None (override 'data.train_files=null'): should be a valid str"),
+        ("data.train_files=null", "data.train_files = None (override 'data.train_files=null'): should be a text"),
     ],
 )
 def test_wrong_value_is_named_with_what_was_expected(write: Write, override: str, words: str) -> None:
