@@ -27,6 +27,7 @@ from megatron_vppo.system.processes import child_environment
 from megatron_vppo.system.visible import visible
 
 _START_SECONDS = 300.0  # a user's file may import heavy packages
+_END_SECONDS = 2.0  # from a closed pipe to the end of its process
 _MAX_BATCH_TIMEOUTS = 60
 _SHOWN_CHARACTERS = 400
 
@@ -203,7 +204,7 @@ class _Worker:
             raise RuntimeError(f"a reward worker ended while starting (exit code {self.process.returncode})") from None
         if "fatal" in answer:
             self.kill()
-            raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
+            raise ValueError(answer["fatal"])
         self._ready = True
 
     def start(self, job: Job, inputs: list[dict[str, Any]], limit_seconds: float) -> None:
@@ -224,6 +225,8 @@ class _Worker:
         try:
             return job, read_message(self.answers)
         except EOFError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_SECONDS)  # for its own exit code, and not that of the kill
             self.kill()
             return job, {"error": f"the worker process ended (exit code {self.process.returncode})", "kind": "died"}
 

@@ -13,11 +13,12 @@ import inspect
 import json
 import math
 import os
+import reprlib
 import resource
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,13 +60,24 @@ def load_function(spec: str) -> Callable[..., Any]:
         raise ValueError(f"reward.reward_function={spec}: no such Python file")
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except BaseException as error:  # sys.exit() as well
+        raise ValueError(f"reward.reward_function={spec} cannot be imported:\n{_lines_of_file(error, file)}") from error
     function = module.__dict__.get(name)
     if not callable(function):
         known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise ValueError(f"reward.reward_function={spec}: no function {name!r} in that file; it has {known or 'none'}")
     check_call(function, spec)
     return function
+
+
+def _lines_of_file(error: BaseException, file: str) -> str:
+    """Formats an error with the lines of `file`, and of what it called, that led to it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename != file:
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace, chain=False))[-2000:].strip()
 
 
 def check_call(function: Callable[..., Any], spec: str) -> None:
@@ -99,7 +111,13 @@ def checked_score(value: Any) -> dict[str, float]:
     for name, number in value.items():
         if isinstance(number, str):
             raise TypeError(f"the reward function returned text for {name!r}: {number[:40]!r}")
-        score[str(name)] = float(number)
+        refusal = f"the reward function returned {reprlib.repr(number)} for {name!r}, which is no number"
+        if isinstance(number, bytes | bytearray):  # float() reads b"1.0"
+            raise TypeError(refusal)
+        try:
+            score[str(name)] = float(number)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
+            raise TypeError(refusal) from error
         if not math.isfinite(score[str(name)]):
             raise ValueError(f"the reward function returned {score[str(name)]} for {name!r}")
     score.setdefault("accuracy", min(1.0, max(0.0, score["overall"])))
@@ -110,10 +128,17 @@ def checked_score(value: Any) -> dict[str, float]:
 
 def grade(function: Callable[..., Any], inputs: list[dict[str, Any]], *, batch: bool) -> list[dict[str, float]]:
     """Returns one checked result per input. Raises whatever the function raises."""
+    count = len(inputs)  # the function may change the list
     results = function(inputs) if batch else [function(item) for item in inputs]
+    # A set has no order, and iterating a dictionary or a text would give its keys or letters.
+    if isinstance(results, Mapping | Set | str | bytes) or not hasattr(results, "__iter__"):
+        raise TypeError(
+            f"the reward function returned a {type(results).__name__}, and it should return a list with a reward for "
+            "each response (reward.reward_type=batch)"
+        )
     results = list(results)
-    if len(results) != len(inputs):
-        raise ValueError(f"the reward function returned {len(results)} scores for {len(inputs)} responses")
+    if len(results) != count:
+        raise ValueError(f"the reward function returned {len(results)} scores for {count} responses")
     return [checked_score(result) for result in results]
 
 
@@ -121,7 +146,11 @@ def _describe(error: BaseException) -> dict[str, str]:
     """Describes an error, with the line that raised it: two errors of one line count as one kind."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
-    return {"error": f"{type(error).__name__}: {error}"[:500], "kind": f"{type(error).__name__} at {place}"}
+    try:
+        text = str(error)
+    except Exception:  # the user's own kind of error
+        text = "its text cannot be made"
+    return {"error": f"{type(error).__name__}: {text}"[:500], "kind": f"{type(error).__name__} at {place}"}
 
 
 def main() -> None:
@@ -133,8 +162,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and the function must not read them
     try:
         function = load_function(spec)
-    except BaseException as error:
-        write_message(answers, {"fatal": "".join(traceback.format_exception(error))[-2000:]})
+    except ValueError as error:
+        write_message(answers, {"fatal": str(error)})
         return
     write_message(answers, {"ready": True})
     while True:
@@ -144,7 +173,7 @@ def main() -> None:
             return
         try:
             write_message(answers, {"scores": grade(function, inputs, batch=reward_type == "batch")})
-        except Exception as error:
+        except BaseException as error:  # sys.exit() as well
             write_message(answers, _describe(error))
 
 
