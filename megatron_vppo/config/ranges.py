@@ -5,6 +5,7 @@ A range ends where a value cannot work: where C integers, float32 numbers, file 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, Field
@@ -20,6 +21,8 @@ LEAST_TEMPERATURE = 0.01
 """vLLM raises a lower temperature to this one, except for 0, which is greedy; the trainer would divide by the lower."""
 LONGEST_NAME = 255
 """Bytes of a file's or folder's name that Linux allows."""
+LONGEST_PATH = 4095
+"""Bytes of a path that Linux allows."""
 
 
 def holds_numbers(annotation: Any) -> bool:
@@ -30,6 +33,21 @@ def holds_numbers(annotation: Any) -> bool:
 def _not_empty(value: str) -> str:
     if not value.strip() or "\0" in value:
         raise PydanticCustomError("empty_text", "Input should be a text that is not empty and has no NUL character")
+    return value
+
+
+def _path(value: str) -> str:
+    _not_empty(value)
+    if value.startswith("~") or re.search(r"\$[A-Za-z_{]", value):
+        raise PydanticCustomError(
+            "shell_path", "Input should be a path as it is: ~ and $NAME are not expanded; write out what they stand for"
+        )
+    if len(value.encode()) > LONGEST_PATH or any(len(part.encode()) > LONGEST_NAME for part in value.split("/")):
+        raise PydanticCustomError(
+            "long_path",
+            "Input should be a path of at most {whole} bytes, each name in it of at most {longest} bytes",
+            {"whole": LONGEST_PATH, "longest": LONGEST_NAME},
+        )
     return value
 
 
@@ -58,4 +76,6 @@ Wait = Annotated[float, Field(ge=1, le=30 * 24 * 3600)]
 """Seconds that processes wait for one another: up to 30 days. No process answers within less than one."""
 
 Text = Annotated[str, AfterValidator(_not_empty)]
+FilePath = Annotated[str, AfterValidator(_path)]
+"""A path of a file or folder, a hub id, or `file.py:function`."""
 FolderName = Annotated[str, AfterValidator(_one_folder)]

@@ -51,6 +51,7 @@ from megatron_vppo.config.ranges import (
     MOST_RESPONSES,
     Count,
     CountOrZero,
+    FilePath,
     FolderName,
     Pixels,
     Positive,
@@ -92,16 +93,16 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    train_files: Text
+    train_files: FilePath
     """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
-    val_files: Text | None = None
+    val_files: FilePath | None = None
     """Held-out rows, same forms; None: no validation."""
     prompt_key: Text = "problem"
     answer_key: Text = "answer"
     image_key: Text = "images"
-    image_dir: Text | None = None
+    image_dir: FilePath | None = None
     """Folder that relative image paths are taken from; None: the folder of the data file."""
-    format_prompt: Text | None = None
+    format_prompt: FilePath | None = None
     """Jinja file that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
     """System turn; None: what the model's chat template puts there by itself."""
@@ -125,7 +126,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    path: Text
+    path: FilePath
     """Hugging Face folder or hub id: config, weights, tokenizer, processor, chat template."""
     dtype: Dtype = "bfloat16"
     backend: BackendSetting = "auto"
@@ -378,7 +379,7 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    reward_function: Text = BUILT_IN_REWARD
+    reward_function: FilePath = BUILT_IN_REWARD
     """'mathruler', or `file.py:function` of yours."""
     reward_type: RewardType = "batch"
     """The call of a function of yours: with a list of all responses, or once per response."""
@@ -393,7 +394,7 @@ class RewardConfig(Section):
 class TrainerConfig(Section):
     project_name: FolderName = "megatron_vppo"
     experiment_name: FolderName = "default"
-    runs_dir: Text = "runs"
+    runs_dir: FilePath = "runs"
     seed: int = Field(default=1, ge=0, lt=2**32)
     total_steps: Count | None = None
     """Training steps; None: total_epochs passes over the data."""

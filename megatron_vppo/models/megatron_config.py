@@ -90,7 +90,11 @@ def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: Vis
         }
     for name, size in sizes.items():
         if size % tensor:
-            fitting = [t for t in range(1, tensor) if all(s % t == 0 for s in sizes.values())]
+            fitting = [
+                t
+                for t in range(1, min(tensor, text.num_attention_heads + 1))
+                if all(s % t == 0 for s in sizes.values())
+            ]
             whole_tower = ", or parallel.vision_split=images" if name.startswith("vision") else ""
             raise ValueError(
                 f"{size} {name} cannot be split over tensor_model_parallel_size = {tensor}; "

@@ -103,6 +103,8 @@ def _check_files(config: RunConfig) -> None:
     for source in (data.train_files, data.val_files):
         if source is not None:
             check_source(source)
+    if data.image_dir is not None and not Path(data.image_dir).is_dir():
+        raise ValueError(f"data.image_dir: there is no folder {Path(data.image_dir).absolute()}")
     files = {"data.format_prompt": data.format_prompt, "reward.reward_function": reward.rpartition(":")[0] or None}
     for setting, file in files.items():
         if file is not None and not Path(file).is_file():

@@ -114,3 +114,27 @@ def test_pythons_none_is_not_taken_for_a_text(path: Path, name: str) -> None:
     """A model would have got the system prompt "None"."""
     assert f"{name} = 'None' (override '{name}=None'): should be null" in refusal(path, f"{name}=None")
     assert load_config(path, [f"{name}=null"])
+
+
+PATHS = "data.train_files data.val_files data.image_dir data.format_prompt model.path trainer.runs_dir "
+PATHS += "reward.reward_function"
+
+
+@pytest.mark.parametrize("name", PATHS.split())
+@pytest.mark.parametrize("value", ["~/x.py:f", "$HOME/x.py:f", "/data/${USER}/x", "${oc.env:X}"])
+def test_shell_signs_in_paths_are_refused(path: Path, name: str, value: str) -> None:
+    """A run would have made a folder named ~."""
+    message = refusal(path, f"{name}={value}")
+    assert f"{name} = '{value}'" in message and "~ and $NAME are not expanded" in message
+
+
+@pytest.mark.parametrize("name", PATHS.split())
+@pytest.mark.parametrize("value", ["/" + "x" * 256, "/".join(["x" * 200] * 21)])
+def test_paths_that_linux_refuses_are_named(path: Path, name: str, value: str) -> None:
+    message = refusal(path, f"{name}={value}")
+    assert f"{name} = " in message and "at most 255 bytes" in message
+
+
+@pytest.mark.parametrize("value", ["a~/b$", "./~/x", "/costs in $/x@train[:5%]"])
+def test_other_paths_are_taken(path: Path, value: str) -> None:
+    assert load_config(path, [f"data.train_files='{value}'"]).data.train_files == value

@@ -83,7 +83,10 @@ def test_refusals_of_ours_have_no_traceback(tmp_path: Path, source: str, words: 
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (b"import no_such_module\n", "line 1, in <module>\n    import no_such_module\nModuleNotFoundError: No module named"),
+        (
+            b"import no_such_module\n",
+            "line 1, in <module>\n    import no_such_module\nModuleNotFoundError: No module named",
+        ),
         (b"def f(item: return 1\n", "line 1\n    def f(item: return 1\n"),
         (b"x = '\xe4'\ndef f(item): return 1\n", "SyntaxError: "),
         (b"import sys\nsys.exit('no')\n", "line 2, in <module>\n    sys.exit('no')\nSystemExit: no"),

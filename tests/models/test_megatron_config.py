@@ -47,3 +47,9 @@ def test_deepstack_layers_have_to_lie_on_the_first_stage() -> None:
     assert stage_layers(config, family=QWEN3_VL, pipeline=2, pipeline_layers=(2, 1)) == (2, 1)
     with pytest.raises(ValueError, match=r"first pipeline stage has 1 language layers, but the first 2 take features"):
         stage_layers(config, family=QWEN3_VL, pipeline=3, pipeline_layers=None)
+
+
+def test_any_tensor_parallel_size_is_refused_at_once() -> None:
+    """The sizes that fit were searched for up to the one asked for: minutes for this one."""
+    with pytest.raises(ValueError, match=r"set it to one of \[1, 2\]"):
+        check_tensor_parallel(tiny_config(tied=False, vocab=301), tensor=2**31 - 1, vision_split="tensor")

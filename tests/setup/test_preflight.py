@@ -42,6 +42,7 @@ def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None
         ({"rollout": {"num_engines": 5}}, "rollout.num_engines=5"),
         ({"rollout": {"top_k": 300}}, "rollout.top_k 300"),
         ({"data": {"val_files": "no.jsonl"}}, r"no\.jsonl does not exist"),
+        ({"data": {"image_dir": "no"}}, r"data\.image_dir: there is no folder /.*/no$"),
     ],
 )
 def test_every_part_is_checked(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
