@@ -63,7 +63,6 @@ class RewardPool:
 
         Raises:
             ValueError: the function cannot be loaded.
-            RuntimeError: a worker does not start.
         """
         if function != BUILT_IN_REWARD and ":" not in function:
             raise ValueError(f"reward.reward_function={function}: use '{BUILT_IN_REWARD}' or `file.py:function`")
@@ -180,6 +179,7 @@ class _Worker:
         )
         self.requests = cast(BinaryIO, self.process.stdin)
         self.answers = cast(BinaryIO, self.process.stdout)
+        self._spec = spec
         self.job: Job | None = None
         self.deadline = 0.0
         self.alive = True
@@ -188,7 +188,7 @@ class _Worker:
     def wait_until_ready(self) -> None:
         """Waits for the process to load the function.
 
-        Raises ValueError if the function cannot be loaded, RuntimeError if the process does not start.
+        Raises ValueError if it does not.
         """
         if self._ready:
             return
@@ -196,12 +196,19 @@ class _Worker:
             selector.register(self.answers, selectors.EVENT_READ)
             if not selector.select(_START_SECONDS):
                 self.kill()
-                raise RuntimeError(f"a reward worker was not ready after {_START_SECONDS:.0f} s; its imports hang")
+                raise ValueError(
+                    f"reward.reward_function={self._spec}: not imported after {_START_SECONDS:.0f} s; its imports hang"
+                )
         try:
             answer = read_message(self.answers)
         except EOFError:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_END_SECONDS)
             self.kill()
-            raise RuntimeError(f"a reward worker ended while starting (exit code {self.process.returncode})") from None
+            raise ValueError(
+                f"reward.reward_function={self._spec}: its process ended while starting "
+                f"(exit code {self.process.returncode})"
+            ) from None
         if "fatal" in answer:
             self.kill()
             raise ValueError(answer["fatal"])

@@ -43,9 +43,11 @@ class Grader:
         errors = [(response, reward.error) for response, reward in zip(responses, rewards, strict=True) if reward.error]
         if errors and len(errors) >= self._max_error_share * len(rewards):
             first, error = errors[0]
+            call = "; reward.reward_type=batch calls the function with a list, sequential with one dictionary"
             raise ValueError(
                 f"{len(errors)} of {len(rewards)} rewards failed, which ends the run (reward.max_error_share is "
                 f"{self._max_error_share:g}). The first, of split {first.prompt.split}, row {first.prompt.row}: {error}"
+                + (call if len(errors) == len(rewards) else "")
             )
         return list(zip(texts, rewards, strict=True))
 

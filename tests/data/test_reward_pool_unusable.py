@@ -99,3 +99,9 @@ def test_errors_of_the_users_file_show_its_lines_alone(tmp_path: Path, source: b
     message = str(caught.value)
     assert message.startswith(f"reward.reward_function={tmp_path}/score.py:f cannot be imported:\n")
     assert words in message and "reward_worker.py" not in message and "importlib" not in message
+
+
+def test_a_file_that_ends_its_process_is_named(tmp_path: Path) -> None:
+    (tmp_path / "score.py").write_text("import os\nos._exit(3)\n")
+    with pytest.raises(ValueError, match=r"reward\.reward_function=.*score\.py:f: .* ended while starting .*code 3"):
+        make_pool(f"{tmp_path}/score.py:f")

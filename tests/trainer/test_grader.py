@@ -44,3 +44,13 @@ def test_a_share_of_failures_ends_the_run(failures: int, share: float) -> None:
         ValueError, match=rf"{failures} of 4 rewards failed, .* is {share:g}\)\. .* row 0: TypeError: f"
     ):
         grade(failures, share)
+
+
+def test_the_end_of_a_run_says_how_the_function_is_called() -> None:
+    """Most functions that fail for every response are called in the other way than they expect."""
+    with pytest.raises(
+        ValueError, match=r"reward\.reward_type=batch calls the function with a list, sequential with one"
+    ):
+        grade(4, 1.0)
+    with pytest.raises(ValueError, match=r"positional argument$"):
+        grade(2, 0.5)
