@@ -211,7 +211,7 @@ class _Worker:
             ) from None
         if "fatal" in answer:
             self.kill()
-            raise ValueError(answer["fatal"])
+            raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
         self._ready = True
 
     def start(self, job: Job, inputs: list[dict[str, Any]], limit_seconds: float) -> None:
