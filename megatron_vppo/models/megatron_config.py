@@ -53,7 +53,10 @@ def stage_layers(
 def _split_layers(hf_config: HfConfig, *, stages: int, pipeline_layers: tuple[int, ...] | None) -> tuple[int, ...]:
     layers = hf_config.text_config.num_hidden_layers
     if layers < stages:
-        raise ValueError(f"{layers} layers are too few for {stages} pipeline stages; each needs at least one")
+        raise ValueError(
+            f"{layers} layers are too few for {stages} pipeline stages; each needs at least one, so lower "
+            "parallel.pipeline_model_parallel_size (times its virtual stages)"
+        )
     if pipeline_layers is None:
         if layers % stages:
             even = [layers // stages + (stage < layers % stages) for stage in range(stages)]
@@ -97,7 +100,7 @@ def check_tensor_parallel(hf_config: HfConfig, *, tensor: int, vision_split: Vis
             ]
             whole_tower = ", or parallel.vision_split=images" if name.startswith("vision") else ""
             raise ValueError(
-                f"{size} {name} cannot be split over tensor_model_parallel_size = {tensor}; "
+                f"{size} {name} cannot be split over parallel.tensor_model_parallel_size = {tensor}; "
                 f"set it to one of {fitting} and use pipeline or data parallelism for the other devices{whole_tower}"
             )
 

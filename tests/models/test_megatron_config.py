@@ -14,7 +14,7 @@ def test_impossible_layouts_are_refused_with_numbers() -> None:
     config = tiny_config(tied=False, vocab=301)
     check_tensor_parallel(config, tensor=2, vision_split="tensor")
     with pytest.raises(
-        ValueError, match=r"2 key-value heads .* tensor_model_parallel_size = 4; set it to one of \[1, 2\]"
+        ValueError, match=r"2 key-value heads .* parallel.tensor_model_parallel_size = 4; set it to one of \[1, 2\]"
     ):
         check_tensor_parallel(config, tensor=4, vision_split="tensor")
     with pytest.raises(ValueError, match=r"4 attention heads .* 3"):
@@ -34,7 +34,7 @@ def test_pipeline_splits() -> None:
     for wrong in ((1, 1), (3,), (3, 0)):
         with pytest.raises(ValueError, match="must have 2 entries"):
             stage_layers(config, family=QWEN25_VL, pipeline=2, pipeline_layers=wrong)
-    with pytest.raises(ValueError, match="3 layers are too few for 4 pipeline stages"):
+    with pytest.raises(ValueError, match=r"3 layers are too few for 4 pipeline stages; each .* lower parallel"):
         stage_layers(config, family=QWEN25_VL, pipeline=2, virtual_stages=2, pipeline_layers=None)
     config.text_config.num_hidden_layers = 8
     for given, expected in ((None, (2, 2, 2, 2)), ((1, 3, 2, 2), (1, 3, 2, 2))):

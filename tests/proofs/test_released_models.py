@@ -139,7 +139,7 @@ def stored_values(model: QwenVLModel, *, tensor: int) -> int:
 @pytest.mark.parametrize(
     ("name", "tensor", "pipeline", "message"),
     [
-        ("qwen2.5-vl-3b", 4, 1, "2 key-value heads cannot be split over tensor_model_parallel_size = 4"),
+        ("qwen2.5-vl-3b", 4, 1, "2 key-value heads cannot be split over parallel.tensor_model_parallel_size = 4"),
         ("qwen2.5-vl-7b", 8, 1, "28 attention heads cannot be split"),
         ("qwen3-vl-8b", 1, 8, "36 layers do not divide over 8"),
         ("qwen3-vl-2b", 1, 14, "first pipeline stage has 2 language layers, but the first 3"),
