@@ -262,14 +262,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _summary(options: argparse.Namespace) -> int:
-    import json
-
+    from megatron_vppo.observability.json_lines import dump_line
     from megatron_vppo.observability.summary import summarize
 
     outcome = summarize(options.run_dir)
     if options.seconds_rl is not None:
         outcome["seconds_rl"] = options.seconds_rl
-    print(json.dumps(outcome))
+    print(dump_line(outcome), end="")
     return 0
 
 

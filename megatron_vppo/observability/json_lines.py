@@ -21,12 +21,17 @@ def dump_line(record: Mapping[str, Any]) -> str:
 
 
 def number(value: Any) -> float | None:
-    """Reads back a float that `dump_line` wrote. Returns None for anything that is not a number."""
+    """Reads back a float that `dump_line` wrote. Returns None for anything that is not a number, and an infinity for an
+    integer that no float holds.
+    """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     if isinstance(value, str) and value not in ("NaN", "Infinity", "-Infinity"):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -34,7 +39,7 @@ def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record

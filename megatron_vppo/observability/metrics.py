@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -166,16 +167,17 @@ class RunLog:
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """Reads the lines of a run's metrics.jsonl in step order, numbers only. Returns [] if there is no file.
 
-    If a step appears twice, as in a file put together by hand, the later line counts.
+    A line whose step is no whole number is left out. If a step appears twice, as in a file put together by hand, the
+    later line counts.
     """
     path = Path(run_dir) / METRICS_FILE
     if not path.exists():
         return []
     by_step: dict[float, dict[str, float]] = {}
-    with open(path, encoding="utf-8", errors="replace") as lines:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines:
         for record in parse_lines(lines):
             values = {name: value for name, raw in record.items() if (value := number(raw)) is not None}
-            if "step" in values:
+            if values.get("step", math.nan).is_integer():
                 by_step[values["step"]] = values
     return [by_step[step] for step in sorted(by_step)]
 

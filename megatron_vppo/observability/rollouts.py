@@ -90,7 +90,10 @@ def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:
 
 def rollout_steps(run_dir: str | Path) -> list[int]:
     """Lists the steps that have a file, in rising order."""
-    names = (re.fullmatch(r"step_(\d+)\.jsonl\.zst", path.name) for path in (Path(run_dir) / "rollouts").glob("step_*"))
+    names = (
+        re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl\.zst", path.name)
+        for path in (Path(run_dir) / "rollouts").glob("step_*")
+    )
     return sorted(int(match[1]) for match in names if match)
 
 

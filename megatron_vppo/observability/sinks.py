@@ -112,7 +112,7 @@ SERVICES: dict[str, type[WandbSink] | type[SwanlabSink]] = {"wandb": WandbSink, 
 
 def _cut_after(path: Path, last_step: int) -> None:
     """Keeps the complete lines of steps up to last_step. The file is replaced as a whole, or not at all."""
-    with open(path, encoding="utf-8", errors="replace") as lines, whole_file(path) as kept:
+    with open(path, encoding="utf-8-sig", errors="replace") as lines, whole_file(path) as kept:
         for record in parse_lines(lines):
             if isinstance(record.get("step"), int) and record["step"] <= last_step:
                 kept.write(dump_line(record).encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ def summarize(run_dir: Path) -> dict[str, Any]:
         "val_accuracy_start": validations.get(0),
         "val_accuracy_end": validations[max(validations)] if validations else None,
         "steps": int(lines[-1]["step"]),
-        "seconds_rl": round(sum(line["timing_s/step"] for line in lines), 1),
-        "max_rollout_logprob_diff": max(differences, default=None),
+        "seconds_rl": round(sum(line.get("timing_s/step", 0.0) for line in lines), 1),
+        # max() alone would drop or keep a NaN by its position.
+        "max_rollout_logprob_diff": max(differences, key=lambda value: (math.isnan(value), value), default=None),
         "weight_checksums_ok": all(check == 1.0 for check in checks) if checks else None,
         "report": str(report) if report.exists() else None,
     }

@@ -125,6 +125,35 @@ def test_a_line_cut_by_a_crash_is_dropped_on_resume(tmp_path: Path) -> None:
     assert [line["step"] for line in strict_lines(tmp_path)] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("line", "read"),
+    [
+        ('{"step": NaN, "a": 1}', []),
+        ('{"step": Infinity, "a": 1}', []),
+        ('{"step": 1.5, "a": 1}', []),
+        ("[" * 100_000, []),
+        ('{"step": 2, "a": ' + "[" * 100_000, []),
+        (f'{{"step": 2, "a": {10**400}, "b": {-(10**400)}}}', [{"step": 2.0, "a": math.inf, "b": -math.inf}]),
+        (f'{{"step": 2, "a": {"1" * 5000}}}', []),
+        ('{"step": 2, "a": [1], "b": null, "c": "1", "d": true}', [{"step": 2.0}]),
+    ],
+)
+def test_a_strange_line_costs_only_what_it_held(line: str, read: list[dict[str, float]], tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 3}}\n')
+    assert read_metrics(tmp_path) == [*read, {"step": 3.0}]
+    log_steps(tmp_path, range(4, 5), 0.9, resume_step=3)
+    assert [line["step"] for line in strict_lines(tmp_path)][-2:] == [3, 4]
+
+
+def test_the_mark_of_an_editor_costs_no_line(tmp_path: Path) -> None:
+    log_steps(tmp_path, range(0, 3), 0.1)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
+    log_steps(tmp_path, range(3, 4), 0.9, resume_step=2)
+    assert [line["step"] for line in strict_lines(tmp_path)] == [0, 1, 2, 3]
+
+
 def test_finished_steps_survive_a_kill_in_mid_step(tmp_path: Path) -> None:
     program = f"""
 import os, signal

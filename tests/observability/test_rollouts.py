@@ -87,7 +87,8 @@ def test_a_failed_write_keeps_the_earlier_file(tmp_path: Path) -> None:
 def test_steps_are_listed_in_order_and_cut_after_a_checkpoint(tmp_path: Path) -> None:
     for step in (10, 2, 1):
         write_rollouts(tmp_path, step, [RECORD])
-    (tmp_path / "rollouts" / "step_x.jsonl.zst").touch()
+    for name in ("x", "007", "٩"):
+        (tmp_path / "rollouts" / f"step_{name}.jsonl.zst").touch()
     assert rollout_steps(tmp_path) == [1, 2, 10]
     cut_rollouts_after(tmp_path, 2)
     assert rollout_steps(tmp_path) == [1, 2]

@@ -55,6 +55,23 @@ def test_the_command(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == json.dumps({**OUTCOME, "seconds_rl": 12.0}) + "\n"
 
 
+def test_numbers_that_are_none_stay_valid_json(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "timing_s/step": "Infinity", "val/accuracy": NaN}\n')
+        file.write('{"step": 4, "training/rollout_logp_diff_max": "NaN"}\n')
+    assert main(["summary", str(run_dir)]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert (found["val_accuracy_end"], found["seconds_rl"], found["steps"]) == ("NaN", "Infinity", 4)
+    assert found["max_rollout_logprob_diff"] == "NaN"  # max() alone would forget it
+
+
+def test_seconds_of_the_lines_that_have_them(run_dir: Path) -> None:
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "timing_s/step": null, "val/accuracy": 0.75}\n')
+    found = summarize(run_dir)
+    assert (found["seconds_rl"], found["val_accuracy_end"], found["steps"]) == (9.5, 0.75, 3)
+
+
 def test_a_folder_without_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", str(tmp_path)]) == 2
     assert f"{tmp_path} has no metrics.jsonl" in capsys.readouterr().err

@@ -10,7 +10,11 @@ from typing import Any
 
 import yaml
 
+from megatron_vppo.observability.json_lines import number
 from megatron_vppo.observability.metrics import read_metrics
+
+LARGEST = 1e300
+"""The bound of the values that are drawn, so that sums and axes stay finite, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +38,7 @@ class RunData:
     """The lines of metrics.jsonl in step order."""
 
     def series(self, name: str) -> Series:
-        points = [(int(row["step"]), row[name]) for row in self.rows if name in row]
-        finite = [(step, value) for step, value in points if math.isfinite(value)]
-        return Series(
-            steps=tuple(step for step, _ in finite),
-            values=tuple(value for _, value in finite),
-            dropped=len(points) - len(finite),
-        )
+        return _series([(int(row["step"]), row[name]) for row in self.rows if name in row])
 
     def setting(self, dotted: str) -> Any:
         """Returns a setting of the resolved config, or None if it is missing."""
@@ -50,6 +48,12 @@ class RunData:
                 return None
             value = value[key]
         return value
+
+    def number_setting(self, dotted: str) -> float | None:
+        """Returns a setting that is a finite number, or None."""
+        value = self.setting(dotted)
+        parsed = None if isinstance(value, str) else number(value)
+        return parsed if parsed is not None and math.isfinite(parsed) else None
 
     def names(self, prefix: str) -> list[str]:
         """Lists the metric names with this prefix, in order of first appearance."""
@@ -69,7 +73,7 @@ def load_run(run_dir: str | Path) -> RunData:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     try:
         config = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2026-13-45
         config = None
     return RunData(
         folder=folder,
@@ -101,5 +105,5 @@ def rest_of_step(run: RunData, shown: Iterable[str]) -> Series:
 
 
 def _series(points: Sequence[tuple[int, float]]) -> Series:
-    finite = [(step, value) for step, value in points if math.isfinite(value)]
+    finite = [(step, value) for step, value in points if abs(value) < LARGEST]
     return Series(tuple(step for step, _ in finite), tuple(v for _, v in finite), len(points) - len(finite))

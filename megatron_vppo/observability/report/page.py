@@ -187,7 +187,7 @@ def _algorithm(run: RunData) -> str | None:
     if filtering is None and shaping is None:
         return None
     if filtering and shaping:
-        return f"VPPO, {_percent(float(run.setting('algorithm.top_p_perception_tokens') or 0))} of tokens"
+        return f"VPPO, {_percent(run.number_setting('algorithm.top_p_perception_tokens') or 0.0)} of tokens"
     if filtering or shaping:
         return "token filtering only" if filtering else "advantage shaping only"
     return "DAPO" if run.setting("algorithm.online_filtering") else "GRPO"

@@ -90,7 +90,7 @@ def _card_html(sample: Sample, top: float) -> str:
         value = number(record.get(name))
         if value is not None:
             facts.append((label, significant(value, 3)))
-    facts.append(("Tokens", f"{len(record.get('tokens') or [])}"))
+    facts.append(("Tokens", f"{len(_list(record, 'tokens'))}"))
     if record.get("finish_reason") == "length":
         facts.append(("Ended", "at the length limit"))
     if record.get("reward_error"):
@@ -109,7 +109,7 @@ def _card_html(sample: Sample, top: float) -> str:
 
 def _images_html(record: Mapping[str, Any]) -> str:
     figures = []
-    for pair in record.get("images") or []:
+    for pair in _list(record, "images"):
         for name, caption in (("original", "image"), ("masked", "perturbed image")):
             data = pair.get(name) if isinstance(pair, Mapping) else None
             if isinstance(data, str) and _BASE64.fullmatch(data):
@@ -123,7 +123,7 @@ def _images_html(record: Mapping[str, Any]) -> str:
 
 
 def _tokens_html(record: Mapping[str, Any], top: float) -> str:
-    tokens = [str(token) for token in record.get("tokens") or []]
+    tokens = [str(token) for token in _list(record, "tokens")]
     if not tokens:
         return html_text(str(record.get("response", "")))
     dependency = _numbers(record, "dependency")
@@ -166,20 +166,23 @@ def _legend_html(top: float) -> str:
 
 def _numbers(record: Mapping[str, Any], name: str) -> list[float | None]:
     """Reads a per-token list, with None for values that are missing or not finite."""
-    values = record.get(name)
-    if not isinstance(values, list):
-        return []
-    parsed = [number(int(value) if isinstance(value, bool) else value) for value in values]
+    parsed = [number(int(value) if isinstance(value, bool) else value) for value in _list(record, name)]
     return [value if value is not None and math.isfinite(value) else None for value in parsed]
+
+
+def _list(record: Mapping[str, Any], name: str) -> list[Any]:
+    """Returns a field that is a list; [] for anything else."""
+    value = record.get(name)
+    return value if isinstance(value, list) else []
 
 
 def _different_prompts(samples: Sequence[Sample]) -> list[Sample]:
     """Sorts samples: first one of each prompt, then the others."""
-    seen: set[tuple[Any, Any]] = set()
+    seen: set[tuple[str, str]] = set()
     first: list[Sample] = []
     rest: list[Sample] = []
     for sample in samples:
-        prompt = (sample.record.get("split"), sample.record.get("row"))
+        prompt = (str(sample.record.get("split")), str(sample.record.get("row")))
         (rest if prompt in seen else first).append(sample)
         seen.add(prompt)
     return first + rest

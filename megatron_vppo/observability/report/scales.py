@@ -55,6 +55,7 @@ def log_axis(values: Sequence[float]) -> Axis:
     first, last = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
     if first == last:
         first, last = first - 1, last + 1
+    first, last = min(max(first, -307), 307), max(min(last, 308), -306)  # the decades that floats hold
     stride = max(1, math.ceil((last - first) / 5))
     return Axis(10.0**first, 10.0**last, tuple(10.0**e for e in range(first, last + 1, stride)), log=True)
 

@@ -61,7 +61,7 @@ def _learning(run: RunData) -> tuple[Chart, ...]:
 
 
 def _vppo(run: RunData) -> tuple[Chart, ...]:
-    target = run.setting("algorithm.top_p_perception_tokens")
+    target = run.number_setting("algorithm.top_p_perception_tokens")
     filtering = run.setting("algorithm.use_vppo_on_perception")
     return (
         Chart(
@@ -69,7 +69,7 @@ def _vppo(run: RunData) -> tuple[Chart, ...]:
             "fraction",
             (Line("kept", run.series("actor/perception_token_fraction"), 1),),
             scale="zero",
-            reference=("asked for", float(target)) if isinstance(target, int | float) and filtering else None,
+            reference=("asked for", target) if target is not None and filtering else None,
         ),
         Chart(
             "Visual dependency of tokens",
@@ -141,7 +141,7 @@ def _update(run: RunData) -> tuple[Chart, ...]:
 
 
 def _system(run: RunData) -> tuple[Chart, ...]:
-    bound = run.setting("rollout.logprob_diff_bound")
+    bound = run.number_setting("rollout.logprob_diff_bound")
     return (
         Chart("Time per step", "seconds", _phases(run), scale="stack", wide=True),
         Chart(
@@ -158,7 +158,7 @@ def _system(run: RunData) -> tuple[Chart, ...]:
                 Line("mean", run.series("training/rollout_logp_diff_mean"), 1),
             ),
             scale="log",
-            reference=("bound", float(bound)) if isinstance(bound, int | float) else None,
+            reference=("bound", bound) if bound is not None and bound > 0 else None,
         ),
         Chart(
             "Tokens over the bound",

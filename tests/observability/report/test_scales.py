@@ -67,6 +67,12 @@ def test_log_ticks_are_decades() -> None:
     assert len(wide.ticks) <= 7 and wide.place(1e-12) == 0.0 and wide.place(1e3) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("values", [[5e-324, 1.0], [1.0, 1.7e308], [5e-324], [1.7e308]])
+def test_a_log_axis_of_the_smallest_and_largest_floats(values: list[float]) -> None:
+    axis = log_axis(values)
+    assert all(math.isfinite(axis.place(value)) for value in values)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.123456, "0.1235"), (12.3, "12.3"), (4520.0, "4,520"), (-0.5, "−0.5"), (1.25e-6, "1.25e-6"), (0.0, "0"),
