@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,14 @@ class SavedState(SavedSizes):
 def checkpoint_steps(folder: Path) -> list[int]:
     """Returns the steps that have a checkpoint, damaged or not, in rising order; found from the folders themselves.
 
-    Raises DamagedCheckpoint if the folder cannot be read: whatever is in it must not be taken for nothing.
+    Raises DamagedCheckpoint if the folder cannot be read, or is a link that leads nowhere: whatever is in it must not
+    be taken for nothing.
     """
-    with naming(folder):
-        names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    matches = (re.fullmatch(r"global_step_(\d+)", name) for name in names)
+    if not os.path.lexists(folder):
+        return []
+    with naming(folder, missing=f"{folder} is a link to {os.path.realpath(folder)}, which is not there"):
+        names = [path.name for path in folder.iterdir()]
+    matches = (re.fullmatch(r"global_step_(0|[1-9][0-9]*)", name) for name in names)
     return sorted(int(match[1]) for match in matches if match)
 
 

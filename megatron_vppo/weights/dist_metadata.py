@@ -110,7 +110,7 @@ def _check_backend(dist_ckpt: Path) -> None:
         text = path.read_bytes()
     try:
         backend = json.loads(text)["sharded_backend"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is not that of a distributed checkpoint") from error
     if backend != BACKEND:
         raise DamagedCheckpoint(f"{path}: format {backend!r} is not supported, only {BACKEND!r} is")

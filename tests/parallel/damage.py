@@ -193,6 +193,10 @@ DESCRIPTIONS: dict[str, tuple[Spoil, str]] = {
     "metadata.json missing": (without("dist_ckpt/metadata.json"), r"dist_ckpt lacks metadata\.json: it is not a dist"),
     "metadata.json empty": (in_dist_ckpt("metadata.json", lambda data: b""), r"metadata\.json is not that of a distr"),
     "metadata.json garbage": (in_dist_ckpt("metadata.json", lambda data: b"\xff{"), r"metadata\.json is not that of a"),
+    "metadata.json deep": (
+        in_dist_ckpt("metadata.json", lambda data: b"[" * 100_000),
+        r"metadata\.json is not that of",
+    ),
     "metadata.json strange": (
         in_dist_ckpt("metadata.json", lambda data: data.replace(b"common_backend_version", b"common_bbckend_version")),
         r"metadata\.json is not that of a distributed checkpoint",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps, set_aside_after
 
 
@@ -16,10 +18,21 @@ def make(folder: Path, *names: str) -> None:
 def test_steps_are_those_of_the_folders(tmp_path: Path) -> None:
     assert checkpoint_steps(tmp_path / "none") == []
     make(
-        tmp_path, "global_step_10", "global_step_9", ".global_step_11.tmp", "global_step_x", "set_aside_global_step_12"
-    )
+        tmp_path, "global_step_10", "global_step_9", ".global_step_11.tmp", "global_step_x", "set_aside_global_step_12",
+        "global_step_007", "global_step_-1", "global_step_1e3", "global_step_٩",
+    )  # fmt: skip
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("13")
     assert checkpoint_steps(tmp_path) == [9, 10]
+
+
+@pytest.mark.parametrize(
+    ("target", "message"), [("nowhere", r"nowhere, which is not there"), ("checkpoints", "cannot be read: Too many")]
+)
+def test_a_link_that_leads_nowhere_is_not_taken_for_no_checkpoints(target: str, message: str, tmp_path: Path) -> None:
+    """Such as one to a disk that is not mounted. The run would start from the beginning and cut its lines."""
+    (tmp_path / "checkpoints").symlink_to(target)
+    with pytest.raises(ValueError, match=rf"/checkpoints .*{message}"):
+        checkpoint_steps(tmp_path / "checkpoints")
 
 
 def test_later_checkpoints_are_kept_under_names_that_nothing_looks_for(tmp_path: Path) -> None:
