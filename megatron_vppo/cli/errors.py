@@ -26,10 +26,18 @@ def error_text(error: BaseException) -> str:
     """Returns the message of an error, after its type where the message may not be one of ours."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = str(error).partition(_NATIVE_FRAMES)[0].strip()
+    text = message_of(error).partition(_NATIVE_FRAMES)[0].strip()
     if is_mistake(error) or type(error) is RuntimeError:
         return text or type(error).__name__
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def message_of(error: BaseException) -> str:
+    """Returns `str(error)`; '' for an exception that fails to make its text."""
+    try:
+        return str(error)
+    except Exception:
+        return ""
 
 
 def show(text: str, stream: TextIO) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_vppo.cli.output import flush_output
 from megatron_vppo.system.processes import die_with_parent
 
 
@@ -24,8 +25,8 @@ def is_trainer_rank() -> bool:
 def is_first_on_host() -> bool:
     """Returns False for ranks of a machine but the first. What is wrong before ranks join is wrong for all of them."""
     if is_trainer_rank():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    return not _is_srun_task() or os.environ.get("SLURM_LOCALID", "0") == "0"
+        return not _is_later("LOCAL_RANK")
+    return not _is_srun_task() or not _is_later("SLURM_LOCALID")
 
 
 def take_rank_from_slurm() -> None:
@@ -34,11 +35,11 @@ def take_rank_from_slurm() -> None:
     With several nodes the batch script has to set MASTER_ADDR. MASTER_PORT defaults to 29500.
 
     Raises:
-        ValueError: several nodes and no MASTER_ADDR.
+        ValueError: several nodes and no MASTER_ADDR, or a number of nodes that is none.
     """
     if "RANK" in os.environ or not _is_srun_task():
         return
-    if int(os.environ.get("SLURM_NNODES", "1")) > 1 and "MASTER_ADDR" not in os.environ:
+    if _whole_number("SLURM_NNODES", default="1") > 1 and "MASTER_ADDR" not in os.environ:
         raise ValueError(
             "several nodes under srun need MASTER_ADDR; in the batch script: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
@@ -48,6 +49,20 @@ def take_rank_from_slurm() -> None:
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def check_rank() -> None:
+    """Checks the numbers by which this process is a trainer rank, if it is one.
+
+    Raises:
+        ValueError: one is no whole number, or the rank is not among the ranks.
+    """
+    if not is_trainer_rank():
+        return
+    rank, size = _whole_number("RANK"), _whole_number("WORLD_SIZE")
+    _whole_number("LOCAL_RANK", default="0")
+    if rank >= size:
+        raise ValueError(f"the environment has RANK={rank} and WORLD_SIZE={size}; ranks count from 0")
 
 
 def end_with_torchrun() -> None:
@@ -76,11 +91,27 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoR
     """
     logs.mkdir(parents=True, exist_ok=True)
     launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs)]
-    sys.stdout.flush()
+    flush_output()
     os.execv(sys.executable, [*launcher, "-m", "megatron_vppo.cli.main", *arguments])
 
 
 def _is_srun_task() -> bool:
     """Returns True if `srun` has started this process as one of several tasks."""
     # SLURM_NTASKS is set in the batch shell as well.
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    return "SLURM_PROCID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+
+
+def _is_later(variable: str) -> bool:
+    """Returns True if the variable is the number of a rank, but not of the first."""
+    value = os.environ.get(variable, "0")
+    return value.isdecimal() and int(value) > 0
+
+
+def _whole_number(variable: str, *, default: str | None = None) -> int:
+    value = os.environ.get(variable, default)
+    if value is None or not value.isdecimal():
+        raise ValueError(
+            f"the environment has {variable}={value!r}, which is no rank or size; torchrun or srun sets it. Unset it "
+            "to let vppo start the ranks"
+        )
+    return int(value)

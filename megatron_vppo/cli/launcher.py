@@ -8,6 +8,7 @@ does for `torchrun --standalone`. When one fails, it ends the others.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -21,11 +22,13 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_vppo.cli.errors import show
+from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake, show
 from megatron_vppo.cli.output import READER_LEFT
 from megatron_vppo.cli.rank_error import parse_error, rank_log
 from megatron_vppo.cli.trainer_rank import LAUNCHER_VARIABLE
 
+_AGENT = "torch.distributed"
+"""The logger of torch's agent."""
 MEANINGS: dict[int, str] = {
     signal.SIGKILL: "usually the kernel's answer when the machine runs out of memory, see `dmesg`",
     signal.SIGSEGV: "a crash in native code",
@@ -42,12 +45,22 @@ def main(arguments: Sequence[str]) -> int:
     num_ranks, logs, *program = arguments
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
-    _log_agent_to(Path(logs) / "launcher.log")
+    log = Path(logs) / "launcher.log"
+    _log_agent_to(log)
+    try:
+        return _run(int(num_ranks), Path(logs), program)
+    except Exception as error:  # no free port, no room for the files of the ranks' errors
+        logging.getLogger(_AGENT).exception("the launcher failed")
+        show(f"the launcher: {error_text(error)} (traceback: {log})", sys.stderr)
+        return MISTAKE if is_mistake(error) else 1
+
+
+def _run(num_ranks: int, logs: Path, program: Sequence[str]) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="vppo-ranks-") as error_files:
-            elastic_launch(_launch_config(int(num_ranks), error_files), sys.executable)("-u", *program)
+            elastic_launch(_launch_config(num_ranks, error_files), sys.executable)("-u", *program)
     except ChildFailedError as error:
-        status, text = explain(error.failures, Path(logs))
+        status, text = explain(error.failures, logs)
         if text is not None:
             show(text, sys.stderr)
         return status
@@ -105,10 +118,21 @@ def _launch_config(num_ranks: int, error_files: str) -> LaunchConfig:
     )
 
 
+class _AgentLog(logging.FileHandler):
+    """A log that nobody misses while the ranks' own errors are told: where it cannot be written, nothing is said."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # it cannot be opened
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def _log_agent_to(path: Path) -> None:
     """Sends what the agent logs to a file, which is made with the first line."""
-    logger = logging.getLogger("torch.distributed")
-    handler = logging.FileHandler(path, delay=True)
+    logger = logging.getLogger(_AGENT)
+    handler = _AgentLog(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for its_own in logger.handlers[:]:
         logger.removeHandler(its_own)

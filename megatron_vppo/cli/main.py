@@ -18,6 +18,7 @@ from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake
 from megatron_vppo.cli.launch import (
+    check_rank,
     end_with_torchrun,
     is_first_on_host,
     is_trainer_rank,
@@ -25,7 +26,15 @@ from megatron_vppo.cli.launch import (
     quieten_libraries,
     take_rank_from_slurm,
 )
-from megatron_vppo.cli.output import READER_LEFT, discard, flush_output, output_is_full, reader_left, say
+from megatron_vppo.cli.output import (
+    READER_LEFT,
+    discard,
+    flush_output,
+    open_closed_streams,
+    output_is_full,
+    reader_left,
+    say,
+)
 from megatron_vppo.cli.plan_options import add_plan_options
 from megatron_vppo.cli.trainer_rank import run_rank
 from megatron_vppo.config.choices import Fp8Recipe
@@ -45,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A reader that leaves early (`vppo plan ... | head`) is no error: the command stops without a message, with status
     READER_LEFT.
     """
+    open_closed_streams()
     try:
         try:
             status = _run(arguments)
@@ -216,6 +226,7 @@ def _add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     take_rank_from_slurm()
+    check_rank()
     end_with_torchrun()
     quieten_libraries()
     from megatron_vppo.config.checks import check_training

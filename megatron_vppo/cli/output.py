@@ -19,10 +19,21 @@ def say(text: str) -> None:
     print(visible(text), flush=True)
 
 
+def open_closed_streams() -> None:
+    """Opens /dev/null in place of the standard streams that this process was started without.
+
+    The next files to be opened would get their numbers, and with them what is meant for the terminal.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is that of the stream
+            os.set_inheritable(nowhere, True)
+            setattr(sys, name, open(nowhere, mode, encoding="utf-8"))  # noqa: SIM115  (stays open)
+
+
 def flush_output() -> None:
     """Flushes stdout while a failure can still be caught. Python's own flush at exit could only print it."""
-    if sys.stdout is not None:  # None: started with stdout closed
-        sys.stdout.flush()
+    sys.stdout.flush()
 
 
 def output_is_full() -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake
+from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake, message_of
 from megatron_vppo.system.whole import whole_file
 
 _FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
@@ -38,15 +38,16 @@ class RankError:
     """Seconds since 1970 when the rank reported the error."""
     lost_contact: bool
     """True if a collective failed: then the cause is most likely an error of another rank."""
-    log: str
-    """The file with the traceback."""
+    log: str | None
+    """The file with the traceback; None if it could not be opened."""
 
     def text(self) -> str:
         """Returns the message for the user."""
         place = f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
         what = f"{place} lost contact with another rank" if self.lost_contact else place
         end = "\n" if "\n" in self.message else " "
-        return f"{what}: {self.message}{end}(traceback: {self.log})"
+        traceback = f"{end}(traceback: {self.log})" if self.log else ""
+        return f"{what}: {self.message}{traceback}"
 
 
 def rank_log(logs: Path, rank: int) -> Path:
@@ -54,7 +55,7 @@ def rank_log(logs: Path, rank: int) -> Path:
     return logs / f"trainer_rank_{rank}.log"
 
 
-def describe(error: BaseException, *, rank: int, log: Path) -> RankError:
+def describe(error: BaseException, *, rank: int, log: Path | None) -> RankError:
     """Describes an exception that has ended this rank."""
     return RankError(
         rank=rank,
@@ -63,7 +64,7 @@ def describe(error: BaseException, *, rank: int, log: Path) -> RankError:
         status=MISTAKE if is_mistake(error) else 1,
         time=time.time(),
         lost_contact=any(_is_collective(link) for link in _chain(error)),
-        log=str(log),
+        log=None if log is None else str(log),
     )
 
 
@@ -95,11 +96,13 @@ def _is_collective(error: BaseException) -> bool:
     """Returns True for a collective that failed: torch has types for NCCL and its store, and none for gloo."""
     torch = sys.modules.get("torch")  # not there if its import is what failed
     of_torch = torch is not None and isinstance(error, torch.distributed.DistError)
-    return of_torch or (type(error) is RuntimeError and "/gloo/" in str(error))
+    return of_torch or (type(error) is RuntimeError and "/gloo/" in message_of(error))
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that it follows from."""
-    while error is not None:
+    """Yields an error and those that it follows from, each once: they may follow from each other."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         yield error
         error = error.__cause__ or error.__context__

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from megatron_vppo.cli.errors import show
 from megatron_vppo.cli.output import READER_LEFT, reader_left
@@ -39,21 +39,26 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
     """
     rank = int(os.environ["RANK"])
     log = rank_log(logs, rank)
-    terminal = sys.stderr
     try:
         terminal = _send_stderr_to(log)
+    except OSError as error:  # its message says all
+        _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
+    try:
         work()
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and reader_left(sys.stdout):
             os._exit(READER_LEFT)
         with contextlib.suppress(OSError):  # the log's disk is full
             traceback.print_exc()
-        found = describe(error, rank=rank, log=log)
-        _report(found, logs, terminal)
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
-        os._exit(found.status)
+        _fail(describe(error, rank=rank, log=log), logs, terminal)
     return 0
+
+
+def _fail(error: RankError, logs: Path, terminal: TextIO) -> NoReturn:
+    _report(error, logs, terminal)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(error.status)
 
 
 def _send_stderr_to(log: Path) -> TextIO:
@@ -66,8 +71,8 @@ def _send_stderr_to(log: Path) -> TextIO:
         What was standard error.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    terminal = os.fdopen(os.dup(2), "w", buffering=1)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    terminal = os.fdopen(os.dup(2), "w", buffering=1)
     sys.stderr.flush()
     os.dup2(descriptor, 2)
     os.close(descriptor)

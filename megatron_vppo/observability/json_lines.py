@@ -31,7 +31,7 @@ def number(value: Any) -> float | None:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if value > 0 else -math.inf
+        return float(str(value))  # an infinity
 
 
 def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

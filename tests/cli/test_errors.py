@@ -35,6 +35,23 @@ def test_text_of_an_error(error: BaseException, mistake: bool, text: str) -> Non
     assert (is_mistake(error), error_text(error)) == (mistake, text)
 
 
+class Wordless(ValueError):
+    """An exception that cannot say what it is, such as one whose attributes were never set."""
+
+    def __str__(self) -> str:
+        raise AttributeError("text")
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        return None  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("error", [Wordless(), Mute(), RuntimeError(Wordless())])
+def test_an_error_whose_text_cannot_be_made_has_its_type(error: Exception) -> None:
+    assert error_text(error) == type(error).__name__
+
+
 def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         tmp_path.read_text()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +141,47 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
     status, out, err = train(tmp_path, "none")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"vppo: {tmp_path}/project")
+
+
+@pytest.mark.distributed
+def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    log = logs_of(tmp_path) / "trainer_rank_1.log"
+    log.mkdir(parents=True)
+    assert train(tmp_path, "none") == (2, "", f"vppo: rank 1: {log}: Is a directory\n")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("what", ["a folder in its place", "a full disk"])
+def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp_path: Path) -> None:
+    log = logs_of(tmp_path) / "launcher.log"
+    log.parent.mkdir(parents=True)
+    if what == "a full disk":
+        log.symlink_to("/dev/full")
+    else:
+        log.mkdir()
+    status, message = CASES["mistake"]
+    assert train(tmp_path, "mistake") == (status, LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}")
+
+
+@pytest.mark.distributed
+def test_an_error_of_the_launcher_itself(tmp_path: Path) -> None:
+    """Here it cannot read what a rank has written for it; it may also find no room for its files, or no port."""
+    status, out, err = train(tmp_path, "spoilt report")
+    assert (status, out, err.count("\n")) == (1, LINE_OF_RANK_0, 1)
+    log = logs_of(tmp_path) / "launcher.log"
+    assert err.startswith("vppo: the launcher: TypeError: ") and err.endswith(f"(traceback: {log})\n")
+    assert "Traceback (most recent call last)" in log.read_text()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("closed", "number"), [(">&-", 1), ("2>&-", 2)])
+def test_a_stream_that_is_closed_at_start(closed: str, number: int, tmp_path: Path) -> None:
+    command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, *train_command(tmp_path)]
+    found = subprocess.run(command, env=environment("mistake"), capture_output=True, text=True, check=False)
+    status, message = CASES["mistake"]
+    expected = [LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}"]
+    expected[number - 1] = ""
+    assert [found.returncode, found.stdout, found.stderr] == [status, *expected]
 
 
 # --- Which failure is the cause ---------------------------------------------------------------------------------------

@@ -53,6 +53,22 @@ def test_a_collective_that_failed_is_a_lost_contact() -> None:
     assert text == f"rank 3 lost contact with another rank: {GLOO} (traceback: {LOG})"
 
 
+def test_errors_that_follow_from_each_other() -> None:
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert not describe(first, rank=3, log=LOG).lost_contact
+    second.__context__, second.__cause__ = GLOO, None
+    assert describe(first, rank=3, log=LOG).lost_contact
+
+
+def test_an_error_without_text_of_its_own() -> None:
+    class Wordless(RuntimeError):
+        def __str__(self) -> str:
+            raise AttributeError("text")
+
+    assert describe(RuntimeError(Wordless()), rank=3, log=LOG).message == "RuntimeError"
+
+
 @pytest.mark.parametrize(
     "variables, named",
     [

@@ -54,6 +54,12 @@ def fail_one_after_the_other() -> NoReturn:
     raise ValueError(f"of rank {os.environ['RANK']}")
 
 
+def spoil_report() -> NoReturn:
+    with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
+        file.write('{"message": "", "timestamp": 0, "rank_error": {}}')
+    os._exit(3)
+
+
 FAILURES: dict[str, Callable[[], Any]] = {
     "mistake": lambda: fail(ValueError("rollout.n=3 does not go with 4 rows; lower it")),
     "defect": lambda: fail(KeyError("mrope_section")),
@@ -65,6 +71,7 @@ FAILURES: dict[str, Callable[[], Any]] = {
     "one after the other": fail_one_after_the_other,
     "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGSEGV": lambda: ctypes.string_at(0),
+    "spoilt report": spoil_report,
     "exit": lambda: os._exit(3),
     "hang": lambda: time.sleep(600),
     "wait": wait,
