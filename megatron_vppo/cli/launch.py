@@ -35,7 +35,7 @@ def take_rank_from_slurm() -> None:
     With several nodes the batch script has to set MASTER_ADDR. MASTER_PORT defaults to 29500.
 
     Raises:
-        ValueError: several nodes and no MASTER_ADDR, or a number of nodes that is none.
+        ValueError: several nodes and no MASTER_ADDR, or a variable that should be a number is none.
     """
     if "RANK" in os.environ or not _is_srun_task():
         return
@@ -44,8 +44,8 @@ def take_rank_from_slurm() -> None:
             "several nodes under srun need MASTER_ADDR; in the batch script: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
         )
-    os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+    os.environ["RANK"] = str(_whole_number("SLURM_PROCID"))
+    os.environ["WORLD_SIZE"] = str(_whole_number("SLURM_STEP_NUM_TASKS"))
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")

@@ -105,7 +105,7 @@ def _unreadable(folder: Path) -> Iterator[str]:
             continue
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
+        except (ValueError, RecursionError, OSError) as error:
             yield f"{name} is not valid JSON ({error}); {how_to_mend(path)}"
         else:
             if not isinstance(content, dict):

@@ -26,7 +26,7 @@ def read_hf_config(folder: Path) -> HfConfig:
         raise ValueError(f"{folder} has no config.json; give the folder of a model in Hugging Face's format")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); download it again") from error
     kind = described.get("model_type") if isinstance(described, dict) else None
     if kind not in FAMILIES:  # before transformers, which would offer to run code for a type that it does not know

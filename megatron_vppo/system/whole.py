@@ -37,7 +37,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     Several processes may write the same path; the last one to finish wins.
 
-    Raises OSError, with the path, if the disk becomes full.
+    Raises OSError, with the path, if the file cannot be made or put in place, or the disk becomes full.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -48,7 +48,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+        if isinstance(error, OSError) and (
+            error.filename == str(temporary) or (error.errno in _FULL and error.filename is None)
+        ):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _flush_entry(path.parent)

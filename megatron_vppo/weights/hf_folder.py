@@ -242,7 +242,7 @@ def read_header(path: Path) -> list[FileTensor]:
             raise ValueError(f"{path} is not a safetensors file, or was cut off; {how_to_mend(path)}")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a safetensors file: its header is not JSON") from error
     if not isinstance(header, dict):
         raise ValueError(f"{path} is not a safetensors file: its header is not a table of tensors")
@@ -276,7 +276,7 @@ def _read_index(index: Path) -> list[FileTensor]:
     """Reads the headers of all files that an index names, and checks that they hold what it says."""
     try:
         described = json.loads(index.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{index} is not JSON ({error}); download it again") from error
     listed = described.get("weight_map") if isinstance(described, dict) else None
     if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):

@@ -22,7 +22,7 @@ VARIABLES = (
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "x"}, "has LOCAL_RANK='x', which"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "has RANK=2 and WORLD_SIZE=2; ranks count from 0"),
         ({"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "2"}, "has RANK=7 and WORLD_SIZE=2; ranks count from 0"),
-        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "two"}, "has WORLD_SIZE='two', which"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "two"}, "has SLURM_STEP_NUM_TASKS='two', which"),
         ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NNODES": "x"}, "has SLURM_NNODES='x', which"),
     ],
 )

@@ -93,6 +93,14 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"{" * 50),
         r"model\.safetensors is not a safetensors file: its header is not JSON",
     ),
+    "a header too deep": (
+        lambda folder: (folder / "model.safetensors").write_bytes((90_000).to_bytes(8, "little") + b"[" * 90_001),
+        r"model\.safetensors is not a safetensors file: its header is not JSON",
+    ),
+    "an index too deep": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text("[" * 100_000),
+        r"index\.json is not JSON \(.*\); download it again",
+    ),
     "a header of another kind": (
         lambda folder: write_header(folder, []),
         r"model\.safetensors is not a safetensors file: its header is not a table of tensors",

@@ -120,6 +120,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"model is not whole:\n  - generation_config\.json is not valid JSON \(Expecting property",
     ),
     "generation no table": (written("generation_config.json", "[]"), r"generation_config\.json holds no table"),
+    "generation too deep": (
+        written("generation_config.json", "[" * 100_000),
+        r"generation_config\.json is not valid JSON",
+    ),
     "processor not JSON": (written("processor_config.json", ""), r"processor_config\.json is not valid JSON"),
     "tokenizer of nothing": (written("tokenizer.json", "{}"), r"transformers cannot load the tokenizer: "),
     "tokenizer not UTF-8": (

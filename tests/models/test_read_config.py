@@ -23,6 +23,7 @@ def test_both_families(tmp_path: Path) -> None:
     [
         ("", r"config\.json is not valid JSON \(Expecting value"),
         ('{"model_type": "qwen2_5_vl", ', r"config\.json is not valid JSON"),
+        ("[" * 100_000, r"config\.json is not valid JSON"),
         ("[]", r"config\.json: a model of type None is not supported; qwen2_5_vl, qwen3_vl are"),
         ('{"model_type": "qwen2"}', r"config\.json: a model of type 'qwen2' is not supported"),
         ('{"model_type": "qwen3_vl", "text_config": "none"}', r"config\.json: ."),

@@ -102,6 +102,18 @@ def test_a_file_that_fills_the_disk_is_named(old_file: Path) -> None:
     assert contents(old_file.parent) == {"file": "old"}
 
 
+def test_a_file_that_cannot_be_put_in_place_is_named(tmp_path: Path) -> None:
+    """By the name that the user knows, not by that of the unfinished file."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as in_the_way, whole_file(tmp_path / "folder") as file:
+        file.write(b"new")
+    with pytest.raises(FileNotFoundError) as no_parent, whole_file(tmp_path / "none" / "file"):
+        pass
+    assert in_the_way.value.filename == str(tmp_path / "folder")
+    assert no_parent.value.filename == str(tmp_path / "none" / "file")
+    assert contents(tmp_path) == {}
+
+
 def test_a_file_whose_writer_is_killed_leaves_the_old_one(old_file: Path) -> None:
     assert write_until(signal.SIGKILL, "file", old_file, meanwhile=lambda: None) == -signal.SIGKILL
     assert old_file.read_text() == "old"
