@@ -86,10 +86,16 @@ def quieten_libraries() -> None:
 def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoReturn:
     """Replaces this process by the launcher, which runs `vppo ARGUMENTS` on `num_ranks` local ranks.
 
-    So nothing stays in memory that the checks before it have loaded. Raises OSError if `logs`, the folder for the logs
-    of the ranks, cannot be made.
+    So nothing stays in memory that the checks before it have loaded. Raises OSError or ValueError if `logs`, the
+    folder for the logs of the ranks, cannot be made.
     """
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise ValueError(
+            f"{error.filename} is no folder, but a file or a link that leads nowhere; remove it, or set another "
+            "trainer.runs_dir"
+        ) from error
     launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs)]
     flush_output()
     os.execv(sys.executable, [*launcher, "-m", "megatron_vppo.cli.main", *arguments])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from megatron_vppo.cli.launch import check_rank, is_first_on_host, take_rank_from_slurm
+from megatron_vppo.cli.launch import check_rank, is_first_on_host, launch_ranks, take_rank_from_slurm
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT",
@@ -36,3 +38,17 @@ def test_nonsense_is_named(variables: dict[str, str], message: str, monkeypatch:
     with pytest.raises(ValueError, match=message):
         take_rank_from_slurm()
         check_rank()
+
+
+@pytest.mark.parametrize("what", ["a file", "a link"])
+def test_what_is_in_the_way_of_the_logs_is_named(what: str, tmp_path: Path) -> None:
+    """Such as a link to a disk that is not mounted: 'File exists' would say the opposite."""
+    place = tmp_path / "run"
+    if what == "a link":
+        place.symlink_to("nowhere")
+    else:
+        (tmp_path / "run").mkdir()
+        place = tmp_path / "run" / "logs"
+        place.write_text("")
+    with pytest.raises(ValueError, match=f"^{place} is no folder, but a file or a link that leads nowhere; remove it"):
+        launch_ranks(1, [], logs=tmp_path / "run" / "logs")
