@@ -99,10 +99,10 @@ class PlanRequest:
     hf_config: HfConfig
     cluster: Cluster
     workload: Workload
+    engine_sequences: int
+    """Sequences of full length, prompt and response, that an engine must hold at once."""
     rollout_tensor: int | None = None
     """GPUs per engine; None: the fewest that leave room for `engine_sequences`."""
-    engine_sequences: int = 16
-    """Sequences of full length, prompt and response, that an engine must hold at once."""
     frozen: frozenset[ModelPart] = frozenset()
     """The parts of the model that are not trained."""
     offload: frozenset[MemoryPart] = frozenset()

@@ -123,8 +123,7 @@ class _Model:
         Raises:
             ValueError: the model does not allow it.
         """
-        layers = self.hf_config.text_config.num_hidden_layers
-        split = near_even(layers, pipeline) if layers % pipeline and layers > pipeline else None
+        split = near_even(self.hf_config.text_config.num_hidden_layers, pipeline)
         return stage_layers(self.hf_config, family=self.family, pipeline=pipeline, pipeline_layers=split)
 
     def candidate(self, layout: _Layout, *, recompute: Recompute, request: PlanRequest) -> Candidate:
@@ -216,9 +215,8 @@ def _layouts(model: _Model, *, cluster: Cluster) -> tuple[list[_Layout], tuple[s
 
 
 def near_even(layers: int, stages: int) -> tuple[int, ...]:
-    """Shares layers out to stages. Those left over go to the middle stages first, from the second on, because the first
-    stage holds the vision tower and the last one the head. No middle stage has more layers than the second.
+    """Shares layers out to stages. Those left over go one each to the stages from the second on. The last stage, which
+    holds the head, gets one only if all middle stages do, and the first, which holds the vision tower, never.
     """
-    order = [*range(1, stages - 1), stages - 1, 0]
-    more = set(order[: layers % stages])
-    return tuple(layers // stages + (stage in more) for stage in range(stages))
+    left = layers % stages
+    return tuple(layers // stages + (1 <= stage <= left) for stage in range(stages))

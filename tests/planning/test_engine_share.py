@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import pytest
 
+from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig
-from megatron_vppo.planning.candidate import GIB, Cluster
-from megatron_vppo.planning.engine_share import EngineModel, check_engine_size, engine_sizes
+from megatron_vppo.planning.activations import StageActivations
+from megatron_vppo.planning.candidate import GIB, Candidate, Cluster, EngineShare, PlanRequest, StageMemory
+from megatron_vppo.planning.engine_share import (
+    TRANSFER_BUFFER,
+    EngineModel,
+    check_engine_size,
+    engine_share,
+    engine_sizes,
+)
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes
+from megatron_vppo.planning.state import StateBytes
+from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES
 from megatron_vppo.setup.engines import engine_devices, num_engines
+from tests.planning.test_candidate import WORKLOAD
 
 
 def model_of(name: str) -> EngineModel:
@@ -66,3 +77,53 @@ def test_a_run_starts_engines_of_every_possible_size(gpus: int, gpus_per_node: i
             present = min(gpus_per_node, gpus - node * gpus_per_node)
             devices = engine_devices(None, device_count=present, local_rank=local_rank, size=size)
             assert len(devices.split(",")) == size
+
+
+def trainer_of(*, activations: int = 0, offload: frozenset[MemoryPart] = frozenset()) -> Candidate:
+    """A trainer with 10 GiB of weights, on one GPU."""
+    state = StateBytes(weights=10 * GIB, gradients=0, optimizer=0)
+    return Candidate(
+        tensor=1,
+        pipeline=1,
+        context=1,
+        data=1,
+        layers=(28,),
+        recompute="none",
+        stages=(StageMemory(state, StageActivations(layers=activations, head=0)),),
+        offload=offload,
+        engine=None,
+    )
+
+
+def share_of(trainer: Candidate, gpu_bytes: int) -> EngineShare | None:
+    cluster = Cluster(gpus=1, gpu_bytes=gpu_bytes, gpus_per_node=1)
+    request = PlanRequest(published_config("qwen2.5-vl-7b"), cluster, WORKLOAD, engine_sequences=16)
+    return engine_share(model_of("qwen2.5-vl-7b"), trainer, request=request, sizes=(1,))
+
+
+WEIGHTS = 2 * 8_292_166_656
+PER_SEQUENCE = 2 * 28 * 4 * 128 * 2 * (4096 + 2048)
+
+
+def test_what_has_to_fit_while_weights_are_sent() -> None:
+    """The trainer's 10 GiB with its reserve of 3 GiB, the engine's weights with 3 GiB, and two buffers of the size of
+    the embedding, which is larger than those of the sender."""
+    embedding = 152_064 * 3584 * 2
+    assert embedding > TRANSFER_BUFFER == BUFFER_BYTES
+    enough = (10 + 3) * GIB + WEIGHTS + 3 * GIB + 2 * embedding
+    offloaded = trainer_of(offload=frozenset({"params"}))
+    sequences = int((0.9 * enough - WEIGHTS - 3 * GIB) / PER_SEQUENCE)
+    assert share_of(offloaded, enough) == EngineShare(1, utilization=0.9, weights=WEIGHTS, sequences=sequences)
+    assert share_of(offloaded, enough - 1) is None
+
+
+def test_what_is_left_while_an_engine_samples() -> None:
+    """80 - 13 of 80 GiB are 0.8375."""
+    sequences = int((0.83 * 80 * GIB - WEIGHTS - 3 * GIB) / PER_SEQUENCE)
+    assert share_of(trainer_of(), 80 * GIB) == EngineShare(1, utilization=0.83, weights=WEIGHTS, sequences=sequences)
+
+
+def test_what_has_to_fit_while_the_trainer_computes() -> None:
+    """66 GiB of activations, next to 13 GiB and the 1 GiB of a sleeping engine."""
+    assert share_of(trainer_of(activations=66 * GIB), 80 * GIB) is not None
+    assert share_of(trainer_of(activations=66 * GIB + 1), 80 * GIB) is None

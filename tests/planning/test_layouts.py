@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_vppo.config.choices import MemoryPart, ModelPart
+from megatron_vppo.planning.activations import Kernels, LayerSplit, MicroBatch, score_activations, update_activations
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, SLEEPING_ENGINE
 from megatron_vppo.planning.layouts import RECOMPUTES, LayoutPlan, make_plan, near_even
 from megatron_vppo.planning.published import PUBLISHED, published_config
+from megatron_vppo.planning.sizes import language_sizes, vision_sizes
+from tests.planning.test_candidate import WORKLOAD
 
-WORKLOAD = Workload(
-    prompt_tokens=4096,
-    response_tokens=2048,
-    images_per_row=1,
-    image_tokens=1280,
-    rows_per_micro_batch=1,
-    responses_per_prompt=8,
-    head_chunk_tokens=1024,
-)
 NODE = Cluster(gpus=8, gpu_bytes=80 * GIB, gpus_per_node=8)
 
 
@@ -72,9 +67,11 @@ def test_everything_that_fits_is_there_and_sorted() -> None:
     order = [(RECOMPUTES.index(c.recompute), c.tensor * c.pipeline * c.context, c.pipeline) for c in plan.fitting]
     assert order == sorted(order)
     assert len(set(sizes(plan))) == len(plan.fitting) > 3
-    assert any("28 attention heads" in reason for reason in plan.refused)
+    (refused,) = plan.refused
+    assert refused.startswith("TP 8: 28 attention heads")
     for c in plan.fitting:
         assert c.engine is not None
+        assert len(c.stages) == min(c.pipeline, 3)
         assert (
             c.trainer_bytes
             == c.fullest.state.total + c.fullest.activations.layers + c.fullest.activations.head + TRAINER_RESERVE
@@ -91,6 +88,10 @@ def test_layers_that_do_not_divide_are_shared_out_nearly_evenly() -> None:
     assert near_even(5, 2) == (2, 3)
     eight = [c for c in plan_of("qwen2.5-vl-7b").fitting if c.pipeline == 8]
     assert [c.layers for c in eight] == [(3, 4, 4, 4, 4, 3, 3, 3)]
+    nine = next(c for c in plan_of("qwen2.5-vl-7b", replace(NODE, gpus=9, gpus_per_node=9)).fitting if c.pipeline == 9)
+    assert nine.layers == (3, 4, *[3] * 7)
+    layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
+    assert nine.stages[1].state.weights == pytest.approx(2 * 4 * layer, rel=0.001), "the second stage"
     few = plan_of("qwen2.5-vl-7b", replace(NODE, gpus=32))
     assert any("28 layers are too few for 32" in reason for reason in few.refused)
 
@@ -214,25 +215,32 @@ def test_a_frozen_tower_has_neither_gradients_nor_activations() -> None:
     assert b.fullest.activations.layers < a.fullest.activations.layers
 
 
-def test_a_micro_batch_counts_images_and_views() -> None:
-    """Four neighbours of groups of eight lie in two groups at most; the perturbed image of each is its own."""
-    workload = replace(WORKLOAD, rows_per_micro_batch=4)
-    update = workload.micro_batch(merge=2, context=1, both_views=False)
-    score = workload.micro_batch(merge=2, context=1, both_views=True)
-    assert (update.tokens, score.tokens) == (4 * 6143, 8 * 6143)
-    assert (update.patches, score.patches) == (2 * 5120, 6 * 5120)
-    assert (update.image_tokens, update.response_tokens) == (4 * 1280, 4 * 2048)
-    assert (
-        replace(workload, responses_per_prompt=1).micro_batch(merge=2, context=1, both_views=False).patches == 4 * 5120
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_update_or_scoring_whichever_needs_more(tensor: int) -> None:
+    """Four rows of one image, on four stages of seven layers. Scoring reads both views of them, but keeps one layer: on
+    the first stage the update needs more, with four micro-batches in flight, on the others scoring."""
+    config, workload = published_config("qwen2.5-vl-7b"), replace(WORKLOAD, rows_per_micro_batch=4)
+    sizes = language_sizes(config), vision_sizes(config)
+    one_view, both_views = (MicroBatch(n * 6143, n * 2048, n * 1280, images * 5120) for n, images in ((4, 2), (8, 6)))
+    shared: dict[str, Any] = {
+        "split": LayerSplit(tensor, 1, sequence_parallel=tensor == 2),
+        "kernels": Kernels(2, fused_rms_norm=True),
+        "chunk": 1024,
+    }
+    update, score = (
+        [
+            update_activations(*sizes, one_view, stage=stage, stage_layers=(7,) * 4, recompute="full", **shared)
+            for stage in (0, 1, 3)
+        ],
+        [score_activations(*sizes, both_views, stage=stage, stages=4, **shared) for stage in (0, 1, 3)],
     )
-    two = workload.micro_batch(merge=2, context=4, both_views=True)
-    assert two.patches == 2 * 5120, "six images on four ranks"
-    assert WORKLOAD.micro_batch(merge=2, context=1, both_views=False).patches == 5120
+    assert [a.total > b.total for a, b in zip(update, score, strict=True)] == [True, False, False]
+    fitting = plan_of("qwen2.5-vl-7b", workload=workload).fitting
+    c = next(c for c in fitting if (c.tensor, c.pipeline, c.context) == (tensor, 4, 1))
+    assert c.recompute == "full"
+    assert [stage.activations for stage in c.stages] == [update[0], score[1], score[2]]
 
 
-def test_images_that_do_not_fit_the_prompt() -> None:
-    with pytest.raises(ValueError, match="4 images of 1280 tokens do not fit a prompt of 4096"):
-        replace(WORKLOAD, images_per_row=4)
-    assert replace(WORKLOAD, image_tokens=4095).image_tokens == 4095
-    with pytest.raises(ValueError, match="1 images of 4096 tokens do not fit a prompt of 4096"):
-        replace(WORKLOAD, image_tokens=4096)
+def test_engines_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"^--rollout-tp 3: 8 GPUs do not divide into engines of 3"):
+        plan_of("qwen2.5-vl-7b", rollout_tensor=3)

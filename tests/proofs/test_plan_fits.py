@@ -19,7 +19,7 @@ from megatron_vppo.planning.sizes import language_sizes, stage_values, vision_si
 from megatron_vppo.planning.state import StageValues, StateBytes, state_bytes
 from megatron_vppo.weights.entries import Entry
 from tests.models.tiny import tiny_config
-from tests.planning.test_layouts import WORKLOAD as ONE_ROW
+from tests.planning.test_candidate import WORKLOAD as ONE_ROW
 
 GIB = 2**30
 RESERVE, ENGINE_RESERVE, SLEEPING_ENGINE = 3 * GIB, 3 * GIB, GIB
