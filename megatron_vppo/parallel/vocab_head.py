@@ -102,7 +102,7 @@ class VocabHead:
             ValueError: shapes that do not fit, or targets that are banned or outside of the vocabulary.
         """
         self._check(hidden_Nh, target_N)
-        logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, self.weight_Vh, target_N, self, with_entropy)
+        logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, self.weight_Vh, target_N, self)
         return logp_N, entropy_N if with_entropy else None
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, target_N: Tensor, head: VocabHead, with_entropy: bool
+        ctx: Any, hidden_Nh: Tensor, weight_Vh: Tensor, target_N: Tensor, head: VocabHead
     ) -> tuple[Tensor, Tensor]:
         """`weight_Vh` is that of `head`, passed again because autograd looks for inputs among the arguments only."""
         rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
@@ -214,8 +214,6 @@ class _TokenLogps(torch.autograd.Function):
         ctx.save_for_backward(hidden_Nh, weight_Vh, target_N, joined.logsumexp_N, joined.entropy_N)
         ctx.head = head
         ctx.set_materialize_grads(False)
-        if not with_entropy:
-            ctx.mark_non_differentiable(joined.entropy_N)
         return joined.logp_N, joined.entropy_N
 
     @staticmethod
@@ -223,7 +221,7 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 5
+            return (None,) * 4
         head: VocabHead = ctx.head
         hidden_Nh, weight_Vh, target_N, logsumexp_N, entropy_N = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -257,7 +255,7 @@ class _TokenLogps(torch.autograd.Function):
         if grad_hidden_Nh is not None:
             grad_hidden_Nh = _all_reduce(grad_hidden_Nh, head.group)
         returned_Vh = sum_Vh.to(weight_Vh.dtype) if sum_Vh is not None and head.weight_grad_Vh is None else None
-        return grad_hidden_Nh, returned_Vh, None, None, None
+        return grad_hidden_Nh, returned_Vh, None, None
 
 
 def _chunks(num_positions: int, size: int) -> Iterator[slice]:

@@ -222,7 +222,8 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] == VOCAB_SIZE:
+            is_logits = isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] == VOCAB_SIZE
+            if is_logits and out.data_ptr() != weight_Vh.data_ptr():  # that is the weight, transposed
                 Watch.rows = max(Watch.rows, out.shape[0])
             return out
 
@@ -233,6 +234,10 @@ def test_no_more_than_chunk_tokens_rows_of_logits(kind: str) -> None:
         with Watch():
             make_head(weight_Vh, chunk_tokens=24).two_views(hidden_Nh, p.perturbed_hidden_Nh, p.targets_N, kind="jsd")
         assert Watch.rows == 12  # half for each view
+        Watch.rows = 0
+        with Watch():
+            make_head(weight_Vh, chunk_tokens=1).two_views(hidden_Nh, p.perturbed_hidden_Nh, p.targets_N, kind="jsd")
+        assert Watch.rows == 1
         return
     head = make_head(weight_Vh, chunk_tokens=12)
     if kind == "forward":
@@ -373,8 +378,19 @@ def test_wrong_arguments_are_named() -> None:
         targets_N = p.targets_N.clone()
         targets_N[3] = VOCAB_SIZE
         head.token_logps(p.hidden_Nh, targets_N, with_entropy=False)
-    with pytest.raises(ValueError, match="do not fit"):
-        make_head(p.weight_Vh.T).token_logps(p.hidden_Nh, p.targets_N, with_entropy=False)
+    with pytest.raises(ValueError, match="1 of 11 target tokens lie outside the vocabulary of 37"):
+        head.two_views(p.hidden_Nh, p.perturbed_hidden_Nh, targets_N, kind="jsd")
+    banned_id = int(p.targets_N[3])
+    count = p.targets_N.tolist().count(banned_id)
+    with pytest.raises(ValueError, match=rf"{count} of 11 target tokens are banned: \({banned_id},\)"):
+        make_head(p.weight_Vh, banned_ids=(banned_id,)).token_logps(p.hidden_Nh, p.targets_N, with_entropy=False)
+    for hidden_Nh, weight_Vh in (
+        (p.hidden_Nh, p.weight_Vh.T),
+        (p.hidden_Nh[..., None], p.weight_Vh),
+        (p.hidden_Nh, p.weight_Vh[..., None]),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            make_head(weight_Vh).token_logps(hidden_Nh, p.targets_N, with_entropy=False)
     with pytest.raises(ValueError, match="temperature is 0"):
         make_head(p.weight_Vh, temperature=0.0)
     with pytest.raises(ValueError, match="kl_topM"):
