@@ -121,6 +121,7 @@ def test_ranks_share_out_the_images(image_rank: int, pixels: list[float]) -> Non
     batch = pack(responses, [View(0, None)], split).packed
     assert batch.images_of_ranks == ((1,), (0,), ())
     assert batch.pixels_PD is not None and batch.pixels_PD.flatten().tolist() == pixels
+    assert batch.pixels_PD.shape == ((len(pixels), 1) if pixels else (0, 0))
     assert pack(responses, [View(0, None)], split, with_tower=False).packed.pixels_PD is None
 
 

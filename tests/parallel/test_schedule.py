@@ -1,0 +1,78 @@
+"""The micro-batches that a rank runs through its stages, and the ranks whose results count. Several: test_policy.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.layout import Layout, single_rank
+from megatron_vppo.parallel.schedule import ScheduleRunner
+from tests.models.tiny import save_tiny_model, tiny_config
+from tests.parallel.policy_rig import PIXELS, make_responses, make_settings, make_stages
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScheduleRunner]:
+    folder = tmp_path_factory.mktemp("model")
+    save_tiny_model(folder, tiny_config(tied=True, vocab=299))
+    with single_rank() as layout:
+        yield ScheduleRunner(
+            make_stages(folder, layout),
+            hf_config=AutoConfig.from_pretrained(folder),
+            layout=layout,
+            settings=make_settings(rows=2),
+            pixels=PIXELS,
+        )
+
+
+def placed(layout: Layout, *, stage: int, tensor_rank: int) -> Layout:
+    """A rank of two stages on two tensor-parallel ranks each."""
+    return dataclasses.replace(layout, pipeline=2, pipeline_rank=stage, tensor=2, tensor_rank=tensor_rank)
+
+
+def test_results_are_those_of_one_rank_of_the_last_stage(
+    runner: ScheduleRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = runner.layout
+    counting = []
+    for stage, tensor_rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        monkeypatch.setattr(runner, "layout", placed(layout, stage=stage, tensor_rank=tensor_rank))
+        if runner.holds_results:
+            counting.append((stage, tensor_rank))
+    assert counting == [(1, 0)]
+
+
+def test_micro_batches_are_neighbours(runner: ScheduleRunner) -> None:
+    assert runner.micro_batches(make_responses(), rows_each=4) == [(0, 1, 2, 3), (4, 5)]
+
+
+def test_the_head_of_a_model_without_gradients(runner: ScheduleRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_Vh = runner.stages[0].head_weight_Vh()
+    for rank in (0, 1):
+        monkeypatch.setattr(runner, "layout", placed(runner.layout, stage=1, tensor_rank=rank))
+        head = runner.vocab_head(trained=False)
+        assert head.weight_Vh is weight_Vh and head.weight_grad_Vh is None
+        assert head.vocab_start == rank * len(weight_Vh)
+
+
+def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None:
+    """Without gradient, and while the stage is not in training; a rank without rows runs a row without tokens."""
+    read: list[tuple[list[int], int]] = []
+
+    def collect(batch: ResponseBatch, hidden_C1h: Tensor) -> None:
+        assert not hidden_C1h.requires_grad and not runner.stages[0].training
+        assert hidden_C1h.shape[:2] == (len(batch.packed.token_ids_K), 1)
+        read.append((sorted(set(batch.tokens.row_N.tolist())), len(batch.packed.packing.lengths)))
+
+    views = [[View(0, None), View(1, None)], [View(2, None)]]
+    runner.forward(make_responses(), views, collect)
+    assert read == [([0, 1], 2), ([2], 1)] and runner.stages[0].training
+    read.clear()
+    runner.forward(make_responses(), [], collect)
+    assert read == [([], 1)] and torch.is_grad_enabled()
