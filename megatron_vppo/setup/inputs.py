@@ -47,7 +47,7 @@ def open_inputs(config: RunConfig, source: Path) -> RunInputs:
         max_pixels=config.data.max_pixels,
         mode=config.algorithm.resize,
     )
-    datasets = _datasets(config)
+    datasets = open_datasets(config)
     perturb = config.algorithm.perturb
     return RunInputs(
         hf_config=model.hf_config,
@@ -90,7 +90,11 @@ def make_perturbation(config: PerturbConfig) -> Perturbation:
     assert_never(config.kind)
 
 
-def _datasets(config: RunConfig) -> dict[str, VisionDataset]:
+def open_datasets(config: RunConfig) -> dict[str, VisionDataset]:
+    """Opens the data of the run: 'train', and 'val' where there is one.
+
+    Raises ValueError for a file, split or column that is missing.
+    """
     data = config.data
     open_split = partial(
         open_dataset,

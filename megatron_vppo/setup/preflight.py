@@ -18,7 +18,7 @@ from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.setup.engine_limits import check_engines
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import check_dtype, check_host_memory, model_options
-from megatron_vppo.setup.inputs import background_color
+from megatron_vppo.setup.inputs import background_color, open_datasets
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.resume import check_resume
 
@@ -43,6 +43,8 @@ def check_before_launch(config: RunConfig) -> int:
         )
     check_run(config, world_size=world_size, on_gpu=devices > 0)
     check_resume(config.trainer)
+    if all(Path(check_source(source).location).exists() for source in _data_sources(config)):
+        open_datasets(config)  # of the hub, it is left to the ranks
     if devices == 0:
         check_host_memory(
             config,
@@ -96,13 +98,16 @@ def _check_trainer(config: RunConfig, hf_config: HfConfig, *, on_gpu: bool) -> N
         )
 
 
+def _data_sources(config: RunConfig) -> list[str]:
+    return [source for source in (config.data.train_files, config.data.val_files) if source is not None]
+
+
 def _check_files(config: RunConfig) -> None:
     """Checks the files of a run and the background. Ranks would miss them only after their engines have started."""
     data, reward = config.data, config.reward.reward_function
     background_color(config)
-    for source in (data.train_files, data.val_files):
-        if source is not None:
-            check_source(source)
+    for source in _data_sources(config):
+        check_source(source)
     if data.image_dir is not None and not Path(data.image_dir).is_dir():
         raise ValueError(f"data.image_dir: there is no folder {Path(data.image_dir).absolute()}")
     files = {"data.format_prompt": data.format_prompt, "reward.reward_function": reward.rpartition(":")[0] or None}

@@ -25,7 +25,7 @@ actor: {global_batch_size: 8}
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     save_whole_folder(tmp_path / "model", positions=32768)
-    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"problem": "?", "answer": "1"}\n')
     path = tmp_path / "config.yaml"
     path.write_text(CONFIG.replace("FOLDER", str(tmp_path)))
     return path

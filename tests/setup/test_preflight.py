@@ -15,7 +15,7 @@ from tests.models.whole import save_whole_folder
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_whole_folder(tmp_path / "model")
-    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "rows.jsonl").write_text('{"problem": "?", "answer": "1"}\n')
     return tmp_path
 
 
@@ -48,6 +48,20 @@ def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None
 def test_every_part_is_checked(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_run(config_of(folder, **sections), world_size=4, on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "the file has no rows"),
+        ('{"question": "?", "answer": "1"}\n', "'problem'"),
+        ("[1]\n", "no row can be read"),
+    ],
+)
+def test_data_without_rows_or_columns_is_seen_before_ranks_start(folder: Path, rows: str, message: str) -> None:
+    (folder / "rows.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        check_before_launch(config_of(folder))
 
 
 def test_a_damaged_checkpoint_is_seen_before_ranks_start(folder: Path) -> None:
