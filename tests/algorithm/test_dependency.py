@@ -88,6 +88,13 @@ def test_expm1_form_against_a_series(dtype: torch.dtype) -> None:
     assert ((actual.double() - exact).abs() / exact <= allowed).all()
 
 
+def test_log_ratios_beyond_20_count_as_20() -> None:
+    x = torch.tensor([[25.0, -25.0]], dtype=torch.float64)
+    for expm1 in (False, True):
+        k3 = k3_sampled(torch.zeros_like(x), x, torch.ones_like(x), expm1=expm1, maximum=math.inf)
+        assert k3.tolist()[0] == pytest.approx([math.exp(20) - 21, math.exp(-20) + 19], rel=1e-12)
+
+
 def test_k3_is_never_negative() -> None:
     """exp(x) - 1 - x is at least zero; in float32 it rounds below for many small x."""
     x = torch.linspace(-1e-3, 1e-3, 2001)[None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -56,6 +58,18 @@ def test_a_ratio_on_the_dual_bound_does_not_exceed_it() -> None:
     bounds = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 1.0}
     surrogate = dual_clip_surrogate(torch.zeros(1), torch.zeros(1), torch.tensor([-1.0]), **bounds)
     assert not surrogate.clipped_dual_N.any()
+
+
+def test_log_ratios_beyond_20_count_as_20() -> None:
+    surrogate = dual_clip_surrogate(
+        torch.tensor([25.0]),
+        torch.zeros(1),
+        torch.tensor([-1.0]),
+        clip_ratio_low=0.2,
+        clip_ratio_high=0.28,
+        clip_ratio_dual=1e30,
+    )
+    assert surrogate.loss_N.item() == pytest.approx(math.exp(20), rel=1e-6)
 
 
 def test_token_sums_of_two_tokens() -> None:

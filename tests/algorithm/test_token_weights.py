@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -79,5 +81,7 @@ def test_rollout_correction() -> None:
     assert weight_BT.tolist()[0] == pytest.approx([0.5, 1.0, 2.0, 0.0])
     below_one_BT = rollout_correction(old_BT, torch.zeros(1, 4), torch.ones(1, 4), cap=0.75)
     assert below_one_BT.tolist()[0] == pytest.approx([0.5, 0.75, 0.75, 0.75])
+    far_BT = rollout_correction(torch.tensor([[25.0]]), torch.zeros(1, 1), torch.ones(1, 1), cap=1e30)
+    assert far_BT.item() == pytest.approx(math.exp(20), rel=1e-6), "beyond 20 nats the ratio no longer grows"
     with pytest.raises(ValueError, match="rollout_correction_cap is 0"):
         rollout_correction(old_BT, old_BT, torch.ones(1, 4), cap=0.0)
