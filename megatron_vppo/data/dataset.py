@@ -19,6 +19,8 @@ from megatron_vppo.data.rows import BadRow, DataRows
 from megatron_vppo.data.sources import open_source
 
 _ROWS_LOOKED_AT = 100
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+_SHOWN = 300  # letters of a path in a message; it may be an image in base64
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://|data:")
 
 
@@ -110,8 +112,14 @@ class VisionDataset:
         if isinstance(cell, bytes):
             return cell
         if isinstance(cell, dict):
-            if cell.get("bytes") is not None:
-                return bytes(cell["bytes"])
+            if isinstance(stored := cell.get("bytes"), bytes):
+                return stored
+            if stored is not None:
+                raise self.error(
+                    row,
+                    f"image {index} has 'bytes' of type {type(stored).__name__}; JSON holds paths of images, parquet "
+                    "paths or bytes",
+                )
             path = cell.get("path")
         if not isinstance(path, str) or not path:
             raise self.error(row, f"image {index} is neither a path nor bytes: {str(cell)[:80]!r}")
@@ -123,7 +131,7 @@ class VisionDataset:
             return (self._image_root / path).read_bytes()
         except (OSError, ValueError) as error:  # ValueError: a path with a NUL
             why = getattr(error, "strerror", None) or error
-            reason = f"image {index} cannot be read: {why}: {self._image_root / path}"
+            reason = f"image {index} cannot be read: {why}: {str(self._image_root / path)[:_SHOWN]}"
             raise self.error(row, f"{reason} (relative paths are taken from data.image_dir)") from error
 
     def _cell(self, row: int, column: str) -> Any:
@@ -215,7 +223,7 @@ def _refuse_rows_without_columns(rows: DataRows, source: str) -> None:
 
 
 def _image_columns(rows: DataRows, others: tuple[str, ...]) -> list[str]:
-    """Lists the columns whose first value could be images: a list, bytes or {'bytes', 'path'}."""
+    """Lists the columns whose first value could be images: a list, bytes, {'bytes', 'path'}, or an image's path."""
     found = []
     for column in rows.columns:
         if column in others:
@@ -226,7 +234,8 @@ def _image_columns(rows: DataRows, others: tuple[str, ...]) -> list[str]:
             except BadRow:
                 continue
             if value is not None:
-                if isinstance(value, list | bytes | dict):
+                is_path = isinstance(value, str) and value.lower().endswith(_IMAGE_SUFFIXES)
+                if is_path or isinstance(value, list | bytes | dict):
                     found.append(column)
                 break
     return found

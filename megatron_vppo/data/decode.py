@@ -28,6 +28,7 @@ _OPERATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PHOTOMETRIC = 262  # the TIFF tag that says whether a level of 0 is white (0) or black (1)
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # grey levels of more than 8 bits
 _SIXTEEN_BITS = 65535
@@ -40,6 +41,9 @@ def decode(data: bytes) -> Image.Image:
     """Decodes an image, upright by its EXIF tag, in its own mode."""
     image = Image.open(io.BytesIO(data))
     image.load()
+    if image.format == "TIFF" and image.mode == "I;16" and image.tag_v2.get(_PHOTOMETRIC) == 0:
+        # Of all widths, these are the levels that Pillow leaves the wrong way round.
+        image = Image.fromarray(_SIXTEEN_BITS - np.asarray(image))
     # After loading: Pillow turns TIFF images itself, and then removes the tag.
     operation = _OPERATIONS.get(_orientation(image, data))
     return image if operation is None else image.transpose(operation)
@@ -78,14 +82,17 @@ def check_complete(data: bytes) -> tuple[int, int]:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """Returns the EXIF orientation, 1 (upright) if there is none.
+    """Returns the EXIF orientation, 1 (upright) if there is none, or none that can be read.
 
     A PNG may have its EXIF data after the pixels, where PIL finds it only by decoding them. So it is looked for by the
     names of the chunks, before PIL is asked.
     """
     if image.format == "PNG" and "exif" not in image.info and not _has_png_chunk(data, b"eXIf"):
         return 1
-    return int(image.getexif().get(_ORIENTATION, 1))
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # Pillow raises whatever damaged EXIF data make it run into
+        return 1
 
 
 def _has_png_chunk(data: bytes, name: bytes) -> bool:

@@ -212,6 +212,7 @@ class ArrowRows:
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 source = pq.ParquetFile(path)
+                _refuse_doubled(source.schema_arrow.names, path)
                 with whole_file(copy) as target, pa.ipc.new_file(target, source.schema_arrow) as writer:
                     for batch in source.iter_batches(batch_size=_BATCH_ROWS):
                         writer.write_batch(batch)
@@ -251,13 +252,24 @@ class DatasetRows:
         return None
 
 
+def _refuse_doubled(names: Sequence[str], path: Path) -> None:
+    """Raises ValueError for a name that several columns have."""
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has several columns of the name {doubled[0]!r}; rename or drop all but one")
+
+
 def plain_value(value: pa.Scalar) -> Any:
     """Returns an Arrow value as Python has it; a floating-point number as the shortest text that its type reads back.
 
     A float32 0.1 is '0.1', where Python's float would be 0.10000000149011612. A whole number is written without a
     fraction, because integers next to a missing value are stored as floating point.
+
+    Raises BadRow for text that is not UTF-8.
     """
-    found = value.as_py()
+    try:
+        found = value.as_py()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 text: {error}") from error
     if found is None or not pa.types.is_floating(value.type):
         return found
     if found != found:  # NaN, as pandas writes a missing number

@@ -109,7 +109,10 @@ def _open_folder(path: Path, parsed: Source, source: str) -> OpenedSource:
             found = sorted(folder.name for folder in path.parent.iterdir() if folder.is_dir())
             raise ValueError(f"data source {source!r}: no split {parsed.split_name!r}; it has {', '.join(found)}")
     if (path / "state.json").exists():
-        rows: DataRows = DatasetRows(datasets.load_from_disk(str(path)))
+        try:
+            rows: DataRows = DatasetRows(datasets.load_from_disk(str(path)))
+        except Exception as error:  # `datasets` raises whatever it runs into
+            raise ValueError(f"data source {source!r}: what is saved by datasets is damaged: {error}") from error
         return OpenedSource(rows, path, _numbers(parsed.split, len(rows), source))
     if any(path.glob("metadata.*")):  # of images
         return _whole(DatasetRows(datasets.load_dataset(str(path), split=parsed.split)), path, source)

@@ -207,6 +207,22 @@ def test_addresses_are_no_files(address: str, image_folder: Path) -> None:
         open_rows(str(image_folder / "web.jsonl")).image_size(0, 0)
 
 
+@pytest.mark.parametrize("stored", ["aGVsbG8=", "", [137, 80, 78, 71], {"data": "x"}, 3, True])
+def test_bytes_that_are_none(stored: object, image_folder: Path) -> None:
+    """JSON has no bytes; what stands there instead is base64, or a list of numbers."""
+    cell = {"bytes": stored, "path": "a.png"}
+    (image_folder / "b64.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "images": [cell]}))
+    with pytest.raises(RowError, match=r"row 0: image 0 has 'bytes' of type \w+; JSON holds paths.*\[line 1\]"):
+        open_rows(str(image_folder / "b64.jsonl")).image_size(0, 0)
+
+
+def test_base64_in_place_of_a_path_is_not_printed_whole(image_folder: Path) -> None:
+    (image_folder / "b64.jsonl").write_text(json.dumps({"problem": "p", "answer": "1", "images": ["iVBORw0K" * 9999]}))
+    with pytest.raises(RowError, match=r"row 0: image 0 cannot be read: .*iVBORw0K.*\[line 1\]") as caught:
+        open_rows(str(image_folder / "b64.jsonl")).image_size(0, 0)
+    assert len(str(caught.value)) < 1000
+
+
 def test_missing_columns_and_sources_say_what_to_set(image_folder: Path) -> None:
     write_jsonl_of_paths(image_folder)
     with pytest.raises(

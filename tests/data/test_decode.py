@@ -147,6 +147,16 @@ def test_grey_levels_without_a_meaning_are_refused(levels: list[float]) -> None:
         check_complete(data)
 
 
+def test_sixteen_bits_whose_zero_is_white() -> None:
+    """TIFF's tag 262 is 0, as in many scans of X-rays; PIL gives the levels as they are stored."""
+    data = encoded(Image.fromarray((RAMP * 257).astype(np.uint16)[None, :]), "TIFF")
+    tag = struct.pack("<HHI", 262, 3, 1)
+    assert data.count(tag + b"\1\0") == 1
+    data = data.replace(tag + b"\1\0", tag + b"\0\0")
+    assert rgb(data)[0, :, 0].tolist() == RAMP[::-1].tolist()
+    assert check_complete(data) == (len(RAMP), 1)
+
+
 def test_color_spaces() -> None:
     red = Image.new("RGB", (2, 2), (254, 0, 0))
     assert np.abs(rgb(encoded(red.convert("CMYK"), "TIFF"))[0, 0].astype(int) - [254, 0, 0]).max() <= 1
@@ -218,3 +228,19 @@ def test_every_orientation_of_every_type(kind: str, tag: int) -> None:
         assert np.abs(seen[place].astype(int) - expected[place]).max() < 8, place
     size = (expected.shape[1], expected.shape[0])
     assert upright_size(data) == check_complete(data) == decode(data).size == size
+
+
+@pytest.mark.parametrize(
+    ("kind", "exif"),
+    [
+        ("PNG", b"no EXIF"),
+        # Big-endian TIFF with one entry: tag 0x0112, a fraction, at byte 26: 6 / 0.
+        ("JPEG", b"Exif\0\0" + struct.pack(">2sHIHHHIIIII", b"MM", 42, 8, 1, 0x0112, 5, 1, 26, 0, 6, 0)),
+    ],
+    ids=["no EXIF", "no number"],
+)
+def test_exif_data_that_cannot_be_read_turn_no_image(kind: str, exif: bytes) -> None:
+    """Viewers show such an image as it is stored."""
+    image = Image.fromarray(corners())
+    data = encoded(image, kind, exif=exif)
+    assert upright_size(data) == check_complete(data) == decode(data).size == image.size

@@ -188,7 +188,7 @@ def test_encoded_images_in_a_column_of_bytes(tmp_path: Path, image_folder: Path,
 def test_a_file_without_a_column_of_images_has_rows_without_images(tmp_path: Path) -> None:
     dataset = open_rows(lines(tmp_path / "text.jsonl", {"problem": "2+2?", "answer": 4, "level": 3}))
     assert not dataset.has_image_column and dataset.image_cells(0) == []
-    for cell in (["a.png"], {"path": "a.png"}):
+    for cell in (["a.png"], {"path": "a.png"}, "a.png", "photos/B.JPG", "c.webp"):
         source = lines(tmp_path / "other.jsonl", {"problem": "p", "answer": 1, "pics": cell})
         with pytest.raises(ValueError, match=r"no column 'images'; it has problem, answer, pics\. Set data\.image_key"):
             open_rows(source)
@@ -233,6 +233,21 @@ def damaged_inside(folder: Path) -> bytes:
     return data[:100] + b"\xff" * 400 + data[500:]
 
 
+def doubled(folder: Path) -> bytes:
+    """A parquet file with two columns of one name, as a join leaves them."""
+    columns = [pa.array(["p"]), pa.array(["q"]), pa.array(["1"])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["problem", "problem", "answer"]), folder / "doubled.parquet")
+    return (folder / "doubled.parquet").read_bytes()
+
+
+def test_text_of_parquet_that_is_not_utf8_is_a_bad_row(tmp_path: Path) -> None:
+    texts = pa.array([b"p", b"f\xfcr"], pa.binary()).view(pa.string())  # the second is Latin-1
+    dataset = open_rows(parquet(tmp_path / "latin.parquet", problem=texts, answer=["1", "2"]))
+    assert dataset.problem(0) == "p"
+    with pytest.raises(RowError, match=r"row 1: not UTF-8 text: .*byte 0xfc in position 1"):
+        dataset.problem(1)
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     for name, content, message in (
         ("a.jsonl", b"", "the file has no rows"),
@@ -243,6 +258,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         ("f.jsonl", b'\xff\xfe{"p": 1}\n', r"no row can be read; .* Row 0: not UTF-8 text: .* \[line 1\]"),
         ("g.json", b'{\n "data": []\n}', r"no row can be read; a file holds one JSON object per line, or one list of"),
         ("h.jsonl", b"{}\n{}\n", "its rows are empty"),
+        ("j.parquet", doubled(tmp_path), r"j\.parquet has several columns of the name 'problem'"),
         ("i.parquet", damaged_inside(tmp_path), "i.parquet is not a parquet file, or is damaged: Corrupt"),
     ):
         (tmp_path / name).write_bytes(content)

@@ -116,6 +116,19 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
         open_source(f"{tmp_path / 'splits'}@val")
 
 
+def test_saved_folders_that_are_damaged_are_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([{"problem": "p", "answer": str(n)} for n in range(4)])
+    for name in ("cut", "missing", "undescribed"):
+        table.save_to_disk(tmp_path / name, num_shards=2)
+    shard = "data-00001-of-00002.arrow"
+    (tmp_path / "cut" / shard).write_bytes((tmp_path / "cut" / shard).read_bytes()[:200])
+    (tmp_path / "missing" / shard).unlink()
+    (tmp_path / "undescribed" / "dataset_info.json").unlink()
+    for name in ("cut", "missing", "undescribed"):
+        with pytest.raises(ValueError, match=rf"data source .*{name}'.* saved by datasets is damaged: "):
+            open_source(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl.gz", "a"])
 def test_other_kinds_of_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
