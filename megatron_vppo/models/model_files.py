@@ -101,6 +101,8 @@ def _listed(heading: str, problems: list[str]) -> str:
 def _unreadable(folder: Path) -> Iterator[str]:
     for name in _JSON_FILES:
         path = folder / name
+        if not path.exists() and path.is_symlink():  # a snapshot of the hub's cache that was copied without its blobs
+            yield f"{name} is a link to nothing; download it again"
         if not path.is_file():
             continue
         try:
@@ -156,12 +158,13 @@ def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     eos: Any = tokenizer.eos_token_id
     if (folder / GENERATION).is_file():
         try:
-            eos = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id or eos
+            generated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+            eos = eos if generated in (None, []) else generated
         except Exception as error:  # see above
             raise ValueError(f"{folder / GENERATION}: {error}") from error
     if eos is None:
         raise ValueError(f"{folder} names no EOS token, neither in {GENERATION} nor in the tokenizer")
-    return (eos,) if isinstance(eos, int) else tuple(eos)
+    return tuple(eos) if isinstance(eos, list) else (eos,)
 
 
 # --- Files against one another ----------------------------------------------------------------------------------------
@@ -183,9 +186,12 @@ def _tokenizer_problems(hf_config: HfConfig, processor: Any, eos_ids: tuple[int,
                 f"the tokenizer gives {token!r} the id {tokenizer.get_added_vocab()[token]}, {name}_token_id in "
                 f"config.json is {theirs}"
             )
+    if not all(type(token) is int for token in eos_ids):
+        yield f"eos_token_id in {GENERATION} is {list(eos_ids)}; it is a token's number, or a list of them"
+        return
     if never := sorted(set(eos_ids) & set(vision_token_ids(hf_config))):
         yield f"eos_token_id in {GENERATION} has {never}, tokens of images, which are never sampled"
-    if outside := [token for token in eos_ids if not (isinstance(token, int) and 0 <= token < vocabulary)]:
+    if outside := [token for token in eos_ids if not 0 <= token < vocabulary]:
         yield f"eos_token_id in {GENERATION} is {outside}, vocab_size in config.json is {vocabulary}"
 
 
@@ -207,7 +213,10 @@ def _image_problems(hf_config: HfConfig, image_processor: Any) -> Iterator[str]:
         if not isinstance(values, list | tuple) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
             yield f"{name} of the image processor is {values}; it has one value for each color, a deviation above 0"
     size = image_processor.size
-    if size["shortest_edge"] > size["longest_edge"]:
+    edges = [size.get(name) for name in ("shortest_edge", "longest_edge")]
+    if not all(type(pixels) is int for pixels in edges):
+        yield f"size of the image processor is {dict(size)}; needed are pixels as shortest_edge and longest_edge"
+    elif edges[0] > edges[1]:
         yield f"size of the image processor is {dict(size)}; the least number of pixels comes first"
 
 

@@ -27,6 +27,8 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes that weights may be stored in, by safetensors' names."""
 COMPARED_BYTES = 16 << 20
 """The bytes of a tensor that are compared at a time."""
+_COMPUTED = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+"""The ends of names that older versions of transformers saved. Newer ones, vLLM and we compute what they held."""
 _LFS_POINTER = b"version https://git-lfs.github.com"
 HEADER_BYTES = 100 << 20
 """More than any header has. A file of another format begins with a number that is as good as random."""
@@ -107,18 +109,26 @@ class HfFolder:
             to_released_name: translates the name of a tensor in a file to that of the released checkpoint.
 
         Raises:
-            ValueError: files are missing or cut off, are not safetensors files, or do not hold what the index says.
+            ValueError: files are missing or cut off, are not safetensors files, or do not hold what the index says; or
+                there are two sets of weights.
         """
         self.folder = folder
         self._tensors: dict[str, FileTensor] = {}
         index = folder / INDEX
         if index.is_file():
             tensors = _read_index(index)
+            if (folder / SINGLE).is_file() and all(tensor.path.name != SINGLE for tensor in tensors):
+                raise ValueError(
+                    f"{folder} holds both {SINGLE} and {INDEX}, which names other files: transformers reads the first "
+                    "and vLLM the second; remove one"
+                )
         elif (folder / SINGLE).is_file():
             tensors = read_header(folder / SINGLE)
         else:
             raise ValueError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a folder in Hugging Face's format")
         for tensor in tensors:
+            if tensor.name.endswith(_COMPUTED):
+                continue
             name = to_released_name(tensor.name)
             if name in self._tensors:
                 other = self._tensors[name]

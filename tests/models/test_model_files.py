@@ -74,7 +74,7 @@ def test_a_processor_in_the_files_of_older_versions(folder: Path) -> None:
 
 
 def test_eos_of_the_generation_configuration_before_the_tokenizers(folder: Path) -> None:
-    for eos, expected in (([8, 1], (8, 1)), (9, (9,)), (None, (2,))):
+    for eos, expected in (([8, 1], (8, 1)), (9, (9,)), (0, (0,)), (None, (2,)), ([], (2,))):
         change(folder / "generation_config.json", eos_token_id=eos)
         assert open_model_files(folder).eos_ids == expected
     (folder / "generation_config.json").unlink()
@@ -84,6 +84,18 @@ def test_eos_of_the_generation_configuration_before_the_tokenizers(folder: Path)
         ValueError, match=r"names no EOS token, neither in generation_config\.json nor in the tokenizer"
     ):
         open_model_files(folder)
+
+
+def test_rotary_frequencies_among_the_weights_are_passed_over(folder: Path) -> None:
+    """Older versions of transformers saved them. Newer ones, and vLLM, compute them."""
+    tensors = load_file(folder / "model.safetensors")
+    names = (
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.rotary_emb.inv_freq",
+        "visual.rotary_pos_emb.inv_freq",
+    )
+    save_file({**tensors, **{name: torch.ones(16) for name in names}}, folder / "model.safetensors")
+    open_model_files(folder)
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -115,6 +127,35 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         r"the image processor is missing: neither preprocessor_config\.json nor processor_config\.json",
     ),
     "no tokenizer": (without("tokenizer.json"), r"the tokenizer is missing: neither tokenizer\.json nor vocab\.json"),
+    "a generation configuration that is a link to nothing": (
+        lambda folder: (
+            (folder / "generation_config.json").unlink(),
+            (folder / "generation_config.json").symlink_to("x"),
+        ),
+        r"model is not whole:\n  - generation_config\.json is a link to nothing; download it again",
+    ),
+    **{
+        f"eos {eos}": (
+            set_to("generation_config.json", eos_token_id=eos),
+            r"eos_token_id in generation_config\.json is .*; it is a token's number, or a list of them",
+        )
+        for eos in (2.0, True, [[2]], {"a": 2})
+    },
+    **{
+        f"size {size}": (
+            set_to("processor_config.json", image_processor__size=size),
+            r"size of the image processor is .*; needed are pixels as shortest_edge and longest_edge",
+        )
+        for size in ({"min_pixels": 784, "max_pixels": 12544}, {"height": 224, "width": 224}, {"shortest_edge": 784})
+    },
+    "two sets of weights": (
+        lambda folder: (
+            save_file({}, folder / "model-00001-of-00001.safetensors")
+            or (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+        ),
+        r"model holds both model\.safetensors and model\.safetensors\.index\.json, which names other files: "
+        r"transformers reads the first and vLLM the second; remove one",
+    ),
     "generation not JSON": (
         written("generation_config.json", "{"),
         r"model is not whole:\n  - generation_config\.json is not valid JSON \(Expecting property",
