@@ -185,6 +185,25 @@ class ChainedRows:
         return number, row - self._begins[number]
 
 
+class ImageRows:
+    """The rows of a folder of images, of which each names its file: column `file_name` becomes `image`, as in
+    `datasets`.
+    """
+
+    def __init__(self, rows: DataRows) -> None:
+        self._rows = rows
+        self.columns = tuple("image" if name == "file_name" else name for name in rows.columns)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def cell(self, row: int, column: str) -> Any:
+        return self._rows.cell(row, "file_name" if column == "image" else column)
+
+    def place(self, row: int) -> str | None:
+        return self._rows.place(row)
+
+
 # --- Arrow ------------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import datasets
 
-from megatron_vppo.data.rows import ChainedRows, DataRows, DatasetRows, read_file
+from megatron_vppo.data.rows import ChainedRows, DataRows, DatasetRows, ImageRows, read_file
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 _SPLIT_WORDS = {
@@ -18,6 +18,8 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 """The words in a file's path that say which split it belongs to, as in `datasets`."""
+_IMAGE_ROWS = "metadata.jsonl"
+"""The rows of a folder of images, as `datasets` names the file."""
 _NO_DATA = frozenset({"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 """Files of a data set's folder that describe it."""
 
@@ -114,7 +116,11 @@ def _open_folder(path: Path, parsed: Source, source: str) -> OpenedSource:
         except Exception as error:  # `datasets` raises whatever it runs into
             raise ValueError(f"data source {source!r}: what is saved by datasets is damaged: {error}") from error
         return OpenedSource(rows, path, _numbers(parsed.split, len(rows), source))
-    if any(path.glob("metadata.*")):  # of images
+    for folder in (path, path / parsed.split_name):
+        if (folder / _IMAGE_ROWS).is_file() and (folder != path or parsed.split_name == "train"):
+            rows = ImageRows(read_file(folder / _IMAGE_ROWS))
+            return OpenedSource(rows, folder, _numbers(parsed.split, len(rows), source))
+    if any(path.glob("metadata.*")):  # of images, in another format
         return _whole(DatasetRows(datasets.load_dataset(str(path), split=parsed.split)), path, source)
     files = _files_of_split(path, parsed.split_name, source)
     rows = read_file(files[0]) if len(files) == 1 else ChainedRows(path, [(file, read_file(file)) for file in files])

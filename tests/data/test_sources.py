@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+from PIL import Image
 
 from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
 from megatron_vppo.data.sources import Source, check_source, open_source, parse_source
@@ -114,6 +115,36 @@ def test_folders_that_datasets_saved(tmp_path: Path) -> None:
     assert answers(f"{tmp_path / 'splits'}@test") == ["3"]
     with pytest.raises(ValueError, match=r"no split 'val'; it has test, train"):
         open_source(f"{tmp_path / 'splits'}@val")
+
+
+def test_a_folder_of_images_keeps_the_text_of_its_answers(tmp_path: Path) -> None:
+    """`datasets` would take them for dates, numbers and missing values."""
+    texts = ['"2024-01-02"', "1.50", "12", '"007"', "true", "1e5"]
+    lines = [
+        f'{{"file_name": "test_{n}.png", "problem": "<image>p", "answer": {text}}}\n' for n, text in enumerate(texts)
+    ]
+    for n in range(len(texts)):
+        Image.new("RGB", (40 + n, 30)).save(tmp_path / f"test_{n}.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(lines) + "{\n")
+    rows = open_dataset(str(tmp_path), problem_key="problem", answer_key="answer", image_key="image")
+    expected = ["2024-01-02", "1.50", "12", "007", "true", "1e5"]
+    assert [rows.answer(n) for n in range(6)] == expected
+    assert [rows.check_image(n, 0) for n in range(6)] == [(40 + n, 30) for n in range(6)]
+    with pytest.raises(RowError, match=r"row 6: not valid JSON: .*\[line 7\]"):
+        rows.answer(6)
+    part = open_dataset(f"{tmp_path}@train[4:6]", problem_key="problem", answer_key="answer", image_key="image")
+    assert [part.answer(n) for n in range(2)] == ["true", "1e5"]
+
+
+def test_folders_of_images_by_split(tmp_path: Path) -> None:
+    for n, split in enumerate(("train", "test")):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (40 + n, 30)).save(tmp_path / split / "a.png")
+        row = {"file_name": "a.png", "problem": "<image>p", "answer": split}
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
+    for n, split in enumerate(("train", "test")):
+        rows = open_dataset(f"{tmp_path}@{split}", problem_key="problem", answer_key="answer", image_key="image")
+        assert (len(rows), rows.answer(0), rows.check_image(0, 0)) == (1, split, (40 + n, 30))
 
 
 def test_saved_folders_that_are_damaged_are_named(tmp_path: Path) -> None:
