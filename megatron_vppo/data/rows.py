@@ -208,31 +208,32 @@ class ImageRows:
 
 
 class ArrowRows:
-    """An Arrow table in a memory-mapped file."""
+    """An Arrow table in a memory-mapped file of the stream format."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        self._table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         self.columns = tuple(self._table.column_names)
 
     @classmethod
     def of_parquet(cls, path: Path) -> ArrowRows:
         """Opens a parquet file by way of an uncompressed copy, which alone allows random access.
 
-        The copy is kept in the cache of `datasets`, under the hash of the file's content.
+        The copy is kept in the cache of `datasets`, under the hash of the file's content. It has Arrow's stream format,
+        since the file format takes only one dictionary for all of a column.
 
         Raises:
             ValueError: the file is not parquet, or is damaged.
         """
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "blake2b").hexdigest()[:40]
-        copy = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_vppo" / f"{digest}.arrow"
+        copy = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_vppo" / f"{digest}.arrows"
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
                 source = pq.ParquetFile(path)
                 _refuse_doubled(source.schema_arrow.names, path)
-                with whole_file(copy) as target, pa.ipc.new_file(target, source.schema_arrow) as writer:
+                with whole_file(copy) as target, pa.ipc.new_stream(target, source.schema_arrow) as writer:
                     for batch in source.iter_batches(batch_size=_BATCH_ROWS):
                         writer.write_batch(batch)
             except (pa.ArrowException, OSError) as error:

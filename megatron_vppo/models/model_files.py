@@ -212,6 +212,8 @@ def _image_problems(hf_config: HfConfig, image_processor: Any) -> Iterator[str]:
         values = getattr(image_processor, name, None)
         if not isinstance(values, list | tuple) or len(values) != 3 or (name == "image_std" and min(values) <= 0):
             yield f"{name} of the image processor is {values}; it has one value for each color, a deviation above 0"
+    if not image_processor.do_resize:
+        yield f"do_resize of the image processor is {image_processor.do_resize}; images have to become whole patches"
     size = image_processor.size
     edges = [size.get(name) for name in ("shortest_edge", "longest_edge")]
     if not all(type(pixels) is int for pixels in edges):

@@ -152,6 +152,19 @@ def test_parquet_answers_are_the_shortest_text_of_their_type(
     assert answers(open_rows(source)) == expected
 
 
+def test_parquet_of_groups_with_dictionaries_of_their_own(tmp_path: Path) -> None:
+    """As a writer leaves them that wrote a column of categories part by part."""
+    parts = [
+        pa.table({"problem": pa.array(list(text)).dictionary_encode(), "answer": list("12")}) for text in ("ab", "ca")
+    ]
+    with pq.ParquetWriter(tmp_path / "groups.parquet", parts[0].schema) as writer:
+        for part in parts:
+            writer.write_table(part)
+    dataset = open_rows(str(tmp_path / "groups.parquet"))
+    assert problems(dataset) == list("abca")
+    assert problems(pickle.loads(pickle.dumps(dataset))) == list("abca")
+
+
 def test_integers_next_to_a_missing_value(tmp_path: Path) -> None:
     """pandas stores them as floating point; the row without an answer is the one that is named."""
     dataset = open_rows(parquet(tmp_path / "a.parquet", problem=["p", "p"], answer=pa.array([12.0, None])))

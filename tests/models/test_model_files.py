@@ -148,6 +148,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         )
         for size in ({"min_pixels": 784, "max_pixels": 12544}, {"height": 224, "width": 224}, {"shortest_edge": 784})
     },
+    "images that are not resized": (
+        set_to("processor_config.json", image_processor__do_resize=False),
+        r"do_resize of the image processor is False; images have to become whole patches",
+    ),
     "two sets of weights": (
         lambda folder: (
             save_file({}, folder / "model-00001-of-00001.safetensors")
