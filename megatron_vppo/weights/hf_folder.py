@@ -117,7 +117,7 @@ class HfFolder:
         index = folder / INDEX
         if index.is_file():
             tensors = _read_index(index)
-            if (folder / SINGLE).is_file() and all(tensor.path.name != SINGLE for tensor in tensors):
+            if (folder / SINGLE).is_file() and all(tensor.path != folder / SINGLE for tensor in tensors):
                 raise ValueError(
                     f"{folder} holds both {SINGLE} and {INDEX}, which names other files: transformers reads the first "
                     "and vLLM the second; remove one"
@@ -296,8 +296,8 @@ def _read_index(index: Path) -> list[FileTensor]:
     if absent:
         raise ValueError(f"{index} names files that are not there: {absent}; download them again")
     tensors = [tensor for path in files for tensor in read_header(path)]
-    held = {(tensor.name, tensor.path.name) for tensor in tensors}
-    lacking = sorted((name, file) for name, file in listed.items() if (name, file) not in held)
+    held = {(tensor.name, tensor.path) for tensor in tensors}
+    lacking = sorted((name, file) for name, file in listed.items() if (name, index.parent / file) not in held)
     if lacking:
         raise ValueError(f"{index} says that {lacking[0][0]} is in {lacking[0][1]}, which does not hold it")
     return tensors

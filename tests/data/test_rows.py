@@ -153,7 +153,7 @@ def test_parquet_answers_are_the_shortest_text_of_their_type(
 
 
 def test_parquet_of_groups_with_dictionaries_of_their_own(tmp_path: Path) -> None:
-    """As a writer leaves them that wrote a column of categories part by part."""
+    """A writer leaves them if it writes a column of categories part by part."""
     parts = [
         pa.table({"problem": pa.array(list(text)).dictionary_encode(), "answer": list("12")}) for text in ("ab", "ca")
     ]

@@ -98,6 +98,18 @@ def test_rotary_frequencies_among_the_weights_are_passed_over(folder: Path) -> N
     open_model_files(folder)
 
 
+def test_an_index_may_name_files_in_folders(folder: Path) -> None:
+    """transformers opens them; it joins the folder and what the index says."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / "part").mkdir()
+    files = {name: "part/b.safetensors" if "layers" in name else "./a.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    open_model_files(folder)
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
