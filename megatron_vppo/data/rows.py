@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 from megatron_vppo.system.whole import whole_file
 
 _BATCH_ROWS = 256
+PIECE_BYTES = 1 << 26
+"""The part of a file that is searched for line ends at once."""
 
 
 class BadRow(ValueError):
@@ -85,7 +87,7 @@ class JsonLines:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._bytes = _mapped(path)
-        newlines = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n"))
+        newlines = _newlines(self._bytes)
         begins = np.concatenate([[0], newlines + 1])
         ends = np.concatenate([newlines, [len(self._bytes)]])
         kept = [n for n, (a, b) in enumerate(zip(begins, ends, strict=True)) if self._bytes[a:b].strip()]
@@ -149,6 +151,14 @@ class JsonRows:
 
     def place(self, row: int) -> str | None:
         return None
+
+
+def _newlines(data: Any) -> NDArray[np.int64]:
+    """Finds the line ends, piece by piece: marks for all bytes of a large file would take its size in memory."""
+    values = np.frombuffer(data, dtype=np.uint8)
+    pieces = range(0, len(values), PIECE_BYTES)
+    found = [np.flatnonzero(values[low : low + PIECE_BYTES] == ord("\n")) + low for low in pieces]
+    return np.concatenate([np.empty(0, dtype=np.int64), *found])
 
 
 def _mapped(path: Path) -> Any:

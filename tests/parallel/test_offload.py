@@ -91,6 +91,7 @@ def _rank(
 
         # As in a step: weights alone for scoring, all of it for the update.
         memory.reload(("params",))
+        assert _held(moved) == {"params": before["params"], "grads": 0, "optimizer": 0}
         scores = [policy.score(responses, step=STEP, views="both") for policy in (still, moved)]
         assert torch.equal(scores[0].old_logp_BT, scores[1].old_logp_BT)
         assert torch.equal(scores[0].perturbed_logp_BT, scores[1].perturbed_logp_BT)
