@@ -21,6 +21,7 @@ from megatron_vppo.fidelity.compare import Decisions, compare, decide
 from megatron_vppo.fidelity.emulation import emulated_fp8
 from megatron_vppo.fidelity.figures import difference_figures, subject_figures
 from megatron_vppo.fidelity.page import write_fidelity_page
+from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -72,13 +73,14 @@ def measure_fidelity(
             with an image.
     """
     config = _on_one_rank(config)
-    check_run(config, world_size=1, on_gpu=torch.cuda.is_available())
+    source = model_folder(config.model.path)
+    files = open_model_files(source)
+    check_run(config, files.hf_config, world_size=1, on_gpu=torch.cuda.is_available())
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=config.parallel.collective_timeout_seconds)
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
     try:
-        source = model_folder(config.model.path)
-        model = _Model(layout, source, open_inputs(config, source))
+        model = _Model(layout, source, open_inputs(config, files))
         _check_recipes(config, recipes, model)
         scorer, responses = _scorer_and_responses(config, model, num_prompts=num_prompts, logs=folder / "logs")
         report = _compare_precisions(config, recipes, model, scorer, responses)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, assert_never
 
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
@@ -14,7 +13,7 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
-from megatron_vppo.models.model_files import open_without_weights
+from megatron_vppo.models.model_files import ModelFiles
 
 
 @dataclass(frozen=True)
@@ -33,13 +32,11 @@ class RunInputs:
     builder: PromptBuilder
 
 
-def open_inputs(config: RunConfig, source: Path) -> RunInputs:
-    """Opens the model's folder `source`, except for its weights, and the data files.
+def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
+    """Opens the data files, and prepares them for the model.
 
-    Raises ValueError for a file or column that is missing, for files of the model that contradict one another, and for
-    a pixel budget that no image fits.
+    Raises ValueError for a file or column that is missing, and for a pixel budget that no image fits.
     """
-    model = open_without_weights(source)
     processor = model.processor
     geometry = ImageGeometry.from_processor(
         processor.image_processor,

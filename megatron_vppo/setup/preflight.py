@@ -41,7 +41,8 @@ def check_before_launch(config: RunConfig) -> int:
             f"GPUs, but this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun "
             "or srun"
         )
-    check_run(config, world_size=world_size, on_gpu=devices > 0)
+    hf_config = open_model_files(model_folder(config.model.path)).hf_config
+    check_run(config, hf_config, world_size=world_size, on_gpu=devices > 0)
     check_resume(config.trainer)
     if all(Path(check_source(source).location).exists() for source in _data_sources(config)):
         open_datasets(config)  # of the hub, it is left to the ranks
@@ -55,7 +56,7 @@ def check_before_launch(config: RunConfig) -> int:
     return world_size
 
 
-def check_run(config: RunConfig, *, world_size: int, on_gpu: bool) -> None:
+def check_run(config: RunConfig, hf_config: HfConfig, *, world_size: int, on_gpu: bool) -> None:
     """Checks that `world_size` ranks and their engines can run the model, and that the files are there.
 
     Ranks that torchrun or srun has started check it themselves, before their engines start.
@@ -68,7 +69,6 @@ def check_run(config: RunConfig, *, world_size: int, on_gpu: bool) -> None:
     check_device(config, on_cpu=not on_gpu)
     if on_gpu:
         check_dtype(config, capability=torch.cuda.get_device_capability())
-    hf_config = open_model_files(model_folder(config.model.path)).hf_config
     _check_trainer(config, hf_config, on_gpu=on_gpu)
     num_engines(config, world_size=world_size, on_cpu=not on_gpu)
     gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else None

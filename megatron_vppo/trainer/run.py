@@ -16,6 +16,7 @@ from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.stream import PromptStream
+from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
@@ -34,6 +35,7 @@ from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
+from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
@@ -60,10 +62,12 @@ def run_training(config: RunConfig, *, say: Say) -> None:
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
-    check_run(config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
-    folder = RunFolder.of(config.trainer)
     source = model_folder(config.model.path)
-    with _open_run(config, layout, folder, source, say) as run:
+    files = open_without_weights(source)
+    check_run(config, files.hf_config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
+    on_every_rank(partial(_check_weights, source, files, layout))
+    folder = RunFolder.of(config.trainer)
+    with _open_run(config, layout, folder, source, files, say) as run:
         train(run)
         target = folder.huggingface(run.total_steps)
         if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
@@ -74,15 +78,23 @@ def run_training(config: RunConfig, *, say: Say) -> None:
     destroy_layout()
 
 
+def _check_weights(source: Path, files: ModelFiles, layout: Layout) -> None:
+    """Checks the names of the weights for all ranks; each of them would read the same headers."""
+    if layout.rank == 0:
+        check_weight_names(source, files.hf_config)
+
+
 @contextmanager
-def _open_run(config: RunConfig, layout: Layout, folder: RunFolder, source: Path, say: Say) -> Iterator[Run]:
+def _open_run(
+    config: RunConfig, layout: Layout, folder: RunFolder, source: Path, files: ModelFiles, say: Say
+) -> Iterator[Run]:
     """Builds the parts of a run and connects them.
 
     The engine is started first. On GPUs the rest waits until it has loaded, because vLLM measures while it starts how
     much memory is free. On a machine without GPUs it loads while the rest is built.
     """
     is_writer, on_gpus = layout.rank == 0, layout.device.type == "cuda"
-    inputs = open_inputs(config, source)
+    inputs = open_inputs(config, files)
     images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
     with ExitStack() as stack:
         engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.read_config import read_hf_config
 from megatron_vppo.setup.preflight import check_before_launch, check_run
 from tests.models.whole import save_whole_folder
 
@@ -27,11 +28,11 @@ def config_of(folder: Path, **sections: dict[str, Any]) -> RunConfig:
 
 
 def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None:
-    check_run(config_of(folder), world_size=2, on_gpu=False)
+    check_run(config_of(folder), read_hf_config(folder / "model"), world_size=2, on_gpu=False)
     pipeline = {"pipeline_model_parallel_size": 4}
-    check_run(config_of(folder, parallel=pipeline), world_size=4, on_gpu=False)
+    check_run(config_of(folder, parallel=pipeline), read_hf_config(folder / "model"), world_size=4, on_gpu=False)
     with pytest.raises(ValueError, match="4 ranks per model copy does not divide 2 ranks"):
-        check_run(config_of(folder, parallel=pipeline), world_size=2, on_gpu=False)
+        check_run(config_of(folder, parallel=pipeline), read_hf_config(folder / "model"), world_size=2, on_gpu=False)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_ranks_that_a_launcher_started_are_checked_as_well(folder: Path) -> None
 )
 def test_every_part_is_checked(folder: Path, sections: dict[str, dict[str, Any]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_run(config_of(folder, **sections), world_size=4, on_gpu=False)
+        check_run(config_of(folder, **sections), read_hf_config(folder / "model"), world_size=4, on_gpu=False)
 
 
 @pytest.mark.parametrize(

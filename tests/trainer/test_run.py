@@ -12,16 +12,25 @@ from megatron_vppo.trainer.run import run_training
 from tests.models.whole import save_whole_folder
 
 
-def test_ranks_refuse_what_an_engine_would(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("top_k", "weights", "message"),
+    [
+        (300, "model.safetensors", r"rollout\.top_k 300 is more than the 109 tokens"),
+        (-1, "other.safetensors", "holds no weights"),
+    ],
+)
+def test_ranks_refuse_what_cannot_work(top_k: int, weights: str, message: str, tmp_path: Path) -> None:
     save_whole_folder(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / weights)
+    (tmp_path / "rows.jsonl").touch()
     config = RunConfig(
-        data=DataConfig(train_files="x", max_prompt_length=300, max_response_length=20),
+        data=DataConfig(train_files=str(tmp_path / "rows.jsonl"), max_prompt_length=300, max_response_length=20),
         model=ModelConfig(path=str(tmp_path / "model")),
-        rollout=RolloutConfig(top_k=300),
+        rollout=RolloutConfig(top_k=top_k),
         trainer=TrainerConfig(runs_dir=str(tmp_path / "runs")),
     )
     try:
-        with pytest.raises(ValueError, match=r"rollout\.top_k 300 is more than the 109 tokens"):
+        with pytest.raises(ValueError, match=message):
             run_training(config, say=print)
     finally:
         destroy_layout()
