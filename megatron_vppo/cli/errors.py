@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import TextIO
 
 from megatron_vppo.system.visible import visible
 
 MISTAKE = 2
 """The exit status of a user's mistake; that of any other error is 1."""
+DO_NOT_RESTART = 93
+"""The exit status of a user's mistake in a SLURM job: the same job would fail again, so it is not to be requeued."""
+STOPPED = 75
+"""The exit status of a training that ended on request with its state saved (EX_TEMPFAIL): started again, it goes on."""
 _BETWEEN_PROCESSES = (
     ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, BlockingIOError, InterruptedError,
 )  # fmt: skip
@@ -20,6 +25,11 @@ _NATIVE_FRAMES = "\nException raised from "
 def is_mistake(error: BaseException) -> bool:
     """Returns True for errors that a user can mend: a setting, or a file or disk that cannot be read or written."""
     return isinstance(error, ValueError | OSError) and not isinstance(error, _BETWEEN_PROCESSES)
+
+
+def mistake_status() -> int:
+    """Returns the exit status of a user's mistake here: MISTAKE, or DO_NOT_RESTART in a SLURM job."""
+    return DO_NOT_RESTART if os.environ.get("SLURM_JOB_ID") else MISTAKE
 
 
 def error_text(error: BaseException) -> str:

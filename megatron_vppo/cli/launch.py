@@ -7,6 +7,7 @@ command of its own, with a room `launching/` next to `trainer/`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -72,6 +73,16 @@ def end_with_torchrun() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent(os.getppid())
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that ask this rank to stop.
+
+    Under srun SIGTERM asks too: it is what `scancel` and a time limit send. Our launcher passes it on as SIGUSR2, and
+    torchrun sends SIGTERM to end ranks at once.
+    """
+    started_by_torch = "TORCHELASTIC_RUN_ID" in os.environ
+    return (signal.SIGUSR2,) if started_by_torch else (signal.SIGUSR2, signal.SIGTERM)
 
 
 def quieten_libraries() -> None:

@@ -14,18 +14,22 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake, show
+from megatron_vppo.cli.errors import STOPPED, error_text, is_mistake, mistake_status, show
 from megatron_vppo.cli.output import READER_LEFT
 from megatron_vppo.cli.rank_error import parse_error, rank_log
 from megatron_vppo.cli.trainer_rank import LAUNCHER_VARIABLE
+from megatron_vppo.system.processes import children_of
+from megatron_vppo.system.stop_signals import SAME_REQUEST_SECONDS
 
 _AGENT = "torch.distributed"
 """The logger of torch's agent."""
@@ -52,23 +56,57 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # no free port, no room for the files of the ranks' errors
         logging.getLogger(_AGENT).exception("the launcher failed")
         show(f"the launcher: {error_text(error)} (traceback: {log})", sys.stderr)
-        return MISTAKE if is_mistake(error) else 1
+        return mistake_status() if is_mistake(error) else 1
 
 
 def _run(num_ranks: int, logs: Path, program: Sequence[str]) -> int:
+    requests = _StopRequests()
     try:
         with tempfile.TemporaryDirectory(prefix="vppo-ranks-") as error_files:
             elastic_launch(_launch_config(num_ranks, error_files), sys.executable)("-u", *program)
     except ChildFailedError as error:
+        if any(failure.exitcode == STOPPED for failure in error.failures.values()):
+            return STOPPED
+        if requests.first is not None:  # there was nothing to save yet
+            return _ended_by(requests.first)
         status, text = explain(error.failures, logs)
         if text is not None:
             show(text, sys.stderr)
         return status
     except (SignalException, KeyboardInterrupt) as error:
-        number = error.sigval if isinstance(error, SignalException) else signal.SIGINT
-        show(f"ended by {signal.Signals(number).name}", sys.stderr)
-        return 128 + number
+        return _ended_by(error.sigval if isinstance(error, SignalException) else signal.SIGINT)
     return 0
+
+
+def _ended_by(number: int) -> int:
+    show(f"ended by {signal.Signals(number).name}", sys.stderr)
+    return 128 + number
+
+
+class _StopRequests:
+    """Passes SIGTERM and SIGUSR2 on to the ranks as a request to stop. A second one ends them, as torch's agent does.
+
+    Ranks get SIGUSR2 for both: SIGTERM is what the agent ends them with when one of them has failed.
+    """
+
+    def __init__(self) -> None:
+        self.first: int | None = None
+        """The signal that asked first; None: no one has."""
+        self._time = 0.0
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.first is not None and time.monotonic() - self._time >= SAME_REQUEST_SECONDS:
+            raise SignalException("a second request to stop", sigval=signal.Signals(number))
+        if self.first is None:
+            self.first, self._time = number, time.monotonic()
+        ranks = children_of(os.getpid())
+        if not ranks:
+            raise SignalException("a request to stop before there are ranks", sigval=signal.Signals(number))
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGUSR2)
 
 
 def explain(failures: Mapping[int, ProcessFailure], logs: Path) -> tuple[int, str | None]:
@@ -115,6 +153,7 @@ def _launch_config(num_ranks: int, error_files: str) -> LaunchConfig:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=error_files),
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # _StopRequests has SIGTERM
     )
 
 

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
-from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake
+from megatron_vppo.cli.errors import MISTAKE, STOPPED, error_text, is_mistake, mistake_status
 from megatron_vppo.cli.launch import (
     check_rank,
     end_with_torchrun,
@@ -24,6 +24,7 @@ from megatron_vppo.cli.launch import (
     is_trainer_rank,
     launch_ranks,
     quieten_libraries,
+    stop_signals,
     take_rank_from_slurm,
 )
 from megatron_vppo.cli.output import (
@@ -38,6 +39,7 @@ from megatron_vppo.cli.output import (
 from megatron_vppo.cli.plan_options import add_plan_options
 from megatron_vppo.cli.trainer_rank import run_rank
 from megatron_vppo.config.choices import Fp8Recipe
+from megatron_vppo.system.stop_signals import StopSignals
 from megatron_vppo.system.visible import visible
 
 if typing.TYPE_CHECKING:
@@ -58,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
             status = _run(arguments)
-        except SystemExit:  # argparse: --help, or a mistake in the command line
+        except SystemExit as end:  # argparse: --help, or a mistake in the command line
             flush_output()
+            if end.code == MISTAKE:
+                return mistake_status()
             raise
         flush_output()
         return status
@@ -81,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    """Parses and calls. A user's mistake ends in one message on stderr and status MISTAKE."""
+    """Parses and calls. A user's mistake ends in one message on stderr, and the status of one."""
     options = _parser().parse_args(arguments)
     try:
         status: int = options.run(options)
@@ -90,7 +94,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         if is_first_on_host():
             print(visible(f"vppo: {error_text(error)}"), file=sys.stderr, flush=True)
-        return MISTAKE
+        return mistake_status()
     return status
 
 
@@ -228,6 +232,8 @@ def _train(options: argparse.Namespace) -> int:
     take_rank_from_slurm()
     check_rank()
     end_with_torchrun()
+    # Before any library starts a thread, which would be one that a signal ends.
+    signals = StopSignals(stop_signals()) if is_trainer_rank() else None
     quieten_libraries()
     from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
@@ -236,8 +242,8 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     check_training(config)
     logs = RunFolder.of(config.trainer).logs
-    if is_trainer_rank():
-        return run_rank(functools.partial(_train_on_this_rank, config), logs=logs)
+    if signals is not None:
+        return run_rank(functools.partial(_train_on_this_rank, config, signals), logs=logs)
 
     from megatron_vppo.setup.preflight import check_before_launch
 
@@ -245,10 +251,10 @@ def _train(options: argparse.Namespace) -> int:
     launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
 
 
-def _train_on_this_rank(config: RunConfig) -> None:
+def _train_on_this_rank(config: RunConfig, signals: StopSignals) -> int:
     from megatron_vppo.trainer.run import run_training
 
-    run_training(config, say=say)
+    return 0 if run_training(config, say=say, signals=signals) else STOPPED
 
 
 def _plan(options: argparse.Namespace) -> int:

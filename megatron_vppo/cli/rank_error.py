@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake, message_of
+from megatron_vppo.cli.errors import error_text, is_mistake, message_of, mistake_status
 from megatron_vppo.system.whole import whole_file
 
 _FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
@@ -61,7 +61,7 @@ def describe(error: BaseException, *, rank: int, log: Path | None) -> RankError:
         rank=rank,
         host=socket.gethostname() if _several_hosts() else None,
         message=error_text(error),
-        status=MISTAKE if is_mistake(error) else 1,
+        status=mistake_status() if is_mistake(error) else 1,
         time=time.time(),
         lost_contact=any(_is_collective(link) for link in _chain(error)),
         log=None if log is None else str(log),

@@ -20,9 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from megatron_vppo.cli.errors import show
+from megatron_vppo.cli.errors import DO_NOT_RESTART, show
 from megatron_vppo.cli.output import READER_LEFT, reader_left
 from megatron_vppo.cli.rank_error import RankError, describe, rank_log, write_error
+from megatron_vppo.system.requeue import do_not_requeue
 
 LAUNCHER_VARIABLE = "VPPO_LAUNCHER_PID"
 """The environment variable by which a rank knows that our launcher has started it."""
@@ -30,8 +31,8 @@ _CLAIM = ".first_error"
 _STARTED = time.time()
 
 
-def run_rank(work: Callable[[], None], *, logs: Path) -> int:
-    """Calls `work` with standard error going to the rank's log, and returns 0.
+def run_rank(work: Callable[[], int], *, logs: Path) -> int:
+    """Calls `work` with standard error going to the rank's log, and returns its exit status.
 
     If it fails, the traceback goes to the log, the error is reported, and this process ends at once with the error's
     status: a normal exit can wait for ranks that wait for this one. A reader of standard output that has left is no
@@ -44,17 +45,18 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
     except OSError as error:  # its message says all
         _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
     try:
-        work()
+        return work()
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and reader_left(sys.stdout):
             os._exit(READER_LEFT)
         with contextlib.suppress(OSError):  # the log's disk is full
             traceback.print_exc()
         _fail(describe(error, rank=rank, log=log), logs, terminal)
-    return 0
 
 
 def _fail(error: RankError, logs: Path, terminal: TextIO) -> NoReturn:
+    if error.status == DO_NOT_RESTART:
+        do_not_requeue(logs.parent, error.message)
     _report(error, logs, terminal)
     with contextlib.suppress(OSError):
         sys.stdout.flush()

@@ -408,6 +408,11 @@ class TrainerConfig(Section):
     """Checkpoints kept."""
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
+    stop_within_seconds: Wait = 240.0
+    """The time that may pass from a request to stop (SIGUSR2; under srun also SIGTERM) to the checkpoint. An update is
+    begun after a request only if it is known to end in time."""
+    max_attempts_without_progress: Count = 3
+    """Attempts of a requeued SLURM job that may begin at the same step; one more ends it for good."""
     resume: bool = True
     """Go on from a checkpoint of the run folder, if there is one. If false, a folder that has one is refused."""
     resume_step: Count | None = None

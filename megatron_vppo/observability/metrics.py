@@ -71,6 +71,7 @@ class RunLog:
         self._progress = progress if is_writer else None
         self._last_step = -1 if resume_step is None else resume_step
         self._values: dict[str, tuple[Reduction, list[float]]] = {}
+        self._began = time.perf_counter()
         self._sinks: list[Sink] = []
         if is_writer:
             folder = Path(run_dir)
@@ -96,7 +97,7 @@ class RunLog:
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} after step {self._last_step}: metrics.jsonl has each step once, in order")
-        began = time.perf_counter()
+        self._began = time.perf_counter()
         if self._progress:
             self._progress.begin_step(step)
         try:
@@ -108,7 +109,26 @@ class RunLog:
             raise
         self._last_step = step
         if self._writes:
-            self._write(step, seconds=time.perf_counter() - began)
+            self._write(step, seconds=time.perf_counter() - self._began)
+
+    def pending(self) -> dict[str, Any]:
+        """Returns the numbers of the unfinished step as JSON values, and its seconds so far; {} where nothing is kept.
+
+        `restore` takes them, in the same process or in a later one.
+        """
+        if not self._writes:
+            return {}
+        values = {name: [reduction, list(values)] for name, (reduction, values) in self._values.items()}
+        return {"values": values, "seconds": time.perf_counter() - self._began}
+
+    def restore(self, pending: Mapping[str, Any]) -> None:
+        """Puts the numbers of an unfinished step in front of those of the present one."""
+        if not self._writes or not pending:
+            return
+        for name, (reduction, values) in pending["values"].items():
+            for value in values:
+                self.add(name, value, reduce=reduction)
+        self._began -= pending["seconds"]
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from megatron_vppo.rollout import os_processes
 from megatron_vppo.rollout.records import EngineSettings
 from megatron_vppo.system.processes import child_environment
+from megatron_vppo.system.stop_signals import StopRequested
 
 LOG_TAIL_LINES = 30
 POLL_SECONDS = 0.2
@@ -55,10 +57,12 @@ class ChildProcess:
         except OSError as error:
             raise self._end_of_process() from error
 
-    def receive(self, *, timeout_seconds: float | None = None) -> Any:
+    def receive(self, *, timeout_seconds: float | None = None, stop_wanted: Callable[[], bool] = lambda: False) -> Any:
         """Waits for the next answer.
 
-        Raises RuntimeError, with the end of the log, if the process ends or time is over.
+        Raises:
+            RuntimeError: the process ended or time is over; with the end of the log.
+            StopRequested: `stop_wanted` became true. The answer is still to come.
         """
         deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
         while True:
@@ -70,6 +74,8 @@ class ChildProcess:
                 raise self._end_of_process() from error
             if ended:
                 raise self._end_of_process()
+            if stop_wanted():
+                raise StopRequested
             if deadline is not None and time.monotonic() > deadline:
                 raise self.failure(f"did not answer within {timeout_seconds:.0f} seconds")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -69,13 +69,23 @@ class RolloutEngine:
         device = torch.device("cuda", torch.cuda.current_device())
         return DeviceBuffer(self._buffer_bytes, device=device, num_readers=num_workers)
 
-    def generate(self, requests: Sequence[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
-        """Samples one completion for each seed of each request, in order."""
+    def generate(
+        self,
+        requests: Sequence[SampleRequest],
+        settings: SamplingSettings,
+        *,
+        stop_wanted: Callable[[], bool] = lambda: False,
+    ) -> list[list[Completion]]:
+        """Samples one completion for each seed of each request, in order.
+
+        Raises StopRequested if `stop_wanted` becomes true meanwhile. The engine is then of no further use: close it.
+        """
         self._require_ready()
         self._require_awake("generate", "weights", "kv_cache")
         if not self._has_weights:
             raise RuntimeError("the rollout engine has no complete set of weights; call send_weights first")
-        return self._session.call("generate", requests=list(requests), settings=settings)
+        self._session.begin("generate", requests=list(requests), settings=settings)
+        return self._session.end(stop_wanted=stop_wanted)
 
     def send_weights(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
@@ -172,17 +182,17 @@ class _Session:
         """True from a request until its answer."""
 
     def call(self, method: str, **arguments: Any) -> Any:
-        self._begin(method, **arguments)
-        return self._end()
+        self.begin(method, **arguments)
+        return self.end()
 
-    def _begin(self, method: str, **arguments: Any) -> None:
+    def begin(self, method: str, **arguments: Any) -> None:
         if self.busy:
             raise RuntimeError(f"{method}: the rollout engine still works on another request")
         self._child.send((method, arguments))
         self.busy = True
 
-    def _end(self) -> Any:
-        succeeded, result = self._child.receive()
+    def end(self, *, stop_wanted: Callable[[], bool] = lambda: False) -> Any:
+        succeeded, result = self._child.receive(stop_wanted=stop_wanted)
         self.busy = False
         if not succeeded:
             raise self._child.failure(f"refused: {result}")
@@ -192,11 +202,11 @@ class _Session:
         self.call("start_weight_update")
 
     def begin_update_weights(self, update_info: dict[str, Any]) -> None:
-        self._begin("update_weights", update_info=update_info)
+        self.begin("update_weights", update_info=update_info)
 
     def end_update_weights(self) -> None:
         if self.busy:
-            self._end()
+            self.end()
 
     def finish_weight_update(self, weight_version: str) -> None:
         self.call("finish_weight_update", weight_version=weight_version)

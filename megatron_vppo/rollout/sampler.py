@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,6 +13,7 @@ from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
 from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.system.stop_signals import StopRequested
 
 
 class EngineSampler:
@@ -26,18 +27,21 @@ class EngineSampler:
         num_engines: int,
         images: VisionInputs,
         verify: VerifyWeights,
+        stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             engine: the engine that this rank leads; None on the other ranks.
             engine_index: the number of that engine, which decides its share of the prompts.
             verify: the weight syncs after which checksums are compared.
+            stop_wanted: returns True if sampling is to be cut off; it need not be true on all ranks.
         """
         self._engine = engine
         self._engine_index = engine_index
         self._num_engines = num_engines
         self._images = images
         self._verify = verify
+        self._stop_wanted = stop_wanted
         self._num_syncs = 0
 
     def generate(
@@ -48,7 +52,31 @@ class EngineSampler:
         sampling: SamplingSettings,
         first_group: int = 0,
     ) -> list[list[Response]]:
-        """Samples len(seeds[i]) responses to prompt i. Every rank returns all groups, in the order of the prompts."""
+        """Samples len(seeds[i]) responses to prompt i. Every rank returns all groups, in the order of the prompts.
+
+        Raises StopRequested on every rank if sampling was cut off on one.
+        """
+        try:
+            mine = self._share(prompts, seeds, sampling, first_group)
+        except StopRequested:
+            mine = None
+        gathered: list[dict[int, list[Response]] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        by_prompt: dict[int, list[Response]] = {}
+        for part in gathered:
+            if part is None:
+                raise StopRequested
+            by_prompt |= part
+        return [by_prompt[i] for i in range(len(prompts))]
+
+    def _share(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[Sequence[int | None]],
+        sampling: SamplingSettings,
+        first_group: int,
+    ) -> dict[int, list[Response]]:
+        """Samples the responses to this rank's share of the prompts; {} if it leads no engine."""
         mine: dict[int, list[Response]] = {}
         if self._engine is not None:
             share = range(self._engine_index or 0, len(prompts), self._num_engines)
@@ -60,7 +88,8 @@ class EngineSampler:
                 )
                 for i in share
             ]
-            for i, completions in zip(share, self._engine.generate(requests, sampling), strict=True):
+            sampled = self._engine.generate(requests, sampling, stop_wanted=self._stop_wanted)
+            for i, completions in zip(share, sampled, strict=True):
                 mine[i] = [
                     Response(
                         prompt=prompts[i],
@@ -73,10 +102,7 @@ class EngineSampler:
                     )
                     for sample, completion in enumerate(completions)
                 ]
-        gathered: list[dict[int, list[Response]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, mine)
-        by_prompt = {i: group for part in gathered for i, group in part.items()}
-        return [by_prompt[i] for i in range(len(prompts))]
+        return mine
 
     def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()

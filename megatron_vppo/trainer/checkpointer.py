@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch.distributed as dist
 
@@ -18,6 +19,19 @@ from megatron_vppo.setup.resume import chosen_step, saved_position, with_way_out
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.system.agreement import on_every_rank
 
+UNFINISHED_STEP = "unfinished_step"
+"""The key in a checkpoint's state of a step whose validation was cut off, see RunLog.pending."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """The state that a run goes on from."""
+
+    step: int
+    """0: none; the run begins."""
+    unfinished_step: dict[str, Any] | None = None
+    """The numbers of the step if its validation is still to come; None: its line of metrics is written."""
+
 
 @dataclass(frozen=True)
 class Checkpointer:
@@ -30,8 +44,8 @@ class Checkpointer:
     stream: PromptStream | None
     """The order of the prompts, on rank 0; None elsewhere."""
 
-    def resume(self) -> int:
-        """Loads the newest checkpoint, or that of trainer.resume_step, and returns its step; 0 if there is none.
+    def resume(self) -> ResumePoint:
+        """Loads the newest checkpoint, or that of trainer.resume_step, if there is one.
 
         Raises:
             ValueError: there is one and trainer.resume=false; there is none of trainer.resume_step; or it is damaged
@@ -40,30 +54,38 @@ class Checkpointer:
         listed = on_every_rank(self._list_on_rank_zero)
         steps = from_rank_zero(lambda: listed)
         step = chosen_step(self.config, self.folder, steps)
-        if step:
-            try:
-                self._load(step)
-            except ValueError as error:
-                raise with_way_out(error, step, steps, self._check) from error
-        return step
+        if not step:
+            return ResumePoint(0)
+        try:
+            state = self._load(step)
+        except ValueError as error:
+            raise with_way_out(error, step, steps, self._check) from error
+        return ResumePoint(step, state.get(UNFINISHED_STEP))
 
-    def save(self, step: int) -> None:
-        """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit."""
+    def save(self, step: int, *, unfinished_step: dict[str, Any] | None = None) -> None:
+        """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit.
+
+        Args:
+            unfinished_step: on rank 0, the numbers of the step if its validation is still to come.
+        """
+        state = {"data": self.stream.state_dict()} if self.stream is not None else {}
+        if unfinished_step is not None:
+            state[UNFINISHED_STEP] = unfinished_step
         save_checkpoint(
             self.folder.checkpoints,
             step=step,
             trainable=self.trainable,
             layout=self.layout,
-            state={"data": self.stream.state_dict()} if self.stream is not None else {},
+            state=state,
             keep=self.config.save_limit,
         )
 
     def _list_on_rank_zero(self) -> list[int]:
         return checkpoint_steps(self.folder.checkpoints) if dist.get_rank() == 0 else []
 
-    def _load(self, step: int) -> None:
+    def _load(self, step: int) -> dict[str, Any]:
         on_every_rank(partial(self._move_stream, step))
-        load_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
+        return load_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
 
     def _check(self, step: int) -> None:
         on_every_rank(partial(self._check_stream, step))

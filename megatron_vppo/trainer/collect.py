@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
@@ -35,10 +36,21 @@ class Collector:
     grader: Grader
     sampling: SamplingSettings
 
+    def place(self) -> dict[str, Any]:
+        """Returns the place in the order of prompts, on rank 0; {} elsewhere."""
+        return {} if self.stream is None else self.stream.state_dict()
+
+    def go_back_to(self, place: dict[str, Any]) -> None:
+        """Gives back the prompts that were drawn since `place`: a step that was cut off is taken again from there."""
+        if self.stream is not None:
+            self.stream.load_state_dict(place)
+
     def groups(self, step: int, log: RunLog) -> list[Group]:
         """Returns at most rollout_batch_size groups to train on.
 
         After max_try_make_batch rounds of sampling the step goes on with the groups that it has, which may be none.
+
+        Raises StopRequested if the run is to end.
         """
         wanted, rounds = self.config.data.rollout_batch_size, self.config.algorithm.max_try_make_batch
         sampled: list[Group] = []

@@ -73,7 +73,10 @@ HOLDINGS = {
     SCORE.name: Holding(trainer=("params",), engine=(), after=(SAMPLE.name,)),
     UPDATE.name: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=(SCORE.name,)),
     WRITE: Holding(
-        trainer=("params", "optimizer"), engine=(), after=(SYNC.name, SAMPLE.name, WRITE), keeps_engine_weights=True
+        trainer=("params", "optimizer"),
+        engine=(),
+        after=(SYNC.name, SAMPLE.name, SCORE.name, WRITE),
+        keeps_engine_weights=True,
     ),
 }
 """The phases that move memory. Rewards and advantages need no GPU. Validation runs in the phase of sampling."""
@@ -134,6 +137,10 @@ class Placement:
         Engine weights wait in host memory. Trainer state that no file contains stays offloaded.
         """
         self._enter(WRITE)
+
+    def without_engines(self) -> None:
+        """Says that the engines have ended, and their memory is free; no collective."""
+        self._engine, self._engines_sleep, self._awake = None, False, frozenset()
 
     def _enter(self, name: str) -> None:
         holding = HOLDINGS[name]

@@ -22,11 +22,12 @@ from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
 from megatron_vppo.parallel.checkpoint_folder import set_aside_after
-from megatron_vppo.parallel.collective import from_rank_zero
+from megatron_vppo.parallel.collective import any_rank, from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.setup.attempts import begin_attempt
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
 from megatron_vppo.setup.hardware import slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
@@ -36,12 +37,16 @@ from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.system.agreement import on_every_rank
-from megatron_vppo.trainer.checkpointer import Checkpointer
+from megatron_vppo.system.requeue import do_not_requeue
+from megatron_vppo.system.stop_signals import StopSignals
+from megatron_vppo.system.time_limit import job_end_time
+from megatron_vppo.trainer.checkpointer import Checkpointer, ResumePoint
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.recorder import Recorder
+from megatron_vppo.trainer.stopping import Stopping
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf
 
@@ -49,8 +54,12 @@ Say = Callable[[str], None]
 """Shows a line to the user; called on rank 0 only."""
 
 
-def run_training(config: RunConfig, *, say: Say) -> None:
-    """Runs one trainer rank from start to finish: train, export, report."""
+def run_training(config: RunConfig, *, say: Say, signals: StopSignals) -> bool:
+    """Runs one trainer rank from start to finish: train, export, report.
+
+    Returns:
+        True: the run is finished. False: it was stopped on request, and its state is saved.
+    """
     layout = init_layout(
         tensor=config.parallel.tensor_model_parallel_size,
         pipeline=config.parallel.pipeline_model_parallel_size,
@@ -67,15 +76,23 @@ def run_training(config: RunConfig, *, say: Say) -> None:
     check_run(config, files.hf_config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
     on_every_rank(partial(_check_weights, source, files, layout))
     folder = RunFolder.of(config.trainer)
-    with _open_run(config, layout, folder, source, files, say) as run:
-        train(run)
+    with _open_run(config, layout, folder, source, files, say, signals) as run:
+        finished = train(run)
+        if not finished:
+            dist.barrier()  # rank 0 has put the checkpoint in its place
+            if layout.rank == 0:
+                say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
+            destroy_layout()
+            return False
         target = folder.huggingface(run.total_steps)
         if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
             run.placement.writing()
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
     if layout.rank == 0:
         say(f"report: {write_report(folder.root)}")
+        do_not_requeue(folder.root, f"finished: step {config.trainer.total_steps or 'last'}")
     destroy_layout()
+    return True
 
 
 def _check_weights(source: Path, files: ModelFiles, layout: Layout) -> None:
@@ -86,7 +103,13 @@ def _check_weights(source: Path, files: ModelFiles, layout: Layout) -> None:
 
 @contextmanager
 def _open_run(
-    config: RunConfig, layout: Layout, folder: RunFolder, source: Path, files: ModelFiles, say: Say
+    config: RunConfig,
+    layout: Layout,
+    folder: RunFolder,
+    source: Path,
+    files: ModelFiles,
+    say: Say,
+    signals: StopSignals,
 ) -> Iterator[Run]:
     """Builds the parts of a run and connects them.
 
@@ -96,11 +119,17 @@ def _open_run(
     is_writer, on_gpus = layout.rank == 0, layout.device.type == "cuda"
     inputs = open_inputs(config, files)
     images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
+    stopping = Stopping(
+        signals,
+        end_time=job_end_time() if is_writer else None,
+        stop_within_seconds=config.trainer.stop_within_seconds,
+        any_rank=partial(any_rank, device=layout.device),
+    )
     with ExitStack() as stack:
         engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
-            verify=config.rollout.verify_weights,
+            verify=config.rollout.verify_weights, stop_wanted=stopping.wanted,
         )  # fmt: skip
         stack.callback(sampler.close)
         pool = _reward_pool(config) if is_writer else None
@@ -120,7 +149,8 @@ def _open_run(
             say(warning)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream)
-        start_step = checkpointer.resume()
+        resumed = checkpointer.resume()
+        start_step = resumed.step
         if start_step > total_steps:
             raise ValueError(
                 f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
@@ -128,11 +158,12 @@ def _open_run(
             )
         if is_writer:
             _pass_over_later_checkpoints(folder, start_step, say)
-        log = _open_log(config, layout, folder, start_step=start_step, total_steps=total_steps)
+        log = _open_log(config, layout, folder, resumed, total_steps=total_steps)
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
         records = is_writer and config.trainer.save_rollouts
+        signals.begin_work()
         yield Run(
             config=config,
             policy=policy,
@@ -145,6 +176,8 @@ def _open_run(
             total_steps=total_steps,
             checkpointer=checkpointer,
             recorder=Recorder(folder.root, tokenizer, images, config.algorithm.perturb.per, is_writer=records),
+            stopping=stopping,
+            unfinished_step=resumed.unfinished_step,
         )
 
 
@@ -208,17 +241,21 @@ def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -
         )
 
 
-def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_step: int, total_steps: int) -> RunLog:
+def _open_log(
+    config: RunConfig, layout: Layout, folder: RunFolder, resumed: ResumePoint, *, total_steps: int
+) -> RunLog:
     """Opens the log, and brings the run folder to the state of the step that was loaded."""
-    is_writer = layout.rank == 0
+    is_writer, start_step = layout.rank == 0, resumed.step
+    last_line = start_step if resumed.unfinished_step is None else start_step - 1
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
+        begin_attempt(folder.root, start_step, most_without_progress=config.trainer.max_attempts_without_progress)
         save_resolved(config, folder.config)
         cut_rollouts_after(folder.root, start_step)
     return RunLog(
         folder.root,
         is_writer=is_writer,
-        resume_step=start_step or None,
+        resume_step=last_line if start_step else None,
         loggers=config.trainer.loggers,
         project=config.trainer.project_name,
         experiment=config.trainer.experiment_name,

@@ -14,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from megatron_vppo.cli.launcher import explain
 from megatron_vppo.cli.rank_error import RankError, write_error
-from tests.cli.ranks import environment, logs_of, start, train, train_command
+from tests.cli.ranks import environment, finish, logs_of, start, train, train_command
 from tests.system.marked import wait_until_gone
 
 LINE_OF_RANK_0 = "the line of rank 0\n"
@@ -125,6 +125,17 @@ def test_a_signal_ends_every_rank(number: signal.Signals, status: int, message: 
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (status, "", message)
     wait_until_gone(mark)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+def test_a_run_with_work_to_save_is_asked_to_stop(number: signal.Signals, tmp_path: Path) -> None:
+    process = start(train_command(tmp_path), environment("stop when asked"))
+    assert process.stdout is not None
+    for _ in range(3):  # of rank 0, and of both ranks
+        assert process.stdout.readline()
+    process.send_signal(number)
+    assert finish(process) == (75, "", "")
 
 
 @pytest.mark.distributed

@@ -37,7 +37,8 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "algorithm.max_try_make_batch algorithm.reference_devices actor.global_batch_size actor.ppo_epochs "
         "actor.micro_batch_size_per_device_for_update actor.micro_batch_size_per_device_for_experience "
         "actor.head_chunk_tokens rollout.tensor_parallel_size rollout.num_engines rollout.max_images_per_prompt "
-        "trainer.total_steps trainer.total_epochs trainer.save_limit trainer.resume_step",
+        "trainer.total_steps trainer.total_epochs trainer.save_limit trainer.resume_step "
+        "trainer.max_attempts_without_progress",
     ),
     ((0, 2**27 + 1), (1, 2**27), "data.min_pixels data.max_pixels"),
     ((-1, LARGEST_INT + 1), (0, 1, LARGEST_INT), "fp8.bf16_layers_at_ends actor.optim.lr_warmup_steps"),
@@ -81,7 +82,11 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (([-0.1, 0.9], [0.9, 1.0], [0.9, 1.5]), ([0.0, 0.0], [0.9, 0.9999]), "actor.optim.betas"),
     ((0, 0.009, 2.001), (0.01, 2), "rollout.temperature"),
     ((-0.001, 0.009, 2.001), (0, 0.01, 2), "rollout.val.temperature"),
-    ((0, 0.999, MONTH + 1), (1, MONTH), "parallel.collective_timeout_seconds rollout.start_timeout_seconds"),
+    (
+        (0, 0.999, MONTH + 1),
+        (1, MONTH),
+        "parallel.collective_timeout_seconds rollout.start_timeout_seconds trainer.stop_within_seconds",
+    ),
     ((0, 0.0009, 9 * 3600 + 1), (0.001, 9 * 3600), "reward.timeout_seconds"),
 )
 """(values just outside, values inside, the settings that have this range)."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings
+from megatron_vppo.system.stop_signals import StopRequested
 from tests.rollout.rig import Rig, flip_one_bit_on_the_way, make_image, prompt_ids, reference_logps, weights
 
 LOGP_TOLERANCE = 1e-5
@@ -209,3 +210,12 @@ def test_a_refused_request_leaves_the_engine_usable(rig: Rig) -> None:
     with pytest.raises(RuntimeError, match=r"refused: .*(?s:.*)engine.log"):
         rig.engine.generate([too_long], SamplingSettings(max_tokens=4))
     test_logps_equal_transformers(rig)
+
+
+def test_sampling_is_cut_off_at_once(rig: Rig) -> None:
+    request = SampleRequest(token_ids=prompt_ids(0), images=(), seeds=tuple(range(8)))
+    with pytest.raises(StopRequested):
+        rig.engine.generate([request], SamplingSettings(max_tokens=64), stop_wanted=lambda: True)
+    with pytest.raises(RuntimeError, match="still works on another request"):
+        rig.engine.live_digests()
+    assert len(rig.engine._session.end()[0]) == 8, "for the other tests: what was cut off has come after all"

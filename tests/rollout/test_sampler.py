@@ -8,12 +8,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.rollout.records import Completion, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.system.stop_signals import StopRequested
 from tests.gloo import run_gloo
 
 PROMPTS = [Prompt("train", i, "q", "a", (1, 1, i), (1, i), (ImageRef("train", i, 0),), ((1, 2, 2),)) for i in range(5)]
@@ -24,7 +26,9 @@ class Engine:
         self.rank = rank
         self.received: list[str] = []
 
-    def generate(self, requests: Any, settings: SamplingSettings) -> list[list[Completion]]:
+    def generate(self, requests: Any, settings: SamplingSettings, *, stop_wanted: Any) -> list[list[Completion]]:
+        if stop_wanted():
+            raise StopRequested
         return [
             [Completion((request.token_ids[-1], seed, self.rank), (-1.0,) * 3, "stop", 7) for seed in request.seeds]
             for request in requests
@@ -35,17 +39,26 @@ class Engine:
         return SimpleNamespace(num_bytes=4, num_tensors=1)
 
 
-def _rank(rank: int, world: int) -> Any:
+def make_sampler(rank: int, *, stop_wanted: bool = False) -> EngineSampler:
     leads = rank in (0, 2)
-    engine = Engine(rank) if leads else None
     images = SimpleNamespace(image=lambda ref: Image.new("RGB", (28, 28)))
-    sampler = EngineSampler(
-        engine,  # type: ignore[arg-type]
+    return EngineSampler(
+        Engine(rank) if leads else None,  # type: ignore[arg-type]
         engine_index=rank // 2 if leads else None,
         num_engines=2,
         images=images,  # type: ignore[arg-type]
         verify="first",
+        stop_wanted=lambda: stop_wanted,
     )
+
+
+def _rank(rank: int, world: int) -> Any:
+    with pytest.raises(StopRequested):  # one engine is cut off, and no rank goes on
+        make_sampler(rank, stop_wanted=rank == 2).generate(
+            PROMPTS, seeds=[(1,)] * 5, sampling=SamplingSettings(max_tokens=3)
+        )
+    sampler = make_sampler(rank)
+    engine: Any = sampler._engine
     groups = sampler.generate(
         PROMPTS,
         seeds=[(10 * i, 10 * i + 1) for i in range(5)],

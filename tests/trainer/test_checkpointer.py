@@ -35,7 +35,7 @@ def checkpointer(folder: Path, *, resume: bool) -> Checkpointer:
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_new_run_starts_at_step_zero(tmp_path: Path, resume: bool) -> None:
     with single_rank():
-        assert checkpointer(tmp_path, resume=resume).resume() == 0
+        assert checkpointer(tmp_path, resume=resume).resume().step == 0
 
 
 def test_a_run_that_must_not_go_on_names_its_checkpoint(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def test_model_and_place_in_the_data_are_those_of_the_step(settings: dict[str, int], saved: Saved, runs: Path) -> None:
     run = start(saved, runs, **settings)
     assert not same(weights(run.policy), weights(saved.policy))
-    assert run.checkpointer.resume() == settings.get("resume_step", NEWEST)
+    assert run.checkpointer.resume().step == settings.get("resume_step", NEWEST)
     assert same(weights(run.policy), weights(saved.policy))
     assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
 
@@ -124,7 +124,7 @@ def test_a_damaged_one_is_named_with_the_way_out(what: str, cases: Any, saved: S
     spoil(newest(runs))
     with pytest.raises(ValueError, match=rf"{message}.*The checkpoint of step 2 is whole; trainer\.resume_step=2 take"):
         start(saved, runs).checkpointer.resume()
-    assert start(saved, runs, resume_step=OLDER).checkpointer.resume() == OLDER
+    assert start(saved, runs, resume_step=OLDER).checkpointer.resume().step == OLDER
     assert checkpoint_steps(newest(runs).parent) == [OLDER, NEWEST], "nothing is moved before everything is loaded"
 
 
@@ -143,14 +143,14 @@ def test_what_follows_an_older_one_takes_the_place_of_nothing(saved: Saved, runs
     FILES["cut"][0](newest(runs))
     damaged = {path.name: path.read_bytes() for path in (newest(runs) / "dist_ckpt").iterdir()}
     run = start(saved, runs, resume_step=OLDER)
-    assert run.checkpointer.resume() == OLDER
+    assert run.checkpointer.resume().step == OLDER
     (aside,) = set_aside_after(run.checkpoints, OLDER)
-    assert start(saved, runs).checkpointer.resume() == OLDER, "stopped before the next checkpoint"
+    assert start(saved, runs).checkpointer.resume().step == OLDER, "stopped before the next checkpoint"
 
     run.policy.update(make_batch(make_responses(), "nll"))
     run.checkpointer.save(NEWEST)
     assert {path.name: path.read_bytes() for path in (aside / "dist_ckpt").iterdir()} == damaged
     again = start(saved, runs)
-    assert again.checkpointer.resume() == NEWEST
+    assert again.checkpointer.resume().step == NEWEST
     assert same(weights(again.policy), weights(run.policy))
     assert not same(weights(again.policy), weights(saved.policy))

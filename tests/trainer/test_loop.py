@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,50 +11,100 @@ import pytest
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
+from megatron_vppo.system.stop_signals import StopRequested
 from megatron_vppo.trainer.loop import Run, is_due, train
 from megatron_vppo.trainer.placement import Placement
+from megatron_vppo.trainer.stopping import Durations
 
 
 class Notes:
     def __init__(self) -> None:
         self.calls: list[str] = []
+        self.unfinished: Any = None
 
     def note(self, what: str, result: Any = None) -> Any:
         self.calls.append(what)
         return result
 
 
-def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any) -> tuple[Run, Notes]:
-    """No group of this run ever has right and wrong answers."""
-    notes = Notes()
+class Stops:
+    """Asks for a stop at one call of a boundary or of a part of the step."""
+
+    def __init__(self, at: str | None) -> None:
+        self.at = at
+        self.durations = Durations()
+
+    def check(self, what: str) -> None:
+        if what == self.at:
+            raise StopRequested
+
+
+def make_run(
+    folder: Path, *, start_step: int, total_steps: int, stop: str | None = None, unfinished: Any = None, **trainer: Any
+) -> tuple[Run, Notes]:
+    """No group of this run ever has right and wrong answers.
+
+    Args:
+        stop: where it is asked to stop: 'before step 2', 'sample 2', 'validate 2'.
+    """
+    notes, stops = Notes(), Stops(stop)
+    steps = iter(range(start_step, total_steps))
+
+    def sample(step: int, log: RunLog) -> list[Any]:
+        notes.note(f"sample {step}")
+        stops.check(f"sample {step}")
+        log.add("reward/accuracy", 0.25)
+        return []
+
+    def validate() -> dict[str, float]:
+        notes.note("validate")
+        stops.check(f"validate {run.log._last_step + 1}")
+        return {"val/accuracy": 0.5}
+
+    def before_step() -> bool:
+        return stop == f"before step {next(steps) + 1}"
+
+    def save(step: int, *, unfinished_step: Any = None) -> None:
+        notes.note(f"save {step} after {len(read_metrics(folder))} lines")
+        notes.unfinished = unfinished_step
+
     config = RunConfig.model_validate(
         {"data": {"train_files": "x"}, "model": {"path": "y"}, "trainer": {"val_freq": 2, "save_freq": 2, **trainer}}
     )
     sync = {"weight_sync/checksums_ok": 1.0}
     parts: dict[str, Any] = {
         "policy": SimpleNamespace(hf_weights=lambda: iter(())),  # no step has anything to train on
-        "sampler": SimpleNamespace(send_weights=lambda weights, version: notes.note(f"weights {version}", sync)),
-        "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
-        "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
-        "checkpointer": SimpleNamespace(
-            save=lambda step: notes.note(f"save {step} after {len(read_metrics(folder))} lines")
+        "sampler": SimpleNamespace(
+            send_weights=lambda weights, version: notes.note(f"weights {version}", sync),
+            close=lambda: notes.note("end engines"),
         ),
+        "collector": SimpleNamespace(
+            groups=sample,
+            place=lambda: len(notes.calls),
+            go_back_to=lambda place: notes.note(f"back to before {notes.calls[place]}"),
+        ),
+        "validator": SimpleNamespace(run=validate),
+        "checkpointer": SimpleNamespace(save=save),
         "recorder": SimpleNamespace(write=lambda *args: notes.note("record")),
     }
     device: Any = None  # nothing leaves it
-    return Run(
+    stopping: Any = SimpleNamespace(before_step=before_step, durations=stops.durations)
+    run = Run(
         config=config,
         placement=Placement(device, None, offloads=(), engines_sleep=False, barrier=lambda: None),
-        log=RunLog(folder, resume_step=start_step or None),
+        log=RunLog(folder, resume_step=(start_step if unfinished is None else start_step - 1) or None),
         start_step=start_step,
         total_steps=total_steps,
+        stopping=stopping,
+        unfinished_step=unfinished,
         **parts,
-    ), notes
+    )
+    return run, notes
 
 
 def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=0, total_steps=3)
-    train(run)
+    assert train(run)
     # Lines are those of step 0 (validation) and of every step so far: written before the checkpoint.
     assert notes.calls == [
         "weights 0", "validate", "sample 1", "sample 2", "validate", "save 2 after 3 lines",
@@ -79,3 +130,53 @@ def test_a_finished_run_only_sends_its_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step, freq, due", [(5, 5, True), (4, 5, False), (7, 5, True), (3, -1, False), (7, -1, True)])
 def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: bool) -> None:
     assert is_due(step, freq, total_steps=7) is due
+
+
+# --- Stops ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stop", "calls", "lines"),
+    [
+        ("before step 1", ["weights 0", "end engines"], 0),
+        ("before step 2", ["weights 0", "sample 1", "end engines", "save 1 after 1 lines"], 1),
+        (
+            "sample 2",
+            ["weights 0", "sample 1", "sample 2", "back to before sample 2", "end engines", "save 1 after 1 lines"],
+            1,
+        ),
+        (
+            "sample 3",  # the checkpoint of step 2 is there
+            ["weights 0", "sample 1", "sample 2", "validate", "save 2 after 2 lines", "sample 3",
+             "back to before sample 3", "end engines"],
+            2,
+        ),
+    ],
+)  # fmt: skip
+def test_a_stop_saves_the_last_step_that_is_done(stop: str, calls: list[str], lines: int, tmp_path: Path) -> None:
+    run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop=stop, val_before_train=False)
+    assert not train(run)
+    assert notes.calls == calls and len(read_metrics(tmp_path)) == lines
+    assert notes.unfinished is None
+
+
+def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_then(tmp_path: Path) -> None:
+    run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 2", val_before_train=False)
+    assert not train(run)
+    assert notes.calls[2:] == ["sample 2", "validate", "end engines", "save 2 after 1 lines"]
+    unfinished = json.loads(json.dumps(notes.unfinished))  # as a checkpoint keeps it
+    run.log.close()
+
+    run, notes = make_run(tmp_path, start_step=2, total_steps=3, unfinished=unfinished, val_freq=-1)
+    assert train(run)
+    assert notes.calls == ["weights 2", "validate", "sample 3", "validate", "save 3 after 3 lines"]
+    first, second, third = read_metrics(tmp_path)
+    assert [line["step"] for line in (first, second, third)] == [1, 2, 3]
+    assert (second["reward/accuracy"], second["val/accuracy"]) == (0.25, 0.5)
+    assert second.keys() == {*third, "weight_sync/checksums_ok"}, "the first sync is reported with the first line"
+
+
+def test_a_stop_before_training_is_not_lost(tmp_path: Path) -> None:
+    run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 0")
+    assert not train(run)
+    assert notes.calls == ["weights 0", "validate", "end engines"] and read_metrics(tmp_path) == []

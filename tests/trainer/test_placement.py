@@ -20,6 +20,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
+from megatron_vppo.trainer.stopping import Stopping
 
 PARAMS, GRADS, OPTIMIZER = 16, 32, 24
 WEIGHTS, KV_CACHE = 16, 60
@@ -159,13 +160,14 @@ def make_run(
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
         "sampler": SimpleNamespace(send_weights=send_weights),
-        "collector": SimpleNamespace(groups=groups),
+        "collector": SimpleNamespace(groups=groups, place=dict),
         "validator": SimpleNamespace(run=validate),
         "checkpointer": SimpleNamespace(save=save),
         "recorder": SimpleNamespace(write=lambda *args: None),
     }  # fmt: skip
     return Run(
-        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps, **parts,
+        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps,
+        stopping=Stopping(None, end_time=None, stop_within_seconds=1.0, any_rank=lambda mine: mine), **parts,
     ), device  # fmt: skip
 
 

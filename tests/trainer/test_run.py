@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,9 +30,10 @@ def test_ranks_refuse_what_cannot_work(top_k: int, weights: str, message: str, t
         rollout=RolloutConfig(top_k=top_k),
         trainer=TrainerConfig(runs_dir=str(tmp_path / "runs")),
     )
+    unused: Any = None  # the run ends before it
     try:
         with pytest.raises(ValueError, match=message):
-            run_training(config, say=print)
+            run_training(config, say=print, signals=unused)
     finally:
         destroy_layout()
     assert not (tmp_path / "runs").exists()

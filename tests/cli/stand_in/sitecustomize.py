@@ -80,7 +80,7 @@ FAILURES: dict[str, Callable[[], Any]] = {
 }
 
 
-def run_training(config: Any, *, say: Callable[[str], None]) -> None:
+def run_training(config: Any, *, say: Callable[[str], None], signals: Any) -> bool:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -88,10 +88,18 @@ def run_training(config: Any, *, say: Callable[[str], None]) -> None:
     if dist.get_rank() == 0:
         say("the line of rank 0")
     dist.barrier()
+    if FAILURE == "stop when asked":
+        signals.begin_work()
+        print("working", flush=True)
+        while signals.request is None:
+            time.sleep(0.1)
+        dist.barrier()
+        return False
     if str(dist.get_rank()) in RANKS:
         FAILURES[FAILURE]()
     dist.barrier(impatient if FAILURE == "hang" else None)
     dist.destroy_process_group()
+    return True
 
 
 def put_in_place(name: str, **members: Any) -> None:

@@ -1,0 +1,42 @@
+"""Attempts of a job that SLURM starts again and again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.setup.attempts import begin_attempt
+
+
+def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *, job: str, restart: int, step: int) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    begin_attempt(folder, step, most_without_progress=2)
+
+
+def test_a_job_that_gets_no_further_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, monkeypatch, job="7", restart=0, step=0)
+    begin(tmp_path, monkeypatch, job="7", restart=1, step=0)
+    begin(tmp_path, monkeypatch, job="7", restart=2, step=4)  # got further
+    with open(tmp_path / "attempts.jsonl", "a") as file:
+        file.write('{"job": "7", "st\n')  # cut by a power cut
+    begin(tmp_path, monkeypatch, job="7", restart=3, step=4)
+    with pytest.raises(ValueError, match=r"job 7 began 2 times at step 4 .*max_attempts_without_progress=2"):
+        begin(tmp_path, monkeypatch, job="7", restart=4, step=4)
+    begin(tmp_path, monkeypatch, job="8", restart=0, step=4)  # a person has submitted it again
+    begin(tmp_path, monkeypatch, job="8", restart=1, step=4)
+    with pytest.raises(ValueError, match="job 8 began 2 times"):
+        begin(tmp_path, monkeypatch, job="8", restart=2, step=4)
+    lines = [line for line in (tmp_path / "attempts.jsonl").read_text().splitlines() if line.endswith("}")]
+    assert [(json.loads(line)["job"], json.loads(line)["start_step"]) for line in lines] == [
+        ("7", 0), ("7", 0), ("7", 4), ("7", 4), ("8", 4), ("8", 4),
+    ]  # fmt: skip
+
+
+def test_outside_a_job_nothing_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    for _ in range(4):
+        begin_attempt(tmp_path, 0, most_without_progress=1)
