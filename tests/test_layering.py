@@ -66,9 +66,10 @@ ROOMS = {
     "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
     "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
     "planning": room("models weights", "transformers"),
+    "launching": room(f"{GROUND} {ENGINES} setup planning", "megatron transformers"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
-    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning conversion"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning launching conversion"),
 }
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.

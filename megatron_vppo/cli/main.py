@@ -36,6 +36,7 @@ from megatron_vppo.cli.output import (
     say,
 )
 from megatron_vppo.cli.plan_options import add_plan_options
+from megatron_vppo.cli.slurm import add_slurm_options, run_slurm
 from megatron_vppo.cli.trainer_rank import run_rank
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.system.visible import visible
@@ -83,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     """Parses and calls. A user's mistake ends in one message on stderr and status MISTAKE."""
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status: int = options.run(options)
     except (ValueError, OSError) as error:
@@ -105,7 +107,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="'vppo COMMAND --help' describes a command. megatron_vppo/config/schema.py describes every setting.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_plan, _add_doctor, _add_convert, _add_report, _add_summary, _add_fp8_fidelity):
+    for add in (
+        _add_train,
+        _add_slurm,
+        _add_plan,
+        _add_doctor,
+        _add_convert,
+        _add_report,
+        _add_summary,
+        _add_fp8_fidelity,
+    ):
         add(commands)
     return parser
 
@@ -120,6 +131,19 @@ def _add_train(commands: Commands) -> None:
     )
     _add_settings(train)
     train.set_defaults(run=_train)
+
+
+def _add_slurm(commands: Commands) -> None:
+    slurm = commands.add_parser(
+        "slurm",
+        help="write the batch script of a run for SLURM, and send it",
+        description="Checks the settings of a run against the size of a job, and writes its batch script: plain bash "
+        "to keep and to edit. The job saves and goes back into the queue at its time limit, and after a failure that a "
+        "restart may cure. Exit status 1: SLURM would not take it. docs/slurm.md explains the script.",
+    )
+    _add_settings(slurm)
+    add_slurm_options(slurm)
+    slurm.set_defaults(run=run_slurm)
 
 
 def _add_plan(commands: Commands) -> None:

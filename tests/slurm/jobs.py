@@ -83,6 +83,15 @@ def wait_for_end(cluster: Cluster, job_id: str, *, seconds: float = 60) -> Job:
     return wait_for(cluster, job_id, lambda job: job.has_ended, seconds=seconds)
 
 
+def wait_for_restart(cluster: Cluster, job_id: str, restarts: int, *, seconds: float = 60) -> None:
+    """Waits until the job is back in the queue for the `restarts`-th time, and lets it start in two seconds.
+
+    SLURM itself waits two minutes. Within the second in which it has killed a job, a node refuses to start it again.
+    """
+    wait_for(cluster, job_id, lambda job: job.restarts == restarts and job.state == "PENDING", seconds=seconds)
+    cluster.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
+
+
 def wait_for_text(cluster: Cluster, job_id: str, text: str, *, seconds: float = 60) -> Job:
     """Waits until the job's log contains `text`."""
     return wait_for(cluster, job_id, lambda job: text in job.log_text, seconds=seconds)

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from tests.slurm.cluster import Cluster, Site
-from tests.slurm.jobs import job_of, submit, wait_for, wait_for_end
+from tests.slurm.jobs import job_of, submit, wait_for, wait_for_end, wait_for_restart
 
 
 def script(folder: Path, *lines: str) -> Path:
@@ -32,9 +32,8 @@ def test_a_node_loses_power_and_comes_back(cluster: Cluster, tmp_path: Path) -> 
     job = submit(cluster, script(tmp_path, *lines), "--nodelist=n2", "--requeue")
     wait_for(cluster, job, lambda job: job.state == "RUNNING")
     cluster.cut_power("n2")
-    wait_for(cluster, job, lambda job: job.restarts == 1)
+    wait_for_restart(cluster, job, 1)
     cluster.power_on("n2")
-    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM waits 2 minutes before a requeued job
     done = wait_for_end(cluster, job)
     assert (done.state, done.restarts, done.log_text) == ("COMPLETED", 1, "again\n")
 
