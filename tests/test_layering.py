@@ -1,8 +1,8 @@
 """The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
     cli
-    trainer   fidelity   |   planning   conversion         wings: one command each, none imports another
-    setup                |                                 from settings to parts
+    trainer fidelity launching   |   planning conversion   wings: one command each; launching alone asks another
+    setup                        |                         from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
     config.choices                                         the one module that every room may import; imports nothing

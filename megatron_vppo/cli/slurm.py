@@ -107,7 +107,7 @@ def _job_of(options: argparse.Namespace, config: RunConfig) -> BatchJob:
     if options.grace_seconds > LONGEST_GRACE:
         raise ValueError(f"--grace-seconds {options.grace_seconds}: sbatch takes at most {LONGEST_GRACE}")
     return BatchJob(
-        command=("vppo", *options.words),
+        command=("vppo", *(word for word in options.words if word != "--submit")),
         job_name=options.job_name or config.trainer.experiment_name,
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,

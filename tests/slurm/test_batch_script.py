@@ -1,4 +1,4 @@
-"""What the batch script of `vppo slurm` decides, on real SLURM: signals, requeueing, arrays.
+"""The decisions of the batch script that `vppo slurm` writes, on real SLURM: signals, requeueing, arrays.
 
 The script decides by what its ranks do, so a program of a few lines stands in for them. It does one thing per attempt,
 as the lines of the file `acts` say: it ends with a status, is killed, waits until it is asked to stop, or leaves word
@@ -196,7 +196,7 @@ def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.extended
 def test_a_time_limit_without_a_signal_before_it(cluster: Cluster, write, tmp_path: Path) -> None:
-    """Where a site's SLURM sends nothing but SIGTERM, at the limit itself, the job still goes on."""
+    """A site's SLURM that sends nothing but SIGTERM, at the limit itself, is enough for the job to go on."""
     job = submit(cluster, write("wait, 0", time="1"), "--signal=B:CONT@1")
     wait_for_restart(cluster, job, 1, seconds=150)
     done = wait_for_end(cluster, job)
