@@ -20,12 +20,14 @@ def check_syntax(text: str) -> None:
 
 
 def write_script(path: Path, text: str) -> None:
-    """Writes a new script.
+    """Writes a new script; one that is there and says the same stays as it is.
 
     Raises:
         ValueError: there is another one, which somebody may have edited, or no folder for it.
     """
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
         raise ValueError(
             f"{path} is there already and says something else, which you may have written; remove it, or set --output"
         )
