@@ -169,7 +169,7 @@ if [ ! -f "$config" ]; then
 fi"""
 _VPPO_IS_HERE = """
 if ! command -v vppo >/dev/null; then
-    echo "no command vppo on $(hostname); set PATH above to where it is on every node" >&2
+    echo "$(hostname) has no vppo; set PATH above to where it is on every node" >&2
     exit 2
 fi"""
 

@@ -1,0 +1,60 @@
+"""The digits demo on two SLURM hosts, sent by `vppo slurm`: the same numbers as on one machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.cli.main import main
+from megatron_vppo.observability.metrics import read_metrics
+from tests.proofs.conftest import digits  # noqa: F401 (fixture, shared)
+from tests.proofs.runs import ROOT, SHORT, train, train_arguments
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import submit, wait_for_end
+
+TWO_RANKS = (
+    *SHORT, "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1",
+    "trainer.total_steps=2", "trainer.save_freq=-1", "trainer.save_hf=false",
+)  # fmt: skip
+"""One step after the other depends on all weights, and tensor parallelism exchanges activations in every layer."""
+NOT_COMPARED = ("timing", "perf/", "memory", "cpu")
+"""Parts of the names of metrics that tell of the machine."""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_hosts_equal_one_machine(
+    cluster: Cluster,
+    digits: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(ROOT)
+    script = tmp_path / "two.sbatch"
+    words = train_arguments(digits, tmp_path / "runs", "two_hosts", *TWO_RANKS)[1:]
+    size = ["--nodes", "2", "--gpus-per-node", "1", "--time", "60", "--environment", sys.prefix]
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/bin")
+        patch.setattr("shutil.which", lambda _: None)  # no question to a SLURM that this process does not know
+        assert main(["slurm", *words[:2], *size, "--output", str(script), *words[2:]]) == 0
+    variables = ["MASTER_ADDR=n1", "OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", "TOKENIZERS_PARALLELISM=false"]
+    variables += [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
+    job = submit(cluster, script, f"--export=ALL,{','.join(variables)}", f"--output={tmp_path}/job.out", cwd=ROOT)
+    done = wait_for_end(cluster, job, seconds=900)
+    assert (done.state, done.exit_code, done.restarts) == ("COMPLETED", 0, 0), done.log_text[-5000:]
+    two = compared(tmp_path / "runs/digits_cpu/two_hosts")
+    one = compared(train(digits, tmp_path / "runs", "one_machine", *TWO_RANKS))
+    assert len(two) == 2 and len(two[0]) > 30
+    assert two == one
+
+
+def compared(run: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics, without what tells of the machine."""
+    lines = [line for line in read_metrics(run) if "actor/pg_loss" in line]
+    return [
+        {name: value for name, value in line.items() if not any(part in name for part in NOT_COMPARED)}
+        for line in lines
+    ]
