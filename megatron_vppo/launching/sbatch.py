@@ -184,14 +184,10 @@ def _site(job: BatchJob) -> str:
     return _rule("Your site: modules, caches, variables") + "\n" + path + _HUB + needed
 
 
-_ASKED_TO_STOP = """
-ask_to_stop() { # the ranks write a checkpoint and end; asked twice, they end at once
-    case $(squeue --noheader --job="$job" --format=%T) in
-    COMPLETING) ;; # cancelled, or out of time: SLURM has told the ranks itself
-    *) scancel --signal=USR2 "$job" ;; # to the steps of this job, not to this script
-    esac
-}
-trap ask_to_stop USR2 TERM
+_START = """
+# A signal goes on to the ranks: they write a checkpoint and end; asked twice, they end at once.
+# (It does nothing if the job was cancelled or is out of time: then SLURM has told the ranks itself.)
+trap 'scancel --quiet --signal=USR2 "$job"' USR2 TERM
 
 rm -f "$run_folder/do_not_requeue" # what the last attempt said
 # One task per GPU, with its share of the cores. If one fails, all end.
@@ -210,7 +206,7 @@ def _run(job: BatchJob) -> str:
     lines = [*_container_lines(job.container), 'vppo train --config "$config"', *map(shlex.quote, job.overrides)]
     if job.seeds is not None:
         lines += ['trainer.seed="$SLURM_ARRAY_TASK_ID"', 'trainer.experiment_name="$name"']
-    return _rule("The run") + _ASKED_TO_STOP + " \\\n".join(f"    {line}" for line in lines) + " &" + _WAIT_FOR_IT
+    return _rule("The run") + _START + " \\\n".join(f"    {line}" for line in lines) + " &" + _WAIT_FOR_IT
 
 
 def _container_lines(container: Container | None) -> Iterator[str]:

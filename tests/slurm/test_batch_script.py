@@ -31,16 +31,17 @@ mkdir -p "$run"
 record() { echo "$attempt $SLURM_PROCID $*" >>"$run/record"; }
 act=$(sed -n "$((attempt + 1))p" acts)
 case $act in
-wait)
+wait*)
     trap 'record asked; asked=yes' USR2
     trap 'record TERM; asked=yes' TERM
     record waits
     while [ -z "${asked:-}" ]; do sleep 0.1; done
-    sleep 0.5 # a checkpoint
+    sleep "${act#wait }" # a checkpoint
+    record saved
     exit 75 ;;
 killed) kill -KILL $$ ;;
 no*)
-    sleep "0.$SLURM_PROCID"
+    [ "$SLURM_PROCID" = 0 ] || exec sleep 60 # a rank that does not know that another has failed
     echo "${act#no }" >"$run/do_not_requeue"
     exit 1 ;;
 *)
@@ -137,8 +138,11 @@ def test_a_program_or_a_file_that_is_not_there(
 
 
 def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_path: Path) -> None:
-    """First by SLURM, 50 s before a limit of one minute; then by a user, with either signal."""
-    job = submit(cluster, write("wait, wait, wait, 0", nodes=2, tasks=1, time="1"))
+    """First by SLURM, 50 s before a limit of one minute; then by a user, with either signal.
+
+    The first time they need longer to save than the cluster's KillWait, and nobody kills them for it.
+    """
+    job = submit(cluster, write("wait 3, wait 0.5, wait 0.5, 0", nodes=2, tasks=1, time="1"))
     wait_for_restart(cluster, job, 1)
     for restarts, signal in ((1, "USR2"), (2, "TERM")):
         wait_for(cluster, job, lambda _, attempt=restarts: f"{attempt} 1 waits" in recorded(tmp_path))
@@ -146,12 +150,13 @@ def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_pa
         wait_for_restart(cluster, job, restarts + 1)
     done = wait_for_end(cluster, job)
     assert (done.state, done.restarts) == ("COMPLETED", 3)
-    asked = [line for line in recorded(tmp_path) if line.endswith("asked")]
-    assert asked == [f"{attempt} {rank} asked" for attempt in range(3) for rank in range(2)]
+    for did in ("asked", "saved"):
+        lines = [line for line in recorded(tmp_path) if line.endswith(did)]
+        assert lines == [f"{attempt} {rank} {did}" for attempt in range(3) for rank in range(2)]
 
 
 def test_a_stop_by_hand_that_is_to_last(cluster: Cluster, write, tmp_path: Path) -> None:
-    job = submit(cluster, write("wait, 0"))
+    job = submit(cluster, write("wait 0.5, 0"))
     wait_for(cluster, job, lambda _: (tmp_path / "runs/project/run/record").exists())
     (tmp_path / "runs/project/run/do_not_requeue").write_text("enough for today\n")
     cluster.run("scancel", "--signal=USR2", "--batch", job)
@@ -162,19 +167,20 @@ def test_a_stop_by_hand_that_is_to_last(cluster: Cluster, write, tmp_path: Path)
 
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, write, tmp_path: Path) -> None:
     """Though its ranks take half a second, and then end as if they had been asked to stop."""
-    job = submit(cluster, write("wait, 0"))
+    job = submit(cluster, write("wait 0.5, 0"))
     wait_for(cluster, job, lambda _: (tmp_path / "runs/project/run/record").exists())
     cluster.run("scancel", job)
     done = wait_for(cluster, job, lambda job: "not started again: cancelled" in job.log_text)
     assert job_of(cluster, job).state in ("CANCELLED", "COMPLETING")
     done = wait_for_end(cluster, job)
     assert (done.state, done.restarts) == ("CANCELLED", 0)
-    assert any(line.endswith("TERM") for line in recorded(tmp_path))
+    got = {line.split()[-1] for line in recorded(tmp_path)}
+    assert got == {"waits", "TERM", "saved"}  # from SLURM; a request of the script's own would be a second one
 
 
 def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) -> None:
     """The last task of an array has the array's own number as SLURM_JOB_ID: what it does must not reach the others."""
-    job = submit(cluster, write("wait, 0", "--array-seeds", "1-2"))
+    job = submit(cluster, write("wait 0.5, 0", "--array-seeds", "1-2"))
     first, last = (lambda _, n=n: (tmp_path / f"runs/project/run_seed{n}/record").exists() for n in (1, 2))
     wait_for(cluster, f"{job}_1", first)
     wait_for(cluster, f"{job}_2", last)
@@ -197,7 +203,7 @@ def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) ->
 @pytest.mark.extended
 def test_a_time_limit_without_a_signal_before_it(cluster: Cluster, write, tmp_path: Path) -> None:
     """A site's SLURM that sends nothing but SIGTERM, at the limit itself, is enough for the job to go on."""
-    job = submit(cluster, write("wait, 0", time="1"), "--signal=B:CONT@1")
+    job = submit(cluster, write("wait 0.5, 0", time="1"), "--signal=B:CONT@1")
     wait_for_restart(cluster, job, 1, seconds=150)
     done = wait_for_end(cluster, job)
     assert (done.state, done.restarts) == ("COMPLETED", 1)
