@@ -138,11 +138,8 @@ def test_a_program_or_a_file_that_is_not_there(
 
 
 def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_path: Path) -> None:
-    """First by SLURM, 50 s before a limit of one minute; then by a user, with either signal.
-
-    The first time they need longer to save than the cluster's KillWait, and nobody kills them for it.
-    """
-    job = submit(cluster, write("wait 3, wait 0.5, wait 0.5, 0", nodes=2, tasks=1, time="1"))
+    """First by SLURM, 50 s before a limit of one minute; then by a user, with either signal."""
+    job = submit(cluster, write("wait 0.5, wait 0.5, wait 0.5, 0", nodes=2, tasks=1, time="1"))
     wait_for_restart(cluster, job, 1)
     for restarts, signal in ((1, "USR2"), (2, "TERM")):
         wait_for(cluster, job, lambda _, attempt=restarts: f"{attempt} 1 waits" in recorded(tmp_path))
@@ -150,6 +147,8 @@ def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_pa
         wait_for_restart(cluster, job, restarts + 1)
     done = wait_for_end(cluster, job)
     assert (done.state, done.restarts) == ("COMPLETED", 3)
+    again = [line for line in done.log_text.splitlines() if "back into the queue" in line]
+    assert [line.partition(":")[0] for line in again] == ["status 75"] * 3  # theirs, not that of a `wait` cut short
     for did in ("asked", "saved"):
         lines = [line for line in recorded(tmp_path) if line.endswith(did)]
         assert lines == [f"{attempt} {rank} {did}" for attempt in range(3) for rank in range(2)]
