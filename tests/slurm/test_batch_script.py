@@ -198,6 +198,26 @@ def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) ->
         assert all(line.endswith(words) for line in recorded(tmp_path, f"run_seed{seed}") if line.startswith("1 "))
 
 
+def test_sbatch_itself_is_asked(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole head of the script, at its full size: SLURM takes two nodes of eight GPUs here, and not three."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # without a vppo
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    (tmp_path / "run.yaml").write_text(CONFIG)
+    size = ["--gpus-per-node", "8", "--time", "24:00:00", "--environment", "env", "--partition", "main"]
+    command = ["slurm", "--config", "run.yaml", *size]
+    assert main([*command, "--nodes", "3", "--output", "3.sbatch"]) == 1
+    assert "node configuration is not available" in capsys.readouterr().out
+    assert main([*command, "--nodes", "2"]) == 0
+    assert "to start at" in capsys.readouterr().out
+    assert main([*command, "--nodes", "2", "--submit"]) == 0
+    job = capsys.readouterr().out.split()[-1]
+    done = wait_for_end(cluster, job)
+    assert (done.state, done.exit_code, done.log.name) == ("FAILED", 2, f"run-{job}.out")  # there is no env/bin/vppo
+
+
 @pytest.mark.slow
 @pytest.mark.extended
 def test_a_time_limit_without_a_signal_before_it(cluster: Cluster, write, tmp_path: Path) -> None:

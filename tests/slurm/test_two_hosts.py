@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vppo.cli.main import main
 from megatron_vppo.observability.metrics import read_metrics
-from tests.proofs.conftest import digits  # noqa: F401 (fixture, shared)
+from tests.proofs.conftest import make_digits
 from tests.proofs.runs import ROOT, SHORT, train, train_arguments
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import submit, wait_for_end
@@ -26,13 +26,9 @@ NOT_COMPARED = ("time", "timing_", "perf/", "memory/")
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_hosts_equal_one_machine(
-    cluster: Cluster,
-    digits: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_two_hosts_equal_one_machine(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
+    digits = make_digits(tmp_path / "digits", "--train-pairs", "64", "--val-pairs", "16")
     script = tmp_path / "two.sbatch"
     words = train_arguments(digits, tmp_path / "runs", "two_hosts", *TWO_RANKS)[1:]
     size = ["--nodes", "2", "--gpus-per-node", "1", "--time", "60", "--environment", sys.prefix]
