@@ -103,6 +103,11 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout
 
+    @property
+    def interface(self) -> str:
+        """The login node's interface to the cluster, the only one that is not in namespaces of the cluster's own."""
+        return f"vppo{self._network}"
+
     def address(self, name: str) -> str:
         """Returns the IPv4 address of a host: `controller`, `n1`, `n2`, ..."""
         number = 2 if name == "controller" else 10 + int(name.removeprefix("n"))
@@ -142,24 +147,20 @@ class Cluster:
         for name in [*self.site.names, "controller"]:
             self._end(name)
         if self._network:
-            subprocess.run(["ip", "link", "del", self._login_interface], env=self.environment, capture_output=True)
+            subprocess.run(["ip", "link", "del", self.interface], env=self.environment, capture_output=True)
             self._network = 0
 
     def _plug_in_login(self) -> None:
         """Takes a free network, whose owner is the one whose interface of that name exists."""
         for network in random.SystemRandom().sample(range(1, 255), 20):
             self._network = network
-            cable = ["ip", "link", "add", self._login_interface, "type", "veth", "peer", "name", self._login_port]
+            cable = ["ip", "link", "add", self.interface, "type", "veth", "peer", "name", self._login_port]
             if not subprocess.run(cable, env=self.environment, capture_output=True).returncode:
-                _run("ip", "addr", "add", f"10.214.{network}.1/24", "dev", self._login_interface)
-                _run("ip", "link", "set", self._login_interface, "up")
+                _run("ip", "addr", "add", f"10.214.{network}.1/24", "dev", self.interface)
+                _run("ip", "link", "set", self.interface, "up")
                 return
         self._network = 0
         raise RuntimeError("20 networks of 10.214.x were tried, and each is taken; `ip link` shows them")
-
-    @property
-    def _login_interface(self) -> str:
-        return f"vppo{self._network}"
 
     @property
     def _login_port(self) -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from tests.slurm.cluster import Cluster, Site
 from tests.slurm.jobs import job_of, submit, wait_for, wait_for_end, wait_for_restart
@@ -38,11 +43,12 @@ def test_a_node_loses_power_and_comes_back(cluster: Cluster, tmp_path: Path) -> 
     assert (done.state, done.restarts, done.log_text) == ("COMPLETED", 1, "again\n")
 
 
-def test_nothing_is_left_of_a_cluster(slurm_installed: None, tmp_path: Path) -> None:
-    def interfaces() -> set[str]:
-        return {line.split()[1] for line in subprocess.check_output(["ip", "-o", "link"], text=True).splitlines()}
+def exists(interface: str) -> bool:
+    """Returns True if this machine has a network interface of that name."""
+    return Path("/sys/class/net", interface).exists()
 
-    mounts, before = Path("/proc/mounts").read_text(), interfaces()
+
+def test_nothing_is_left_of_a_cluster(slurm_installed: None, tmp_path: Path) -> None:
     private = tmp_path / "scratch"
     site = Site(nodes=1, private=(str(private),), loopback_names=True)
     with Cluster(tmp_path / "c", site) as cluster:
@@ -51,9 +57,40 @@ def test_nothing_is_left_of_a_cluster(slurm_installed: None, tmp_path: Path) -> 
         running = [process for name in ("controller", "n1") for process in cluster.processes(name)]
         assert len(running) > 8
         assert job_of(cluster, job).state == "RUNNING"
-        mine = interfaces() - before
-        assert len(mine) == 1
+        interface = cluster.interface
+        assert exists(interface)
     assert not [process for process in running if process.is_running()]
-    assert not mine & interfaces()
-    assert Path("/proc/mounts").read_text() == mounts
+    assert not exists(interface)
+    assert str(tmp_path) not in Path("/proc/mounts").read_text()
     assert list(private.iterdir()) == []  # what the node wrote there was its own
+
+
+STARTS_A_CLUSTER = """
+import sys
+from pathlib import Path
+from tests.slurm.cluster import Cluster, Site
+
+cluster = Cluster(Path(sys.argv[1]), Site(nodes=1))
+cluster.start()
+pids = [process.pid for name in ("controller", "n1") for process in cluster.processes(name)]
+print(cluster.interface, *pids, flush=True)
+input()
+"""
+
+
+def test_nothing_is_left_of_a_test_that_was_killed(slurm_installed: None, tmp_path: Path, repo_root: Path) -> None:
+    program = [sys.executable, "-c", STARTS_A_CLUSTER, str(tmp_path / "c")]
+    with subprocess.Popen(
+        program, cwd=repo_root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": "."}
+    ) as test:
+        assert test.stdout is not None
+        interface, *pids = test.stdout.readline().decode().split()
+        running = [psutil.Process(int(pid)) for pid in pids]
+        assert len(running) > 5 and exists(interface)
+        test.kill()
+    _, alive = psutil.wait_procs(running, timeout=20)
+    assert alive == []
+    deadline = time.monotonic() + 20  # the kernel takes namespaces down in the background
+    while exists(interface) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not exists(interface)
