@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import signal
 import sys
 import typing
@@ -16,6 +17,7 @@ from typing import TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
+from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
 from megatron_vppo.cli.errors import MISTAKE, error_text, is_mistake
 from megatron_vppo.cli.launch import (
     check_rank,
@@ -119,6 +121,7 @@ def _add_train(commands: Commands) -> None:
         "(trainer.resume).",
     )
     _add_settings(train)
+    add_dry_run_options(train)
     train.set_defaults(run=_train)
 
 
@@ -225,6 +228,9 @@ def _add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    check_dry_run_options(options)
+    if options.dry_run:
+        return _dry_run(options)
     take_rank_from_slurm()
     check_rank()
     end_with_torchrun()
@@ -243,6 +249,18 @@ def _train(options: argparse.Namespace) -> int:
 
     num_ranks = check_before_launch(config)
     launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
+
+
+def _dry_run(options: argparse.Namespace) -> int:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: GPUs that are here have no part in it
+    quieten_libraries()
+    from megatron_vppo.cli.dry_run import run_dry_run
+    from megatron_vppo.config.checks import check_training
+    from megatron_vppo.config.load import load_config
+
+    config = load_config(options.config, options.overrides)
+    check_training(config)
+    return run_dry_run(config, options)
 
 
 def _train_on_this_rank(config: RunConfig) -> None:

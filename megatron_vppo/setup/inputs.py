@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, assert_never
 
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
@@ -92,18 +91,23 @@ def open_datasets(config: RunConfig) -> dict[str, VisionDataset]:
 
     Raises ValueError for a file, split or column that is missing.
     """
+    splits = ("train",) if config.data.val_files is None else ("train", "val")
+    return {split: open_split(config, split) for split in splits}
+
+
+def open_split(config: RunConfig, split: str) -> VisionDataset:
+    """Opens the rows of 'train' or 'val'. Raises ValueError as `open_datasets`."""
     data = config.data
-    open_split = partial(
-        open_dataset,
+    source = data.train_files if split == "train" else data.val_files
+    assert source is not None, "there is validation data"
+    return open_dataset(
+        source,
         problem_key=data.prompt_key,
         answer_key=data.answer_key,
         image_key=data.image_key,
         image_dir=data.image_dir,
+        max_rows=data.max_val_rows if split == "val" else None,
     )
-    datasets = {"train": open_split(data.train_files)}
-    if data.val_files is not None:
-        datasets["val"] = open_split(data.val_files, max_rows=data.max_val_rows)
-    return datasets
 
 
 def _template(config: RunConfig) -> str | None:
