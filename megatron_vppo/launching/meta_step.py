@@ -55,7 +55,7 @@ def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: P
 
 
 def sizes_of(batch: ResponseBatch, layout: Layout) -> MicroBatch:
-    """Counts the tokens of a packed micro-batch, and the patches of the images that this rank takes through the tower."""
+    """Counts the tokens of a packed micro-batch, and the patches of the images that this rank runs the tower on."""
     packed = batch.packed
     assert packed.images_of_ranks is not None, "the packer assigns images"
     own_images = packed.images_of_ranks[layout.vision_groups.images.rank()] if layout.is_first_stage else ()
