@@ -53,7 +53,7 @@ def image_grid(tokens: int, *, merge: int) -> tuple[int, int, int]:
     Example: 1280 tokens are 32 x 40 of them, 64 x 80 patches with `merge` 2.
     """
     root = math.isqrt(tokens)
-    rows = max(range(max(1, root // 2), root + 1), key=lambda rows: (rows * (tokens // rows), rows))
+    rows = max(range(root // 2 + 1, root + 1), key=lambda rows: (rows * (tokens // rows), rows))
     return 1, rows * merge, tokens // rows * merge
 
 
