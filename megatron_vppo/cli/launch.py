@@ -29,6 +29,12 @@ def is_first_on_host() -> bool:
     return not _is_srun_task() or not _is_later("SLURM_LOCALID")
 
 
+def refuse_several_processes(option: str) -> None:
+    """Raises ValueError if this process is one of several that torchrun or srun has started."""
+    if is_trainer_rank() or _is_srun_task():
+        raise ValueError(f"{option} is one process that stands for all ranks; start it without srun and torchrun")
+
+
 def take_rank_from_slurm() -> None:
     """Sets the variables that torch.distributed reads from SLURM's, if `srun` has started several tasks.
 

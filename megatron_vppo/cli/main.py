@@ -26,6 +26,7 @@ from megatron_vppo.cli.launch import (
     is_trainer_rank,
     launch_ranks,
     quieten_libraries,
+    refuse_several_processes,
     take_rank_from_slurm,
 )
 from megatron_vppo.cli.output import (
@@ -252,6 +253,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _dry_run(options: argparse.Namespace) -> int:
+    refuse_several_processes("--dry-run")
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: GPUs that are here have no part in it
     quieten_libraries()
     from megatron_vppo.cli.dry_run import run_dry_run

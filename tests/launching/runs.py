@@ -20,6 +20,7 @@ def run_config(**sections: dict[str, Any]) -> RunConfig:
             "train_files": "rows.parquet",
             "max_prompt_length": PROMPT,
             "max_response_length": RESPONSE,
+            "min_pixels": 28 * 28,
             "max_pixels": IMAGE_TOKENS * 28 * 28,
             "rollout_batch_size": 8,
         },

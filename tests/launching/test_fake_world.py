@@ -48,8 +48,10 @@ def test_patches_end_with_their_blocks() -> None:
 
 
 def test_a_process_with_groups_of_its_own_is_refused() -> None:
-    with single_rank(), pytest.raises(RuntimeError, match="without process groups"), fake_rank(
-        PARALLEL, rank=0, world_size=4
+    with (
+        single_rank(),
+        pytest.raises(RuntimeError, match="without process groups"),
+        fake_rank(PARALLEL, rank=0, world_size=4),
     ):
         pass
 

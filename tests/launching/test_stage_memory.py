@@ -46,9 +46,7 @@ def options_of(config: RunConfig) -> ModelOptions:
 
 def report(config: RunConfig, hf_config: HfConfig, *, rank: int, world_size: int, data: int) -> StageReport:
     responses, batches = longest_responses(config, hf_config), divide_step(config, data=data)
-    return report_stage(
-        config, hf_config, options_of(config), responses, batches, rank=rank, world_size=world_size
-    )
+    return report_stage(config, hf_config, options_of(config), responses, batches, rank=rank, world_size=world_size)
 
 
 # --- The 32B on 32 GPUs -----------------------------------------------------------------------------------------------
