@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_vppo.cli.output import say
@@ -107,7 +107,7 @@ def _settings(found: DryRun) -> Iterator[str]:
 
 def _packed(found: DryRun) -> str:
     batch = found.stages[0].step.batch
-    return f"{batch.tokens} packed tokens, {batch.image_tokens} of them of images"
+    return f"{batch.tokens} packed tokens, {batch.image_tokens} of them of images (one a row)"
 
 
 def _files(found: DryRun) -> Iterator[str]:
@@ -144,9 +144,10 @@ def _steps(found: DryRun) -> str:
 
 
 def _share(share: RankShare) -> str:
-    idle = f", {_count(len(share.idle), 'rank')} without any" if share.idle else ""
+    idle = f"; data-parallel {_numbers(share.idle)} without any" if share.idle else ""
+    busy = "" if share.load == 1 else f", ranks compute {share.load:.0%} of the time"
     micro_batches = _count(share.micro_batches, "micro-batch", "micro-batches")
-    return f"up to {share.rows} rows on a data-parallel rank = {micro_batches}, load {share.load:.0%}{idle}"
+    return f"up to {share.rows} rows on a data-parallel rank = {micro_batches}{busy}{idle}"
 
 
 def _engines(found: DryRun) -> Iterator[str]:
@@ -200,7 +201,7 @@ def _notes(found: DryRun, width: int) -> Iterator[str]:
         f"{host.engine_weights / GIB:.0f} of engines' weights during a checkpoint, {host.buffers / GIB:.0f} of "
         "transfer buffers; processes, images, responses and the page cache come on top",
         f"Disk: a checkpoint takes {disk.checkpoint / GIB:.0f} GiB, up to {disk.at_once} at once, the exported model "
-        f"{disk.export / GIB:.0f}; {disk.folder} has {disk.free / GIB:.0f} GiB free here",
+        f"{disk.export / GIB:.0f}; trainer.runs_dir ({found.config.trainer.runs_dir}) has {disk.free / GIB:.0f} GiB free",
     ]
     yield from (textwrap.fill(line, width=width, initial_indent="  ", subsequent_indent="  ") for line in lines)
     yield ""
@@ -227,6 +228,10 @@ def _filled(text: str, width: int) -> str:
 
 def _count(number: int, noun: str, plural: str | None = None) -> str:
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]}-{ranks[-1]}"
 
 
 def _on(value: bool) -> str:

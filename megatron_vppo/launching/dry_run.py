@@ -29,7 +29,7 @@ from megatron_vppo.launching.process_groups import check_memberships, crosses_ho
 from megatron_vppo.launching.stage_memory import StageReport, report_stage
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
-from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.options import Backend, ModelOptions
 from megatron_vppo.planning.candidate import GIB
 from megatron_vppo.planning.state import FLOAT32
 from megatron_vppo.setup.engine_limits import DTYPE_BYTES
@@ -177,8 +177,13 @@ def assumed_options(config: RunConfig) -> ModelOptions:
     """Collects the options by which GPUs of this cluster build the model.
 
     TransformerEngine's layers are assumed where settings ask for them; whether it is installed, only a node can say.
+    Raises ValueError for a float32 model of such layers.
     """
     parallel, fp8 = config.parallel, fp8_options(config)
+    backend: Backend = "te" if fp8 is not None or config.model.backend == "te" else "torch"
+    if backend == "te" and config.model.dtype != "bfloat16":
+        asked = "model.backend=te" if fp8 is None else f"fp8.recipe={fp8.recipe}"
+        raise ValueError(f"{asked} goes with model.dtype=bfloat16, not {config.model.dtype}; change one of the two")
     return ModelOptions(
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
@@ -186,7 +191,7 @@ def assumed_options(config: RunConfig) -> ModelOptions:
         recompute=parallel.recompute,
         vision_split=parallel.vision_split,
         frozen=frozenset(config.model.freeze),
-        backend="te" if fp8 is not None or config.model.backend == "te" else "torch",
+        backend=backend,
         fp8=fp8,
     )
 
@@ -264,8 +269,8 @@ def _warnings(found: DryRun, *, tensor_crosses_hosts: bool) -> Iterator[str]:
         yield f"{unused} of {cluster.ranks} GPUs have no engine and wait while the others sample"
     if disk.needed > disk.free:
         yield (
-            f"{disk.folder} has {disk.free / GIB:.0f} GiB free, and checkpoints and export take up to "
-            f"{disk.needed / GIB:.0f}; free some, lower trainer.save_limit, or set another trainer.runs_dir"
+            f"trainer.runs_dir ({config.trainer.runs_dir}) has {disk.free / GIB:.0f} GiB free, and checkpoints and "
+            f"export take up to {disk.needed / GIB:.0f}; lower trainer.save_limit, or set another trainer.runs_dir"
         )
     if assumed_options(config).backend == "te":
         yield (

@@ -10,6 +10,8 @@ Megatron Core 0.16 to 0.19:
 - Megatron makes gloo groups next to those of the default backend, and gloo would wait for the other ranks. They become
   fake groups as well (`_fake_gloo_groups`).
 - Megatron makes gradient buffers on `torch.cuda.current_device()` (`meta_device`).
+- Where TransformerEngine or Apex is installed, Megatron takes their Adam, which asks for a GPU at once. Its state is as
+  large as that of torch's (`meta_device`).
 - Most operations want an index or a mask on the device of the data (`_IndicesFollow`).
 - Attention and RMSNorm have no fused kernel on meta: torch would put them together from operations that keep all
   attention scores, and two fp32 copies of a norm's input. `_attention` and `_rms_norm` keep what CUDA's kernels keep.
@@ -29,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import optimizer as megatron_optimizer
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,6 +76,7 @@ def meta_device() -> Iterator[None]:
     """Makes Megatron's buffers on the meta device, and lets operations mix meta tensors with indices on the CPU."""
     with (
         _replaced(torch.cuda, "current_device", lambda: META),
+        _replaced(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", True),
         _replaced(F, "scaled_dot_product_attention", _attention),
         _replaced(F, "rms_norm", _rms_norm),
         _replaced(attention, "causal_lower_right", lambda queries, keys: None),

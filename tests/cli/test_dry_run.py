@@ -126,6 +126,16 @@ def test_narrow_terminals(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert long == []
 
 
+def test_idle_ranks_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Six prompts, eight data-parallel ranks."""
+    data = {"rollout_batch_size": 12, "max_prompt_length": 1500, "max_response_length": 100}
+    path = run_file(tmp_path, "Qwen/Qwen3-VL-2B-Instruct", data=data, actor={"global_batch_size": 6})
+    out = " ".join(printed(capsys, path).split())
+    update = "8 rows on a data-parallel rank = 2 micro-batches, ranks compute 75% of the time"
+    assert f"update: up to {update}; data-parallel ranks 6-7 without any" in out
+    assert "2 of 8 data-parallel ranks are idle in every update, 6-7: actor.global_batch_size is 6 prompts" in out
+
+
 def test_settings_that_cannot_work(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = run_file(tmp_path, "Qwen/Qwen2.5-VL-7B-Instruct", parallel=layout(4, 3))
     assert main(["train", "--config", str(path), "--dry-run", "--nodes", "2"]) == 2

@@ -95,10 +95,9 @@ def test_warnings() -> None:
     (uneven,) = tried(cluster(1, 3)).warnings
     assert "data-parallel ranks compute 67% of an update: 4 prompts" in uneven and "a multiple of 3 would" in uneven
 
-    pipeline = {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2}
     bubble, crossing, unused = tried(
         cluster(4, 1),
-        parallel=pipeline,
+        parallel={"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2},
         actor={"micro_batch_size_per_device_for_update": 12},
         rollout={"num_engines": 2},
     ).warnings
@@ -133,6 +132,11 @@ def test_options_are_those_of_the_settings() -> None:
         ({"parallel": {"tensor_model_parallel_size": 3}}, "= 3 ranks per model copy does not divide 4 ranks"),
         ({"parallel": {"data_parallel_size": 2}}, "but there are 4 ranks"),
         ({"parallel": {"tensor_model_parallel_size": 4}}, "2 key-value heads cannot be split"),
+        (
+            {"model": {"dtype": "float32", "backend": "te"}},
+            "model.backend=te goes with model.dtype=bfloat16, not float32",
+        ),
+        ({"model": {"dtype": "float32"}, "fp8": {"recipe": "mxfp8"}}, "fp8.recipe=mxfp8 goes with"),
         ({"rollout": {"num_engines": 5}}, "does not fit 4 trainer ranks"),
         ({"rollout": {"gpu_memory_utilization": 1e-6}}, "gpu_memory_utilization 1e-06 gives an engine"),
         ({"data": {"max_prompt_length": 200000}}, "max_prompt_length 200000"),

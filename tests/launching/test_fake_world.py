@@ -6,11 +6,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core import optimizer as megatron_optimizer
 
 from megatron_vppo.config.schema import ParallelConfig
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
 from megatron_vppo.models.layers import attention
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import single_rank
+from megatron_vppo.parallel.training import make_trainable
+from megatron_vppo.setup.policy import build_stages, optim_settings
+from tests.launching.runs import four_layers, run_config
 
 PARALLEL = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
 
@@ -45,6 +50,23 @@ def test_patches_end_with_their_blocks() -> None:
         raise RuntimeError("inside")
     assert patched() == before and not dist.is_initialized()
     assert F.rms_norm(torch.ones(1, 2), (2,), torch.ones(2), 0.0).tolist() == [[1.0, 1.0]]
+
+
+def test_adam_is_torchs_whatever_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a login node with TransformerEngine: its Adam asks for a GPU when it is made."""
+
+    def without_gpu(*args: object, **kwargs: object) -> None:
+        raise AssertionError("No CUDA GPUs are available")
+
+    monkeypatch.setattr(megatron_optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(megatron_optimizer, "Adam", without_gpu)
+    config = run_config()
+    with fake_rank(config.parallel, rank=0, world_size=2) as layout, meta_device():
+        stages = build_stages(config, layout, four_layers(), ModelOptions(), device=META)
+        settings = optim_settings(config, total_steps=1)
+        trainable = make_trainable(stages, layout=layout, settings=settings, dtype=torch.bfloat16)
+    assert isinstance(trainable.optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW)
+    assert not megatron_optimizer.USING_PYTORCH_OPTIMIZER
 
 
 def test_a_process_with_groups_of_its_own_is_refused() -> None:
