@@ -170,41 +170,44 @@ def _engine(number: int, engine: EnginePlacement) -> str:
 def _memory(found: DryRun) -> Iterator[str]:
     """Yields two tables: each stage's state and micro-batch, and the fullest GPU of each phase."""
     ranks = found.cluster.ranks // len(found.stages)
-    yield "Memory of a GPU in GiB"
+    yield "Memory of a GPU in GiB, by pipeline stage"
     yield "  stage          layers  weights  grads  optim.  micro-batch   in flight"
     for stage in found.stages:
         first = stage.pipeline_rank * ranks
         kept = "+".join(_gib(kept) for kept in stage.step.kept)
         flight = "+".join(map(str, stage.in_flight))
         yield (
-            f"  {stage.pipeline_rank + 1:<3}{f'ranks {first}-{first + ranks - 1}':12}"
+            f"  {stage.pipeline_rank + 1:<3}{_numbers(range(first, first + ranks)):12}"
             f"{'+'.join(map(str, stage.layers)):>6}{_gib(stage.state.weights):>9}{_gib(stage.state.gradients):>7}"
             f"{_gib(stage.state.optimizer):>8}{kept:>13}{flight:>12}"
         )
-    yield "  phase         fullest  trainer  activ.  engine  buffers  reserve    total"
+    yield ""
+    yield "Memory of a GPU in GiB, on the fullest stage of each phase"
+    yield "  phase         fullest  trainer  activ.  engine buffers  reserve    total"
     for phase in found.phases:
-        too_much = "  too much" if phase.total > found.cluster.gpu_bytes else ""
+        too_much = "  over" if phase.total > found.cluster.gpu_bytes else ""
         yield (
             f"  {PHASE_NAMES[phase.phase]:14}{f'stage {phase.pipeline_rank + 1}':7}{_gib(phase.state):>9}"
-            f"{_gib(phase.activations):>8}{_gib(phase.engine):>8}{_gib(phase.buffers):>9}{_gib(phase.reserve):>9}"
+            f"{_gib(phase.activations):>8}{_gib(phase.engine):>8}{_gib(phase.buffers):>8}{_gib(phase.reserve):>9}"
             f"{_gib(phase.total):>9}{too_much}"
         )
+    yield ""
 
 
 def _notes(found: DryRun, width: int) -> Iterator[str]:
     host, disk = found.host, found.disk
     lines = [
-        "Weights, gradients and optimizer are Megatron's own buffers. The micro-batch ran forward and backward without "
+        "weights, gradients and optimizer are Megatron's own buffers. The micro-batch ran forward and backward without "
         "values; this is what it keeps in between, with attention and norms counted as CUDA's kernels keep them. One "
-        "running layer, the vocabulary head and the reserves are estimates (docs/plan.md).",
-        f"Memory of a host: {host.total / GIB:.0f} GiB: {host.offloaded / GIB:.0f} of offloaded state, "
+        "running layer, the vocabulary head and the reserves are estimates (docs/plan.md)",
+        f"memory of a host: {host.total / GIB:.0f} GiB: {host.offloaded / GIB:.0f} of offloaded state, "
         f"{host.engine_weights / GIB:.0f} of engines' weights during a checkpoint, {host.buffers / GIB:.0f} of "
         "transfer buffers; processes, images, responses and the page cache come on top",
-        f"Disk: a checkpoint takes {disk.checkpoint / GIB:.0f} GiB, up to {disk.at_once} at once, the exported model "
-        f"{disk.export / GIB:.0f}; trainer.runs_dir ({found.config.trainer.runs_dir}) has {disk.free / GIB:.0f} GiB free",
+        f"disk: a checkpoint takes {disk.checkpoint / GIB:.0f} GiB, up to {disk.at_once} at once, the exported model "
+        f"{disk.export / GIB:.0f}; {disk.free / GIB:.0f} are free in trainer.runs_dir "
+        f"({found.config.trainer.runs_dir})",
     ]
-    yield from (textwrap.fill(line, width=width, initial_indent="  ", subsequent_indent="  ") for line in lines)
-    yield ""
+    yield from _block("Notes", lines, width)
 
 
 def _excess(found: DryRun) -> str:

@@ -112,7 +112,7 @@ def test_a_run_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: P
     """The 7B without offload: 34.8 GiB of state leave 0.52 of 80 GiB to an engine."""
     path = run_file(tmp_path, "Qwen/Qwen2.5-VL-7B-Instruct", parallel=layout(2), actor={"offload": []})
     out = printed(capsys, path, status=1)
-    assert re.search(r"  sample .* 109\.76  too much\n", out)
+    assert re.search(r"  sample .* 109\.76  over\n", out)
     assert "It does not fit: sample needs 109.76 of 80 GiB on stage 1\n" in out
     assert "What would fit: rollout.gpu_memory_utilization=0.52\n" in out
 

@@ -53,7 +53,7 @@ def test_patches_end_with_their_blocks() -> None:
 
 
 def test_adam_is_torchs_whatever_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a login node with TransformerEngine: its Adam asks for a GPU when it is made."""
+    """TransformerEngine's Adam asks for a GPU when it is made, and a login node has none."""
 
     def without_gpu(*args: object, **kwargs: object) -> None:
         raise AssertionError("No CUDA GPUs are available")

@@ -21,7 +21,7 @@ ROWS = {"micro_batch_size_per_device_for_update": 12, "micro_batch_size_per_devi
 
 @pytest.fixture(autouse=True)
 def tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small model, but for its MLP: what that keeps of 48,000 tokens are gigabytes."""
+    """A small model, except for its MLP: what that keeps of 48,000 tokens are gigabytes."""
     model = SeenModel(four_layers(intermediate_size=4096), FileFinding(True, "here"))
     monkeypatch.setattr(module, "see_model", lambda path: model)
 

@@ -71,7 +71,7 @@ def test_a_32b_by_hand() -> None:
     heads, keys = 40 * 128, 8 * 128
     layer = (heads + 2 * keys) * (hidden + 1) // tensor + heads * hidden // tensor + 3 * hidden * ffn // tensor
     layer += 2 * hidden  # norms, which every rank holds
-    # The tower: QKV and MLP with biases, split but for those of the second matrices; RMSNorms.
+    # The tower: QKV and MLP with biases, split except for those of the second matrices; RMSNorms.
     width, mlp = 1280, 3456
     block = (3 * width * (width + 1) + width * width + 2 * mlp * (width + 1) + mlp * width) // tensor + 4 * width
     merged = 4 * width
