@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_vppo.launching.batches import RankShare, divide_step, in_flight, pipeline_bubble
-from tests.launching.runs import run_config
+from megatron_vppo.models.build import build_model
+from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel.layout import init_layout
+from tests.gloo import run_gloo
+from tests.launching.runs import four_layers, run_config
 
 
 def test_a_step_over_three_ranks_by_hand() -> None:
@@ -58,3 +70,63 @@ def test_micro_batches_in_flight_of_virtual_stages_by_hand() -> None:
     assert in_flight(2, rank=0, micro_batches=8, virtual_stages=2) == (3, 2)
     assert in_flight(2, rank=1, micro_batches=8, virtual_stages=2) == (2, 1)
     assert in_flight(2, rank=0, micro_batches=2, virtual_stages=2) == (2, 2)
+
+
+# --- Real ranks -------------------------------------------------------------------------------------------------------
+
+
+def most_in_flight(rank: int, world_size: int, micro_batches: int, virtual_stages: int) -> tuple[int, ...]:
+    """The most micro-batches that each virtual stage of this rank has run forward and not yet backward, at the moment
+    when the rank holds most in all.
+    """
+    layout = init_layout(tensor=1, pipeline=world_size, virtual_stages=virtual_stages, timeout_seconds=60)
+    stages = [
+        build_model(
+            four_layers(),
+            groups=layout.groups,
+            vision_groups=layout.vision_groups,
+            dtype=torch.float32,
+            device=layout.device,
+            options=ModelOptions(virtual_stages=virtual_stages),
+            virtual_stage=number,
+        )
+        for number in range(virtual_stages)
+    ]
+    for parameter in (parameter for stage in stages for parameter in stage.parameters()):
+        torch.nn.init.constant_(parameter, 0.01)
+    running, fullest = [0] * virtual_stages, [0] * virtual_stages
+
+    def step(data: Iterator[int], stage: QwenVLModel) -> Any:
+        nonlocal fullest
+        next(data)
+        ids, nothing = torch.arange(5), torch.zeros(0, dtype=torch.int64)
+        output = stage(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing))
+        number = stage.vp_stage
+        running[number] += 1
+        fullest = max(fullest, list(running), key=sum)
+
+        def finished(grad: torch.Tensor) -> None:
+            running[number] -= 1
+
+        output.register_hook(finished)
+        return output, lambda hidden: (hidden.sum(), {})
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(range(micro_batches)) for _ in stages],
+        model=stages,
+        num_microbatches=micro_batches,
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    assert running == [0] * virtual_stages
+    return tuple(fullest)
+
+
+@pytest.mark.distributed
+@pytest.mark.extended
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batches_in_flight_of_megatrons_interleaved_schedule(micro_batches: int) -> None:
+    expected = [in_flight(2, rank=rank, micro_batches=micro_batches, virtual_stages=2) for rank in range(2)]
+    assert run_gloo(most_in_flight, 2, micro_batches, 2) == expected
