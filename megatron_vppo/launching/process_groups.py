@@ -52,8 +52,9 @@ def check_memberships(ranks: Sequence[Membership]) -> None:
             for member in group:
                 other = ranks[member]
                 assert other.groups[axis] == group, f"ranks {number} and {member} disagree on a group"
-                others = [place for which, place in enumerate(other.place) if which != axis]
-                assert others == [place for which, place in enumerate(rank.place) if which != axis]
+                elsewhere = [which for which in range(len(AXES)) if which != axis]
+                alike = all(other.place[which] == rank.place[which] for which in elsewhere)
+                assert alike, f"ranks {number} and {member} share a group and differ along another axis"
 
 
 def crosses_hosts(ranks: Sequence[Membership], *, axis: str, ranks_per_host: int) -> bool:

@@ -33,7 +33,9 @@ def test_ranks_that_disagree_are_found(ranks: list[Membership]) -> None:
         check_memberships([*ranks[:13], other, *ranks[14:]])
     with pytest.raises(AssertionError, match="the same place"):
         check_memberships([*ranks[:13], replace(ranks[13], place=ranks[12].place), *ranks[14:]])
-    with pytest.raises(AssertionError, match="another place in its group"):
+    with pytest.raises(AssertionError, match="rank 0 has another place in its group"):
+        check_memberships([replace(ranks[0], place=(7, 0, 0, 0)), *ranks[1:]])
+    with pytest.raises(AssertionError, match="differ along another axis"):
         check_memberships([*ranks[:13], replace(ranks[13], place=(1, 0, 1, 7)), *ranks[14:]])
 
 
