@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vppo.cli.output import flush_output
+from megatron_vppo.system.attempt import ATTEMPT_VARIABLE, begin_attempt, link_latest
 from megatron_vppo.system.processes import die_with_parent
 
 
@@ -86,17 +87,20 @@ def quieten_libraries() -> None:
 def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoReturn:
     """Replaces this process by the launcher, which runs `vppo ARGUMENTS` on `num_ranks` local ranks.
 
-    So nothing stays in memory that the checks before it have loaded. Raises OSError or ValueError if `logs`, the
-    folder for the logs of the ranks, cannot be made.
+    So nothing stays in memory that the checks before it have loaded. The logs of the ranks go to a folder of this
+    attempt within `logs`. Raises OSError or ValueError if it cannot be made.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
+        attempt = begin_attempt(logs, name=os.environ.get(ATTEMPT_VARIABLE) or None)
     except FileExistsError as error:
         raise ValueError(
             f"{error.filename} is no folder, but a file or a link that leads nowhere; remove it, or set another "
             "trainer.runs_dir"
         ) from error
-    launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs)]
+    link_latest(logs, attempt)
+    os.environ[ATTEMPT_VARIABLE] = attempt
+    launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs / attempt)]
     flush_output()
     os.execv(sys.executable, [*launcher, "-m", "megatron_vppo.cli.main", *arguments])
 

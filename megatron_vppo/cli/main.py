@@ -232,12 +232,13 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
     from megatron_vppo.setup.run_folder import RunFolder
+    from megatron_vppo.system.attempt import attempt_name
 
     config = load_config(options.config, options.overrides)
     check_training(config)
     logs = RunFolder.of(config.trainer).logs
     if is_trainer_rank():
-        return run_rank(functools.partial(_train_on_this_rank, config), logs=logs)
+        return run_rank(functools.partial(_train_on_this_rank, config), logs=logs / attempt_name())
 
     from megatron_vppo.setup.preflight import check_before_launch
 

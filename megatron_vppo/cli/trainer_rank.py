@@ -23,6 +23,7 @@ from typing import NoReturn, TextIO
 from megatron_vppo.cli.errors import show
 from megatron_vppo.cli.output import READER_LEFT, reader_left
 from megatron_vppo.cli.rank_error import RankError, describe, rank_log, write_error
+from megatron_vppo.system.attempt import link_latest
 
 LAUNCHER_VARIABLE = "VPPO_LAUNCHER_PID"
 """The environment variable by which a rank knows that our launcher has started it."""
@@ -36,6 +37,9 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
     If it fails, the traceback goes to the log, the error is reported, and this process ends at once with the error's
     status: a normal exit can wait for ranks that wait for this one. A reader of standard output that has left is no
     error, and not reported; the status is READER_LEFT.
+
+    Args:
+        logs: the folder of this attempt's logs.
     """
     rank = int(os.environ["RANK"])
     log = rank_log(logs, rank)
@@ -43,6 +47,8 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
         terminal = _send_stderr_to(log)
     except OSError as error:  # its message says all
         _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
+    if rank == 0:
+        link_latest(logs.parent, logs.name)
     try:
         work()
     except BaseException as error:

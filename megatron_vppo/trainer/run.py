@@ -36,6 +36,7 @@ from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.system.agreement import on_every_rank
+from megatron_vppo.system.attempt import attempt_name
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
@@ -97,7 +98,8 @@ def _open_run(
     inputs = open_inputs(config, files)
     images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
     with ExitStack() as stack:
-        engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
+        logs = folder.logs / attempt_name()
+        engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights,

@@ -80,16 +80,21 @@ def test_a_rank_that_hangs_is_missed_by_the_other(tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_logs_keep_every_attempt(tmp_path: Path) -> None:
-    for _ in range(2):
+    (logs_of(tmp_path).parent).mkdir(parents=True)
+    old = logs_of(tmp_path).parent / "trainer_rank_1.log"
+    old.write_text("of a version that had no folder for each attempt")
+    for attempt in ("attempt_1", "attempt_2"):
         assert train(tmp_path, "mistake", "rollout.n=4")[0] == 2
-    log = (logs_of(tmp_path) / "trainer_rank_1.log").read_text()
-    began = re.findall(
-        r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}: an attempt begins: vppo train --config \S+ rollout.n=4 "
-        r"\(rank 1 of 2, process \d+ on \S+\)$",
-        log,
-        flags=re.MULTILINE,
-    )
-    assert len(began) == log.count("Traceback") == 2
+        log = (logs_of(tmp_path, attempt) / "trainer_rank_1.log").read_text()
+        began = re.findall(
+            r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}: an attempt begins: vppo train --config \S+ rollout.n=4 "
+            r"\(rank 1 of 2, process \d+ on \S+\)$",
+            log,
+            flags=re.MULTILINE,
+        )
+        assert len(began) == log.count("Traceback") == 1
+        assert logs_of(tmp_path, "latest").readlink() == Path(attempt)
+    assert old.read_text() == "of a version that had no folder for each attempt"
 
 
 @pytest.mark.distributed
@@ -147,7 +152,8 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     log = logs_of(tmp_path) / "trainer_rank_1.log"
     log.mkdir(parents=True)
-    assert train(tmp_path, "none") == (2, "", f"vppo: rank 1: {log}: Is a directory\n")
+    found = train(tmp_path, "none", VPPO_ATTEMPT="attempt_1")
+    assert found == (2, "", f"vppo: rank 1: {log}: Is a directory\n")
 
 
 @pytest.mark.distributed
@@ -160,7 +166,8 @@ def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp
     else:
         log.mkdir()
     status, message = CASES["mistake"]
-    assert train(tmp_path, "mistake") == (status, LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}")
+    expected = (status, LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}")
+    assert train(tmp_path, "mistake", VPPO_ATTEMPT="attempt_1") == expected
 
 
 @pytest.mark.distributed
