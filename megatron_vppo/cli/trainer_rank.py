@@ -7,13 +7,16 @@ user's own torchrun, or srun, the ranks settle it by a file in the folder of the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import fcntl
 import logging
 import os
 import shlex
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,12 +26,18 @@ from typing import NoReturn, TextIO
 from megatron_vppo.cli.errors import show
 from megatron_vppo.cli.output import READER_LEFT, reader_left
 from megatron_vppo.cli.rank_error import RankError, describe, rank_log, write_error
+from megatron_vppo.cli.silent_ranks import explain_silence, mark_reported
 from megatron_vppo.system.attempt import link_latest
+from megatron_vppo.system.flight_recorder import record_collectives
+from megatron_vppo.system.watchdog import TookTooLong
 
 LAUNCHER_VARIABLE = "VPPO_LAUNCHER_PID"
 """The environment variable by which a rank knows that our launcher has started it."""
 _CLAIM = ".first_error"
 _STARTED = time.time()
+_FOLLOWS = "follows"
+CAUSE_SECONDS = 2.0
+"""The time that a rank which lost contact leaves to the rank that knows why."""
 
 
 def run_rank(work: Callable[[], None], *, logs: Path) -> int:
@@ -49,6 +58,8 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
         _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
     if rank == 0:
         link_latest(logs.parent, logs.name)
+    record_collectives(logs.absolute())
+    _end_with_watchdog(rank, log, terminal)
     try:
         work()
     except BaseException as error:
@@ -58,6 +69,18 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
             traceback.print_exc()
         _fail(describe(error, rank=rank, log=log), logs, terminal)
     return 0
+
+
+def _end_with_watchdog(rank: int, log: Path, terminal: TextIO) -> None:
+    """Lets this process end with the error of its watchdog, whose thread finds that the main thread hangs."""
+    others = threading.excepthook
+
+    def end(arguments: threading.ExceptHookArgs) -> None:
+        if isinstance(arguments.exc_value, TookTooLong):
+            _fail(describe(arguments.exc_value, rank=rank, log=log), log.parent, terminal)
+        others(arguments)
+
+    threading.excepthook = end
 
 
 def _fail(error: RankError, logs: Path, terminal: TextIO) -> NoReturn:
@@ -94,28 +117,42 @@ def _send_stderr_to(log: Path) -> TextIO:
 
 
 def _report(error: RankError, logs: Path, terminal: TextIO) -> None:
-    """Tells the launcher; where there is none of ours, tells the user, if no other rank has done so."""
+    """Tells the launcher; where there is none of ours, tells the user, if no other rank has done so.
+
+    A rank that lost contact is not the cause. It lets others speak first, and then says which ranks were silent.
+    """
     written = write_error(error)
     if written and os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid()):
         return
-    if _is_first(logs / _CLAIM):
-        show(error.text(), terminal)
+    mark_reported(logs, error.rank)
+    if error.lost_contact:
+        with contextlib.suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # srun's, when another rank was killed
+        time.sleep(CAUSE_SECONDS)
+    if not _is_first(logs / _CLAIM, follows=error.lost_contact):
+        return
+    silence = explain_silence(logs, world_size=int(os.environ["WORLD_SIZE"])) if error.lost_contact else None
+    if silence is not None:
+        error = dataclasses.replace(error, message=f"{silence}; {error.message}")
+    show(error.text(), terminal)
 
 
-def _is_first(claim: Path) -> bool:
+def _is_first(claim: Path, *, follows: bool) -> bool:
     """Returns True on the first rank of this attempt that asks, and on all of them if the file cannot be written.
 
-    The file holds the time of the last claim. One from before this process is that of an earlier attempt.
+    Also on the first whose error does not follow from another's, where those before did. The file holds the time of the
+    last claim, and whether its error followed. One from before this process is that of an earlier attempt.
     """
     try:
         with open(claim, "a+", encoding="utf-8") as file:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            if float(file.read() or 0) >= _STARTED:
+            before, _, kind = file.read().partition(" ")
+            if float(before or 0) >= _STARTED and (follows or kind != _FOLLOWS):
                 return False
             file.truncate(0)
-            file.write(repr(time.time()))
+            file.write(f"{time.time()!r} {_FOLLOWS if follows else ''}")
     except (OSError, ValueError):
         pass
     return True

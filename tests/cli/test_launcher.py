@@ -79,6 +79,20 @@ def test_a_rank_that_hangs_is_missed_by_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_step_that_hangs_leaves_the_stacks_of_every_rank(tmp_path: Path) -> None:
+    status, _, err = train(tmp_path, "hang under a watchdog", VPPO_TEST_RANKS="0,1")
+    assert status == 1, "which is requeued"
+    logs = [logs_of(tmp_path) / f"trainer_rank_{rank}.log" for rank in range(2)]
+    what = r"step 4 takes longer than 1 seconds, and the median so far is \d \(trainer.watchdog\)"
+    assert re.fullmatch(rf"vppo: rank \d: TookTooLong: {what} \(traceback: ({logs[0]}|{logs[1]})\)\n", err)
+    for log in logs:
+        shown = log.read_text()
+        assert re.search(rf"^--- {what}; all threads of this process:$", shown, flags=re.MULTILINE)
+        assert re.search(r'File ".*sitecustomize.py", line \d+ in hang_under_a_watchdog$', shown, flags=re.MULTILINE)
+    assert "in barrier" in logs[0].read_text()
+
+
+@pytest.mark.distributed
 def test_logs_keep_every_attempt(tmp_path: Path) -> None:
     (logs_of(tmp_path).parent).mkdir(parents=True)
     old = logs_of(tmp_path).parent / "trainer_rank_1.log"

@@ -44,10 +44,22 @@ def test_under_srun_a_second_error_is_only_in_its_log(tmp_path: Path) -> None:
     assert "ValueError: of rank 0" in (logs / "trainer_rank_0.log").read_text()
 
 
-def test_under_srun_a_rank_that_was_killed_is_missed_once(tmp_path: Path) -> None:
+def test_under_srun_a_rank_that_was_killed_is_named_once(tmp_path: Path) -> None:
     first, second = train_under_srun(tmp_path, "SIGKILL")
     assert second == (-9, "", "")
-    assert first[0] == 1 and re.fullmatch(r"vppo: rank 0 lost contact with another rank: \[.*\n", first[2])
+    assert first[0] == 1
+    assert re.fullmatch(
+        rf"vppo: rank 0 lost contact with another rank: rank 1 \(process \d+ on {socket.gethostname()}\) ended without "
+        r"an error: a signal, usually SIGKILL when memory runs out; \[.*/gloo/.*\n",
+        first[2],
+    )
+
+
+def test_the_cause_is_told_even_where_it_comes_last(tmp_path: Path) -> None:
+    """Rank 0 loses contact at once; rank 1, which has closed its connections, raises its error a second later."""
+    first, second = train_under_srun(tmp_path, "late cause")
+    assert first[1:] == ("the line of rank 0\n", "")
+    assert second[2] == f"vppo: rank 1: the cause (traceback: {logs_of(tmp_path, 'job_7_0')}/trainer_rank_1.log)\n"
 
 
 def test_the_machine_is_named_where_there_are_several(tmp_path: Path) -> None:
