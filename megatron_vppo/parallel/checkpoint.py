@@ -26,6 +26,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_vppo.parallel.checkpoint_failure import naming_failed_writes
 from megatron_vppo.parallel.checkpoint_fit import check_fits, check_loaded_optimizer, check_loaded_weights
 from megatron_vppo.parallel.checkpoint_folder import (
     STATE,
@@ -69,7 +70,8 @@ def save_checkpoint(
     with _filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
         _use_result_queue_of_ours()
         _allocate_adam_state(trainable)  # no step may have had anything to train on yet
-        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / DIST_CKPT))
+        with naming_failed_writes(step_folder(folder, step)):
+            dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / DIST_CKPT))
         if layout.rank == 0:
             sizes = _sizes(trainable, layout).model_dump()
             (unfinished / STATE).write_text(json.dumps({"step": step, **sizes, **state}, indent=1))
