@@ -8,6 +8,7 @@ from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import SavedPosition
 from megatron_vppo.parallel.checkpoint_folder import STATE, check_whole, checkpoint_steps, read_state, step_folder
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.records import parse_record
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 
@@ -30,7 +31,8 @@ def check_resume(config: TrainerConfig) -> None:
         try:
             check(step)
         except ValueError as error:
-            raise with_way_out(error, step, steps, check) from error
+            if older_instead(error, step, steps, check, config=config) is None:
+                raise with_way_out(error, step, steps, check) from error
 
 
 def chosen_step(config: TrainerConfig, folder: RunFolder, steps: Sequence[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +17,10 @@ from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.setup.resume import chosen_step, saved_position, with_way_out
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.agreement import on_every_rank
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Checkpointer:
         Raises:
             ValueError: there is one and trainer.resume=false; there is none of trainer.resume_step; or it is damaged
                 or does not fit the run. The message then names another one that is whole. All ranks raise the same.
+                In a job that SLURM has requeued, the run goes on from the next older one that is whole.
         """
         listed = on_every_rank(self._list_on_rank_zero)
         steps = from_rank_zero(lambda: listed)
@@ -44,7 +49,13 @@ class Checkpointer:
             try:
                 self._load(step)
             except ValueError as error:
-                raise with_way_out(error, step, steps, self._check) from error
+                older = older_instead(error, step, steps, self._check, config=self.config)
+                if older is None:
+                    raise with_way_out(error, step, steps, self._check) from error
+                if dist.get_rank() == 0:
+                    logger.warning("%s. Nobody is there to choose, so the run goes on from step %d", error, older)
+                self._load(older)
+                return older
         return step
 
     def save(self, step: int) -> None:

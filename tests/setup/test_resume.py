@@ -92,6 +92,15 @@ def test_damage_is_named_with_the_checkpoint_that_is_whole(what: str, runs: Path
     check_resume(config_of(runs, resume_step=OLDER))
 
 
+def test_a_requeued_job_passes_where_an_older_one_is_whole(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    FILES["empty"][0](checkpoint(runs, NEWEST))
+    check_resume(config_of(runs))
+    FILES["empty"][0](checkpoint(runs, OLDER))
+    with pytest.raises(ValueError, match="There is no other whole checkpoint"):
+        check_resume(config_of(runs))
+
+
 def test_the_newest_is_offered_for_an_older_one(runs: Path) -> None:
     FILES["cut"][0](checkpoint(runs, OLDER))
     with pytest.raises(

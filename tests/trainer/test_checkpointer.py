@@ -128,6 +128,20 @@ def test_a_damaged_one_is_named_with_the_way_out(what: str, cases: Any, saved: S
     assert checkpoint_steps(newest(runs).parent) == [OLDER, NEWEST], "nothing is moved before everything is loaded"
 
 
+def test_a_requeued_job_goes_on_from_the_older_one(
+    saved: Saved, runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    FILES["empty"][0](newest(runs))
+    expected = start(saved, runs, resume_step=OLDER)
+    expected.checkpointer.resume()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    run = start(saved, runs)
+    assert run.checkpointer.resume() == OLDER
+    assert same(weights(run.policy), weights(expected.policy))
+    (line,) = [message for message in caplog.messages if "Nobody is there" in message]
+    assert line.endswith(f". Nobody is there to choose, so the run goes on from step {OLDER}") and "\n" not in line
+
+
 def test_only_one_that_fits_the_run_is_offered(saved: Saved, runs: Path) -> None:
     state_with(tensor_model_parallel_size=2)(newest(runs))
     with pytest.raises(
