@@ -298,6 +298,26 @@ def check_resume(config: RunConfig) -> None:
         )
 
 
+def check_timeouts(config: RunConfig) -> None:
+    """Refuses engines that are given up only after the ranks that wait for them have given up."""
+    engine, ranks = config.rollout.engine_timeout_seconds, config.parallel.collective_timeout_seconds
+    if engine >= ranks:
+        raise ValueError(
+            f"rollout.engine_timeout_seconds {engine:g} is not below parallel.collective_timeout_seconds {ranks:g}: "
+            "the other ranks would give up before an engine that hangs is started again; raise the second"
+        )
+
+
+def check_watchdog(config: RunConfig) -> None:
+    """Refuses a watchdog that every other step would wake."""
+    factor = config.trainer.watchdog
+    if 0 < factor <= 1:
+        raise ValueError(
+            f"trainer.watchdog is {factor:g}: half of the steps take longer than {factor:g} times their median; set "
+            "several times the median, or 0 for no limit"
+        )
+
+
 def check_reward(config: RunConfig) -> None:
     """Refuses a name that is neither the built-in grader's nor a function with its file."""
     name = config.reward.reward_function
@@ -324,6 +344,8 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_warmup,
     check_intervals,
     check_resume,
+    check_timeouts,
+    check_watchdog,
     check_reward,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

@@ -376,6 +376,12 @@ class RolloutConfig(Section):
     logprob_diff_bound: Positive = 0.05
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
     start_timeout_seconds: Wait = 600.0
+    """Time for an engine to load."""
+    engine_timeout_seconds: Wait = 300.0
+    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
+    started again. The default is vLLM's own bound of a forward pass."""
+    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
+    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
 
 
 class RewardConfig(Section):
@@ -412,6 +418,10 @@ class TrainerConfig(Section):
     """Go on from a checkpoint of the run folder, if there is one. If false, a folder that has one is refused."""
     resume_step: Count | None = None
     """The step whose checkpoint to go on from; later checkpoints are set aside. None: the newest one."""
+    watchdog: float = Field(default=10.0, ge=0, le=1e6)
+    """A step, validation or checkpoint that takes longer than this many times its median ends the run, and every
+    rank leaves its stacks in its log. No limit is below rollout.engine_timeout_seconds + rollout.start_timeout_seconds,
+    the time of an engine's restart. 0: off."""
     save_rollouts: bool = True
     loggers: tuple[LoggerService, ...] = ()
     """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""

@@ -126,7 +126,9 @@ def start_engine(
     settings = _engine_settings(
         config, source, images=images, hf_config=hf_config, index=index, count=count, on_cpu=on_cpu
     )
-    client = RolloutEngine(settings, log_path=logs / f"engine_{index}.log")
+    client = RolloutEngine(
+        settings, log_path=logs / f"engine_{index}.log", silence_seconds=config.rollout.engine_timeout_seconds
+    )
     return EnginePlace(client, index, count, sleeps)
 
 

@@ -22,6 +22,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.placement import Placement
@@ -45,11 +46,13 @@ class Run:
     total_steps: int
     checkpointer: Checkpointer
     recorder: Recorder
+    watchdog: Watchdog
 
 
 def train(run: Run) -> None:
     """Trains from the loaded weights to the last step. A step without a usable group is counted and changes nothing."""
     config, policy, placement, sampler, log = run.config, run.policy, run.placement, run.sampler, run.log
+    watch = run.watchdog.watch
     settings = vppo_settings(config)
     views: Views = "both" if settings.needs_dependency else "original"
 
@@ -61,7 +64,7 @@ def train(run: Run) -> None:
             log.add_all(run.validator.run())
 
     for step in range(run.start_step + 1, run.total_steps + 1):
-        with log.step(step):
+        with log.step(step), watch("step", f"step {step}"):
             # 1-3. Sample groups of responses, grade them, keep the groups with right and wrong ones.
             with log.span(SAMPLE.span):
                 placement.sampling()
@@ -103,15 +106,18 @@ def train(run: Run) -> None:
                     log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
                 run.recorder.write(step, minibatches, groups, scores)
 
+            log.add("rollout/engine_restarts", sampler.take_restarts())
+
             # 8. Validate, write the step's line of metrics, save a checkpoint. A resume drops lines after its
             # checkpoint.
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
-                with log.span(VALIDATE.span):
+                with log.span(VALIDATE.span), watch("validation"):
                     placement.sampling()
                     log.add_all(run.validator.run())
         if is_due(step, config.trainer.save_freq, run.total_steps):
             placement.writing()
-            run.checkpointer.save(step)
+            with watch("checkpoint"):
+                run.checkpointer.save(step)
 
 
 def is_due(step: int, freq: int, total_steps: int) -> bool:

@@ -33,6 +33,9 @@ START = "start"
 """Before the first phase: the trainer's state is on the device, and engines that sleep are asleep."""
 WRITE = "write"
 """A checkpoint or an export, between two steps."""
+RESTART = "restart"
+"""A new start of engines that were lost, in the middle of sampling or of a sync. vLLM then measures how much memory is
+free. The other engines forget their weights, since a sync follows."""
 
 
 class Offloadable(Protocol):
@@ -68,13 +71,14 @@ class Holding:
 
 HOLDINGS = {
     START: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=()),
-    SYNC.name: Holding(trainer=("params",), engine=("weights",), after=(START, UPDATE.name)),
+    SYNC.name: Holding(trainer=("params",), engine=("weights",), after=(START, UPDATE.name, RESTART)),
     SAMPLE.name: Holding(trainer=(), engine=("weights", "kv_cache"), after=(SYNC.name, SAMPLE.name, WRITE)),
     SCORE.name: Holding(trainer=("params",), engine=(), after=(SAMPLE.name,)),
     UPDATE.name: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=(SCORE.name,)),
     WRITE: Holding(
         trainer=("params", "optimizer"), engine=(), after=(SYNC.name, SAMPLE.name, WRITE), keeps_engine_weights=True
     ),
+    RESTART: Holding(trainer=(), engine=(), after=(SYNC.name, SAMPLE.name)),
 }
 """The phases that move memory. Rewards and advantages need no GPU. Validation runs in the phase of sampling."""
 
@@ -134,6 +138,12 @@ class Placement:
         Engine weights wait in host memory. Trainer state that no file contains stays offloaded.
         """
         self._enter(WRITE)
+
+    def restarting(self) -> None:
+        """Gives engines that load again all the room that there can be."""
+        self._enter(RESTART)
+        self._trainer.empty_cache()
+        self._barrier()
 
     def _enter(self, name: str) -> None:
         holding = HOLDINGS[name]

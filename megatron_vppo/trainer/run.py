@@ -26,6 +26,7 @@ from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
 from megatron_vppo.setup.hardware import slower_layers
@@ -37,12 +38,15 @@ from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.system.attempt import attempt_name
+from megatron_vppo.system.watchdog import Watchdog
+from megatron_vppo.system.whole import naming_file
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.recorder import Recorder
+from megatron_vppo.trainer.recovery import PolicySide
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf
 
@@ -134,11 +138,13 @@ def _open_run(
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
+        placement = _placement(config, policy, engine)
+        sampler.recover_with(_recovery(config, policy, placement, engine))
         records = is_writer and config.trainer.save_rollouts
         yield Run(
             config=config,
             policy=policy,
-            placement=_placement(config, policy, engine),
+            placement=placement,
             sampler=sampler,
             collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
@@ -147,6 +153,7 @@ def _open_run(
             total_steps=total_steps,
             checkpointer=checkpointer,
             recorder=Recorder(folder.root, tokenizer, images, config.algorithm.perturb.per, is_writer=records),
+            watchdog=_watchdog(config),
         )
 
 
@@ -201,12 +208,27 @@ def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -
     )
 
 
+def _recovery(config: RunConfig, policy: MegatronPolicy, placement: Placement, engine: EnginePlace) -> EngineRecovery:
+    return EngineRecovery(
+        engine.client,
+        PolicySide(policy, placement),
+        name=f"rollout engine {engine.index}",
+        most_restarts=config.rollout.max_engine_restarts,
+        start_timeout_seconds=config.rollout.start_timeout_seconds,
+    )
+
+
+def _watchdog(config: RunConfig) -> Watchdog:
+    restart_seconds = config.rollout.engine_timeout_seconds + config.rollout.start_timeout_seconds
+    return Watchdog(factor=config.trainer.watchdog, least_seconds=restart_seconds)
+
+
 def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -> None:
-    """Sets aside what trainer.resume_step does not go on from. The loop saves checkpoints of the same steps again."""
+    """Sets aside the checkpoints after the one that the run goes on from. The loop saves those steps again."""
     if aside := set_aside_after(folder.checkpoints, start_step):
         say(
             f"goes on from step {start_step}; later checkpoints are set aside, to be deleted by you: "
-            f"{', '.join(map(str, aside))}. Leave trainer.resume_step out at the next start"
+            f"{', '.join(map(str, aside))}. If trainer.resume_step is set, leave it out at the next start"
         )
 
 
@@ -215,7 +237,8 @@ def _open_log(config: RunConfig, layout: Layout, folder: RunFolder, *, start_ste
     is_writer = layout.rank == 0
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
-        save_resolved(config, folder.config)
+        with naming_file(folder.config):
+            save_resolved(config, folder.config)
         cut_rollouts_after(folder.root, start_step)
     return RunLog(
         folder.root,

@@ -81,7 +81,13 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (([-0.1, 0.9], [0.9, 1.0], [0.9, 1.5]), ([0.0, 0.0], [0.9, 0.9999]), "actor.optim.betas"),
     ((0, 0.009, 2.001), (0.01, 2), "rollout.temperature"),
     ((-0.001, 0.009, 2.001), (0, 0.01, 2), "rollout.val.temperature"),
-    ((0, 0.999, MONTH + 1), (1, MONTH), "parallel.collective_timeout_seconds rollout.start_timeout_seconds"),
+    (
+        (0, 0.999, MONTH + 1),
+        (1, MONTH),
+        "parallel.collective_timeout_seconds rollout.start_timeout_seconds rollout.engine_timeout_seconds",
+    ),
+    ((-1, 1001), (0, 1000), "rollout.max_engine_restarts"),
+    ((-0.1, 1e6 + 1), (0, 10, 1e6), "trainer.watchdog"),
     ((0, 0.0009, 9 * 3600 + 1), (0.001, 9 * 3600), "reward.timeout_seconds"),
 )
 """(values just outside, values inside, the settings that have this range)."""

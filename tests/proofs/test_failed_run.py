@@ -20,7 +20,7 @@ FAST = (*SHORT, "rollout.n=2", "data.max_response_length=4", "trainer.save_freq=
 def test_the_user_reads_one_message(digits: Path, tmp_path: Path) -> None:
     """First the engine is killed after a step; then, in the same folder, the reward function cannot be loaded."""
     mark = f"mark of {tmp_path}"
-    arguments = train_arguments(digits, tmp_path, "fails", *FAST)
+    arguments = train_arguments(digits, tmp_path, "fails", *FAST, "rollout.max_engine_restarts=0")
     logs = tmp_path / "digits_cpu" / "fails" / "logs" / "attempt_1"
     with subprocess.Popen(
         [*VPPO, *arguments], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

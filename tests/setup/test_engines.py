@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -32,9 +33,9 @@ def test_an_engine_over_the_end_of_the_machine_is_refused() -> None:
 def test_the_engine_process_sees_only_its_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
     settings = engine_settings(max_model_len=8, device="cuda", cuda_visible_devices="2,3")
-    assert engine_environment(settings)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert engine_environment(settings, folder=Path("/tmp/vppo-engine-1"))["CUDA_VISIBLE_DEVICES"] == "2,3"
     unset = engine_settings(max_model_len=8, device="cuda")
-    assert engine_environment(unset)["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
+    assert engine_environment(unset, folder=Path("/tmp/vppo-engine-1"))["CUDA_VISIBLE_DEVICES"] == "0,1,2,3"
 
 
 def config_of(**sections: dict[str, object]) -> RunConfig:

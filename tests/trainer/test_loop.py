@@ -10,6 +10,7 @@ import pytest
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.loop import Run, is_due, train
 from megatron_vppo.trainer.placement import Placement
 
@@ -32,7 +33,9 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
     sync = {"weight_sync/checksums_ok": 1.0}
     parts: dict[str, Any] = {
         "policy": SimpleNamespace(hf_weights=lambda: iter(())),  # no step has anything to train on
-        "sampler": SimpleNamespace(send_weights=lambda weights, version: notes.note(f"weights {version}", sync)),
+        "sampler": SimpleNamespace(
+            send_weights=lambda weights, version: notes.note(f"weights {version}", sync), take_restarts=lambda: 0
+        ),
         "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
         "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
         "checkpointer": SimpleNamespace(
@@ -45,6 +48,7 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
         config=config,
         placement=Placement(device, None, offloads=(), engines_sleep=False, barrier=lambda: None),
         log=RunLog(folder, resume_step=start_step or None),
+        watchdog=Watchdog(factor=10, least_seconds=60),
         start_step=start_step,
         total_steps=total_steps,
         **parts,

@@ -18,6 +18,7 @@ import torch
 from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward, Scores
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 
@@ -158,14 +159,15 @@ def make_run(
             hf_weights=lambda only_trained=False: iter(()), frozen_hf_names=frozenset(), score=score, update=update,
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
-        "sampler": SimpleNamespace(send_weights=send_weights),
+        "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0),
         "collector": SimpleNamespace(groups=groups),
         "validator": SimpleNamespace(run=validate),
         "checkpointer": SimpleNamespace(save=save),
         "recorder": SimpleNamespace(write=lambda *args: None),
     }  # fmt: skip
     return Run(
-        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps, **parts,
+        config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps,
+        watchdog=Watchdog(factor=0, least_seconds=60), **parts,
     ), device  # fmt: skip
 
 
