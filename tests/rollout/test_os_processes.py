@@ -1,4 +1,4 @@
-"""What an engine that was killed with all of its helpers leaves in /dev/shm."""
+"""Segments in /dev/shm of an engine that was killed together with all of its helpers."""
 
 from __future__ import annotations
 
