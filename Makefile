@@ -5,7 +5,8 @@ ARGS ?=
 # What asks Megatron or transformers for numbers, and needs neither vLLM nor a data set.
 COMPAT_TESTS = tests/models tests/parallel tests/weights tests/planning/test_activations.py \
 	tests/planning/test_state.py tests/fidelity/test_emulation.py tests/fidelity/test_formats.py \
-	$(addprefix tests/proofs/test_,against_transformers.py frozen_parts.py layouts.py released_models.py without_images.py)
+	$(addprefix tests/proofs/test_,against_transformers.py frozen_parts.py layouts.py released_models.py resume_layouts.py \
+	without_images.py)
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
