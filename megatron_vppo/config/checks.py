@@ -281,11 +281,17 @@ def check_warmup(config: RunConfig, *, total_steps: int | None = None) -> None:
 
 
 def check_intervals(config: RunConfig) -> None:
-    """Refuses intervals that are neither a positive number of steps nor -1, which means only at the ends."""
+    """Refuses intervals that are neither a positive number of steps nor -1, which means only at the ends.
+
+    So with the number of checkpoints that are kept, where -1 means all.
+    """
     for name in ("val_freq", "save_freq"):
         value = getattr(config.trainer, name)
         if value != -1 and value < 1:
             raise ValueError(f"trainer.{name} is {value}; set a number of steps of at least 1, or -1")
+    limit = config.trainer.save_limit
+    if limit != -1 and limit < 1:
+        raise ValueError(f"trainer.save_limit is {limit}; set a number of checkpoints of at least 1, or -1 to keep all")
 
 
 def check_resume(config: RunConfig) -> None:

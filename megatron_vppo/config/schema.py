@@ -404,14 +404,21 @@ class TrainerConfig(Section):
     """Steps between validations; -1: only before and after training."""
     save_freq: int = Field(default=5, le=LARGEST_INT)
     """Steps between checkpoints; -1: only the last step."""
-    save_limit: Count = 1
-    """Checkpoints kept."""
+    save_limit: int = Field(default=1, le=LARGEST_INT)
+    """Newest checkpoints that are kept; -1: all. The one with the best val/accuracy is kept besides them."""
+    save_model_only: bool = False
+    """Leave the optimizer's state out of checkpoints. A run that goes on from one has the weights (rounded to
+    model.dtype) and the place in the data, and its optimizer starts from zero."""
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
     resume: bool = True
     """Go on from a checkpoint of the run folder, if there is one. If false, a folder that has one is refused."""
     resume_step: Count | None = None
     """The step whose checkpoint to go on from; later checkpoints are set aside. None: the newest one."""
+    load_checkpoint_path: FilePath | None = None
+    """A checkpoint of another run, .../checkpoints/global_step_N, that a new run starts from: weights, optimizer, place
+    in the data and the count of steps. Once the run has a checkpoint of its own, it goes on from that, so that a job
+    that is started again keeps what it has done. Refused in a folder with checkpoints of a run that began otherwise."""
     save_rollouts: bool = True
     loggers: tuple[LoggerService, ...] = ()
     """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""

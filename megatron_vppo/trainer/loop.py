@@ -108,7 +108,9 @@ def train(run: Run) -> None:
             if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
                 with log.span(VALIDATE.span):
                     placement.sampling()
-                    log.add_all(run.validator.run())
+                    validation = run.validator.run()
+                log.add_all(validation)
+                run.checkpointer.note_validation(step, validation["val/accuracy"])
         if is_due(step, config.trainer.save_freq, run.total_steps):
             placement.writing()
             run.checkpointer.save(step)

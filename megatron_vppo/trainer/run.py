@@ -22,6 +22,7 @@ from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
 from megatron_vppo.parallel.checkpoint_folder import set_aside_after
+from megatron_vppo.parallel.checkpoint_keep import forget_best_after
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
@@ -119,7 +120,7 @@ def _open_run(
         if is_writer and (warning := slower_layers(config, on_gpu=on_gpus)):
             say(warning)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
-        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream)
+        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         start_step = checkpointer.resume()
         if start_step > total_steps:
             raise ValueError(
@@ -202,6 +203,7 @@ def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -
 def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -> None:
     """Sets aside what trainer.resume_step does not go on from. The loop saves checkpoints of the same steps again."""
     if aside := set_aside_after(folder.checkpoints, start_step):
+        forget_best_after(folder.checkpoints, start_step)
         say(
             f"goes on from step {start_step}; later checkpoints are set aside, to be deleted by you: "
             f"{', '.join(map(str, aside))}. Leave trainer.resume_step out at the next start"

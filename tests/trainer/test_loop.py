@@ -36,7 +36,8 @@ def make_run(folder: Path, *, start_step: int, total_steps: int, **trainer: Any)
         "collector": SimpleNamespace(groups=lambda step, log: notes.note(f"sample {step}", [])),
         "validator": SimpleNamespace(run=lambda: notes.note("validate", {"val/accuracy": 0.5})),
         "checkpointer": SimpleNamespace(
-            save=lambda step: notes.note(f"save {step} after {len(read_metrics(folder))} lines")
+            save=lambda step: notes.note(f"save {step} after {len(read_metrics(folder))} lines"),
+            note_validation=lambda step, accuracy: notes.note(f"step {step}: {accuracy}"),
         ),
         "recorder": SimpleNamespace(write=lambda *args: notes.note("record")),
     }
@@ -56,8 +57,8 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
     train(run)
     # Lines are those of step 0 (validation) and of every step so far: written before the checkpoint.
     assert notes.calls == [
-        "weights 0", "validate", "sample 1", "sample 2", "validate", "save 2 after 3 lines",
-        "sample 3", "validate", "save 3 after 4 lines",
+        "weights 0", "validate", "sample 1", "sample 2", "validate", "step 2: 0.5", "save 2 after 3 lines",
+        "sample 3", "validate", "step 3: 0.5", "save 3 after 4 lines",
     ]  # fmt: skip
     lines = read_metrics(tmp_path)
     assert [line.get("rollout/skipped_steps") for line in lines] == [None, 1.0, 1.0, 1.0]
@@ -67,7 +68,7 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
 def test_a_resumed_run_does_not_validate_again_before_training(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=2, total_steps=3, save_freq=-1)
     train(run)
-    assert notes.calls == ["weights 2", "sample 3", "validate", "save 3 after 1 lines"]
+    assert notes.calls == ["weights 2", "sample 3", "validate", "step 3: 0.5", "save 3 after 1 lines"]
 
 
 def test_a_finished_run_only_sends_its_weights(tmp_path: Path) -> None:
