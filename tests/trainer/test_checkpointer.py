@@ -171,8 +171,9 @@ def test_the_newest_and_the_best_are_kept(saved: Saved, runs: Path) -> None:
     run.checkpointer.note_validation(6, 0.7)
     run.checkpointer.save(6)
     assert checkpoint_steps(run.checkpoints) == [6]
+    run.checkpointer.note_validation(7, 0.9)
     run.checkpointer.save(8)
-    assert checkpoint_steps(run.checkpoints) == [6, 8], "the accuracy of step 6 is not that of step 8"
+    assert checkpoint_steps(run.checkpoints) == [6, 8], "the accuracy of step 7 is not that of step 8"
     run.checkpointer.note_validation(10, 0.6)
     run.checkpointer.save(10)
     assert checkpoint_steps(run.checkpoints) == [6, 10]
