@@ -14,6 +14,7 @@ from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.models.model_files import ModelFiles
+from megatron_vppo.setup.row_key import row_cache
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,15 @@ def _template(config: RunConfig) -> str | None:
 
 
 def read_prompts(config: RunConfig, inputs: RunInputs, split: str) -> PromptSet:
-    """Tokenises the rows of 'train' or 'val' and returns the usable prompts."""
+    """Tokenises the rows of 'train' or 'val', or reads what an earlier start has kept; returns the usable prompts."""
+    dataset = inputs.datasets[split]
     return load_prompts(
-        inputs.datasets[split],
+        dataset,
         inputs.builder,
         split=split,
         max_prompt_length=config.data.max_prompt_length,
         max_images=config.rollout.max_images_per_prompt,
         on_bad_row=config.data.on_bad_row,
         num_workers=config.data.num_workers,
+        cache=row_cache(config, dataset, inputs.builder),
     )
