@@ -90,7 +90,7 @@ def _load_stages(
         for number in range(options.virtual_stages)
     ]
     for stage in stages:
-        load_weights(stage, source)
+        load_weights(stage, source, replicas=layout.groups.dp_cp)
     return stages
 
 
