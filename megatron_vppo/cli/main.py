@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import signal
 import sys
 import typing
@@ -25,6 +26,7 @@ from megatron_vppo.cli.launch import (
     launch_ranks,
     quieten_libraries,
     take_rank_from_slurm,
+    wait_for_other_tasks,
 )
 from megatron_vppo.cli.output import (
     READER_LEFT,
@@ -36,12 +38,13 @@ from megatron_vppo.cli.output import (
     say,
 )
 from megatron_vppo.cli.plan_options import add_plan_options
-from megatron_vppo.cli.trainer_rank import run_rank
+from megatron_vppo.cli.trainer_rank import is_launched_by_us, run_rank
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.system.visible import visible
 
 if typing.TYPE_CHECKING:
     from megatron_vppo.config.schema import RunConfig
+    from megatron_vppo.system.slurm import SlurmTask
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 INTERRUPTED = 128 + signal.SIGINT
@@ -90,6 +93,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         if is_first_on_host():
             print(visible(f"vppo: {error_text(error)}"), file=sys.stderr, flush=True)
+        wait_for_other_tasks()
         return MISTAKE
     return status
 
@@ -225,7 +229,7 @@ def _add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    take_rank_from_slurm()
+    task = take_rank_from_slurm()
     check_rank()
     end_with_torchrun()
     quieten_libraries()
@@ -237,7 +241,7 @@ def _train(options: argparse.Namespace) -> int:
     check_training(config)
     logs = RunFolder.of(config.trainer).logs
     if is_trainer_rank():
-        return run_rank(functools.partial(_train_on_this_rank, config), logs=logs)
+        return run_rank(functools.partial(_train_on_this_rank, config, task), logs=logs)
 
     from megatron_vppo.setup.preflight import check_before_launch
 
@@ -245,10 +249,21 @@ def _train(options: argparse.Namespace) -> int:
     launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
 
 
-def _train_on_this_rank(config: RunConfig) -> None:
+def _train_on_this_rank(config: RunConfig, task: SlurmTask | None) -> None:
+    """Meets the other ranks and trains with them. What takes long to import comes after what can be refused before."""
+    from megatron_vppo.setup.world import open_world
+
+    check = None if is_launched_by_us() else functools.partial(_check_settings, config)
+    world = open_world(config, task, check_settings=check)
     from megatron_vppo.trainer.run import run_training
 
-    run_training(config, say=say)
+    run_training(config, world, say=say)
+
+
+def _check_settings(config: RunConfig, local_ranks: int) -> None:
+    from megatron_vppo.setup.preflight import check_settings
+
+    check_settings(config, world_size=int(os.environ["WORLD_SIZE"]), local_ranks=local_ranks)
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -44,7 +44,7 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
     except OSError as error:  # its message says all
         _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
     try:
-        work()
+        _call(work, logs, terminal)
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and reader_left(sys.stdout):
             os._exit(READER_LEFT)
@@ -52,6 +52,30 @@ def run_rank(work: Callable[[], None], *, logs: Path) -> int:
             traceback.print_exc()
         _fail(describe(error, rank=rank, log=log), logs, terminal)
     return 0
+
+
+def is_launched_by_us() -> bool:
+    """Returns True if our launcher has started this rank."""
+    return os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid())
+
+
+def _call(work: Callable[[], None], logs: Path, terminal: TextIO) -> None:
+    """Calls `work`. If a check that one rank makes for all has failed, that rank tells the user, and all end."""
+    from megatron_vppo.system.rendezvous import Refused  # it imports torch
+
+    try:
+        work()
+    except Refused as refusal:
+        status = refusal.status
+        if refusal.error is not None:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(refusal.error)
+            error = describe(refusal.error, rank=int(os.environ["RANK"]), log=rank_log(logs, int(os.environ["RANK"])))
+            _report(error, logs, terminal)
+            status = error.status
+        assert status is not None, "rank 0 has an error, and the others its status"
+        refusal.leave(status)
+        os._exit(status)
 
 
 def _fail(error: RankError, logs: Path, terminal: TextIO) -> NoReturn:
@@ -90,7 +114,7 @@ def _send_stderr_to(log: Path) -> TextIO:
 def _report(error: RankError, logs: Path, terminal: TextIO) -> None:
     """Tells the launcher; where there is none of ours, tells the user, if no other rank has done so."""
     written = write_error(error)
-    if written and os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid()):
+    if written and is_launched_by_us():
         return
     if _is_first(logs / _CLAIM):
         show(error.text(), terminal)

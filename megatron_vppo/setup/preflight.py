@@ -15,6 +15,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.models.precision import check_fp8_model
+from megatron_vppo.setup.disk_space import check_disk
 from megatron_vppo.setup.engine_limits import check_engines
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import check_dtype, check_host_memory, model_options
@@ -41,19 +42,33 @@ def check_before_launch(config: RunConfig) -> int:
             f"GPUs, but this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun "
             "or srun"
         )
+    check_settings(config, world_size=world_size, local_ranks=world_size)
+    return world_size
+
+
+def check_settings(config: RunConfig, *, world_size: int, local_ranks: int) -> None:
+    """Checks a run of `world_size` ranks, `local_ranks` of which are on this machine.
+
+    One rank does so for all, where torchrun or srun has started them.
+
+    Raises:
+        ValueError: too little memory or disk, a damaged checkpoint, or as `check_run`.
+    """
+    on_cpu = torch.cuda.device_count() == 0
     hf_config = open_model_files(model_folder(config.model.path)).hf_config
-    check_run(config, hf_config, world_size=world_size, on_gpu=devices > 0)
+    check_run(config, hf_config, world_size=world_size, on_gpu=not on_cpu)
     check_resume(config.trainer)
+    check_disk(config, hf_config)
     if all(Path(check_source(source).location).exists() for source in _data_sources(config)):
         open_datasets(config)  # of the hub, it is left to the ranks
-    if devices == 0:
+    if on_cpu:
+        engines = num_engines(config, world_size=world_size, on_cpu=True)
         check_host_memory(
             config,
-            ranks=world_size,
-            engines=num_engines(config, world_size=world_size, on_cpu=True),
+            ranks=local_ranks,
+            engines=-(-engines * local_ranks // world_size),
             total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         )
-    return world_size
 
 
 def check_run(config: RunConfig, hf_config: HfConfig, *, world_size: int, on_gpu: bool) -> None:

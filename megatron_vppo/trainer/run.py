@@ -21,6 +21,7 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
+from megatron_vppo.parallel.all_reduce_speed import measure_all_reduce
 from megatron_vppo.parallel.checkpoint_folder import set_aside_after
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -35,6 +36,7 @@ from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
+from megatron_vppo.setup.world import World, show_world
 from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
@@ -49,7 +51,7 @@ Say = Callable[[str], None]
 """Shows a line to the user; called on rank 0 only."""
 
 
-def run_training(config: RunConfig, *, say: Say) -> None:
+def run_training(config: RunConfig, world: World, *, say: Say) -> None:
     """Runs one trainer rank from start to finish: train, export, report."""
     layout = init_layout(
         tensor=config.parallel.tensor_model_parallel_size,
@@ -58,16 +60,20 @@ def run_training(config: RunConfig, *, say: Say) -> None:
         virtual_stages=config.parallel.virtual_pipeline_model_parallel_size,
         vision_split=config.parallel.vision_split,
         data=config.parallel.data_parallel_size,
+        device=world.device,
         timeout_seconds=config.parallel.collective_timeout_seconds,
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
+    speed = measure_all_reduce(layout.device) if world.num_hosts > 1 else None
     source = model_folder(config.model.path)
     files = open_without_weights(source)
     check_run(config, files.hf_config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
     on_every_rank(partial(_check_weights, source, files, layout))
     folder = RunFolder.of(config.trainer)
-    with _open_run(config, layout, folder, source, files, say) as run:
+    if layout.rank == 0:
+        show_world(world, speed, logs=folder.logs, say=say)
+    with _open_run(config, world, layout, folder, source, files, say) as run:
         train(run)
         target = folder.huggingface(run.total_steps)
         if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
@@ -86,7 +92,13 @@ def _check_weights(source: Path, files: ModelFiles, layout: Layout) -> None:
 
 @contextmanager
 def _open_run(
-    config: RunConfig, layout: Layout, folder: RunFolder, source: Path, files: ModelFiles, say: Say
+    config: RunConfig,
+    world: World,
+    layout: Layout,
+    folder: RunFolder,
+    source: Path,
+    files: ModelFiles,
+    say: Say,
 ) -> Iterator[Run]:
     """Builds the parts of a run and connects them.
 
@@ -97,7 +109,9 @@ def _open_run(
     inputs = open_inputs(config, files)
     images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
     with ExitStack() as stack:
-        engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
+        engine = start_engine(
+            config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=folder.logs
+        )
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights,

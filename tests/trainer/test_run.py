@@ -8,6 +8,7 @@ import pytest
 
 from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
 from megatron_vppo.parallel.layout import destroy_layout
+from megatron_vppo.setup.world import world_of_one
 from megatron_vppo.trainer.run import run_training
 from tests.models.whole import save_whole_folder
 
@@ -31,7 +32,7 @@ def test_ranks_refuse_what_cannot_work(top_k: int, weights: str, message: str, t
     )
     try:
         with pytest.raises(ValueError, match=message):
-            run_training(config, say=print)
+            run_training(config, world_of_one(), say=print)
     finally:
         destroy_layout()
     assert not (tmp_path / "runs").exists()
