@@ -49,6 +49,8 @@ def test_the_first_rank_of_a_host_looks_at_files(tmp_path: Path) -> None:
     assert first.shared is second.shared is third.shared is None
     assert first.files == second.files and first.versions == second.versions
     assert third.files == third.versions == {}
+    answers = sorted(path.name for path in (tmp_path / "run").rglob("rank_*"))
+    assert answers == ["rank_0", "rank_1"], "rank 0's word, and the answer of the first rank of the other host"
     looks = dict(first.files)
     assert looks.pop(f"data.train_files={tmp_path}/rows.jsonl@train").startswith("1 files, 2 bytes, ")
     assert looks.pop(f"model.path={tmp_path}").startswith("1 files, 2 bytes, ")
@@ -95,3 +97,12 @@ def test_the_interface_towards_another_host_is_for_both(tmp_path: Path, monkeypa
             monkeypatch.setenv(variable, value)
         assert look(tmp_path, "a", there)[1] == both[0]
         assert interfaces() == both
+
+
+def test_a_run_folder_that_is_not_shared_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vppo.setup.shared_folder._PATIENCE_SECONDS", 0.2)
+    places = [dataclasses.replace(own_place(), host=host) for host in ("127.0.0.1", "127.0.0.2")]
+    begin_check(tmp_path / "one")
+    (tmp_path / "other").mkdir()
+    report = own_report(config_of(tmp_path), places, 1, tmp_path / "other", "a word")
+    assert report.shared is not None and report.shared.startswith("does not see what rank 0's host writes into")

@@ -44,6 +44,12 @@ def test_a_folder_that_can_only_be_read(tmp_path: Path) -> None:
     assert answer_check(tmp_path, word, rank=5) == f"cannot write into {tmp_path}: Is a directory"
 
 
+def test_a_file_whose_content_does_not_appear(tmp_path: Path) -> None:
+    word = begin_check(tmp_path)
+    next(tmp_path.rglob("rank_0")).write_text("")
+    assert answer_check(tmp_path, word, rank=1) is not None
+
+
 def test_a_file_that_appears_late(tmp_path: Path) -> None:
     """A network file system shows a new file only when it asks again."""
     word = begin_check(tmp_path / "far")
