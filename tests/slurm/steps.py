@@ -1,4 +1,4 @@
-"""One batch script of several `vppo train`, each with the training of stand_in/, and what each printed."""
+"""One batch script of several `vppo train`, each with the training of stand_in/, and the output of each."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _SECTION = re.compile(r"^--- step (\d+)\n(.*?)^--- status (\d+)$", re.MULTILINE 
 
 @dataclass(frozen=True)
 class Step:
-    """What a command of the script printed, and its exit status."""
+    """The output of a command of the script, and its exit status."""
 
     text: str
     status: int
 
     @property
     def messages(self) -> list[str]:
-        """What `vppo` has told the user, without what SLURM says."""
+        """The messages of `vppo` to the user, without those of SLURM."""
         return re.findall(r"^vppo: .*(?:\n  - .*)*", self.text, re.MULTILINE)
 
 
