@@ -5,11 +5,12 @@ ARGS ?=
 # What asks Megatron or transformers for numbers, and needs neither vLLM nor a data set.
 COMPAT_TESTS = tests/models tests/parallel tests/weights tests/planning/test_activations.py \
 	tests/planning/test_state.py tests/fidelity/test_emulation.py tests/fidelity/test_formats.py \
-	$(addprefix tests/proofs/test_,against_transformers.py frozen_parts.py layouts.py released_models.py without_images.py)
+	$(addprefix tests/proofs/test_,against_transformers.py frozen_parts.py layouts.py released_models.py resume_layouts.py \
+	without_images.py)
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
-.PHONY: help install test test-all lint demo test-compat gpu-check
+.PHONY: help install slurm test test-all lint demo test-compat gpu-check
 
 help:
 	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
@@ -31,11 +32,15 @@ lint: install
 	@echo "lint: mypy"
 	@$(VENV)/bin/mypy --no-error-summary
 
-test: lint
+test: lint slurm
 	@echo "test: pytest"
 	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not extended" $(ARGS)
 
-test-all: lint
+# Says so and goes on where it may not be installed; the tests that need it are skipped there.
+slurm:
+	@tools/install/slurm.sh || [ $$? = 3 ]
+
+test-all: lint slurm
 	@$(VENV)/bin/python -m pytest $(ARGS)
 
 demo: install

@@ -26,7 +26,7 @@ NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py", "
 """Names of a user's own files or of a model's, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
-TO_COME = frozenset({"evaluation/", "launching/"})
+TO_COME = frozenset({"evaluation/"})
 """Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")

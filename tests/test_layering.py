@@ -1,7 +1,7 @@
 """The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
     cli
-    trainer   fidelity   |   planning   conversion         wings: one command each, none imports another
+    trainer   fidelity   launching  ->  planning   conversion   wings: none imports another, but launching planning
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
@@ -66,9 +66,11 @@ ROOMS = {
     "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
     "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
     "planning": room("models weights", "transformers"),
+    # From settings to a job of a cluster.
+    "launching": room(f"{GROUND} {ENGINES} setup planning", "megatron transformers"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
-    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning conversion"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning launching conversion"),
 }
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
@@ -257,6 +259,8 @@ PLANTED = [
     ("planning.layouts", "from megatron_vppo.setup import engines"),
     ("planning.candidate", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
+    ("launching.dry_run", "from megatron_vppo.trainer.placement import Placement"),
+    ("planning.layouts", "from megatron_vppo.launching.dry_run import DryRun"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
     ("cli.main", "from vllm import LLM"),
     ("config.choices", "from megatron_vppo.config.schema import RunConfig"),

@@ -1,17 +1,35 @@
-"""Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem."""
+"""Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem.
+
+Those of examples/slurm/ come with the batch script that `vppo slurm` writes for them, and a layout that `vppo plan`
+says fits.
+"""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_vppo.cli.main import main
 from megatron_vppo.config.load import load_config
+from megatron_vppo.models.hf_config import pixels_per_token
+from megatron_vppo.planning.candidate import GIB, Cluster, PlanRequest, Workload
+from megatron_vppo.planning.layouts import make_plan
+from megatron_vppo.planning.published import PUBLISHED, published_config
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 CONFIGS = sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")])
+READY = {
+    "qwen2_5_vl_7b_8gpus": ("Qwen/Qwen2.5-VL-7B-Instruct", 8),
+    "qwen3_vl_8b_8gpus": ("Qwen/Qwen3-VL-8B-Instruct", 8),
+    "qwen2_5_vl_32b_32gpus": ("Qwen/Qwen2.5-VL-32B-Instruct", 32),
+    "qwen2_5_vl_72b_64gpus": ("Qwen/Qwen2.5-VL-72B-Instruct", 64),
+}
+"""The runs of examples/slurm/: their model on the hub, and their GPUs."""
+GPU_GIB = 80
 
 
 def test_the_digits_example_ships_its_configs() -> None:
@@ -42,3 +60,95 @@ def repeated(own: dict, base: dict, prefix: str = "") -> list[str]:
         elif key in base and base[key] == value:
             found.append(f"{prefix}{key}")
     return found
+
+
+# --- Runs for SLURM ---------------------------------------------------------------------------------------------------
+
+
+def test_every_ready_run_has_its_two_files() -> None:
+    names = {path.name for path in (EXAMPLES / "slurm").iterdir()}
+    assert names == {f"{name}.{kind}" for name in READY for kind in ("yaml", "sbatch")}
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_script_is_what_the_command_writes(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The command in its head writes it again; it would refuse to write over another text."""
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "bash").symlink_to("/bin/bash")
+    monkeypatch.setenv("PATH", str(tmp_path))  # no sbatch, so no question to it
+    script = EXAMPLES / "slurm" / f"{name}.sbatch"
+    (command,) = (line for line in script.read_text().splitlines() if line.startswith("# Written by: "))
+    program, *words = shlex.split(command.removeprefix("# Written by: "))
+    assert program == "vppo" and f"examples/slurm/{name}.yaml" in words
+    assert words[words.index("--output") + 1] == f"examples/slurm/{name}.sbatch"
+    nodes, gpus = (int(words[words.index(option) + 1]) for option in ("--nodes", "--gpus-per-node"))
+    assert nodes * gpus == READY[name][1]
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_layout_is_among_those_that_fit(name: str) -> None:
+    config = load_config(EXAMPLES / "slurm" / f"{name}.yaml")
+    hub_id, gpus = READY[name]
+    assert config.model.path == hub_id
+    (model,) = (model.name for model in PUBLISHED.values() if model.hub_id == hub_id)
+    hf_config = published_config(model)
+    actor, parallel = config.actor, config.parallel
+    rows = actor.micro_batch_size_per_device_for_update
+    assert actor.micro_batch_size_per_device_for_experience == rows
+    plan = make_plan(
+        PlanRequest(
+            hf_config,
+            Cluster(gpus=gpus, gpu_bytes=GPU_GIB * GIB, gpus_per_node=8),
+            Workload(
+                prompt_tokens=config.data.max_prompt_length,
+                response_tokens=config.data.max_response_length,
+                images_per_row=1,
+                image_tokens=config.data.max_pixels // pixels_per_token(hf_config),
+                rows_per_micro_batch=rows,
+                responses_per_prompt=config.rollout.n,
+                head_chunk_tokens=actor.head_chunk_tokens,
+            ),
+            rollout_tensor=config.rollout.tensor_parallel_size,
+            engine_sequences=16,
+            offload=frozenset(actor.offload),
+        )
+    )
+    layout = (
+        parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size,
+        parallel.data_parallel_size, parallel.recompute, parallel.sequence_parallel, parallel.pipeline_layers,
+    )  # fmt: skip
+    engines = {
+        (c.tensor, c.pipeline, c.context, c.data, c.recompute, c.sequence_parallel, uneven(c.layers)): c.engine
+        for c in plan.fitting
+    }
+    assert layout in engines
+    engine = engines[layout]
+    assert engine is not None and config.rollout.gpu_memory_utilization <= engine.utilization + 1e-9
+
+
+def uneven(layers: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The value of parallel.pipeline_layers: needed only where the stages differ."""
+    return layers if len(set(layers)) > 1 else None
+
+
+@pytest.mark.parametrize("name", READY)
+def test_a_ready_run_has_the_settings_of_the_paper(name: str) -> None:
+    """Table 9 of the paper, as far as it goes; the 8B has the numbers of the authors' script, where they differ."""
+    config = load_config(EXAMPLES / "slurm" / f"{name}.yaml")
+    algorithm, actor, rollout = config.algorithm, config.actor, config.rollout
+    assert (config.data.rollout_batch_size, actor.global_batch_size, rollout.n) == (384, 128, 8)
+    assert (algorithm.top_p_perception_tokens, algorithm.advantage_scaling_min) == (0.4, 0.9)
+    assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.clip_ratio_dual) == (0.2, 0.28, 3.0)
+    assert (algorithm.filter_low, algorithm.filter_high, algorithm.loss_avg_mode) == (0.01, 0.99, "token")
+    assert (actor.optim.lr, actor.optim.lr_scheduler_type, actor.optim.weight_decay) == (1e-6, "constant", 0.01)
+    assert (rollout.temperature, rollout.top_p, rollout.val.temperature, rollout.val.n) == (1.0, 0.99, 1.0, 8)
+    assert (config.model.dtype, config.model.freeze, config.data.max_prompt_length) == ("bfloat16", (), 4096)
+    assert config.data.max_response_length == {"7b": 2048, "8b": 8192, "32": 4096, "72": 4096}[size_of(name)]
+    assert algorithm.entropy_penalty_coef == (0.12 if size_of(name) == "8b" else 0.06)
+    assert config.trainer.total_steps == (130 if size_of(name) == "8b" else None)
+    assert config.trainer.total_epochs == 2
+
+
+def size_of(name: str) -> str:
+    return name.partition("_vl_")[2][:2]

@@ -1,21 +1,24 @@
-"""From one command to a process per trainer rank.
-
-Ranks that `srun` has started get their numbers here; a launcher that writes and submits SLURM batch scripts would be a
-command of its own, with a room `launching/` next to `trainer/`.
-"""
+"""From one command to a process per trainer rank. Ranks that `srun` has started get their numbers here."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_vppo.cli.output import flush_output
+from megatron_vppo.system.attempt import ATTEMPT_VARIABLE, begin_attempt, link_latest
+from megatron_vppo.system.network import is_loopback, is_own, resolve
 from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.system.slurm import SlurmTask, idle_hosts, read_task, whole_number
+from megatron_vppo.system.stop_signals import ignore_stop_signals
+
+_SECONDS_BETWEEN_TASKS = 2.0
 
 
 def is_trainer_rank() -> bool:
@@ -27,29 +30,102 @@ def is_first_on_host() -> bool:
     """Returns False for ranks of a machine but the first. What is wrong before ranks join is wrong for all of them."""
     if is_trainer_rank():
         return not _is_later("LOCAL_RANK")
-    return not _is_srun_task() or not _is_later("SLURM_LOCALID")
+    return os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" or not _is_later("SLURM_LOCALID")
 
 
-def take_rank_from_slurm() -> None:
+def refuse_several_processes(option: str) -> None:
+    """Raises ValueError if this process is one of several that torchrun or srun has started."""
+    if is_trainer_rank() or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        raise ValueError(f"{option} is one process that stands for all ranks; start it without srun and torchrun")
+
+
+def take_rank_from_slurm() -> SlurmTask | None:
     """Sets the variables that torch.distributed reads from SLURM's, if `srun` has started several tasks.
 
-    With several nodes the batch script has to set MASTER_ADDR. MASTER_PORT defaults to 29500.
+    MASTER_ADDR is the first host of the step, where rank 0 runs, unless it is set. Ranks that torchrun has started
+    within a step keep what it has set.
+
+    Returns:
+        The task that this rank is; None if another launcher has started it, or none.
 
     Raises:
-        ValueError: several nodes and no MASTER_ADDR, or a variable that should be a number is none.
+        ValueError: a variable is empty, no number, or contradicts another one; or the job has several hosts, and no
+            `srun` has started the command on them.
     """
-    if "RANK" in os.environ or not _is_srun_task():
-        return
-    if _whole_number("SLURM_NNODES", default="1") > 1 and "MASTER_ADDR" not in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    if not is_trainer_rank() and (idle := idle_hosts(os.environ)):
         raise ValueError(
-            "several nodes under srun need MASTER_ADDR; in the batch script: "
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+            f"this job has {idle + 1} hosts, and without srun only this one would work. In the batch script: srun "
+            "--kill-on-bad-exit=1 --ntasks-per-node=GPUS vppo train ... (for one host alone: srun --nodes=1 --ntasks=1)"
         )
-    os.environ["RANK"] = str(_whole_number("SLURM_PROCID"))
-    os.environ["WORLD_SIZE"] = str(_whole_number("SLURM_STEP_NUM_TASKS"))
-    os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    task = read_task(os.environ)
+    if task is None:
+        return None
+    for variable, value, source in (
+        ("RANK", task.rank, "SLURM_PROCID"),
+        ("WORLD_SIZE", task.size, "SLURM_STEP_NUM_TASKS"),
+        ("LOCAL_RANK", task.local_rank, "SLURM_LOCALID"),
+    ):
+        if os.environ.get(variable, str(value)) != str(value):
+            raise ValueError(
+                f"the environment has {variable}={os.environ[variable]!r} and {source}={value}; unset {variable}, srun "
+                "says it"
+            )
+        os.environ[variable] = str(value)
+    os.environ["MASTER_ADDR"] = _master_address(task)
+    _check_port()
+    return task
+
+
+def _master_address(task: SlurmTask) -> str:
+    """Returns the address of rank 0's host, as it is set or as SLURM says it.
+
+    Raises:
+        ValueError: it is empty, not known here, or that of another host.
+    """
+    given = os.environ.get("MASTER_ADDR")
+    if given is not None and not given.strip():
+        raise ValueError(f"the environment has MASTER_ADDR={given!r}; unset it, the hosts of the step are known")
+    if len(task.hosts) < 2:
+        return given or "127.0.0.1"
+    first, here = task.hosts[0], task.hosts[min(task.host_number, len(task.hosts) - 1)]
+    name = given or first
+    origin = f"the environment has MASTER_ADDR={given!r}, and" if given else f"SLURM_STEP_NODELIST begins with {first}:"
+    try:
+        address = resolve(name)
+    except ValueError as error:
+        raise ValueError(f"{origin} {error}; set MASTER_ADDR to an address of {first} that every host knows") from error
+    if is_loopback(address) and (name == address or name == "localhost"):
+        raise ValueError(f"{origin} that is each host itself, while the step has {len(task.hosts)}; unset MASTER_ADDR")
+    is_here = is_own(address)
+    if task.host_number == 0 and not is_here:
+        raise ValueError(
+            f"{origin} SLURM_STEP_NODELIST begins with {first}, where rank 0 runs, but {address} is no address of "
+            f"{first}; unset MASTER_ADDR"
+        )
+    if task.host_number > 0 and is_here:
+        raise ValueError(
+            f"{origin} on {here} that means {address}, which is {here} itself, while rank 0 runs on {first}; set "
+            f"MASTER_ADDR to an address of {first} that every host knows"
+        )
+    return name
+
+
+def _check_port() -> None:
+    port = os.environ.get("MASTER_PORT")
+    if port is not None and not (port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"the environment has MASTER_PORT={port!r}, which is no port; unset it, or set 1 to 65535")
+
+
+def wait_for_other_tasks() -> None:
+    """Gives the other tasks of a `srun` the time to find the same mistake, before this one ends with it.
+
+    When one task fails, srun ends the others by SIGTERM, and reports that instead of the mistake.
+    """
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        ignore_stop_signals()
+        time.sleep(_SECONDS_BETWEEN_TASKS)
 
 
 def check_rank() -> None:
@@ -60,8 +136,8 @@ def check_rank() -> None:
     """
     if not is_trainer_rank():
         return
-    rank, size = _whole_number("RANK"), _whole_number("WORLD_SIZE")
-    _whole_number("LOCAL_RANK", default="0")
+    rank, size = whole_number(os.environ, "RANK"), whole_number(os.environ, "WORLD_SIZE")
+    whole_number(os.environ, "LOCAL_RANK", default="0")
     if rank >= size:
         raise ValueError(f"the environment has RANK={rank} and WORLD_SIZE={size}; ranks count from 0")
 
@@ -97,38 +173,25 @@ def quieten_libraries() -> None:
 def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoReturn:
     """Replaces this process by the launcher, which runs `vppo ARGUMENTS` on `num_ranks` local ranks.
 
-    So nothing stays in memory that the checks before it have loaded. Raises OSError or ValueError if `logs`, the
-    folder for the logs of the ranks, cannot be made.
+    So nothing stays in memory that the checks before it have loaded. The logs of the ranks go to a folder of this
+    attempt within `logs`. Raises OSError or ValueError if it cannot be made.
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
+        attempt = begin_attempt(logs, name=os.environ.get(ATTEMPT_VARIABLE) or None)
     except FileExistsError as error:
         raise ValueError(
             f"{error.filename} is no folder, but a file or a link that leads nowhere; remove it, or set another "
             "trainer.runs_dir"
         ) from error
-    launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs)]
+    link_latest(logs, attempt)
+    os.environ[ATTEMPT_VARIABLE] = attempt
+    launcher = [sys.executable, "-m", "megatron_vppo.cli.launcher", str(num_ranks), str(logs / attempt)]
     flush_output()
     os.execv(sys.executable, [*launcher, "-m", "megatron_vppo.cli.main", *arguments])
-
-
-def _is_srun_task() -> bool:
-    """Returns True if `srun` has started this process as one of several tasks."""
-    # SLURM_NTASKS is set in the batch shell as well.
-    return "SLURM_PROCID" in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
 
 
 def _is_later(variable: str) -> bool:
     """Returns True if the variable is the number of a rank, but not of the first."""
     value = os.environ.get(variable, "0")
     return value.isdecimal() and int(value) > 0
-
-
-def _whole_number(variable: str, *, default: str | None = None) -> int:
-    value = os.environ.get(variable, default)
-    if value is None or not value.isdecimal():
-        raise ValueError(
-            f"the environment has {variable}={value!r}, which is no rank or size; torchrun or srun sets it. Unset it "
-            "to let vppo start the ranks"
-        )
-    return int(value)

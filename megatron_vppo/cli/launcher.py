@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,9 +27,11 @@ from megatron_vppo.cli.errors import STOPPED, error_text, is_mistake, mistake_st
 from megatron_vppo.cli.output import READER_LEFT
 from megatron_vppo.cli.rank_error import parse_error, rank_log
 from megatron_vppo.cli.trainer_rank import LAUNCHER_VARIABLE
+from megatron_vppo.system.owned_folder import OwnedFolder, remove_left_folders
 from megatron_vppo.system.processes import children_of
 from megatron_vppo.system.stop_signals import SAME_REQUEST_SECONDS
 
+_FOLDER_PREFIX = "vppo-ranks-"
 _AGENT = "torch.distributed"
 """The logger of torch's agent."""
 MEANINGS: dict[int, str] = {
@@ -62,8 +63,12 @@ def main(arguments: Sequence[str]) -> int:
 def _run(num_ranks: int, logs: Path, program: Sequence[str]) -> int:
     requests = _StopRequests()
     try:
-        with tempfile.TemporaryDirectory(prefix="vppo-ranks-") as error_files:
-            elastic_launch(_launch_config(num_ranks, error_files), sys.executable)("-u", *program)
+        remove_left_folders(prefix=_FOLDER_PREFIX)
+        error_files = OwnedFolder(prefix=_FOLDER_PREFIX)
+        try:
+            elastic_launch(_launch_config(num_ranks, str(error_files.path)), sys.executable)("-u", *program)
+        finally:
+            error_files.remove()
     except ChildFailedError as error:
         if any(failure.exitcode == STOPPED for failure in error.failures.values()):
             return STOPPED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import signal
 import sys
 import typing
@@ -16,6 +17,7 @@ from typing import TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
+from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
 from megatron_vppo.cli.errors import MISTAKE, STOPPED, error_text, is_mistake, mistake_status
 from megatron_vppo.cli.launch import (
     check_rank,
@@ -24,8 +26,10 @@ from megatron_vppo.cli.launch import (
     is_trainer_rank,
     launch_ranks,
     quieten_libraries,
+    refuse_several_processes,
     stop_signals,
     take_rank_from_slurm,
+    wait_for_other_tasks,
 )
 from megatron_vppo.cli.output import (
     READER_LEFT,
@@ -37,13 +41,15 @@ from megatron_vppo.cli.output import (
     say,
 )
 from megatron_vppo.cli.plan_options import add_plan_options
-from megatron_vppo.cli.trainer_rank import run_rank
+from megatron_vppo.cli.slurm import add_slurm_options, run_slurm
+from megatron_vppo.cli.trainer_rank import is_launched_by_us, run_rank
 from megatron_vppo.config.choices import Fp8Recipe
 from megatron_vppo.system.stop_signals import StopSignals
 from megatron_vppo.system.visible import visible
 
 if typing.TYPE_CHECKING:
     from megatron_vppo.config.schema import RunConfig
+    from megatron_vppo.system.slurm import SlurmTask
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 INTERRUPTED = 128 + signal.SIGINT
@@ -87,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: Sequence[str] | None) -> int:
     """Parses and calls. A user's mistake ends in one message on stderr, and the status of one."""
     options = _parser().parse_args(arguments)
+    options.words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status: int = options.run(options)
     except (ValueError, OSError) as error:
@@ -94,6 +101,7 @@ def _run(arguments: Sequence[str] | None) -> int:
             raise
         if is_first_on_host():
             print(visible(f"vppo: {error_text(error)}"), file=sys.stderr, flush=True)
+        wait_for_other_tasks()
         return mistake_status()
     return status
 
@@ -109,7 +117,16 @@ def _parser() -> argparse.ArgumentParser:
         epilog="'vppo COMMAND --help' describes a command. megatron_vppo/config/schema.py describes every setting.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_plan, _add_doctor, _add_convert, _add_report, _add_summary, _add_fp8_fidelity):
+    for add in (
+        _add_train,
+        _add_slurm,
+        _add_plan,
+        _add_doctor,
+        _add_convert,
+        _add_report,
+        _add_summary,
+        _add_fp8_fidelity,
+    ):
         add(commands)
     return parser
 
@@ -123,7 +140,21 @@ def _add_train(commands: Commands) -> None:
         "(trainer.resume).",
     )
     _add_settings(train)
+    add_dry_run_options(train)
     train.set_defaults(run=_train)
+
+
+def _add_slurm(commands: Commands) -> None:
+    slurm = commands.add_parser(
+        "slurm",
+        help="write the batch script of a run for SLURM, and send it",
+        description="Checks the settings of a run against the size of a job, and writes its batch script: plain bash "
+        "to keep and to edit. The job saves and goes back into the queue at its time limit, and after a failure that a "
+        "restart may cure. Exit status 1: SLURM would not take it. docs/slurm.md explains the script.",
+    )
+    _add_settings(slurm)
+    add_slurm_options(slurm)
+    slurm.set_defaults(run=run_slurm)
 
 
 def _add_plan(commands: Commands) -> None:
@@ -229,7 +260,10 @@ def _add_run_dir(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    take_rank_from_slurm()
+    check_dry_run_options(options)
+    if options.dry_run:
+        return _dry_run(options)
+    task = take_rank_from_slurm()
     check_rank()
     end_with_torchrun()
     # Before any library starts a thread, which would be one that a signal ends.
@@ -238,12 +272,14 @@ def _train(options: argparse.Namespace) -> int:
     from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
     from megatron_vppo.setup.run_folder import RunFolder
+    from megatron_vppo.system.attempt import attempt_name
 
     config = load_config(options.config, options.overrides)
     check_training(config)
     logs = RunFolder.of(config.trainer).logs
     if signals is not None:
-        return run_rank(functools.partial(_train_on_this_rank, config, signals), logs=logs)
+        work = functools.partial(_train_on_this_rank, config, task, signals)
+        return run_rank(work, logs=logs / attempt_name())
 
     from megatron_vppo.setup.preflight import check_before_launch
 
@@ -251,10 +287,34 @@ def _train(options: argparse.Namespace) -> int:
     launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
 
 
-def _train_on_this_rank(config: RunConfig, signals: StopSignals) -> int:
+def _dry_run(options: argparse.Namespace) -> int:
+    refuse_several_processes("--dry-run")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: GPUs that are here have no part in it
+    quieten_libraries()
+    from megatron_vppo.cli.dry_run import run_dry_run
+    from megatron_vppo.config.checks import check_training
+    from megatron_vppo.config.load import load_config
+
+    config = load_config(options.config, options.overrides)
+    check_training(config)
+    return run_dry_run(config, options)
+
+
+def _train_on_this_rank(config: RunConfig, task: SlurmTask | None, signals: StopSignals) -> int:
+    """Meets the other ranks and trains with them. What takes long to import comes after what can be refused before."""
+    from megatron_vppo.setup.world import open_world
+
+    check = None if is_launched_by_us() else functools.partial(_check_settings, config)
+    world = open_world(config, task, check_settings=check)
     from megatron_vppo.trainer.run import run_training
 
-    return 0 if run_training(config, say=say, signals=signals) else STOPPED
+    return 0 if run_training(config, world, say=say, signals=signals) else STOPPED
+
+
+def _check_settings(config: RunConfig, local_ranks: int) -> None:
+    from megatron_vppo.setup.preflight import check_settings
+
+    check_settings(config, world_size=int(os.environ["WORLD_SIZE"]), local_ranks=local_ranks)
 
 
 def _plan(options: argparse.Namespace) -> int:

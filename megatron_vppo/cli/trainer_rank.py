@@ -7,6 +7,7 @@ user's own torchrun, or srun, the ranks settle it by a file in the folder of the
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import faulthandler
 import fcntl
 import logging
@@ -14,6 +15,7 @@ import os
 import shlex
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -23,12 +25,20 @@ from typing import NoReturn, TextIO
 from megatron_vppo.cli.errors import DO_NOT_RESTART, show
 from megatron_vppo.cli.output import READER_LEFT, reader_left
 from megatron_vppo.cli.rank_error import RankError, describe, rank_log, write_error
+from megatron_vppo.cli.silent_ranks import explain_silence, mark_reported
+from megatron_vppo.system.attempt import link_latest
+from megatron_vppo.system.flight_recorder import record_collectives
 from megatron_vppo.system.requeue import do_not_requeue
+from megatron_vppo.system.stop_signals import ignore_stop_signals
+from megatron_vppo.system.watchdog import TookTooLong
 
 LAUNCHER_VARIABLE = "VPPO_LAUNCHER_PID"
 """The environment variable by which a rank knows that our launcher has started it."""
 _CLAIM = ".first_error"
 _STARTED = time.time()
+_FOLLOWS = "follows"
+CAUSE_SECONDS = 2.0
+"""The time that a rank which lost contact leaves to the rank that knows why."""
 
 
 def run_rank(work: Callable[[], int], *, logs: Path) -> int:
@@ -37,6 +47,9 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
     If it fails, the traceback goes to the log, the error is reported, and this process ends at once with the error's
     status: a normal exit can wait for ranks that wait for this one. A reader of standard output that has left is no
     error, and not reported; the status is READER_LEFT.
+
+    Args:
+        logs: the folder of this attempt's logs.
     """
     rank = int(os.environ["RANK"])
     log = rank_log(logs, rank)
@@ -44,8 +57,12 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
         terminal = _send_stderr_to(log)
     except OSError as error:  # its message says all
         _fail(describe(error, rank=rank, log=None), logs, sys.stderr)
+    if rank == 0:
+        link_latest(logs.parent, logs.name)
+    record_collectives(logs.absolute())
+    _end_with_watchdog(rank, log, terminal)
     try:
-        return work()
+        return _call(work, logs, terminal)
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and reader_left(sys.stdout):
             os._exit(READER_LEFT)
@@ -54,10 +71,45 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
         _fail(describe(error, rank=rank, log=log), logs, terminal)
 
 
+def _end_with_watchdog(rank: int, log: Path, terminal: TextIO) -> None:
+    """Lets this process end with the error of its watchdog, whose thread finds that the main thread hangs."""
+    others = threading.excepthook
+
+    def end(arguments: threading.ExceptHookArgs) -> None:
+        if isinstance(arguments.exc_value, TookTooLong):
+            _fail(describe(arguments.exc_value, rank=rank, log=log), log.parent, terminal)
+        others(arguments)
+
+    threading.excepthook = end
+
+
+def is_launched_by_us() -> bool:
+    """Returns True if our launcher has started this rank."""
+    return os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid())
+
+
+def _call(work: Callable[[], int], logs: Path, terminal: TextIO) -> int:
+    """Calls `work`. If a check that one rank makes for all has failed, that rank tells the user, and all end."""
+    from megatron_vppo.system.rendezvous import Refused  # it imports torch
+
+    try:
+        return work()
+    except Refused as refusal:
+        status = refusal.status
+        if refusal.error is not None:
+            with contextlib.suppress(OSError):
+                traceback.print_exception(refusal.error)
+            error = describe(refusal.error, rank=int(os.environ["RANK"]), log=rank_log(logs, int(os.environ["RANK"])))
+            _tell(error, logs, terminal)
+            status = error.status
+        assert status is not None, "rank 0 has an error, and the others its status"
+        ignore_stop_signals()
+        refusal.leave(status)
+        os._exit(status)
+
+
 def _fail(error: RankError, logs: Path, terminal: TextIO) -> NoReturn:
-    if error.status == DO_NOT_RESTART:
-        do_not_requeue(logs.parent, error.message)
-    _report(error, logs, terminal)
+    _tell(error, logs, terminal)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os._exit(error.status)
@@ -89,29 +141,49 @@ def _send_stderr_to(log: Path) -> TextIO:
     return terminal
 
 
+def _tell(error: RankError, logs: Path, terminal: TextIO) -> None:
+    """Tells the batch script, if a restart would not help, and the user."""
+    if error.status == DO_NOT_RESTART:
+        do_not_requeue(logs.parent.parent, error.message)
+    _report(error, logs, terminal)
+
+
 def _report(error: RankError, logs: Path, terminal: TextIO) -> None:
-    """Tells the launcher; where there is none of ours, tells the user, if no other rank has done so."""
+    """Tells the launcher; where there is none of ours, tells the user, if no other rank has done so.
+
+    A rank that lost contact is not the cause. It lets others speak first, and then says which ranks were silent.
+    """
     written = write_error(error)
-    if written and os.environ.get(LAUNCHER_VARIABLE) == str(os.getppid()):
+    if written and is_launched_by_us():
         return
-    if _is_first(logs / _CLAIM):
-        show(error.text(), terminal)
+    mark_reported(logs, error.rank)
+    if error.lost_contact:
+        ignore_stop_signals()  # SIGTERM is srun's, when another rank was killed
+        time.sleep(CAUSE_SECONDS)
+    if not _is_first(logs / _CLAIM, follows=error.lost_contact):
+        return
+    silence = explain_silence(logs, world_size=int(os.environ["WORLD_SIZE"])) if error.lost_contact else None
+    if silence is not None:
+        error = dataclasses.replace(error, message=f"{silence}; {error.message}")
+    show(error.text(), terminal)
 
 
-def _is_first(claim: Path) -> bool:
+def _is_first(claim: Path, *, follows: bool) -> bool:
     """Returns True on the first rank of this attempt that asks, and on all of them if the file cannot be written.
 
-    The file holds the time of the last claim. One from before this process is that of an earlier attempt.
+    Also on the first whose error does not follow from another's, where those before did. The file holds the time of the
+    last claim, and whether its error followed. One from before this process is that of an earlier attempt.
     """
     try:
         with open(claim, "a+", encoding="utf-8") as file:
             with contextlib.suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.seek(0)
-            if float(file.read() or 0) >= _STARTED:
+            before, _, kind = file.read().partition(" ")
+            if float(before or 0) >= _STARTED and (follows or kind != _FOLLOWS):
                 return False
             file.truncate(0)
-            file.write(repr(time.time()))
+            file.write(f"{time.time()!r} {_FOLLOWS if follows else ''}")
     except (OSError, ValueError):
         pass
     return True

@@ -281,11 +281,17 @@ def check_warmup(config: RunConfig, *, total_steps: int | None = None) -> None:
 
 
 def check_intervals(config: RunConfig) -> None:
-    """Refuses intervals that are neither a positive number of steps nor -1, which means only at the ends."""
+    """Refuses intervals that are neither a positive number of steps nor -1, which means only at the ends.
+
+    So with the number of checkpoints that are kept, where -1 means all.
+    """
     for name in ("val_freq", "save_freq"):
         value = getattr(config.trainer, name)
         if value != -1 and value < 1:
             raise ValueError(f"trainer.{name} is {value}; set a number of steps of at least 1, or -1")
+    limit = config.trainer.save_limit
+    if limit != -1 and limit < 1:
+        raise ValueError(f"trainer.save_limit is {limit}; set a number of checkpoints of at least 1, or -1 to keep all")
 
 
 def check_resume(config: RunConfig) -> None:
@@ -295,6 +301,26 @@ def check_resume(config: RunConfig) -> None:
         raise ValueError(
             f"trainer.resume_step {step} has no effect with trainer.resume=false; leave it out, or set "
             "trainer.resume=true"
+        )
+
+
+def check_timeouts(config: RunConfig) -> None:
+    """Refuses engines that are given up only after the ranks that wait for them have given up."""
+    engine, ranks = config.rollout.engine_timeout_seconds, config.parallel.collective_timeout_seconds
+    if engine >= ranks:
+        raise ValueError(
+            f"rollout.engine_timeout_seconds {engine:g} is not below parallel.collective_timeout_seconds {ranks:g}: "
+            "the other ranks would give up before an engine that hangs is started again; raise the second"
+        )
+
+
+def check_watchdog(config: RunConfig) -> None:
+    """Refuses a watchdog that every other step would wake."""
+    factor = config.trainer.watchdog
+    if 0 < factor <= 1:
+        raise ValueError(
+            f"trainer.watchdog is {factor:g}: half of the steps take longer than {factor:g} times their median; set "
+            "several times the median, or 0 for no limit"
         )
 
 
@@ -324,6 +350,8 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_warmup,
     check_intervals,
     check_resume,
+    check_timeouts,
+    check_watchdog,
     check_reward,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

@@ -376,6 +376,12 @@ class RolloutConfig(Section):
     logprob_diff_bound: Positive = 0.05
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
     start_timeout_seconds: Wait = 600.0
+    """Time for an engine to load."""
+    engine_timeout_seconds: Wait = 300.0
+    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
+    started again. The default is vLLM's own bound of a forward pass."""
+    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
+    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
 
 
 class RewardConfig(Section):
@@ -404,8 +410,11 @@ class TrainerConfig(Section):
     """Steps between validations; -1: only before and after training."""
     save_freq: int = Field(default=5, le=LARGEST_INT)
     """Steps between checkpoints; -1: only the last step."""
-    save_limit: Count = 1
-    """Checkpoints kept."""
+    save_limit: int = Field(default=1, le=LARGEST_INT)
+    """Newest checkpoints that are kept; -1: all. The one with the best val/accuracy is kept besides them."""
+    save_model_only: bool = False
+    """Leave the optimizer's state out of checkpoints. A run that goes on from one has the weights (rounded to
+    model.dtype) and the place in the data, and its optimizer starts from zero."""
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
     stop_within_seconds: Wait = 240.0
@@ -417,6 +426,14 @@ class TrainerConfig(Section):
     """Go on from a checkpoint of the run folder, if there is one. If false, a folder that has one is refused."""
     resume_step: Count | None = None
     """The step whose checkpoint to go on from; later checkpoints are set aside. None: the newest one."""
+    watchdog: float = Field(default=10.0, ge=0, le=1e6)
+    """A step, validation or checkpoint that takes longer than this many times its median ends the run, and every
+    rank leaves its stacks in its log. No limit is below rollout.engine_timeout_seconds + rollout.start_timeout_seconds,
+    the time of an engine's restart. 0: off."""
+    load_checkpoint_path: FilePath | None = None
+    """A checkpoint of another run, .../checkpoints/global_step_N, that a new run starts from: weights, optimizer, place
+    in the data and the count of steps. Once the run has a checkpoint of its own, it goes on from that, so that a job
+    that is started again keeps what it has done. Refused in a folder with checkpoints of a run that began otherwise."""
     save_rollouts: bool = True
     loggers: tuple[LoggerService, ...] = ()
     """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""

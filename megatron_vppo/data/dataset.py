@@ -69,6 +69,16 @@ class VisionDataset:
         """False if no row has images, because there is no column of them."""
         return self._images is not None
 
+    def selection(self) -> dict[str, Any]:
+        """Returns, for JSON, what of its files it uses: columns, rows, and the folder of images."""
+        numbers = self._numbers
+        return {
+            "source": self.source,
+            "columns": [self._problems, self._answers, self._images],
+            "numbers": [numbers.start, numbers.stop, numbers.step],
+            "image_root": str(self._image_root),
+        }
+
     def error(self, row: int, reason: str) -> RowError:
         """Builds the error of a row."""
         return RowError(self.source, row, reason, self._rows.place(self._numbers[row]))

@@ -18,12 +18,12 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.config.choices import BadRows
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.data.row_cache import CheckedRows, Grids, RowCache, TokenIds
 from megatron_vppo.system.processes import die_with_parent
 from megatron_vppo.system.visible import visible
 
@@ -33,9 +33,6 @@ _MIN_ROWS_PER_WORKER = 4000  # a row takes 1-2 ms, and a process about 8 s to im
 _LISTED = 20
 
 logger = logging.getLogger(__name__)
-
-Grids = tuple[tuple[int, int, int], ...]
-TokenIds = Sequence[int] | NDArray[np.int32]
 
 
 def read_template(path: str) -> str:
@@ -205,6 +202,7 @@ def load_prompts(
     max_images: int,
     on_bad_row: BadRows,
     num_workers: int,
+    cache: RowCache | None = None,
 ) -> PromptSet:
     """Checks and tokenises every row. Prompts that are too long are left out, counted and reported.
 
@@ -212,11 +210,52 @@ def load_prompts(
         max_images: a row with more is a bad one, since the rollout engine takes no more.
         on_bad_row: 'error' raises, 'skip' leaves the row out.
         num_workers: processes that share the work if there are enough rows; the result does not depend on it.
+        cache: where the outcome of an earlier check may be, and where that of this one goes.
 
     Raises:
         RowError: the first bad row, under on_bad_row='error'.
         ValueError: no prompt is left.
     """
+    checked = None if cache is None else cache.load()
+    if checked is None:
+        checked = _check_all(
+            dataset,
+            builder,
+            max_prompt_length=max_prompt_length,
+            max_images=max_images,
+            on_bad_row=on_bad_row,
+            num_workers=num_workers,
+        )
+        if cache is not None:
+            cache.save(checked)
+    report = PromptReport(
+        rows=len(dataset),
+        kept=len(checked.usable),
+        too_long=checked.too_long,
+        bad_rows=checked.bad,
+        transparent=checked.transparent,
+    )
+    if not checked.usable:
+        raise ValueError(
+            f"{dataset.source}: no usable prompt. {report.summary()}\n"
+            f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
+            "data.max_pixels."
+        )
+    tell = logger.warning if report.too_long or report.bad_rows or report.transparent else logger.info
+    tell("%s", visible(f"{dataset.source}: {report.summary()}"))
+    return PromptSet(dataset, builder, split=split, rows=checked.usable, report=report)
+
+
+def _check_all(
+    dataset: VisionDataset,
+    builder: PromptBuilder,
+    *,
+    max_prompt_length: int,
+    max_images: int,
+    on_bad_row: BadRows,
+    num_workers: int,
+) -> CheckedRows:
+    """See `load_prompts`."""
     usable: list[tuple[int, TokenIds, Grids]] = []
     too_long: list[int] = []
     bad: list[RowError] = []
@@ -234,18 +273,7 @@ def load_prompts(
             else:
                 usable.append((row, outcome.compact_ids, outcome.grids))
                 transparent += outcome.is_transparent
-    report = PromptReport(
-        rows=len(dataset), kept=len(usable), too_long=tuple(too_long), bad_rows=tuple(bad), transparent=transparent
-    )
-    if not usable:
-        raise ValueError(
-            f"{dataset.source}: no usable prompt. {report.summary()}\n"
-            f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
-            "data.max_pixels."
-        )
-    tell = logger.warning if too_long or bad or transparent else logger.info
-    tell("%s", visible(f"{dataset.source}: {report.summary()}"))
-    return PromptSet(dataset, builder, split=split, rows=usable, report=report)
+    return CheckedRows(usable=usable, too_long=tuple(too_long), bad=tuple(bad), transparent=transparent)
 
 
 @dataclass(frozen=True, slots=True)

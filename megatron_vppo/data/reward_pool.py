@@ -1,7 +1,8 @@
 """Rewards of responses, computed in worker processes with a time limit.
 
 A reward function is foreign code: it may hang, raise, print or end its process. None of that stops the run. The
-response gets the reward zero and is counted, and the first case of each kind is logged with its row.
+response gets the reward zero and is counted, and the first case of each kind is logged with its row. A worker that a
+signal ended may be no fault of the function's: what it had to grade is graded once more.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class RewardPool:
         rewards: list[Reward | None] = [None] * len(inputs)
         singles: list[Job] = [(i,) for i in range(len(inputs))]
         jobs = deque([tuple(range(len(inputs)))] if self._batch and inputs else singles)
+        repeated: set[Job] = set()
         while jobs or any(worker.job is not None for worker in self._workers):
             self._hand_out(jobs, inputs)
             for worker in self._answered_or_late():
@@ -103,6 +105,10 @@ class RewardPool:
                 if "scores" in answer:
                     for i, score in zip(job, answer["scores"], strict=True):
                         rewards[i] = _reward(score)
+                elif answer["kind"] == "killed" and job not in repeated:
+                    repeated.add(job)
+                    jobs.append(job)
+                    logger.warning("%s; its %d responses are graded once more", answer["error"], len(job))
                 elif len(job) > 1:
                     self._show(
                         answer, f"batch of {len(job)}, which is graded again one by one", responses[job[0]], None
@@ -129,6 +135,7 @@ class RewardPool:
         for i, worker in enumerate(self._workers):
             if jobs and worker.job is None:
                 if worker.process.poll() is not None:  # died between two calls
+                    logger.warning("%s between two rounds; there is another one now", worker.end())
                     worker.kill()
                     worker = self._workers[i] = _Worker(*self._arguments)
                 worker.wait_until_ready()
@@ -188,7 +195,9 @@ class _Worker:
     def wait_until_ready(self) -> None:
         """Waits for the process to load the function.
 
-        Raises ValueError if it does not.
+        Raises:
+            ValueError: it does not.
+            RuntimeError: a signal has ended it, which may be no fault of the function's.
         """
         if self._ready:
             return
@@ -205,7 +214,8 @@ class _Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_END_SECONDS)
             self.kill()
-            raise ValueError(
+            kind = ValueError if self.process.returncode >= 0 else RuntimeError
+            raise kind(
                 f"reward.reward_function={self._spec}: its process ended while starting "
                 f"(exit code {self.process.returncode})"
             ) from None
@@ -235,7 +245,11 @@ class _Worker:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_END_SECONDS)  # for its own exit code, and not that of the kill
             self.kill()
-            return job, {"error": f"the worker process ended (exit code {self.process.returncode})", "kind": "died"}
+            return job, {"error": self.end(), "kind": "killed" if self.process.returncode < 0 else "died"}
+
+    def end(self) -> str:
+        """Describes how the process ended."""
+        return f"the worker process ended (exit code {self.process.returncode})"
 
     def kill(self) -> None:
         self.alive = False

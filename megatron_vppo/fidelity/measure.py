@@ -35,6 +35,7 @@ from megatron_vppo.setup.policy import make_scorer
 from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.sampling import train_sampling
 from megatron_vppo.setup.settings import vppo_settings
+from megatron_vppo.setup.world import world_of_one
 from megatron_vppo.weights.stream import hf_weights
 
 STEP = 1
@@ -182,7 +183,9 @@ def _scorer_and_responses(
             f"set data.{split}_files to data with images"
         )
     with ExitStack() as stack:
-        engine = start_engine(config, layout, source, images=inputs.images, hf_config=inputs.hf_config, logs=logs)
+        engine = start_engine(
+            config, layout, source, world=world_of_one(), images=inputs.images, hf_config=inputs.hf_config, logs=logs
+        )
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=inputs.images,
             verify=config.rollout.verify_weights,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_vppo.observability.json_lines import dump_line, parse_lines
-from megatron_vppo.system.whole import whole_file
+from megatron_vppo.system.whole import naming_file, whole_file
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,12 +35,14 @@ class JsonLinesSink:
 
     def write(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
         # One write call for the whole line, then to disk: after a crash only the last line can be incomplete.
-        self._file.write(dump_line({"step": step, "time": round(time, 3), **metrics}))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming_file(self._file.name):
+            self._file.write(dump_line({"step": step, "time": round(time, 3), **metrics}))
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._file.close()
+        with naming_file(self._file.name):
+            self._file.close()
 
 
 class TensorBoardSink:
@@ -53,12 +55,14 @@ class TensorBoardSink:
         self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=purge_step)
 
     def write(self, step: int, time: float, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, global_step=step, walltime=time)
-        self._writer.flush()
+        with naming_file(self._writer.log_dir):
+            for name, value in metrics.items():
+                self._writer.add_scalar(name, value, global_step=step, walltime=time)
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with naming_file(self._writer.log_dir):
+            self._writer.close()
 
 
 class WandbSink:

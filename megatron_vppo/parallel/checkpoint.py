@@ -25,41 +25,60 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint import Metadata
 
-from megatron_vppo.parallel.checkpoint_fit import check_fits, check_loaded_optimizer, check_loaded_weights
+from megatron_vppo.parallel.checkpoint_buffers import buffers_to_read, set_buffers
+from megatron_vppo.parallel.checkpoint_failure import naming_failed_writes
+from megatron_vppo.parallel.checkpoint_fit import (
+    check_fits,
+    check_loaded_optimizer,
+    check_loaded_weights,
+    check_written_for,
+    written_vocabulary,
+)
 from megatron_vppo.parallel.checkpoint_folder import (
     STATE,
     SavedSizes,
+    SavedState,
     check_whole,
-    checkpoint_steps,
     read_state,
     step_folder,
 )
+from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
+from megatron_vppo.parallel.optimizer_shards import optimizer_shards, share_weights
+from megatron_vppo.parallel.optimizer_state import allocate_state, set_updates, updates_of
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.system.processes import die_with_parent
-from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder
-from megatron_vppo.weights.dist_metadata import DIST_CKPT, naming
+from megatron_vppo.system.records import parse_record
+from megatron_vppo.system.whole import unfinished_folder, whole_file, whole_folder
+from megatron_vppo.weights.dist_metadata import DIST_CKPT, naming, read_metadata
 from megatron_vppo.weights.load import load_sharded
 from megatron_vppo.weights.residence import require_resident
 
 LATEST = "latest_checkpointed_iteration.txt"
-_METADATA = {"distrib_optim_sharding_type": "dp_reshardable", "chained_optim_avoid_prefix": True}
-"""With it, weights load under any layout, and optimizer state under the same tensor and pipeline sizes and any
-data-parallel size. Megatron's other format, 'fully_reshardable', corrupts the state if there is padding between
-parameters (its own warning says so; seen in 0.16.1 with two pipeline stages)."""
 
 
 def save_checkpoint(
-    folder: Path, *, step: int, trainable: Trainable, layout: Layout, state: Mapping[str, Any], keep: int
+    folder: Path,
+    *,
+    step: int,
+    trainable: Trainable,
+    layout: Layout,
+    state: Mapping[str, Any],
+    keep: int,
+    accuracy: float | None = None,
+    model_only: bool = False,
 ) -> None:
     """Writes `global_step_{step}`; a collective over all ranks.
 
     Args:
         state: JSON values with which the loop continues; those of rank 0 are written.
-        keep: the number of newest checkpoints that stay.
+        keep: the number of newest checkpoints that stay, besides the best one; -1: all stay.
+        accuracy: what the validation of this step found; None: it was not validated.
+        model_only: leave out the optimizer's state.
 
     Raises:
         RuntimeError: weights or optimizer state are offloaded (offload.py).
@@ -68,17 +87,21 @@ def save_checkpoint(
     require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
     with _filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
         _use_result_queue_of_ours()
-        _allocate_adam_state(trainable)  # no step may have had anything to train on yet
-        dist_checkpointing.save(_sharded_state(trainable, layout, is_loading=False), str(unfinished / DIST_CKPT))
+        allocate_state(trainable)  # no step may have had anything to train on yet
+        about = {
+            **_sizes(trainable, layout).model_dump(),
+            "optimizer": "none" if model_only else "by parameter",
+            "optimizer_updates": updates_of(trainable),
+        }
+        with naming_failed_writes(step_folder(folder, step)):
+            written = _state_to_write(trainable, layout, model_only=model_only)
+            dist_checkpointing.save(written, str(unfinished / DIST_CKPT))
         if layout.rank == 0:
-            sizes = _sizes(trainable, layout).model_dump()
-            (unfinished / STATE).write_text(json.dumps({"step": step, **sizes, **state}, indent=1))
+            (unfinished / STATE).write_text(json.dumps({"step": step, **about, **state}, indent=1))
     if layout.rank == 0:
         with whole_file(folder / LATEST) as file:
             file.write(str(step).encode())
-        older = [other for other in checkpoint_steps(folder) if other < step]
-        for old in older[: max(0, len(older) - (keep - 1))]:  # this one is kept too
-            remove_folder(step_folder(folder, old))
+        keep_checkpoints(folder, step=step, accuracy=accuracy, keep=keep)
         for leftover in folder.glob(".global_step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
     dist.barrier()
@@ -99,21 +122,28 @@ def _filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
 def load_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
     """Restores everything from `global_step_{step}` and returns the loop's state; a collective over all ranks.
 
+    Any layout may have written it. If it holds no optimizer state, the optimizer starts from zero.
+
     Raises:
         ValueError: see `check_checkpoint`; until then nothing is loaded.
         DamagedCheckpoint: a weight or the optimizer's state that was loaded holds NaN or infinity.
     """
-    state = check_checkpoint(folder, step=step, trainable=trainable, layout=layout)
+    state, sharded = _checked(folder, step, trainable, layout)
+    saved = parse_record(SavedState, state)
     dist_ckpt = step_folder(folder, step) / DIST_CKPT
-    loaded = load_sharded(_sharded_state(trainable, layout, is_loading=True), dist_ckpt)
+    # Megatron's own check, that all ranks together read everything exactly once, knows no pieces of unequal size. That
+    # nothing is missing was seen key by key.
+    loaded = load_sharded(sharded, dist_ckpt, validate_access_integrity=False)
     for stage, key in zip(trainable.stages, _model_keys(trainable), strict=True):
-        stage.load_state_dict(loaded[key])
+        missing, _ = stage.load_state_dict(loaded[key], strict=False)
+        assert all(name.endswith("_extra_state") for name in missing), missing  # that of other layers; ours is empty
     on_every_rank(partial(check_loaded_weights, trainable, dist_ckpt))
     if trainable.trains_here:
-        _load_optimizer(trainable, loaded["optimizer"])
+        _set_optimizer(trainable, saved, sharded, loaded)
     on_every_rank(partial(check_loaded_optimizer, trainable, dist_ckpt))
     _set_rng_state(loaded["rng"])
-    return {name: value for name, value in state.items() if name not in SavedSizes.model_fields}
+    about = SavedState.model_fields.keys() - {"step"}
+    return {name: value for name, value in state.items() if name not in about}
 
 
 def check_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
@@ -124,14 +154,25 @@ def check_checkpoint(folder: Path, *, step: int, trainable: Trainable, layout: L
 
     Raises:
         DamagedCheckpoint: something is missing or damaged; names the file.
-        ValueError: the checkpoint was written with other sizes, stages, frozen parts, vision split or backend, or of
-            another model; or this rank does not see it. All ranks raise the same.
+        ValueError: the checkpoint has no optimizer state for a part that this run trains, is one of another model or
+            dtype, or is one of an older version and of other sizes; or this rank does not see it. All ranks raise the
+            same.
     """
-    state = on_every_rank(partial(_check_state, folder, step, trainable, layout))
-    _allocate_adam_state(trainable)
-    sharded = _sharded_state(trainable, layout, is_loading=True)
-    on_every_rank(partial(check_fits, step_folder(folder, step) / DIST_CKPT, sharded))
+    state, _ = _checked(folder, step, trainable, layout)
     return state
+
+
+def _checked(folder: Path, step: int, trainable: Trainable, layout: Layout) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the checkpoint's STATE and what this rank has to load of it, after all checks."""
+    state = on_every_rank(partial(_check_state, folder, step, trainable, layout))
+    saved = parse_record(SavedState, state)
+    dist_ckpt = step_folder(folder, step) / DIST_CKPT
+    metadata = on_every_rank(partial(read_metadata, dist_ckpt))
+    allocate_state(trainable)
+    sharded = _state_to_read(trainable, layout, saved, metadata)
+    vocabulary = written_vocabulary(trainable, saved)
+    on_every_rank(partial(check_fits, dist_ckpt, metadata, sharded, vocabulary=vocabulary))
+    return state, sharded
 
 
 def _check_state(folder: Path, step: int, trainable: Trainable, layout: Layout) -> dict[str, Any]:
@@ -143,13 +184,7 @@ def _check_state(folder: Path, step: int, trainable: Trainable, layout: Layout) 
                 "trainer.runs_dir to a folder that all machines share"
             )
     state = check_whole(folder, step) if layout.rank == 0 else read_state(folder, step)
-    present = _sizes(trainable, layout).model_dump()
-    written = {name: state[name] for name in present}
-    if written != present:
-        raise ValueError(
-            f"{source} was written with {written}, this run has {present}; set the same to continue, or another "
-            "trainer.experiment_name to start from the beginning"
-        )
+    check_written_for(source, parse_record(SavedState, state), _sizes(trainable, layout))
     return state
 
 
@@ -185,68 +220,56 @@ def _model_keys(trainable: Trainable) -> list[str]:
     return ["model"] if count == 1 else [f"model{number}" for number in range(count)]
 
 
-def _sharded_state(trainable: Trainable, layout: Layout, *, is_loading: bool) -> dict[str, Any]:
-    models = {
-        key: stage.sharded_state_dict(metadata=dict(_METADATA))
-        for key, stage in zip(_model_keys(trainable), trainable.stages, strict=True)
+def _model_states(trainable: Trainable) -> dict[str, dict[str, Any]]:
+    return {
+        key: stage.sharded_state_dict() for key, stage in zip(_model_keys(trainable), trainable.stages, strict=True)
     }
-    # One generator state serves all ranks: the trainer draws alike on every rank, or on rank 0 alone.
-    state = {**models, "rng": ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank)}
-    if trainable.trains_here:
-        state["optimizer"] = trainable.optimizer.sharded_state_dict(
-            models if len(models) > 1 else models["model"], is_loading=is_loading, metadata=dict(_METADATA)
-        )
-    return state
 
 
-def _allocate_adam_state(trainable: Trainable) -> None:
-    """Allocates what the first update would, so that a checkpoint can be written and read; existing state stays.
+def _rng(layout: Layout) -> ShardedObject:
+    """Wraps the random generators. One state serves all ranks: they draw alike, or rank 0 alone does."""
+    return ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank)
 
-    Megatron (0.16 to 0.19) does so itself for the fused optimizers of Apex and TransformerEngine. For torch's it misses
-    the step count, without which its `state_dict` fails.
-    """
-    adam = _torch_adam(trainable)
-    if adam is None:
-        return
-    for group in adam.param_groups:
-        for parameter in group["params"]:
-            if adam.state[parameter]:
-                continue
-            adam.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+
+def _state_to_write(trainable: Trainable, layout: Layout, *, model_only: bool) -> dict[str, Any]:
+    models = _model_states(trainable)
+    states = list(models.values())
+    optimizer = {} if model_only else optimizer_shards(trainable, states, layout)
+    share_weights(states, layout)
+    return {**models, "rng": _rng(layout), "optimizer": optimizer}
+
+
+def _state_to_read(trainable: Trainable, layout: Layout, saved: SavedState, metadata: Metadata) -> dict[str, Any]:
+    models = _model_states(trainable)
+    optimizer: dict[str, Any] = {}
+    if saved.optimizer == "by parameter":
+        optimizer = dict(optimizer_shards(trainable, list(models.values()), layout))
+    elif saved.optimizer is None and trainable.trains_here:
+        optimizer = buffers_to_read(trainable, models)
+    # Layers of another backend have other extra states. What is not in the checkpoint starts from zero.
+    held = {
+        key: {
+            name: item
+            for name, item in state.items()
+            if not isinstance(item, ShardedObject) or item.unique_key in metadata.state_dict_metadata
+        }
+        for key, state in models.items()
+    }
+    return {**held, "rng": _rng(layout), "optimizer": optimizer}
 
 
 @torch.no_grad()
-def _load_optimizer(trainable: Trainable, state: dict[str, Any]) -> None:
-    """Loads the optimizer as Megatron does, except for the step counts of torch's Adam.
-
-    Megatron's distributed optimizer (0.16 to 0.19) looks for them among the sharded tensors, where they are not. It
-    then gives all parameters one and the same tensor, which the next step would raise once per parameter.
-    """
-    adam = _torch_adam(trainable)
-    sharded = state.pop("param_state", None) if adam else None
-    trainable.optimizer.load_state_dict(state)
-    if adam is None:
-        return
-    steps = {parameter: values.pop("step") for parameter, values in adam.state.items()}
-    if sharded is not None:
-        _only_optimizer(trainable).load_parameter_state_from_dp_reshardable(sharded)
-    for parameter, step in steps.items():
-        adam.state[parameter]["step"] = step.clone()
-
-
-def _torch_adam(trainable: Trainable) -> torch.optim.Optimizer | None:
-    adam = _only_optimizer(trainable).optimizer
-    return adam if isinstance(adam, torch.optim.Adam | torch.optim.AdamW) else None
-
-
-def _only_optimizer(trainable: Trainable) -> Any:
-    """Returns the only optimizer: Megatron chains one optimizer per kind of parameter; a dense model has one."""
-    (optimizer,) = getattr(trainable.optimizer, "chained_optimizers", [trainable.optimizer])
-    return optimizer
+def _set_optimizer(
+    trainable: Trainable, saved: SavedState, sharded: Mapping[str, Any], loaded: Mapping[str, Any]
+) -> None:
+    if saved.optimizer is None:
+        set_buffers(trainable, loaded["optimizer"])
+    elif saved.optimizer == "none":
+        trainable.optimizer.reload_model_params()
+    else:
+        for number, shard in sharded["optimizer"].items():
+            shard.data.copy_(loaded["optimizer"][number])  # where Megatron filled it itself, this changes nothing
+        set_updates(trainable, saved.optimizer_updates)
 
 
 def _rng_state() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_vppo.system.records import Record, parse_record
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, DamagedCheckpoint, naming
@@ -20,7 +20,7 @@ STATE = "trainer_state.json"
 
 
 class SavedSizes(Record):
-    """The facts that decide how the optimizer's state is laid out, under the names of the settings."""
+    """The layout that wrote a checkpoint, under the names of the settings. A run may go on under any other."""
 
     tensor_model_parallel_size: int
     pipeline_model_parallel_size: int
@@ -34,6 +34,12 @@ class SavedState(SavedSizes):
     """The fields of STATE that every checkpoint has. The loop adds its own."""
 
     step: int
+    optimizer: Literal["by parameter", "none"] | None = None
+    """The form of the optimizer's state. None: that of older versions, which `SavedSizes` must equal to be read."""
+    optimizer_updates: int = 0
+    """The updates that the optimizer's moments come from; unknown in older checkpoints."""
+    started_from: str | None = None
+    """The checkpoint of another run that the run began with, as an absolute path; None: it began with model.path."""
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

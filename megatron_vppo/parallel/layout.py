@@ -69,6 +69,7 @@ def init_layout(
     data: int | None = None,
     virtual_stages: int = 1,
     vision_split: VisionSplit = "tensor",
+    device: int | None = None,
     timeout_seconds: float,
 ) -> Layout:
     """Joins the ranks (environment of torchrun or srun, or a world of one) and builds the process groups.
@@ -80,6 +81,7 @@ def init_layout(
         data: the data-parallel size. None: the number of ranks divided by the other sizes.
         virtual_stages: pipeline stages that each rank holds.
         vision_split: see ModelOptions.
+        device: the number of this rank's GPU among those that it sees. None: that of LOCAL_RANK, where there are any.
         timeout_seconds: the time that a collective waits for the slowest rank before the run fails.
 
     Raises:
@@ -87,7 +89,7 @@ def init_layout(
     """
     on_cpu = enable_cpu()
     if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) if device is None else device)
     if not dist.is_initialized():
         _init_default_group(on_cpu=on_cpu, timeout=timedelta(seconds=timeout_seconds))
     world = dist.get_world_size()

@@ -72,7 +72,7 @@ class ScheduleRunner:
         self.layout = layout
         self.settings = settings
         self._vocab_size = hf_config.text_config.vocab_size
-        self._packer = Packer(
+        self.packer = Packer(
             pixels=pixels if layout.is_first_stage else None,
             positions=family_of(hf_config).positions(hf_config),
             image_token_id=hf_config.image_token_id,
@@ -181,7 +181,7 @@ class ScheduleRunner:
 
         # A generator: the images of a micro-batch are read and packed when the schedule asks for it, not before. Every
         # stage of this rank asks once, so they share the batches.
-        packed = (self._packer.pack(responses, views) for views in [*micro_views, *idle])
+        packed = (self.packer.pack(responses, views) for views in [*micro_views, *idle])
         iterators = list(itertools.tee(packed, len(models)))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(

@@ -244,7 +244,7 @@ def update_activations(
             recompute=recompute,
             frozen=frozen,
         )
-    running = _running_layer(language, vision, batch, with_vision=is_first, split=split, kernels=kernels)
+    running = running_layer(language, vision, batch, with_vision=is_first, split=split, kernels=kernels)
     head = head_bytes(language, batch, chunk=chunk, tensor=split.tensor, dtype_bytes=kernels.dtype_bytes)
     return StageActivations(
         layers=(len(stage_layers) - stage) * (saved + output) + running, head=head if is_last else 0
@@ -266,13 +266,13 @@ def score_activations(
     output, and on the last stage three fp32 tensors of the size of a chunk's logits.
     """
     tokens = -(-batch.tokens // split.context)
-    running = _running_layer(language, vision, batch, with_vision=stage == 0, split=split, kernels=kernels)
+    running = running_layer(language, vision, batch, with_vision=stage == 0, split=split, kernels=kernels)
     hidden = 2 * tokens * language.layer.hidden * kernels.dtype_bytes
     logits = 3 * FLOAT32 * min(chunk, batch.response_tokens) * -(-language.vocabulary // split.tensor)
     return StageActivations(layers=running + hidden, head=logits if stage == stages - 1 else 0)
 
 
-def _running_layer(
+def running_layer(
     language: LanguageSizes,
     vision: VisionSizes,
     batch: MicroBatch,

@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -15,31 +17,56 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vppo.rollout import os_processes
-from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.rollout.records import PROGRESS, EngineSettings
+from megatron_vppo.system.owned_folder import OwnedFolder, remove_left_folders
 from megatron_vppo.system.processes import child_environment
 from megatron_vppo.system.stop_signals import StopRequested
 
+_MODULE = "megatron_vppo.rollout.engine_process"
+FOLDER_PREFIX = "vppo-engine-"
 LOG_TAIL_LINES = 30
 POLL_SECONDS = 0.2
+LONGEST_WAIT_SECONDS = 1.0
+"""The most that one wait of POLL_SECONDS counts: while this process is stopped, as by `scontrol suspend`, the engine is
+stopped as well and not silent."""
 GRACE_SECONDS = 5.0
 """The time from the request to end until SIGTERM, and again from SIGTERM until SIGKILL."""
 
 
+class EngineLost(RuntimeError):
+    """The error of an engine whose process has ended, hangs or cannot go on. Another one may do what it was asked."""
+
+    def __init__(self, what: str, *, log_end: str) -> None:
+        super().__init__(f"{what}; {log_end}")
+        self.what = what
+        """The message without the end of the log."""
+
+
 class ChildProcess:
-    """Starts the process of one engine and talks to it.
+    """Starts the process of one engine and talks to it. Once it is lost, every call raises the same error again.
 
     The process has a session of its own, so Ctrl-C in the trainer's terminal does not reach it. It ends with `close`,
     and within seconds by itself when the trainer is gone (`engine_process.start_watchdog`).
     """
 
-    def __init__(self, settings: EngineSettings, *, log_path: Path) -> None:
+    def __init__(self, settings: EngineSettings, *, log_path: Path, silence_seconds: float | None = None) -> None:
+        """
+        Args:
+            silence_seconds: the time without a sign of progress after which an engine that was asked something hangs;
+                None: it never does.
+        """
         self.log_path = log_path
+        self._silence_seconds = silence_seconds
+        self._lost: EngineLost | None = None
         log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._folder = _temporary_folder()
         ours, theirs = socket.socketpair()
+        if silence_seconds is not None:  # a process that is stopped does not read
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", int(silence_seconds) + 1, 0))
         with theirs, log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "megatron_vppo.rollout.engine_process", str(theirs.fileno())],
-                env=engine_environment(settings),
+                [sys.executable, "-m", _MODULE, str(theirs.fileno()), str(self._folder.path)],
+                env=engine_environment(settings, folder=self._folder.path),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -51,45 +78,73 @@ class ChildProcess:
         self.send(settings)
 
     def send(self, message: Any) -> None:
-        """Sends a request. Raises RuntimeError, with the end of the log, if the process has ended."""
+        """Sends a request. Raises EngineLost if the process has ended, or does not take the request."""
+        self._require_alive()
         try:
             self._connection.send(message)
+        except BlockingIOError as error:  # SO_SNDTIMEO
+            raise self.lost(self._silence()) from error
         except OSError as error:
             raise self._end_of_process() from error
 
     def receive(self, *, timeout_seconds: float | None = None, stop_wanted: Callable[[], bool] = lambda: False) -> Any:
         """Waits for the next answer.
 
+        Args:
+            timeout_seconds: the time for the whole answer, progress or not; None: silence_seconds without progress.
+
         Raises:
-            RuntimeError: the process ended or time is over; with the end of the log.
+            EngineLost: the process ended or time is over.
             StopRequested: `stop_wanted` became true. The answer is still to come.
         """
-        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        self._require_alive()
+        waited, before = 0.0, time.monotonic()
         while True:
             ended = self._process.poll() is not None  # before the poll: an answer sent just before the end still counts
             try:
                 if self._connection.poll(POLL_SECONDS):
-                    return self._connection.recv()
+                    answer = self._connection.recv()
+                    if answer != PROGRESS:
+                        return answer
+                    waited = waited if timeout_seconds is not None else 0.0
             except (EOFError, OSError) as error:
                 raise self._end_of_process() from error
             if ended:
                 raise self._end_of_process()
             if stop_wanted():
                 raise StopRequested
-            if deadline is not None and time.monotonic() > deadline:
-                raise self.failure(f"did not answer within {timeout_seconds:.0f} seconds")
+            now = time.monotonic()
+            waited, before = waited + min(now - before, LONGEST_WAIT_SECONDS), now
+            if timeout_seconds is not None and waited > timeout_seconds:
+                raise self.lost(f"did not answer within {timeout_seconds:.0f} seconds")
+            if timeout_seconds is None and self._silence_seconds is not None and waited > self._silence_seconds:
+                raise self.lost(self._silence())
 
-    def failure(self, what: str) -> RuntimeError:
-        """Builds the error of an engine that `what` happened to, with the end of its log."""
+    def lost(self, what: str) -> EngineLost:
+        """Builds the error of an engine that is lost because of `what`, and keeps it for later calls."""
+        self._lost = EngineLost(f"the rollout engine (process {self.pid}) {what}", log_end=self._log_end())
+        return self._lost
+
+    def refusal(self, what: str) -> RuntimeError:
+        """Builds the error of an engine that answered with an error and goes on."""
+        return RuntimeError(f"the rollout engine (process {self.pid}) refused: {what}; {self._log_end()}")
+
+    def _log_end(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        tail = "\n".join(f"  | {line}" for line in lines)
-        return RuntimeError(f"the rollout engine (process {self.pid}) {what}; end of {self.log_path}:\n{tail}")
+        return f"end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
+
+    def _silence(self) -> str:
+        return f"made no progress for {self._silence_seconds:.0f} seconds (rollout.engine_timeout_seconds)"
+
+    def _require_alive(self) -> None:
+        if self._lost is not None:
+            raise self._lost
 
     def close(self, *, goodbye: Any = None) -> None:
         """Ends the process and everything that it started. Sends `goodbye` first and waits, if given. Idempotent."""
         if self._connection.closed:
             return
-        if goodbye is not None and self._process.poll() is None:
+        if goodbye is not None and self._lost is None and self._process.poll() is None:
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 self._connection.send(goodbye)
                 self._process.wait(GRACE_SECONDS)
@@ -100,12 +155,13 @@ class ChildProcess:
             if self._wait_for_group():
                 break
         self._process.wait()
+        self._folder.remove()
 
-    def _end_of_process(self) -> RuntimeError:
+    def _end_of_process(self) -> EngineLost:
         """Builds the error of a process whose end of the connection is closed; its exit may follow in a moment."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_SECONDS)
-        return self.failure(f"ended with {self._exit_status()}")
+        return self.lost(f"ended with {self._exit_status()}")
 
     def _wait_for_group(self) -> bool:
         deadline = time.monotonic() + GRACE_SECONDS
@@ -123,9 +179,28 @@ class ChildProcess:
         return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def engine_environment(settings: EngineSettings) -> dict[str, str]:
-    """Returns the environment of an engine: that of any child, and what vLLM needs."""
+def _temporary_folder() -> OwnedFolder:
+    """Makes the folder for the sockets and temporary files of an engine, which vLLM itself never removes.
+
+    Removes those of engines on this machine that were killed together with everything that would have removed them.
+    The path is short, since that of a socket has at most 107 bytes.
+    """
+    base = os.environ.get("VLLM_RPC_BASE_PATH")
+    where = Path(base) if base else None
+    remove_left_folders(prefix=FOLDER_PREFIX, base=where, first=os_processes.unlink_segments_named_in)
+    return OwnedFolder(prefix=FOLDER_PREFIX, base=where)
+
+
+def engine_environment(settings: EngineSettings, *, folder: Path) -> dict[str, str]:
+    """Returns the environment of an engine: that of any child, and what vLLM needs.
+
+    Args:
+        folder: the folder for its sockets and temporary files.
+    """
     environment = child_environment()
+    # Compiled code outlives the engine.
+    environment.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{os.getuid()}")
+    environment["TMPDIR"] = environment["VLLM_RPC_BASE_PATH"] = str(folder)
     environment["PYTHONUNBUFFERED"] = "1"
     environment["TOKENIZERS_PARALLELISM"] = "false"
     environment["VLLM_NO_USAGE_STATS"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from megatron_vppo.rollout.child import ChildProcess
-from megatron_vppo.rollout.records import Completion, EngineSettings, SampleRequest, SamplingSettings, SyncReport
+from megatron_vppo.rollout.child import ChildProcess, EngineLost
+from megatron_vppo.rollout.records import (
+    Completion,
+    EngineSettings,
+    Outcome,
+    SampleRequest,
+    SamplingSettings,
+    SyncReport,
+)
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, TransferBuffer, WeightSender
@@ -24,22 +32,37 @@ class RolloutEngine:
     """The client of one vLLM engine in a process of its own.
 
     The constructor only starts the process, so that the trainer can build its model meanwhile. Call `wait_ready` before
-    the first use. Every failure is a RuntimeError with the end of the engine's log. Use the client in a `with`, or call
-    `close`; if the trainer ends without either, the engine ends by itself.
+    the first use. Every failure is a RuntimeError with the end of the engine's log, and an `EngineLost` if another
+    process could do better (`restart`). Use the client in a `with`, or call `close`; if the trainer ends without
+    either, the engine ends by itself.
     """
 
-    def __init__(self, settings: EngineSettings, *, log_path: Path, buffer_bytes: int = BUFFER_BYTES) -> None:
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        log_path: Path,
+        buffer_bytes: int = BUFFER_BYTES,
+        silence_seconds: float | None = None,
+    ) -> None:
         """
         Args:
             log_path: the file that the engine's output is appended to.
             buffer_bytes: the size of each of the two buffers for weights.
+            silence_seconds: the time without a sign of progress after which the engine counts as lost; None: never.
         """
         self.settings = settings
+        self.log_path = log_path
         self._buffer_bytes = buffer_bytes
-        self._child = ChildProcess(settings, log_path=log_path)
+        self._silence_seconds = silence_seconds
+        self._preserved: frozenset[str] = frozenset()
+        self._start()
+
+    def _start(self) -> None:
+        self._child = ChildProcess(self.settings, log_path=self.log_path, silence_seconds=self._silence_seconds)
         self._session = _Session(self._child)
         self._sender: WeightSender | None = None
-        self._has_weights = settings.load_format != "empty"
+        self._has_weights = self.settings.load_format != "empty"
         self._asleep: set[EngineMemory] = set()
         self._finalizer = weakref.finalize(self, self._child.close)
 
@@ -62,6 +85,24 @@ class RolloutEngine:
             workers=workers,
             dtype=getattr(torch, self.settings.dtype),
         )
+
+    def restart(self, *, timeout_seconds: float) -> None:
+        """Ends what is left of the process, and returns once another one has loaded in its place.
+
+        It sleeps, if it can. It has no weights but those of its folder. Raises RuntimeError as `wait_ready` does.
+        """
+        self.close(goodbye=False)
+        self._start()
+        self.wait_ready(timeout_seconds=timeout_seconds)
+        if self.settings.can_sleep:
+            self.sleep()
+        if self._preserved:
+            self.preserve(self._preserved)
+
+    @property
+    def has_weights(self) -> bool:
+        """True if the engine holds a complete set of weights, awake or asleep."""
+        return self._has_weights
 
     def _buffer(self, num_workers: int) -> TransferBuffer:
         if self.settings.weight_transfer == "shm":
@@ -112,11 +153,14 @@ class RolloutEngine:
 
     def preserve(self, names: Collection[str]) -> None:
         """Makes the engine keep these tensors (Hugging Face names) when it forgets its weights in its sleep."""
+        self._preserved = frozenset(names)
         parameters = self._require_ready().preserve(names)
         self._session.call("preserve_over_sleep", parameters=list(parameters))
 
     def sleep(self, *, keep_weights: bool = False) -> None:
         """Gives back the GPUs' memory, except for what every CUDA process needs.
+
+        An engine that is lost meanwhile, or while it wakes, is reported by the next request that has a result.
 
         Args:
             keep_weights: True: the weights wait in host memory. False: they are forgotten, except for the preserved
@@ -126,7 +170,8 @@ class RolloutEngine:
         if not self.settings.can_sleep:
             raise RuntimeError("the rollout engine was started without can_sleep, so it keeps its memory")
         self._require_awake("sleep", "weights")
-        self._session.call("sleep", keep_weights=keep_weights)
+        with contextlib.suppress(EngineLost):
+            self._session.call("sleep", keep_weights=keep_weights)
         self._asleep = {"weights", "kv_cache"}
         if not keep_weights:
             self._has_weights = False
@@ -137,7 +182,8 @@ class RolloutEngine:
         self._require_ready()
         if tag not in self._asleep:
             raise RuntimeError(f"wake: the rollout engine already holds its {tag}")
-        self._session.call("wake", tag=tag)
+        with contextlib.suppress(EngineLost):
+            self._session.call("wake", tag=tag)
         self._asleep.remove(tag)
 
     def live_digests(self) -> list[dict[str, str]]:
@@ -149,13 +195,17 @@ class RolloutEngine:
         self._require_awake("live_digests", "weights")
         return self._session.live_digests()
 
-    def close(self) -> None:
-        """Ends the engine and all of its processes. Idempotent."""
+    def close(self, *, goodbye: bool = True) -> None:
+        """Ends the engine and all of its processes. Idempotent.
+
+        Args:
+            goodbye: True: an engine that is idle has time to end by itself.
+        """
         idle = self._sender is not None and not self._session.busy
         if self._sender is not None:
             self._sender.close()
         if self._finalizer.detach() is not None:
-            self._child.close(goodbye=("shutdown", {}) if idle else None)
+            self._child.close(goodbye=("shutdown", {}) if idle and goodbye else None)
 
     def __enter__(self) -> Self:
         return self
@@ -192,10 +242,17 @@ class _Session:
         self.busy = True
 
     def end(self, *, stop_wanted: Callable[[], bool] = lambda: False) -> Any:
-        succeeded, result = self._child.receive(stop_wanted=stop_wanted)
+        outcome: Outcome
+        try:
+            outcome, result = self._child.receive(stop_wanted=stop_wanted)
+        except EngineLost:
+            self.busy = False  # the next request says so again
+            raise
         self.busy = False
-        if not succeeded:
-            raise self._child.failure(f"refused: {result}")
+        if outcome == "broken":
+            raise self._child.lost(f"cannot go on: {result}")
+        if outcome == "refused":
+            raise self._child.refusal(result)
         return result
 
     def start_weight_update(self) -> None:

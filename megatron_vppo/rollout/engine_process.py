@@ -1,7 +1,9 @@
-"""The engine process: `python -m megatron_vppo.rollout.engine_process FD`, started by `child.ChildProcess`.
+"""The engine process: `python -m megatron_vppo.rollout.engine_process FD FOLDER`, started by `child.ChildProcess`.
 
 It reads its EngineSettings from the socket FD, builds one vLLM engine and sends the list of its weights. Then it
-answers requests (method name, keyword arguments) with (True, result) or (False, error) until the socket closes.
+answers requests (method name, keyword arguments) with ("done", result), ("refused", error) or ("broken", error) until
+the socket closes. While it samples, it says now and then that it makes progress. FOLDER, for its temporary files, is
+removed when it ends.
 """
 
 from __future__ import annotations
@@ -12,21 +14,31 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vppo.rollout import os_processes
-from megatron_vppo.rollout.records import Completion, EngineSettings, LiveWeight, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import (
+    PROGRESS,
+    Completion,
+    EngineSettings,
+    LiveWeight,
+    Outcome,
+    SampleRequest,
+    SamplingSettings,
+)
 
 WATCH_SECONDS = 0.2
+PROGRESS_SECONDS = 1.0
+"""The least time between two signs of progress."""
 TERM_SECONDS = 3.0
 """The time that vLLM's helpers have to remove their shared memory before they are killed."""
 
 
-def start_watchdog(socket_folder: str) -> None:
+def start_watchdog(folder: str) -> None:
     """Forks a process that waits for this one or its parent to end, and then removes the folder and kills this group.
 
     It is a process, because a thread could be held up by a kernel that holds the interpreter's lock. It is forked
@@ -41,7 +53,7 @@ def start_watchdog(socket_folder: str) -> None:
         signal.signal(ignored, signal.SIG_IGN)
     while os.getppid() == engine_pid and os_processes.parent_of(engine_pid) == trainer_pid:
         time.sleep(WATCH_SECONDS)
-    shutil.rmtree(socket_folder, ignore_errors=True)  # first, since the trainer soon kills the whole group
+    shutil.rmtree(folder, ignore_errors=True)  # first, since the trainer soon kills the whole group
     os.killpg(engine_pid, signal.SIGTERM)
     deadline = time.monotonic() + TERM_SECONDS
     while time.monotonic() < deadline and len(os_processes.members(engine_pid)) > 1:
@@ -176,10 +188,33 @@ class Engine:
     def shutdown(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
+    def call_on_progress(self, report: Callable[[], None]) -> None:
+        """Lets `report` be called, at most once in PROGRESS_SECONDS, while requests are prepared and sampled.
+
+        vLLM 0.32 and 0.33 tell of progress only by a bar on the terminal, so two public methods of this one object are
+        wrapped: `add_request`, which processes images, and `step`, one forward pass.
+        """
+        inner, last = self._llm.llm_engine, time.monotonic()
+
+        def reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **keywords: Any) -> Any:
+                nonlocal last
+                result = method(*arguments, **keywords)
+                if time.monotonic() - last > PROGRESS_SECONDS:
+                    last = time.monotonic()
+                    report()
+                return result
+
+            return call
+
+        for name in ("add_request", "step"):
+            setattr(inner, name, reporting(getattr(inner, name)))
+
     @property
     def is_broken(self) -> bool:
-        """True if a failure left requests inside vLLM, which would go on in the next `generate`."""
-        return self._llm.llm_engine.has_unfinished_requests()
+        """True if a failure left requests inside vLLM, which would go on in the next `generate`, or ended a worker."""
+        inner = self._llm.llm_engine
+        return inner.has_unfinished_requests() or getattr(inner.model_executor, "is_failed", False)
 
 
 CPU_BLOCK_SIZE = 32
@@ -211,16 +246,17 @@ def _quieten_vllm() -> None:
 
 def serve(connection: Connection, engine: Engine) -> None:
     """Answers requests until the socket closes or the engine is broken."""
+    engine.call_on_progress(lambda: connection.send(PROGRESS))
     while True:
         try:
             method, arguments = connection.recv()
         except EOFError:
             return
         try:
-            answer = (True, getattr(engine, method)(**arguments))
-        except Exception as error:  # the trainer decides what follows; the engine stays
+            answer: tuple[Outcome, Any] = ("done", getattr(engine, method)(**arguments))
+        except Exception as error:  # the trainer decides what follows
             traceback.print_exc()
-            answer = (False, f"{type(error).__name__}: {error}")
+            answer = ("broken" if engine.is_broken else "refused", f"{type(error).__name__}: {error}")
         connection.send(answer)
         if method == "shutdown" or engine.is_broken:
             return
@@ -228,10 +264,7 @@ def serve(connection: Connection, engine: Engine) -> None:
 
 def main() -> None:
     os.set_inheritable(int(sys.argv[1]), False)
-    # vLLM never removes its sockets, so they get a folder. Its name is short: a socket's path has at most 107 bytes.
-    socket_folder = tempfile.mkdtemp(prefix="vppo-", dir=os.environ.get("VLLM_RPC_BASE_PATH"))
-    os.environ["VLLM_RPC_BASE_PATH"] = socket_folder
-    start_watchdog(socket_folder)
+    start_watchdog(sys.argv[2])
     status = 1
     try:
         connection = Connection(int(sys.argv[1]))
@@ -239,7 +272,7 @@ def main() -> None:
         engine = Engine(connection.recv())
         os_processes.unlink_shared_memory(os.getpgrp())
         print(f"engine ready after {time.perf_counter() - start:.1f} s", flush=True)
-        connection.send((True, engine.live_weights()))
+        connection.send(("done", engine.live_weights()))
         serve(connection, engine)
         status = 0
     except BaseException:

@@ -38,6 +38,16 @@ def unlink_shared_memory(group: int) -> None:
         Path(path).unlink(missing_ok=True)  # "... (deleted)" where another has unlinked it
 
 
+def unlink_segments_named_in(folder: Path) -> None:
+    """Removes the names of the segments in /dev/shm that an engine with this temporary folder has left.
+
+    vLLM's CPU workers find one another by a file vllm_dist_<id> in it, and the names of their segments begin with that.
+    """
+    for file in folder.glob("vllm_dist_*"):
+        for segment in Path("/dev/shm").glob(f"{file.name}*"):
+            segment.unlink(missing_ok=True)
+
+
 SHARED_MEMORY = ("/dev/shm/vllm_dist_", "/dev/shm/psm_")
 """The segments by which vLLM's CPU workers exchange tensors and messages. vLLM 0.32 always leaves the first behind, and
 the second if Python's resource tracker is killed as well. All are opened by the time the engine is ready."""

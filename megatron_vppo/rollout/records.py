@@ -12,6 +12,11 @@ from megatron_vppo.config.choices import Dtype
 
 WeightTransfer = Literal["shm", "ipc"]
 
+Outcome = Literal["done", "refused", "broken"]
+"""The first part of an engine's answer. 'refused': the engine raised an error and goes on. 'broken': it then ends."""
+PROGRESS = "progress"
+"""A message from an engine that works on a request and has just got on with it; the answer is still to come."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:

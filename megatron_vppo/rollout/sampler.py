@@ -10,9 +10,12 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.choices import SeedKind, VerifyWeights
 from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.records import SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings, SyncReport
+from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.system.agreement import any_rank
 from megatron_vppo.system.stop_signals import StopRequested
 
 
@@ -43,6 +46,14 @@ class EngineSampler:
         self._verify = verify
         self._stop_wanted = stop_wanted
         self._num_syncs = 0
+        self._version = -1
+        self._report: SyncReport | None = None
+        """The last transfer to this rank's engine."""
+        self._recovery: EngineRecovery | None = None
+
+    def recover_with(self, recovery: EngineRecovery) -> None:
+        """Lets engines that are lost be started again. Without this call, a lost engine ends the run."""
+        self._recovery = recovery
 
     def generate(
         self,
@@ -54,60 +65,54 @@ class EngineSampler:
     ) -> list[list[Response]]:
         """Samples len(seeds[i]) responses to prompt i. Every rank returns all groups, in the order of the prompts.
 
+        An engine that was lost is asked all of its prompts again, with the same seeds.
+
         Raises StopRequested on every rank if sampling was cut off on one.
         """
-        try:
-            mine = self._share(prompts, seeds, sampling, first_group)
-        except StopRequested:
-            mine = None
-        gathered: list[dict[int, list[Response]] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, mine)
-        by_prompt: dict[int, list[Response]] = {}
-        for part in gathered:
-            if part is None:
+        share = range(self._engine_index or 0, len(prompts), self._num_engines)
+        sampled: list[list[Completion]] | None = None
+        while True:
+            lost = None
+            if self._engine is not None and sampled is None:
+                requests = self._requests(prompts, seeds, share)
+                try:
+                    sampled = self._engine.generate(requests, sampling, stop_wanted=self._stop_wanted)
+                except StopRequested:
+                    pass
+                except EngineLost as error:
+                    lost = error
+            # SLURM may end an engine together with the run that it asks to stop.
+            if any_rank(sampled is None and self._engine is not None and self._stop_wanted()):
                 raise StopRequested
-            by_prompt |= part
+            if not self._recovered(lost):
+                break
+        mine: dict[int, list[Response]] = {}
+        if sampled is not None:
+            for i, completions in zip(share, sampled, strict=True):
+                mine[i] = _responses(prompts[i], first_group + i, completions)
+        gathered: list[dict[int, list[Response]]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, mine)
+        by_prompt = {i: group for part in gathered for i, group in part.items()}
         return [by_prompt[i] for i in range(len(prompts))]
 
-    def _share(
-        self,
-        prompts: Sequence[Prompt],
-        seeds: Sequence[Sequence[int | None]],
-        sampling: SamplingSettings,
-        first_group: int,
-    ) -> dict[int, list[Response]]:
-        """Samples the responses to this rank's share of the prompts; {} if it leads no engine."""
-        mine: dict[int, list[Response]] = {}
-        if self._engine is not None:
-            share = range(self._engine_index or 0, len(prompts), self._num_engines)
-            requests = [
-                SampleRequest(
-                    token_ids=prompts[i].compact_token_ids,
-                    images=tuple(self._images.image(ref) for ref in prompts[i].images),
-                    seeds=tuple(seeds[i]),
-                )
-                for i in share
-            ]
-            sampled = self._engine.generate(requests, sampling, stop_wanted=self._stop_wanted)
-            for i, completions in zip(share, sampled, strict=True):
-                mine[i] = [
-                    Response(
-                        prompt=prompts[i],
-                        group_id=first_group + i,
-                        sample=sample,
-                        token_ids=tuple(completion.token_ids),
-                        rollout_logps=tuple(completion.logps),
-                        finish_reason=completion.finish_reason,
-                        weight_version=completion.weight_version,
-                    )
-                    for sample, completion in enumerate(completions)
-                ]
-        return mine
+    def _requests(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int | None]], share: Sequence[int]
+    ) -> list[SampleRequest]:
+        return [
+            SampleRequest(
+                token_ids=prompts[i].compact_token_ids,
+                images=tuple(self._images.image(ref) for ref in prompts[i].images),
+                seeds=tuple(seeds[i]),
+            )
+            for i in share
+        ]
 
     def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
     ) -> dict[str, float]:
         """Sends the policy's weights to every engine. Every rank takes part in gathering them.
+
+        An engine that is lost is started again, and gets the present weights whole.
 
         Args:
             kept: names of tensors that do not come, because the engines have them from the first transfer.
@@ -116,17 +121,64 @@ class EngineSampler:
         """
         verify = self._verify == "always" or (self._verify == "first" and self._num_syncs == 0)
         self._num_syncs += 1
+        self._version = version
+        lost = None
         if self._engine is None:
             for _ in weights:
                 pass
+        else:
+            try:
+                self._report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)
+            except EngineLost as error:
+                lost = error
+        self._recovered(lost)
+        if self._report is None:
             return {}
-        report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)
-        metrics = {"weight_sync/bytes": float(report.num_bytes), "weight_sync/tensors": float(report.num_tensors)}
-        return {**metrics, "weight_sync/checksums_ok": 1.0} if verify else metrics
+        counts = {
+            "weight_sync/bytes": float(self._report.num_bytes),
+            "weight_sync/tensors": float(self._report.num_tensors),
+        }
+        return {**counts, "weight_sync/checksums_ok": 1.0} if self._report.checksums_ok else counts
+
+    def take_restarts(self) -> int:
+        """Returns how often engines were started again since the last call."""
+        return self._recovery.take_restarts() if self._recovery is not None else 0
+
+    def _recovered(self, lost: EngineLost | None) -> bool:
+        """Returns False if no rank has lost its engine, and True once all engines have the present weights again."""
+        if self._recovery is None:
+            if lost is not None:
+                raise lost
+            return False
+        if not any_rank(lost is not None):
+            return False
+        self._recovery.recover(lost, self._send_again)
+        return True
+
+    def _send_again(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Sends all of the present weights to this rank's engine, which has just started."""
+        assert self._engine is not None
+        verify = self._verify != "never"
+        self._report = self._engine.send_weights(weights, version=self._version, verify=verify)
 
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
+
+
+def _responses(prompt: Prompt, group_id: int, completions: Sequence[Completion]) -> list[Response]:
+    return [
+        Response(
+            prompt=prompt,
+            group_id=group_id,
+            sample=sample,
+            token_ids=tuple(completion.token_ids),
+            rollout_logps=tuple(completion.logps),
+            finish_reason=completion.finish_reason,
+            weight_version=completion.weight_version,
+        )
+        for sample, completion in enumerate(completions)
+    ]
 
 
 def group_seeds(

@@ -1,6 +1,7 @@
-"""The rollout engines of a run: the ranks that lead one, their settings, and the start of this rank's engine.
+"""The rollout engines of a run: their settings, and the start of this rank's engine.
 
-The ranks that lead are spread evenly. With 8 ranks and 2 engines of 2 GPUs each:
+Engines are spread evenly over the hosts (`megatron_vppo/setup/places.py`). With 8 ranks on a host and 2 engines of 2
+GPUs each:
 
     rank     0  1  2  3  4  5  6  7
     leads    0           1
@@ -9,12 +10,10 @@ The ranks that lead are spread evenly. With 8 ranks and 2 engines of 2 GPUs each
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_vppo.config.checks import check_device
@@ -25,6 +24,8 @@ from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, WeightTransfer
+from megatron_vppo.setup.places import engine_devices, engine_threads
+from megatron_vppo.setup.world import World, engine_seats
 
 VLLM_FP8 = {
     None: "fp8_per_block",
@@ -65,28 +66,6 @@ def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
     return count
 
 
-def engine_devices(visible: str | None, *, device_count: int, local_rank: int, size: int) -> str:
-    """Returns CUDA_VISIBLE_DEVICES of an engine: the GPU of the rank that leads it, and those of the ranks after it.
-
-    Args:
-        visible: the trainer's own CUDA_VISIBLE_DEVICES; None: not set.
-        device_count: GPUs that the trainer sees.
-        local_rank: the leading rank's number on its machine, which is its GPU's number among the visible ones.
-        size: GPUs of an engine.
-
-    Raises:
-        ValueError: the machine has too few GPUs from there on.
-    """
-    devices = visible.split(",") if visible else [str(number) for number in range(device_count)]
-    mine = devices[local_rank : local_rank + size]
-    if len(mine) < size:
-        raise ValueError(
-            f"rollout.tensor_parallel_size={size}: an engine led by local rank {local_rank} would need GPUs "
-            f"{local_rank} to {local_rank + size - 1} of a machine that has {len(devices)}; take a divisor of these"
-        )
-    return ",".join(mine)
-
-
 def engines_sleep(config: RunConfig, *, on_cpu: bool) -> bool:
     """Returns True if engines give their memory back while the trainer computes; by default they do on GPUs."""
     asked = config.rollout.free_cache_engine
@@ -113,40 +92,44 @@ def unquantized_layers(config: RunConfig, *, language_layers: int) -> tuple[str,
 
 
 def start_engine(
-    config: RunConfig, layout: Layout, source: Path, *, images: VisionInputs, hf_config: Any, logs: Path
+    config: RunConfig, layout: Layout, source: Path, *, world: World, images: VisionInputs, hf_config: Any, logs: Path
 ) -> EnginePlace:
     """Starts this rank's engine, if it leads one, without waiting for it to load."""
     on_cpu = layout.device.type == "cpu"
     check_device(config, on_cpu=on_cpu)
     sleeps = engines_sleep(config, on_cpu=on_cpu)
-    count = num_engines(config, world_size=layout.world_size, on_cpu=on_cpu)
-    index, offset = divmod(layout.rank, layout.world_size // count)
-    if offset or index >= count:
-        return EnginePlace(None, None, count, sleeps)
+    leaders = [seat.leader for seat in engine_seats(config, world.places)]
+    if layout.rank not in leaders:
+        return EnginePlace(None, None, len(leaders), sleeps)
+    index = leaders.index(layout.rank)
     settings = _engine_settings(
-        config, source, images=images, hf_config=hf_config, index=index, count=count, on_cpu=on_cpu
+        config, source, world=world, images=images, hf_config=hf_config, index=index, on_cpu=on_cpu
     )
-    client = RolloutEngine(settings, log_path=logs / f"engine_{index}.log")
-    return EnginePlace(client, index, count, sleeps)
+    client = RolloutEngine(
+        settings, log_path=logs / f"engine_{index}.log", silence_seconds=config.rollout.engine_timeout_seconds
+    )
+    return EnginePlace(client, index, len(leaders), sleeps)
 
 
 def _engine_settings(
-    config: RunConfig, source: Path, *, images: VisionInputs, hf_config: Any, index: int, count: int, on_cpu: bool
+    config: RunConfig, source: Path, *, world: World, images: VisionInputs, hf_config: Any, index: int, on_cpu: bool
 ) -> EngineSettings:
-    """Collects the settings of engine `index` of `count`, for the model of the folder `source`."""
+    """Collects the settings of engine `index`, for the model of the folder `source`."""
     rollout = config.rollout
+    seats = engine_seats(config, world.places)
+    fair_threads = engine_threads(world.places, seats, index, size=rollout.tensor_parallel_size)
     return EngineSettings(
         model=str(source),
         max_model_len=config.data.max_prompt_length + config.data.max_response_length,
         device="cpu" if on_cpu else "cuda",
-        cuda_visible_devices=None if on_cpu else _own_devices(rollout.tensor_parallel_size),
+        cuda_visible_devices=None if on_cpu else engine_devices(world.places, seats[index]),
         dtype=config.model.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size,
         max_num_seqs=rollout.max_num_seqs,
         images_per_prompt=rollout.max_images_per_prompt,
         seed=(config.trainer.seed + index) % 2**32,
         cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
-        cpu_threads=rollout.threads_per_engine or _fair_threads(count * rollout.tensor_parallel_size),
+        cpu_threads=rollout.threads_per_engine or fair_threads,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=rollout.enforce_eager,
         load_format="empty",
@@ -158,21 +141,6 @@ def _engine_settings(
         unquantized_layers=unquantized_layers(config, language_layers=hf_config.text_config.num_hidden_layers),
         banned_token_ids=vision_token_ids(hf_config),
     )
-
-
-def _own_devices(size: int) -> str:
-    """Returns CUDA_VISIBLE_DEVICES of the engine of `size` GPUs that this rank leads."""
-    return engine_devices(
-        os.environ.get("CUDA_VISIBLE_DEVICES"),
-        device_count=torch.cuda.device_count(),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        size=size,
-    )
-
-
-def _fair_threads(workers: int) -> int:
-    """Returns the CPU threads of a worker, if all workers share the cores of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 def await_engines(engine: EnginePlace, *, timeout_seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 
 from megatron_vppo.config.choices import BackendSetting, Dtype
 from megatron_vppo.config.schema import RunConfig
@@ -14,6 +15,15 @@ BFLOAT16_CAPABILITY = (8, 0)
 """The first compute capability with bfloat16: that of the A100."""
 LEAST_RANK_BYTES = GIB // 4
 """Memory of a trainer rank before it holds a model. Measured: 0.42 GiB of its own, after its imports."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The properties of the GPUs of a run that its checks depend on."""
+
+    capability: tuple[int, int]
+    """The compute capability, such as (9, 0)."""
+    memory_bytes: int
 
 
 def choose_backend(setting: BackendSetting, *, on_gpu: bool, dtype: Dtype) -> Backend:

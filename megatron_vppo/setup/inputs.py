@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, assert_never
 
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
@@ -14,6 +13,7 @@ from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.models.model_files import ModelFiles
+from megatron_vppo.setup.row_key import row_cache
 
 
 @dataclass(frozen=True)
@@ -92,18 +92,23 @@ def open_datasets(config: RunConfig) -> dict[str, VisionDataset]:
 
     Raises ValueError for a file, split or column that is missing.
     """
+    splits = ("train",) if config.data.val_files is None else ("train", "val")
+    return {split: open_split(config, split) for split in splits}
+
+
+def open_split(config: RunConfig, split: str) -> VisionDataset:
+    """Opens the rows of 'train' or 'val'. Raises ValueError as `open_datasets`."""
     data = config.data
-    open_split = partial(
-        open_dataset,
+    source = data.train_files if split == "train" else data.val_files
+    assert source is not None, "there is validation data"
+    return open_dataset(
+        source,
         problem_key=data.prompt_key,
         answer_key=data.answer_key,
         image_key=data.image_key,
         image_dir=data.image_dir,
+        max_rows=data.max_val_rows if split == "val" else None,
     )
-    datasets = {"train": open_split(data.train_files)}
-    if data.val_files is not None:
-        datasets["val"] = open_split(data.val_files, max_rows=data.max_val_rows)
-    return datasets
 
 
 def _template(config: RunConfig) -> str | None:
@@ -111,13 +116,15 @@ def _template(config: RunConfig) -> str | None:
 
 
 def read_prompts(config: RunConfig, inputs: RunInputs, split: str) -> PromptSet:
-    """Tokenises the rows of 'train' or 'val' and returns the usable prompts."""
+    """Tokenises the rows of 'train' or 'val', or reads what an earlier start has kept; returns the usable prompts."""
+    dataset = inputs.datasets[split]
     return load_prompts(
-        inputs.datasets[split],
+        dataset,
         inputs.builder,
         split=split,
         max_prompt_length=config.data.max_prompt_length,
         max_images=config.rollout.max_images_per_prompt,
         on_bad_row=config.data.on_bad_row,
         num_workers=config.data.num_workers,
+        cache=row_cache(config, dataset, inputs.builder),
     )

@@ -33,7 +33,7 @@ def make_policy(
     trainable = make_trainable(
         _load_stages(config, layout, source, inputs, options),
         layout=layout,
-        settings=_optim_settings(config, total_steps=total_steps),
+        settings=optim_settings(config, total_steps=total_steps),
         dtype=DTYPES[config.model.dtype],
         frozen=options.frozen,
     )
@@ -77,24 +77,32 @@ def _load_stages(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, options: ModelOptions
 ) -> list[QwenVLModel]:
     """Builds this rank's pipeline stages and loads their weights."""
-    stages = [
+    stages = build_stages(config, layout, inputs.hf_config, options, device=layout.device)
+    for stage in stages:
+        load_weights(stage, source, replicas=layout.groups.dp_cp)
+    return stages
+
+
+def build_stages(
+    config: RunConfig, layout: Layout, hf_config: HfConfig, options: ModelOptions, *, device: torch.device
+) -> list[QwenVLModel]:
+    """Builds this rank's pipeline stages, without weights."""
+    return [
         build_model(
-            inputs.hf_config,
+            hf_config,
             groups=layout.groups,
             vision_groups=layout.vision_groups,
             dtype=DTYPES[config.model.dtype],
-            device=layout.device,
+            device=device,
             options=options,
             virtual_stage=number,
         )
         for number in range(options.virtual_stages)
     ]
-    for stage in stages:
-        load_weights(stage, source)
-    return stages
 
 
-def _optim_settings(config: RunConfig, *, total_steps: int) -> OptimSettings:
+def optim_settings(config: RunConfig, *, total_steps: int) -> OptimSettings:
+    """Collects the settings of the optimizer."""
     optim = config.actor.optim
     return OptimSettings(
         lr=LrSchedule(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +16,11 @@ from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_layers
 from megatron_vppo.models.model_files import open_model_files
+from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.precision import check_fp8_model
 from megatron_vppo.setup.engine_limits import check_engines
 from megatron_vppo.setup.engines import num_engines
-from megatron_vppo.setup.hardware import check_dtype, check_host_memory, model_options
+from megatron_vppo.setup.hardware import Gpu, check_dtype, check_host_memory, model_options
 from megatron_vppo.setup.inputs import background_color, open_datasets
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.resume import check_resume
@@ -41,19 +44,32 @@ def check_before_launch(config: RunConfig) -> int:
             f"GPUs, but this machine has {devices}; lower one of parallel.*_size, or start several nodes with torchrun "
             "or srun"
         )
+    check_settings(config, world_size=world_size, local_ranks=world_size)
+    return world_size
+
+
+def check_settings(config: RunConfig, *, world_size: int, local_ranks: int) -> None:
+    """Checks a run of `world_size` ranks, `local_ranks` of which are on this machine.
+
+    One rank does so for all, where torchrun or srun has started them.
+
+    Raises:
+        ValueError: too little memory or disk, a damaged checkpoint, or as `check_run`.
+    """
+    on_cpu = torch.cuda.device_count() == 0
     hf_config = open_model_files(model_folder(config.model.path)).hf_config
-    check_run(config, hf_config, world_size=world_size, on_gpu=devices > 0)
+    check_run(config, hf_config, world_size=world_size, on_gpu=not on_cpu)
     check_resume(config.trainer)
-    if all(Path(check_source(source).location).exists() for source in _data_sources(config)):
+    if all(Path(check_source(source).location).exists() for source in data_sources(config).values()):
         open_datasets(config)  # of the hub, it is left to the ranks
-    if devices == 0:
+    if on_cpu:
+        engines = num_engines(config, world_size=world_size, on_cpu=True)
         check_host_memory(
             config,
-            ranks=world_size,
-            engines=num_engines(config, world_size=world_size, on_cpu=True),
+            ranks=local_ranks,
+            engines=-(-engines * local_ranks // world_size),
             total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         )
-    return world_size
 
 
 def check_run(config: RunConfig, hf_config: HfConfig, *, world_size: int, on_gpu: bool) -> None:
@@ -65,18 +81,48 @@ def check_run(config: RunConfig, hf_config: HfConfig, *, world_size: int, on_gpu
         ValueError: a layout that the ranks, the model or the GPUs do not allow; settings that an engine would refuse;
             or a missing file. The message has the settings, the numbers and what to set.
     """
-    check_layout(config, world_size)
-    check_device(config, on_cpu=not on_gpu)
-    if on_gpu:
-        check_dtype(config, capability=torch.cuda.get_device_capability())
-    _check_trainer(config, hf_config, on_gpu=on_gpu)
-    num_engines(config, world_size=world_size, on_cpu=not on_gpu)
-    gpu_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if on_gpu else None
-    check_engines(config, hf_config, gpu_bytes=gpu_bytes)
+    check_world(
+        config,
+        hf_config,
+        world_size=world_size,
+        gpu=_this_gpu() if on_gpu else None,
+        options_of=partial(model_options, on_gpu=on_gpu),
+    )
     _check_files(config)
 
 
-def _check_trainer(config: RunConfig, hf_config: HfConfig, *, on_gpu: bool) -> None:
+def _this_gpu() -> Gpu:
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Gpu(torch.cuda.get_device_capability(), properties.total_memory)
+
+
+def check_world(
+    config: RunConfig,
+    hf_config: HfConfig,
+    *,
+    world_size: int,
+    gpu: Gpu | None,
+    options_of: Callable[[RunConfig], ModelOptions],
+) -> None:
+    """Checks ranks and engines of a machine that may be another than this one.
+
+    Args:
+        gpu: the GPUs of the machine; None: it has none.
+        options_of: returns the options by which the machine builds the model, or refuses them.
+
+    Raises:
+        ValueError: as `check_run`, apart from files.
+    """
+    check_layout(config, world_size)
+    check_device(config, on_cpu=gpu is None)
+    if gpu is not None:
+        check_dtype(config, capability=gpu.capability)
+    _check_trainer(config, hf_config, options_of)
+    num_engines(config, world_size=world_size, on_cpu=gpu is None)
+    check_engines(config, hf_config, gpu_bytes=None if gpu is None else gpu.memory_bytes)
+
+
+def _check_trainer(config: RunConfig, hf_config: HfConfig, options_of: Callable[[RunConfig], ModelOptions]) -> None:
     """Refuses a split of the model that Megatron does not allow, and FP8 that the model or the machine does not."""
     parallel = config.parallel
     check_tensor_parallel(hf_config, tensor=parallel.tensor_model_parallel_size, vision_split=parallel.vision_split)
@@ -87,7 +133,7 @@ def _check_trainer(config: RunConfig, hf_config: HfConfig, *, on_gpu: bool) -> N
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
     )
-    options = model_options(config, on_gpu=on_gpu)
+    options = options_of(config)
     if options.fp8 is not None:
         check_fp8_model(
             hf_config,
@@ -98,19 +144,34 @@ def _check_trainer(config: RunConfig, hf_config: HfConfig, *, on_gpu: bool) -> N
         )
 
 
-def _data_sources(config: RunConfig) -> list[str]:
-    return [source for source in (config.data.train_files, config.data.val_files) if source is not None]
+def data_sources(config: RunConfig) -> dict[str, str]:
+    """Returns the sources of rows that are set, by the names of their settings."""
+    sources = {"data.train_files": config.data.train_files, "data.val_files": config.data.val_files}
+    return {setting: source for setting, source in sources.items() if source is not None}
+
+
+def own_files(config: RunConfig) -> dict[str, Path]:
+    """Returns the files and folders of the user that are set besides model and rows, by the names of their settings."""
+    paths = {
+        "data.image_dir": config.data.image_dir,
+        "data.format_prompt": config.data.format_prompt,
+        "reward.reward_function": config.reward.reward_function.rpartition(":")[0] or None,
+    }
+    return {setting: Path(path) for setting, path in paths.items() if path is not None}
+
+
+def missing_file(setting: str, path: Path) -> str | None:
+    """Returns the message about one of `own_files` that is not there; None: it is."""
+    if setting == "data.image_dir":
+        return None if path.is_dir() else f"{setting}: there is no folder {path.absolute()}"
+    return None if path.is_file() else f"{setting}: there is no file {path.absolute()}"
 
 
 def _check_files(config: RunConfig) -> None:
     """Checks the files of a run and the background. Ranks would miss them only after their engines have started."""
-    data, reward = config.data, config.reward.reward_function
     background_color(config)
-    for source in _data_sources(config):
+    for source in data_sources(config).values():
         check_source(source)
-    if data.image_dir is not None and not Path(data.image_dir).is_dir():
-        raise ValueError(f"data.image_dir: there is no folder {Path(data.image_dir).absolute()}")
-    files = {"data.format_prompt": data.format_prompt, "reward.reward_function": reward.rpartition(":")[0] or None}
-    for setting, file in files.items():
-        if file is not None and not Path(file).is_file():
-            raise ValueError(f"{setting}: there is no file {Path(file).absolute()}")
+    for setting, path in own_files(config).items():
+        if message := missing_file(setting, path):
+            raise ValueError(message)

@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import SavedPosition
-from megatron_vppo.parallel.checkpoint_folder import STATE, check_whole, checkpoint_steps, read_state, step_folder
+from megatron_vppo.parallel.checkpoint_folder import (
+    STATE,
+    SavedState,
+    check_whole,
+    checkpoint_steps,
+    read_state,
+    step_folder,
+)
+from megatron_vppo.parallel.checkpoint_keep import read_best
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.records import parse_record
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 
 
 def check_resume(config: TrainerConfig) -> None:
-    """Checks, without a rank or a model, that the run folder's checkpoint can be gone on from, if it has one.
+    """Checks, without a rank or a model, the checkpoint that the run goes on from or starts from, if there is one.
 
     Raises:
-        ValueError: see `chosen_step`; or it is damaged. The message then names another one that is whole.
+        ValueError: see `chosen_step`, `check_origin` and `given_checkpoint`; or it is damaged. The message then names
+            another one of the run folder that is whole.
     """
-    folder = RunFolder.of(config)
-    steps = checkpoint_steps(folder.checkpoints)
-    step = chosen_step(config, folder, steps)
+    folder = RunFolder.of(config).checkpoints
+    steps = checkpoint_steps(folder)
+    step = chosen_step(config, RunFolder.of(config), steps)
+    read_best(folder)
 
     def check(step: int) -> None:
-        check_whole(folder.checkpoints, step)
+        check_whole(folder, step)
         saved_position(folder, step)
 
     if step:
         try:
             check(step)
         except ValueError as error:
-            raise with_way_out(error, step, steps, check) from error
+            older = older_instead(error, step, steps, check, config=config)
+            if older is None:
+                raise with_way_out(error, step, steps, check) from error
+            step = older
+        check_origin(config, folder, step)
+    elif config.load_checkpoint_path is not None:
+        folder, step = given_checkpoint(config.load_checkpoint_path)
+        check(step)
 
 
 def chosen_step(config: TrainerConfig, folder: RunFolder, steps: Sequence[int]) -> int:
@@ -58,13 +78,51 @@ def chosen_step(config: TrainerConfig, folder: RunFolder, steps: Sequence[int]) 
     return config.resume_step
 
 
-def saved_position(folder: RunFolder, step: int) -> SavedPosition:
+def given_checkpoint(path: str) -> tuple[Path, int]:
+    """Returns the folder of checkpoints and the step that trainer.load_checkpoint_path names.
+
+    Raises:
+        ValueError: it is not the folder of a checkpoint; names one that is, if the folder has any.
+    """
+    given = Path(path).absolute()
+    match = re.fullmatch(r"global_step_(0|[1-9][0-9]*)", given.name)
+    if match and given.is_dir():
+        return given.parent, int(match[1])
+    newest = [(folder, max(checkpoint_steps(folder), default=None)) for folder in (given, given / "checkpoints")]
+    found = [step_folder(folder, step) for folder, step in newest if step is not None]
+    there = f"it has {found[0]}; set that" if found else "set a folder .../checkpoints/global_step_N"
+    raise ValueError(f"trainer.load_checkpoint_path: {given} is not the folder of a checkpoint; {there}")
+
+
+def check_origin(config: TrainerConfig, folder: Path, step: int) -> None:
+    """Checks that a run folder's checkpoint is one of a run that began with trainer.load_checkpoint_path, if it is set.
+
+    Raises:
+        ValueError: the run of the folder began otherwise, so that the setting would have no effect.
+    """
+    if config.load_checkpoint_path is None:
+        return
+    given, began = str(Path(config.load_checkpoint_path).absolute()), started_from(folder, step)
+    if began != given:
+        raise ValueError(
+            f"trainer.load_checkpoint_path={given}, but {folder} holds the checkpoint of step {step} of a run that "
+            f"began with {began or 'model.path'}; leave the setting out to go on from step {step}, or set another "
+            "trainer.experiment_name to start a new run"
+        )
+
+
+def started_from(folder: Path, step: int) -> str | None:
+    """Reads the checkpoint of another run that the run of this one began with. Raises DamagedCheckpoint."""
+    return parse_record(SavedState, read_state(folder, step)).started_from
+
+
+def saved_position(folder: Path, step: int) -> SavedPosition:
     """Reads the place in the data from a checkpoint. Raises DamagedCheckpoint if there is none."""
-    data = read_state(folder.checkpoints, step).get("data")
+    data = read_state(folder, step).get("data")
     try:
         return parse_record(SavedPosition, data)
     except ValueError as error:
-        path = step_folder(folder.checkpoints, step) / STATE
+        path = step_folder(folder, step) / STATE
         raise DamagedCheckpoint(f"{path} is damaged: 'data' in it {error}") from error
 
 

@@ -29,6 +29,7 @@ class RunFolder:
 
     @property
     def logs(self) -> Path:
+        """The logs: a folder for each attempt (system/attempt.py)."""
         return self.root / "logs"
 
     def huggingface(self, step: int) -> Path:

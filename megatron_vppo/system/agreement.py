@@ -1,4 +1,4 @@
-"""A check that every rank makes for itself, and whose failure all of them share."""
+"""Agreements between all ranks: numbers that each knows, and checks that each makes for itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+
+
+def any_rank(flag: bool) -> bool:
+    """Returns True on every rank if `flag` is true on some; a collective over all ranks."""
+    return any(gathered(flag))
+
+
+def gathered(number: int) -> list[int]:
+    """Returns the numbers of all ranks, by rank; a collective over all ranks."""
+    numbers: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return numbers
 
 
 def on_every_rank(work: Callable[[], Value]) -> Value:

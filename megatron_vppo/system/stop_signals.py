@@ -8,6 +8,7 @@ not end its engines.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Collection
 
 SAME_REQUEST_SECONDS = 5.0
 """Signals within this time of the first belong to one request: SLURM sends SIGTERM, and the batch script SIGUSR2."""
+_ignored = threading.Event()
 
 
 class StopRequested(Exception):
@@ -26,6 +28,16 @@ class StopRequested(Exception):
 def block_stop_signals(signals: Collection[signal.Signals]) -> None:
     """Blocks signals in this thread and in threads and processes that it starts. Call it before others are started."""
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+
+def ignore_stop_signals() -> None:
+    """Makes this process deaf to signals from now on, because it is about to end with a status of its own.
+
+    srun ends all tasks by SIGTERM when one has failed.
+    """
+    _ignored.set()
+    with contextlib.suppress(ValueError):  # not the main thread, and then there is a thread that waits for signals
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class StopSignals:
@@ -60,6 +72,8 @@ class StopSignals:
     def _wait(self) -> None:
         while True:
             received = signal.Signals(signal.sigwait(self._signals))
+            if _ignored.is_set():
+                continue
             if not self._working or self.seconds_since_request >= SAME_REQUEST_SECONDS:
                 print(f"ended by {received.name}", file=sys.stderr, flush=True)
                 os._exit(128 + received)

@@ -57,6 +57,17 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Gives an OSError of the block the name of its file, which one of a write lacks."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
 def whole_folder(target: Path, *, replace: bool = False, num_bytes: int | None = None) -> Iterator[Path]:
     """Makes a folder to fill that becomes `target` when the block ends without an exception.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -11,16 +14,28 @@ import torch.distributed as dist
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.parallel.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
-from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
+from megatron_vppo.parallel.checkpoint_folder import SavedState, checkpoint_steps, read_state, step_folder
+from megatron_vppo.parallel.checkpoint_keep import read_best
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
-from megatron_vppo.setup.resume import chosen_step, saved_position, with_way_out
+from megatron_vppo.setup.resume import (
+    check_origin,
+    chosen_step,
+    given_checkpoint,
+    saved_position,
+    started_from,
+    with_way_out,
+)
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.agreement import on_every_rank
+from megatron_vppo.system.records import parse_record
 
 UNFINISHED_STEP = "unfinished_step"
 """The key in a checkpoint's state of a step whose validation was cut off, see RunLog.pending."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +48,9 @@ class ResumePoint:
     """The numbers of the step if its validation is still to come; None: its line of metrics is written."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpointer:
-    """Saves and loads the state of a run. Every method is a collective over all trainer ranks."""
+    """Saves and loads the state of a run. `resume` and `save` are collectives over all trainer ranks."""
 
     config: TrainerConfig
     folder: RunFolder
@@ -43,34 +58,65 @@ class Checkpointer:
     trainable: Trainable
     stream: PromptStream | None
     """The order of the prompts, on rank 0; None elsewhere."""
+    say: Callable[[str], None]
+    """Shows a line to the user; called on rank 0 only."""
+    _started_from: str | None = field(default=None, init=False)
+    """The checkpoint of another run that this one began with."""
+    _accuracy: tuple[int, float] | None = field(default=None, init=False)
+    """The last validation: its step and val/accuracy."""
 
     def resume(self) -> ResumePoint:
-        """Loads the newest checkpoint, or that of trainer.resume_step, if there is one.
+        """Loads the checkpoint that the run goes on from or starts from, if there is one.
+
+        It is the newest of the run folder, or that of trainer.resume_step. If the folder has none, it is that of
+        trainer.load_checkpoint_path.
 
         Raises:
-            ValueError: there is one and trainer.resume=false; there is none of trainer.resume_step; or it is damaged
-                or does not fit the run. The message then names another one that is whole. All ranks raise the same.
+            ValueError: there is one and trainer.resume=false; there is none of trainer.resume_step; the run of the
+                folder did not begin with trainer.load_checkpoint_path; or it is damaged or does not fit the run. The
+                message then names another one that is whole. All ranks raise the same. In a job that SLURM has
+                requeued, the run goes on from the next older one that is whole.
         """
         listed = on_every_rank(self._list_on_rank_zero)
         steps = from_rank_zero(lambda: listed)
-        step = chosen_step(self.config, self.folder, steps)
-        if not step:
-            return ResumePoint(0)
-        try:
-            state = self._load(step)
-        except ValueError as error:
-            raise with_way_out(error, step, steps, self._check) from error
-        return ResumePoint(step, state.get(UNFINISHED_STEP))
+        unfinished_step = None
+        step, own = chosen_step(self.config, self.folder, steps), self.folder.checkpoints
+        if step:
+            try:
+                unfinished_step = self._load(own, step).get(UNFINISHED_STEP)
+            except ValueError as error:
+                check = partial(self._check, own)
+                older = older_instead(error, step, steps, check, config=self.config)
+                if older is None:
+                    raise with_way_out(error, step, steps, check) from error
+                if dist.get_rank() == 0:
+                    logger.warning("%s. Nobody is there to choose, so the run goes on from step %d", error, older)
+                step, unfinished_step = older, self._load(own, older).get(UNFINISHED_STEP)
+            on_every_rank(partial(check_origin, self.config, own, step))
+            self._started_from = started_from(own, step)
+        elif self.config.load_checkpoint_path is not None:
+            folder, step = on_every_rank(partial(given_checkpoint, self.config.load_checkpoint_path))
+            self._load(folder, step)
+            self._started_from = str(step_folder(folder, step))
+            self._say(f"starts from {step_folder(folder, step)}, after step {step}")
+        return ResumePoint(step, unfinished_step)
+
+    def note_validation(self, step: int, accuracy: float) -> None:
+        """Notes the val/accuracy of the weights after `step`, by which their checkpoint may be the best one."""
+        self._accuracy = (step, accuracy)
 
     def save(self, step: int, *, unfinished_step: dict[str, Any] | None = None) -> None:
-        """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit.
+        """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit but the best.
 
         Args:
             unfinished_step: on rank 0, the numbers of the step if its validation is still to come.
         """
-        state = {"data": self.stream.state_dict()} if self.stream is not None else {}
+        state: dict[str, Any] = {"started_from": self._started_from}
+        if self.stream is not None:
+            state["data"] = self.stream.state_dict()
         if unfinished_step is not None:
             state[UNFINISHED_STEP] = unfinished_step
+        validated, accuracy = self._accuracy or (None, None)
         save_checkpoint(
             self.folder.checkpoints,
             step=step,
@@ -78,23 +124,38 @@ class Checkpointer:
             layout=self.layout,
             state=state,
             keep=self.config.save_limit,
+            accuracy=accuracy if validated == step else None,
+            model_only=self.config.save_model_only,
         )
 
     def _list_on_rank_zero(self) -> list[int]:
-        return checkpoint_steps(self.folder.checkpoints) if dist.get_rank() == 0 else []
+        if dist.get_rank() != 0:
+            return []
+        read_best(self.folder.checkpoints)  # a damaged one is refused now, and not after the first save
+        return checkpoint_steps(self.folder.checkpoints)
 
-    def _load(self, step: int) -> dict[str, Any]:
-        on_every_rank(partial(self._move_stream, step))
-        return load_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
+    def _load(self, folder: Path, step: int) -> dict[str, Any]:
+        on_every_rank(partial(self._move_stream, folder, step))
+        state = load_checkpoint(folder, step=step, trainable=self.trainable, layout=self.layout)
+        if parse_record(SavedState, read_state(folder, step)).optimizer == "none":
+            self._say(
+                f"{step_folder(folder, step)} holds no optimizer state (trainer.save_model_only): the optimizer starts "
+                "from zero, so the run will differ from one that was not stopped"
+            )
+        return state
 
-    def _check(self, step: int) -> None:
-        on_every_rank(partial(self._check_stream, step))
-        check_checkpoint(self.folder.checkpoints, step=step, trainable=self.trainable, layout=self.layout)
+    def _say(self, line: str) -> None:
+        if self.layout.rank == 0:
+            self.say(line)
 
-    def _move_stream(self, step: int) -> None:
+    def _check(self, folder: Path, step: int) -> None:
+        on_every_rank(partial(self._check_stream, folder, step))
+        check_checkpoint(folder, step=step, trainable=self.trainable, layout=self.layout)
+
+    def _move_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
-            self.stream.load_state_dict(saved_position(self.folder, step).model_dump())
+            self.stream.load_state_dict(saved_position(folder, step).model_dump())
 
-    def _check_stream(self, step: int) -> None:
+    def _check_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
-            self.stream.check(saved_position(self.folder, step))
+            self.stream.check(saved_position(folder, step))

@@ -24,6 +24,7 @@ from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.system.stop_signals import StopRequested
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.placement import Placement
@@ -48,6 +49,7 @@ class Run:
     total_steps: int
     checkpointer: Checkpointer
     recorder: Recorder
+    watchdog: Watchdog
     stopping: Stopping
     unfinished_step: dict[str, Any] | None = None
     """The numbers of `start_step`, whose validation was cut off, see RunLog.pending; None: its line is written."""
@@ -64,7 +66,7 @@ class ValidationCut(StopRequested):
 
 def train(run: Run) -> bool:
     """Trains from the loaded weights to the last step. Returns False if the run has to stop before (stopping.py)."""
-    config, log, stopping = run.config, run.log, run.stopping
+    config, log, stopping, watch = run.config, run.log, run.stopping, run.watchdog.watch
     run.placement.syncing()
     log.add_all(run.sampler.send_weights(run.policy.hf_weights(), version=run.start_step))
     try:
@@ -77,12 +79,12 @@ def train(run: Run) -> bool:
             return _stop(run, step - 1)
         place = run.collector.place()
         try:
-            with stopping.durations.time("step"), log.step(step):
+            with stopping.durations.time("step"), log.step(step), watch("step", f"step {step}"):
                 take_step(run, step)
                 # 8. Validate, write the step's line of metrics, save a checkpoint. A resume drops lines after its
                 # checkpoint.
                 if run.validator and is_due(step, config.trainer.val_freq, run.total_steps):
-                    _validate(run, run.validator)
+                    _validate(run, run.validator, step)
         except ValidationCut as cut:
             return _stop(run, step, unfinished_step=cut.line)
         except StopRequested:
@@ -90,7 +92,7 @@ def train(run: Run) -> bool:
             return _stop(run, step - 1)
         if is_due(step, config.trainer.save_freq, run.total_steps):
             run.placement.writing()
-            with stopping.durations.time("checkpoint"):
+            with stopping.durations.time("checkpoint"), watch("checkpoint"):
                 run.checkpointer.save(step)
     return True
 
@@ -147,18 +149,20 @@ def take_step(run: Run, step: int) -> None:
             trained = policy.hf_weights(only_trained=True)
             log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
         run.recorder.write(step, minibatches, groups, scores)
+    log.add("rollout/engine_restarts", sampler.take_restarts())
 
 
-def _validate(run: Run, validator: Validator) -> None:
+def _validate(run: Run, validator: Validator, step: int) -> None:
     """Adds the validation to the step's line. Raises ValidationCut if the run is to end before that."""
     line = run.log.pending()
-    with run.log.span(VALIDATE.span):
+    with run.log.span(VALIDATE.span), run.watchdog.watch("validation"):
         run.placement.sampling()
         try:
             metrics = validator.run()
         except StopRequested as cut:
             raise ValidationCut(line) from cut
     run.log.add_all(metrics)
+    run.checkpointer.note_validation(step, metrics["val/accuracy"])
 
 
 def _finish_start_step(run: Run) -> None:
@@ -169,7 +173,7 @@ def _finish_start_step(run: Run) -> None:
     with run.log.step(run.start_step):
         run.log.restore(run.unfinished_step or {})
         if run.validator:
-            _validate(run, run.validator)
+            _validate(run, run.validator, run.start_step)
 
 
 def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None) -> bool:

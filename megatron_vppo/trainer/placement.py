@@ -1,4 +1,4 @@
-"""The use of GPU memory by trainer and engine in each phase of a step, as the table `HOLDINGS` has it.
+"""The moves of GPU memory between trainer and engine from phase to phase, as `HOLDINGS` (setup/holdings.py) has it.
 
 Of the parts that may leave the GPU (`actor.offload`, and engines that sleep), trainer and engine hold only those of the
 phase. On entering a phase, every rank first gives up the memory that the phase does not need, and only then takes what
@@ -8,31 +8,12 @@ it needs. docs/placement.md has the table with the settings.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_vppo.config.choices import MemoryPart
 from megatron_vppo.observability.phases import SAMPLE, SCORE, SYNC, UPDATE
 from megatron_vppo.rollout.engine import EngineMemory
-
-# One GPU through the first step, its checkpoint and the start of the second step, with engines that sleep and
-# `actor.offload: [params, grads, optimizer]`. A bar is memory on the GPU:
-#
-#                         start    sync     sample   score    update   sync     write    sample
-#     trainer  params     ================           ==================================
-#              grads      =======                             =======
-#              optimizer  =======                             =======           =======
-#     engine   weights             ================                    =======  (host)   =======
-#              kv_cache                     =======                                      =======
-#     for a moment                 buffers  prefill  activations       buffers           prefill
-#
-# The engine forgets its weights before `score`, because a sync will bring new ones after the update. Before `write` it
-# copies them to host memory, because no sync follows.
-
-START = "start"
-"""Before the first phase: the trainer's state is on the device, and engines that sleep are asleep."""
-WRITE = "write"
-"""A checkpoint or an export, between two steps."""
+from megatron_vppo.setup.holdings import HOLDINGS, RESTART, START, WRITE, Holding
 
 
 class Offloadable(Protocol):
@@ -51,35 +32,6 @@ class Sleeper(Protocol):
     def sleep(self, *, keep_weights: bool) -> None: ...
 
     def wake(self, tag: EngineMemory) -> None: ...
-
-
-@dataclass(frozen=True)
-class Holding:
-    """The state that trainer and engine keep on the device during a phase."""
-
-    trainer: tuple[MemoryPart, ...]
-    """Parts that must be on the device. The others leave it if `actor.offload` names them."""
-    engine: tuple[EngineMemory, ...]
-    after: tuple[str, ...]
-    """Phases that this one may follow."""
-    keeps_engine_weights: bool = False
-    """True if the engine's weights wait in host memory, because no sync follows."""
-
-
-HOLDINGS = {
-    START: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=()),
-    SYNC.name: Holding(trainer=("params",), engine=("weights",), after=(START, UPDATE.name)),
-    SAMPLE.name: Holding(trainer=(), engine=("weights", "kv_cache"), after=(SYNC.name, SAMPLE.name, WRITE)),
-    SCORE.name: Holding(trainer=("params",), engine=(), after=(SAMPLE.name,)),
-    UPDATE.name: Holding(trainer=("params", "grads", "optimizer"), engine=(), after=(SCORE.name,)),
-    WRITE: Holding(
-        trainer=("params", "optimizer"),
-        engine=(),
-        after=(SYNC.name, SAMPLE.name, SCORE.name, WRITE),
-        keeps_engine_weights=True,
-    ),
-}
-"""The phases that move memory. Rewards and advantages need no GPU. Validation runs in the phase of sampling."""
 
 
 class Placement:
@@ -141,6 +93,12 @@ class Placement:
     def without_engines(self) -> None:
         """Says that the engines have ended, and their memory is free; no collective."""
         self._engine, self._engines_sleep, self._awake = None, False, frozenset()
+
+    def restarting(self) -> None:
+        """Gives engines that load again all the room that there can be."""
+        self._enter(RESTART)
+        self._trainer.empty_cache()
+        self._barrier()
 
     def _enter(self, name: str) -> None:
         holding = HOLDINGS[name]

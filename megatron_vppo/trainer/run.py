@@ -21,11 +21,14 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
+from megatron_vppo.parallel.all_reduce_speed import measure_all_reduce
 from megatron_vppo.parallel.checkpoint_folder import set_aside_after
-from megatron_vppo.parallel.collective import any_rank, from_rank_zero
+from megatron_vppo.parallel.checkpoint_keep import forget_best_after
+from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
@@ -36,16 +39,21 @@ from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
-from megatron_vppo.system.agreement import on_every_rank
+from megatron_vppo.setup.world import World, show_world
+from megatron_vppo.system.agreement import any_rank, on_every_rank
+from megatron_vppo.system.attempt import attempt_name
 from megatron_vppo.system.requeue import do_not_requeue
-from megatron_vppo.system.stop_signals import StopSignals
+from megatron_vppo.system.stop_signals import StopSignals, ignore_stop_signals
 from megatron_vppo.system.time_limit import job_end_time
+from megatron_vppo.system.watchdog import Watchdog
+from megatron_vppo.system.whole import naming_file
 from megatron_vppo.trainer.checkpointer import Checkpointer, ResumePoint
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.recorder import Recorder
+from megatron_vppo.trainer.recovery import PolicySide
 from megatron_vppo.trainer.stopping import Stopping
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf
@@ -54,7 +62,7 @@ Say = Callable[[str], None]
 """Shows a line to the user; called on rank 0 only."""
 
 
-def run_training(config: RunConfig, *, say: Say, signals: StopSignals) -> bool:
+def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSignals) -> bool:
     """Runs one trainer rank from start to finish: train, export, report.
 
     Returns:
@@ -67,18 +75,23 @@ def run_training(config: RunConfig, *, say: Say, signals: StopSignals) -> bool:
         virtual_stages=config.parallel.virtual_pipeline_model_parallel_size,
         vision_split=config.parallel.vision_split,
         data=config.parallel.data_parallel_size,
+        device=world.device,
         timeout_seconds=config.parallel.collective_timeout_seconds,
     )
     if layout.device.type == "cpu":
         torch.set_num_threads(config.parallel.threads_per_rank)
+    speed = measure_all_reduce(layout.device) if world.num_hosts > 1 else None
     source = model_folder(config.model.path)
     files = open_without_weights(source)
     check_run(config, files.hf_config, world_size=layout.world_size, on_gpu=layout.device.type == "cuda")
     on_every_rank(partial(_check_weights, source, files, layout))
     folder = RunFolder.of(config.trainer)
-    with _open_run(config, layout, folder, source, files, say, signals) as run:
+    if layout.rank == 0:
+        show_world(world, speed, logs=folder.logs / attempt_name(), say=say)
+    with _open_run(config, world, layout, folder, source, files, say, signals) as run:
         finished = train(run)
         if not finished:
+            ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
             dist.barrier()  # rank 0 has put the checkpoint in its place
             if layout.rank == 0:
                 say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
@@ -104,6 +117,7 @@ def _check_weights(source: Path, files: ModelFiles, layout: Layout) -> None:
 @contextmanager
 def _open_run(
     config: RunConfig,
+    world: World,
     layout: Layout,
     folder: RunFolder,
     source: Path,
@@ -123,10 +137,11 @@ def _open_run(
         signals,
         end_time=job_end_time() if is_writer else None,
         stop_within_seconds=config.trainer.stop_within_seconds,
-        any_rank=partial(any_rank, device=layout.device),
+        any_rank=any_rank,
     )
     with ExitStack() as stack:
-        engine = start_engine(config, layout, source, images=images, hf_config=inputs.hf_config, logs=folder.logs)
+        logs = folder.logs / attempt_name()
+        engine = start_engine(config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights, stop_wanted=stopping.wanted,
@@ -148,7 +163,7 @@ def _open_run(
         if is_writer and (warning := slower_layers(config, on_gpu=on_gpus)):
             say(warning)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
-        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream)
+        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         resumed = checkpointer.resume()
         start_step = resumed.step
         if start_step > total_steps:
@@ -162,12 +177,14 @@ def _open_run(
         stack.callback(log.close)
         if not on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
+        placement = _placement(config, policy, engine)
+        sampler.recover_with(_recovery(config, policy, placement, engine))
         records = is_writer and config.trainer.save_rollouts
         signals.begin_work()
         yield Run(
             config=config,
             policy=policy,
-            placement=_placement(config, policy, engine),
+            placement=placement,
             sampler=sampler,
             collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
@@ -178,6 +195,7 @@ def _open_run(
             recorder=Recorder(folder.root, tokenizer, images, config.algorithm.perturb.per, is_writer=records),
             stopping=stopping,
             unfinished_step=resumed.unfinished_step,
+            watchdog=_watchdog(config),
         )
 
 
@@ -232,12 +250,28 @@ def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -
     )
 
 
+def _recovery(config: RunConfig, policy: MegatronPolicy, placement: Placement, engine: EnginePlace) -> EngineRecovery:
+    return EngineRecovery(
+        engine.client,
+        PolicySide(policy, placement),
+        name=f"rollout engine {engine.index}",
+        most_restarts=config.rollout.max_engine_restarts,
+        start_timeout_seconds=config.rollout.start_timeout_seconds,
+    )
+
+
+def _watchdog(config: RunConfig) -> Watchdog:
+    restart_seconds = config.rollout.engine_timeout_seconds + config.rollout.start_timeout_seconds
+    return Watchdog(factor=config.trainer.watchdog, least_seconds=restart_seconds)
+
+
 def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -> None:
-    """Sets aside what trainer.resume_step does not go on from. The loop saves checkpoints of the same steps again."""
+    """Sets aside the checkpoints after the one that the run goes on from. The loop saves those steps again."""
     if aside := set_aside_after(folder.checkpoints, start_step):
+        forget_best_after(folder.checkpoints, start_step)
         say(
             f"goes on from step {start_step}; later checkpoints are set aside, to be deleted by you: "
-            f"{', '.join(map(str, aside))}. Leave trainer.resume_step out at the next start"
+            f"{', '.join(map(str, aside))}. If trainer.resume_step is set, leave it out at the next start"
         )
 
 
@@ -250,7 +284,8 @@ def _open_log(
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
         begin_attempt(folder.root, start_step, most_without_progress=config.trainer.max_attempts_without_progress)
-        save_resolved(config, folder.config)
+        with naming_file(folder.config):
+            save_resolved(config, folder.config)
         cut_rollouts_after(folder.root, start_step)
     return RunLog(
         folder.root,

@@ -70,8 +70,13 @@ class Stopping:
         self._within = stop_within_seconds
         self._any_rank = any_rank
         self.durations = Durations()
-        self.reason = ""
-        """The reason of the stop that this rank knows of."""
+        self._too_long = ""
+
+    @property
+    def reason(self) -> str:
+        """The reason of the stop, for the user; '' if this rank does not know it."""
+        asked = self._signals.request if self._signals is not None else None
+        return f"on request ({asked.name})" if asked is not None else self._too_long
 
     def wanted(self) -> bool:
         """Returns True if this rank was asked to stop; no collective."""
@@ -79,11 +84,11 @@ class Stopping:
 
     def before_step(self) -> bool:
         """Returns True if the next step is not to begin; a collective."""
-        return self._any_rank(self._was_asked() or self._is_too_long())
+        return self._any_rank(self.wanted() or self._is_too_long())
 
     def before_scoring(self) -> None:
         """Raises StopRequested if the step is to end here; a collective."""
-        self._leave_if(self._was_asked())
+        self._leave_if(self.wanted())
 
     def before_update(self) -> None:
         """Raises StopRequested if the step is to end here; a collective.
@@ -92,7 +97,7 @@ class Stopping:
         """
         left = self._within - (self._signals.seconds_since_request if self._signals else 0.0)
         update = self.durations.longest("update")
-        self._leave_if(self._was_asked() and (update is None or update > left))
+        self._leave_if(self.wanted() and (update is None or update > left))
 
     def seconds_left(self) -> float | None:
         """Returns the seconds until the job's time is over; None if this rank knows of no end."""
@@ -101,12 +106,6 @@ class Stopping:
     def _leave_if(self, wish: bool) -> None:
         if self._any_rank(wish):
             raise StopRequested
-
-    def _was_asked(self) -> bool:
-        if self._signals is None or self._signals.request is None:
-            return False
-        self.reason = f"on request ({self._signals.request.name})"
-        return True
 
     def _is_too_long(self) -> bool:
         """Returns True if a step as long as recent ones, with its checkpoint, would not end in the job's time."""
@@ -117,5 +116,5 @@ class Stopping:
         needed = step + (self.durations.longest("checkpoint") or 0.0) + TIME_LIMIT_MARGIN_SECONDS
         if needed <= left:
             return False
-        self.reason = f"because the job ends in {left:.0f} s, and a step with its checkpoint takes {needed:.0f} s"
+        self._too_long = f"because the job ends in {left:.0f} s, and a step with its checkpoint takes {needed:.0f} s"
         return True

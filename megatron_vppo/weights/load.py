@@ -38,10 +38,14 @@ class ShardedModel(MappedModel, Protocol):
     def sharded_state_dict(self) -> dict[str, Any]: ...
 
 
-def load_weights(model: ShardedModel, folder: str | Path) -> None:
+def load_weights(model: ShardedModel, folder: str | Path, *, replicas: dist.ProcessGroup | None = None) -> None:
     """Fills every parameter of this rank's model from a Hugging Face folder or a converted one.
 
-    A collective over all ranks if the folder is a converted one.
+    A collective over all ranks if the folder is a converted one, or if there are replicas.
+
+    Args:
+        replicas: the ranks that hold the same parameters as this one; None: it is the only one. Of a Hugging Face
+            folder the first of them reads the files, and sends the parameters to the others.
 
     Raises:
         ValueError: the folder holds both kinds of weights, or neither, or those of another model.
@@ -49,8 +53,21 @@ def load_weights(model: ShardedModel, folder: str | Path) -> None:
     folder = Path(folder)
     if is_converted(folder):
         load_dist_weights(model, folder / DIST_CKPT)
-    else:
+    elif replicas is None or replicas.size() == 1:
         load_hf_weights(model, folder)
+    else:
+        _load_on_one_replica(model, folder, replicas)
+
+
+@torch.no_grad()
+def _load_on_one_replica(model: ShardedModel, folder: Path, replicas: dist.ProcessGroup) -> None:
+    """Reads every byte of the files once, however many replicas there are (docs/adr/0020-one-reader.md)."""
+    reads = replicas.rank() == 0
+    on_every_rank(lambda: load_hf_weights(model, folder) if reads else None)
+    source = dist.get_global_rank(replicas, 0)
+    for _, parameter in model.named_parameters():
+        # As bytes: gloo does not send every dtype.
+        dist.broadcast(parameter.reshape(-1).view(torch.uint8), src=source, group=replicas)
 
 
 def is_converted(folder: Path) -> bool:

@@ -20,8 +20,8 @@ VPPO = ("-m", "megatron_vppo.cli.main")
 TORCHRUN = ("-m", "torch.distributed.run")
 
 
-def logs_of(folder: Path) -> Path:
-    return folder / "project" / "run" / "logs"
+def logs_of(folder: Path, attempt: str = "attempt_1") -> Path:
+    return folder / "project" / "run" / "logs" / attempt
 
 
 def train_command(folder: Path, *overrides: str) -> list[str]:
@@ -65,8 +65,8 @@ def train_under_srun(folder: Path, failure: str, *overrides: str, **more: str) -
         start(
             command,
             environment(
-                failure, SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_STEP_NUM_TASKS="2", MASTER_PORT=port,
-                **more,
+                failure, SLURM_JOB_ID="7", SLURM_PROCID=str(task), SLURM_LOCALID=str(task), SLURM_STEP_NUM_TASKS="2",
+                MASTER_PORT=port, **more,
             ),
         )
         for task in range(2)

@@ -79,17 +79,36 @@ def test_a_rank_that_hangs_is_missed_by_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+def test_a_step_that_hangs_leaves_the_stacks_of_every_rank(tmp_path: Path) -> None:
+    status, _, err = train(tmp_path, "hang under a watchdog", VPPO_TEST_RANKS="0,1")
+    assert status == 1, "which is requeued"
+    logs = [logs_of(tmp_path) / f"trainer_rank_{rank}.log" for rank in range(2)]
+    what = r"step 4 takes longer than 1 seconds, and the median so far is \d \(trainer.watchdog\)"
+    assert re.fullmatch(rf"vppo: rank \d: TookTooLong: {what} \(traceback: ({logs[0]}|{logs[1]})\)\n", err)
+    for log in logs:
+        shown = log.read_text()
+        assert re.search(rf"^--- {what}; all threads of this process:$", shown, flags=re.MULTILINE)
+        assert re.search(r'File ".*sitecustomize.py", line \d+ in hang_under_a_watchdog$', shown, flags=re.MULTILINE)
+    assert "in barrier" in logs[0].read_text()
+
+
+@pytest.mark.distributed
 def test_logs_keep_every_attempt(tmp_path: Path) -> None:
-    for _ in range(2):
+    (logs_of(tmp_path).parent).mkdir(parents=True)
+    old = logs_of(tmp_path).parent / "trainer_rank_1.log"
+    old.write_text("of a version that had no folder for each attempt")
+    for attempt in ("attempt_1", "attempt_2"):
         assert train(tmp_path, "mistake", "rollout.n=4")[0] == 2
-    log = (logs_of(tmp_path) / "trainer_rank_1.log").read_text()
-    began = re.findall(
-        r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}: an attempt begins: vppo train --config \S+ rollout.n=4 "
-        r"\(rank 1 of 2, process \d+ on \S+\)$",
-        log,
-        flags=re.MULTILINE,
-    )
-    assert len(began) == log.count("Traceback") == 2
+        log = (logs_of(tmp_path, attempt) / "trainer_rank_1.log").read_text()
+        began = re.findall(
+            r"^--- \d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}: an attempt begins: vppo train --config \S+ rollout.n=4 "
+            r"\(rank 1 of 2, process \d+ on \S+\)$",
+            log,
+            flags=re.MULTILINE,
+        )
+        assert len(began) == log.count("Traceback") == 1
+        assert logs_of(tmp_path, "latest").readlink() == Path(attempt)
+    assert old.read_text() == "of a version that had no folder for each attempt"
 
 
 @pytest.mark.distributed
@@ -158,7 +177,8 @@ def test_a_folder_that_cannot_be_made_is_a_mistake(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
     log = logs_of(tmp_path) / "trainer_rank_1.log"
     log.mkdir(parents=True)
-    assert train(tmp_path, "none") == (2, "", f"vppo: rank 1: {log}: Is a directory\n")
+    found = train(tmp_path, "none", VPPO_ATTEMPT="attempt_1")
+    assert found == (2, "", f"vppo: rank 1: {log}: Is a directory\n")
 
 
 @pytest.mark.distributed
@@ -171,7 +191,8 @@ def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp
     else:
         log.mkdir()
     status, message = CASES["mistake"]
-    assert train(tmp_path, "mistake") == (status, LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}")
+    expected = (status, LINE_OF_RANK_0, f"vppo: {message.format(logs_of(tmp_path))}")
+    assert train(tmp_path, "mistake", VPPO_ATTEMPT="attempt_1") == expected
 
 
 @pytest.mark.distributed

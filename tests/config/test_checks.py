@@ -134,6 +134,14 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"trainer": {"save_freq": 0}}, ["trainer.save_freq is 0"]),
     ({"trainer": {"val_freq": -2}}, ["trainer.val_freq is -2"]),
     (
+        {"rollout": {"engine_timeout_seconds": 60}, "parallel": {"collective_timeout_seconds": 60}},
+        ["rollout.engine_timeout_seconds 60 is not below parallel.collective_timeout_seconds 60"],
+    ),
+    (
+        {"trainer": {"watchdog": 1}},
+        ["trainer.watchdog is 1: half of the steps take longer than 1 times their median"],
+    ),
+    (
         {"trainer": {"resume": False, "resume_step": 4}},
         ["trainer.resume_step 4 has no effect with trainer.resume=false", "trainer.resume=true"],
     ),

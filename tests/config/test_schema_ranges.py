@@ -17,6 +17,7 @@ from megatron_vppo.config.schema import RunConfig
 NAMED_CHECKS = {
     "trainer.val_freq": "check_intervals",
     "trainer.save_freq": "check_intervals",
+    "trainer.save_limit": "check_intervals",
     "rollout.top_k": "check_sampling",
     "rollout.val.temperature": "check_sampling",
     "actor.optim.betas": "check_optimizer",
@@ -37,7 +38,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "algorithm.max_try_make_batch algorithm.reference_devices actor.global_batch_size actor.ppo_epochs "
         "actor.micro_batch_size_per_device_for_update actor.micro_batch_size_per_device_for_experience "
         "actor.head_chunk_tokens rollout.tensor_parallel_size rollout.num_engines rollout.max_images_per_prompt "
-        "trainer.total_steps trainer.total_epochs trainer.save_limit trainer.resume_step "
+        "trainer.total_steps trainer.total_epochs trainer.resume_step "
         "trainer.max_attempts_without_progress",
     ),
     ((0, 2**27 + 1), (1, 2**27), "data.min_pixels data.max_pixels"),
@@ -50,7 +51,11 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     ((0, 2**16 + 1), (1, 2**16), "rollout.val.n"),
     ((0, 8193), (1, 8192), "rollout.max_num_seqs"),
     ((-1, 2**32), (0, 2**32 - 1), "trainer.seed"),
-    ((-2, 0, LARGEST_INT + 1), (-1, 1, LARGEST_INT), "trainer.val_freq trainer.save_freq rollout.top_k"),
+    (
+        (-2, 0, LARGEST_INT + 1),
+        (-1, 1, LARGEST_INT),
+        "trainer.val_freq trainer.save_freq trainer.save_limit rollout.top_k",
+    ),
     (([0], [2, -1], [LARGEST_INT + 1]), ([1], [28]), "parallel.pipeline_layers"),
     (
         (-0.001, 1.001),
@@ -85,8 +90,11 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (
         (0, 0.999, MONTH + 1),
         (1, MONTH),
-        "parallel.collective_timeout_seconds rollout.start_timeout_seconds trainer.stop_within_seconds",
+        "parallel.collective_timeout_seconds rollout.start_timeout_seconds rollout.engine_timeout_seconds "
+        "trainer.stop_within_seconds",
     ),
+    ((-1, 1001), (0, 1000), "rollout.max_engine_restarts"),
+    ((-0.1, 1e6 + 1), (0, 10, 1e6), "trainer.watchdog"),
     ((0, 0.0009, 9 * 3600 + 1), (0.001, 9 * 3600), "reward.timeout_seconds"),
 )
 """(values just outside, values inside, the settings that have this range)."""
@@ -182,7 +190,8 @@ def test_true_is_no_number(tmp_path: Path, name: str) -> None:
 
 TEXTS = (
     "data.train_files data.val_files data.prompt_key data.answer_key data.image_key data.image_dir data.format_prompt "
-    "model.path reward.reward_function trainer.runs_dir trainer.project_name trainer.experiment_name"
+    "model.path reward.reward_function trainer.runs_dir trainer.project_name trainer.experiment_name "
+    "trainer.load_checkpoint_path"
 )
 FOLDERS = ("trainer.project_name", "trainer.experiment_name")
 

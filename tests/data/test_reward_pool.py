@@ -234,11 +234,39 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_close_and_a_death_between_calls(functions: str) -> None:
+@pytest.mark.parametrize("reward_type", ["sequential", "batch"])
+def test_a_worker_that_was_killed_costs_no_reward(functions: str, reward_type, tmp_path: Path, caplog) -> None:
+    """The first call ends its own process as the kernel would without memory; the second one finds its mark."""
+    file = tmp_path / "killed.py"
+    file.write_text(
+        "import os, pathlib\n"
+        f"mark = pathlib.Path({str(tmp_path)!r}) / 'mark'\n"
+        "def sequential(item):\n"
+        "    if item['response'] == 'once' and not mark.exists():\n"
+        "        mark.touch()\n        os.kill(os.getpid(), 9)\n"
+        "    if item['response'] == 'always':\n        os.kill(os.getpid(), 9)\n"
+        "    return 1.0\n"
+        "def batch(items):\n    return [sequential(item) + len(items) for item in items]\n"
+    )
+    caplog.set_level(logging.WARNING)
+    with make_pool(f"{file}:{reward_type}", reward_type=reward_type) as pool:
+        same = 1.0 if reward_type == "sequential" else 4.0
+        assert [reward.overall for reward in grade(pool, ["a", "once", "b"])] == [same] * 3
+        (line,) = caplog.messages
+        count = 1 if reward_type == "sequential" else 3
+        assert line == f"the worker process ended (exit code -9); its {count} responses are graded once more"
+        alone = 1.0 if reward_type == "sequential" else 2.0
+        rewards = grade(pool, ["a", "always"])
+        assert [reward.overall for reward in rewards] == [alone, 0.0], "once more, and not for ever"
+        assert rewards[1].error == "the worker process ended (exit code -9)"
+
+
+def test_close_and_a_death_between_calls(functions: str, caplog) -> None:
     pool = make_pool(f"{functions}:numbers", num_workers=2)
     pids = worker_pids(pool)
     os.kill(pids[0], 9)
     assert [reward.overall for reward in grade(pool, ["1", "2"])] == [1.0, 2.0]
+    assert "the worker process ended (exit code -9)" in caplog.text, "between two rounds, or when it got its first"
     pids += worker_pids(pool)
     pool.close()
     pool.close()

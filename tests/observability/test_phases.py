@@ -7,7 +7,7 @@ from typing import get_args
 
 from megatron_vppo.config.choices import Fp8Phase
 from megatron_vppo.observability.phases import PHASES, PhaseName
-from megatron_vppo.trainer.placement import HOLDINGS, START, WRITE
+from megatron_vppo.setup.holdings import HOLDINGS, START, WRITE
 
 ROOT = Path(__file__).parents[2]
 

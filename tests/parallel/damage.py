@@ -27,7 +27,8 @@ Spoil = Callable[[Path], object]
 
 NORM = "language.decoder.final_layernorm.weight"
 RNG = "rng/shard_0_1"
-MOMENT = "exp_avg_sq"
+MOMENT = f"optimizer.state.exp_avg_sq.{NORM}"
+MAIN = f"optimizer.state.fp32_param.{NORM}"
 
 
 def largest(source: Path) -> Path:
@@ -111,11 +112,11 @@ def lose_the_pieces(metadata: Metadata) -> None:
 
 
 def in_record(key: str, change: Callable[[bytes], bytes], *, which: int = 0) -> Spoil:
-    """Changes one of the records whose key begins or ends so, without changing its length."""
+    """Changes one of the records of a key, without changing its length."""
 
     def spoil(source: Path) -> None:
         places = description(source).storage_data
-        found = [index for index in places if index.fqn.startswith(key) or index.fqn.endswith(key)]
+        found = [index for index in places if index.fqn == key]
         info = places[found[which]]
         end = info.offset + info.length
 
@@ -232,6 +233,18 @@ STATES: dict[str, tuple[Spoil, str]] = {
         r"json is damaged: it has pipeline_layers\.0='3': Input should be a valid integer",
     ),
     "no backend": (state_with(backend=...), r"trainer_state\.json is damaged: it lacks backend"),
+    "another form": (
+        state_with(optimizer="?"),
+        r"json is damaged: it has optimizer='\?': Input should be 'by par",
+    ),
+    "half an update": (
+        state_with(optimizer_updates=0.5),
+        r"json is damaged: it has optimizer_updates=0\.5: Input should",
+    ),
+    "from nowhere": (
+        state_with(started_from=3),
+        r"json is damaged: it has started_from=3: Input should be a valid",
+    ),
 }
 """trainer_state.json."""
 

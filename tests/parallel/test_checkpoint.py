@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.distributed.checkpoint import Metadata
 
 from megatron_vppo.parallel import checkpoint
 from megatron_vppo.parallel.checkpoint import LATEST, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
-from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.layout import Layout, init_layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config
+from tests.parallel.damage import description_with
 from tests.parallel.policy_rig import make_policy
 
 
@@ -83,3 +86,30 @@ def test_a_rank_that_ends_in_the_middle(step: int, how: str, model: Path, tmp_pa
     assert [state["state"] for state in states] == ["new", "new"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["global_step_2", LATEST]
     assert (tmp_path / LATEST).read_text() == "2"
+
+
+# --- Layers of another backend ----------------------------------------------------------------------------------------
+
+
+def test_extra_states_that_other_layers_did_not_write(model: Path, tmp_path: Path) -> None:
+    """Those of TransformerEngine's layers are more than ours. Weights and moments have the same keys."""
+
+    def forget(metadata: Metadata) -> None:
+        extra = {key for key in metadata.state_dict_metadata if "_extra_state/" in key}
+        assert len(extra) > 3
+        for key in extra:
+            del metadata.state_dict_metadata[key]
+        places = metadata.storage_data
+        for index in [index for index in places if index.fqn in extra]:
+            del places[index]
+
+    with single_rank() as layout:
+        saved, loaded = (make_policy(model, layout, rows=2) for _ in range(2))
+        with torch.no_grad():
+            for parameter in saved.trainable.stages[0].parameters():
+                parameter.mul_(2)
+        save(tmp_path, layout, saved, step=1, state="saved")
+        description_with(forget)(tmp_path / "global_step_1")
+        load_checkpoint(tmp_path, step=1, trainable=loaded.trainable, layout=layout)
+        for (name, weight), (_, other) in zip(saved.hf_weights(), loaded.hf_weights(), strict=True):
+            assert torch.equal(weight, other), name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import shutil
 from collections.abc import Iterator
@@ -14,26 +13,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vppo.parallel.checkpoint import LATEST, check_checkpoint, load_checkpoint
+from megatron_vppo.config.choices import ModelPart
+from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.parallel.checkpoint import LATEST, check_checkpoint, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.layout import Layout, init_layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
-from megatron_vppo.parallel.training import OptimSettings
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config
 from tests.parallel.damage import (
     DESCRIPTIONS,
     FILES,
+    MAIN,
     MOMENT,
     NORM,
     PLACE,
     STATES,
     STEPS,
     Spoil,
+    description,
     save_run,
-    state_with,
     with_value,
 )
-from tests.parallel.policy_rig import OPTIM, make_policy
+from tests.parallel.optimizer_rig import update_counts, whole_state
+from tests.parallel.policy_rig import make_batch, make_policy, make_responses
 
 NEWEST = STEPS[-1]
 
@@ -57,11 +59,11 @@ class Saved:
         return {name: tensor.clone() for name, tensor in self.policy.hf_weights()}
 
 
-def bfloat16_policy(model: Path, layout: Layout, optim: OptimSettings = OPTIM) -> MegatronPolicy:
+def bfloat16_policy(model: Path, layout: Layout) -> MegatronPolicy:
     """Its weights and those of the optimizer are different memory. In float32 they are the same, and a number that is
     none in one of the two files may be read over by the other.
     """
-    return make_policy(model, layout, rows=2, optim=optim, dtype=torch.bfloat16)
+    return make_policy(model, layout, rows=2, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def test_a_weight_that_is_no_number_is_named_with_its_file(value: float, word: s
             load_checkpoint(place, step=NEWEST, trainable=run.policy.trainable, layout=run.layout)
 
 
-@pytest.mark.parametrize("key", [MOMENT, "bucket_idx_0.param"])
+@pytest.mark.parametrize("key", [MOMENT, MAIN])
 def test_a_number_of_the_optimizer_that_is_none(key: str, run: Saved, tmp_path: Path) -> None:
     place = run.damaged(tmp_path / "checkpoints", with_value(float("nan"), key))
     with pytest.raises(ValueError, match=r"^the optimizer's state in \S+/global_step_4/dist_ckpt holds NaN$"):
@@ -110,25 +112,58 @@ def test_a_number_of_the_optimizer_that_is_none(key: str, run: Saved, tmp_path: 
 
 
 def test_a_checkpoint_of_another_model(run: Saved, tmp_path: Path) -> None:
-    """A wider one, one of another dtype, and one that another optimizer was used for; under the same sizes."""
+    """A wider one, one with a larger vocabulary, and one of another dtype, either way round."""
     save_tiny_model(tmp_path / "wide", tiny_config(tied=False, vocab=299, intermediate_size=100))
-    plain = dataclasses.replace(OPTIM, use_distributed_optimizer=False)
-    for policy, message in (
-        (bfloat16_policy(tmp_path / "wide", run.layout), r"mlp\.linear_fc1\.weight in \S+ has shape .* this run's"),
+    save_tiny_model(tmp_path / "large", tiny_config(tied=False, vocab=305))
+    save_run(tmp_path / "float32", make_policy(run.model, run.layout, rows=2), run.layout)
+    for checkpoints, policy, message in (
         (
-            make_policy(run.model, run.layout, rows=2),
-            r"dist_ckpt lacks optimizer\..*model\.dtype",
+            run.checkpoints,
+            bfloat16_policy(tmp_path / "wide", run.layout),
+            r"mlp\.linear_fc1\.weight in \S+ has shape .*,",
         ),
-        (bfloat16_policy(run.model, run.layout, plain), r"lacks optimizer\.\S+; set .*use_distributed_opt"),
+        (
+            run.checkpoints,
+            bfloat16_policy(tmp_path / "large", run.layout),
+            r"embeddings\.weight in \S+ has shape \(299",
+        ),
+        (run.checkpoints, make_policy(run.model, run.layout, rows=2), r"dist_ckpt holds rounded weights.*model\.dtype"),
+        (tmp_path / "float32", run.policy, r"dist_ckpt lacks optimizer\.state\.fp32_param\..*model\.dtype"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_checkpoint(run.checkpoints, step=NEWEST, trainable=policy.trainable, layout=run.layout)
+            load_checkpoint(checkpoints, step=NEWEST, trainable=policy.trainable, layout=run.layout)
 
 
-def test_another_parallel_size(run: Saved, tmp_path: Path) -> None:
-    place = run.damaged(tmp_path / "checkpoints", state_with(tensor_model_parallel_size=2))
-    with pytest.raises(ValueError, match=r"written with .*_parallel_size': 2.* this run has .*; set the same to cont"):
-        load_checkpoint(place, step=NEWEST, trainable=run.policy.trainable, layout=run.layout)
+def test_a_part_that_is_newly_trained(run: Saved, tmp_path: Path) -> None:
+    """Its moments would be zero, but a fused Adam counts the updates of all parameters together."""
+    frozen: frozenset[ModelPart] = frozenset({"vision_tower", "projector"})
+    save_run(tmp_path, make_policy(run.model, run.layout, rows=2, options=ModelOptions(frozen=frozen)), run.layout)
+    fewer = make_policy(run.model, run.layout, rows=2, options=ModelOptions(frozen=frozenset({"vision_tower"})))
+    with pytest.raises(ValueError, match=r"has no optimizer state for projector: it was written with model\.freeze=\["):
+        load_checkpoint(tmp_path, step=NEWEST, trainable=fewer.trainable, layout=run.layout)
+
+
+def test_a_part_that_is_newly_frozen(run: Saved) -> None:
+    """Its moments are left in the file."""
+    frozen = make_policy(
+        run.model, run.layout, rows=2, dtype=torch.bfloat16, options=ModelOptions(frozen=frozenset({"projector"}))
+    )
+    load_checkpoint(run.checkpoints, step=NEWEST, trainable=frozen.trainable, layout=run.layout)
+    assert update_counts(frozen) == {1.0}
+
+
+def test_weights_alone(run: Saved, tmp_path: Path) -> None:
+    """The optimizer starts from them: with moments of zero, and with weights as the model has them."""
+    first = bfloat16_policy(run.model, run.layout)
+    first.update(make_batch(make_responses(), "nll"))
+    save_checkpoint(tmp_path, step=1, trainable=first.trainable, layout=run.layout, state={}, keep=1, model_only=True)
+    assert not any("optimizer" in index.fqn for index in description(tmp_path / "global_step_1").storage_data)
+    loaded = bfloat16_policy(run.model, run.layout)
+    assert load_checkpoint(tmp_path, step=1, trainable=loaded.trainable, layout=run.layout) == {"step": 1}
+    state, weights = whole_state(loaded), dict(first.hf_weights())
+    assert update_counts(loaded) == {0.0} and state["param"].keys() == weights.keys()
+    assert all(torch.equal(state["param"][name], tensor.float()) for name, tensor in weights.items())
+    assert not any(tensor.any() for name in ("exp_avg", "exp_avg_sq") for tensor in state[name].values())
 
 
 def test_the_file_that_names_the_newest_says_nothing(run: Saved, tmp_path: Path) -> None:

@@ -16,9 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with data/ and model/, of random weights: the minutes of a cold start are not needed here."""
-    folder = tmp_path_factory.mktemp("digits")
-    tool = [sys.executable, ROOT / "tools" / "digits" / "make_data.py", "--out", folder / "data"]
+    """Folder with data/ and model/."""
+    return make_digits(tmp_path_factory.mktemp("digits"))
+
+
+def make_digits(folder: Path, *sizes: str) -> Path:
+    """Fills a folder with data/ and model/, of random weights: the minutes of a cold start are not needed here."""
+    tool = [sys.executable, ROOT / "tools" / "digits" / "make_data.py", "--out", folder / "data", *sizes]
     subprocess.run([*map(str, tool)], check=True, cwd=ROOT)
     processor = make_processor()
     save_checkpoint(make_model(make_config(processor.tokenizer), seed=1), processor, folder / "model")

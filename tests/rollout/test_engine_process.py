@@ -146,14 +146,14 @@ def test_two_workers_with_untied_embeddings_then_a_killed_engine(
         assert len(os_processes.members(engine.pid)) >= 4  # engine, watchdog, two workers
         shared = shared_memory_of(engine.pid)
         assert shared, "the engine's processes share memory; the test would not see it left behind"
-        assert any(path.is_socket() for path in short_folder.glob("vppo-*/*"))
+        assert any(path.is_socket() for path in short_folder.glob("vppo-engine-*/*"))
         os.kill(engine.pid, signal.SIGKILL)
         with pytest.raises(RuntimeError, match="signal SIGKILL"):
             engine.generate([request], SamplingSettings(max_tokens=12))
         assert wait_until_gone(engine.pid) == []
         assert shared & set(os.listdir("/dev/shm")) == set()
         assert [path for path in short_folder.rglob("*") if path.is_socket()] == []
-        assert list(short_folder.glob("vppo-*")) == []
+        assert list(short_folder.glob("vppo-engine-*")) == []
 
 
 @pytest.fixture

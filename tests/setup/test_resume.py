@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.config.schema import TrainerConfig
+from megatron_vppo.parallel.checkpoint_keep import BEST
 from megatron_vppo.parallel.layout import single_rank
 from megatron_vppo.setup.resume import check_resume, chosen_step
 from megatron_vppo.setup.run_folder import RunFolder
 from tests.models.tiny import save_tiny_model, tiny_config
-from tests.parallel.damage import DESCRIPTIONS, FILES, POSITIONS, STATES, STEPS, save_run, state
+from tests.parallel.damage import DESCRIPTIONS, FILES, POSITIONS, STATES, STEPS, save_run, state, state_with
 from tests.parallel.policy_rig import make_policy
 
 OLDER, NEWEST = STEPS
@@ -92,6 +93,15 @@ def test_damage_is_named_with_the_checkpoint_that_is_whole(what: str, runs: Path
     check_resume(config_of(runs, resume_step=OLDER))
 
 
+def test_a_requeued_job_passes_where_an_older_one_is_whole(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    FILES["empty"][0](checkpoint(runs, NEWEST))
+    check_resume(config_of(runs))
+    FILES["empty"][0](checkpoint(runs, OLDER))
+    with pytest.raises(ValueError, match="There is no other whole checkpoint"):
+        check_resume(config_of(runs))
+
+
 def test_the_newest_is_offered_for_an_older_one(runs: Path) -> None:
     FILES["cut"][0](checkpoint(runs, OLDER))
     with pytest.raises(
@@ -113,6 +123,50 @@ def test_a_checkpoint_without_its_state_is_not_passed_over(runs: Path) -> None:
     STATES["missing"][0](checkpoint(runs, NEWEST))
     with pytest.raises(ValueError, match=r"trainer_state\.json is missing.*There is no other whole checkpoint"):
         check_resume(config_of(runs))
+
+
+def test_a_damaged_note_of_the_best_checkpoint(runs: Path) -> None:
+    (checkpoint(runs, NEWEST).parent / BEST).write_text("[]")
+    with pytest.raises(ValueError, match=r"best\.json is damaged \(holds list.*\); remove it"):
+        check_resume(config_of(runs))
+
+
+# --- A checkpoint of another run --------------------------------------------------------------------------------------
+
+
+def starting(runs: Path, given: Path) -> TrainerConfig:
+    return config_of(runs, experiment_name="new", load_checkpoint_path=str(given))
+
+
+def test_the_given_checkpoint_is_checked_as_any_other(runs: Path) -> None:
+    given = checkpoint(runs, NEWEST)
+    check_resume(starting(runs, given))
+    FILES["cut"][0](given)
+    with pytest.raises(ValueError, match=FILES["cut"][1]):
+        check_resume(starting(runs, given))
+    POSITIONS["no place"][0](checkpoint(runs, OLDER))
+    with pytest.raises(ValueError, match=POSITIONS["no place"][1]):
+        check_resume(starting(runs, checkpoint(runs, OLDER)))
+
+
+def test_a_path_that_is_not_that_of_a_checkpoint(runs: Path) -> None:
+    folder = checkpoint(runs, NEWEST).parent
+    for given in (folder, folder.parent):
+        with pytest.raises(ValueError, match=rf"{given} is not the folder of .*; it has {folder}/global_step_4; set"):
+            check_resume(starting(runs, given))
+    for given in (folder / "global_step_5", folder / "global_step_4" / "dist_ckpt"):
+        with pytest.raises(ValueError, match=rf"{given} is not the folder of .*; set a folder \S+/global_step_N"):
+            check_resume(starting(runs, given))
+
+
+def test_a_run_of_its_own_wins_if_it_began_with_the_given_one(runs: Path) -> None:
+    given, own = checkpoint(runs, OLDER), checkpoint(runs, NEWEST)
+    with pytest.raises(ValueError, match=r"of a run that began with model\.path; .*another trainer\.experiment_name"):
+        check_resume(config_of(runs, load_checkpoint_path=str(given)))
+    state_with(started_from=str(given))(own)
+    check_resume(config_of(runs, load_checkpoint_path=str(given)))
+    shutil.move(given, runs / "elsewhere")
+    check_resume(config_of(runs, load_checkpoint_path=str(given)))  # it is not needed any more
 
 
 # --- Permissions ------------------------------------------------------------------------------------------------------

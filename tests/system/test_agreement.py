@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_vppo.system.agreement import on_every_rank
+from megatron_vppo.system.agreement import any_rank, gathered, on_every_rank
 from tests.gloo import run_gloo
 
 
@@ -19,6 +19,8 @@ def _rank(rank: int, world: int) -> list[tuple[str, str]]:
         return rank
 
     assert on_every_rank(lambda: check(())) == rank
+    assert gathered(10 * rank) == [0, 10, 20]
+    assert [any_rank(rank in those) for those in ((), (1,), (0, 2))] == [False, True, True]
     found = []
     for bad in ((0,), (1,), (2, 1)):
         with pytest.raises(ValueError, match="rank") as refused:

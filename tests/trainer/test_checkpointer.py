@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from torch import Tensor
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, set_aside_after
+from megatron_vppo.parallel.checkpoint_keep import BEST
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from tests.models.tiny import save_tiny_model, tiny_config
 from tests.parallel.damage import FILES, PLACE, STATES, STEPS, save_run, state_with
+from tests.parallel.optimizer_rig import update_counts
 from tests.parallel.policy_rig import make_batch, make_policy, make_responses
 
 OLDER, NEWEST = STEPS
@@ -29,7 +32,7 @@ OLDER, NEWEST = STEPS
 def checkpointer(folder: Path, *, resume: bool) -> Checkpointer:
     config = TrainerConfig(runs_dir=str(folder), project_name="p", experiment_name="e", resume=resume)
     unused: Any = None  # nothing is loaded
-    return Checkpointer(config, RunFolder.of(config), layout=unused, trainable=unused, stream=None)
+    return Checkpointer(config, RunFolder.of(config), layout=unused, trainable=unused, stream=None, say=print)
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -66,6 +69,7 @@ class Resumed:
     policy: MegatronPolicy
     stream: PromptStream
     checkpointer: Checkpointer
+    said: list[str]
 
     @property
     def checkpoints(self) -> Path:
@@ -89,7 +93,9 @@ def start(saved: Saved, runs: Path, *, seed: int = 1, **settings: object) -> Res
     policy = make_policy(saved.model, saved.layout, rows=2)
     prompts: Any = range(PLACE["num_prompts"])  # only their number counts
     stream = PromptStream(prompts, seed=seed, shuffle=True)
-    return Resumed(policy, stream, Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream))
+    said: list[str] = []
+    made = Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream, said.append)
+    return Resumed(policy, stream, made, said)
 
 
 @pytest.fixture
@@ -116,6 +122,7 @@ def test_model_and_place_in_the_data_are_those_of_the_step(settings: dict[str, i
     assert run.checkpointer.resume().step == settings.get("resume_step", NEWEST)
     assert same(weights(run.policy), weights(saved.policy))
     assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
+    assert run.said == []
 
 
 @pytest.mark.parametrize(("what", "cases"), [("empty", FILES), ("a brace", STATES)])
@@ -128,10 +135,24 @@ def test_a_damaged_one_is_named_with_the_way_out(what: str, cases: Any, saved: S
     assert checkpoint_steps(newest(runs).parent) == [OLDER, NEWEST], "nothing is moved before everything is loaded"
 
 
+def test_a_requeued_job_goes_on_from_the_older_one(
+    saved: Saved, runs: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    FILES["empty"][0](newest(runs))
+    expected = start(saved, runs, resume_step=OLDER)
+    expected.checkpointer.resume()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    run = start(saved, runs)
+    assert run.checkpointer.resume().step == OLDER
+    assert same(weights(run.policy), weights(expected.policy))
+    (line,) = [message for message in caplog.messages if "Nobody is there" in message]
+    assert line.endswith(f". Nobody is there to choose, so the run goes on from step {OLDER}") and "\n" not in line
+
+
 def test_only_one_that_fits_the_run_is_offered(saved: Saved, runs: Path) -> None:
-    state_with(tensor_model_parallel_size=2)(newest(runs))
+    state_with(freeze=["projector"])(newest(runs))
     with pytest.raises(
-        ValueError, match=r"was written with .*set the same to continue.*; trainer\.resume_step=2 takes"
+        ValueError, match=r"no optimizer state for projector.*set the same to continue.*; trainer\.resume_step=2 takes"
     ):
         start(saved, runs).checkpointer.resume()
     with pytest.raises(ValueError, match=r"position is for seed=1, this run has seed=5: .*experiment_name$"):
@@ -154,3 +175,76 @@ def test_what_follows_an_older_one_takes_the_place_of_nothing(saved: Saved, runs
     assert again.checkpointer.resume().step == NEWEST
     assert same(weights(again.policy), weights(run.policy))
     assert not same(weights(again.policy), weights(saved.policy))
+
+
+# --- Which checkpoints there are --------------------------------------------------------------------------------------
+
+
+def test_the_newest_and_the_best_are_kept(saved: Saved, runs: Path) -> None:
+    run = start(saved, runs, save_limit=1)
+    run.checkpointer.note_validation(6, 0.7)
+    run.checkpointer.save(6)
+    assert checkpoint_steps(run.checkpoints) == [6]
+    run.checkpointer.note_validation(7, 0.9)
+    run.checkpointer.save(8)
+    assert checkpoint_steps(run.checkpoints) == [6, 8], "the accuracy of step 7 is not that of step 8"
+    run.checkpointer.note_validation(10, 0.6)
+    run.checkpointer.save(10)
+    assert checkpoint_steps(run.checkpoints) == [6, 10]
+    assert json.loads((run.checkpoints / BEST).read_text()) == {"step": 6, "val/accuracy": 0.7}
+
+    kept = start(saved, runs, save_limit=-1)
+    for step, accuracy in ((12, 0.8), (14, 0.1)):
+        kept.checkpointer.note_validation(step, accuracy)
+        kept.checkpointer.save(step)
+    assert checkpoint_steps(run.checkpoints) == [6, 10, 12, 14]
+    assert json.loads((run.checkpoints / BEST).read_text())["step"] == 12
+
+
+def test_a_damaged_note_of_the_best_is_refused_at_the_start(saved: Saved, runs: Path) -> None:
+    (newest(runs).parent / BEST).write_text("{")
+    with pytest.raises(ValueError, match=r"best\.json is damaged .*; remove it"):
+        start(saved, runs).checkpointer.resume()
+
+
+def test_weights_alone_are_gone_on_from_with_a_word(saved: Saved, runs: Path) -> None:
+    start(saved, runs, save_model_only=True).checkpointer.save(6)
+    run = start(saved, runs)
+    assert run.checkpointer.resume().step == 6
+    (line,) = run.said
+    assert "global_step_6 holds no optimizer state (trainer.save_model_only): the optimizer starts from zero" in line
+
+
+# --- A run that starts from a checkpoint of another -------------------------------------------------------------------
+
+
+def test_a_new_run_starts_from_the_given_one_and_goes_on_from_its_own(saved: Saved, runs: Path) -> None:
+    given = {"experiment_name": "new", "load_checkpoint_path": str(newest(runs))}
+    run = start(saved, runs, **given)
+    assert run.checkpointer.resume().step == NEWEST
+    assert run.said == [f"starts from {newest(runs)}, after step {NEWEST}"]
+    assert same(weights(run.policy), weights(saved.policy)) and update_counts(run.policy) == {1.0}
+    assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
+    assert checkpoint_steps(run.checkpoints) == []
+
+    run.policy.update(make_batch(make_responses(), "nll"))
+    run.checkpointer.save(5)
+    for settings in (given, {"experiment_name": "new"}, given):
+        again = start(saved, runs, **settings)
+        assert again.checkpointer.resume().step == 5 and again.said == []
+        assert same(weights(again.policy), weights(run.policy))
+        again.checkpointer.save(5)  # where it began is not forgotten
+    assert checkpoint_steps(newest(runs).parent) == [OLDER, NEWEST], "the other run is left as it is"
+
+
+def test_a_folder_of_a_run_that_began_otherwise(saved: Saved, runs: Path) -> None:
+    given = newest(runs).with_name(f"global_step_{OLDER}")
+    began = rf"holds the checkpoint of step {NEWEST} of a run that began with model\.path; leave the setting out"
+    with pytest.raises(ValueError, match=rf"load_checkpoint_path={given}, but \S+/p/e/checkpoints {began}"):
+        start(saved, runs, load_checkpoint_path=str(given)).checkpointer.resume()
+
+
+def test_the_data_of_the_given_one_have_to_be_those_of_the_run(saved: Saved, runs: Path) -> None:
+    run = start(saved, runs, experiment_name="new", load_checkpoint_path=str(newest(runs)), seed=5)
+    with pytest.raises(ValueError, match=r"position is for seed=1, this run has seed=5: resume with the data"):
+        run.checkpointer.resume()

@@ -12,6 +12,7 @@ import pytest
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.system.stop_signals import StopRequested
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.loop import Run, is_due, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.stopping import Durations
@@ -77,6 +78,7 @@ def make_run(
         "sampler": SimpleNamespace(
             send_weights=lambda weights, version: notes.note(f"weights {version}", sync),
             close=lambda: notes.note("end engines"),
+            take_restarts=lambda: 0,
         ),
         "collector": SimpleNamespace(
             groups=sample,
@@ -84,7 +86,9 @@ def make_run(
             go_back_to=lambda place: notes.note(f"back to before {notes.calls[place]}"),
         ),
         "validator": SimpleNamespace(run=validate),
-        "checkpointer": SimpleNamespace(save=save),
+        "checkpointer": SimpleNamespace(
+            save=save, note_validation=lambda step, accuracy: notes.note(f"step {step}: {accuracy}")
+        ),
         "recorder": SimpleNamespace(write=lambda *args: notes.note("record")),
     }
     device: Any = None  # nothing leaves it
@@ -93,6 +97,7 @@ def make_run(
         config=config,
         placement=Placement(device, None, offloads=(), engines_sleep=False, barrier=lambda: None),
         log=RunLog(folder, resume_step=(start_step if unfinished is None else start_step - 1) or None),
+        watchdog=Watchdog(factor=10, least_seconds=60),
         start_step=start_step,
         total_steps=total_steps,
         stopping=stopping,
@@ -107,8 +112,8 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
     assert train(run)
     # Lines are those of step 0 (validation) and of every step so far: written before the checkpoint.
     assert notes.calls == [
-        "weights 0", "validate", "sample 1", "sample 2", "validate", "save 2 after 3 lines",
-        "sample 3", "validate", "save 3 after 4 lines",
+        "weights 0", "validate", "step 0: 0.5", "sample 1", "sample 2", "validate", "step 2: 0.5",
+        "save 2 after 3 lines", "sample 3", "validate", "step 3: 0.5", "save 3 after 4 lines",
     ]  # fmt: skip
     lines = read_metrics(tmp_path)
     assert [line.get("rollout/skipped_steps") for line in lines] == [None, 1.0, 1.0, 1.0]
@@ -118,7 +123,7 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
 def test_a_resumed_run_does_not_validate_again_before_training(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=2, total_steps=3, save_freq=-1)
     train(run)
-    assert notes.calls == ["weights 2", "sample 3", "validate", "save 3 after 1 lines"]
+    assert notes.calls == ["weights 2", "sample 3", "validate", "step 3: 0.5", "save 3 after 1 lines"]
 
 
 def test_a_finished_run_only_sends_its_weights(tmp_path: Path) -> None:
@@ -147,7 +152,7 @@ def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: b
         ),
         (
             "sample 3",  # the checkpoint of step 2 is there
-            ["weights 0", "sample 1", "sample 2", "validate", "save 2 after 2 lines", "sample 3",
+            ["weights 0", "sample 1", "sample 2", "validate", "step 2: 0.5", "save 2 after 2 lines", "sample 3",
              "back to before sample 3", "end engines"],
             2,
         ),
@@ -169,7 +174,15 @@ def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_the
 
     run, notes = make_run(tmp_path, start_step=2, total_steps=3, unfinished=unfinished, val_freq=-1)
     assert train(run)
-    assert notes.calls == ["weights 2", "validate", "sample 3", "validate", "save 3 after 3 lines"]
+    assert notes.calls == [
+        "weights 2",
+        "validate",
+        "step 2: 0.5",
+        "sample 3",
+        "validate",
+        "step 3: 0.5",
+        "save 3 after 3 lines",
+    ]
     first, second, third = read_metrics(tmp_path)
     assert [line["step"] for line in (first, second, third)] == [1, 2, 3]
     assert (second["reward/accuracy"], second["val/accuracy"]) == (0.25, 0.5)

@@ -18,6 +18,7 @@ import torch
 from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward, Scores
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog
+from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.stopping import Stopping
@@ -132,9 +133,9 @@ def make_run(
 
     def validate() -> dict[str, float]:
         sample("validate")
-        return {}
+        return {"val/accuracy": 0.5}
 
-    def save(step: int) -> None:
+    def save(step: int, *, unfinished_step: Any = None) -> None:
         with device.work(f"save {step}", 0, "params", "optimizer"):
             pass
 
@@ -159,15 +160,16 @@ def make_run(
             hf_weights=lambda only_trained=False: iter(()), frozen_hf_names=frozenset(), score=score, update=update,
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
-        "sampler": SimpleNamespace(send_weights=send_weights),
         "collector": SimpleNamespace(groups=groups, place=dict),
+        "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0),
         "validator": SimpleNamespace(run=validate),
-        "checkpointer": SimpleNamespace(save=save),
+        "checkpointer": SimpleNamespace(save=save, note_validation=lambda step, accuracy: None),
         "recorder": SimpleNamespace(write=lambda *args: None),
     }  # fmt: skip
     return Run(
         config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps,
-        stopping=Stopping(None, end_time=None, stop_within_seconds=1.0, any_rank=lambda mine: mine), **parts,
+        stopping=Stopping(None, end_time=None, stop_within_seconds=1.0, any_rank=lambda mine: mine),
+        watchdog=Watchdog(factor=0, least_seconds=60), **parts,
     ), device  # fmt: skip
 
 

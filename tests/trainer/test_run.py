@@ -9,6 +9,7 @@ import pytest
 
 from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
 from megatron_vppo.parallel.layout import destroy_layout
+from megatron_vppo.setup.world import world_of_one
 from megatron_vppo.trainer.run import run_training
 from tests.models.whole import save_whole_folder
 
@@ -33,7 +34,7 @@ def test_ranks_refuse_what_cannot_work(top_k: int, weights: str, message: str, t
     unused: Any = None  # the run ends before it
     try:
         with pytest.raises(ValueError, match=message):
-            run_training(config, say=print, signals=unused)
+            run_training(config, world_of_one(), say=print, signals=unused)
     finally:
         destroy_layout()
     assert not (tmp_path / "runs").exists()

@@ -15,7 +15,7 @@ from megatron_vppo.trainer.stopping import Stopping
 
 
 def make(asked_seconds_ago: float | None = None, *, end_in: float | None = None, others: bool = False) -> Stopping:
-    """Of a rank that was asked so long ago, in a world where `others` are asked or not."""
+    """Makes the decision of a rank that was asked so long ago, in a world where `others` are asked or not."""
     signals: Any = SimpleNamespace(
         request=None if asked_seconds_ago is None else signal.SIGUSR2, seconds_since_request=asked_seconds_ago or 0.0
     )

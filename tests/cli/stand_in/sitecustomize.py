@@ -54,6 +54,28 @@ def fail_one_after_the_other() -> NoReturn:
     raise ValueError(f"of rank {os.environ['RANK']}")
 
 
+def hang_under_a_watchdog() -> None:
+    """Rank 1 hangs, and rank 0 waits for it in a collective."""
+    import torch.distributed as dist
+
+    from megatron_vppo.system.watchdog import Watchdog
+
+    watchdog = Watchdog(factor=2, least_seconds=1.0, grace_seconds=1.0)
+    for step in range(1, 5):
+        with watchdog.watch("step", f"step {step}"):
+            if step == 4 and dist.get_rank() == 1:
+                time.sleep(600)
+            dist.barrier()
+
+
+def fail_late() -> NoReturn:
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+    time.sleep(1)
+    raise ValueError("the cause")
+
+
 def spoil_report() -> NoReturn:
     with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as file:
         file.write('{"message": "", "timestamp": 0, "rank_error": {}}')
@@ -74,13 +96,15 @@ FAILURES: dict[str, Callable[[], Any]] = {
     "spoilt report": spoil_report,
     "exit": lambda: os._exit(3),
     "hang": lambda: time.sleep(600),
+    "hang under a watchdog": hang_under_a_watchdog,
+    "late cause": fail_late,
     "wait": wait,
     "warn": warn,
     "none": lambda: None,
 }
 
 
-def run_training(config: Any, *, say: Callable[[str], None], signals: Any) -> bool:
+def run_training(config: Any, world: Any, *, say: Callable[[str], None], signals: Any) -> bool:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -109,4 +133,6 @@ def put_in_place(name: str, **members: Any) -> None:
 
 
 put_in_place("megatron_vppo.trainer.run", run_training=run_training)
-put_in_place("megatron_vppo.setup.preflight", check_before_launch=lambda config: 2)
+put_in_place(
+    "megatron_vppo.setup.preflight", check_before_launch=lambda config: 2, check_settings=lambda config, **sizes: None
+)

@@ -1,0 +1,126 @@
+"""The largest micro-batch of an update, forward and backward on the meta device, and the bytes that it keeps.
+
+What runs is the run's own code: packer, stages in Megatron's wrappers, vocabulary head. Only the schedule does not: a
+pipeline stage gets hidden states of the right shape instead of those of the stage before it.
+
+Shape suffix legend: K = all packed tokens of a micro-batch; C = tokens of this context-parallel rank; S = those of C
+that a rank holds between layers; I = image tokens among K; N = response tokens that this rank predicts; P = patches; D
+= values of one patch; h = hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import PerturbKey, Response
+from megatron_vppo.config.choices import PerturbUnit
+from megatron_vppo.launching.fake_world import META
+from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.schedule import ScheduleRunner
+from megatron_vppo.parallel.training import Trainable
+from megatron_vppo.planning.activations import MicroBatch
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """The bytes of one micro-batch on one rank, for each of its pipeline stages (several with virtual stages)."""
+
+    kept: tuple[int, ...]
+    """Kept from the forward to the backward pass. Parameters and their gradients are not counted."""
+    output: tuple[int, ...]
+    """The hidden states that leave the stage."""
+    batch: MicroBatch
+    """The tokens and patches of this rank; `tokens` are those of all context-parallel ranks."""
+
+
+def update_views(runner: ScheduleRunner, responses: Sequence[Response]) -> list[View]:
+    """Returns the views of this rank's largest micro-batch of an update, by tokens and then by images."""
+    micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_update)
+    largest = max(micro_batches, key=lambda rows: (len(rows), len({responses[row].group_id for row in rows})))
+    return [View(row, None) for row in largest]
+
+
+def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit) -> list[View]:
+    """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images."""
+    micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
+    rows = max(micro_batches, key=len)
+    return [*(View(row, None) for row in rows)] + [View(row, PerturbKey.of(responses[row], 1, per=per)) for row in rows]
+
+
+def sizes_of(batch: ResponseBatch, layout: Layout) -> MicroBatch:
+    """Counts the tokens of a packed micro-batch, and the patches of the images that this rank runs the tower on."""
+    packed = batch.packed
+    assert packed.images_of_ranks is not None, "the packer assigns images"
+    own_images = packed.images_of_ranks[layout.vision_groups.images.rank()] if layout.is_first_stage else ()
+    return MicroBatch(
+        tokens=packed.token_ids_K.numel(),
+        response_tokens=batch.tokens.target_N.numel(),
+        image_tokens=packed.image_token_index_I.numel(),
+        patches=sum(math.prod(packed.grids_thw[image]) for image in own_images),
+    )
+
+
+def run_step(
+    trainable: Trainable, layout: Layout, runner: ScheduleRunner, responses: Sequence[Response], views: Sequence[View]
+) -> StepBytes:
+    """Runs the micro-batch through this rank's stages; call it within `meta_device`."""
+    packed = runner.packer.pack(responses, views)
+    pixels = packed.packed.pixels_PD
+    batch = replace(packed, packed=replace(packed.packed, pixels_PD=None if pixels is None else pixels.to(META)))
+    kept, outputs = [], []
+    for stage, ddp in zip(trainable.stages, trainable.ddps, strict=True):
+        if not stage.pre_process:
+            stage.set_input_tensor([_received_S1h(batch, layout, runner, dtype=stage.config.params_dtype)])
+        not_counted = [*stage.parameters(), *stage.buffers()]
+        with _saved_storages(not_counted) as storages:
+            hidden = ddp(batch.packed)
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        outputs.append(hidden.untyped_storage().nbytes())
+        if not hidden.requires_grad:
+            continue
+        if stage.post_process:
+            _loss(batch, hidden, runner).backward()
+        else:
+            hidden.backward(torch.empty_like(hidden))
+    return StepBytes(tuple(kept), tuple(outputs), sizes_of(packed, layout))
+
+
+def _received_S1h(batch: ResponseBatch, layout: Layout, runner: ScheduleRunner, *, dtype: torch.dtype) -> Tensor:
+    """Makes what the stage before would have sent."""
+    config = runner.stages[0].config
+    ranks = layout.context * (layout.tensor if config.sequence_parallel else 1)
+    tokens = batch.packed.token_ids_K.numel() // ranks
+    return torch.empty(tokens, 1, config.hidden_size, dtype=dtype, device=META, requires_grad=True)
+
+
+def _loss(batch: ResponseBatch, hidden_C1h: Tensor, runner: ScheduleRunner) -> Tensor:
+    """Sums log-probs and entropies of the response tokens: what every loss of a run is made of."""
+    tokens = batch.tokens
+    logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
+        hidden_C1h[tokens.hidden_index_N, 0], tokens.target_N, with_entropy=True
+    )
+    assert entropy_N is not None
+    return logp_N.sum() + entropy_N.sum()
+
+
+@contextmanager
+def _saved_storages(not_counted: Sequence[Tensor]) -> Iterator[dict[int, torch.UntypedStorage]]:
+    """Collects the memory on meta that autograd saves within the block, each storage once."""
+    own = {id(tensor.untyped_storage()) for tensor in not_counted}
+    storages: dict[int, torch.UntypedStorage] = {}  # holds them, so that no id is used twice
+
+    def save(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if tensor.device == META and id(storage) not in own:
+            storages[id(storage)] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        yield storages

@@ -1,0 +1,51 @@
+"""A batch script on its way to SLURM: written, looked at by bash and sbatch, sent. Only where their programs are."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+
+def has_slurm() -> bool:
+    """Returns True if jobs can be sent from this machine."""
+    return shutil.which("sbatch") is not None
+
+
+def check_syntax(text: str) -> None:
+    """Refuses a script that bash cannot read; it is not run."""
+    looked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    if looked.returncode:
+        raise ValueError(f"bash cannot read the script, so it is not written: {looked.stderr.strip()}")
+
+
+def write_script(path: Path, text: str) -> None:
+    """Writes a new script; one that is there and says the same stays as it is.
+
+    Raises:
+        ValueError: there is another one, which somebody may have edited, or no folder for it.
+    """
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        raise ValueError(
+            f"{path} is there already and says something else, which you may have written; remove it, or set --output"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it, or set another --output")
+    path.write_text(text, encoding="utf-8")
+
+
+def try_script(path: Path) -> tuple[bool, str]:
+    """Returns whether SLURM would take the job, and what it says: when it would start, or why it never would."""
+    return _sbatch("--test-only", path)
+
+
+def send_script(path: Path) -> tuple[bool, str]:
+    """Sends the job; returns whether SLURM took it, and what it says."""
+    return _sbatch(path)
+
+
+def _sbatch(*arguments: str | Path) -> tuple[bool, str]:
+    done = subprocess.run(["sbatch", *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode == 0, f"{done.stdout}{done.stderr}".strip()

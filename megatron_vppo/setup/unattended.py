@@ -1,0 +1,38 @@
+"""An attempt that nobody has started: a job that SLURM has requeued. Nobody is there to choose another checkpoint."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from megatron_vppo.config.schema import TrainerConfig
+from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
+
+
+def is_unattended() -> bool:
+    """Returns True in a job that SLURM has started again."""
+    return os.environ.get("SLURM_RESTART_COUNT", "") not in ("", "0")
+
+
+def older_instead(
+    error: ValueError, step: int, steps: Sequence[int], check: Callable[[int], object], *, config: TrainerConfig
+) -> int | None:
+    """Returns the newest whole checkpoint before a damaged one, for an attempt that must choose by itself.
+
+    None: a person is there to choose or has chosen already (trainer.resume_step), it is not damaged but does not fit,
+    or there is none.
+
+    Args:
+        error: what is wrong with the checkpoint of `step`.
+        steps: those that have a checkpoint.
+        check: raises ValueError if the checkpoint of a step cannot be gone on from; a collective, if the caller is one.
+    """
+    if not is_unattended() or not isinstance(error, DamagedCheckpoint) or config.resume_step is not None:
+        return None
+    for older in sorted((other for other in steps if other < step), reverse=True):
+        try:
+            check(older)
+        except ValueError:
+            continue
+        return older
+    return None

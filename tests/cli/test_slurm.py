@@ -1,0 +1,94 @@
+"""`vppo slurm` as a user sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_vppo.cli.main import main
+
+CONFIG = """
+data: {train_files: rows.jsonl}
+model: {path: model}
+parallel: {tensor_model_parallel_size: 4, pipeline_model_parallel_size: 2}
+trainer: {runs_dir: results, project_name: geometry, experiment_name: first}
+"""
+SIZE = ("--nodes", "2", "--gpus-per-node", "8", "--time", "24:00:00")
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the command in a folder with settings, where PATH has bash and, after `sbatch(status)`, an sbatch."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "bash").symlink_to("/bin/bash")
+    monkeypatch.setenv("PATH", str(programs))
+
+    def slurm(*options: str, sbatch: str | None = None) -> int:
+        if sbatch is not None:
+            (programs / "sbatch").write_text(f'#!/bin/bash\necho "sbatch $*"\n{sbatch}\n')
+            (programs / "sbatch").chmod(0o755)
+        return main(["slurm", "--config", "my.yaml", *SIZE, *options])
+
+    return slurm
+
+
+def test_a_script_is_written(slurm: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm("--sbatch=--qos=high", "--sbatch=--mail-type=END", "rollout.n=4") == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0] == "my.sbatch: 2 x 8 GPUs; tensor 4 x context 1 x pipeline 2 x data 2"
+    assert "no sbatch on this machine" in out
+    text = (tmp_path / "my.sbatch").read_text()
+    for line in (
+        "# Written by: vppo slurm --config my.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 --sbatch=--qos=high "
+        "--sbatch=--mail-type=END rollout.n=4",
+        "#SBATCH --job-name=first", "#SBATCH --mail-type=END", "config=my.yaml", "    rollout.n=4 &",
+        "run_folder=results/geometry/first # trainer.runs_dir/project_name/experiment_name", "max_restarts=50",
+    ):  # fmt: skip
+        assert line in text.splitlines()
+
+
+def test_sbatch_is_asked_and_its_answer_shown(slurm, capsys: pytest.CaptureFixture[str]) -> None:
+    assert slurm(sbatch="echo 'Job 7 to start at noon' >&2") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "sbatch --test-only my.sbatch", "Job 7 to start at noon", "send it: sbatch my.sbatch",
+    ]  # fmt: skip
+    assert slurm("--submit") == 0
+    assert capsys.readouterr().out.splitlines()[1] == "sbatch my.sbatch"
+    assert slurm(sbatch="echo 'allocation failure' >&2; exit 1") == 1
+    assert "allocation failure" in capsys.readouterr().out
+
+
+def test_nothing_is_sent_without_sbatch(slurm) -> None:
+    assert slurm("--submit") == 1
+
+
+def test_seeds_and_containers_reach_the_script(slurm, tmp_path: Path) -> None:
+    assert slurm("--array-seeds", "1-3", "--container", "image.sif", "--container-runtime", "apptainer") == 0
+    text = (tmp_path / "my.sbatch").read_text()
+    assert "#SBATCH --array=1-3\n" in text and "apptainer exec --nv" in text and "name=first_seed$SLURM_ARR" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["rolout.n=4"], "did you mean rollout"),
+        (["parallel.tensor_model_parallel_size=3"], "= 6 ranks per model copy does not divide 16 ranks"),
+        (["parallel.data_parallel_size=4"], "x data_parallel_size 4 = 32, but there are 16 ranks"),
+        (["rollout.tensor_parallel_size=16"], "rollout.tensor_parallel_size 16: an engine lies within one node"),
+        (["fp8.bf16_layers_at_ends=2"], "set fp8.recipe or rollout.quantization"),
+        (["--container-mounts", "/data"], "set --container to its image"),
+        (["--grace-seconds", "70000"], "sbatch takes at most 65535"),
+        (["--output", "nowhere/x.sbatch"], "there is no folder nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_job_waits(
+    slurm, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert slurm(*options) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.sbatch"))
