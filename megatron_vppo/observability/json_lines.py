@@ -15,9 +15,15 @@ from typing import Any
 
 def dump_line(record: Mapping[str, Any]) -> str:
     """Writes a record as one line of valid JSON, newline included. Floats that are not finite become strings."""
-    line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
-    # UTF-8 has no half of a surrogate pair. JSON has, as an escape.
-    return re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", line)
+    try:
+        line = _dump(record)
+    except (TypeError, ValueError):  # not finite, or a kind of mapping that json does not know
+        line = _dump(_finite(record))
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # UTF-8 has no half of a surrogate pair. JSON has, as an escape.
+        line = re.sub("[\ud800-\udfff]", lambda half: f"\\u{ord(half[0]):04x}", line)
+    return line
 
 
 def number(value: Any) -> float | None:
@@ -43,6 +49,10 @@ def parse_lines(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(record, dict):
             yield record
+
+
+def _dump(record: Any) -> str:
+    return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(", ", ": ")) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -98,7 +98,9 @@ def rollout_steps(run_dir: str | Path) -> list[int]:
 
 
 def cut_rollouts_after(run_dir: str | Path, step: int) -> None:
-    """Deletes the files of later steps, which a resumed run computes again."""
+    """Deletes the files of later steps, which a resumed run computes again, and what a killed process left."""
+    for unfinished in (Path(run_dir) / "rollouts").glob(".step_*.jsonl.zst.*.tmp"):
+        unfinished.unlink(missing_ok=True)
     for later in rollout_steps(run_dir):
         if later > step:
             rollout_path(run_dir, later).unlink()

@@ -93,6 +93,7 @@ def train(run: Run) -> bool:
         if is_due(step, config.trainer.save_freq, run.total_steps):
             run.placement.writing()
             with stopping.durations.time("checkpoint"), watch("checkpoint"):
+                run.recorder.wait()  # a resume finds the records of every step up to its checkpoint
                 run.checkpointer.save(step)
     return True
 
@@ -180,6 +181,7 @@ def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None)
     """Saves a checkpoint of `step`, the last one that is done, unless there is one. Returns False."""
     run.sampler.close()
     run.placement.without_engines()
+    run.recorder.wait()
     is_saved = step == run.start_step or is_due(step, run.config.trainer.save_freq, run.total_steps)
     if unfinished_step is not None or not is_saved:
         run.placement.writing()

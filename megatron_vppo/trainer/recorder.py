@@ -5,20 +5,23 @@ Shape suffix legend: B = responses; T = response tokens, right-padded.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from megatron_vppo.algorithm.assemble import Minibatch
+from megatron_vppo.algorithm.padding import length_mask
 from megatron_vppo.algorithm.types import GradedResponse, PerturbKey, Response, Scores
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.data.images import VisionInputs
-from megatron_vppo.observability.rollouts import RolloutRecord, png_pair, write_rollouts
+from megatron_vppo.observability.record_writer import RecordWriter
+from megatron_vppo.observability.rollouts import RolloutRecord
+from megatron_vppo.observability.step_records import StepRecords
 from megatron_vppo.trainer.collect import Group
 
 IMAGES_PER_OUTCOME = 4
@@ -27,87 +30,112 @@ IMAGES_PER_OUTCOME = 4
 
 @dataclass(frozen=True)
 class Recorder:
-    """Writes the record of each step on one rank."""
+    """Gathers the record of each step on one rank, and has it written while the next step goes on."""
 
-    folder: Path
-    """The run folder."""
     tokenizer: Any
     """The model's, of transformers."""
     images: VisionInputs
     perturb_per: PerturbUnit
-    is_writer: bool
-    """True on the rank that writes, if the run keeps records at all. On the others nothing happens."""
+    writer: RecordWriter | None
+    """On the rank that writes, if the run keeps records at all. On the others nothing happens."""
+    known_texts: dict[int, str] = field(default_factory=dict)
+    """The texts of the tokens of earlier steps."""
 
     def write(self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores) -> None:
-        """Writes the records of one step."""
-        if self.is_writer:
-            write_rollouts(self.folder, step, self.records(step, minibatches, groups, scores))
+        """Hands over the records of one step. Raises OSError if those of the step before could not be written."""
+        if self.writer is not None:
+            self.writer.write(step, self.step_records(step, minibatches, groups, scores))
 
-    def records(
+    def wait(self) -> None:
+        """Returns when the records of all steps are on the disk. Raises OSError if they could not be written."""
+        if self.writer is not None:
+            self.writer.wait()
+
+    def step_records(
         self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores
-    ) -> Iterator[RolloutRecord]:
-        """Yields one record per trained response, in the order of the step."""
+    ) -> StepRecords:
+        """Builds one record per trained response, in the order of the step."""
         graded = [item for group in groups for item in group]
-        texts = self._token_texts([item.response for item in graded])
+        responses = [item.response for item in graded]
+        lengths = [len(response.token_ids) for response in responses]
+        num_tokens = sum(lengths)
+        token_ids_N = np.fromiter(chain.from_iterable(r.token_ids for r in responses), np.int32, num_tokens)
+        decided = [minibatch.record for minibatch in minibatches]
+        advantages = [number for record in decided for number in record.group_advantage_B.tolist()]
+        scales = [number for record in decided for number in record.scale_B.tolist()]
         with_images = _pick(groups)
-        row = 0
-        for minibatch in minibatches:
-            for local in range(len(minibatch.batch.responses)):
-                item = graded[row]
-                record = self._record(item, row, local, minibatch, scores, texts)
-                if (item.response.group_id, item.response.sample) in with_images:
-                    record["images"] = self._images(item.response, step, perturbed=scores.perturbed_logp_BT is not None)
-                yield record
-                row += 1
-
-    def _record(
-        self, item: GradedResponse, row: int, local: int, minibatch: Minibatch, scores: Scores, texts: dict[int, str]
-    ) -> RolloutRecord:
-        """Builds the record of the response that is number `row` of the step and number `local` of its mini-batch."""
-        response, reward, decided = item.response, item.reward, minibatch.record
-        length = len(response.token_ids)
-
-        def tokens_of(value_BT: Tensor | None, at: int) -> list[float] | None:
-            return None if value_BT is None else [round(x, 6) for x in value_BT[at, :length].tolist()]
-
-        return RolloutRecord(
-            split=response.prompt.split,
-            row=response.prompt.row,
-            sample=response.sample,
-            problem=response.prompt.problem,
-            answer=response.prompt.answer,
-            response=item.text,
-            tokens=[texts[token] for token in response.token_ids],
-            token_ids=list(response.token_ids),
-            rollout_logps=[round(x, 6) for x in response.rollout_logps],
-            old_logps=tokens_of(scores.old_logp_BT, row) or [],
-            masked_logps=tokens_of(scores.perturbed_logp_BT, row),
-            dependency=tokens_of(decided.dependency_BT, local),
-            kept=[int(x) for x in decided.token_mask_BT[local, :length].tolist()],
-            reward=reward.overall,
-            accuracy=reward.accuracy,
-            reward_error=reward.error,
-            reward_metrics=dict(reward.metrics),
-            advantage=float(decided.group_advantage_B[local]),
-            scale=float(decided.scale_B[local]),
-            finish_reason=response.finish_reason,
+        perturbed = scores.perturbed_logp_BT is not None
+        return StepRecords(
+            heads=[_head(*parts) for parts in zip(graded, advantages, scales, strict=True)],
+            lengths=lengths,
+            token_texts=self._token_texts(token_ids_N),
+            token_ids_N=token_ids_N,
+            floats_N={
+                "rollout_logps": np.fromiter(
+                    chain.from_iterable(r.rollout_logps for r in responses), np.float64, num_tokens
+                ),
+                "old_logps": _flat([scores.old_logp_BT], lengths),
+                "masked_logps": _flat([scores.perturbed_logp_BT], lengths),
+                "dependency": _flat([record.dependency_BT for record in decided], lengths),
+            },
+            kept_N=np.asarray(_flat([record.token_mask_BT for record in decided], lengths), np.int8),
+            images={
+                number: self._images(response, step, perturbed=perturbed)
+                for number, response in enumerate(responses)
+                if (response.group_id, response.sample) in with_images
+            },
         )
 
-    def _token_texts(self, responses: Sequence[Response]) -> dict[int, str]:
+    def _token_texts(self, token_ids_N: np.ndarray) -> dict[int, str]:
         """Decodes each distinct token, special tokens included."""
-        distinct = sorted({token for response in responses for token in response.token_ids})
-        return dict(zip(distinct, self.tokenizer.batch_decode([[token] for token in distinct]), strict=True))
+        distinct: list[int] = np.flatnonzero(np.bincount(token_ids_N)).tolist()
+        new = [token for token in distinct if token not in self.known_texts]
+        self.known_texts.update(zip(new, self.tokenizer.batch_decode([[token] for token in new]), strict=True))
+        return {token: self.known_texts[token] for token in distinct}
 
-    def _images(self, response: Response, step: int, *, perturbed: bool) -> list[dict[str, str]]:
-        """Encodes a response's images as PNG, each with its perturbed copy if the policy was shown that."""
+    def _images(
+        self, response: Response, step: int, *, perturbed: bool
+    ) -> list[tuple[Image.Image, Image.Image | None]]:
+        """Returns a response's images, each with its perturbed copy if the policy was shown that."""
         key = PerturbKey.of(response, step, per=self.perturb_per)
         return [
-            png_pair(
-                _png(self.images.image(ref)),
-                _png(self.images.perturbed_image(ref, key)) if perturbed else None,
-            )
+            (self.images.image(ref), self.images.perturbed_image(ref, key) if perturbed else None)
             for ref in response.prompt.images
         ]
+
+
+def _head(item: GradedResponse, advantage: float, scale: float) -> RolloutRecord:
+    """Builds the part of a record that is no list of tokens."""
+    response, reward = item.response, item.reward
+    return RolloutRecord(
+        split=response.prompt.split,
+        row=response.prompt.row,
+        sample=response.sample,
+        problem=response.prompt.problem,
+        answer=response.prompt.answer,
+        response=item.text,
+        reward=reward.overall,
+        accuracy=reward.accuracy,
+        reward_error=reward.error,
+        reward_metrics=dict(reward.metrics),
+        advantage=advantage,
+        scale=scale,
+        finish_reason=response.finish_reason,
+    )
+
+
+def _flat(parts: Sequence[Tensor | None], lengths: Sequence[int]) -> np.ndarray | None:
+    """Returns the tokens [N] of parts [B, T], which hold the rows in order; None if they are None."""
+    flat = []
+    start = 0
+    for part_BT in parts:
+        if part_BT is None:
+            return None
+        rows = lengths[start : start + len(part_BT)]
+        start += len(part_BT)
+        mask_BT = length_mask(rows, width=part_BT.shape[1]).bool()
+        flat.append(part_BT.detach().cpu()[mask_BT].numpy())
+    return np.concatenate(flat)
 
 
 def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:
@@ -125,9 +153,3 @@ def _pick(groups: Sequence[Group]) -> set[tuple[int, int]]:
             continue
         picked.add((item.response.group_id, item.response.sample))
     return picked
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

@@ -19,6 +19,7 @@ from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
+from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
 from megatron_vppo.parallel.all_reduce_speed import measure_all_reduce
@@ -179,7 +180,9 @@ def _open_run(
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
         placement = _placement(config, policy, engine)
         sampler.recover_with(_recovery(config, policy, placement, engine))
-        records = is_writer and config.trainer.save_rollouts
+        writer = RecordWriter(folder.root) if is_writer and config.trainer.save_rollouts else None
+        if writer is not None:
+            stack.callback(writer.close)
         signals.begin_work()
         yield Run(
             config=config,
@@ -192,7 +195,7 @@ def _open_run(
             start_step=start_step,
             total_steps=total_steps,
             checkpointer=checkpointer,
-            recorder=Recorder(folder.root, tokenizer, images, config.algorithm.perturb.per, is_writer=records),
+            recorder=Recorder(tokenizer, images, config.algorithm.perturb.per, writer),
             stopping=stopping,
             unfinished_step=resumed.unfinished_step,
             watchdog=_watchdog(config),

@@ -89,7 +89,9 @@ def make_run(
         "checkpointer": SimpleNamespace(
             save=save, note_validation=lambda step, accuracy: notes.note(f"step {step}: {accuracy}")
         ),
-        "recorder": SimpleNamespace(write=lambda *args: notes.note("record")),
+        "recorder": SimpleNamespace(
+            write=lambda *args: notes.note("record"), wait=lambda: notes.note("records on disk")
+        ),
     }
     device: Any = None  # nothing leaves it
     stopping: Any = SimpleNamespace(before_step=before_step, durations=stops.durations)
@@ -113,7 +115,8 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
     # Lines are those of step 0 (validation) and of every step so far: written before the checkpoint.
     assert notes.calls == [
         "weights 0", "validate", "step 0: 0.5", "sample 1", "sample 2", "validate", "step 2: 0.5",
-        "save 2 after 3 lines", "sample 3", "validate", "step 3: 0.5", "save 3 after 4 lines",
+        "records on disk", "save 2 after 3 lines", "sample 3", "validate", "step 3: 0.5",
+        "records on disk", "save 3 after 4 lines",
     ]  # fmt: skip
     lines = read_metrics(tmp_path)
     assert [line.get("rollout/skipped_steps") for line in lines] == [None, 1.0, 1.0, 1.0]
@@ -123,7 +126,14 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
 def test_a_resumed_run_does_not_validate_again_before_training(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=2, total_steps=3, save_freq=-1)
     train(run)
-    assert notes.calls == ["weights 2", "sample 3", "validate", "step 3: 0.5", "save 3 after 1 lines"]
+    assert notes.calls == [
+        "weights 2",
+        "sample 3",
+        "validate",
+        "step 3: 0.5",
+        "records on disk",
+        "save 3 after 1 lines",
+    ]
 
 
 def test_a_finished_run_only_sends_its_weights(tmp_path: Path) -> None:
@@ -143,17 +153,19 @@ def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: b
 @pytest.mark.parametrize(
     ("stop", "calls", "lines"),
     [
-        ("before step 1", ["weights 0", "end engines"], 0),
-        ("before step 2", ["weights 0", "sample 1", "end engines", "save 1 after 1 lines"], 1),
+        ("before step 1", ["weights 0", "end engines", "records on disk"], 0),
+        ("before step 2", ["weights 0", "sample 1", "end engines", "records on disk", "save 1 after 1 lines"], 1),
         (
             "sample 2",
-            ["weights 0", "sample 1", "sample 2", "back to before sample 2", "end engines", "save 1 after 1 lines"],
+            ["weights 0", "sample 1", "sample 2", "back to before sample 2", "end engines",
+             "records on disk", "save 1 after 1 lines"],
             1,
         ),
         (
             "sample 3",  # the checkpoint of step 2 is there
-            ["weights 0", "sample 1", "sample 2", "validate", "step 2: 0.5", "save 2 after 2 lines", "sample 3",
-             "back to before sample 3", "end engines"],
+            ["weights 0", "sample 1", "sample 2", "validate", "step 2: 0.5",
+             "records on disk", "save 2 after 2 lines", "sample 3",
+             "back to before sample 3", "end engines", "records on disk"],
             2,
         ),
     ],
@@ -168,7 +180,7 @@ def test_a_stop_saves_the_last_step_that_is_done(stop: str, calls: list[str], li
 def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_then(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 2", val_before_train=False)
     assert not train(run)
-    assert notes.calls[2:] == ["sample 2", "validate", "end engines", "save 2 after 1 lines"]
+    assert notes.calls[2:] == ["sample 2", "validate", "end engines", "records on disk", "save 2 after 1 lines"]
     unfinished = json.loads(json.dumps(notes.unfinished))  # as a checkpoint keeps it
     run.log.close()
 
@@ -181,6 +193,7 @@ def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_the
         "sample 3",
         "validate",
         "step 3: 0.5",
+        "records on disk",
         "save 3 after 3 lines",
     ]
     first, second, third = read_metrics(tmp_path)
@@ -192,4 +205,4 @@ def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_the
 def test_a_stop_before_training_is_not_lost(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 0")
     assert not train(run)
-    assert notes.calls == ["weights 0", "validate", "end engines"] and read_metrics(tmp_path) == []
+    assert notes.calls == ["weights 0", "validate", "end engines", "records on disk"] and read_metrics(tmp_path) == []

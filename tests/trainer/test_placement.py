@@ -164,7 +164,7 @@ def make_run(
         "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0),
         "validator": SimpleNamespace(run=validate),
         "checkpointer": SimpleNamespace(save=save, note_validation=lambda step, accuracy: None),
-        "recorder": SimpleNamespace(write=lambda *args: None),
+        "recorder": SimpleNamespace(write=lambda *args: None, wait=lambda: None),
     }  # fmt: skip
     return Run(
         config=config, placement=placement, log=RunLog(folder), start_step=0, total_steps=steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,8 @@ from PIL import Image
 
 from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.types import PerturbKey
-from megatron_vppo.observability.rollouts import read_rollouts, rollout_path
+from megatron_vppo.observability.rollouts import read_rollouts, rollout_path, write_rollouts
+from megatron_vppo.observability.step_records import StepRecords
 from megatron_vppo.trainer.recorder import IMAGES_PER_OUTCOME, Recorder
 from tests.algorithm.rows import graded, response, scores, settings
 
@@ -30,29 +32,83 @@ def step() -> tuple[Any, ...]:
     return minibatches, [items[i : i + SIZE] for i in range(0, len(items), SIZE)], found
 
 
-def recorder(folder: Path, *, keys: list[PerturbKey], is_writer: bool = True) -> Recorder:
+@dataclass(frozen=True)
+class AtOnce:
+    """Writes in this process."""
+
+    folder: Path
+
+    def write(self, step: int, records: StepRecords) -> None:
+        write_rollouts(self.folder, step, records.records())
+
+
+def recorder(writer: Any, *, keys: list[PerturbKey] | None = None) -> Recorder:
     def perturbed_image(ref: Any, key: PerturbKey) -> Image.Image:
-        keys.append(key)
+        if keys is not None:
+            keys.append(key)
         return Image.new("RGB", (2, 2))
 
-    images: Any = SimpleNamespace(image=lambda ref: Image.new("RGB", (2, 2)), perturbed_image=perturbed_image)
+    images: Any = SimpleNamespace(
+        image=lambda ref: Image.new("RGB", (2, 2), (7, 7, 7)), perturbed_image=perturbed_image
+    )
     tokenizer = SimpleNamespace(batch_decode=lambda rows: [f"<{token}>" for (token,) in rows])
-    return Recorder(folder, tokenizer, images, perturb_per="row", is_writer=is_writer)
+    return Recorder(tokenizer, images, perturb_per="row", writer=writer)
 
 
 def test_every_trained_response_is_recorded_in_order(tmp_path: Path, step: tuple[Any, ...]) -> None:
-    recorder(tmp_path, keys=[]).write(7, *step)
+    recorder(AtOnce(tmp_path)).write(7, *step)
     records = list(read_rollouts(rollout_path(tmp_path, 7)))
     assert [(record["row"], record["sample"]) for record in records] == [(g, s) for g in range(GROUPS) for s in (0, 1)]
-    assert records[5]["old_logps"] == pytest.approx([-1.5, -1.6, -1.7])
-    assert records[5]["masked_logps"] == pytest.approx([-2.5, -2.6, -2.7])
+    assert records[5]["old_logps"] == [-1.5, -1.6, -1.7]
+    assert records[5]["masked_logps"] == [-2.5, -2.6, -2.7]
     assert records[0]["tokens"] == ["<0>", "<1>", "<2>"]
     assert records[0]["advantage"] > 0 > records[1]["advantage"]
 
 
+def test_a_row_has_the_decisions_of_its_own_mini_batch(tmp_path: Path) -> None:
+    """Rows of different lengths, narrower than the scores, in mini-batches of four; expected row by row."""
+    lengths = [3, 1, 4, 2, 2, 4, 1, 3]
+    logps = [[-0.1 * (row + 1) - 1e-7 * at for at in range(length)] for row, length in enumerate(lengths)]
+    responses = [
+        response(length, group=row // 2, sample=row % 2, rollout_logps=logps[row]) for row, length in enumerate(lengths)
+    ]
+    items = graded(responses, [1.0, 0.0] * 4)
+    generator = torch.Generator().manual_seed(0)
+    old_BT, perturbed_BT = (-torch.rand(8, 6, generator=generator) for _ in range(2))
+    found = scores(old_BT, perturbed_BT)
+    minibatches = assemble(items, found, settings=settings(), responses_per_minibatch=4)
+    recorder(AtOnce(tmp_path)).write(1, minibatches, [items[i : i + 2] for i in range(0, 8, 2)], found)
+    for row, record in enumerate(read_rollouts(rollout_path(tmp_path, 1))):
+        decided, local, length = minibatches[row // 4].record, row % 4, lengths[row]
+        assert record["token_ids"] == list(range(length))
+        assert record["rollout_logps"] == [round(x, 6) for x in logps[row]]
+        for name, value_T in {
+            "old_logps": old_BT[row],
+            "masked_logps": perturbed_BT[row],
+            "dependency": decided.dependency_BT[local],
+            "kept": decided.token_mask_BT[local],
+        }.items():
+            assert record[name] == [round(x, 6) for x in value_T[:length].tolist()], (row, name)
+        assert (record["advantage"], record["scale"]) == (
+            decided.group_advantage_B[local].item(),
+            decided.scale_B[local].item(),
+        )
+
+
+def test_what_was_not_computed_is_none(tmp_path: Path) -> None:
+    items = graded([response(2, sample=sample) for sample in (0, 1)], [1.0, 0.0])
+    found = scores(-torch.ones(2, 2), None)
+    plain = settings(use_vppo_on_perception=False, use_advantage_shaping=False)
+    minibatches = assemble(items, found, settings=plain, responses_per_minibatch=2)
+    recorder(AtOnce(tmp_path)).write(1, minibatches, [items], found)
+    for record in read_rollouts(rollout_path(tmp_path, 1)):
+        assert record["masked_logps"] is None and record["dependency"] is None
+        assert all("masked" not in image for image in record.get("images", []))
+
+
 def test_images_stay_with_a_few_right_and_wrong_ones_of_different_groups(tmp_path: Path, step: tuple[Any, ...]) -> None:
     keys: list[PerturbKey] = []
-    recorder(tmp_path, keys=keys).write(7, *step)
+    recorder(AtOnce(tmp_path), keys=keys).write(7, *step)
     kept = [record for record in read_rollouts(rollout_path(tmp_path, 7)) if "images" in record]
     assert [record["accuracy"] for record in kept] == [1.0] * IMAGES_PER_OUTCOME + [0.0] * IMAGES_PER_OUTCOME
     assert [record["row"] for record in kept] == list(range(2 * IMAGES_PER_OUTCOME)), "each of another prompt"
@@ -61,6 +117,20 @@ def test_images_stay_with_a_few_right_and_wrong_ones_of_different_groups(tmp_pat
     assert keys == [PerturbKey.of(item, 7, per="row") for item in shown]
 
 
-def test_other_ranks_write_nothing(tmp_path: Path, step: tuple[Any, ...]) -> None:
-    recorder(tmp_path, keys=[], is_writer=False).write(7, *step)
-    assert list(tmp_path.iterdir()) == []
+def test_a_token_is_decoded_once_in_a_run(step: tuple[Any, ...]) -> None:
+    decoded: list[int] = []
+
+    def batch_decode(rows: list[list[int]]) -> list[str]:
+        decoded.extend(token for (token,) in rows)
+        return [f"<{token}>" for (token,) in rows]
+
+    ours = replace(recorder(None), tokenizer=SimpleNamespace(batch_decode=batch_decode))
+    texts = [ours.step_records(number, *step).token_texts for number in (1, 2)]
+    assert texts == [{0: "<0>", 1: "<1>", 2: "<2>"}] * 2 and decoded == [0, 1, 2]
+
+
+def test_a_rank_without_a_writer_does_nothing(step: tuple[Any, ...]) -> None:
+    silent = recorder(None)
+    silent.write(7, *step)
+    silent.wait()
+    assert silent.known_texts == {}
