@@ -90,7 +90,8 @@ class Recorder:
         """Decodes each distinct token, special tokens included."""
         distinct: list[int] = np.flatnonzero(np.bincount(token_ids_N)).tolist()
         new = [token for token in distinct if token not in self.known_texts]
-        self.known_texts.update(zip(new, self.tokenizer.batch_decode([[token] for token in new]), strict=True))
+        if new:  # of no rows, transformers makes one text
+            self.known_texts.update(zip(new, self.tokenizer.batch_decode([[token] for token in new]), strict=True))
         return {token: self.known_texts[token] for token in distinct}
 
     def _images(
