@@ -58,7 +58,8 @@ class RewardPool:
         Args:
             function: 'mathruler', or `file.py:function`.
             reward_type: 'sequential' calls the function with one response at a time, 'batch' with all of them in one
-                call on one worker. 'mathruler' is always sequential.
+                call, or in one call on each worker if there are several, each with a part of them in order.
+                'mathruler' is always sequential.
             timeout_seconds: for one response. A batch of n may take min(n, 60) times as long. If it fails or takes
                 longer, its responses are graded again one by one, so that only the culprits get zero.
 
@@ -93,8 +94,7 @@ class RewardPool:
             for r, text in zip(responses, texts, strict=True)
         ]
         rewards: list[Reward | None] = [None] * len(inputs)
-        singles: list[Job] = [(i,) for i in range(len(inputs))]
-        jobs = deque([tuple(range(len(inputs)))] if self._batch and inputs else singles)
+        jobs = deque(_parts(len(inputs), len(self._workers) if self._batch else len(inputs)))
         repeated: set[Job] = set()
         while jobs or any(worker.job is not None for worker in self._workers):
             self._hand_out(jobs, inputs)
@@ -113,7 +113,7 @@ class RewardPool:
                     self._show(
                         answer, f"batch of {len(job)}, which is graded again one by one", responses[job[0]], None
                     )
-                    jobs.extend(singles)
+                    jobs.extend((i,) for i in job)
                 else:
                     self._show(answer, "the reward is zero", responses[job[0]], texts[job[0]])
                     rewards[job[0]] = Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
@@ -164,6 +164,12 @@ class RewardPool:
             "reward function failed (%s) on split %s, row %d: %s%s\n  Further cases of this kind are only counted.",
             consequence, prompt.split, prompt.row, visible(answer["error"]), shown,
         )  # fmt: skip
+
+
+def _parts(count: int, number: int) -> list[Job]:
+    """Divides the responses, in order, among `number` calls, as evenly as possible and none of them empty."""
+    number = min(number, count)
+    return [tuple(range(count * i // number, count * (i + 1) // number)) for i in range(number)]
 
 
 def _reward(score: dict[str, float]) -> Reward:

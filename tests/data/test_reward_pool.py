@@ -143,9 +143,25 @@ def test_an_error_of_the_function_sends_nothing_to_the_terminal(tmp_path: Path, 
     assert "ValueError: ␛[2J<U+202E><U+D83D>\n" in caplog.text and not {"\x1b", "\u202e"} & set(caplog.text)
 
 
-def test_a_batch_function_gets_the_whole_batch(functions: str) -> None:
+@pytest.mark.parametrize(
+    ("workers", "count", "sizes"),
+    [(1, 5, [5] * 5), (2, 5, [2, 2, 3, 3, 3]), (3, 2, [1, 1]), (3, 7, [2, 2, 2, 2, 3, 3, 3]), (2, 0, [])],
+)
+def test_a_batch_is_divided_among_the_workers_in_order(
+    functions: str, workers: int, count: int, sizes: list[int]
+) -> None:
+    texts = [str(n) * (n + 1) for n in range(count)]
+    with make_pool(f"{functions}:batch", num_workers=workers) as pool:
+        rewards = grade(pool, texts)
+        assert [reward.metrics["size"] for reward in rewards] == sizes
+        assert [reward.overall for reward in rewards] == [(n + 1) / 10 for n in range(count)]
+
+
+def test_a_part_that_fails_leaves_the_others_whole(functions: str) -> None:
     with make_pool(f"{functions}:batch", num_workers=2) as pool:
-        assert [reward.metrics["size"] for reward in grade(pool, ["a"] * 50)] == [50.0] * 50
+        rewards = grade(pool, ["a", "b", "raise", "c"])
+        assert [reward.metrics.get("size") for reward in rewards] == [2.0, 2.0, None, 1.0]
+        assert [reward.error for reward in rewards] == [None, None, "KeyError: 'no such thing'", None]
 
 
 def test_plain_numbers_and_unusable_results(functions: str) -> None:
