@@ -43,6 +43,8 @@ from megatron_vppo.trainer.recorder import Recorder
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 2
 """Rounds of sampling in a step: online filtering keeps about half of the groups."""
+WARMUP = 64
+"""Responses that are graded before the clock runs."""
 GPUS = (8, 64, 512)
 
 
@@ -161,6 +163,7 @@ def _graded(step: Step, workers: Sequence[int]) -> dict[str, Seconds]:
         for name, function in {"mathruler": BUILT_IN_REWARD, "batch function": reward_file(Path(folder))}.items():
             for count in workers:
                 with RewardPool(function, reward_type="batch", num_workers=count, timeout_seconds=60) as pool:
+                    pool.grade(step.responses[:WARMUP], step.texts[:WARMUP])  # symbolic algebra loads late
                     before = {pid: _cpu_of(pid) for pid in children_of(os.getpid())}
                     cpu, wall = timed(lambda: pool.grade(step.responses, step.texts))
                     busiest = max(_cpu_of(pid) - was for pid, was in before.items())
