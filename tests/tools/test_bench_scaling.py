@@ -18,11 +18,14 @@ def test_every_part_is_measured_and_added_up(tmp_path: Path, capsys: pytest.Capt
     assert report["sizes"] == {"responses": 16, "tokens": 5, "rounds": 2} and "torch" in report["versions"]
     assert set(report["gather"]) == {"1", "2"}
     assert all(part["wall_s"] >= 0 for part in [*report["parts"].values(), *report["gather"].values()])
+    graded, handed = report["parts"]["rewards, mathruler, 1 workers"], report["parts"]["records, handed over"]
     for costs in report["per_step"].values():
-        assert costs["sum"] == pytest.approx(sum(v for name, v in costs.items() if name != "sum"), abs=0.03)
-        assert costs["rewards"] == pytest.approx(
-            2 * report["parts"]["rewards, mathruler, 1 workers"]["cpu_s"], abs=0.01
+        assert costs["rewards, 1 worker"] == pytest.approx(
+            2 * (graded["own_cpu_s"] + graded["workers_cpu_s"]), abs=0.01
         )
+        shared = costs["gather"] + costs["decode"] + costs["mismatch, assemble"] + handed["cpu_s"]
+        for workers in ("1 worker", "32 workers"):
+            assert costs[f"sum, {workers}"] == pytest.approx(shared + costs[f"rewards, {workers}"], abs=0.03)
     printed = capsys.readouterr().out
     for name in (*report["parts"], "gather of responses, 2 ranks", "32b, GPUs, modelled"):
         assert name in printed

@@ -43,6 +43,8 @@ from megatron_vppo.trainer.recorder import Recorder
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 2
 """Rounds of sampling in a step: online filtering keeps about half of the groups."""
+MANY_WORKERS = 32
+"""reward.num_workers on a host of a cluster. What the workers do is measured here, and divided by it."""
 WARMUP = 64
 """Responses that are graded before the clock runs."""
 GPUS = (8, 64, 512)
@@ -87,16 +89,13 @@ def measure(*, responses: int, tokens: int, worlds: Sequence[int], workers: Sequ
     gathers = {world: gather_seconds(world, responses=responses, tokens=tokens) for world in worlds}
     load = os.getloadavg()[0]
     step = make_step(responses, tokens)
-    parts: dict[str, dict[str, float]] = {}
-    for name, (cpu, wall) in {**_computed(step), **_recorded(step), **_graded(step, workers)}.items():
-        parts[name] = {"cpu_s": round(cpu, 3), "wall_s": round(wall, 3)}
+    parts = {name: _part(seconds) for name, seconds in {**_computed(step), **_recorded(step)}.items()}
+    parts |= _graded(step, workers)
     per_step = _per_step(parts, gathers, workers=max(workers))
     return {
         "sizes": {"responses": responses, "tokens": tokens, "rounds": ROUNDS},
         "parts": parts,
-        "gather": {
-            str(world): {"cpu_s": round(cpu, 3), "wall_s": round(wall, 3)} for world, (cpu, wall) in gathers.items()
-        },
+        "gather": {str(world): _part(seconds) for world, seconds in gathers.items()},
         "per_step": per_step,
         "gpu_modelled_s": {name: {str(n): round(model.seconds(n), 1) for n in GPUS} for name, model in MODELS.items()},
         "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
@@ -108,6 +107,10 @@ def measure(*, responses: int, tokens: int, worlds: Sequence[int], workers: Sequ
 
 Seconds = tuple[float, float]
 """CPU seconds of this process, and wall seconds."""
+
+
+def _part(seconds: Seconds) -> dict[str, float]:
+    return {"cpu_s": round(seconds[0], 3), "wall_s": round(seconds[1], 3)}
 
 
 def timed(work: Callable[[], Any]) -> Seconds:
@@ -156,8 +159,8 @@ def _recorded(step: Step) -> dict[str, Seconds]:
     return found
 
 
-def _graded(step: Step, workers: Sequence[int]) -> dict[str, Seconds]:
-    """Times one round of grading: CPU is that of rank 0 and of its busiest worker."""
+def _graded(step: Step, workers: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Times one round of grading."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, function in {"mathruler": BUILT_IN_REWARD, "batch function": reward_file(Path(folder))}.items():
@@ -166,8 +169,12 @@ def _graded(step: Step, workers: Sequence[int]) -> dict[str, Seconds]:
                     pool.grade(step.responses[:WARMUP], step.texts[:WARMUP])  # symbolic algebra loads late
                     before = {pid: _cpu_of(pid) for pid in children_of(os.getpid())}
                     cpu, wall = timed(lambda: pool.grade(step.responses, step.texts))
-                    busiest = max(_cpu_of(pid) - was for pid, was in before.items())
-                found[f"rewards, {name}, {count} workers"] = (cpu + busiest, wall)
+                    spent = [_cpu_of(pid) - was for pid, was in before.items()]
+                found[f"rewards, {name}, {count} workers"] = {
+                    **_part((cpu + max(spent), wall)),
+                    "own_cpu_s": round(cpu, 3),
+                    "workers_cpu_s": round(sum(spent), 3),
+                }
     return found
 
 
@@ -179,19 +186,32 @@ def _cpu_of(pid: int) -> float:
 def _per_step(
     parts: dict[str, dict[str, float]], gathers: dict[int, Seconds], *, workers: int
 ) -> dict[str, dict[str, float]]:
-    """Adds up a step at each number of GPUs: the gather along a line through the measured worlds, the rest the same."""
-    worlds = sorted(gathers)
-    line = np.polynomial.Polynomial.fit(worlds, [gathers[w][0] for w in worlds], deg=min(1, len(worlds) - 1))
-    fixed = {
-        "decode": ROUNDS * parts["decode to text"]["cpu_s"],
-        "rewards": ROUNDS * parts[f"rewards, mathruler, {workers} workers"]["cpu_s"],
-        "mismatch, assemble": parts["mismatch, assemble"]["cpu_s"],
-        "records": parts["records, handed over"]["cpu_s"],
-    }
+    """Adds up a step at each number of GPUs, with one reward worker and with MANY_WORKERS.
+
+    The gathering goes along a straight line through the measured worlds; everything else is the same.
+    """
+    graded = parts[f"rewards, mathruler, {workers} workers"]
+    worlds, seconds = list(gathers), [cpu for cpu, _ in gathers.values()]
+    slope = max(0.0, float(np.polyfit(worlds, seconds, 1)[0])) if len(worlds) > 1 else 0.0
     found = {}
     for gpus in GPUS:
-        costs = {"gather": ROUNDS * max(0.0, float(line(gpus))), **fixed}
-        found[str(gpus)] = {name: round(value, 2) for name, value in {**costs, "sum": sum(costs.values())}.items()}
+        costs = {
+            "gather": ROUNDS * (float(np.mean(seconds)) + slope * (gpus - float(np.mean(worlds)))),
+            "decode": ROUNDS * parts["decode to text"]["cpu_s"],
+            "mismatch, assemble": parts["mismatch, assemble"]["cpu_s"],
+            "records": parts["records, handed over"]["cpu_s"],
+        }
+        common = sum(costs.values())
+        one, many = (ROUNDS * (graded["own_cpu_s"] + graded["workers_cpu_s"] / n) for n in (1, MANY_WORKERS))
+        written = parts["records, if rank 0 wrote them"]["cpu_s"]
+        costs |= {
+            "rewards, 1 worker": one,
+            f"rewards, {MANY_WORKERS} workers": many,
+            "sum, 1 worker, records written by rank 0": common + one + written,
+            "sum, 1 worker": common + one,
+            f"sum, {MANY_WORKERS} workers": common + many,
+        }
+        found[str(gpus)] = {name: round(value, 2) for name, value in costs.items()}
     return found
 
 
@@ -203,23 +223,24 @@ def table(report: dict[str, Any]) -> str:
         f"{sizes['responses']} responses of {sizes['tokens']} tokens; "
         f"{machine['cpu']}, {machine['cores']} cores, load {low} to {high}",
         "",
-        f"{'once':44}{'CPU s':>10}{'wall s':>10}",
+        f"{'once':52}{'CPU s':>10}{'wall s':>10}",
     ]
     rows = {**report["parts"], **{f"gather of responses, {w} ranks": row for w, row in report["gather"].items()}}
-    lines += [f"{name:44}{row['cpu_s']:>10.2f}{row['wall_s']:>10.2f}" for name, row in rows.items()]
+    lines += [f"{name:52}{row['cpu_s']:>10.2f}{row['wall_s']:>10.2f}" for name, row in rows.items()]
     lines += [
         "",
-        f"{'per step, by GPUs (CPU s; ' + str(sizes['rounds']) + ' rounds)':44}" + "".join(f"{n:>10}" for n in GPUS),
+        f"{'per step, by GPUs (CPU s; ' + str(sizes['rounds']) + ' rounds)':52}" + "".join(f"{n:>10}" for n in GPUS),
     ]
     for name in report["per_step"][str(GPUS[0])]:
-        lines.append(f"{name:44}" + "".join(f"{report['per_step'][str(n)][name]:>10.2f}" for n in GPUS))
+        lines.append(f"{name:52}" + "".join(f"{report['per_step'][str(n)][name]:>10.2f}" for n in GPUS))
     for name, seconds in report["gpu_modelled_s"].items():
         lines.append(
-            f"{name + ', GPUs, modelled at 450 tokens':44}" + "".join(f"{seconds[str(n)]:>10.1f}" for n in GPUS)
+            f"{name + ', GPUs, modelled at 450 tokens':52}" + "".join(f"{seconds[str(n)]:>10.1f}" for n in GPUS)
         )
-        shares = [report["per_step"][str(n)]["sum"] for n in GPUS]
-        shares = [own / (own + seconds[str(n)]) for own, n in zip(shares, GPUS, strict=True)]
-        lines.append(f"{'  host share of that step':44}" + "".join(f"{share:>10.1%}" for share in shares))
+        for total in [row for row in report["per_step"][str(GPUS[0])] if row.startswith("sum")]:
+            own = {n: report["per_step"][str(n)][total] for n in GPUS}
+            shares = [own[n] / (own[n] + seconds[str(n)]) for n in GPUS]
+            lines.append(f"{'  share: ' + total:52}" + "".join(f"{share:>10.1%}" for share in shares))
     return "\n".join(lines)
 
 
