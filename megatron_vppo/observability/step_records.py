@@ -1,6 +1,6 @@
 """The records of one step as flat arrays, so that another process can take them over and write them.
 
-Shape suffix legend: B = responses; N = response tokens of the whole step, one response after the other.
+Shape suffix legend: B = responses; N = response tokens of the whole step, flat.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The record of a step: what was decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it.
 
-Shape suffix legend: B = responses; T = response tokens, right-padded.
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Times the host work of a step that more GPUs do not shorten, and shows it beside the modelled time of the GPUs.
+"""Times the host work of a step that more GPUs do not shorten, and shows it next to the modelled time of the GPUs.
 
     python tools/bench/scaling.py [--responses 3072] [--tokens 450] [--worlds 2 8 32] [--out FILE]
 
@@ -55,7 +55,7 @@ class Model:
     """The modelled GPU time of a step, at 450 tokens a response."""
 
     gpu_seconds: float
-    """What the GPUs do together; divided perfectly."""
+    """The time of all GPUs together, which is divided perfectly."""
     sync_seconds: float
     """The weight sync, the same at any number of GPUs."""
 
@@ -64,7 +64,7 @@ class Model:
 
 
 MODELS = {"7b": Model(8 * 238.5, 3.5), "32b": Model(32 * 353.0, 9.0)}
-"""Of the roofline model: Qwen2.5-VL-7B is 259 s on 8 GPUs and a 32B is 379 s on 32, 17 s of host work included."""
+"""The roofline model: 259 s on 8 GPUs for Qwen2.5-VL-7B, 379 s on 32 for a 32B, 17 s of host work included."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

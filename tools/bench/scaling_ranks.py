@@ -19,7 +19,7 @@ from megatron_vppo.rollout.sampler import EngineSampler
 
 VOCABULARY = 150_000
 REPEATS = 3
-"""The least of so many counts: the ranks are more than the cores, and disturb one another."""
+"""The number of gatherings. The least counts: the ranks are more than the cores, and disturb one another."""
 TIMEOUT_SECONDS = 600.0
 
 
@@ -34,7 +34,7 @@ class FakeEngine:
 
 
 def gather_seconds(world: int, *, responses: int, tokens: int) -> tuple[float, float]:
-    """Returns (CPU seconds of rank 0, wall seconds) of the least of some gatherings of `responses` over `world` ranks."""
+    """Returns (CPU seconds of rank 0, wall seconds) of gathering over `world` ranks, the least of REPEATS."""
     context = multiprocessing.get_context("fork")  # spawned ranks would import torch for minutes
     receiver, sender = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
