@@ -24,13 +24,13 @@ TIMEOUT_SECONDS = 600.0
 
 
 class FakeEngine:
-    """An engine whose completions were made before."""
+    """An engine whose responses were made before."""
 
-    def __init__(self, completions: list[list[Completion]]) -> None:
-        self._completions = completions
+    def __init__(self, made: list[list[Completion]]) -> None:
+        self._made = made
 
     def generate(self, requests: Sequence[Any], sampling: SamplingSettings, **options: Any) -> list[list[Completion]]:
-        return self._completions
+        return self._made
 
 
 def gather_seconds(world: int, *, responses: int, tokens: int) -> tuple[float, float]:
@@ -61,11 +61,10 @@ def _rank(rank: int, world: int, folder: str, responses: int, tokens: int, sende
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     prompts = make_prompts(responses // GROUP)
-    completions = [
-        [_completion(row * GROUP + sample, tokens) for sample in range(GROUP)]
-        for row in range(rank, len(prompts), world)
+    made = [
+        [_sampled(row * GROUP + sample, tokens) for sample in range(GROUP)] for row in range(rank, len(prompts), world)
     ]
-    engine: Any = FakeEngine(completions)
+    engine: Any = FakeEngine(made)
     images: Any = None  # the prompts have none
     sampler = EngineSampler(engine, engine_index=rank, num_engines=world, images=images, verify="never")
     found = []
@@ -86,6 +85,6 @@ def _seeds(prompts: Sequence[Prompt]) -> list[tuple[None, ...]]:
     return [(None,) * GROUP for _ in prompts]
 
 
-def _completion(seed: int, tokens: int) -> Completion:
+def _sampled(seed: int, tokens: int) -> Completion:
     ids, logps = random_tokens(tokens, seed=seed, vocabulary=VOCABULARY)
     return Completion(token_ids=tuple(ids), logps=tuple(logps), finish_reason="stop", weight_version=0)
