@@ -56,7 +56,7 @@ def _page(path: Path, found: DryRun, width: int) -> Iterator[str]:
     yield from _memory(found)
     yield from _notes(found, width)
     yield from _block("Warnings", found.warnings, width)
-    yield "Header of the batch script"
+    yield "Header of the batch script, all of which `vppo slurm` writes"
     yield from (f"  {line}" for line in header_lines(cluster.nodes, cluster.gpus_per_node))
 
 
