@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import TextIO
 
@@ -18,6 +19,11 @@ _BETWEEN_PROCESSES = (
     ConnectionError, TimeoutError, ChildProcessError, ProcessLookupError, BlockingIOError, InterruptedError,
 )  # fmt: skip
 """The kinds of OSError that are not about a file, a disk or a setting."""
+_LASTING = (
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR,
+    errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG, errno.EFBIG,
+)  # fmt: skip
+"""The numbers of an OSError that a restart of the same job meets again."""
 _NATIVE_FRAMES = "\nException raised from "
 """The text with which torch begins the C++ frames of some of its messages."""
 
@@ -27,9 +33,16 @@ def is_mistake(error: BaseException) -> bool:
     return isinstance(error, ValueError | OSError) and not isinstance(error, _BETWEEN_PROCESSES)
 
 
-def mistake_status() -> int:
-    """Returns the exit status of a user's mistake here: MISTAKE, or DO_NOT_RESTART in a SLURM job."""
-    return DO_NOT_RESTART if os.environ.get("SLURM_JOB_ID") else MISTAKE
+def mistake_status(error: BaseException | None = None) -> int:
+    """Returns the exit status of a user's mistake here: MISTAKE, and in a SLURM job DO_NOT_RESTART.
+
+    Args:
+        error: the mistake; None: one in the command line. In a job, a restart may cure an OSError that is not about a
+            file's name, its rights or a full disk, such as an error of a network file system. Its status is 1.
+    """
+    if not os.environ.get("SLURM_JOB_ID"):
+        return MISTAKE
+    return 1 if isinstance(error, OSError) and error.errno not in _LASTING else DO_NOT_RESTART
 
 
 def error_text(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     except Exception as error:  # no free port, no room for the files of the ranks' errors
         logging.getLogger(_AGENT).exception("the launcher failed")
         show(f"the launcher: {error_text(error)} (traceback: {log})", sys.stderr)
-        return mistake_status() if is_mistake(error) else 1
+        return mistake_status(error) if is_mistake(error) else 1
 
 
 def _run(num_ranks: int, logs: Path, program: Sequence[str]) -> int:
@@ -98,6 +98,8 @@ class _StopRequests:
         self.first: int | None = None
         """The signal that asked first; None: no one has."""
         self._time = 0.0
+        self.started = False
+        """True once there are ranks."""
         for number in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._receive)
 
@@ -107,8 +109,11 @@ class _StopRequests:
         if self.first is None:
             self.first, self._time = number, time.monotonic()
         ranks = children_of(os.getpid())
+        if not ranks and self.started:
+            return  # the last one has just ended
         if not ranks:
             raise SignalException("a request to stop before there are ranks", sigval=signal.Signals(number))
+        self.started = True
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGUSR2)

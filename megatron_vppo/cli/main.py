@@ -18,7 +18,7 @@ from typing import TypeAlias
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
-from megatron_vppo.cli.errors import MISTAKE, STOPPED, error_text, is_mistake, mistake_status
+from megatron_vppo.cli.errors import DO_NOT_RESTART, MISTAKE, STOPPED, error_text, is_mistake, mistake_status
 from megatron_vppo.cli.launch import (
     check_rank,
     end_with_torchrun,
@@ -44,6 +44,7 @@ from megatron_vppo.cli.plan_options import add_plan_options
 from megatron_vppo.cli.slurm import add_slurm_options, run_slurm
 from megatron_vppo.cli.trainer_rank import is_launched_by_us, run_rank
 from megatron_vppo.config.choices import Fp8Recipe
+from megatron_vppo.system.requeue import do_not_requeue
 from megatron_vppo.system.stop_signals import StopSignals
 from megatron_vppo.system.visible import visible
 
@@ -69,6 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except SystemExit as end:  # argparse: --help, or a mistake in the command line
             flush_output()
             if end.code == MISTAKE:
+                do_not_requeue(None, "a mistake in the command line")
+                wait_for_other_tasks()
                 return mistake_status()
             raise
         flush_output()
@@ -99,10 +102,13 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (ValueError, OSError) as error:
         if not is_mistake(error) or (isinstance(error, OSError) and output_is_full()):
             raise
+        status = mistake_status(error)
+        if status == DO_NOT_RESTART:
+            do_not_requeue(None, error_text(error))
         if is_first_on_host():
             print(visible(f"vppo: {error_text(error)}"), file=sys.stderr, flush=True)
         wait_for_other_tasks()
-        return mistake_status()
+        return status
     return status
 
 

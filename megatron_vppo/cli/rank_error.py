@@ -61,7 +61,7 @@ def describe(error: BaseException, *, rank: int, log: Path | None) -> RankError:
         rank=rank,
         host=socket.gethostname() if _several_hosts() else None,
         message=error_text(error),
-        status=mistake_status() if is_mistake(error) else 1,
+        status=mistake_status(error) if is_mistake(error) else 1,
         time=time.time(),
         lost_contact=any(_is_collective(link) for link in _chain(error)),
         log=None if log is None else str(log),

@@ -103,7 +103,6 @@ def _call(work: Callable[[], int], logs: Path, terminal: TextIO) -> int:
             _tell(error, logs, terminal)
             status = error.status
         assert status is not None, "rank 0 has an error, and the others its status"
-        ignore_stop_signals()
         refusal.leave(status)
         os._exit(status)
 

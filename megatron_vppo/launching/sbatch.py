@@ -189,7 +189,11 @@ _START = """
 # (It does nothing if the job was cancelled or is out of time: then SLURM has told the ranks itself.)
 trap 'scancel --quiet --signal=USR2 "$job"' USR2 TERM
 
-rm -f "$run_folder/do_not_requeue" # what the last attempt said
+mkdir -p "$run_folder"
+export VPPO_DO_NOT_REQUEUE=$(realpath "$run_folder")/do_not_requeue # where ranks say why not to start again
+rm -f "$VPPO_DO_NOT_REQUEUE"                                        # what the last attempt said
+# The ranks begin no step that would not end before the job does. In a container they could not ask for it.
+export SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job="$job" --format=%e)" +%s 2>/dev/null)
 # One task per GPU, with its share of the cores. If one fails, all end.
 srun --kill-on-bad-exit=1 --distribution=block \\
     --cpus-per-task="$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))" \\
@@ -228,8 +232,9 @@ def _restart(_job: BatchJob) -> str:
 if [ "$status" = 0 ]; then
     exit 0
 fi
-if [ -e "$run_folder/do_not_requeue" ]; then # the ranks say why; or you made it, before you asked to stop
-    echo "not started again: $(cat "$run_folder/do_not_requeue")" >&2
+ls "$run_folder" >/dev/null # a network file system may remember that a file was not there
+if [ -e "$VPPO_DO_NOT_REQUEUE" ]; then # the ranks say why; or you made it, before you asked to stop
+    echo "not started again: $(cat "$VPPO_DO_NOT_REQUEUE")" >&2
     exit 93
 fi
 case $status in

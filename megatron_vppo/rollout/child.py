@@ -149,7 +149,9 @@ class ChildProcess:
                 self._connection.send(goodbye)
                 self._process.wait(GRACE_SECONDS)
         self._connection.close()
-        for kill_signal in (signal.SIGTERM, signal.SIGKILL):
+        # The engine has inherited the signals that are blocked here (system/stop_signals.py).
+        blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        for kill_signal in (signal.SIGKILL,) if blocked else (signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, kill_signal)
             if self._wait_for_group():

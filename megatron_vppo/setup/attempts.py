@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.observability.json_lines import dump_line
+from megatron_vppo.observability.json_lines import dump_line, parse_lines
 
 FILE = "attempts.jsonl"
 
@@ -28,15 +27,27 @@ def begin_attempt(run_folder: Path, start_step: int, *, most_without_progress: i
             f"{run_folder / 'logs'} says why. Submit it again when that is mended "
             f"(trainer.max_attempts_without_progress={most_without_progress})"
         )
-    line = {
-        "time": round(time.time(), 3),
-        "job": job,
-        "restart": restart,
-        "start_step": start_step,
-        "host": socket.gethostname(),
-    }
+    run_folder.mkdir(parents=True, exist_ok=True)
+    _append(path, {"job": job, "restart": restart, "start_step": start_step, "host": socket.gethostname()})
+
+
+def end_on_request(run_folder: Path) -> None:
+    """Writes down that this attempt ended because it was asked to, which is no failure. Rank 0 calls it."""
+    line = {"job": os.environ.get("SLURM_JOB_ID"), "restart": _restart_count(), "ended": "on request"}
+    _append(run_folder / FILE, line)
+
+
+def has_begun(run_folder: Path) -> bool:
+    """Returns True if an earlier attempt of this SLURM job has begun: what is in the folder is this job's own then."""
+    job, restart = os.environ.get("SLURM_JOB_ID"), _restart_count()
+    if not job or not restart:
+        return False
+    return any(line.get("job") == job and line.get("restart") != restart for line in _lines(run_folder / FILE))
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(dump_line(line))
+        file.write(dump_line({"time": round(time.time(), 3), **line}))
 
 
 def _restart_count() -> int:
@@ -48,12 +59,16 @@ def _restart_count() -> int:
 def _attempts_from(path: Path, job: str | None, start_step: int) -> int:
     """Counts the last attempts in a row that are of this job and began at this step."""
     count = 0
-    for line in reversed(path.read_text(encoding="utf-8").splitlines() if path.exists() else []):
-        try:
-            attempt: dict[str, Any] = json.loads(line)
-        except ValueError:  # the disk was full, or the host lost its power
-            continue
-        if attempt.get("job") != job or attempt.get("start_step") != start_step:
+    for attempt in reversed(_lines(path)):
+        if attempt.get("job") != job or attempt.get("start_step") != start_step:  # also one that ended on request
             break
         count += 1
     return count
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Reads the lines; one that is no JSON is left out: the disk was full, or the host lost its power."""
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return list(parse_lines(file))

@@ -18,6 +18,7 @@ from megatron_vppo.models.megatron_config import check_tensor_parallel, stage_la
 from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.precision import check_fp8_model
+from megatron_vppo.setup.disk_space import check_disk
 from megatron_vppo.setup.engine_limits import check_engines
 from megatron_vppo.setup.engines import num_engines
 from megatron_vppo.setup.hardware import Gpu, check_dtype, check_host_memory, model_options
@@ -60,6 +61,7 @@ def check_settings(config: RunConfig, *, world_size: int, local_ranks: int) -> N
     hf_config = open_model_files(model_folder(config.model.path)).hf_config
     check_run(config, hf_config, world_size=world_size, on_gpu=not on_cpu)
     check_resume(config.trainer)
+    check_disk(config, hf_config)
     if all(Path(check_source(source).location).exists() for source in data_sources(config).values()):
         open_datasets(config)  # of the hub, it is left to the ranks
     if on_cpu:

@@ -17,6 +17,7 @@ from megatron_vppo.parallel.checkpoint_folder import (
     step_folder,
 )
 from megatron_vppo.parallel.checkpoint_keep import read_best
+from megatron_vppo.setup.attempts import has_begun
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.records import parse_record
@@ -56,12 +57,17 @@ def check_resume(config: TrainerConfig) -> None:
 def chosen_step(config: TrainerConfig, folder: RunFolder, steps: Sequence[int]) -> int:
     """Returns the step to go on from; 0 if there is no checkpoint.
 
+    A SLURM job that was requeued goes on from what it has written itself, whatever trainer.resume and
+    trainer.resume_step say: they chose where the job began.
+
     Args:
         steps: those that have a checkpoint, in rising order.
 
     Raises:
         ValueError: there is a checkpoint and trainer.resume=false, or there is none of trainer.resume_step.
     """
+    if has_begun(folder.root):
+        return max(steps, default=0)
     if steps and not config.resume:
         raise ValueError(
             f"trainer.resume=false, but {folder.root} holds the checkpoint of step {steps[-1]}, which a new run "

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable, Sequence
 
 from megatron_vppo.config.schema import TrainerConfig
+from megatron_vppo.setup.attempts import has_begun
+from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 
 
@@ -27,7 +29,8 @@ def older_instead(
         steps: those that have a checkpoint.
         check: raises ValueError if the checkpoint of a step cannot be gone on from; a collective, if the caller is one.
     """
-    if not is_unattended() or not isinstance(error, DamagedCheckpoint) or config.resume_step is not None:
+    was_chosen = config.resume_step is not None and not has_begun(RunFolder.of(config).root)
+    if not is_unattended() or not isinstance(error, DamagedCheckpoint) or was_chosen:
         return None
     for older in sorted((other for other in steps if other < step), reverse=True):
         try:

@@ -20,6 +20,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_vppo.system.stop_signals import ignore_stop_signals
+
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """The ports that jobs choose from. Linux gives those from 32768 on to any connection that asks for one."""
 _CANDIDATES = 16
@@ -51,6 +53,7 @@ class Refused(Exception):
         So a launcher that ends the others when one has failed finds none of them running, and reports `status`, and not
         that of a rank that was ended by a signal.
         """
+        ignore_stop_signals()
         self._meeting.leave(status)
 
 
@@ -181,7 +184,7 @@ def _find(address: str, ports: Sequence[int], word: str, *, timeout_seconds: flo
             if (found := _ask(address, port, word)) is not None:
                 return found
         if time.monotonic() > deadline:
-            raise ValueError(
+            raise TimeoutError(
                 f"rank 0 was not found at {address}, port {_listed(ports)}, from {socket.gethostname()} within "
                 f"{timeout_seconds:.0f} s: it has ended or not started, or a firewall lies between"
             )

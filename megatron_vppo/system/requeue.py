@@ -8,10 +8,21 @@ from pathlib import Path
 
 DO_NOT_REQUEUE = "do_not_requeue"
 """The file in the run folder. The batch script removes it before a run, and requeues the job only without it."""
+PATH_VARIABLE = "VPPO_DO_NOT_REQUEUE"
+"""The environment variable in which the batch script says where it looks for the file."""
 
 
-def do_not_requeue(run_folder: Path, reason: str) -> None:
-    """Leaves the word, with its reason, if this process belongs to a SLURM job."""
-    if os.environ.get("SLURM_JOB_ID"):
-        with contextlib.suppress(OSError):  # the exit status says the same
-            (run_folder / DO_NOT_REQUEUE).write_text(reason + "\n", encoding="utf-8")
+def do_not_requeue(run_folder: Path | None, reason: str) -> None:
+    """Leaves the word, with its reason, if this process belongs to a SLURM job.
+
+    The exit status says the same, but it may not reach the script: srun reports that of a task which it has ended
+    instead, if another task was still starting.
+
+    Args:
+        run_folder: None: it is not known yet, and the script alone knows where it looks.
+    """
+    given = os.environ.get(PATH_VARIABLE)
+    path = Path(given) if given else None if run_folder is None else run_folder / DO_NOT_REQUEUE
+    if os.environ.get("SLURM_JOB_ID") and path is not None:
+        with contextlib.suppress(OSError):
+            path.write_text(reason + "\n", encoding="utf-8")

@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Collection
+from multiprocessing import resource_tracker
 
-SAME_REQUEST_SECONDS = 5.0
-"""Signals within this time of the first belong to one request: SLURM sends SIGTERM, and the batch script SIGUSR2."""
+SAME_REQUEST_SECONDS = 30.0
+"""Signals within this time of the first belong to one request: SLURM sends SIGTERM, twice, and the batch script SIGUSR2
+as soon as SLURM's controller answers it."""
 _ignored = threading.Event()
 
 
@@ -52,6 +54,10 @@ class StopSignals:
         self._signals = frozenset(signals)
         self._working = False
         self._request: tuple[signal.Signals, float] | None = None
+        block_stop_signals(self._signals)
+        # Python's tracker of shared resources unblocks SIGTERM in the thread that starts it (3.11 does), which would be
+        # in the middle of the run. Started here, it inherits the blocked signals.
+        resource_tracker.ensure_running()
         block_stop_signals(self._signals)
         threading.Thread(target=self._wait, name="stop signals", daemon=True).start()
 

@@ -15,7 +15,7 @@ from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.parallel.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.checkpoint_folder import SavedState, checkpoint_steps, read_state, step_folder
-from megatron_vppo.parallel.checkpoint_keep import read_best
+from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints, read_best
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
@@ -104,6 +104,9 @@ class Checkpointer:
     def note_validation(self, step: int, accuracy: float) -> None:
         """Notes the val/accuracy of the weights after `step`, by which their checkpoint may be the best one."""
         self._accuracy = (step, accuracy)
+        folder = self.folder.checkpoints
+        if self.layout.rank == 0 and step_folder(folder, step).is_dir():  # of a validation that was cut off before
+            keep_checkpoints(folder, step=step, accuracy=accuracy, keep=self.config.save_limit)
 
     def save(self, step: int, *, unfinished_step: dict[str, Any] | None = None) -> None:
         """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit but the best.

@@ -185,7 +185,8 @@ def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None)
     is_saved = step == run.start_step or is_due(step, run.config.trainer.save_freq, run.total_steps)
     if unfinished_step is not None or not is_saved:
         run.placement.writing()
-        run.checkpointer.save(step, unfinished_step=unfinished_step)
+        with run.watchdog.watch("checkpoint"):
+            run.checkpointer.save(step, unfinished_step=unfinished_step)
     return False
 
 

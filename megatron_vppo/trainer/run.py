@@ -23,7 +23,7 @@ from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
 from megatron_vppo.parallel.all_reduce_speed import measure_all_reduce
-from megatron_vppo.parallel.checkpoint_folder import set_aside_after
+from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps, set_aside_after
 from megatron_vppo.parallel.checkpoint_keep import forget_best_after
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
@@ -31,13 +31,14 @@ from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
-from megatron_vppo.setup.attempts import begin_attempt
+from megatron_vppo.setup.attempts import begin_attempt, end_on_request
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
 from megatron_vppo.setup.hardware import slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.preflight import check_run
+from megatron_vppo.setup.resume import chosen_step
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.setup.world import World, show_world
@@ -91,17 +92,22 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
         show_world(world, speed, logs=folder.logs / attempt_name(), say=say)
     with _open_run(config, world, layout, folder, source, files, say, signals) as run:
         finished = train(run)
-        if not finished:
-            ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
-            dist.barrier()  # rank 0 has put the checkpoint in its place
-            if layout.rank == 0:
-                say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
-            destroy_layout()
-            return False
         target = folder.huggingface(run.total_steps)
-        if config.trainer.save_hf and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir)):
+        if (
+            finished
+            and config.trainer.save_hf
+            and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir))
+        ):
             run.placement.writing()
             save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
+    if not finished:
+        ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
+        dist.barrier()  # the checkpoint is in its place, and the logs are closed
+        if layout.rank == 0:
+            end_on_request(folder.root)
+            say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
+        destroy_layout()
+        return False
     if layout.rank == 0:
         say(f"report: {write_report(folder.root)}")
         do_not_requeue(folder.root, f"finished: step {config.trainer.total_steps or 'last'}")
@@ -140,6 +146,7 @@ def _open_run(
         stop_within_seconds=config.trainer.stop_within_seconds,
         any_rank=any_rank,
     )
+    on_every_rank(partial(_begin_attempt, config, layout, folder))
     with ExitStack() as stack:
         logs = folder.logs / attempt_name()
         engine = start_engine(config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=logs)
@@ -200,6 +207,13 @@ def _open_run(
             unfinished_step=resumed.unfinished_step,
             watchdog=_watchdog(config),
         )
+
+
+def _begin_attempt(config: RunConfig, layout: Layout, folder: RunFolder) -> None:
+    """Writes down that this attempt begins, before anything that may fail in it."""
+    if layout.rank == 0:
+        step = chosen_step(config.trainer, folder, checkpoint_steps(folder.checkpoints))
+        begin_attempt(folder.root, step, most_without_progress=config.trainer.max_attempts_without_progress)
 
 
 # --- The parts of a run -----------------------------------------------------------------------------------------------
@@ -286,7 +300,6 @@ def _open_log(
     last_line = start_step if resumed.unfinished_step is None else start_step - 1
     if is_writer:
         folder.root.mkdir(parents=True, exist_ok=True)
-        begin_attempt(folder.root, start_step, most_without_progress=config.trainer.max_attempts_without_progress)
         with naming_file(folder.config):
             save_resolved(config, folder.config)
         cut_rollouts_after(folder.root, start_step)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.setup.attempts import begin_attempt
+from megatron_vppo.setup.attempts import begin_attempt, end_on_request, has_begun
 
 
 def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *, job: str, restart: int, step: int) -> None:
@@ -29,10 +29,24 @@ def test_a_job_that_gets_no_further_is_ended(tmp_path: Path, monkeypatch: pytest
     begin(tmp_path, monkeypatch, job="8", restart=1, step=4)
     with pytest.raises(ValueError, match="job 8 began 2 times"):
         begin(tmp_path, monkeypatch, job="8", restart=2, step=4)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    end_on_request(tmp_path)
+    begin(tmp_path, monkeypatch, job="8", restart=2, step=4)  # that one did not fail
     lines = [line for line in (tmp_path / "attempts.jsonl").read_text().splitlines() if line.endswith("}")]
-    assert [(json.loads(line)["job"], json.loads(line)["start_step"]) for line in lines] == [
-        ("7", 0), ("7", 0), ("7", 4), ("7", 4), ("8", 4), ("8", 4),
+    assert [(json.loads(line)["job"], json.loads(line).get("start_step")) for line in lines] == [
+        ("7", 0), ("7", 0), ("7", 4), ("7", 4), ("8", 4), ("8", 4), ("8", None), ("8", 4),
     ]  # fmt: skip
+
+
+def test_what_a_job_has_begun_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path, monkeypatch, job="7", restart=0, step=0)
+    assert not has_begun(tmp_path), "this attempt is the first"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert has_begun(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not has_begun(tmp_path), "the first attempt of this job ended before it began"
+    begin(tmp_path, monkeypatch, job="8", restart=1, step=0)
+    assert not has_begun(tmp_path), "nor is it this one"
 
 
 def test_outside_a_job_nothing_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.parallel.checkpoint_keep import BEST
 from megatron_vppo.parallel.layout import single_rank
+from megatron_vppo.setup.attempts import begin_attempt
 from megatron_vppo.setup.resume import check_resume, chosen_step
 from megatron_vppo.setup.run_folder import RunFolder
 from tests.models.tiny import save_tiny_model, tiny_config
@@ -207,3 +208,22 @@ def test_what_must_not_be_read(name: str, saved: Path) -> None:
         with as_somebody_else(), pytest.raises(ValueError, match=rf"/{UNREADABLE[name]} cannot be read: Permission"):
             check_resume(config_of(runs))
         locked.chmod(mode)
+
+
+@pytest.mark.parametrize("setting", [{"resume": False}, {"resume_step": 2}])
+def test_a_job_that_restarts_goes_on_from_its_own_work(
+    setting: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What chose where the job began does not throw away what it has done since."""
+    config = TrainerConfig.model_validate({"runs_dir": str(tmp_path), **setting})
+    folder = RunFolder.of(config)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    begin_attempt(folder.root, 0, most_without_progress=3)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert chosen_step(config, folder, [2, 4, 6]) == 6
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    if "resume_step" in setting:
+        assert chosen_step(config, folder, [2, 4, 6]) == 2
+    else:
+        with pytest.raises(ValueError, match=r"trainer\.resume=false"):
+            chosen_step(config, folder, [2, 4, 6])

@@ -93,7 +93,7 @@ def test_rank_0_names_the_ports_that_are_taken() -> None:
 def test_a_rank_0_that_is_not_there_is_missed() -> None:
     with (
         listener(b"vppo rank 0 of y has its store on port 1\n") as other,
-        pytest.raises(ValueError, match=rf"rank 0 was not found at 127\.0\.0\.1, port {other}, .* within 1 s"),
+        pytest.raises(TimeoutError, match=rf"rank 0 was not found at 127\.0\.0\.1, port {other}, .* within 1 s"),
     ):
         meet_by_word("127.0.0.1", [other], "x", rank=1, size=2, timeout_seconds=1)
 

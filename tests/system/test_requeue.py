@@ -17,3 +17,7 @@ def test_the_word_is_left_in_a_job_alone(tmp_path: Path, monkeypatch: pytest.Mon
     do_not_requeue(tmp_path, "finished")
     assert (tmp_path / "do_not_requeue").read_text() == "finished\n"
     do_not_requeue(tmp_path / "nowhere", "the exit status says it too")
+    do_not_requeue(None, "nobody knows where")
+    monkeypatch.setenv("VPPO_DO_NOT_REQUEUE", str(tmp_path / "elsewhere"))
+    do_not_requeue(None, "a mistake")
+    assert (tmp_path / "elsewhere").read_text() == "a mistake\n"

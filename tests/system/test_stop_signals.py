@@ -20,6 +20,11 @@ stop_signals.SAME_REQUEST_SECONDS = 3.0
 signals = StopSignals([signal.SIGUSR2, signal.SIGTERM])
 if "work" in sys.argv:
     signals.begin_work()
+if "work" in sys.argv:
+    from multiprocessing import shared_memory
+    memory = shared_memory.SharedMemory(create=True, size=8)  # in Python 3.11 the first one unblocks SIGTERM
+    memory.close()
+    memory.unlink()
 child = subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 print(child.pid, flush=True)
 for _ in range(600):  # libc's call goes on where a signal would end it, as a collective does

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def run_training(config: Any, world: Any, *, say: Callable[[str], None]) -> None:
+def run_training(config: Any, world: Any, *, say: Callable[[str], None], signals: Any) -> bool:
     import torch
     import torch.distributed as dist
 
@@ -32,6 +32,7 @@ def run_training(config: Any, world: Any, *, say: Callable[[str], None]) -> None
     if dist.get_rank() == 0:
         say(f"trained on {dist.get_world_size()} ranks")
     dist.destroy_process_group()
+    return True
 
 
 def put_in_place(name: str, **members: Any) -> None:
