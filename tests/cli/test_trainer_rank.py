@@ -19,7 +19,7 @@ def test_under_srun_the_rank_that_fails_speaks_in_every_attempt(tmp_path: Path) 
         first, second = train_under_srun(tmp_path, "mistake", SLURM_RESTART_COUNT=restarts)
         logs = logs_of(tmp_path, f"job_7_{restarts or 0}")
         assert first[1:] == ("the line of rank 0\n", ""), restarts
-        assert second == (2, "", MISTAKE.format(logs)), restarts
+        assert second == (93, "", MISTAKE.format(logs)), restarts
         assert first[0] == 1
         assert (logs.parent / "latest").readlink() == Path(logs.name)
         log = (logs / "trainer_rank_0.log").read_text()
@@ -32,15 +32,15 @@ def test_a_step_that_appends_to_the_logs_of_an_earlier_one_speaks_as_well(tmp_pa
     """A user may have set VPPO_ATTEMPT for several starts."""
     for _ in range(2):
         _, second = train_under_srun(tmp_path, "mistake", VPPO_ATTEMPT="a")
-        assert second == (2, "", MISTAKE.format(logs_of(tmp_path, "a")))
+        assert second == (93, "", MISTAKE.format(logs_of(tmp_path, "a")))
     assert (logs_of(tmp_path, "a") / "trainer_rank_1.log").read_text().count("an attempt begins") == 2
 
 
 def test_under_srun_a_second_error_is_only_in_its_log(tmp_path: Path) -> None:
     first, second = train_under_srun(tmp_path, "one after the other", VPPO_TEST_RANKS="0,1")
-    assert first == (2, "the line of rank 0\n", "")
+    assert first == (93, "the line of rank 0\n", "")
     logs = logs_of(tmp_path, "job_7_0")
-    assert second == (2, "", f"vppo: rank 1: of rank 1 (traceback: {logs}/trainer_rank_1.log)\n")
+    assert second == (93, "", f"vppo: rank 1: of rank 1 (traceback: {logs}/trainer_rank_1.log)\n")
     assert "ValueError: of rank 0" in (logs / "trainer_rank_0.log").read_text()
 
 
