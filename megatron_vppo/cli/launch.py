@@ -151,14 +151,18 @@ def end_with_torchrun() -> None:
         die_with_parent(os.getppid())
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
+def stop_signals(*, launched_by_us: bool) -> tuple[signal.Signals, ...]:
     """Returns the signals that ask this rank to stop.
 
-    Under srun SIGTERM asks too: it is what `scancel` and a time limit send. Our launcher passes it on as SIGUSR2, and
-    torchrun sends SIGTERM to end ranks at once.
+    In a SLURM job SIGTERM asks too: it is what `scancel` and a time limit send to all processes of a step. The user's
+    torchrun sends it to end ranks at once. So does our launcher, but a rank knows the launcher by its number.
+
+    Args:
+        launched_by_us: True if our launcher has started this rank. It passes SIGTERM on as SIGUSR2.
     """
     started_by_torch = "TORCHELASTIC_RUN_ID" in os.environ
-    return (signal.SIGUSR2,) if started_by_torch else (signal.SIGUSR2, signal.SIGTERM)
+    asks = bool(os.environ.get("SLURM_JOB_ID")) if launched_by_us else not started_by_torch
+    return (signal.SIGUSR2, signal.SIGTERM) if asks else (signal.SIGUSR2,)
 
 
 def quieten_libraries() -> None:

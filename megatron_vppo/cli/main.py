@@ -273,7 +273,7 @@ def _train(options: argparse.Namespace) -> int:
     check_rank()
     end_with_torchrun()
     # Before any library starts a thread, which would be one that a signal ends.
-    signals = StopSignals(stop_signals()) if is_trainer_rank() else None
+    signals = _stop_signals() if is_trainer_rank() else None
     quieten_libraries()
     from megatron_vppo.config.checks import check_training
     from megatron_vppo.config.load import load_config
@@ -291,6 +291,11 @@ def _train(options: argparse.Namespace) -> int:
 
     num_ranks = check_before_launch(config)
     launch_ranks(num_ranks, ["train", "--config", str(options.config), *options.overrides], logs=logs)
+
+
+def _stop_signals() -> StopSignals:
+    ours = is_launched_by_us()
+    return StopSignals(stop_signals(launched_by_us=ours), ended_by=os.getppid() if ours else None)
 
 
 def _dry_run(options: argparse.Namespace) -> int:

@@ -70,12 +70,17 @@ class RolloutEngine:
     def pid(self) -> int:
         return self._child.pid
 
-    def wait_ready(self, *, timeout_seconds: float) -> None:
-        """Returns once the engine has loaded. Raises RuntimeError if it does not within the time, and ends it."""
+    def wait_ready(self, *, timeout_seconds: float, stop_wanted: Callable[[], bool] = lambda: False) -> None:
+        """Returns once the engine has loaded.
+
+        Raises:
+            RuntimeError: it has not within the time; it is ended.
+            StopRequested: `stop_wanted` became true meanwhile.
+        """
         if self._sender is not None:
             return
         try:
-            _, workers = self._child.receive(timeout_seconds=timeout_seconds)
+            _, workers = self._child.receive(timeout_seconds=timeout_seconds, stop_wanted=stop_wanted)
         except RuntimeError:
             self.close()
             raise
@@ -86,14 +91,14 @@ class RolloutEngine:
             dtype=getattr(torch, self.settings.dtype),
         )
 
-    def restart(self, *, timeout_seconds: float) -> None:
+    def restart(self, *, timeout_seconds: float, stop_wanted: Callable[[], bool] = lambda: False) -> None:
         """Ends what is left of the process, and returns once another one has loaded in its place.
 
-        It sleeps, if it can. It has no weights but those of its folder. Raises RuntimeError as `wait_ready` does.
+        It sleeps, if it can. It has no weights but those of its folder. Raises as `wait_ready` does.
         """
         self.close(goodbye=False)
         self._start()
-        self.wait_ready(timeout_seconds=timeout_seconds)
+        self.wait_ready(timeout_seconds=timeout_seconds, stop_wanted=stop_wanted)
         if self.settings.can_sleep:
             self.sleep()
         if self._preserved:

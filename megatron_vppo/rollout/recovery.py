@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.system.agreement import any_rank, gathered
+from megatron_vppo.system.stop_signals import StopRequested
 
 logger = logging.getLogger(__name__)
 
@@ -61,20 +62,34 @@ class EngineRecovery:
         self._restarts = 0
         self._told = 0
 
-    def recover(self, lost: EngineLost | None, send: Callable[[Iterator[tuple[str, Tensor]]], None]) -> None:
+    def recover(
+        self,
+        lost: EngineLost | None,
+        send: Callable[[Iterator[tuple[str, Tensor]]], None],
+        *,
+        stop_wanted: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Returns once every engine runs and has the present weights; a collective over all trainer ranks.
 
         Args:
             lost: the error of this rank's engine, if it is lost.
             send: sends weights to this rank's engine.
+            stop_wanted: returns True if the run is to end instead; it need not be true on all ranks.
 
         Raises:
             RuntimeError: an engine is lost more often than it may be started again.
+            StopRequested: on every rank, if it was wanted on one while an engine started.
         """
         while True:
             self._trainer.make_room()
+            cut = False
             if lost is not None:
-                self._restart(lost)
+                try:
+                    self._restart(lost, stop_wanted)
+                except StopRequested:
+                    cut = True
+            if any_rank(cut):
+                raise StopRequested
             stream, lost = self._trainer.weights(), None
             if self._engine is None or self._engine.has_weights:
                 for _ in stream:
@@ -94,7 +109,7 @@ class EngineRecovery:
         new, self._told = total - self._told, total
         return new
 
-    def _restart(self, lost: EngineLost) -> None:
+    def _restart(self, lost: EngineLost, stop_wanted: Callable[[], bool]) -> None:
         assert self._engine is not None, "the rank leads the engine that it lost"
         while True:
             if self._restarts == self._most_restarts:
@@ -105,7 +120,7 @@ class EngineRecovery:
                 self._name, self._restarts, self._most_restarts, lost.what, self._engine.log_path,
             )  # fmt: skip
             try:
-                self._engine.restart(timeout_seconds=self._start_timeout_seconds)
+                self._engine.restart(timeout_seconds=self._start_timeout_seconds, stop_wanted=stop_wanted)
                 return
             except EngineLost as error:
                 lost = error

@@ -84,7 +84,7 @@ class EngineSampler:
             # SLURM may end an engine together with the run that it asks to stop.
             if any_rank(sampled is None and self._engine is not None and self._stop_wanted()):
                 raise StopRequested
-            if not self._recovered(lost):
+            if not self._recovered(lost, stop_wanted=self._stop_wanted):
                 break
         mine: dict[int, list[Response]] = {}
         if sampled is not None:
@@ -131,7 +131,7 @@ class EngineSampler:
                 self._report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)
             except EngineLost as error:
                 lost = error
-        self._recovered(lost)
+        self._recovered(lost)  # whatever is wanted: these weights are those of a step that has been taken
         if self._report is None:
             return {}
         counts = {
@@ -144,7 +144,7 @@ class EngineSampler:
         """Returns how often engines were started again since the last call."""
         return self._recovery.take_restarts() if self._recovery is not None else 0
 
-    def _recovered(self, lost: EngineLost | None) -> bool:
+    def _recovered(self, lost: EngineLost | None, *, stop_wanted: Callable[[], bool] = lambda: False) -> bool:
         """Returns False if no rank has lost its engine, and True once all engines have the present weights again."""
         if self._recovery is None:
             if lost is not None:
@@ -152,7 +152,7 @@ class EngineSampler:
             return False
         if not any_rank(lost is not None):
             return False
-        self._recovery.recover(lost, self._send_again)
+        self._recovery.recover(lost, self._send_again, stop_wanted=stop_wanted)
         return True
 
     def _send_again(self, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -56,7 +56,7 @@ HOLDINGS = {
     WRITE: Holding(
         trainer=("params", "optimizer"),
         engine=(),
-        after=(SYNC.name, SAMPLE.name, SCORE.name, WRITE),
+        after=(SYNC.name, SAMPLE.name, SCORE.name, WRITE, RESTART),
         keeps_engine_weights=True,
     ),
     RESTART: Holding(trainer=(), engine=(), after=(SYNC.name, SAMPLE.name)),

@@ -49,9 +49,14 @@ class StopSignals:
     request, and one that comes SAME_REQUEST_SECONDS later or more ends the process at once.
     """
 
-    def __init__(self, signals: Collection[signal.Signals]) -> None:
-        """Blocks the signals and begins to wait for them."""
+    def __init__(self, signals: Collection[signal.Signals], *, ended_by: int | None = None) -> None:
+        """Blocks the signals and begins to wait for them.
+
+        Args:
+            ended_by: a process whose SIGTERM is no request, but ends this one at once; None: there is none.
+        """
         self._signals = frozenset(signals)
+        self._ended_by = ended_by
         self._working = False
         self._request: tuple[signal.Signals, float] | None = None
         block_stop_signals(self._signals)
@@ -77,10 +82,12 @@ class StopSignals:
 
     def _wait(self) -> None:
         while True:
-            received = signal.Signals(signal.sigwait(self._signals))
+            info = signal.sigwaitinfo(self._signals)
+            received = signal.Signals(info.si_signo)
             if _ignored.is_set():
                 continue
-            if not self._working or self.seconds_since_request >= SAME_REQUEST_SECONDS:
+            ends = received == signal.SIGTERM and info.si_pid == self._ended_by
+            if ends or not self._working or self.seconds_since_request >= SAME_REQUEST_SECONDS:
                 print(f"ended by {received.name}", file=sys.stderr, flush=True)
                 os._exit(128 + received)
             if self._request is None:

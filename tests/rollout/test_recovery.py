@@ -20,6 +20,7 @@ from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.records import Completion, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.system.stop_signals import StopRequested
 from tests.gloo import run_gloo
 
 PROMPTS = [Prompt("train", i, "q", "a", (1, i), (1, i), (), ()) for i in range(4)]
@@ -54,8 +55,10 @@ class Engine:
         self.has_weights, self.version = True, version
         return SyncReport(version, len(received), 4, 1, 0.0, 0.0, 0, True if verify else None)
 
-    def restart(self, *, timeout_seconds: float) -> None:
+    def restart(self, *, timeout_seconds: float, stop_wanted: Any) -> None:
         self.has_weights = False
+        if stop_wanted():
+            raise StopRequested
         self.call("restart")
 
 
@@ -123,6 +126,31 @@ def test_lost_while_sampling_and_while_taking_weights() -> None:
     ], "an engine that is well is not asked again, and gets no weights twice"  # fmt: skip
     assert "weight_sync/checksums_ok" in found[2][4][1], "the first weights of a new process are verified"
     assert "weight_sync/checksums_ok" not in found[0][4][1]
+
+
+def _stopped_rank(rank: int, world: int) -> list[str]:
+    """Rank 2 is asked to stop while its engine, which was lost in `generate`, starts again."""
+    engine, trainer = Engine({"generate": [1]} if rank == 2 else {}) if rank != 1 else None, Trainer()
+    asked = iter([False, True, True])  # when the engine is lost, while it starts, and after that
+    sampler = EngineSampler(
+        engine,  # type: ignore[arg-type]
+        engine_index={0: 0, 2: 1}.get(rank), num_engines=2, images=SimpleNamespace(), verify="never",  # type: ignore[arg-type]
+        stop_wanted=lambda: rank == 2 and next(asked),
+    )  # fmt: skip
+    recovery = EngineRecovery(
+        engine,  # type: ignore[arg-type]
+        trainer, name=f"engine of {rank}", most_restarts=2, start_timeout_seconds=1,
+    )  # fmt: skip
+    sampler.recover_with(recovery)
+    sampler.send_weights(((name, torch.ones(1)) for name in ("tower", "head")), version=0)
+    with pytest.raises(StopRequested):
+        sampler.generate(PROMPTS, seeds=[(10, 11)] * 4, sampling=SamplingSettings(max_tokens=1))
+    return trainer.events
+
+
+@pytest.mark.distributed
+def test_a_stop_does_not_wait_for_an_engine_that_starts_again() -> None:
+    assert run_gloo(_stopped_rank, 3) == [["make room"]] * 3
 
 
 @pytest.mark.distributed

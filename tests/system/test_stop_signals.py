@@ -13,11 +13,11 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
-import ctypes, signal, subprocess, sys
+import ctypes, os, signal, subprocess, sys
 from megatron_vppo.system import stop_signals
 from megatron_vppo.system.stop_signals import StopSignals
 stop_signals.SAME_REQUEST_SECONDS = 3.0
-signals = StopSignals([signal.SIGUSR2, signal.SIGTERM])
+signals = StopSignals([signal.SIGUSR2, signal.SIGTERM], ended_by=os.getppid() if "child" in sys.argv else None)
 if "work" in sys.argv:
     signals.begin_work()
 if "work" in sys.argv:
@@ -77,3 +77,13 @@ def test_before_there_is_work_a_signal_ends(start) -> None:
     process, _ = start()
     process.send_signal(signal.SIGUSR2)
     assert process.wait(timeout=10) == 128 + signal.SIGUSR2
+
+
+def test_sigterm_of_the_launcher_ends_at_once(start) -> None:
+    """It has started the process, as this test has. From anyone else SIGTERM is a request."""
+    process, _ = start("work", "child")
+    subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+    assert process.stdout.readline().split()[0] == "SIGTERM"
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=10) == 128 + signal.SIGTERM
