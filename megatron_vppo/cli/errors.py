@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 from typing import TextIO
 
+from megatron_vppo.system.slurm import job_id
 from megatron_vppo.system.visible import visible
 
 MISTAKE = 2
@@ -40,7 +40,7 @@ def mistake_status(error: BaseException | None = None) -> int:
         error: the mistake; None: one in the command line. In a job, a restart may cure an OSError that is not about a
             file's name, its rights or a full disk, such as an error of a network file system. Its status is 1.
     """
-    if not os.environ.get("SLURM_JOB_ID"):
+    if job_id() is None:
         return MISTAKE
     return 1 if isinstance(error, OSError) and error.errno not in _LASTING else DO_NOT_RESTART
 

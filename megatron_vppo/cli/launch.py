@@ -15,7 +15,7 @@ from megatron_vppo.cli.output import flush_output
 from megatron_vppo.system.attempt import ATTEMPT_VARIABLE, begin_attempt, link_latest
 from megatron_vppo.system.network import is_loopback, is_own, resolve
 from megatron_vppo.system.processes import die_with_parent
-from megatron_vppo.system.slurm import SlurmTask, idle_hosts, read_task, whole_number
+from megatron_vppo.system.slurm import SlurmTask, idle_hosts, job_id, read_task, whole_number
 from megatron_vppo.system.stop_signals import ignore_stop_signals
 
 _SECONDS_BETWEEN_TASKS = 2.0
@@ -161,7 +161,7 @@ def stop_signals(*, launched_by_us: bool) -> tuple[signal.Signals, ...]:
         launched_by_us: True if our launcher has started this rank. It passes SIGTERM on as SIGUSR2.
     """
     started_by_torch = "TORCHELASTIC_RUN_ID" in os.environ
-    asks = bool(os.environ.get("SLURM_JOB_ID")) if launched_by_us else not started_by_torch
+    asks = job_id() is not None if launched_by_us else not started_by_torch
     return (signal.SIGUSR2, signal.SIGTERM) if asks else (signal.SIGUSR2,)
 
 

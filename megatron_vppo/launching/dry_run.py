@@ -238,12 +238,14 @@ def disk_space(config: RunConfig, *, parameters: int, trained: int) -> Disk:
     A checkpoint has the weights, and of each trained value two moments in fp32, and its fp32 copy if it is bfloat16.
     """
     dtype_bytes = DTYPE_BYTES[config.model.dtype]
-    per_value = 2 * FLOAT32 + (FLOAT32 if dtype_bytes < FLOAT32 else 0)
+    state = 2 * FLOAT32 + (FLOAT32 if dtype_bytes < FLOAT32 else 0)
+    per_value = 0 if config.trainer.save_model_only else state
+    best = config.data.val_files is not None  # it stays besides the newest ones
     root = RunFolder.of(config.trainer).root.absolute()
     folder = next(path for path in (root, *root.parents) if path.is_dir())
     return Disk(
         checkpoint=parameters * dtype_bytes + trained * per_value,
-        at_once=max(1, config.trainer.save_limit) + (config.trainer.save_freq > 0),
+        at_once=max(1, config.trainer.save_limit) + (config.trainer.save_freq > 0) + best,
         export=parameters * dtype_bytes if config.trainer.save_hf else 0,
         folder=folder,
         free=shutil.disk_usage(folder).free,

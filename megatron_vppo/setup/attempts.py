@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 from pathlib import Path
 from typing import Any
 
 from megatron_vppo.observability.json_lines import dump_line, parse_lines
+from megatron_vppo.system.attempt import attempt_name
+from megatron_vppo.system.slurm import job_id, restart_count
 
 FILE = "attempts.jsonl"
 
@@ -19,7 +20,7 @@ def begin_attempt(run_folder: Path, start_step: int, *, most_without_progress: i
     Raises:
         ValueError: this job was requeued, and as many attempts as may be began at the same step and got no further.
     """
-    path, job, restart = run_folder / FILE, os.environ.get("SLURM_JOB_ID"), _restart_count()
+    path, job, restart = run_folder / FILE, job_id(), restart_count()
     without_progress = _attempts_from(path, job, start_step) if restart else 0
     if without_progress >= most_without_progress:
         raise ValueError(
@@ -28,18 +29,19 @@ def begin_attempt(run_folder: Path, start_step: int, *, most_without_progress: i
             f"(trainer.max_attempts_without_progress={most_without_progress})"
         )
     run_folder.mkdir(parents=True, exist_ok=True)
-    _append(path, {"job": job, "restart": restart, "start_step": start_step, "host": socket.gethostname()})
+    line = {"attempt": attempt_name(), "job": job, "restart": restart, "start_step": start_step}
+    _append(path, {**line, "host": socket.gethostname()})
 
 
 def end_on_request(run_folder: Path) -> None:
     """Writes down that this attempt ended because it was asked to, which is no failure. Rank 0 calls it."""
-    line = {"job": os.environ.get("SLURM_JOB_ID"), "restart": _restart_count(), "ended": "on request"}
+    line = {"attempt": attempt_name(), "job": job_id(), "restart": restart_count(), "ended": "on request"}
     _append(run_folder / FILE, line)
 
 
 def has_begun(run_folder: Path) -> bool:
     """Returns True if an earlier attempt of this SLURM job has begun: what is in the folder is this job's own then."""
-    job, restart = os.environ.get("SLURM_JOB_ID"), _restart_count()
+    job, restart = job_id(), restart_count()
     if not job or not restart:
         return False
     return any(line.get("job") == job and line.get("restart") != restart for line in _lines(run_folder / FILE))
@@ -48,12 +50,6 @@ def has_begun(run_folder: Path) -> bool:
 def _append(path: Path, line: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
         file.write(dump_line({"time": round(time.time(), 3), **line}))
-
-
-def _restart_count() -> int:
-    """Returns how often SLURM has started this job again; 0 outside a job."""
-    count = os.environ.get("SLURM_RESTART_COUNT", "")
-    return int(count) if count.isdecimal() else 0
 
 
 def _attempts_from(path: Path, job: str | None, start_step: int) -> int:

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.setup.attempts import has_begun
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.system.slurm import restart_count
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
-
-
-def is_unattended() -> bool:
-    """Returns True in a job that SLURM has started again."""
-    return os.environ.get("SLURM_RESTART_COUNT", "") not in ("", "0")
 
 
 def older_instead(
@@ -30,7 +25,7 @@ def older_instead(
         check: raises ValueError if the checkpoint of a step cannot be gone on from; a collective, if the caller is one.
     """
     was_chosen = config.resume_step is not None and not has_begun(RunFolder.of(config).root)
-    if not is_unattended() or not isinstance(error, DamagedCheckpoint) or was_chosen:
+    if not restart_count() or not isinstance(error, DamagedCheckpoint) or was_chosen:
         return None
     for older in sorted((other for other in steps if other < step), reverse=True):
         try:

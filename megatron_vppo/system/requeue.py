@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from megatron_vppo.system.slurm import job_id
+
 DO_NOT_REQUEUE = "do_not_requeue"
 """The file in the run folder. The batch script removes it before a run, and requeues the job only without it."""
 PATH_VARIABLE = "VPPO_DO_NOT_REQUEUE"
@@ -23,6 +25,6 @@ def do_not_requeue(run_folder: Path | None, reason: str) -> None:
     """
     given = os.environ.get(PATH_VARIABLE)
     path = Path(given) if given else None if run_folder is None else run_folder / DO_NOT_REQUEUE
-    if os.environ.get("SLURM_JOB_ID") and path is not None:
+    if job_id() is not None and path is not None:
         with contextlib.suppress(OSError):
             path.write_text(reason + "\n", encoding="utf-8")

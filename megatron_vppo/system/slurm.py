@@ -6,6 +6,7 @@ Containers have the variables, but not `scontrol`.
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,6 +61,17 @@ def whole_number(environment: Mapping[str, str], variable: str, *, default: str 
             "to let vppo start the ranks"
         )
     return int(value)
+
+
+def job_id() -> str | None:
+    """Returns the number of the job that this process belongs to; None outside a job."""
+    return os.environ.get("SLURM_JOB_ID") or None
+
+
+def restart_count() -> int:
+    """Returns how often SLURM has started this job again; 0 outside a job."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
 
 
 def idle_hosts(environment: Mapping[str, str]) -> int:

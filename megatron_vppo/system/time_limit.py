@@ -7,6 +7,8 @@ import re
 import subprocess
 import time
 
+from megatron_vppo.system.slurm import job_id
+
 _ASK_SECONDS = 20.0
 
 
@@ -16,8 +18,8 @@ def job_end_time() -> float | None:
     SLURM 23 and later, and our batch scripts, set SLURM_JOB_END_TIME. Otherwise `squeue` is asked, which may not be
     there in a container.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if not job:
+    job = job_id()
+    if job is None:
         return None
     given = os.environ.get("SLURM_JOB_END_TIME", "")
     if given.isdecimal():

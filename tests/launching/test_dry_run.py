@@ -47,10 +47,11 @@ def test_engines_by_hand() -> None:
     assert [(p.host, p.leader, p.gpus) for p in all_gpus] == [(0, 0, "0,1,2,3"), (1, 4, "0,1,2,3")]
 
 
-def test_an_engine_that_would_reach_over_hosts() -> None:
-    config = run_config(rollout={"tensor_parallel_size": 2})
-    with pytest.raises(ValueError, match="led by local rank 2 would need GPUs 2 to 3 of a machine that has 3"):
-        place_engines(config, cluster(2, 3))
+def test_no_engine_reaches_over_hosts() -> None:
+    places = place_engines(run_config(rollout={"tensor_parallel_size": 2}), cluster(2, 3))
+    assert [(p.host, p.leader, p.gpus) for p in places] == [(0, 0, "0,1"), (1, 3, "0,1")]
+    with pytest.raises(ValueError, match=r"num_engines=3 .*tensor_parallel_size=2: there is room for 2"):
+        place_engines(run_config(rollout={"tensor_parallel_size": 2, "num_engines": 3}), cluster(2, 3))
 
 
 @pytest.mark.parametrize(
