@@ -214,7 +214,7 @@ def test_what_must_not_be_read(name: str, saved: Path) -> None:
 def test_a_job_that_restarts_goes_on_from_its_own_work(
     setting: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What chose where the job began does not throw away what it has done since."""
+    """The settings that chose where the job began do not throw away what it has done since."""
     config = TrainerConfig.model_validate({"runs_dir": str(tmp_path), **setting})
     folder = RunFolder.of(config)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
