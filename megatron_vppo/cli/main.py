@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = _run(arguments)
         except SystemExit as end:  # argparse: --help, or a mistake in the command line
             flush_output()
-            if end.code == MISTAKE:
+            if end.code == MISTAKE and mistake_status() == DO_NOT_RESTART:
                 do_not_requeue(None, "a mistake in the command line")
                 wait_for_other_tasks()
                 return mistake_status()
