@@ -7,7 +7,7 @@ from typing import get_args
 
 from megatron_vppo.config.choices import Fp8Phase
 from megatron_vppo.observability.phases import PHASES, PhaseName
-from megatron_vppo.setup.holdings import HOLDINGS, START, WRITE
+from megatron_vppo.setup.holdings import HOLDINGS, RESTART, START, WRITE
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,4 +33,4 @@ def test_every_word_of_the_fp8_setting_is_a_phase() -> None:
 
 
 def test_placement_moves_memory_between_phases_of_the_table() -> None:
-    assert HOLDINGS.keys() - {phase.name for phase in PHASES} == {START, WRITE}
+    assert HOLDINGS.keys() - {phase.name for phase in PHASES} == {START, WRITE, RESTART}
