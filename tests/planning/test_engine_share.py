@@ -19,7 +19,8 @@ from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes
 from megatron_vppo.planning.state import StateBytes
 from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES
-from megatron_vppo.setup.engines import engine_devices, num_engines
+from megatron_vppo.setup.places import Place, engine_devices
+from megatron_vppo.setup.world import engine_seats
 from tests.planning.test_candidate import WORKLOAD
 
 
@@ -60,6 +61,14 @@ def test_possible_sizes() -> None:
     check_engine_size(model_of("qwen2.5-vl-3b"), cluster_of(8), 4)
 
 
+def place_of(rank: int, gpus: int, gpus_per_node: int) -> Place:
+    """Returns the place of a rank that is shown all GPUs of its host."""
+    host, local_rank = divmod(rank, gpus_per_node)
+    ids = tuple(map(str, range(min(gpus_per_node, gpus - host * gpus_per_node))))
+    uuids = tuple(f"{host}/{number}" for number in ids)
+    return Place(f"n{host}", local_rank, ids, uuids, cores=(0,), host_cores=1, allotted_gpus=len(ids))
+
+
 @pytest.mark.parametrize("gpus_per_node", [4, 6, 8])
 @pytest.mark.parametrize("gpus", [1, 2, 3, 6, 8, 12, 16])
 def test_a_run_starts_engines_of_every_possible_size(gpus: int, gpus_per_node: int) -> None:
@@ -70,13 +79,12 @@ def test_a_run_starts_engines_of_every_possible_size(gpus: int, gpus_per_node: i
             model=ModelConfig(path="folder"),
             rollout=RolloutConfig(tensor_parallel_size=size),
         )
-        count = num_engines(config, world_size=gpus, on_cpu=False)
-        assert count * size == gpus
-        for leader in range(0, gpus, gpus // count):
-            node, local_rank = divmod(leader, gpus_per_node)
-            present = min(gpus_per_node, gpus - node * gpus_per_node)
-            devices = engine_devices(None, device_count=present, local_rank=local_rank, size=size)
-            assert len(devices.split(",")) == size
+        places = [place_of(rank, gpus, gpus_per_node) for rank in range(gpus)]
+        seats = engine_seats(config, places)
+        assert [rank for seat in seats for rank in seat.ranks] == list(range(gpus))
+        for seat in seats:
+            assert len({places[rank].host for rank in seat.ranks}) == 1
+            assert len(engine_devices(places, seat).split(",")) == size
 
 
 def trainer_of(*, activations: int = 0, offload: frozenset[MemoryPart] = frozenset()) -> Candidate:
