@@ -42,6 +42,7 @@ def _no_room_for_a_second(rank: int, world: int, model: Path, folder: Path) -> s
     return str(error.value)
 
 
+@pytest.mark.extended
 @pytest.mark.distributed
 def test_a_disk_without_room(disk: Path, tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", tiny_config(tied=False, vocab=61))

@@ -16,6 +16,7 @@ from tests.system.marked import parent_of, processes_with, wait_until_gone
 FAST = (*SHORT, "rollout.n=2", "data.max_response_length=4", "trainer.save_freq=-1")
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 def test_the_user_reads_one_message(digits: Path, tmp_path: Path) -> None:
     """First the engine is killed after a step; then, in the same folder, the reward function cannot be loaded."""

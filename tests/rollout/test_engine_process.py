@@ -116,6 +116,7 @@ def test_bad_settings_are_refused_before_a_process_starts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_two_workers_with_untied_embeddings_then_a_killed_engine(
     tmp_path: Path, short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

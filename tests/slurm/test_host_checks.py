@@ -22,6 +22,7 @@ def odd_cluster(slurm_installed: None, tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
+@pytest.mark.extended
 def test_what_settings_say_is_checked_by_one_rank(cluster: Cluster, tmp_path: Path) -> None:
     """Each message comes once, without a traceback, and every rank ends with the status of a mistake."""
     commands = [
