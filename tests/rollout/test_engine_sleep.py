@@ -81,16 +81,16 @@ class YesMan:
 
     requests: ClassVar[list[tuple[str, dict[str, Any]]]]
 
-    def __init__(self, settings: EngineSettings, *, log_path: Path) -> None:
+    def __init__(self, settings: EngineSettings, *, log_path: Path, silence_seconds: float | None) -> None:
         YesMan.requests = []
         self.is_first = True
 
     def send(self, message: tuple[str, dict[str, Any]]) -> None:
         self.requests.append(message)
 
-    def receive(self, *, timeout_seconds: float | None = None) -> tuple[bool, Any]:
+    def receive(self, **waiting: Any) -> tuple[str, Any]:
         first, self.is_first = self.is_first, False
-        return True, [WEIGHTS] if first else None
+        return "done", [WEIGHTS] if first else None
 
     def close(self, **kwargs: Any) -> None:
         pass
