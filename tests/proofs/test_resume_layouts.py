@@ -178,11 +178,14 @@ PAIRS: dict[str, dict[str, list[Pair]]] = {
 }
 
 
+UNMARKED = ("Qwen2.5-VL", "telling")
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("model", "which"),
     [
-        pytest.param(model, which, marks=[] if which == "telling" else [pytest.mark.extended, pytest.mark.slow])
+        pytest.param(model, which, marks=[] if (model, which) == UNMARKED else [pytest.mark.extended, pytest.mark.slow])
         for model, groups in PAIRS.items()
         for which in groups
     ],

@@ -104,7 +104,7 @@ def test_an_engine_that_does_not_read_is_lost(peer: Peer) -> None:
 def test_a_trainer_that_was_stopped_does_not_blame_the_engine(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its clock jumps by an hour while it waits; the answer comes a moment later."""
     clock, jump = time.monotonic, [0.0]
-    monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=lambda: clock() + jump[0]))
+    monkeypatch.setattr(child, "time", SimpleNamespace(monotonic=lambda: clock() + jump[0], sleep=time.sleep))
     monkeypatch.setattr(child, "LONGEST_WAIT_SECONDS", 0.4)
 
     def resume() -> None:

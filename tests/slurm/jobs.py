@@ -14,6 +14,11 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 """The states of a job that does not run again by itself."""
 
 
+HELD = "launch_failed_requeued_held"
+"""The reason of a job that a node did not start, as when it was busy with the end of the last one. SLURM waits for
+someone to release it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One job, or one task of a job array, as SLURM tells of it."""
@@ -72,6 +77,8 @@ def wait_for(cluster: Cluster, job_id: str, awaited: Callable[[Job], bool], *, s
     """
     deadline = time.monotonic() + seconds
     while not awaited(job := job_of(cluster, job_id)):
+        if job.reason == HELD:
+            cluster.run("scontrol", "release", job_id)
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s: {job}\n{job.log_text[-5000:]}")
         time.sleep(0.1)

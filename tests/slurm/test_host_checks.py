@@ -39,6 +39,7 @@ def test_what_settings_say_is_checked_by_one_rank(cluster: Cluster, tmp_path: Pa
     assert not [*(tmp_path / "project" / "run").glob(".host_check*")]
 
 
+@pytest.mark.extended
 def test_a_folder_that_is_not_shared_and_names_that_mean_oneself(odd_cluster: Cluster, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     commands = [

@@ -57,8 +57,8 @@ def test_two_hosts_and_a_restart_equal_one_machine(
     assert done.log_text.count("stopped on request (SIGUSR2); the same command goes on from here") == 1
 
     run = tmp_path / "runs/digits_cpu/two_hosts"
-    started = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
-    assert started[0]["start_step"] == 0 < started[1]["start_step"] < 3
+    first, ended, second = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    assert first["start_step"] == 0 < second["start_step"] < 3 and ended["ended"] == "on request"
     assert (run / "do_not_requeue").read_text().startswith("finished")
     whole = train(digits, tmp_path / "runs", "one_machine", *TWO_RANKS)
     two, one = steps_of(run), steps_of(whole)
