@@ -31,6 +31,7 @@ NOT_COMPARED = ("time", "timing_", "perf/", "memory/")
 """Beginnings of the names of metrics that tell of the machine."""
 
 
+@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_hosts_and_a_restart_equal_one_machine(
