@@ -31,13 +31,12 @@ from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.options import Backend, ModelOptions
 from megatron_vppo.planning.candidate import GIB
-from megatron_vppo.planning.state import FLOAT32
+from megatron_vppo.setup.disk_space import bytes_of_values, existing_folder
 from megatron_vppo.setup.engine_limits import DTYPE_BYTES
-from megatron_vppo.setup.hardware import Gpu, fp8_options
+from megatron_vppo.setup.hardware import Gpu, fp8_options, options_with
 from megatron_vppo.setup.places import Place, engine_devices
 from megatron_vppo.setup.preflight import check_world
 from megatron_vppo.setup.resume import check_resume
-from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.world import engine_seats
 from megatron_vppo.weights.entries import parameter_count
 
@@ -180,21 +179,12 @@ def assumed_options(config: RunConfig) -> ModelOptions:
     TransformerEngine's layers are assumed where settings ask for them; whether it is installed, only a node can say.
     Raises ValueError for a float32 model of such layers.
     """
-    parallel, fp8 = config.parallel, fp8_options(config)
+    fp8 = fp8_options(config)
     backend: Backend = "te" if fp8 is not None or config.model.backend == "te" else "torch"
     if backend == "te" and config.model.dtype != "bfloat16":
         asked = "model.backend=te" if fp8 is None else f"fp8.recipe={fp8.recipe}"
         raise ValueError(f"{asked} goes with model.dtype=bfloat16, not {config.model.dtype}; change one of the two")
-    return ModelOptions(
-        pipeline_layers=parallel.pipeline_layers,
-        virtual_stages=parallel.virtual_pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        recompute=parallel.recompute,
-        vision_split=parallel.vision_split,
-        frozen=frozenset(config.model.freeze),
-        backend=backend,
-        fp8=fp8,
-    )
+    return options_with(config, backend=backend)
 
 
 def report_stages(
@@ -233,20 +223,13 @@ def _place(host: int, local_rank: int, cluster: RunCluster) -> Place:
 
 
 def disk_space(config: RunConfig, *, parameters: int, trained: int) -> Disk:
-    """Counts what checkpoints take, and asks the file system of the run folder what is free.
-
-    A checkpoint has the weights, and of each trained value two moments in fp32, and its fp32 copy if it is bfloat16.
-    """
-    dtype_bytes = DTYPE_BYTES[config.model.dtype]
-    state = 2 * FLOAT32 + (FLOAT32 if dtype_bytes < FLOAT32 else 0)
-    per_value = 0 if config.trainer.save_model_only else state
+    """Counts what checkpoints take, and asks the file system of the run folder what is free."""
     best = config.data.val_files is not None  # it stays besides the newest ones
-    root = RunFolder.of(config.trainer).root.absolute()
-    folder = next(path for path in (root, *root.parents) if path.is_dir())
+    folder = existing_folder(config)
     return Disk(
-        checkpoint=parameters * dtype_bytes + trained * per_value,
+        checkpoint=bytes_of_values(config, values=parameters, trained=trained),
         at_once=max(1, config.trainer.save_limit) + (config.trainer.save_freq > 0) + best,
-        export=parameters * dtype_bytes if config.trainer.save_hf else 0,
+        export=parameters * DTYPE_BYTES[config.model.dtype] if config.trainer.save_hf else 0,
         folder=folder,
         free=shutil.disk_usage(folder).free,
     )

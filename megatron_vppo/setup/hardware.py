@@ -80,6 +80,12 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
         ValueError: this machine cannot do what is set.
     """
     check_fp8_hardware(config, on_gpu=on_gpu)
+    backend = choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype)
+    return options_with(config, backend=backend)
+
+
+def options_with(config: RunConfig, *, backend: Backend) -> ModelOptions:
+    """Collects the options by which the model is built of the layers of `backend`, wherever that may be."""
     parallel = config.parallel
     return ModelOptions(
         pipeline_layers=parallel.pipeline_layers,
@@ -88,7 +94,7 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
         recompute=parallel.recompute,
         vision_split=parallel.vision_split,
         frozen=frozenset(config.model.freeze),
-        backend=choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype),
+        backend=backend,
         fp8=fp8_options(config),
     )
 

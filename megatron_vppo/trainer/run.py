@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -140,12 +141,7 @@ def _open_run(
     is_writer, on_gpus = layout.rank == 0, layout.device.type == "cuda"
     inputs = open_inputs(config, files)
     images, tokenizer, eos = inputs.images, inputs.processor.tokenizer, inputs.eos_ids
-    stopping = Stopping(
-        signals,
-        end_time=job_end_time() if is_writer else None,
-        stop_within_seconds=config.trainer.stop_within_seconds,
-        any_rank=any_rank,
-    )
+    stopping = _stopping(config, signals, is_writer=is_writer)
     on_every_rank(partial(_begin_attempt, config, layout, folder))
     with ExitStack() as stack:
         logs = folder.logs / attempt_name()
@@ -155,12 +151,7 @@ def _open_run(
             verify=config.rollout.verify_weights, stop_wanted=stopping.wanted,
         )  # fmt: skip
         stack.callback(sampler.close)
-        pool = _reward_pool(config) if is_writer else None
-        grader = Grader(
-            pool,
-            partial(tokenizer.decode, skip_special_tokens=True),
-            max_error_share=config.reward.max_error_share,
-        )
+        grader = _grader(config, tokenizer, is_writer=is_writer)
         stack.callback(grader.close)
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:
@@ -173,14 +164,9 @@ def _open_run(
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         resumed = checkpointer.resume()
-        start_step = resumed.step
-        if start_step > total_steps:
-            raise ValueError(
-                f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
-                "another trainer.experiment_name"
-            )
+        _check_reached(folder, resumed.step, total_steps=total_steps)
         if is_writer:
-            _pass_over_later_checkpoints(folder, start_step, say)
+            _pass_over_later_checkpoints(folder, resumed.step, say)
         log = _open_log(config, layout, folder, resumed, total_steps=total_steps)
         stack.callback(log.close)
         if not on_gpus:
@@ -199,7 +185,7 @@ def _open_run(
             collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
             log=log,
-            start_step=start_step,
+            start_step=resumed.step,
             total_steps=total_steps,
             checkpointer=checkpointer,
             recorder=Recorder(tokenizer, images, config.algorithm.perturb.per, writer),
@@ -246,6 +232,23 @@ def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
     return total_steps
 
 
+def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> Stopping:
+    return Stopping(
+        signals,
+        end_time=job_end_time() if is_writer else None,
+        stop_within_seconds=config.trainer.stop_within_seconds,
+        any_rank=any_rank,
+    )
+
+
+def _grader(config: RunConfig, tokenizer: Any, *, is_writer: bool) -> Grader:
+    return Grader(
+        _reward_pool(config) if is_writer else None,
+        partial(tokenizer.decode, skip_special_tokens=True),
+        max_error_share=config.reward.max_error_share,
+    )
+
+
 def _reward_pool(config: RunConfig) -> RewardPool:
     return RewardPool(
         config.reward.reward_function,
@@ -280,6 +283,15 @@ def _recovery(config: RunConfig, policy: MegatronPolicy, placement: Placement, e
 def _watchdog(config: RunConfig) -> Watchdog:
     restart_seconds = config.rollout.engine_timeout_seconds + config.rollout.start_timeout_seconds
     return Watchdog(factor=config.trainer.watchdog, least_seconds=restart_seconds)
+
+
+def _check_reached(folder: RunFolder, start_step: int, *, total_steps: int) -> None:
+    """Refuses to go on from a step after the last one."""
+    if start_step > total_steps:
+        raise ValueError(
+            f"{folder.root} has reached step {start_step}, trainer.total_steps is {total_steps}; raise it, or set "
+            "another trainer.experiment_name"
+        )
 
 
 def _pass_over_later_checkpoints(folder: RunFolder, start_step: int, say: Say) -> None:
