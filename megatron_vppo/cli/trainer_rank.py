@@ -30,7 +30,7 @@ from megatron_vppo.system.attempt import link_latest
 from megatron_vppo.system.flight_recorder import record_collectives
 from megatron_vppo.system.requeue import do_not_requeue
 from megatron_vppo.system.stop_signals import ignore_stop_signals
-from megatron_vppo.system.watchdog import TookTooLong
+from megatron_vppo.system.watchdog import Hangs
 
 LAUNCHER_VARIABLE = "VPPO_LAUNCHER_PID"
 """The environment variable by which a rank knows that our launcher has started it."""
@@ -60,7 +60,7 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
     if rank == 0:
         link_latest(logs.parent, logs.name)
     record_collectives(logs.absolute())
-    _end_with_watchdog(rank, log, terminal)
+    _end_if_main_thread_hangs(rank, log, terminal)
     try:
         return _call(work, logs, terminal)
     except BaseException as error:
@@ -71,12 +71,12 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
         _fail(describe(error, rank=rank, log=log), logs, terminal)
 
 
-def _end_with_watchdog(rank: int, log: Path, terminal: TextIO) -> None:
-    """Lets this process end with the error of its watchdog, whose thread finds that the main thread hangs."""
+def _end_if_main_thread_hangs(rank: int, log: Path, terminal: TextIO) -> None:
+    """Lets this process end with the error of a thread which finds that the main thread hangs."""
     others = threading.excepthook
 
     def end(arguments: threading.ExceptHookArgs) -> None:
-        if isinstance(arguments.exc_value, TookTooLong):
+        if isinstance(arguments.exc_value, Hangs):
             _fail(describe(arguments.exc_value, rank=rank, log=log), log.parent, terminal)
         others(arguments)
 

@@ -7,15 +7,12 @@ always whole. Old checkpoints are deleted after the rename, never before.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import random
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint import Metadata
 
 from megatron_vppo.parallel.checkpoint_buffers import buffers_to_read, set_buffers
@@ -45,13 +41,13 @@ from megatron_vppo.parallel.checkpoint_folder import (
     step_folder,
 )
 from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints
+from megatron_vppo.parallel.checkpoint_writers import noticing_lost_writers, use_result_queue_of_ours
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.offload import optimizer_tensors, weight_tensors
 from megatron_vppo.parallel.optimizer_shards import optimizer_shards, share_weights
 from megatron_vppo.parallel.optimizer_state import allocate_state, set_updates, updates_of
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.system.agreement import on_every_rank
-from megatron_vppo.system.processes import die_with_parent
 from megatron_vppo.system.records import parse_record
 from megatron_vppo.system.whole import unfinished_folder, whole_file, whole_folder
 from megatron_vppo.weights.dist_metadata import DIST_CKPT, naming, read_metadata
@@ -86,14 +82,14 @@ def save_checkpoint(
     """
     require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
     with _filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
-        _use_result_queue_of_ours()
+        use_result_queue_of_ours()
         allocate_state(trainable)  # no step may have had anything to train on yet
         about = {
             **_sizes(trainable, layout).model_dump(),
             "optimizer": "none" if model_only else "by parameter",
             "optimizer_updates": updates_of(trainable),
         }
-        with naming_failed_writes(step_folder(folder, step)):
+        with naming_failed_writes(step_folder(folder, step)), noticing_lost_writers(step_folder(folder, step)):
             written = _state_to_write(trainable, layout, model_only=model_only)
             dist_checkpointing.save(written, str(unfinished / DIST_CKPT))
         if layout.rank == 0:
@@ -186,17 +182,6 @@ def _check_state(folder: Path, step: int, trainable: Trainable, layout: Layout) 
     state = check_whole(folder, step) if layout.rank == 0 else read_state(folder, step)
     check_written_for(source, parse_record(SavedState, state), _sizes(trainable, layout))
     return state
-
-
-def _use_result_queue_of_ours() -> None:
-    """Gives Megatron's checkpoint writers (0.16 to 0.19) a queue for their reports.
-
-    The server of the queue is a process of its own. Megatron's outlives a rank that is killed; this one ends with it.
-    """
-    if getattr(filesystem_async, "_results_queue", None) is None:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(die_with_parent, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
 
 
 def _sizes(trainable: Trainable, layout: Layout) -> SavedSizes:

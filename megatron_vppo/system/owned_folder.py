@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-YOUNG_SECONDS = 60.0
+YOUNG_SECONDS = 10.0
 """The age below which a folder without a lock is left alone: its owner may be about to lock it."""
 
 

@@ -29,7 +29,14 @@ TICK_SECONDS = 5.0
 `scontrol suspend`, which is no fault of the work."""
 
 
-class TookTooLong(RuntimeError):
+class Hangs(RuntimeError):
+    """The error that a thread raises because the process's main thread waits for something that will not come.
+
+    Whoever owns the process ends it then, by `threading.excepthook`.
+    """
+
+
+class TookTooLong(Hangs):
     """The error of something that took many times longer than usual."""
 
 
