@@ -34,7 +34,7 @@ def _writers_die(rank: int, world: int, model: Path, folder: Path) -> None:
 def test_a_killed_writer_ends_its_rank(tmp_path: Path) -> None:
     """Megatron's own wait has no end."""
     save_tiny_model(tmp_path / "model", tiny_config(tied=False, vocab=61))
-    with pytest.raises(RuntimeError, match="exit codes by rank: {.*7"):
+    with pytest.raises(RuntimeError, match=r"exit codes by rank: \{.*7"):
         run_gloo(_writers_die, 2, tmp_path / "model", tmp_path)
     told = [path.read_text() for path in tmp_path.glob("hook_*")]
     assert told and all(
@@ -55,7 +55,7 @@ def _saves_and_is_killed(rank: int, world: int, model: Path, folder: Path) -> No
 def test_a_killed_rank_leaves_no_temporary_file(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "model", tiny_config(tied=False, vocab=61))
     (tmp_path / "temporary").mkdir()
-    with pytest.raises(RuntimeError, match="exit codes by rank: {.*-9"):
+    with pytest.raises(RuntimeError, match=r"exit codes by rank: \{.*-9"):
         run_gloo(_saves_and_is_killed, 2, tmp_path / "model", tmp_path)
     assert (tmp_path / "global_step_1").is_dir()
     assert list((tmp_path / "temporary").iterdir()) == []
