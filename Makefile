@@ -10,13 +10,14 @@ COMPAT_TESTS = tests/models tests/parallel tests/weights tests/planning/test_act
 # Only install.sh may see it: everything else runs on the environment's own interpreter.
 unexport PYTHON
 
-.PHONY: help install slurm test test-all lint demo test-compat gpu-check
+.PHONY: help install slurm test test-all lint demo chaos test-compat gpu-check
 
 help:
 	@echo "make install      build $(VENV): vLLM, Megatron Core, torch for CPU, and this project, editable"
 	@echo "make test         install, lint, and the tests that run without a GPU     (ARGS=\"tests/config -k base\")"
 	@echo "make test-all     the same with all tests, also those marked extended, one after the other"
 	@echo "make demo         install, then train a small Qwen2.5-VL with VPPO        (ARGS=\"rollout.n=4\")"
+	@echo "make chaos        kill, cut off and requeue real runs on a SLURM of this machine (ARGS=\"--minutes 30\"; as root)"
 	@echo "make lint         ruff and mypy"
 	@echo "make test-compat PYTHON=python3.12"
 	@echo "                  model and parallel tests with the newest megatron-core, in $(COMPAT_VENV)"
@@ -45,6 +46,10 @@ test-all: lint slurm
 
 demo: install
 	@VENV=$(VENV) PATH="$(abspath $(VENV))/bin:$$PATH" bash examples/digits_cpu/demo.sh $(ARGS)
+
+chaos: install
+	@tools/install/slurm.sh
+	@PYTHONPATH=tools $(VENV)/bin/python -W ignore -m tests.reliability.chaos $(ARGS)
 
 test-compat:
 	@PYTHON=$(or $(PYTHON),python3.12) VENV=$(COMPAT_VENV) tools/install.sh compat

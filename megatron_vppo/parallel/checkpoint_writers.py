@@ -45,6 +45,9 @@ def noticing_lost_writers(target: Path) -> Iterator[None]:
     """Watches the processes that the block starts. A thread raises WriterLost if a signal ends one of them.
 
     The block itself may hang then; `threading.excepthook` is what ends the process.
+
+    Raises:
+        RuntimeError: the server of the queue has ended.
     """
     before, done = set(children_of(os.getpid())), threading.Event()
 
@@ -62,6 +65,8 @@ def noticing_lost_writers(target: Path) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"{target} was not written: the process that its writers report to has ended") from error
     finally:
         done.set()
         thread.join()

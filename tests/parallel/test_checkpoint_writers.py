@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.parallel.checkpoint_writers import WriterLost
+from megatron_vppo.system.processes import children_of
 from tests.gloo import run_gloo
 from tests.models.tiny import save_tiny_model, tiny_config
 from tests.parallel.test_checkpoint import make_ranks, save
@@ -59,3 +60,25 @@ def test_a_killed_rank_leaves_no_temporary_file(tmp_path: Path) -> None:
         run_gloo(_saves_and_is_killed, 2, tmp_path / "model", tmp_path)
     assert (tmp_path / "global_step_1").is_dir()
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def _server_dies(rank: int, world: int, model: Path, folder: Path) -> str:
+    layout, policy = make_ranks(model)
+    save(folder, layout, policy, step=1, state="whole")
+    (server,) = [pid for pid in children_of(os.getpid()) if "multiprocessing.spawn" in _command(pid)]
+    os.kill(server, signal.SIGKILL)
+    with pytest.raises(RuntimeError) as error:
+        save(folder, layout, policy, step=2, state="lost")
+    return str(error.value)
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+
+
+@pytest.mark.distributed
+def test_a_killed_queue_is_named(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model", tiny_config(tied=False, vocab=61))
+    errors = run_gloo(_server_dies, 2, tmp_path / "model", tmp_path)
+    assert errors == [f"{tmp_path}/global_step_2 was not written: the process that its writers report to has ended"] * 2
+    assert (tmp_path / "global_step_1").is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,17 @@ def test_an_array_on_the_same_hosts(cluster: Cluster, tmp_path: Path) -> None:
     assert len(refused) == 1
     assert refused[0].status in (93, 143), "of rank 0, or of the other one, which srun ended while it looked for rank 0"
     assert "rank 0 cannot listen on n1, port 29500: Address already in use; unset MASTER_PORT" in refused[0].text
+
+
+def test_torchrun_under_srun(cluster: Cluster, tmp_path: Path) -> None:
+    """One torchrun per host starts the ranks, as many sites are used to."""
+    torchrun = f"{SRUN} {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d"
+    (step,) = run_steps(
+        cluster,
+        write_script(tmp_path, train(f"{torchrun} --rdzv-endpoint=n1 --rdzv-id=$SLURM_JOB_ID --no-python")),
+        "--nodes=2",
+        "--ntasks-per-node=1",
+    )
+    assert step.status == 0, step.text
+    assert re.search(r"^2 hosts, 4 ranks; store at ", step.text, re.MULTILINE), step.text
+    assert "trained on 4 ranks" in step.text

@@ -6,19 +6,17 @@ On its way it is asked to stop, and SLURM starts it again.
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_vppo.cli.main import main
 from megatron_vppo.observability.metrics import read_metrics
 from tests.proofs.conftest import make_digits
-from tests.proofs.runs import ROOT, SHORT, exported, train, train_arguments
+from tests.proofs.runs import SHORT, exported, train, train_arguments
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import submit, wait_for_end, wait_for_restart, wait_for_text
+from tests.slurm.jobs import wait_for_end, wait_for_restart, wait_for_text
+from tests.slurm.runs import send_script, write_script
 
 TWO_RANKS = (
     *SHORT, "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1",
@@ -31,24 +29,14 @@ NOT_COMPARED = ("time", "timing_", "perf/", "memory/")
 """Beginnings of the names of metrics that tell of the machine."""
 
 
-@pytest.mark.extended
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_hosts_and_a_restart_equal_one_machine(
-    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_two_hosts_and_a_restart_equal_one_machine(cluster: Cluster, tmp_path: Path) -> None:
     digits = make_digits(tmp_path / "digits", "--train-pairs", "64", "--val-pairs", "16")
     script = tmp_path / "two.sbatch"
-    words = train_arguments(digits, tmp_path / "runs", "two_hosts", *TWO_RANKS)[1:]
-    size = ["--nodes", "2", "--gpus-per-node", "1", "--time", "60", "--environment", sys.prefix]
-    with monkeypatch.context() as patch:
-        patch.setenv("PATH", "/bin")
-        patch.setattr("shutil.which", lambda _: None)  # no question to a SLURM that this process does not know
-        assert main(["slurm", *words[:2], *size, "--output", str(script), *words[2:]]) == 0
-    variables = ["OMP_NUM_THREADS=1", "HF_HUB_OFFLINE=1", "TOKENIZERS_PARALLELISM=false"]
-    variables += [f"PYTHONPATH={os.environ['PYTHONPATH']}"] if "PYTHONPATH" in os.environ else []
-    job = submit(cluster, script, f"--export=ALL,{','.join(variables)}", f"--output={tmp_path}/job.out", cwd=ROOT)
+    words = train_arguments(digits, tmp_path / "runs", "two_hosts", *TWO_RANKS)
+    write_script(cluster, script, words, ("--nodes", "2", "--gpus-per-node", "1", "--time", "60"))
+    job = send_script(cluster, script, tmp_path / "job.out")
     wait_for_text(cluster, job, "step 1/3", seconds=900)
     cluster.run("scancel", "--signal=USR2", "--batch", job)
     wait_for_text(cluster, job, "status 75: back into the queue, restart 1 of at most 50", seconds=300)

@@ -1,0 +1,213 @@
+"""SIGKILL at random moments to whatever a run consists of, and the power of whole nodes cut.
+
+One round is a run from its first step to its last. It ends with the numbers of a run that nobody disturbed, or it is a
+failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from tests.proofs.runs import exported
+from tests.reliability import victims
+from tests.reliability.leftovers import differing_files, left_behind
+from tests.reliability.settings import PATIENT, PROJECT, arguments, last_step, numbers_of, size_on_two_hosts
+from tests.slurm.cluster import Cluster
+from tests.slurm.jobs import HELD, Job, job_of
+from tests.slurm.runs import send_script, write_script
+
+KINDS = (*victims.PROCESSES, victims.NODE)
+STEPS = 12
+SETTINGS = (
+    f"trainer.total_steps={STEPS}", "trainer.save_freq=1", "trainer.save_limit=2", "trainer.val_freq=4",
+    "trainer.val_before_train=true",
+)  # fmt: skip
+SEARCH_SECONDS = 30.0
+"""The time that a victim may take to appear: a writer of checkpoints lives for some milliseconds of a step."""
+STUCK_SECONDS = 900.0
+"""The time without a further step after which a round is given up."""
+
+
+@dataclass
+class Kill:
+    """One kill, and what came of it."""
+
+    kind: str
+    step: int
+    """The last step that was done."""
+    time: float
+    restarts: int
+    """The number of times that the job had been requeued before."""
+    recovered_after: float | None = None
+    """The seconds until a further step was done; None: the round ended before."""
+    job_restarted: bool = False
+
+
+@dataclass
+class Round:
+    """A run that was disturbed."""
+
+    number: int
+    kills: list[Kill] = field(default_factory=list)
+    restarts: int = 0
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+    """The things that are wrong with its end; empty: nothing."""
+
+
+class Disturber:
+    """Runs rounds on a cluster of two nodes."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        digits: Path,
+        expected: Path,
+        scratch: Path,
+        rng: random.Random,
+        gap_seconds: tuple[float, float],
+        tell: Callable[[str], None],
+    ) -> None:
+        """
+        Args:
+            expected: the folder of the undisturbed run.
+            scratch: a folder that both nodes see.
+            gap_seconds: the shortest and the longest time from one kill to the next.
+        """
+        self._cluster = cluster
+        self._digits = digits
+        self._expected = expected
+        self._scratch = scratch
+        self._rng = rng
+        self._gap_seconds = gap_seconds
+        self._tell = tell
+        self._deck: list[str] = []
+
+    def run(self, number: int, *, most_kills: int | None = None) -> Round:
+        """Runs one round and returns what happened. The files of a round without a fault are removed."""
+        began, this = time.monotonic(), Round(number)
+        name = f"round_{number}"
+        run, temporary = self._scratch / "runs" / PROJECT / name, self._scratch / f"tmp_{number}"
+        temporary.mkdir()
+        script, log = self._scratch / f"{name}.sbatch", self._scratch / f"{name}.out"
+        words = arguments(self._digits, self._scratch / "runs", name, *SETTINGS, *PATIENT)
+        write_script(self._cluster, script, words, size_on_two_hosts())
+        job = self._disturb(send_script(self._cluster, script, log, {"TMPDIR": str(temporary)}), run, this, most_kills)
+        this.restarts, this.seconds = job.restarts, time.monotonic() - began
+        this.faults += self._faults(job, run, temporary)
+        if not this.faults:
+            shutil.rmtree(run)
+            shutil.rmtree(temporary)
+        return this
+
+    # --- A run, and kills ---------------------------------------------------------------------------------------------
+
+    def _disturb(self, job_id: str, run: Path, this: Round, most_kills: int | None) -> Job:
+        """Kills until the job has ended for good, and lets it start again at once each time. Returns it."""
+        next_kill, progress = time.monotonic() + self._gap(), time.monotonic()
+        step = 0
+        while not (job := job_of(self._cluster, job_id)).has_ended:
+            self._let_start(job)
+            if (now := last_step(run)) > step:
+                step, progress = now, time.monotonic()
+            self._note_recoveries(this, step, job)
+            if time.monotonic() - progress > STUCK_SECONDS:
+                this.faults.append(f"no further step for {STUCK_SECONDS:.0f} s after step {step}")
+                self._cluster.run("scancel", job_id)
+                progress = time.monotonic()
+            enough = most_kills is not None and len(this.kills) >= most_kills
+            if job.state == "RUNNING" and time.monotonic() > next_kill and not enough:
+                self._kill_one(this, step, job)
+                next_kill = time.monotonic() + self._gap()
+            time.sleep(0.2)
+        self._note_recoveries(this, last_step(run), job)
+        return job
+
+    def _let_start(self, job: Job) -> None:
+        """SLURM starts a requeued job after two minutes, and one whose launch failed when it is released."""
+        if job.reason == HELD:
+            self._cluster.run("scontrol", "release", job.id)
+        elif job.state == "PENDING" and job.reason == "BeginTime":
+            with contextlib.suppress(RuntimeError):  # it starts at this moment
+                self._cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
+            time.sleep(2.5)
+
+    def _kill_one(self, this: Round, step: int, job: Job) -> None:
+        kind = self._next_kind()
+        kill = Kill(kind, step, time.monotonic(), job.restarts)
+        if kind == victims.NODE:
+            node = self._rng.choice(self._cluster.site.names)
+            self._cluster.cut_power(node)
+            self._cluster.power_on(node)
+            what = node
+        else:
+            victim = self._search(kind)
+            if victim is None:
+                return
+            kill.time = time.monotonic()
+            what = f"process {victim.pid}"
+        this.kills.append(kill)
+        self._tell(f"round {this.number}: {kind} killed ({what}) after step {step}")
+
+    def _search(self, kind: str) -> psutil.Process | None:
+        """Kills a process of a kind as soon as there is one, and returns it."""
+        deadline = time.monotonic() + SEARCH_SECONDS
+        while time.monotonic() < deadline:
+            victim = victims.find(self._cluster, kind, self._rng.choice)
+            if victim is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+                    return victim
+        return None
+
+    def _next_kind(self) -> str:
+        """Deals the kinds in random order, each as often as any other."""
+        if not self._deck:
+            self._deck = self._rng.sample(KINDS, len(KINDS))
+        return self._deck.pop()
+
+    def _gap(self) -> float:
+        return self._rng.uniform(*self._gap_seconds)
+
+    def _note_recoveries(self, this: Round, step: int, job: Job) -> None:
+        for kill in this.kills:
+            if kill.recovered_after is None and step > kill.step:
+                kill.recovered_after = time.monotonic() - kill.time
+                kill.job_restarted = job.restarts > kill.restarts
+
+    # --- Its end ------------------------------------------------------------------------------------------------------
+
+    def _faults(self, job: Job, run: Path, temporary: Path) -> list[str]:
+        if (job.state, job.exit_code) != ("COMPLETED", 0):
+            return [f"the job ended {job.state} with status {job.exit_code}; its log: {job.log}"]
+        return [
+            *_differing_numbers(run, self._expected),
+            *(f"in the run folder: {name}" for name in differing_files(run, self._expected)),
+            *(f"left behind: {what}" for what in left_behind(self._cluster, temporary)),
+        ]
+
+
+def _differing_numbers(run: Path, expected: Path) -> list[str]:
+    """Lists what differs in two runs: exported weights, metrics but times, records."""
+    found = []
+    here, there = exported(run, STEPS), exported(expected, STEPS)
+    names = [name for name in there if name not in here or not torch.equal(here[name], there[name])]
+    if names or here.keys() != there.keys():
+        found.append(f"{len(names)} of {len(there)} weights differ, {names[:1]}")
+    if numbers_of(run) != numbers_of(expected):
+        found.append("metrics differ, or steps have no line or two")
+    for record in sorted((expected / "rollouts").iterdir()):
+        path = run / "rollouts" / record.name
+        if not path.is_file() or path.read_bytes() != record.read_bytes():
+            found.append(f"{record.name} differs")
+    return found

@@ -1,0 +1,57 @@
+"""Things that a run leaves behind on a test cluster besides its results."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.slurm.cluster import Cluster
+
+DAEMONS = ("slurmd", "munged", "host.sh", "sleep", "bash", "sh")
+"""The names of what runs on a node without a job."""
+CACHES = ("torchinductor_",)
+"""Beginnings of the names of what is to stay in the folder for temporary files."""
+OF_ATTEMPTS = re.compile(r"(logs|attempts\.jsonl|tensorboard)(/|$)")
+"""The things that a run folder has of each attempt."""
+PATIENCE_SECONDS = 20.0
+
+
+def left_behind(cluster: Cluster, temporary: Path) -> list[str]:
+    """Lists processes, temporary files and shared memory that are still there some time after a run's end."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while (found := [*_processes(cluster), *_files(cluster, temporary)]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return found
+
+
+def differing_files(run: Path, expected: Path) -> list[str]:
+    """Lists the files that a run folder has and another run's has not, with `+`, and the other way round, with `-`."""
+    here, there = _contents(run), _contents(expected)
+    return [f"+{name}" for name in sorted(here - there)] + [f"-{name}" for name in sorted(there - here)]
+
+
+def _processes(cluster: Cluster) -> list[str]:
+    found = []
+    for node in cluster.site.names:
+        for process in cluster.processes(node):
+            with contextlib.suppress(psutil.Error):
+                if process.name() not in DAEMONS and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{node}: process {process.pid}, {' '.join(process.cmdline())[:200]}")
+    return found
+
+
+def _files(cluster: Cluster, temporary: Path) -> list[str]:
+    found = [str(path) for path in temporary.iterdir() if not path.name.startswith(CACHES)]
+    for node in cluster.site.names:
+        shared = Path(f"/proc/{cluster.processes(node)[0].pid}/root/dev/shm")
+        found += [f"{node}: /dev/shm/{path.name}" for path in shared.iterdir()]
+    return found
+
+
+def _contents(run: Path) -> set[str]:
+    names = (path.relative_to(run).as_posix() for path in run.rglob("*"))
+    return {name for name in names if not OF_ATTEMPTS.match(name)}

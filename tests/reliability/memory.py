@@ -1,0 +1,105 @@
+"""The resident memory of every process of a run, step by step: it does not grow."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import subprocess
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.proofs.runs import ROOT, VPPO
+from tests.reliability.settings import arguments
+from tests.reliability.victims import role_of
+from tests.system.marked import processes_with
+
+WARMUP = 0.2
+"""The share of the steps in which memory may still grow: buffers and caches that are filled once."""
+BLOCKS = 10
+"""The number of stretches whose means the line is drawn through. Memory of one step is close to that of the next, so
+single steps would make the noise look smaller than it is."""
+NOISE = 3.0
+"""Standard errors of the slope that may be chance."""
+SMALL_MIB = 1.0
+"""The growth from the first step to the last that is none in any case: a page here and there."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A line through the memory of one process."""
+
+    name: str
+    mean_mib: float
+    slope_kib: float
+    """KiB per step."""
+    error_kib: float
+    """Standard error of the slope."""
+    steps: int
+
+    @property
+    def is_flat(self) -> bool:
+        return self.slope_kib < NOISE * self.error_kib or self.slope_kib * self.steps / 1024 < SMALL_MIB
+
+
+def growth_of(name: str, memory_mib: Sequence[float]) -> Growth:
+    """Draws a line through the memory of a process after each step, without the warm-up."""
+    kept = list(memory_mib)[int(WARMUP * len(memory_mib)) :]
+    size = len(kept) // BLOCKS
+    means = [sum(kept[i * size : (i + 1) * size]) / size for i in range(BLOCKS)]
+    middle, mean = (BLOCKS - 1) / 2, sum(means) / BLOCKS
+    spread = sum((i - middle) ** 2 for i in range(BLOCKS))
+    slope = sum((i - middle) * (value - mean) for i, value in enumerate(means)) / spread
+    rest = sum((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(means))
+    error = math.sqrt(rest / (BLOCKS - 2) / spread)
+    return Growth(name, mean, 1024 * slope / size, 1024 * error / size, len(kept))
+
+
+def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, list[str]]:
+    """Runs `--steps` steps on this machine. Returns the table and the faults."""
+    scratch.mkdir()
+    measured = _measured(digits, scratch, options.steps)
+    lines = ["| process | RSS, MiB | KiB per step | standard error | |", "|---|---|---|---|---|"]
+    for growth in measured:
+        verdict = "flat" if growth.is_flat else "GROWS"
+        numbers = f"{growth.mean_mib:.1f} | {growth.slope_kib:+.2f} | {growth.error_kib:.2f}"
+        lines.append(f"| {growth.name} | {numbers} | {verdict} |")
+    lines.append(f"\n{options.steps} steps with 30 checkpoints; the first {WARMUP:.0%} left out")
+    return "\n".join(lines), [f"{growth.name} grows" for growth in measured if not growth.is_flat]
+
+
+def _measured(digits: Path, scratch: Path, steps: int) -> list[Growth]:
+    mark = f"mark of {scratch}"
+    settings = (f"trainer.total_steps={steps}", f"trainer.save_freq={max(1, steps // 30)}", "trainer.val_freq=20")
+    series: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    with subprocess.Popen(
+        [*VPPO, *arguments(digits, scratch / "runs", "memory", *settings)], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "VPPO_TEST_MARK": mark},
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        text = []
+        for line in process.stdout:
+            text.append(line)
+            if line.startswith("step "):
+                for pid in processes_with(mark):
+                    _add(series, pid)
+    assert process.returncode == 0, "".join(text[-50:])
+    whole = {key: values for key, values in series.items() if len(values) >= 0.95 * steps}
+    return [growth_of(f"{name} {pid}", values) for (pid, name), values in sorted(whole.items())]
+
+
+def _add(series: defaultdict[tuple[int, str], list[float]], pid: int) -> None:
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        name = role_of(process) or _short(process.cmdline())
+        series[pid, name].append(process.memory_info().rss / 2**20)
+
+
+def _short(command: Sequence[str]) -> str:
+    words = [word for word in command if word.startswith("megatron_vppo") or "multiprocessing" in word]
+    return words[0][:60] if words else Path(command[0]).name if command else "?"

@@ -1,0 +1,37 @@
+"""The line through a process's memory: noise is no growth, and a leak is."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.reliability.memory import growth_of
+
+
+def noisy(slope_kib: float, seed: int) -> list[float]:
+    """MiB after each of 300 steps: a warm-up of 50 MiB, noise of 2 MiB, and a slope."""
+    rng = random.Random(seed)
+    return [500 + min(i, 40) * 50 / 40 + rng.gauss(0, 2) + i * slope_kib / 1024 for i in range(300)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_is_flat(seed: int) -> None:
+    growth = growth_of("rank", noisy(0.0, seed))
+    assert growth.is_flat and abs(growth.mean_mib - 550) < 1 and growth.steps == 240
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_leak_of_one_image_a_step_grows(seed: int) -> None:
+    """112 x 56 pixels of 4 bytes and 3 colors."""
+    growth = growth_of("rank", noisy(73.5, seed))
+    assert not growth.is_flat and growth.slope_kib == pytest.approx(73.5, abs=4 * growth.error_kib)
+
+
+def test_a_staircase_grows() -> None:
+    """Noise of zero: one page more every tenth step."""
+    assert not growth_of("worker", [100 + i // 10 * 0.1 for i in range(300)]).is_flat
+
+
+def test_a_page_here_and_there_is_flat() -> None:
+    assert growth_of("worker", [100 + i // 100 * 4 / 1024 for i in range(300)]).is_flat
