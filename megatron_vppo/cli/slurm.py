@@ -88,6 +88,8 @@ def run_slurm(options: argparse.Namespace) -> int:
         f"{path}: {job.nodes} x {job.gpus_per_node} GPUs; tensor {parallel.tensor_model_parallel_size} x context "
         f"{parallel.context_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data {data}"
     )
+    if config.trainer.save_limit == 1:
+        say("note: trainer.save_limit=1 leaves no older checkpoint if the newest is damaged; 2 keeps one more")
     if not has_slurm():
         say("no sbatch on this machine, so SLURM has not looked at it")
         return 1 if options.submit else 0

@@ -13,7 +13,7 @@ CONFIG = """
 data: {train_files: rows.jsonl}
 model: {path: model}
 parallel: {tensor_model_parallel_size: 4, pipeline_model_parallel_size: 2}
-trainer: {runs_dir: results, project_name: geometry, experiment_name: first}
+trainer: {runs_dir: results, project_name: geometry, experiment_name: first, save_limit: 2}
 """
 SIZE = ("--nodes", "2", "--gpus-per-node", "8", "--time", "24:00:00")
 
@@ -50,6 +50,9 @@ def test_a_script_is_written(slurm: Callable[..., int], tmp_path: Path, capsys: 
         "run_folder=results/geometry/first # trainer.runs_dir/project_name/experiment_name", "max_restarts=50",
     ):  # fmt: skip
         assert line in text.splitlines()
+    assert "save_limit" not in out
+    assert slurm("--output", "other.sbatch", "trainer.save_limit=1") == 0
+    assert "note: trainer.save_limit=1 leaves no older checkpoint" in capsys.readouterr().out
 
 
 def test_sbatch_is_asked_and_its_answer_shown(slurm, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,7 @@ class Kill:
     recovered_after: float | None = None
     """The seconds until a further step was done; None: the round ended before."""
     job_restarted: bool = False
+    """True if the job was requeued before the next kill and before a further step."""
 
 
 @dataclass
@@ -127,7 +128,7 @@ class Disturber:
                 progress = time.monotonic()
             enough = most_kills is not None and len(this.kills) >= most_kills
             if job.state == "RUNNING" and time.monotonic() > next_kill and not enough:
-                self._kill_one(this, step, job)
+                self._kill_one(this, run, job)
                 next_kill = time.monotonic() + self._gap()
             time.sleep(0.2)
         self._note_recoveries(this, last_step(run), job)
@@ -142,22 +143,22 @@ class Disturber:
                 self._cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
             time.sleep(2.5)
 
-    def _kill_one(self, this: Round, step: int, job: Job) -> None:
+    def _kill_one(self, this: Round, run: Path, job: Job) -> None:
         kind = self._next_kind()
-        kill = Kill(kind, step, time.monotonic(), job.restarts)
         if kind == victims.NODE:
             node = self._rng.choice(self._cluster.site.names)
             self._cluster.cut_power(node)
+            kill = Kill(kind, last_step(run), time.monotonic(), job.restarts)
             self._cluster.power_on(node)
             what = node
         else:
             victim = self._search(kind)
             if victim is None:
                 return
-            kill.time = time.monotonic()
+            kill = Kill(kind, last_step(run), time.monotonic(), job.restarts)
             what = f"process {victim.pid}"
         this.kills.append(kill)
-        self._tell(f"round {this.number}: {kind} killed ({what}) after step {step}")
+        self._tell(f"round {this.number}: {kind} killed ({what}) after step {kill.step}")
 
     def _search(self, kind: str) -> psutil.Process | None:
         """Kills a process of a kind as soon as there is one, and returns it."""
@@ -183,7 +184,8 @@ class Disturber:
         for kill in this.kills:
             if kill.recovered_after is None and step > kill.step:
                 kill.recovered_after = time.monotonic() - kill.time
-                kill.job_restarted = job.restarts > kill.restarts
+        if this.kills and this.kills[-1].recovered_after is None:
+            this.kills[-1].job_restarted |= job.restarts > this.kills[-1].restarts
 
     # --- Its end ------------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ DAEMONS = ("slurmd", "munged", "host.sh", "sleep", "bash", "sh")
 """The names of what runs on a node without a job."""
 CACHES = ("torchinductor_",)
 """Beginnings of the names of what is to stay in the folder for temporary files."""
-OF_ATTEMPTS = re.compile(r"(logs|attempts\.jsonl|tensorboard)(/|$)")
+OF_ATTEMPTS = re.compile(r"(logs|attempts\.jsonl|do_not_requeue|tensorboard)(/|$)")
 """The things that a run folder has of each attempt."""
 PATIENCE_SECONDS = 20.0
 
