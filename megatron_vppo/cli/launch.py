@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vppo.cli.output import flush_output
-from megatron_vppo.system.attempt import ATTEMPT_VARIABLE, begin_attempt, link_latest
+from megatron_vppo.system.attempt import ATTEMPT_VARIABLE, link_latest, make_attempt_folder
 from megatron_vppo.system.network import is_loopback, is_own, resolve
 from megatron_vppo.system.processes import die_with_parent
 from megatron_vppo.system.slurm import SlurmTask, idle_hosts, job_id, read_task, whole_number
@@ -182,7 +182,7 @@ def launch_ranks(num_ranks: int, arguments: Sequence[str], *, logs: Path) -> NoR
     """
     try:
         logs.mkdir(parents=True, exist_ok=True)
-        attempt = begin_attempt(logs, name=os.environ.get(ATTEMPT_VARIABLE) or None)
+        attempt = make_attempt_folder(logs, name=os.environ.get(ATTEMPT_VARIABLE) or None)
     except FileExistsError as error:
         raise ValueError(
             f"{error.filename} is no folder, but a file or a link that leads nowhere; remove it, or set another "

@@ -3,7 +3,7 @@
 All ranks of an attempt find the same name without talking to each other:
 
     started by          name
-    vppo train          attempt_1, attempt_2, ...         the next free one, see `begin_attempt`
+    vppo train          attempt_1, attempt_2, ...         the next free one, see `make_attempt_folder`
     srun                job_<job>_<restarts>              and _step_<step> for a later step of the job
     torchrun            torchrun_<run id>_<restarts>      and the job's part in a job
 """
@@ -44,7 +44,7 @@ def attempt_name(environment: Mapping[str, str] = os.environ) -> str:
     return re.sub(r"[^\w.-]", "-", "_".join(parts)) or _UNKNOWN
 
 
-def begin_attempt(logs: Path, *, name: str | None) -> str:
+def make_attempt_folder(logs: Path, *, name: str | None) -> str:
     """Makes the folder of an attempt in `logs`, which has to be there, and returns the attempt's name.
 
     Args:

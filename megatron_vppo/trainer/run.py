@@ -55,8 +55,8 @@ from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
+from megatron_vppo.trainer.policy_side import PolicySide
 from megatron_vppo.trainer.recorder import Recorder
-from megatron_vppo.trainer.recovery import PolicySide
 from megatron_vppo.trainer.stopping import Stopping
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf

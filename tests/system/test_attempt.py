@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.system.attempt import attempt_name, begin_attempt, link_latest
+from megatron_vppo.system.attempt import attempt_name, link_latest, make_attempt_folder
 
 SRUN = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0"}
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "my run/1", "TORCHELASTIC_RESTART_COUNT": "2"}
@@ -36,23 +36,23 @@ def test_a_name_that_is_no_folder_of_its_own_is_refused(name: str, tmp_path: Pat
     with pytest.raises(ValueError, match=f"^the environment has VPPO_ATTEMPT='{name}'; it names a folder"):
         attempt_name({"VPPO_ATTEMPT": name})
     with pytest.raises(ValueError, match="VPPO_ATTEMPT"):
-        begin_attempt(tmp_path, name=name)
+        make_attempt_folder(tmp_path, name=name)
 
 
 def test_the_next_number_is_above_all_that_are_there(tmp_path: Path) -> None:
-    assert begin_attempt(tmp_path, name=None) == "attempt_1"
+    assert make_attempt_folder(tmp_path, name=None) == "attempt_1"
     (tmp_path / "attempt_9").mkdir()
     (tmp_path / "attempt_10").write_text("a file in its place")
     (tmp_path / "attempt_x").mkdir()
-    assert begin_attempt(tmp_path, name=None) == "attempt_11"
+    assert make_attempt_folder(tmp_path, name=None) == "attempt_11"
     assert (tmp_path / "attempt_11").is_dir()
-    assert begin_attempt(tmp_path, name="attempt_9") == "attempt_9"
+    assert make_attempt_folder(tmp_path, name="attempt_9") == "attempt_9"
 
 
 def test_two_that_begin_at_once_get_two_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin_attempt(tmp_path, name=None)
+    make_attempt_folder(tmp_path, name=None)
     monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # the other has not made its folder when we look
-    assert begin_attempt(tmp_path, name=None) == "attempt_2"
+    assert make_attempt_folder(tmp_path, name=None) == "attempt_2"
 
 
 def test_the_link_leads_to_the_newest(tmp_path: Path) -> None:

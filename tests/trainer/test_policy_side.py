@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_vppo.trainer.placement import Placement
-from megatron_vppo.trainer.recovery import PolicySide
+from megatron_vppo.trainer.policy_side import PolicySide
 from tests.trainer.test_placement import ALL, Device, Engine, Trainer
 
 
