@@ -24,7 +24,7 @@ from tests.reliability.kills import KINDS, SETTINGS, Disturber, Kill, Round
 from tests.reliability.settings import TWO_RANKS
 from tests.slurm.cluster import Cluster, Site
 
-PARTS = ("kills", "requeues", "seeds", "memory")
+PARTS = ("kills", "seeds", "memory", "requeues")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gap", type=float, nargs=2, default=(10, 60), help="seconds from one kill to the next")
     parser.add_argument("--requeues", type=int, default=20, help="time limits that the one run meets in a row")
     parser.add_argument("--seeds", type=int, default=3, help="tasks of the job array, side by side")
-    parser.add_argument("--steps", type=int, default=300, help="steps in which memory is watched")
+    parser.add_argument("--steps", type=int, default=300, help="of the runs of memory and requeues")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     options = parser.parse_args(arguments)
     scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -93,7 +93,7 @@ def _kind_line(name: str, kills: Sequence[Kill]) -> str:
     return f"| {name} | {len(kills)} | {sum(kill.job_restarted for kill in kills)} | {median} | {longest} |"
 
 
-_PARTS = {"kills": kills, "requeues": requeues.run, "seeds": seeds.run, "memory": memory.run}
+_PARTS = {"kills": kills, "seeds": seeds.run, "memory": memory.run, "requeues": requeues.run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,10 +15,11 @@ from pathlib import Path
 import psutil
 
 from tests.proofs.runs import ROOT, VPPO
-from tests.reliability.settings import arguments
+from tests.reliability.settings import PROJECT, arguments, long_settings
 from tests.reliability.victims import role_of
 from tests.system.marked import processes_with
 
+NAME = "memory"
 WARMUP = 0.2
 """The share of the steps in which memory may still grow: buffers and caches that are filled once."""
 BLOCKS = 10
@@ -73,12 +74,20 @@ def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, 
     return "\n".join(lines), [f"{growth.name} grows" for growth in measured if not growth.is_flat]
 
 
+def run_folder(scratch: Path) -> Path:
+    """Returns the folder of the run of `run`, which may not be there.
+
+    Args:
+        scratch: the folder of all parts.
+    """
+    return scratch / NAME / "runs" / PROJECT / NAME
+
+
 def _measured(digits: Path, scratch: Path, steps: int) -> list[Growth]:
     mark = f"mark of {scratch}"
-    settings = (f"trainer.total_steps={steps}", f"trainer.save_freq={max(1, steps // 30)}", "trainer.val_freq=20")
     series: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
     with subprocess.Popen(
-        [*VPPO, *arguments(digits, scratch / "runs", "memory", *settings)], cwd=ROOT, text=True,
+        [*VPPO, *arguments(digits, scratch / "runs", NAME, *long_settings(steps))], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "VPPO_TEST_MARK": mark},
     ) as process:  # fmt: skip
         assert process.stdout is not None

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from tests.proofs.runs import exported, train
+from tests.reliability import memory
 from tests.reliability.leftovers import differing_files, left_behind
-from tests.reliability.settings import PATIENT, PROJECT, TWO_RANKS, arguments, last_step, numbers_of
+from tests.reliability.settings import PATIENT, PROJECT, TWO_RANKS, arguments, last_step, long_settings, numbers_of
 from tests.slurm.cluster import Cluster, Site
 from tests.slurm.jobs import HELD, Job, job_of
 from tests.slurm.runs import send_script, write_script
@@ -25,11 +26,15 @@ STUCK_SECONDS = 900.0
 
 
 def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, list[str]]:
-    """Lets one run meet its time limit `--requeues` times. Returns a line about it, and the faults."""
+    """Lets one run meet its time limit `--requeues` times. Returns a line about it, and the faults.
+
+    The undisturbed run is that of memory.py, if there is one.
+    """
     scratch.mkdir()
-    # Every attempt takes one step at least; the run is not to end before the last time limit.
-    settings = (f"trainer.total_steps={6 * options.requeues}", "trainer.save_freq=-1", "trainer.val_freq=10")
-    expected = train(digits, scratch / "runs", "undisturbed", *TWO_RANKS, *settings)
+    settings = long_settings(options.steps)
+    expected = memory.run_folder(scratch.parent)
+    if not expected.is_dir():
+        expected = train(digits, scratch / "runs", "undisturbed", *TWO_RANKS, *settings)
     temporary, script = scratch / "tmp", scratch / "requeued.sbatch"
     temporary.mkdir()
     run = scratch / "runs" / PROJECT / "requeued"
@@ -39,7 +44,9 @@ def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, 
         write_script(cluster, script, words, (*size, "--grace-seconds", str(GRACE_SECONDS)))
         job_id = send_script(cluster, script, scratch / "requeued.out", {"TMPDIR": str(temporary)})
         job, limits = _meet_limits(cluster, job_id, run, options.requeues)
-        faults = _faults(job, run, expected, limits) or left_behind(cluster, temporary)
+        faults = _faults(job, run, expected) or left_behind(cluster, temporary)
+    if limits < options.requeues or job.restarts < limits:
+        faults.append(f"{limits} of {options.requeues} time limits and {job.restarts} restarts; more --steps?")
     ends = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
     asked = sum(line.get("ended") == "on request" for line in ends)
     table = (
@@ -73,7 +80,7 @@ def _meet_limits(cluster: Cluster, job_id: str, run: Path, wanted: int) -> tuple
     return job, limits
 
 
-def _faults(job: Job, run: Path, expected: Path, limits: int) -> list[str]:
+def _faults(job: Job, run: Path, expected: Path) -> list[str]:
     if (job.state, job.exit_code) != ("COMPLETED", 0):
         return [f"the job ended {job.state} with status {job.exit_code}; its log: {job.log}"]
     step = last_step(expected)
@@ -81,7 +88,4 @@ def _faults(job: Job, run: Path, expected: Path, limits: int) -> list[str]:
     faults = [f"weight {name} differs" for name in there if not torch.equal(here[name], there[name])][:1]
     if numbers_of(run) != numbers_of(expected):
         faults.append("metrics differ, or steps have no line or two")
-    faults += [f"in the run folder: {name}" for name in differing_files(run, expected)]
-    if job.restarts < limits:
-        faults.append(f"{job.restarts} restarts after {limits} time limits")
-    return faults
+    return faults + [f"in the run folder: {name}" for name in differing_files(run, expected)]

@@ -24,6 +24,11 @@ def arguments(digits: Path, runs: Path, name: str, *overrides: str) -> list[str]
     return train_arguments(digits, runs, name, *TWO_RANKS, *overrides)
 
 
+def long_settings(steps: int) -> tuple[str, ...]:
+    """Returns the settings of a run of many steps, with 30 checkpoints."""
+    return (f"trainer.total_steps={steps}", f"trainer.save_freq={max(1, steps // 30)}", "trainer.val_freq=20")
+
+
 def numbers_of(run: Path) -> list[dict[str, float]]:
     """Reads the lines of a run's metrics, without what tells of the machine."""
     lines = read_metrics(run)

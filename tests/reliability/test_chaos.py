@@ -40,7 +40,7 @@ def test_one_kill_of_each_kind(cluster: Cluster, pairs: Path, tmp_path: Path) ->
 
 
 def test_two_time_limits(slurm_installed: None, pairs: Path, tmp_path: Path) -> None:
-    _, faults = requeues.run(argparse.Namespace(requeues=2), pairs, tmp_path / "requeues")
+    _, faults = requeues.run(argparse.Namespace(requeues=2, steps=60), pairs, tmp_path / "requeues")
     assert faults == []
 
 
