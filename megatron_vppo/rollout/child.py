@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -31,6 +32,9 @@ LONGEST_WAIT_SECONDS = 1.0
 stopped as well and not silent."""
 GRACE_SECONDS = 5.0
 """The time from the request to end until SIGTERM, and again from SIGTERM until SIGKILL."""
+
+_FULL_BYTES = 2**20
+"""The free space below which a disk counts as full."""
 
 
 class EngineLost(RuntimeError):
@@ -131,7 +135,9 @@ class ChildProcess:
 
     def _log_end(self) -> str:
         lines = self.log_path.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:]
-        return f"end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
+        # An engine ends when it cannot write a line of its log.
+        full = "its disk is full; " if shutil.disk_usage(self.log_path).free < _FULL_BYTES else ""
+        return f"{full}end of {self.log_path}:\n" + "\n".join(f"  | {line}" for line in lines)
 
     def _silence(self) -> str:
         return f"made no progress for {self._silence_seconds:.0f} seconds (rollout.engine_timeout_seconds)"

@@ -175,3 +175,10 @@ def test_what_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] = second * 0.6
         assert inner.add_request(second) == second and inner.step() == "outputs"
     assert told == pytest.approx([1.2, 2.4])
+
+
+def test_a_full_disk_is_named(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that cannot write a line of its log ends, and leaves no word about it."""
+    assert "; end of " in str(peer.process.lost("ended")) and "disk" not in str(peer.process.lost("ended"))
+    monkeypatch.setattr(child.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
+    assert "; its disk is full; end of " in str(peer.process.lost("ended"))
