@@ -179,6 +179,7 @@ def test_what_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk_is_named(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
     """An engine that cannot write a line of its log ends, and leaves no word about it."""
-    assert "; end of " in str(peer.process.lost("ended")) and "disk" not in str(peer.process.lost("ended"))
+    assert str(peer.process.lost("ended")).startswith("the rollout engine (process ")
+    assert "its disk is full" not in str(peer.process.lost("ended"))
     monkeypatch.setattr(child.shutil, "disk_usage", lambda path: SimpleNamespace(free=4096))
     assert "; its disk is full; end of " in str(peer.process.lost("ended"))
