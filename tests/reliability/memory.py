@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -98,8 +99,9 @@ def _measured(digits: Path, scratch: Path, steps: int) -> list[Growth]:
                 for pid in processes_with(mark):
                     _add(series, pid)
     assert process.returncode == 0, "".join(text[-50:])
-    whole = {key: values for key, values in series.items() if len(values) >= 0.95 * steps}
-    return [growth_of(f"{name} {pid}", values) for (pid, name), values in sorted(whole.items())]
+    whole = {f"{name} {pid}": values for (pid, name), values in sorted(series.items()) if len(values) >= 0.95 * steps}
+    (scratch / "rss_mib.json").write_text(json.dumps(whole))
+    return [growth_of(name, values) for name, values in whole.items()]
 
 
 def _add(series: defaultdict[tuple[int, str], list[float]], pid: int) -> None:
