@@ -51,6 +51,8 @@ class PolicySettings:
     """The phases in which the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
     token_alignment: int = 1
     """The tokens of a rank are padded to a multiple of this."""
+    scoring_chunk_seconds: float = math.inf
+    """The time that a scoring pass may take from one boundary to the next."""
 
 
 class ScheduleRunner:
