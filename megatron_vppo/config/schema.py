@@ -418,8 +418,9 @@ class TrainerConfig(Section):
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
     stop_within_seconds: Wait = 240.0
-    """The time that may pass from a request to stop (SIGUSR2; under srun also SIGTERM) to the checkpoint. An update is
-    begun after a request only if it is known to end in time."""
+    """The time that may pass from a request to stop (SIGUSR2; under srun also SIGTERM) to a boundary, where the run
+    writes a checkpoint and ends. Scoring has about four boundaries in it. After a request an update is begun only if it
+    is known to end in time; one that has begun is finished."""
     max_attempts_without_progress: Count = 3
     """Attempts of a requeued SLURM job that may begin at the same step; one more ends it for good."""
     resume: bool = True

@@ -16,6 +16,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.parallel.batching import Pixels
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
+from megatron_vppo.parallel.score_chunks import Boundary
 from megatron_vppo.parallel.scorer import Scorer, Views
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.parallel.updater import Updater
@@ -42,10 +43,16 @@ class MegatronPolicy:
         self._updater = Updater(trainable, runner)
 
     def score(
-        self, responses: Sequence[Response], *, step: int, views: Views, divergence: Divergence | None = None
+        self,
+        responses: Sequence[Response],
+        *,
+        step: int,
+        views: Views,
+        divergence: Divergence | None = None,
+        boundary: Boundary | None = None,
     ) -> Scores:
         """See Scorer.score."""
-        return self._scorer.score(responses, step=step, views=views, divergence=divergence)
+        return self._scorer.score(responses, step=step, views=views, divergence=divergence, boundary=boundary)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """See Updater.update."""

@@ -19,6 +19,7 @@ from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.batching import BatchSplit, Packer, Pixels, ResponseBatch, View, rows_of_rank
@@ -50,6 +51,8 @@ class PolicySettings:
     """The phases in which the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
     token_alignment: int = 1
     """The tokens of a rank are padded to a multiple of this."""
+    scoring_chunk_seconds: float = math.inf
+    """The time that a scoring pass may take from one boundary to the next."""
 
 
 class ScheduleRunner:
@@ -122,14 +125,14 @@ class ScheduleRunner:
         )
 
     def forward(self, responses: Sequence[Response], micro_views: Sequence[Sequence[View]], read: ReadHidden) -> None:
-        """Runs the micro-batches forward through the bare stages, without dropout and gradient."""
+        """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state."""
 
         def collect(batch: ResponseBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
             read(batch, hidden_C1h)
 
         for stage in self.stages:
             stage.eval()
-        with torch.no_grad():
+        with torch.no_grad(), amaxes_untouched(self.stages):
             self._run(responses, micro_views, collect, models=self.stages, phase="scoring")
         for stage in self.stages:
             stage.train()

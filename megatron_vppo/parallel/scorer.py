@@ -17,6 +17,7 @@ from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.batching import ResponseBatch, View
 from megatron_vppo.parallel.schedule import ScheduleRunner
+from megatron_vppo.parallel.score_chunks import Boundary, ScoreChunks
 from megatron_vppo.parallel.score_table import ScoreTable
 
 Views = Literal["original", "both"]
@@ -27,13 +28,20 @@ class Scorer:
 
     def __init__(self, runner: ScheduleRunner) -> None:
         self._runner = runner
+        self._chunks = ScoreChunks(runner.layout, seconds=runner.settings.scoring_chunk_seconds)
 
     @property
     def stages(self) -> tuple[QwenVLModel, ...]:
         return self._runner.stages
 
     def score(
-        self, responses: Sequence[Response], *, step: int, views: Views, divergence: Divergence | None = None
+        self,
+        responses: Sequence[Response],
+        *,
+        step: int,
+        views: Views,
+        divergence: Divergence | None = None,
+        boundary: Boundary | None = None,
     ) -> Scores:
         """Scores every response token. A collective: every rank passes all responses and gets all scores.
 
@@ -41,6 +49,8 @@ class Scorer:
             step: training step; with the response, it seeds the perturbation.
             views: 'both' also scores the perturbed image, in the same forward pass.
             divergence: the full-vocabulary divergence between the two views. None: none is computed.
+            boundary: called between chunks of micro-batches; what it raises ends the scoring on every rank. None: there
+                is no way out.
         """
         runner = self._runner
         perturbed = [views == "both" and bool(response.prompt.images) for response in responses]
@@ -55,7 +65,9 @@ class Scorer:
                 self._write_divergences(table, batch, hidden_C1h, perturbed_B, divergence)
 
         micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
-        runner.forward(responses, [self._views(rows, responses, step, perturbed) for rows in micro_batches], read)
+        micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
+        for chunk in self._chunks.of(micro_views, boundary):
+            runner.forward(responses, chunk, read)
         whole = table.sum_over_ranks(counts=runner.holds_results)
         return Scores(
             old_logp_BT=whole.logp_BT,

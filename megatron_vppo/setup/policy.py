@@ -22,6 +22,8 @@ from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.inputs import RunInputs
 from megatron_vppo.weights.load import load_weights
 
+SCORING_CHUNKS = 4
+"""The number of boundaries in trainer.stop_within_seconds of scoring."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -70,6 +72,7 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
         perturb_per=config.algorithm.perturb.per,
         fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
         token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
+        scoring_chunk_seconds=config.trainer.stop_within_seconds / SCORING_CHUNKS,
     )
 
 

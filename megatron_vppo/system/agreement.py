@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+Number = TypeVar("Number", int, float)
 
 
 def any_rank(flag: bool) -> bool:
@@ -15,9 +16,9 @@ def any_rank(flag: bool) -> bool:
     return any(gathered(flag))
 
 
-def gathered(number: int) -> list[int]:
+def gathered(number: Number) -> list[Number]:
     """Returns the numbers of all ranks, by rank; a collective over all ranks."""
-    numbers: list[int] = [0] * dist.get_world_size()
+    numbers = [number] * dist.get_world_size()
     dist.all_gather_object(numbers, number)
     return numbers
 

@@ -114,14 +114,16 @@ def take_step(run: Run, step: int) -> None:
     groups = run.collector.groups(step, log)
     log.add("rollout/skipped_steps", float(not groups))
     if groups:
-        stopping.before_scoring()
+        stopping.at_scoring()
         graded = [item for group in groups for item in group]
 
         # 4. How much did each token need the image? Both views in one forward pass of the old policy.
         with log.span(SCORE.span):
             placement.scoring()
             responses = [item.response for item in graded]
-            scores = policy.score(responses, step=step, views=views, divergence=settings.divergence)
+            scores = policy.score(
+                responses, step=step, views=views, divergence=settings.divergence, boundary=stopping.at_scoring
+            )
         log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
 
         # 5. Advantages within each group, scaled by mean dependency; the tokens that get gradient.
@@ -145,7 +147,7 @@ def take_step(run: Run, step: int) -> None:
                     log.add_all({**minibatch.metrics, **policy.update(minibatch.batch)})
 
         # 7. Send the new weights to the engines, which have the frozen ones already.
-        with log.span(SYNC.span):
+        with log.span(SYNC.span), stopping.durations.time("weight sync"):
             placement.syncing()
             trained = policy.hf_weights(only_trained=True)
             log.add_all(sampler.send_weights(trained, version=step, kept=policy.frozen_hf_names))
@@ -179,13 +181,14 @@ def _finish_start_step(run: Run) -> None:
 
 def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None) -> bool:
     """Saves a checkpoint of `step`, the last one that is done, unless there is one. Returns False."""
+    run.stopping.leaving()
     run.sampler.close()
     run.placement.without_engines()
     run.recorder.wait()
     is_saved = step == run.start_step or is_due(step, run.config.trainer.save_freq, run.total_steps)
     if unfinished_step is not None or not is_saved:
         run.placement.writing()
-        with run.watchdog.watch("checkpoint"):
+        with run.stopping.durations.time("checkpoint"), run.watchdog.watch("checkpoint"):
             run.checkpointer.save(step, unfinished_step=unfinished_step)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -60,6 +61,8 @@ from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.stopping import Stopping
 from megatron_vppo.trainer.validate import Validator
 from megatron_vppo.weights.stream import save_hf
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 """Shows a line to the user; called on rank 0 only."""
@@ -238,6 +241,7 @@ def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> St
         end_time=job_end_time() if is_writer else None,
         stop_within_seconds=config.trainer.stop_within_seconds,
         any_rank=any_rank,
+        warn=logger.warning if is_writer else None,
     )
 
 

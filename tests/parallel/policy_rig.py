@@ -8,6 +8,7 @@ and an error in the gradient shows in proportion.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -256,12 +257,17 @@ def make_stages(
 
 
 def make_settings(
-    *, rows: int, token_alignment: int = 1, fp8_scope: frozenset[Fp8Phase] = frozenset()
+    *,
+    rows: int,
+    token_alignment: int = 1,
+    fp8_scope: frozenset[Fp8Phase] = frozenset(),
+    scoring_chunk_seconds: float = math.inf,
 ) -> PolicySettings:
     """`rows`: per micro-batch."""
     return PolicySettings(
         temperature=TEMPERATURE, banned_ids=BANNED, rows_per_update=rows, rows_per_experience=rows,
         head_chunk_tokens=5, perturb_per="row", token_alignment=token_alignment, fp8_scope=fp8_scope,
+        scoring_chunk_seconds=scoring_chunk_seconds,
     )  # fmt: skip
 
 
@@ -288,11 +294,18 @@ def make_policy(
     )
 
 
-def make_scorer(folder: Path, layout: Layout, *, rows: int, options: ModelOptions | None = None) -> Scorer:
+def make_scorer(
+    folder: Path,
+    layout: Layout,
+    *,
+    rows: int,
+    options: ModelOptions | None = None,
+    scoring_chunk_seconds: float = math.inf,
+) -> Scorer:
     """The same model without Megatron's wrapper and without an optimizer."""
     runner = ScheduleRunner(
         make_stages(folder, layout, options=options), hf_config=AutoConfig.from_pretrained(folder), layout=layout,
-        settings=make_settings(rows=rows), pixels=PIXELS,
+        settings=make_settings(rows=rows, scoring_chunk_seconds=scoring_chunk_seconds), pixels=PIXELS,
     )  # fmt: skip
     return Scorer(runner)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from megatron_vppo.parallel.batching import ResponseBatch, View
@@ -76,3 +77,18 @@ def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None
     read.clear()
     runner.forward(make_responses(), [], collect)
     assert read == [([], 1)] and torch.is_grad_enabled()
+
+
+def test_a_forward_pass_leaves_the_amaxes_of_fp8_alone(runner: ScheduleRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer notes them in a history as TransformerEngine's does; recipe 'delayed' takes its next scales from that."""
+    layer = runner.stages[0].language.decoder.layers[0].self_attention.linear_qkv
+    history, seen = torch.zeros(3, 1), []
+    monkeypatch.setattr(layer, "fp8_meta", {"scaling_fwd": SimpleNamespace(amax_history=history)}, raising=False)
+
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        history[0] = torch.maximum(history[0], args[0].abs().max())
+        seen.append(history[0].item())
+
+    with layer.register_forward_pre_hook(note):
+        runner.forward(make_responses(), [[View(0, None)], [View(1, None)]], lambda batch, hidden_C1h: None)
+    assert len(seen) == 2 and seen[0] > 0 and history.tolist() == [[0.0]] * 3

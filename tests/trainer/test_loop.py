@@ -94,7 +94,9 @@ def make_run(
         ),
     }
     device: Any = None  # nothing leaves it
-    stopping: Any = SimpleNamespace(before_step=before_step, durations=stops.durations)
+    stopping: Any = SimpleNamespace(
+        before_step=before_step, durations=stops.durations, leaving=lambda: notes.note("leave")
+    )
     run = Run(
         config=config,
         placement=Placement(device, None, offloads=(), engines_sleep=False, barrier=lambda: None),
@@ -153,11 +155,15 @@ def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: b
 @pytest.mark.parametrize(
     ("stop", "calls", "lines"),
     [
-        ("before step 1", ["weights 0", "end engines", "records on disk"], 0),
-        ("before step 2", ["weights 0", "sample 1", "end engines", "records on disk", "save 1 after 1 lines"], 1),
+        ("before step 1", ["weights 0", "leave", "end engines", "records on disk"], 0),
+        (
+            "before step 2",
+            ["weights 0", "sample 1", "leave", "end engines", "records on disk", "save 1 after 1 lines"],
+            1,
+        ),
         (
             "sample 2",
-            ["weights 0", "sample 1", "sample 2", "back to before sample 2", "end engines",
+            ["weights 0", "sample 1", "sample 2", "back to before sample 2", "leave", "end engines",
              "records on disk", "save 1 after 1 lines"],
             1,
         ),
@@ -165,7 +171,7 @@ def test_due_every_so_many_steps_and_after_the_last(step: int, freq: int, due: b
             "sample 3",  # the checkpoint of step 2 is there
             ["weights 0", "sample 1", "sample 2", "validate", "step 2: 0.5",
              "records on disk", "save 2 after 2 lines", "sample 3",
-             "back to before sample 3", "end engines", "records on disk"],
+             "back to before sample 3", "leave", "end engines", "records on disk"],
             2,
         ),
     ],
@@ -180,7 +186,9 @@ def test_a_stop_saves_the_last_step_that_is_done(stop: str, calls: list[str], li
 def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_then(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 2", val_before_train=False)
     assert not train(run)
-    assert notes.calls[2:] == ["sample 2", "validate", "end engines", "records on disk", "save 2 after 1 lines"]
+    assert notes.calls[2:] == [
+        "sample 2", "validate", "leave", "end engines", "records on disk", "save 2 after 1 lines",
+    ]  # fmt: skip
     unfinished = json.loads(json.dumps(notes.unfinished))  # as a checkpoint keeps it
     run.log.close()
 
@@ -205,4 +213,5 @@ def test_a_validation_that_was_cut_off_is_done_first_and_its_line_is_written_the
 def test_a_stop_before_training_is_not_lost(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="validate 0")
     assert not train(run)
-    assert notes.calls == ["weights 0", "validate", "end engines", "records on disk"] and read_metrics(tmp_path) == []
+    assert notes.calls == ["weights 0", "validate", "leave", "end engines", "records on disk"]
+    assert read_metrics(tmp_path) == []

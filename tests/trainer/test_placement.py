@@ -6,7 +6,8 @@ test_offload.py, tests/gpu).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import signal
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
-from megatron_vppo.trainer.stopping import Stopping
+from megatron_vppo.trainer.stopping import UNCUT, Stopping
 
 PARAMS, GRADS, OPTIMIZER = 16, 32, 24
 WEIGHTS, KV_CACHE = 16, 60
@@ -160,8 +161,10 @@ def make_run(
             hf_weights=lambda only_trained=False: iter(()), frozen_hf_names=frozenset(), score=score, update=update,
             trainable=SimpleNamespace(set_step=lambda step: 1.0), layout=SimpleNamespace(data=1),
         ),
-        "collector": SimpleNamespace(groups=groups, place=dict),
-        "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0),
+        "collector": SimpleNamespace(
+            groups=groups, place=dict, go_back_to=lambda place: device.events.append("give prompts back")
+        ),
+        "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0, close=lambda: None),
         "validator": SimpleNamespace(run=validate),
         "checkpointer": SimpleNamespace(save=save, note_validation=lambda step, accuracy: None),
         "recorder": SimpleNamespace(write=lambda *args: None, wait=lambda: None),
@@ -188,6 +191,7 @@ def test_every_move_of_a_run(tmp_path: Path) -> None:
         "sleep, keeping weights", "barrier", "reload optimizer params", "save 2",
     ]  # fmt: skip
     assert device.held.keys() == {"params", "optimizer"}, "which an export finds"
+    assert None not in [run.stopping.durations.longest(part) for part in ("step", *UNCUT)]
 
 
 def test_a_step_without_groups_moves_nothing(tmp_path: Path) -> None:
@@ -229,6 +233,29 @@ def test_with_nothing_offloaded_a_checkpoint_leaves_the_engine_awake(tmp_path: P
     assert "sleep, keeping weights" not in device.events
     after_save = device.events[device.events.index("save 1") + 1 :]
     assert after_save[:3] == ["barrier", "wake kv_cache", "sample 2.0"]
+
+
+def test_a_stop_in_mid_scoring(tmp_path: Path) -> None:
+    """Rank 0 is asked while it scores step 2: the prompts of step 2 go back, and step 1 is saved."""
+    run, device = make_run(tmp_path, offloads=ALL, sleeps=True, steps=3)
+    run.stopping._signals = SimpleNamespace(request=None, seconds_since_request=0.0)  # type: ignore[assignment]
+    score = run.policy.score
+
+    def score_in_two_chunks(*args: Any, boundary: Callable[[], None], **kwargs: Any) -> Scores:
+        scores = score(*args, **kwargs)
+        if device.events.count("score") == 2:
+            run.stopping._signals.request = signal.SIGUSR2  # type: ignore[union-attr,misc]
+        boundary()
+        return scores
+
+    run.policy.score = score_in_two_chunks  # type: ignore[method-assign,assignment]
+    assert not train(run)
+    sampled = device.events.index("sample 2.1")
+    assert device.events[sampled:] == [
+        "sample 2.1", "sleep", "barrier", "reload params", "score", "give prompts back", "barrier",
+        "reload optimizer", "save 1",
+    ]  # fmt: skip
+    assert run.stopping.durations.longest("checkpoint") is not None
 
 
 def test_an_error_leaves_the_phase_as_it_was_reached(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ TransformerEngine itself is imported only to ask about a recipe; that takes seco
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from megatron.core.utils import get_te_version, is_te_min_version
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_vppo.config.choices import Fp8Recipe
 
@@ -63,6 +65,32 @@ def drop_fp8_copies(model: nn.Module) -> None:
     """
     for module in model.modules():
         getattr(module, "_fp8_workspaces", {}).clear()
+
+
+@contextmanager
+def amaxes_untouched(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Puts the amaxes from which 'delayed' takes its scales back as they were on opening; on closing.
+
+    A pass without gradients takes no new scales, but leaves its amaxes to the next pass with gradients
+    (TransformerEngine 2.9 to 2.20: `autocast_exit`, `reduce_and_update_fp8_tensors`), and a checkpoint holds them. So
+    the update after a pass that was cut off and done again would have other scales than the one after a whole pass.
+    """
+    before = {id(history): (history, history.clone()) for history in _amax_histories(models)}
+    try:
+        yield
+    finally:
+        for history in _amax_histories(models):
+            if id(history) in before:
+                history.copy_(before[id(history)][1])
+            else:
+                history.zero_()  # a layer makes it in its first pass in FP8
+
+
+def _amax_histories(models: Sequence[nn.Module]) -> list[Tensor]:
+    """Returns the histories [passes, operands] of the layers that have run in FP8 with recipe 'delayed'."""
+    tables = [getattr(module, "fp8_meta", {}) for model in models for module in model.modules()]
+    states = [table["scaling_fwd"] for table in tables if "scaling_fwd" in table]
+    return [state.amax_history for state in states if hasattr(state, "amax_history")]
 
 
 APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
