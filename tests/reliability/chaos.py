@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--gap", type=float, nargs=2, default=(10, 60), help="seconds from one kill to the next")
     parser.add_argument("--requeues", type=int, default=20, help="time limits that the one run meets in a row")
     parser.add_argument("--seeds", type=int, default=3, help="tasks of the job array, side by side")
-    parser.add_argument("--steps", type=int, default=300, help="of the runs of memory and requeues")
+    parser.add_argument("--steps", type=int, default=450, help="of the runs of memory and requeues")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     options = parser.parse_args(arguments)
     scratch = Path(tempfile.mkdtemp(prefix="chaos-"))

@@ -21,8 +21,9 @@ from tests.reliability.victims import role_of
 from tests.system.marked import processes_with
 
 NAME = "memory"
-WARMUP = 0.2
-"""The share of the steps in which memory may still grow: buffers and caches that are filled once."""
+WARMUP = 1 / 3
+"""The share of the steps in which memory may still grow: buffers and caches that are filled once. vLLM's engine on CPU
+keeps something for each number of tokens that it meets, which takes 150 steps to meet them all."""
 BLOCKS = 10
 """The number of stretches whose means the line is drawn through. Memory of one step is close to that of the next, so
 single steps would make the noise look smaller than it is."""
@@ -51,7 +52,7 @@ class Growth:
 
 def growth_of(name: str, memory_mib: Sequence[float]) -> Growth:
     """Draws a line through the memory of a process after each step, without the warm-up."""
-    kept = list(memory_mib)[int(WARMUP * len(memory_mib)) :]
+    kept = list(memory_mib)[round(WARMUP * len(memory_mib)) :]
     size = len(kept) // BLOCKS
     means = [sum(kept[i * size : (i + 1) * size]) / size for i in range(BLOCKS)]
     middle, mean = (BLOCKS - 1) / 2, sum(means) / BLOCKS
