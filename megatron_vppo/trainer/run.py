@@ -17,6 +17,7 @@ from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.stream import PromptStream
+from megatron_vppo.data.text_decoder import describe_tokenizer
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.progress import Progress
@@ -243,15 +244,15 @@ def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> St
 
 def _grader(config: RunConfig, tokenizer: Any, *, is_writer: bool) -> Grader:
     return Grader(
-        _reward_pool(config) if is_writer else None,
-        partial(tokenizer.decode, skip_special_tokens=True),
+        _reward_pool(config, tokenizer) if is_writer else None,
         max_error_share=config.reward.max_error_share,
     )
 
 
-def _reward_pool(config: RunConfig) -> RewardPool:
+def _reward_pool(config: RunConfig, tokenizer: Any) -> RewardPool:
     return RewardPool(
         config.reward.reward_function,
+        tokenizer=describe_tokenizer(tokenizer),
         reward_type=config.reward.reward_type,
         num_workers=config.reward.num_workers,
         timeout_seconds=config.reward.timeout_seconds,
