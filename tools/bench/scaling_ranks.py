@@ -23,7 +23,7 @@ from megatron_vppo.trainer.grader import Grader
 VOCABULARY = 150_000
 CHARACTERS_PER_TOKEN = 5
 REPEATS = 3
-"""The number of rounds. The least counts: the ranks are more than the cores, and disturb one another."""
+"""The number of times that something is done. The least counts: processes on the same cores disturb one another."""
 TIMEOUT_SECONDS = 600.0
 
 Seconds = tuple[float, float]
@@ -93,7 +93,8 @@ def _rank(rank: int, world: int, folder: str, responses: int, tokens: int, sende
         sampled = [response for group in groups for response in group]
         graded = _timed(found["rewards"], lambda sampled=sampled: grader.grade(sampled))
         assert len(graded) == len(prompts) * GROUP
-    slowest = torch.tensor([_least(rounds) for rounds in found.values()])
+    least = [tuple(map(min, zip(*rounds, strict=True))) for rounds in found.values()]
+    slowest = torch.tensor(least)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     if rank == 0:
         sender.send({name: tuple(seconds) for name, seconds in zip(found, slowest.tolist(), strict=True)})
@@ -108,10 +109,6 @@ def _timed(found: list[Seconds], collective: Callable[[], Any]) -> Any:
     result = collective()
     found.append((time.process_time() - cpu, time.perf_counter() - wall))
     return result
-
-
-def _least(rounds: Sequence[Seconds]) -> Seconds:
-    return min(cpu for cpu, _ in rounds), min(wall for _, wall in rounds)
 
 
 def _sample(sampler: EngineSampler, prompts: Sequence[Prompt], tokens: int) -> list[list[Any]]:
