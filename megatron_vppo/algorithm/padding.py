@@ -5,6 +5,7 @@ Shape suffix legend: B = responses, or other ragged rows; T = response tokens, r
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -28,10 +29,14 @@ def pad_rows(
     Raises:
         ValueError: a row is longer than width.
     """
-    width = _checked_width([len(row) for row in rows], width)
+    lengths = [len(row) for row in rows]
+    width = _checked_width(lengths, width)
     padded_BT = torch.full((len(rows), width), fill, dtype=dtype)
-    for b, row in enumerate(rows):
-        padded_BT[b, : len(row)] = torch.tensor(row, dtype=dtype)
+    flat = array("d")
+    for row in rows:
+        flat.extend(row)
+    if flat:
+        padded_BT[length_mask(lengths, width=width).bool()] = torch.frombuffer(flat, dtype=torch.float64).to(dtype)
     return padded_BT
 
 

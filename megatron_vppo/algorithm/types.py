@@ -9,7 +9,7 @@ Shape suffix legend: B = responses; T = response tokens, right-padded; N = respo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,9 +78,10 @@ class Response:
     """The number of the group, unique within a step; the responses to one prompt share it."""
     sample: int
     """The index within the group."""
-    token_ids: tuple[int, ...]
-    """Everything sampled, EOS included if the model stopped by itself."""
-    rollout_logps: tuple[float, ...]
+    token_ids: Sequence[int]
+    """Everything sampled, EOS included if the model stopped by itself. Like the log-probs an array.array where it comes
+    from an engine, with a fifth of the bytes of a tuple."""
+    rollout_logps: Sequence[float]
     """Nats; the log-prob of each token in the sampling distribution, as the rollout engine reports it."""
     finish_reason: str
     """'stop' (EOS) or 'length' (cut at the limit)."""

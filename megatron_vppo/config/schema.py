@@ -389,7 +389,9 @@ class RewardConfig(Section):
     """'mathruler', or `file.py:function` of yours."""
     reward_type: RewardType = "batch"
     """The call of a function of yours: with a list of all responses, or once per response."""
-    num_workers: Workers = 1
+    num_workers: Workers | None = None
+    """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
+    for a batch function of yours, which may compare all responses of a round."""
     timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
     """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
     up to 60 times as long, and Linux waits no longer than 24 days."""

@@ -1,8 +1,9 @@
 """Rewards of responses, computed in worker processes with a time limit.
 
-A reward function is foreign code: it may hang, raise, print or end its process. None of that stops the run. The
-response gets the reward zero and is counted, and the first case of each kind is logged with its row. A worker that a
-signal ended may be no fault of the function's: what it had to grade is graded once more.
+The workers decode the responses to text, too, so that rank 0 need not. A reward function is foreign code: it may hang,
+raise, print or end its process. None of that stops the run. The response gets the reward zero and is counted, and the
+first case of each kind is logged with its row. A worker that a signal ended may be no fault of the function's: what it
+had to grade is graded once more.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any, BinaryIO, cast
 
 from megatron_vppo.algorithm.types import Response, Reward
 from megatron_vppo.config.choices import BUILT_IN_REWARD, RewardType
-from megatron_vppo.data.reward_worker import read_message, write_message
+from megatron_vppo.data.reward_worker import Ungraded, read_message, write_request
+from megatron_vppo.data.text_decoder import TextDecoder
 from megatron_vppo.system.processes import child_environment
 from megatron_vppo.system.visible import visible
 
@@ -50,6 +52,7 @@ class RewardPool:
         self,
         function: str,
         *,
+        tokenizer: str,
         reward_type: RewardType,
         num_workers: int,
         timeout_seconds: float,
@@ -57,6 +60,7 @@ class RewardPool:
         """
         Args:
             function: 'mathruler', or `file.py:function`.
+            tokenizer: what `describe_tokenizer` returned.
             reward_type: 'sequential' calls the function with one response at a time, 'batch' with all of them in one
                 call, or in one call on each worker if there are several, each with a part of them in order.
                 'mathruler' is always sequential.
@@ -72,9 +76,15 @@ class RewardPool:
         self._timeout_seconds = timeout_seconds
         file, _, name = function.rpartition(":")
         spec = f"{Path(file).absolute()}:{name}" if file else function
-        self._arguments = (spec, "batch" if self._batch else "sequential")
+        self._decoder = TextDecoder(tokenizer)
+        self._tokenizer = os.fdopen(os.memfd_create("tokenizer"), "wb")
+        self._tokenizer.write(tokenizer.encode())
+        self._tokenizer.flush()
+        self._arguments = (spec, "batch" if self._batch else "sequential", self._tokenizer.fileno())
         self._shown: set[str] = set()
         self._workers: list[_Worker] = []
+        self._busy = selectors.DefaultSelector()
+        """The answer pipes of the workers that have a job."""
         try:
             self._workers += [_Worker(*self._arguments) for _ in range(num_workers)]
             for worker in self._workers:
@@ -83,28 +93,20 @@ class RewardPool:
             self.close()
             raise
 
-    def grade(self, responses: Sequence[Response], texts: Sequence[str]) -> list[Reward]:
-        """Returns one reward per response, in order.
-
-        Args:
-            texts: the responses, decoded without special tokens.
-        """
-        inputs = [
-            {"response": text, "response_length": len(r.token_ids), "ground_truth": r.prompt.answer}
-            for r, text in zip(responses, texts, strict=True)
-        ]
-        rewards: list[Reward | None] = [None] * len(inputs)
-        jobs = deque(_parts(len(inputs), len(self._workers) if self._batch else len(inputs)))
+    def grade(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
+        """Returns the text of each response, without special tokens, and its reward, in order."""
+        ungraded = [(response.token_ids, response.prompt.answer) for response in responses]
+        graded: list[tuple[str, Reward] | None] = [None] * len(ungraded)
+        jobs = deque(_parts(len(ungraded), len(self._workers) if self._batch else len(ungraded)))
         repeated: set[Job] = set()
         while jobs or any(worker.job is not None for worker in self._workers):
-            self._hand_out(jobs, inputs)
-            for worker in self._answered_or_late():
-                job, answer = worker.take_answer()
+            self._hand_out(jobs, ungraded)
+            for worker, job, answer in self._next_answers():
                 if not worker.alive:
                     self._workers[self._workers.index(worker)] = _Worker(*self._arguments)
                 if "scores" in answer:
-                    for i, score in zip(job, answer["scores"], strict=True):
-                        rewards[i] = _reward(score)
+                    for i, text, score in zip(job, answer["texts"], answer["scores"], strict=True):
+                        graded[i] = text, _reward(score)
                 elif answer["kind"] == "killed" and job not in repeated:
                     repeated.add(job)
                     jobs.append(job)
@@ -115,15 +117,18 @@ class RewardPool:
                     )
                     jobs.extend((i,) for i in job)
                 else:
-                    self._show(answer, "the reward is zero", responses[job[0]], texts[job[0]])
-                    rewards[job[0]] = Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
-        return cast(list[Reward], rewards)
+                    text = self._decoder.decode(responses[job[0]].token_ids)  # it comes with scores alone
+                    self._show(answer, "the reward is zero", responses[job[0]], text)
+                    graded[job[0]] = text, Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
+        return cast(list[tuple[str, Reward]], graded)
 
     def close(self) -> None:
         """Ends the workers; harmless when repeated."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
+        self._busy.close()
+        self._tokenizer.close()
 
     def __enter__(self) -> RewardPool:
         return self
@@ -131,7 +136,7 @@ class RewardPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _hand_out(self, jobs: deque[Job], inputs: list[dict[str, Any]]) -> None:
+    def _hand_out(self, jobs: deque[Job], ungraded: Sequence[Ungraded]) -> None:
         for i, worker in enumerate(self._workers):
             if jobs and worker.job is None:
                 if worker.process.poll() is not None:  # died between two calls
@@ -140,18 +145,21 @@ class RewardPool:
                     worker = self._workers[i] = _Worker(*self._arguments)
                 worker.wait_until_ready()
                 job = jobs.popleft()
-                worker.start(job, [inputs[i] for i in job], self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS))
+                limit_seconds = self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS)
+                worker.start(job, [ungraded[i] for i in job], limit_seconds)
+                self._busy.register(worker.answers, selectors.EVENT_READ, worker)
 
-    def _answered_or_late(self) -> list[_Worker]:
+    def _next_answers(self) -> list[tuple[_Worker, Job, dict[str, Any]]]:
         """Waits until at least one busy worker has answered, died or run out of time."""
-        busy = [worker for worker in self._workers if worker.job is not None]
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.answers, selectors.EVENT_READ, worker)
-            wait = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = [key.data for key, _ in selector.select(max(0.0, wait))]
+        busy: list[_Worker] = [key.data for key in self._busy.get_map().values()]
+        wait = min(worker.deadline for worker in busy) - time.monotonic()
+        ready: list[_Worker] = [key.data for key, _ in self._busy.select(max(0.0, wait))]
         now = time.monotonic()
-        return ready or [worker for worker in busy if worker.deadline <= now]
+        late = [] if ready else [worker for worker in busy if worker.deadline <= now]
+        for worker in (*ready, *late):
+            self._busy.unregister(worker.answers)
+        taken = [(worker, *worker.take_answer()) for worker in ready]
+        return taken + [(worker, *worker.give_up()) for worker in late]
 
     def _show(self, answer: dict[str, str], consequence: str, response: Response, text: str | None) -> None:
         kind = answer["kind"] if text is not None else f"batch: {answer['kind']}"
@@ -180,10 +188,14 @@ def _reward(score: dict[str, float]) -> Reward:
 class _Worker:
     """A worker process, with at most one job."""
 
-    def __init__(self, spec: str, reward_type: str) -> None:
+    def __init__(self, spec: str, reward_type: str, tokenizer: int) -> None:
         environment = {**child_environment(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_vppo.data.reward_worker", str(os.getpid()), spec, reward_type],
+            [
+                *(sys.executable, "-m", "megatron_vppo.data.reward_worker"),
+                *(str(os.getpid()), spec, reward_type, str(tokenizer)),
+            ],
+            pass_fds=(tokenizer,),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -230,21 +242,15 @@ class _Worker:
             raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
         self._ready = True
 
-    def start(self, job: Job, inputs: list[dict[str, Any]], limit_seconds: float) -> None:
+    def start(self, job: Job, ungraded: Sequence[Ungraded], limit_seconds: float) -> None:
         self.job, self._limit_seconds = job, limit_seconds
         with contextlib.suppress(BrokenPipeError):  # it died; its closed answer pipe tells at once
-            write_message(self.requests, inputs)
+            write_request(self.requests, ungraded)
         self.deadline = time.monotonic() + limit_seconds
 
     def take_answer(self) -> tuple[Job, dict[str, Any]]:
-        """Returns the finished job, and its {'scores'} or {'error', 'kind'}. Ends a worker that is late."""
-        assert self.job is not None
-        job, self.job = self.job, None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.answers, selectors.EVENT_READ)
-            if not selector.select(0):
-                self.kill()
-                return job, {"error": f"no result after {self._limit_seconds:g} s", "kind": "timeout"}
+        """Returns the finished job, and its {'texts', 'scores'} or {'error', 'kind'}."""
+        job = self._end_job()
         try:
             return job, read_message(self.answers)
         except EOFError:
@@ -252,6 +258,16 @@ class _Worker:
                 self.process.wait(_END_SECONDS)  # for its own exit code, and not that of the kill
             self.kill()
             return job, {"error": self.end(), "kind": "killed" if self.process.returncode < 0 else "died"}
+
+    def give_up(self) -> tuple[Job, dict[str, Any]]:
+        """Ends a worker that is late. Returns its job, and {'error', 'kind'}."""
+        self.kill()
+        return self._end_job(), {"error": f"no result after {self._limit_seconds:g} s", "kind": "timeout"}
+
+    def _end_job(self) -> Job:
+        assert self.job is not None
+        job, self.job = self.job, None
+        return job
 
     def end(self) -> str:
         """Describes how the process ended."""

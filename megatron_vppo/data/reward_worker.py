@@ -1,9 +1,10 @@
-"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE`, driven by `RewardPool`.
+"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE TOKENIZER`, driven by
+`RewardPool`. TOKENIZER is the number of a descriptor with what `describe_tokenizer` returned.
 
 Requests come as length-prefixed JSON on stdin, and answers leave the same way on the descriptor that was stdout;
-anything that a user's function prints goes to stderr. There is one request at a time, a list of reward inputs, which
-the function grades in one call ('batch') or one by one ('sequential'). Nothing here imports torch, so that it starts
-fast.
+anything that a user's function prints goes to stderr. There is one request at a time, a list of responses, which are
+decoded to text, and which the function grades in one call ('batch') or one by one ('sequential'). Nothing here imports
+torch or transformers, so that it starts fast.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ import resource
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Set
+from array import array
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_vppo.config.choices import BUILT_IN_REWARD
+from megatron_vppo.data.text_decoder import TextDecoder
 from megatron_vppo.system.processes import die_with_parent
 
 _HEADER = struct.Struct("<Q")
+_TOKEN = "i"  # array.array's 32 bits
 _GRADER_MEMORY_BYTES = 4 << 30  # of the built-in grader: symbolic algebra on hostile answers can ask for any amount
+
+Ungraded = tuple[Sequence[int], str]
+"""The token ids of a response, and the ground truth."""
 
 
 def write_message(stream: BinaryIO, message: Any) -> None:
@@ -42,6 +49,24 @@ def read_message(stream: BinaryIO) -> Any:
     if not data:
         raise EOFError("the other side closed the pipe")
     return json.loads(data)
+
+
+def write_request(stream: BinaryIO, ungraded: Sequence[Ungraded]) -> None:
+    """Sends responses to be graded."""
+    data = json.dumps([(len(token_ids), answer) for token_ids, answer in ungraded]).encode()
+    tokens = [array(_TOKEN, token_ids).tobytes() for token_ids, _ in ungraded]
+    stream.write(b"".join([_HEADER.pack(len(data)), data, *tokens]))
+    stream.flush()
+
+
+def read_request(stream: BinaryIO) -> list[Ungraded]:
+    """Reads what `write_request` has sent. Raises EOFError if the other side is gone."""
+    ungraded: list[Ungraded] = []
+    for length, answer in read_message(stream):
+        token_ids = array(_TOKEN)
+        token_ids.frombytes(stream.read(length * token_ids.itemsize))
+        ungraded.append((token_ids.tolist(), answer))
+    return ungraded
 
 
 def load_function(spec: str) -> Callable[..., Any]:
@@ -154,8 +179,9 @@ def _describe(error: BaseException) -> dict[str, str]:
 
 
 def main() -> None:
-    parent_pid, spec, reward_type = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    parent_pid, spec, reward_type, tokenizer = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
     die_with_parent(parent_pid)
+    decoder = TextDecoder(_description(tokenizer))
     requests = os.fdopen(os.dup(0), "rb")
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # the function's output must not get between the messages,
@@ -168,13 +194,27 @@ def main() -> None:
     write_message(answers, {"ready": True})
     while True:
         try:
-            inputs = read_message(requests)
+            ungraded = read_request(requests)
         except EOFError:
             return
         try:
-            write_message(answers, {"scores": grade(function, inputs, batch=reward_type == "batch")})
+            texts = [decoder.decode(token_ids) for token_ids, _ in ungraded]
+            inputs = [
+                {"response": text, "response_length": len(token_ids), "ground_truth": answer}
+                for text, (token_ids, answer) in zip(texts, ungraded, strict=True)
+            ]
+            scores = grade(function, inputs, batch=reward_type == "batch")
+            write_message(answers, {"scores": scores, "texts": texts})
         except BaseException as error:  # sys.exit() as well
             write_message(answers, _describe(error))
+
+
+def _description(descriptor: int) -> str:
+    """Reads an open file from its beginning: all workers share the descriptor, and so its position."""
+    try:
+        return os.pread(descriptor, os.fstat(descriptor).st_size, 0).decode()
+    finally:
+        os.close(descriptor)
 
 
 if __name__ == "__main__":

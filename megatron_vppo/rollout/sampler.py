@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Prompt, Response
@@ -12,6 +11,7 @@ from megatron_vppo.config.choices import SeedKind, VerifyWeights
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.gathering import gather_responses
 from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.seeds import sample_seeds
@@ -86,14 +86,8 @@ class EngineSampler:
                 raise StopRequested
             if not self._recovered(lost, stop_wanted=self._stop_wanted):
                 break
-        mine: dict[int, list[Response]] = {}
-        if sampled is not None:
-            for i, completions in zip(share, sampled, strict=True):
-                mine[i] = _responses(prompts[i], first_group + i, completions)
-        gathered: list[dict[int, list[Response]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, mine)
-        by_prompt = {i: group for part in gathered for i, group in part.items()}
-        return [by_prompt[i] for i in range(len(prompts))]
+        mine = {} if sampled is None else dict(zip(share, sampled, strict=True))
+        return gather_responses(mine, prompts, first_group=first_group)
 
     def _requests(
         self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int | None]], share: Sequence[int]
@@ -164,21 +158,6 @@ class EngineSampler:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
-
-
-def _responses(prompt: Prompt, group_id: int, completions: Sequence[Completion]) -> list[Response]:
-    return [
-        Response(
-            prompt=prompt,
-            group_id=group_id,
-            sample=sample,
-            token_ids=tuple(completion.token_ids),
-            rollout_logps=tuple(completion.logps),
-            finish_reason=completion.finish_reason,
-            weight_version=completion.weight_version,
-        )
-        for sample, completion in enumerate(completions)
-    ]
 
 
 def group_seeds(

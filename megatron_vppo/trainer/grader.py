@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_vppo.algorithm.types import GradedResponse, Response, Reward
 from megatron_vppo.data.reward_pool import RewardPool
@@ -12,18 +12,14 @@ from megatron_vppo.parallel.collective import from_rank_zero
 class Grader:
     """Grades responses in worker processes of rank 0."""
 
-    def __init__(
-        self, pool: RewardPool | None, decode: Callable[[Sequence[int]], str], *, max_error_share: float
-    ) -> None:
+    def __init__(self, pool: RewardPool | None, *, max_error_share: float) -> None:
         """
         Args:
             pool: on rank 0; None elsewhere.
-            decode: token ids -> text without special tokens.
             max_error_share: the share of failed rewards in one call of `grade` that ends the run.
         """
         self._pool = pool
         self._max_error_share = max_error_share
-        self._decode = decode
 
     def grade(self, responses: Sequence[Response]) -> list[GradedResponse]:
         """Grades responses, in their order. A collective over all ranks.
@@ -38,18 +34,19 @@ class Grader:
 
     def _grade_here(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
         assert self._pool is not None, "rewards are computed on rank 0"
-        texts = [self._decode(response.token_ids) for response in responses]
-        rewards = self._pool.grade(responses, texts)
-        errors = [(response, reward.error) for response, reward in zip(responses, rewards, strict=True) if reward.error]
-        if errors and len(errors) >= self._max_error_share * len(rewards):
+        graded = self._pool.grade(responses)
+        errors = [
+            (response, reward.error) for response, (_, reward) in zip(responses, graded, strict=True) if reward.error
+        ]
+        if errors and len(errors) >= self._max_error_share * len(graded):
             first, error = errors[0]
             call = "; reward.reward_type=batch calls the function with a list, sequential with one dictionary"
             raise ValueError(
-                f"{len(errors)} of {len(rewards)} rewards failed, which ends the run (reward.max_error_share is "
+                f"{len(errors)} of {len(graded)} rewards failed, which ends the run (reward.max_error_share is "
                 f"{self._max_error_share:g}). The first, of split {first.prompt.split}, row {first.prompt.row}: {error}"
-                + (call if len(errors) == len(rewards) else "")
+                + (call if len(errors) == len(graded) else "")
             )
-        return list(zip(texts, rewards, strict=True))
+        return graded
 
     def close(self) -> None:
         if self._pool is not None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -58,8 +57,7 @@ class Recorder:
         graded = [item for group in groups for item in group]
         responses = [item.response for item in graded]
         lengths = [len(response.token_ids) for response in responses]
-        num_tokens = sum(lengths)
-        token_ids_N = np.fromiter(chain.from_iterable(r.token_ids for r in responses), np.int32, num_tokens)
+        token_ids_N = np.concatenate([np.asarray(response.token_ids, np.int32) for response in responses])
         decided = [minibatch.record for minibatch in minibatches]
         advantages = [number for record in decided for number in record.group_advantage_B.tolist()]
         scales = [number for record in decided for number in record.scale_B.tolist()]
@@ -71,9 +69,7 @@ class Recorder:
             token_texts=self._token_texts(token_ids_N),
             token_ids_N=token_ids_N,
             floats_N={
-                "rollout_logps": np.fromiter(
-                    chain.from_iterable(r.rollout_logps for r in responses), np.float64, num_tokens
-                ),
+                "rollout_logps": np.concatenate([np.asarray(r.rollout_logps, np.float64) for r in responses]),
                 "old_logps": _flat([scores.old_logp_BT], lengths),
                 "masked_logps": _flat([scores.perturbed_logp_BT], lengths),
                 "dependency": _flat([record.dependency_BT for record in decided], lengths),

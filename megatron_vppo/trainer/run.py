@@ -16,7 +16,6 @@ from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.checks import check_warmup
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
@@ -41,6 +40,7 @@ from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
 from megatron_vppo.setup.preflight import check_run
 from megatron_vppo.setup.resume import chosen_step
+from megatron_vppo.setup.rewards import open_reward_pool
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.sampling import train_sampling, val_sampling
 from megatron_vppo.setup.world import World, show_world
@@ -154,7 +154,7 @@ def _open_run(
             verify=config.rollout.verify_weights, stop_wanted=stopping.wanted,
         )  # fmt: skip
         stack.callback(sampler.close)
-        grader = _grader(config, tokenizer, is_writer=is_writer)
+        grader = _grader(config, tokenizer, world, say)
         stack.callback(grader.close)
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:
@@ -245,21 +245,9 @@ def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> St
     )
 
 
-def _grader(config: RunConfig, tokenizer: Any, *, is_writer: bool) -> Grader:
-    return Grader(
-        _reward_pool(config) if is_writer else None,
-        partial(tokenizer.decode, skip_special_tokens=True),
-        max_error_share=config.reward.max_error_share,
-    )
-
-
-def _reward_pool(config: RunConfig) -> RewardPool:
-    return RewardPool(
-        config.reward.reward_function,
-        reward_type=config.reward.reward_type,
-        num_workers=config.reward.num_workers,
-        timeout_seconds=config.reward.timeout_seconds,
-    )
+def _grader(config: RunConfig, tokenizer: Any, world: World, say: Say) -> Grader:
+    pool = open_reward_pool(config.reward, tokenizer, world.places, say=say) if world.rank == 0 else None
+    return Grader(pool, max_error_share=config.reward.max_error_share)
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:

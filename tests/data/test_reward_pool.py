@@ -1,4 +1,4 @@
-"""Rewards from real worker processes: results, hangs, crashes, and the end of the parent."""
+"""Rewards from real worker processes: texts, results, hangs, crashes, and the end of the parent."""
 
 from __future__ import annotations
 
@@ -8,15 +8,25 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.data.reward_pool import RewardPool
 
 pytestmark = pytest.mark.distributed
+
+TOKENIZER = Tokenizer(
+    models.BPE(vocab={token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+)
+"""One token per byte."""
+TOKENIZER.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+TOKENIZER.decoder = decoders.ByteLevel()
+TOKENIZER.add_special_tokens(["<eos>"])
 
 FUNCTIONS = """
 import os, sys, time
@@ -45,7 +55,8 @@ def numbers(items):
     return [float(item["response"]) for item in items]
 
 def modules(item):
-    return {"overall": 0.0, "torch": "torch" in sys.modules, "rank": "RANK" in os.environ}
+    heavy = {name: name in sys.modules for name in ("torch", "transformers")}
+    return {"overall": 0.0, **heavy, "rank": "RANK" in os.environ}
 
 def short(items):
     return [1.0] * (len(items) - 1)
@@ -70,8 +81,8 @@ def responses(texts: list[str], answer: str = "42") -> list[Response]:
             prompt=Prompt("train", 100 + i, "?", answer, (1,), (1,), (), ()),
             group_id=0,
             sample=i,
-            token_ids=(5,) * len(text),
-            rollout_logps=(0.0,) * len(text),
+            token_ids=tuple(TOKENIZER.encode(text).ids),
+            rollout_logps=(),
             finish_reason="stop",
             weight_version=0,
         )
@@ -80,11 +91,15 @@ def responses(texts: list[str], answer: str = "42") -> list[Response]:
 
 
 def make_pool(function: str = "mathruler", **options: Any) -> RewardPool:
-    return RewardPool(function, **{"reward_type": "batch", "num_workers": 1, "timeout_seconds": 10.0, **options})
+    defaults = {"reward_type": "batch", "num_workers": 1, "timeout_seconds": 10.0}
+    return RewardPool(function, tokenizer=TOKENIZER.to_str(), **{**defaults, **options})
 
 
-def grade(pool: RewardPool, texts: list[str]):
-    return pool.grade(responses(texts), texts)
+def grade(pool: RewardPool, texts: list[str]) -> list[Reward]:
+    """Returns the rewards. The texts come back with them, whatever became of their workers."""
+    graded = pool.grade(responses(texts))
+    assert [text for text, _ in graded] == texts
+    return [reward for _, reward in graded]
 
 
 def test_built_in_grader_in_workers() -> None:
@@ -96,11 +111,21 @@ def test_built_in_grader_in_workers() -> None:
         assert grade(pool, []) == []
 
 
+def test_functions_are_called_with_text_without_special_tokens(functions: str) -> None:
+    """A character over two tokens is one in the text, half of one is shown as such, and all tokens are counted."""
+    with make_pool(f"{functions}:sequential", reward_type="sequential") as pool:
+        half, whole = (TOKENIZER.encode(text).ids for text in ("\u4e2d", "\xe9\U0001f600"))
+        rows = [replace(responses(["x"])[0], token_ids=(*ids, 256)) for ids in (half[:2], whole, [])]
+        graded = pool.grade(rows)
+    assert [text for text, _ in graded] == ["\ufffd", "\xe9\U0001f600", ""]
+    assert [(reward.overall, reward.metrics["tokens"]) for _, reward in graded] == [(0.1, 3.0), (0.2, 7.0), (0.0, 1.0)]
+
+
 def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
     bomb = r"\boxed{x+99999999!}"  # MathRuler lets sympy compute it
     with make_pool(timeout_seconds=1.0) as pool:
         started = time.monotonic()
-        rewards = pool.grade(responses(["a", "b"], answer="x+1"), [bomb, r"\boxed{1+x}"])
+        rewards = [reward for _, reward in pool.grade(responses([bomb, r"\boxed{1+x}"], answer="x+1"))]
         assert [reward.overall for reward in rewards] == [0.0, 1.0]
         assert [reward.error for reward in rewards] == ["no result after 1 s", None]
         assert time.monotonic() - started < 60
@@ -136,9 +161,9 @@ def test_only_the_culprits_score_zero(functions: str, reward_type, caplog) -> No
 
 
 def test_an_error_of_the_function_sends_nothing_to_the_terminal(tmp_path: Path, caplog) -> None:
-    (tmp_path / "score.py").write_text("def score(item):\n    raise ValueError(item['response'])\n")
+    (tmp_path / "score.py").write_text("def score(item):\n    raise ValueError(item['response'] + '\\ud83d')\n")
     with make_pool(f"{tmp_path}/score.py:score", reward_type="sequential") as pool:
-        (reward,) = grade(pool, ["\x1b[2J\u202e\ud83d"])
+        (reward,) = grade(pool, ["\x1b[2J\u202e"])
     assert reward.error == "ValueError: \x1b[2J\u202e\ud83d"  # exact, for the record
     assert "ValueError: ␛[2J<U+202E><U+D83D>\n" in caplog.text and not {"\x1b", "\u202e"} & set(caplog.text)
 
@@ -193,7 +218,7 @@ def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> 
 def test_workers_are_light_and_no_ranks(functions: str, monkeypatch) -> None:
     monkeypatch.setenv("RANK", "3")
     with make_pool(f"{functions}:modules", reward_type="sequential") as pool:
-        assert grade(pool, ["x"])[0].metrics == {"torch": 0.0, "rank": 0.0}
+        assert grade(pool, ["x"])[0].metrics == {"torch": 0.0, "transformers": 0.0, "rank": 0.0}
 
 
 def test_functions_that_cannot_be_loaded_stop_the_run_at_its_start(functions: str, tmp_path: Path) -> None:

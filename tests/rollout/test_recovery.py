@@ -96,7 +96,7 @@ def _rank(rank: int, world: int, lost_at: dict[int, dict[str, list[int]]], round
         stream = ((name, torch.ones(1)) for name in (["head"] if kept else ["tower", "head"]))
         metrics.append(sampler.send_weights(stream, version=version, kept=kept))
         groups = sampler.generate(PROMPTS, seeds=[(10, 11)] * 4, sampling=SamplingSettings(max_tokens=1))
-        sampled.append([(r.token_ids, r.weight_version) for group in groups for r in group])
+        sampled.append([(tuple(r.token_ids), r.weight_version) for group in groups for r in group])
         restarts.append(sampler.take_restarts())
     return sampled, restarts, trainer.events, engine and engine.calls, metrics
 

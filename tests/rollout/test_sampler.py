@@ -69,7 +69,7 @@ def _rank(rank: int, world: int) -> Any:
     for _ in range(2):
         stream = ((drawn.append(name) or name, torch.ones(1)) for name in ("a", "b"))  # type: ignore[func-returns-value]
         metrics = sampler.send_weights(stream, version=3, kept=("c",))
-    seen = [(r.group_id, r.sample, r.token_ids, r.weight_version) for group in groups for r in group]
+    seen = [(r.group_id, r.sample, tuple(r.token_ids), r.weight_version) for group in groups for r in group]
     return seen, drawn, None if engine is None else engine.received, metrics
 
 

@@ -20,15 +20,16 @@ class Pool:
     def __init__(self, failures: int) -> None:
         self.failures = failures
 
-    def grade(self, responses: Any, texts: Any) -> list[Reward]:
+    def grade(self, responses: Any) -> list[tuple[str, Reward]]:
         failed = Reward(0.0, 0.0, {}, error="TypeError: f() missing 1 required positional argument")
-        return [failed if i < self.failures else Reward(1.0, 1.0, {}) for i in range(len(responses))]
+        return [(str(i), failed if i < self.failures else Reward(1.0, 1.0, {})) for i in range(len(responses))]
 
 
 def grade(failures: int, share: float) -> list[float]:
     pool: Any = Pool(failures)
     with single_rank():
-        graded = Grader(pool, str, max_error_share=share).grade(RESPONSES)
+        graded = Grader(pool, max_error_share=share).grade(RESPONSES)
+    assert [(item.response, item.text) for item in graded] == [(r, str(i)) for i, r in enumerate(RESPONSES)]
     return [item.reward.overall for item in graded]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ class Step:
     """One step between grading and the update."""
 
     responses: list[Response]
-    texts: list[str]
     graded: list[GradedResponse]
     scores: Scores
 
@@ -57,14 +57,15 @@ def make_step(responses: int, tokens: int) -> Step:
     made, texts = [], []
     for group, prompt in enumerate(make_prompts(responses // GROUP)):
         for sample in range(GROUP):
-            ids, logps = random_tokens(tokens, seed=group * GROUP + sample)
-            made.append(Response(prompt, group, sample, tuple(ids), tuple(logps), "stop", 0))
             answer = prompt.answer if sample % 2 else ANSWERS[(group + 3) % len(ANSWERS)]
-            texts.append(words.decode(ids, skip_special_tokens=True) + f" \\boxed{{{answer}}}")
+            thoughts, logps = random_tokens(tokens, seed=group * GROUP + sample)
+            ids = [*thoughts, *words.encode(f" \\boxed{{{answer}}}")][-tokens:]
+            made.append(Response(prompt, group, sample, array("i", ids), array("d", logps), "stop", 0))
+            texts.append(words.decode(ids, skip_special_tokens=True))
     rewards = [Reward(float(r.sample % 2), float(r.sample % 2), {}) for r in made]
     graded = [GradedResponse(*parts) for parts in zip(made, texts, rewards, strict=True)]
     old_BT, perturbed_BT = (torch.rand(len(made), tokens).log() for _ in range(2))
-    return Step(made, texts, graded, Scores(old_BT, torch.rand(len(made), tokens), perturbed_BT, None))
+    return Step(made, graded, Scores(old_BT, torch.rand(len(made), tokens), perturbed_BT, None))
 
 
 @functools.cache
