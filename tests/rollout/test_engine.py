@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -214,8 +216,12 @@ def test_a_refused_request_leaves_the_engine_usable(rig: Rig) -> None:
 
 def test_sampling_is_cut_off_at_once(rig: Rig) -> None:
     request = SampleRequest(token_ids=prompt_ids(0), images=(), seeds=tuple(range(8)))
-    with pytest.raises(StopRequested):
-        rig.engine.generate([request], SamplingSettings(max_tokens=64), stop_wanted=lambda: True)
+    os.kill(rig.engine.pid, signal.SIGSTOP)  # the tiny model could answer before anybody asks
+    try:
+        with pytest.raises(StopRequested):
+            rig.engine.generate([request], SamplingSettings(max_tokens=64), stop_wanted=lambda: True)
+    finally:
+        os.kill(rig.engine.pid, signal.SIGCONT)
     with pytest.raises(RuntimeError, match="still works on another request"):
         rig.engine.live_digests()
     assert len(rig.engine._session.end()[0]) == 8, "for the other tests: what was cut off has come after all"
