@@ -193,13 +193,13 @@ class Disturber:
         if (job.state, job.exit_code) != ("COMPLETED", 0):
             return [f"the job ended {job.state} with status {job.exit_code}; its log: {job.log}"]
         return [
-            *_differing_numbers(run, self._expected),
+            *differing_numbers(run, self._expected),
             *(f"in the run folder: {name}" for name in differing_files(run, self._expected)),
             *(f"left behind: {what}" for what in left_behind(self._cluster, temporary)),
         ]
 
 
-def _differing_numbers(run: Path, expected: Path) -> list[str]:
+def differing_numbers(run: Path, expected: Path) -> list[str]:
     """Lists what differs in two runs: exported weights, metrics but times, records."""
     found = []
     here, there = exported(run, STEPS), exported(expected, STEPS)
