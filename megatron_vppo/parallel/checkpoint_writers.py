@@ -32,12 +32,18 @@ def use_result_queue_of_ours() -> None:
     """Gives the writers a queue whose server ends with this rank and leaves no file behind.
 
     Megatron's own server outlives a rank that is killed, and its socket lies in a folder of its own in /tmp.
+
+    Raises:
+        RuntimeError: the server ended while it started.
     """
     if getattr(filesystem_async, "_results_queue", None) is None:
         address = f"\0vppo-checkpoint-{os.getpid()}-{secrets.token_hex(8)}"  # Linux's abstract names are no files
         manager = SyncManager(address=address, ctx=multiprocessing.get_context("spawn"))
-        manager.start(die_with_parent, (os.getpid(),))
-        filesystem_async._results_queue = manager.Queue()
+        try:
+            manager.start(die_with_parent, (os.getpid(),))
+            filesystem_async._results_queue = manager.Queue()
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError("the process that the writers of a checkpoint report to ended while starting") from error
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from megatron_vppo.parallel import checkpoint_writers
 from megatron_vppo.parallel.checkpoint_writers import WriterLost
 from megatron_vppo.system.processes import children_of
 from tests.gloo import run_gloo
@@ -82,3 +84,14 @@ def test_a_killed_queue_is_named(tmp_path: Path) -> None:
     errors = run_gloo(_server_dies, 2, tmp_path / "model", tmp_path)
     assert errors == [f"{tmp_path}/global_step_2 was not written: the process that its writers report to has ended"] * 2
     assert (tmp_path / "global_step_1").is_dir()
+
+
+def test_a_queue_that_is_killed_while_it_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filesystem_async, "_results_queue", None, raising=False)
+    monkeypatch.setattr(checkpoint_writers, "die_with_parent", _die)  # the server calls it first
+    with pytest.raises(RuntimeError, match="report to ended while starting"):
+        checkpoint_writers.use_result_queue_of_ours()
+
+
+def _die(parent_pid: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
