@@ -23,6 +23,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.scorer import Views
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.settings import vppo_settings
+from megatron_vppo.system.heap import return_freed_memory
 from megatron_vppo.system.stop_signals import StopRequested
 from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.trainer.checkpointer import Checkpointer
@@ -90,6 +91,7 @@ def train(run: Run) -> bool:
         except StopRequested:
             run.collector.go_back_to(place)
             return _stop(run, step - 1)
+        return_freed_memory()
         if is_due(step, config.trainer.save_freq, run.total_steps):
             run.placement.writing()
             with stopping.durations.time("checkpoint"), watch("checkpoint"):
