@@ -193,7 +193,7 @@ mkdir -p "$run_folder"
 export VPPO_DO_NOT_REQUEUE=$(realpath "$run_folder")/do_not_requeue # where ranks say why not to start again
 rm -f "$VPPO_DO_NOT_REQUEUE"                                        # what the last attempt said
 # The ranks begin no step that would not end before the job does. In a container they could not ask for it.
-export SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job="$job" --format=%e)" +%s 2>/dev/null)
+export SLURM_JOB_END_TIME=$(squeue --noheader --job="$job" --format=%e | date --file=- +%s 2>/dev/null)
 # One task per GPU, with its share of the cores. If one fails, all end.
 srun --kill-on-bad-exit=1 --distribution=block \\
     --cpus-per-task="$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))" \\

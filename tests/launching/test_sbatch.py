@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import PurePath
@@ -90,6 +91,18 @@ def test_containers(tmp_path) -> None:
     )
     assert "command -v vppo" not in script_of(job)  # it is in the image
     assert "export PATH" not in script_of(job)
+
+
+@pytest.mark.parametrize(
+    ("squeue", "end"), [("echo 2027-01-31T12:00:00", "1801396800"), ("return 1", ""), (":", ""), ("echo N/A", "")]
+)
+def test_the_end_of_the_job_is_passed_on_where_squeue_tells_it(tmp_path, squeue: str, end: str) -> None:
+    """To `date` no text at all is midnight, at which the time of every job was over."""
+    (tmp_path / "my run.yaml").touch()
+    text = SHOW.replace("words; }", 'words; echo "$SLURM_JOB_END_TIME" >end; }') + f"squeue() {{ {squeue}; }}\n"
+    command = ["bash", "-c", text + script_of(JOB)]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "TZ": "UTC"}, capture_output=True)
+    assert (tmp_path / "end").read_text().strip() == end
 
 
 def test_the_run_folder_is_the_one_that_is_looked_at(tmp_path) -> None:
