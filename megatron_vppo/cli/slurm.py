@@ -93,8 +93,9 @@ def run_slurm(options: argparse.Namespace) -> int:
     check_syntax(text)
     write_script(path, text)
     parallel = config.parallel
+    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     say(
-        f"{path}: {job.nodes} x {job.gpus_per_node} GPUs; tensor {parallel.tensor_model_parallel_size} x context "
+        f"{path}: {job.nodes} x {gpus}; tensor {parallel.tensor_model_parallel_size} x context "
         f"{parallel.context_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data {data}"
     )
     if config.trainer.save_limit == 1:

@@ -118,9 +118,10 @@ def script_of(job: BatchJob) -> str:
 
 def _head(job: BatchJob) -> str:
     nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     return f"""\
 #!/bin/bash
-# Trains {job.run_folder} on {nodes} of {job.gpus_per_node} GPUs, one task per GPU. Edit it as you like;
+# Trains {job.run_folder} on {nodes} of {gpus}, one task per GPU. Edit it as you like;
 # docs/slurm.md explains it. Send it from the folder in which it was written: its paths begin there.
 # Written by: {shlex.join(job.command)}"""
 

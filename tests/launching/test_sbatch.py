@@ -52,6 +52,10 @@ def test_sbatch_reads_its_options_before_the_first_command() -> None:
     assert max(map(len, lines)) <= 110
 
 
+def test_one_gpu_is_no_gpus() -> None:
+    assert "on 1 node of 1 GPU, one task" in lines_of(replace(JOB, nodes=1, gpus_per_node=1))[1]
+
+
 def test_the_words_of_srun(tmp_path) -> None:
     assert words_of_srun(JOB, tmp_path) == (
         "<--kill-on-bad-exit=1><--distribution=block><--cpus-per-task=8>"
