@@ -86,7 +86,8 @@ class RewardPool:
         self._busy = selectors.DefaultSelector()
         """The answer pipes of the workers that have a job."""
         try:
-            self._workers += [_Worker(*self._arguments) for _ in range(num_workers)]
+            for _ in range(num_workers):
+                self._workers.append(_Worker(*self._arguments))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
