@@ -13,7 +13,14 @@ from megatron_vppo.cli.output import say
 from megatron_vppo.config.checks import check_layout, check_training
 from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.launching.sbatch import LONGEST_GRACE, BatchJob, Container, ContainerRuntime, script_of
+from megatron_vppo.launching.sbatch import (
+    LONGEST_GRACE,
+    SEED_SUFFIX,
+    BatchJob,
+    Container,
+    ContainerRuntime,
+    script_of,
+)
 from megatron_vppo.launching.submit import check_syntax, has_slurm, send_script, try_script, write_script
 from megatron_vppo.setup.run_folder import RunFolder
 
@@ -78,18 +85,27 @@ def run_slurm(options: argparse.Namespace) -> int:
     check_training(config)
     data = check_layout(config, options.nodes * options.gpus_per_node)
     _check_engines(config, gpus_per_node=options.gpus_per_node)
+    if options.array_seeds is not None:
+        _check_name_with_seed(options, config)
     job = _job_of(options, config)
     path = options.output or Path(f"{options.config.stem}.sbatch")
     text = script_of(job)
     check_syntax(text)
     write_script(path, text)
     parallel = config.parallel
+    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     say(
-        f"{path}: {job.nodes} x {job.gpus_per_node} GPUs; tensor {parallel.tensor_model_parallel_size} x context "
+        f"{path}: {job.nodes} x {gpus}; tensor {parallel.tensor_model_parallel_size} x context "
         f"{parallel.context_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data {data}"
     )
     if config.trainer.save_limit == 1:
         say("note: trainer.save_limit=1 leaves no older checkpoint if the newest is damaged; 2 keeps one more")
+    runs_dir = Path(config.trainer.runs_dir).resolve()
+    if job.container is not None and not _is_seen(job.container, runs_dir):
+        say(
+            f"note: if the image does not see {runs_dir} (trainer.runs_dir), checkpoints are lost with the container; "
+            f"--container-mounts {runs_dir}:{runs_dir} shows it"
+        )
     if not has_slurm():
         say("no sbatch on this machine, so SLURM has not looked at it")
         return 1 if options.submit else 0
@@ -103,6 +119,10 @@ def run_slurm(options: argparse.Namespace) -> int:
 def _job_of(options: argparse.Namespace, config: RunConfig) -> BatchJob:
     container = None
     if options.container is not None:
+        if not options.container:
+            raise ValueError("--container is empty; name an image")
+        if options.environment is not None:
+            raise ValueError("--environment is for ranks outside of a container, and vppo has to be in the image")
         container = Container(options.container_runtime or "pyxis", options.container, options.container_mounts)
     elif options.container_runtime is not None or options.container_mounts is not None:
         raise ValueError("--container-runtime and --container-mounts are for a container; set --container to its image")
@@ -136,6 +156,27 @@ def _check_engines(config: RunConfig, *, gpus_per_node: int) -> None:
             f"rollout.tensor_parallel_size {size}: an engine lies within one node, and --gpus-per-node is "
             f"{gpus_per_node}; lower the former"
         )
+
+
+def _check_name_with_seed(options: argparse.Namespace, config: RunConfig) -> None:
+    """Refuses a name of the run that the settings of a task, `key=value` with its seed, would not give back."""
+    name = f"{config.trainer.experiment_name}{SEED_SUFFIX}1"
+    again = load_config(options.config, [*options.overrides, f"trainer.experiment_name={name}"])
+    if again.trainer.experiment_name != name:
+        raise ValueError(
+            f"--array-seeds: trainer.experiment_name={name} reads as '{again.trainer.experiment_name}'; take a name of "
+            "letters, digits, '-' and '_'"
+        )
+
+
+def _is_seen(container: Container, folder: Path) -> bool:
+    """Returns True if a folder is surely there in the container: on a mount, or with apptainer in the home folder."""
+    inside = [Path.cwd()] if container.runtime == "pyxis" else [Path.cwd(), Path.home()]
+    for mount in (container.mounts or "").split(","):
+        outside, _, rest = mount.partition(":")
+        if target := rest.partition(":")[0] or outside:
+            inside.append(Path(target))
+    return any(folder.is_relative_to(each) for each in inside)
 
 
 def _own_environment() -> str | None:

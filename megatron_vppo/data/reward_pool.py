@@ -86,7 +86,8 @@ class RewardPool:
         self._busy = selectors.DefaultSelector()
         """The answer pipes of the workers that have a job."""
         try:
-            self._workers += [_Worker(*self._arguments) for _ in range(num_workers)]
+            for _ in range(num_workers):
+                self._workers.append(_Worker(*self._arguments))
             for worker in self._workers:
                 worker.wait_until_ready()
         except BaseException:
@@ -110,7 +111,8 @@ class RewardPool:
                 elif answer["kind"] == "killed" and job not in repeated:
                     repeated.add(job)
                     jobs.append(job)
-                    logger.warning("%s; its %d responses are graded once more", answer["error"], len(job))
+                    these = "response is" if len(job) == 1 else f"{len(job)} responses are"
+                    logger.warning("%s; its %s graded once more", answer["error"], these)
                 elif len(job) > 1:
                     self._show(
                         answer, f"batch of {len(job)}, which is graded again one by one", responses[job[0]], None

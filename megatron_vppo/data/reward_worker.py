@@ -43,12 +43,15 @@ def write_message(stream: BinaryIO, message: Any) -> None:
 
 
 def read_message(stream: BinaryIO) -> Any:
-    """Reads one message. Raises EOFError if the other side is gone."""
-    header = stream.read(_HEADER.size)
-    data = stream.read(_HEADER.unpack(header)[0]) if len(header) == _HEADER.size else b""
-    if not data:
+    """Reads one message. Raises EOFError if the other side is gone, also in the middle of it."""
+    return json.loads(_read_whole(stream, _HEADER.unpack(_read_whole(stream, _HEADER.size))[0]))
+
+
+def _read_whole(stream: BinaryIO, size: int) -> bytes:
+    data = stream.read(size)
+    if len(data) < size:
         raise EOFError("the other side closed the pipe")
-    return json.loads(data)
+    return data
 
 
 def write_request(stream: BinaryIO, ungraded: Sequence[Ungraded]) -> None:
@@ -64,7 +67,7 @@ def read_request(stream: BinaryIO) -> list[Ungraded]:
     ungraded: list[Ungraded] = []
     for length, answer in read_message(stream):
         token_ids = array(_TOKEN)
-        token_ids.frombytes(stream.read(length * token_ids.itemsize))
+        token_ids.frombytes(_read_whole(stream, length * token_ids.itemsize))
         ungraded.append((token_ids.tolist(), answer))
     return ungraded
 

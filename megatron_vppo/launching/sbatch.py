@@ -118,9 +118,10 @@ def script_of(job: BatchJob) -> str:
 
 def _head(job: BatchJob) -> str:
     nodes = "1 node" if job.nodes == 1 else f"{job.nodes} nodes"
+    gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     return f"""\
 #!/bin/bash
-# Trains {job.run_folder} on {nodes} of {job.gpus_per_node} GPUs, one task per GPU. Edit it as you like;
+# Trains {job.run_folder} on {nodes} of {gpus}, one task per GPU. Edit it as you like;
 # docs/slurm.md explains it. Send it from the folder in which it was written: its paths begin there.
 # Written by: {shlex.join(job.command)}"""
 
@@ -193,7 +194,7 @@ mkdir -p "$run_folder"
 export VPPO_DO_NOT_REQUEUE=$(realpath "$run_folder")/do_not_requeue # where ranks say why not to start again
 rm -f "$VPPO_DO_NOT_REQUEUE"                                        # what the last attempt said
 # The ranks begin no step that would not end before the job does. In a container they could not ask for it.
-export SLURM_JOB_END_TIME=$(date -d "$(squeue --noheader --job="$job" --format=%e)" +%s 2>/dev/null)
+export SLURM_JOB_END_TIME=$(squeue --noheader --job="$job" --format=%e | date --file=- +%s 2>/dev/null)
 # One task per GPU, with its share of the cores. If one fails, all end.
 srun --kill-on-bad-exit=1 --distribution=block \\
     --cpus-per-task="$((SLURM_CPUS_ON_NODE / ${SLURM_NTASKS_PER_NODE:-1}))" \\
@@ -271,17 +272,33 @@ def _check_options(job: BatchJob) -> None:
     for option in job.options:
         if not re.fullmatch(r"--?[A-Za-z].*", option):
             raise ValueError(f"--sbatch '{option}' is no option of sbatch; write it as in '--sbatch=--qos=high'")
-        name = re.split(r"[= ]", option)[0]
-        if name.startswith("--container"):
-            raise ValueError(
-                f"--sbatch '{option}' would start the batch script itself in a container; set --container, which is "
-                "for the ranks"
-            )
-        taken = {"--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--array": "--array-seeds"}
-        taken |= {"-a": "--array-seeds", "--signal": "--grace-seconds", "--ntasks-per-node": "--gpus-per-node"}
-        taken |= {"--gpus-per-node": "--gpus-per-node"}
-        if name in taken:
-            raise ValueError(f"--sbatch '{option}' is set by {taken[name]}; set that one")
+        for name in _names_in(option):
+            if name.startswith("--container"):
+                raise ValueError(
+                    f"--sbatch '{option}' would start the batch script itself in a container; set --container, which "
+                    "is for the ranks"
+                )
+            if name in _SET_BY:
+                raise ValueError(f"--sbatch '{option}' is set by {_SET_BY[name]}; set that one")
+
+
+_SET_BY = {
+    "--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--array": "--array-seeds",
+    "-a": "--array-seeds", "--signal": "--grace-seconds", "--ntasks-per-node": "--gpus-per-node",
+    "--gpus-per-node": "--gpus-per-node",
+}  # fmt: skip
+"""The options of sbatch that the script has, and those of `vppo slurm` by which."""
+
+
+def _names_in(option: str) -> Iterator[str]:
+    """Yields the names of a line of options: `-N` of `-N4`, and both of `--qos=high --nodes 3`."""
+    try:
+        words = shlex.split(option)
+    except ValueError as error:
+        raise ValueError(f"--sbatch '{option}' cannot be read: {error}") from error
+    for word in words:
+        if word.startswith("-"):
+            yield word.partition("=")[0] if word.startswith("--") else word[:2]
 
 
 def _check_seeds(job: BatchJob) -> None:
@@ -292,6 +309,8 @@ def _check_seeds(job: BatchJob) -> None:
         raise ValueError(f"--array-seeds '{seeds}' is no list of seeds; write 1-3, or 1,5,9, or 1-9%2 for two at once")
     if max(int(number) for number in re.findall(r"\d+", seeds)) > LARGEST_INT:
         raise ValueError(f"--array-seeds '{seeds}' has a seed of more than {LARGEST_INT}; take smaller ones")
+    if backwards := [span for span in re.findall(r"(\d+)-(\d+)", seeds) if int(span[0]) > int(span[1])]:
+        raise ValueError(f"--array-seeds '{seeds}': {'-'.join(backwards[0])} runs backwards; write the smaller first")
     for override in job.overrides:
         if override.startswith("trainer.seed="):
             raise ValueError(f"--array-seeds {seeds} gives each run its trainer.seed; leave out '{override}'")

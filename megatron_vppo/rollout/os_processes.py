@@ -30,7 +30,7 @@ def unlink_shared_memory(group: int) -> None:
     paths = set()
     for pid in members(group):
         try:
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines()
         except OSError:  # it has ended meanwhile
             continue
         paths |= {line.split(maxsplit=5)[5] for line in lines if any(p in line for p in SHARED_MEMORY)}
@@ -57,6 +57,6 @@ def _stat_fields(pid: int) -> list[str]:
     """Reads a process's state, parent, group, ...; empty if the process is gone."""
     try:
         # the second field is the command in brackets, which may itself hold spaces and brackets
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []

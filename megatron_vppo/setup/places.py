@@ -148,8 +148,9 @@ def place_problems(places: Sequence[Place], *, tensor: int) -> Iterator[str]:
             continue
         used = Counter(places[r].uuids[n] for r, n in zip(ranks, numbers, strict=True) if n is not None)
         if twice := [uuid for uuid, times in used.items() if times > 1]:
+            gpus = "1 GPU" if len(used) == 1 else f"{len(used)} GPUs"
             yield (
-                f"{host}: {len(ranks)} ranks have {len(used)} GPUs, as several are shown {twice[0]} alone; set "
+                f"{host}: {len(ranks)} ranks have {gpus}, as several are shown {twice[0]} alone; set "
                 "CUDA_VISIBLE_DEVICES for no rank, or for each rank another one"
             )
     if _is_scattered(places) and any(len({p.host for p in group}) > 1 for group in _groups(places, tensor)):
@@ -170,8 +171,9 @@ def place_warnings(places: Sequence[Place], seats: Sequence[EngineSeat], *, tens
         if not on_gpu and gpus:
             idle.setdefault(f"SLURM has given {gpus} GPUs, and torch sees none: the run is on CPU", []).append(host)
         elif gpus > len(ranks):
-            text = f"{gpus} GPUs and {len(ranks)} ranks: {gpus - len(ranks)} GPUs stay idle; --ntasks-per-node={gpus}"
-            idle.setdefault(text, []).append(host)
+            here = "1 rank" if len(ranks) == 1 else f"{len(ranks)} ranks"
+            left = "1 GPU stays" if gpus == len(ranks) + 1 else f"{gpus - len(ranks)} GPUs stay"
+            idle.setdefault(f"{gpus} GPUs and {here}: {left} idle; --ntasks-per-node={gpus}", []).append(host)
     yield from (f"{_names(names)}: {text}" for text, names in idle.items())
     split = sum(len({place.host for place in group}) > 1 for group in _groups(places, tensor))
     if on_gpu and split:

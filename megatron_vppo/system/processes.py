@@ -35,7 +35,7 @@ def children_of(pid: int) -> list[int]:
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            if f"\nPPid:\t{pid}\n" in status.read_text():
+            if f"\nPPid:\t{pid}\n" in status.read_text(errors="replace"):  # names are any bytes
                 found.append(int(status.parent.name))
     return found
 

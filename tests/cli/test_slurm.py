@@ -77,6 +77,24 @@ def test_seeds_and_containers_reach_the_script(slurm, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("runs_dir", "mounts", "is_seen"),
+    [
+        ("runs", None, True),
+        ("/scratch/runs", None, False),
+        ("/scratch/runs", "/data", False),
+        ("/scratch/runs", "/data:/hub,/scratch", True),
+        ("/scratch/runs", "/gpfs/me:/scratch:rw", True),
+    ],
+)
+def test_checkpoints_that_a_container_may_keep_are_noted(
+    slurm, capsys: pytest.CaptureFixture[str], runs_dir: str, mounts: str | None, is_seen: bool
+) -> None:
+    given = [] if mounts is None else ["--container-mounts", mounts]
+    assert slurm("--container", "image", *given, f"trainer.runs_dir={runs_dir}") == 0
+    assert ("note: if the image does not see /scratch/runs" in capsys.readouterr().out) is not is_seen
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["rolout.n=4"], "did you mean rollout"),
@@ -85,6 +103,10 @@ def test_seeds_and_containers_reach_the_script(slurm, tmp_path: Path) -> None:
         (["rollout.tensor_parallel_size=16"], "rollout.tensor_parallel_size 16: an engine lies within one node"),
         (["fp8.bf16_layers_at_ends=2"], "set fp8.recipe or rollout.quantization"),
         (["--container-mounts", "/data"], "set --container to its image"),
+        (["--container", "x.sif", "--environment", ".venv"], "vppo has to be in the image"),
+        (["--container", ""], "--container is empty"),
+        (["--array-seeds", "1-2", "trainer.experiment_name='a #b'"], "a #b_seed1 reads as 'a'"),
+        (["--array-seeds", "1-2", "trainer.experiment_name='[a]'"], "'trainer.experiment_name=[a]_seed1' is not valid"),
         (["--grace-seconds", "70000"], "sbatch takes at most 65535"),
         (["--output", "nowhere/x.sbatch"], "there is no folder nowhere"),
     ],

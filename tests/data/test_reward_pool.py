@@ -294,8 +294,8 @@ def test_a_worker_that_was_killed_costs_no_reward(functions: str, reward_type, t
         same = 1.0 if reward_type == "sequential" else 4.0
         assert [reward.overall for reward in grade(pool, ["a", "once", "b"])] == [same] * 3
         (line,) = caplog.messages
-        count = 1 if reward_type == "sequential" else 3
-        assert line == f"the worker process ended (exit code -9); its {count} responses are graded once more"
+        these = "response is" if reward_type == "sequential" else "3 responses are"
+        assert line == f"the worker process ended (exit code -9); its {these} graded once more"
         alone = 1.0 if reward_type == "sequential" else 2.0
         rewards = grade(pool, ["a", "always"])
         assert [reward.overall for reward in rewards] == [alone, 0.0], "once more, and not for ever"

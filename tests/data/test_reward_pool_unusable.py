@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,3 +107,20 @@ def test_a_file_that_ends_its_process_is_named(tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text("import os\nos._exit(3)\n")
     with pytest.raises(ValueError, match=r"reward\.reward_function=.*score\.py:f: .* ended while starting .*code 3"):
         make_pool(f"{tmp_path}/score.py:f")
+
+
+def test_a_host_that_starts_no_more_processes_keeps_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers that had started already went on waiting."""
+    started: list[subprocess.Popen[bytes]] = []
+    start = subprocess.Popen
+
+    def limited(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if len(started) == 2:
+            raise BlockingIOError("Resource temporarily unavailable")
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    with pytest.raises(BlockingIOError):
+        make_pool(num_workers=4)
+    assert [process.poll() is None for process in started] == [False, False]

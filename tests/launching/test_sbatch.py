@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from dataclasses import replace
 from pathlib import PurePath
@@ -51,6 +52,10 @@ def test_sbatch_reads_its_options_before_the_first_command() -> None:
     assert max(map(len, lines)) <= 110
 
 
+def test_one_gpu_is_no_gpus() -> None:
+    assert "on 1 node of 1 GPU, one task" in lines_of(replace(JOB, nodes=1, gpus_per_node=1))[1]
+
+
 def test_the_words_of_srun(tmp_path) -> None:
     assert words_of_srun(JOB, tmp_path) == (
         "<--kill-on-bad-exit=1><--distribution=block><--cpus-per-task=8>"
@@ -92,6 +97,18 @@ def test_containers(tmp_path) -> None:
     assert "export PATH" not in script_of(job)
 
 
+@pytest.mark.parametrize(
+    ("squeue", "end"), [("echo 2027-01-31T12:00:00", "1801396800"), ("return 1", ""), (":", ""), ("echo N/A", "")]
+)
+def test_the_end_of_the_job_is_passed_on_where_squeue_tells_it(tmp_path, squeue: str, end: str) -> None:
+    """To `date` no text at all is midnight, at which the time of every job was over."""
+    (tmp_path / "my run.yaml").touch()
+    text = SHOW.replace("words; }", 'words; echo "$SLURM_JOB_END_TIME" >end; }') + f"squeue() {{ {squeue}; }}\n"
+    command = ["bash", "-c", text + script_of(JOB)]
+    subprocess.run(command, cwd=tmp_path, check=True, env={**os.environ, "TZ": "UTC"}, capture_output=True)
+    assert (tmp_path / "end").read_text().strip() == end
+
+
 def test_the_run_folder_is_the_one_that_is_looked_at(tmp_path) -> None:
     folder = tmp_path / "runs/project/it's a run"
     folder.mkdir(parents=True)
@@ -122,11 +139,15 @@ def test_time_limits_as_the_manual_of_sbatch_has_them(time: str, seconds: int | 
         ({"options": ("--container-image=x",)}, "set --container, which is for the ranks"),
         ({"options": ("--time=1:00:00",)}, "is set by --time"),
         ({"options": ("-N 3",)}, "is set by --nodes"),
+        ({"options": ("-N3",)}, "is set by --nodes"),
+        ({"options": ("--qos=high --nodes 3",)}, "is set by --nodes"),
+        ({"options": ("--comment=it's",)}, "cannot be read: No closing quotation"),
         ({"options": ("--array=1-3",)}, "is set by --array-seeds"),
         ({"options": ("--qos=a\nrm -rf x",)}, "would not be one line"),
         ({"job_name": "a\nb"}, "would not be one line"),
         ({"seeds": "1 2"}, "--array-seeds '1 2' is no list of seeds"),
         ({"seeds": "1-9%0"}, "no list of seeds"),
+        ({"seeds": "1,5-3"}, "--array-seeds '1,5-3': 5-3 runs backwards"),
         ({"seeds": "4294967296"}, "a seed of more than 2147483647"),
         ({"seeds": "1-3", "overrides": ("trainer.seed=4",)}, "leave out 'trainer.seed=4'"),
     ],

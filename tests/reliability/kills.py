@@ -128,7 +128,7 @@ class Disturber:
                 progress = time.monotonic()
             enough = most_kills is not None and len(this.kills) >= most_kills
             if job.state == "RUNNING" and time.monotonic() > next_kill and not enough:
-                self._kill_one(this, run, job)
+                self._kill_one(this, job.id, run, step)
                 next_kill = time.monotonic() + self._gap()
             time.sleep(0.2)
         self._note_recoveries(this, last_step(run), job)
@@ -143,20 +143,28 @@ class Disturber:
                 self._cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
             time.sleep(2.5)
 
-    def _kill_one(self, this: Round, run: Path, job: Job) -> None:
+    def _kill_one(self, this: Round, job_id: str, run: Path, step: int) -> None:
+        """Kills something of the next kind.
+
+        Args:
+            step: the furthest step so far. The metrics end earlier where a restart has dropped what is done again.
+        """
         kind = self._next_kind()
         if kind == victims.NODE:
             node = self._rng.choice(self._cluster.site.names)
             self._cluster.cut_power(node)
-            kill = Kill(kind, last_step(run), time.monotonic(), job.restarts)
+            moment = time.monotonic()
+            restarts = job_of(self._cluster, job_id).restarts
             self._cluster.power_on(node)
             what = node
         else:
             victim = self._search(kind)
             if victim is None:
                 return
-            kill = Kill(kind, last_step(run), time.monotonic(), job.restarts)
+            moment = time.monotonic()
+            restarts = job_of(self._cluster, job_id).restarts  # it may have been requeued during the search
             what = f"process {victim.pid}"
+        kill = Kill(kind, max(step, last_step(run)), moment, restarts)
         this.kills.append(kill)
         self._tell(f"round {this.number}: {kind} killed ({what}) after step {kill.step}")
 

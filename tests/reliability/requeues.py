@@ -61,21 +61,23 @@ def _meet_limits(cluster: Cluster, job_id: str, run: Path, wanted: int) -> tuple
 
     SLURM knows whole minutes only. Returns the job at its end, and how many limits it met.
     """
-    limits, step, began, changed = 0, 0, 0.0, time.monotonic()
+    limits, step, furthest, began, changed = 0, 0, 0, 0.0, time.monotonic()
     is_low = False
     while not (job := job_of(cluster, job_id)).has_ended and time.monotonic() - changed < STUCK_SECONDS:
+        if (now := last_step(run)) > furthest:
+            furthest, changed = now, time.monotonic()
         if job.reason == HELD:
             cluster.run("scontrol", "release", job_id)
         elif job.state == "PENDING" and is_low:
-            limits, is_low, changed = limits + 1, False, time.monotonic()
+            limits, is_low, began, changed = limits + 1, False, 0.0, time.monotonic()
             cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={LIMIT_MINUTES}", "StartTime=now+2")
         elif job.state == "RUNNING" and began == 0.0:
-            began, step = time.monotonic(), last_step(run)
-        elif job.state == "RUNNING" and not is_low and limits < wanted and last_step(run) > step:
+            began, step = time.monotonic(), now
+        elif job.state == "RUNNING" and not is_low and limits < wanted and now > step:
             minutes = math.ceil((time.monotonic() - began) / 60)
             with contextlib.suppress(RuntimeError):  # it ends at this moment
                 cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
-                is_low, began, changed = True, 0.0, time.monotonic()
+                is_low, changed = True, time.monotonic()
         time.sleep(0.3)
     return job, limits
 

@@ -154,7 +154,7 @@ def test_threads_are_shared_with_engines_that_may_use_the_same_cores() -> None:
         (block(2, 2), 4, None),  # a tensor-parallel group over two hosts: slow, and said so, but it works
         (cyclic(2, 4), 1, None),
         (cyclic(2, 4), 2, r"in turn \(0 on n1, 1 on n2, 2 on n1\), .* groups of 2; .* --distribution=block"),
-        ([place("n1", 0, "0"), place("n1", 1, "0")], 1, r"^n1: 2 ranks have 1 GPUs, as several are shown GPU-n1-0"),
+        ([place("n1", 0, "0"), place("n1", 1, "0")], 1, r"^n1: 2 ranks have 1 GPU, as several are shown GPU-n1-0"),
         ([place("n1"), *on_cpu([place("n2")])], 1, r"^n2: not every rank sees a GPU, others do"),
         (on_cpu(block(2, 2)), 2, None),
     ],
@@ -172,9 +172,10 @@ def warnings(places: list[Place], tensor: int = 1) -> list[str]:
 
 def test_what_works_but_not_as_it_could() -> None:
     assert warnings(block(2, 8), 8) == []
-    assert warnings(block(2, 1)) == ["n1, n2: 8 GPUs and 1 ranks: 7 GPUs stay idle; --ntasks-per-node=8"]
+    assert warnings(block(2, 1)) == ["n1, n2: 8 GPUs and 1 rank: 7 GPUs stay idle; --ntasks-per-node=8"]
     allotted = [dataclasses.replace(place, allotted_gpus=8) for place in one_each(1, 4)]
     assert warnings(allotted) == ["n1: 8 GPUs and 4 ranks: 4 GPUs stay idle; --ntasks-per-node=8"]
+    assert warnings(block(1, 7)) == ["n1: 8 GPUs and 7 ranks: 1 GPU stays idle; --ntasks-per-node=8"]
     assert warnings(on_cpu(allotted))[0] == "n1: SLURM has given 8 GPUs, and torch sees none: the run is on CPU"
     across = "1 tensor-parallel groups of 4 lie across hosts, where they talk over the network"
     assert warnings(block(2, 2, "0,1"), 4) == [across]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.system.processes import child_environment
+from megatron_vppo.rollout.os_processes import parent_of
+from megatron_vppo.system.processes import child_environment, children_of
 
 
 def test_a_child_does_not_take_itself_for_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +68,21 @@ def test_a_child_ends_with_its_parent() -> None:
     while _is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _is_alive(pid)
+
+
+def test_names_that_are_no_utf_8_do_no_harm(tmp_path: Path) -> None:
+    """Linux cuts names after 15 bytes. One process on the host with half a character ended every checkpoint."""
+    program = tmp_path / ("x" + "\u8bad" * 5)
+    program.symlink_to("/bin/sleep")
+    with subprocess.Popen([program, "60"]) as named:
+        try:
+            comm, deadline = Path(f"/proc/{named.pid}/comm"), time.monotonic() + 10
+            while comm.read_bytes() != os.fsencode(program.name)[:15] + b"\n":  # not yet, just after exec
+                assert time.monotonic() < deadline
+            assert named.pid in children_of(os.getpid())
+            assert parent_of(named.pid) == os.getpid()
+        finally:
+            named.kill()
 
 
 def _is_alive(pid: int) -> bool:
