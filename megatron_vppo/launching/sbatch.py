@@ -256,7 +256,10 @@ if [ "$restarts" -ge "$max_restarts" ]; then
     exit "$status"
 fi
 echo "status $status: back into the queue, restart $((restarts + 1)) of at most $max_restarts"
-scontrol requeue "$job"
+for pause in 0 10 30 60; do # the controller may be down at this moment
+    sleep "$pause"
+    scontrol requeue "$job" && break
+done
 exit "$status\""""
 
 

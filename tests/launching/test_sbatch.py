@@ -117,6 +117,20 @@ def test_the_run_folder_is_the_one_that_is_looked_at(tmp_path) -> None:
     assert not (folder / "do_not_requeue").exists()
 
 
+@pytest.mark.parametrize(("refusals", "asked"), [(0, 1), (2, 3), (9, 4)])
+def test_requeueing_is_tried_again(tmp_path, refusals: int, asked: int) -> None:
+    """The controller may be down while the job ends."""
+    (tmp_path / "my run.yaml").touch()
+    stand_ins = f"""
+        srun() {{ return 1; }}; command() {{ :; }}; squeue() {{ :; }}; sleep() {{ :; }}
+        scontrol() {{ echo "$*" >>asked; [ "$(wc -l <asked)" -gt {refusals} ]; }}
+    """
+    environment = {**os.environ, "SLURM_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", stand_ins + script_of(JOB)], cwd=tmp_path, env=environment)
+    assert (tmp_path / "asked").read_text() == "requeue 7\n" * asked
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [
