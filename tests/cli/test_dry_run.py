@@ -108,6 +108,24 @@ def test_released_models_fit_their_clusters(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "nodes"),
+    [
+        ("qwen2_5_vl_7b_8gpus", 1),
+        ("qwen3_vl_8b_8gpus", 1),
+        ("qwen2_5_vl_32b_32gpus", 4),
+        ("qwen2_5_vl_72b_64gpus", 8),
+    ],
+)
+def test_ready_runs_fit_cards_that_are_sold_with_80_gb(
+    name: str, nodes: int, capsys: pytest.CaptureFixture[str], repo_root: Path
+) -> None:
+    """They report 79.1 to 79.6 GiB."""
+    ready = repo_root / "examples" / "slurm" / f"{name}.yaml"
+    out = printed(capsys, ready, "--nodes", str(nodes), "--gpu-memory", "79.1")
+    assert out.endswith("It fits. Nothing was started.\n")
+
+
 def test_a_run_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The 7B without offload: 34.8 GiB of state leave 0.52 of 80 GiB to an engine."""
     path = run_file(tmp_path, "Qwen/Qwen2.5-VL-7B-Instruct", parallel=layout(2), actor={"offload": []})
