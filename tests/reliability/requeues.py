@@ -74,7 +74,8 @@ def _meet_limits(cluster: Cluster, job_id: str, run: Path, wanted: int) -> tuple
         elif job.state == "RUNNING" and began == 0.0:
             began, step = time.monotonic(), now
         elif job.state == "RUNNING" and not is_low and limits < wanted and now > step:
-            minutes = math.ceil((time.monotonic() - began) / 60)
+            # Every second limit is over already: SIGTERM at once, without the signal before it.
+            minutes = max(1, math.ceil((time.monotonic() - began) / 60) - limits % 2)
             with contextlib.suppress(RuntimeError):  # it ends at this moment
                 cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={minutes}")
                 is_low, changed = True, time.monotonic()
