@@ -17,7 +17,7 @@ import psutil
 
 from tests.proofs.runs import ROOT, VPPO
 from tests.reliability.settings import PROJECT, arguments, long_settings
-from tests.reliability.victims import role_of
+from tests.reliability.victims import RANK, role_of
 from tests.system.marked import processes_with
 
 NAME = "memory"
@@ -31,6 +31,13 @@ NOISE = 3.0
 """Standard errors of the slope that may be chance."""
 SMALL_MIB = 1.0
 """The growth from the first step to the last that is none in any case: a page here and there."""
+
+
+_OTHERS = {
+    "multiprocessing.resource_tracker": "resource tracker",
+    "rollout.engine_process": "engine's watchdog",
+}
+"""A part of the command of a process that is nobody's victim, and its name."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +107,22 @@ def _measured(digits: Path, scratch: Path, steps: int) -> list[Growth]:
                 for pid in processes_with(mark):
                     _add(series, pid)
     assert process.returncode == 0, "".join(text[-50:])
-    whole = {f"{name} {pid}": values for (pid, name), values in sorted(series.items()) if len(values) >= 0.95 * steps}
+    whole = [(name, values) for (_, name), values in sorted(series.items()) if len(values) >= 0.95 * steps]
     (scratch / "rss_mib.json").write_text(json.dumps(whole))
-    return [growth_of(name, values) for name, values in whole.items()]
+    return [growth_of(name, values) for name, values in whole]
 
 
 def _add(series: defaultdict[tuple[int, str], list[float]], pid: int) -> None:
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)
-        name = role_of(process) or _short(process.cmdline())
-        series[pid, name].append(process.memory_info().rss / 2**20)
+        series[pid, _name_of(process)].append(process.memory_info().rss / 2**20)
 
 
-def _short(command: Sequence[str]) -> str:
-    words = [word for word in command if word.startswith("megatron_vppo") or "multiprocessing" in word]
-    return words[0][:60] if words else Path(command[0]).name if command else "?"
+def _name_of(process: psutil.Process) -> str:
+    """Returns what a process is, for the table."""
+    role = role_of(process)
+    if role == RANK:  # the command that starts the ranks has the same name and no number
+        number = process.environ().get("RANK")
+        return "launcher" if number is None else f"rank {number}"
+    command = " ".join(process.cmdline())
+    return role or next((name for part, name in _OTHERS.items() if part in command), command[:60])
