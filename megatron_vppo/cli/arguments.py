@@ -24,3 +24,8 @@ def gibibytes(text: str) -> int:
     if not 1 <= size < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of GiB")
     return int(size)
+
+
+def gpu_counts(text: str) -> tuple[int, ...]:
+    """Reads whole numbers of at least 1 with commas between them."""
+    return tuple(positive(number.strip()) for number in text.split(","))

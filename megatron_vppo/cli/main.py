@@ -168,7 +168,8 @@ def _add_plan(commands: Commands) -> None:
         "plan",
         help="find parallel layouts that fit your GPUs",
         description="Computes which parallel layouts of a model fit the memory of the GPUs, and prints the settings of "
-        "the best one. Needs no GPU and no weights. Exit status 1: no layout fits.",
+        "the best one. With --gpu it also models the seconds of a step, and the fastest is the best. Needs no GPU and "
+        "no weights. Exit status 1: no layout fits.",
     )
     add_plan_options(plan)
     plan.set_defaults(run=_plan)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import textwrap
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vppo.cli.output import say
+from megatron_vppo.cli.plan_seconds import ORDER, growth_table, range_line, seconds_table, speed_header, speed_request
 from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
 from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import pixels_per_token, position_refusal
@@ -17,6 +19,8 @@ from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION
 from megatron_vppo.planning.layouts import LayoutPlan, make_plan
 from megatron_vppo.planning.published import PUBLISHED, configuration_of
 from megatron_vppo.planning.remedies import MORE_GPUS, enough_gpus, remedies
+from megatron_vppo.planning.simulate import simulate
+from megatron_vppo.planning.timed_layouts import SpeedRequest, by_seconds, speed_model
 
 MOST_ROWS = 12
 """The rows of the table that are printed at most."""
@@ -33,15 +37,41 @@ def run_plan(options: argparse.Namespace) -> int:
     if set(options.freeze) == set(typing.get_args(ModelPart)):
         raise ValueError(f"--freeze names {', '.join(options.freeze)}: nothing is left to train; drop one of them")
     request = _request(options)
+    speed = speed_request(options, request)
     plan = make_plan(request)
-    say("\n".join(_header(options.model, plan, request)))
+    timed = _timed(plan, request, speed, simulated=options.simulate or ()) if speed and plan.fitting else None
+    say("\n".join([*_header(options.model, plan, request), *(speed_header(speed, WIDTH) if speed else ())]))
     if not plan.fitting:
         say("\n".join(_what_is_missing(plan, request)))
         return 1
-    say("\n".join([*_table(plan, request.cluster), *_settings(plan.fitting[0], request)]))
+    fitting = timed.fitting if timed else plan.fitting
+    say("\n".join(_table(fitting, request.cluster, order=ORDER if timed else LEGEND["Order"])))
+    say("\n".join([*(timed.lines if timed else ()), *_settings(fitting[0], request)]))
     if options.freeze:
         say(f"model:\n  freeze: [{', '.join(options.freeze)}]")
     return 0
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """The part of a plan that `--gpu` adds."""
+
+    fitting: tuple[Candidate, ...]
+    """The layouts that fit, the fastest first."""
+    lines: tuple[str, ...]
+    """Their seconds, as text."""
+
+
+def _timed(plan: LayoutPlan, request: PlanRequest, speed: SpeedRequest, *, simulated: tuple[int, ...]) -> _Timed:
+    model = speed_model(request.hf_config, parameters=plan.parameters)
+    timed = by_seconds(plan.fitting, model, request, speed)
+    growth = simulate(timed[0], simulated, model, request, speed)
+    lines = [
+        *seconds_table(timed, most=MOST_ROWS, width=WIDTH),
+        range_line(timed[0], model, request, speed, WIDTH),
+        *(growth_table(growth, width=WIDTH) if growth else ()),
+    ]
+    return _Timed(tuple(each.layout for each in timed), tuple(lines))
 
 
 def _request(options: argparse.Namespace) -> PlanRequest:
@@ -110,10 +140,10 @@ LEGEND = {
 CAVEAT = "These are estimates: no GPU has confirmed the activations and the reserves (docs/plan.md)."
 
 
-def _table(plan: LayoutPlan, cluster: Cluster) -> Iterator[str]:
+def _table(fitting: Sequence[Candidate], cluster: Cluster, *, order: str) -> Iterator[str]:
     yield "\nLayouts that fit, best first. Memory is in GiB."
     yield from HEADERS
-    for c in plan.fitting[:MOST_ROWS]:
+    for c in fitting[:MOST_ROWS]:
         assert c.engine is not None
         state, activations = c.fullest.state, c.fullest.activations
         yield (
@@ -122,10 +152,10 @@ def _table(plan: LayoutPlan, cluster: Cluster) -> Iterator[str]:
             f"{_gib(activations.layers):>7}{_gib(activations.head):>7}{_gib(c.trainer_bytes):>9} |"
             f"{c.engine.tensor:5}{_gib(c.engine.utilization * cluster.gpu_bytes):>7}{c.engine.sequences:10}"
         )
-    if len(plan.fitting) > MOST_ROWS:
-        yield f"  and {len(plan.fitting) - MOST_ROWS} more"
+    if len(fitting) > MOST_ROWS:
+        yield f"  and {len(fitting) - MOST_ROWS} more"
     yield ""
-    for term, meaning in LEGEND.items():
+    for term, meaning in {**LEGEND, "Order": order}.items():
         yield textwrap.fill(f"{term:10} {meaning}", width=WIDTH, subsequent_indent=" " * 11)
     yield CAVEAT
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import typing
 
-from megatron_vppo.cli.arguments import gibibytes, positive
+from megatron_vppo.cli.arguments import gibibytes, gpu_counts, positive
 from megatron_vppo.config.schema import ActorConfig, DataConfig, ModelConfig
 
 
@@ -45,4 +45,18 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
             flag, nargs="+", choices=parts, default=[], metavar="PART", help=f"{text}; any of {', '.join(parts)}"
         )
     number("--rollout-tp", None, "GPUs of one vLLM engine (default: the fewest that fit)")
+    parser.add_argument(
+        "--gpu",
+        metavar="NAME",
+        help="also model the seconds of a step and order layouts by them: h100, h800, h200, a100, or a JSON file of "
+        "measured ceilings (tools/bench/ceilings.py)",
+    )
+    number("--mean-prompt-tokens", None, "mean prompt, for --gpu (default: the images and 120)")
+    number("--mean-response-tokens", None, "mean response, for --gpu (default: 450)")
+    parser.add_argument(
+        "--simulate",
+        type=gpu_counts,
+        metavar="N,N,...",
+        help="the same step on these numbers of GPUs, for --gpu, such as 8,64,512",
+    )
     number("--answers", 16, "sequences of full length, prompt and response, that an engine must hold at once")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import typing
 from pathlib import Path
@@ -166,6 +167,75 @@ def test_a_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert {row[1] for row in rows} == {"1", "2"}, "3 layers over two stages are 1 and 2"
 
 
+# --- Seconds ----------------------------------------------------------------------------------------------------------
+
+
+def seconds_of(out: str) -> list[list[float]]:
+    """Reads step, sampling, scoring, update, sync and rank 0 of each layout, then tokens/s and MFU."""
+    lines = [line for line in out.splitlines() if line.endswith(" %")]
+    return [[float(word) for word in line.replace("|", " ").replace("%", "").split()[5:]] for line in lines]
+
+
+def test_seconds_of_the_example(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, *EXAMPLE, "--gpu", "h800")
+    memory, seconds = out.split("Modelled seconds of a step with these layouts")
+    rows, times = rows_of(memory), seconds_of(seconds)
+    assert len(rows) == len(times) == 12
+    assert [row[:5] for row in rows] == [line.split()[:5] for line in seconds.splitlines() if line.endswith(" %")]
+    assert [step[0] for step in times] == sorted(step[0] for step in times)
+    for step, *phases in times:
+        assert sum(phases[:5]) == pytest.approx(step, abs=0.3)
+        # 3,072 rows of 1,400 + 450 tokens on 32 GPUs.
+        assert phases[5] == pytest.approx(3072 * 1850 / step / 32, abs=1)
+    assert f"First layout: {times[0][0]:.0f} s, and " in out
+    assert "by the modelled seconds of a step" in memory and "replicas (TP x PP x CP GPUs) within a node" not in out
+    assert "Modelled, not measured" in " ".join(out.split())
+    assert f"tensor_model_parallel_size: {rows[0][0]}\n" in out, "settings of the fastest"
+
+
+def test_without_a_gpu_there_are_no_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Memory is the same with and without; the order is not."""
+    plain, timed = printed(capsys, *EXAMPLE), printed(capsys, *EXAMPLE, "--gpu", "h800")
+    assert "econds" not in plain and "odelled" not in plain
+    assert "and 17 more" in plain
+    memory = timed.split("Modelled seconds")[0]
+    known = [row for row in rows_of(memory) if row in rows_of(plain)]
+    assert len(known) >= 6, "layouts that both print have the same numbers"
+
+
+def test_measured_ceilings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """One device a thousand times slower than an H100, without neighbours."""
+    path = tmp_path / "slow.json"
+    ceilings = {"name": "slow", "product_tflops": 0.72, "memory_gb_per_s": 3, "to_host_gb_per_s": 1}
+    path.write_text(json.dumps(ceilings))
+    command = ["plan", "--model", "qwen3-vl-2b", "--gpus", "1", "--gpu-memory", "80", "--rows-per-micro-batch", "1"]
+    out = printed(capsys, *command, "--gpu", str(path))
+    assert "Ceilings: slow, measured by tools/bench/ceilings.py: products 0.72 TFLOP/s, memory 3 GB/s\n" in out
+    fast = printed(capsys, *command, "--gpu", "h100")
+    assert seconds_of(out)[0][3] > 100 * seconds_of(fast)[0][3], "the update"
+    assert main([*command, "--gpus", "2", "--gpu", str(path)]) == 2
+    assert "node_gb_per_s is null, but 2 GPUs talk to each other" in capsys.readouterr().err
+
+
+def test_the_step_on_more_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    out = printed(capsys, *EXAMPLE, "--gpu", "h800", "--simulate", "8,32,512")
+    growth = out.partition("with more or fewer replicas of the first layout")[2].partition("Settings")[0]
+    lines = [line.replace("|", " ").split() for line in growth.splitlines() if re.match(r" +\d", line)]
+    rows = {int(line[0]): line for line in lines}
+    assert "does not fit the memory" in " ".join(rows[8])
+    assert float(rows[32][2]) == pytest.approx(seconds_of(out)[0][0], abs=0.2), "the plan itself"
+    assert int(rows[512][1]) == 16 * int(rows[32][1])
+    assert float(rows[512][9]) == pytest.approx(float(rows[32][9]) / 16, abs=0.1)
+    assert rows[512][7] == rows[32][7], "rank 0's work"
+
+
+def test_lengths_that_change_the_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    base = seconds_of(printed(capsys, *EXAMPLE, "--gpu", "h800"))[0][0]
+    out = printed(capsys, *EXAMPLE, "--gpu", "h800", "--mean-response-tokens", "900", "--mean-prompt-tokens", "1300")
+    assert "384 prompts of 1300 tokens, 8 responses of 900 each on average, 2 rounds" in " ".join(out.split())
+    assert seconds_of(out)[0][0] > base
+
+
 def test_every_recomputation_that_can_be_set_is_looked_at() -> None:
     assert set(typing.get_args(ParallelConfig.model_fields["recompute"].annotation)) == set(RECOMPUTES)
 
@@ -177,6 +247,16 @@ def test_every_recomputation_that_can_be_set_is_looked_at() -> None:
         (["--model", "qwen3-vl-2b", "--images-per-row", "9"], "lower --image-tokens"),
         (["--model", "qwen2.5-vl-7b", "--gpus", "2", "--rollout-tp", "4"], "--rollout-tp 4: 2 GPUs do not divide"),
         (["--model", "qwen2.5-vl-7b", "--rollout-tp", "8"], "--rollout-tp 8: 28 attention heads cannot be split"),
+        (["--model", "qwen3-vl-2b", "--gpu", "b200"], "not one of h100, h800, h200, a100"),
+        (["--model", "qwen3-vl-2b", "--simulate", "8,64"], "--simulate is about seconds; name the GPU with --gpu"),
+        (
+            ["--model", "qwen3-vl-2b", "--gpu", "h100", "--mean-prompt-tokens", "980"],
+            "--mean-prompt-tokens 980: the images of a prompt alone have",
+        ),
+        (
+            ["--model", "qwen3-vl-2b", "--gpu", "h100", "--mean-response-tokens", "2049"],
+            "--mean-response-tokens 2049 is more than --response-tokens 2048, the longest",
+        ),
         (
             ["--model", "qwen3-vl-2b", "--freeze", "vision_tower", "projector", "language_model"],
             "--freeze names vision_tower, projector, language_model: nothing is left to train; drop one of them",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from bench.authors_way import AuthorsWay, SequenceAttention
 from bench.device import time_together
-from bench.flops import GroupShape, model_cost, scoring_flops, update_flops
+from bench.flops import GroupShape, scoring_flops, update_flops
 from bench.gpu_step import TOY, _guarded, _parser, _speedup, group_shapes, layers_that_fit, measure, toy_config
 from bench.our_way import OurSettings, OurWay
 from bench.workload import make_workload, with_layers
@@ -17,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.parallel.layout import destroy_layout, init_layout
 from megatron_vppo.planning.published import published_config
+from megatron_vppo.planning.step_flops import model_cost
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from bench.flops import StepShape, model_cost, phase_flops
+from bench.flops import StepShape, phase_flops
 from bench.machine import commit, hardware, matmul_gflops, versions
 from bench.process_memory import MemorySampler, ProcessPeak, by_role, process_tree, read_peak
 from bench.random_model import IMAGE_SIZE, PROMPT_TOKENS, QUESTION, SIZES, VOCABULARY, make_config, write_rows
@@ -19,59 +20,20 @@ from bench.step_time import floor, patches_per_prompt, run_settings, step_shape,
 from bench.timing import measured_lines, phase_seconds, startup_seconds
 from digits.checkpoint import make_processor
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_vppo.config.load import load_config
 from megatron_vppo.observability.metrics import read_metrics
+from megatron_vppo.planning.assumptions import Assumptions
+from megatron_vppo.planning.gpus import GpuCeilings
+from megatron_vppo.planning.step_flops import StepWork, model_cost
+from megatron_vppo.planning.step_model import Machine, TrainerLayout
+from megatron_vppo.planning.timed_layouts import speed_model
+from megatron_vppo.planning.training_seconds import scoring_seconds, update_seconds
+from tests.planning.test_sampling_seconds import ALL, NO_HOST
+from tests.planning.test_step_flops import small_config
 
 CONFIG = Path(__file__).parents[2] / "tools/bench/configs/compute.yaml"
-
-
-def small_config() -> Qwen2_5_VLConfig:
-    """Two language layers, three vision layers of which one sees the whole image."""
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": 50, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 0]},
-        },
-        vision_config={
-            "depth": 3, "hidden_size": 8, "intermediate_size": 24, "num_heads": 2, "patch_size": 14,
-            "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 56, "fullatt_block_indexes": [1],
-            "out_hidden_size": 16,
-        },
-        image_token_id=3, video_token_id=4, vision_start_token_id=5, vision_end_token_id=6,
-        attn_implementation="eager",
-    )  # fmt: skip
-
-
-def test_cost_of_a_small_model_by_hand() -> None:
-    cost = model_cost(small_config())
-    # q 16x16, k and v 16x8 each, o 16x16, three MLP matrices 16x40; 2 layers; 2 FLOPs per parameter.
-    assert cost.per_token == 2 * 2 * (256 + 128 + 128 + 256 + 3 * 640)
-    assert cost.per_head_position == 2 * 50 * 16
-    # Scores and values: 2 FLOPs x width 16 each for every pair of tokens, half of which are masked; 2 layers.
-    assert cost.attention == 2 * (2 * 16 + 2 * 16) / 2
-    # qkv and o 4 x 8x8, MLP 3 x 8x24, 3 layers; patch 3*2*14*14 values to 8; merger 32x32 and 32x16 per four patches.
-    assert cost.per_patch == 2 * (3 * (256 + 576) + 1176 * 8 + (1024 + 512) // 4)
-    assert cost.full_attention == 2 * 2 * 8
-    assert cost.window_attention == 2 * (2 * 2 * 8) * 16  # two layers; a window of 4 x 4 patches
-
-
-def test_linear_layers_agree_with_torchs_count_of_the_real_model() -> None:
-    config = small_config()
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    ids = torch.tensor([[7, 5, 3, 3, 3, 3, 6, 8, 9, 10]])
-    grid = torch.tensor([[1, 4, 4]])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(
-            input_ids=ids, pixel_values=torch.randn(16, 1176), image_grid_thw=grid, mm_token_type_ids=(ids == 3).int()
-        )
-    by_operation = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
-    counted = sum(n for op, n in by_operation.items() if op in ("aten.mm", "aten.addmm", "aten.convolution"))
-    cost = model_cost(config)
-    assert counted == 10 * (cost.per_token + cost.per_head_position) + 16 * cost.per_patch
 
 
 def shape(**changes: object) -> StepShape:
@@ -109,6 +71,30 @@ def test_flops_of_each_phase_by_hand() -> None:
 def test_floor_compares_with_the_better_of_two_ceilings() -> None:
     found = floor({"score": 3e9}, {"score": {"median": 0.5}}, ceilings=[20.0, 24.0], threads=2)
     assert found["phases"]["score"] == {"gflop": 3.0, "gflops": 6.0, "floor_s": 0.125, "of_ceiling": 0.25}
+
+
+def test_the_model_of_vppo_plan_against_a_measured_run() -> None:
+    """The compute run of docs/LOG.md, "Step time of a compute-bound run": two ranks of one thread each, 240 GFLOP/s
+    together, scoring 13.8 s (13.3 to 14.3) and update 19.3 s (19.1 to 19.4).
+
+    The share of the product that scoring reaches there predicts the seconds of the update: a test of the FLOPs that the
+    two phases execute, not of the machine. The host's times are those of a GPU's host and are left out.
+    """
+    model = speed_model(make_config(make_processor().tokenizer), parameters=59_000_000)
+    work = StepWork(
+        prompts=2, responses=8, rounds=1.0, minibatches=2, prompt_tokens=PROMPT_TOKENS, response_tokens=128,
+        longest_response=128, images=1, patches=16 * 14 * 4, rows_per_update=8, rows_per_scoring=8,
+    )  # fmt: skip
+    layout = TrainerLayout(tensor=2, pipeline=1, context=1, data=1, recompute="none", node_gpus=2)
+    ceilings = GpuCeilings("CPU", 120e9, 120e9, memory=10e9, node=None, network=None, to_host=10e9, is_measured=True)
+
+    def machine(share: float) -> Machine:
+        return Machine(ceilings, Assumptions(replace(ALL, training=share, vision=share), NO_HOST))
+
+    share = scoring_seconds(model, work, layout, machine(1.0)).total / 13.8
+    assert share == pytest.approx(0.45, abs=0.01), "of the ceiling, as the log says"
+    assert scoring_seconds(model, work, layout, machine(share)).total == pytest.approx(13.8)
+    assert update_seconds(model, work, layout, machine(share)).total == pytest.approx(19.3, rel=0.1)
 
 
 LINES = [

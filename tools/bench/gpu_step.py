@@ -32,7 +32,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
 from bench.authors_way import AuthorsWay, authors_attention
 from bench.device import Timing, fp8_product_tflops, free_memory, product_tflops, time_together
-from bench.flops import GroupShape, model_cost, scoring_flops, update_flops
+from bench.flops import GroupShape, scoring_flops, update_flops
 from bench.machine import commit, hardware, versions
 from bench.our_way import OurSettings, OurWay
 from bench.workload import Workload, WorkSizes, make_workload, with_layers
@@ -41,6 +41,7 @@ from megatron_vppo.models.layers.te_support import recipe_refusal
 from megatron_vppo.models.options import Backend
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
+from megatron_vppo.planning.step_flops import model_cost
 from megatron_vppo.setup.hardware import choose_backend
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -29,7 +29,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from transformers import AutoConfig, AutoProcessor
 
-from bench.flops import StepShape, model_cost, phase_flops
+from bench.flops import StepShape, phase_flops
 from bench.machine import commit, hardware, matmul_gflops, versions
 from bench.process_memory import MemorySampler, ProcessPeak, by_role
 from bench.timing import measured_lines, median, phase_seconds, startup_seconds
@@ -39,6 +39,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.observability.metrics import read_metrics
+from megatron_vppo.planning.step_flops import model_cost
 from megatron_vppo.rollout.os_processes import members
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,123 @@
+"""The numbers of the roofline model that no data sheet has: shares of the ceilings, and times of the host.
+
+Each says where it is from: measured here, published, or a guess. "Measured" means on the cores of a server without a
+GPU (docs/LOG.md, and tools/bench/scaling.py for the host's work). No number was measured on a GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The shares of a GPU's ceilings that a phase reaches."""
+
+    training: float = 0.72
+    """Products of the language model, forward and backward. Published: Llama-3-8B in bfloat16 at 520 to 560 TFLOP/s on
+    H100 (NVIDIA's recipes)."""
+    vision: float = 0.40
+    """A guess: narrow matrices, windows of 64 patches, heads of 80 values."""
+    misaligned_vision: float = 1.45
+    """The vision tower takes this many times longer if the width of a rank's part of its MLP is no multiple of 8. A
+    guess from one published product with K = 588, which was 3.5 times slower (github.com/m87-labs/kestrel/pull/143)."""
+    prefill: float = 0.55
+    """Products of an engine that reads prompts. A guess."""
+    decode_products: float = 0.60
+    """Products of an engine that samples. A guess."""
+    decode_memory: float = 0.75
+    """Reads of weights, keys and values. A guess."""
+    hidden_gradients: float = 0.0
+    """The share of the data-parallel collectives that runs behind the backward pass: they do not overlap today."""
+
+
+@dataclass(frozen=True)
+class HostTimes:
+    """Seconds of the host, and of what waits for it."""
+
+    decode_image: float = 0.030
+    """Reading and resizing one image. Measured: 0.020 on a smooth one; texture is a guess."""
+    process_image: float = 0.016
+    """The processor's part of an image of one megapixel. Measured."""
+    perturb_image: float = 0.0029
+    """Measured."""
+    join_view: float = 0.010
+    """Copying the patches of one view into those of the micro-batch. Measured."""
+    pageable_copy: float = 6e9
+    """Bytes/s from ordinary host memory to the device. A guess."""
+    bytes_per_patch: float = 4704
+    """1,176 values in fp32."""
+    pack_token: float = 1.5e-7
+    """Packing of one token. Measured: 4.4 ms for 29,584."""
+    unhidden_packing: float = 0.5
+    """The share of the packing for which the device waits. A guess."""
+    waits_scoring: int = 25
+    waits_update: int = 28
+    """Times in a micro-batch that the host waits for the device. Counted."""
+    idle_per_wait: float = 25e-6
+    """The seconds that the device idles at each. A guess."""
+    launch_layer: float = 0.0007
+    """The host's time to start one layer forward; the device waits if the layer has less to do. A guess."""
+    launch_backward: float = 1.3
+    """Times as long for a layer's backward pass. A guess."""
+    stage_message: float = 300e-6
+    """Each tensor between pipeline stages: its shape and itself, with a synchronisation each. A guess."""
+    optimizer_step: float = 0.05
+    """Launches of an optimizer step. A guess."""
+    optimizer_bytes: float = 30
+    """Bytes that an optimizer step moves for each parameter of the rank. Counted: gradient, moments and weights."""
+    eager_layer: float = 0.0005
+    """The host's time for a layer in a decode step without CUDA graphs. A guess; published whole steps give 0.26 ms
+    (Llama-8B on H100) to 0.8 ms (Qwen2.5-Omni-7B on A800, github.com/vllm-project/vllm-omni/issues/7960) a layer."""
+    eager_device: float = 1.1
+    """Device time without CUDA graphs over that with them. A guess."""
+    eager_step: float = 0.001
+    graph_step: float = 0.0025
+    """Scheduler and sampler of a decode step, without and with CUDA graphs. Guesses."""
+    all_reduce_latency: float = 15e-6
+    """Each of the two sums of a layer in a decode step. A guess."""
+    wake: float = 1.5
+    """Putting an engine to sleep and waking it, once a step. A guess."""
+    send_bundle: float = 0.020
+    """One buffer of weights on its way to an engine. A guess."""
+    bundle_bytes: float = 2**28
+    """Its size: rollout/transfer/weight_sender.py."""
+    load_tensor: float = 0.0004
+    """An engine's time to load one tensor. A guess."""
+    sync_start: float = 0.5
+    """A guess."""
+
+
+@dataclass(frozen=True)
+class SerialWork:
+    """Seconds of rank 0 and of every rank that more GPUs do not shorten. All measured: docs/LOG.md, "host work"."""
+
+    grade_response: float = 0.90 / 6144
+    """Decoding and grading, per sampled response, with 32 reward workers."""
+    record_token: float = 0.08 / 1_382_400
+    """Handing the records of a step over to their own process, per response token."""
+    assemble_row: float = 0.12 / 3072
+    """Mismatch and advantages, per trained response, on every rank."""
+    collectives: float = 0.197
+    collectives_rank: float = 0.0015
+    """The exchange of prompts, responses and rewards in a step: a constant and a part for each rank. Measured over gloo
+    on 2 to 32 ranks, as the mean of two runs' lines; an extrapolation beyond."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    shares: Shares = Shares()
+    host: HostTimes = HostTimes()
+    serial: SerialWork = SerialWork()
+
+
+LIKELY = Assumptions()
+CAUTIOUS = Assumptions(
+    Shares(training=0.60, vision=0.30, decode_memory=0.65),
+    HostTimes(eager_layer=0.0008, decode_image=0.045, pageable_copy=3e9),
+)
+HOPEFUL = Assumptions(
+    Shares(training=0.78, vision=0.50, decode_memory=0.85),
+    HostTimes(eager_layer=0.00035, decode_image=0.020, pageable_copy=10e9),
+)
+"""The assumptions as they stand above, and with the guesses that matter most at their slow and at their fast end."""

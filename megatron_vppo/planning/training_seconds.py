@@ -1,0 +1,197 @@
+"""The seconds of scoring and update on a trainer rank. Modelled, not measured.
+
+Both phases add up: products of the language model and of the vision tower at a share of the fastest product, exchanges
+between tensor, context and pipeline ranks, which nothing hides, and what the device waits for on the host. All stages
+of a pipeline count as equal.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_vppo.planning.step_flops import (
+    BACKWARD,
+    HEAD_AGAIN,
+    GroupFlops,
+    StepWork,
+    scoring_of_group,
+    update_of_group,
+)
+from megatron_vppo.planning.step_model import Machine, SpeedModel, TrainerLayout
+
+FORWARD_EXCHANGES, BACKWARD_EXCHANGES = 4, 6
+"""Gathers and scatters of the hidden states in a layer with sequence parallelism; the backward pass gathers two saved
+inputs again."""
+BFLOAT16, FLOAT32 = 2, 4
+
+
+@dataclass(frozen=True)
+class PhaseSeconds:
+    """A phase on the slowest rank, by what the time is spent on."""
+
+    language: float
+    vision: float
+    exchange: float
+    """Tensor- and context-parallel ranks, and messages between stages."""
+    bubble: float
+    """Stages of a pipeline that wait for the first or the last micro-batch."""
+    host: float
+    """The device waits for images and packing."""
+    optimizer: float = 0.0
+    """Data-parallel collectives and the optimizer."""
+
+    @property
+    def total(self) -> float:
+        return self.language + self.vision + self.exchange + self.bubble + self.host + self.optimizer
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """The work of a data-parallel rank in a phase."""
+
+    group: GroupFlops
+    groups: int
+    micro_batches: float
+    with_backward: bool
+
+
+def scoring_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
+    """Returns the seconds in which both views of all rows are scored."""
+    host = machine.assumed.host
+    groups = math.ceil(work.prompts / layout.data)
+    done = _Pass(
+        group=scoring_of_group(model.cost, work),
+        groups=groups,
+        micro_batches=groups * work.responses / work.rows_per_scoring,
+        with_backward=False,
+    )
+    waiting = groups * work.images * (host.decode_image + host.process_image)
+    waiting += groups * done.group.perturbed * host.perturb_image
+    waiting += groups * done.group.towers * _view_seconds(work, machine)
+    waiting += done.micro_batches * host.waits_scoring * host.idle_per_wait
+    return _phase(model, layout, machine, done, pipelines=1, host=waiting + _packing(done, machine))
+
+
+def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
+    """Returns the seconds of all mini-batches: forward, backward, collectives and optimizer."""
+    host = machine.assumed.host
+    groups = work.minibatches * math.ceil(work.prompts / work.minibatches / layout.data)
+    done = _Pass(
+        group=update_of_group(model.cost, work),
+        groups=groups,
+        micro_batches=groups * work.responses / work.rows_per_update,
+        with_backward=True,
+    )
+    # The images of a step do not stay in memory from scoring to update, but from one micro-batch to the next.
+    waiting = groups * work.images * (host.decode_image + host.process_image)
+    waiting += groups * done.group.towers * _view_seconds(work, machine)
+    waiting += done.micro_batches * host.waits_update * host.idle_per_wait
+    return _phase(
+        model,
+        layout,
+        machine,
+        done,
+        pipelines=work.minibatches,
+        host=waiting + _packing(done, machine),
+        optimizer=work.minibatches * optimizer_seconds(model, layout, machine),
+    )
+
+
+def optimizer_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine) -> float:
+    """Returns the seconds of one optimizer step: gradients in fp32 are summed and scattered over data and context
+    ranks, each rank updates its share, and the weights in bfloat16 are gathered.
+    """
+    shard = model.parameters / (layout.tensor * layout.pipeline)
+    replicas = layout.data * layout.context
+    # A replica's neighbours lie tensor x context apart.
+    link = machine.link(layout.tensor * replicas, node_gpus=layout.node_gpus)
+    collectives = (replicas - 1) / replicas * shard * (FLOAT32 + BFLOAT16) / link
+    collectives *= 1 - machine.assumed.shares.hidden_gradients
+    host = machine.assumed.host
+    return collectives + host.optimizer_step + shard / replicas * host.optimizer_bytes / machine.gpu.memory
+
+
+def _phase(
+    model: SpeedModel,
+    layout: TrainerLayout,
+    machine: Machine,
+    done: _Pass,
+    *,
+    pipelines: int,
+    host: float,
+    optimizer: float = 0.0,
+) -> PhaseSeconds:
+    """Args: pipelines: times that the pipeline fills and empties, once for each mini-batch."""
+    language = done.groups * _language_seconds(layout, machine, done)
+    vision = _vision_seconds(model, layout, machine, done)
+    exchange = done.groups * _exchange_seconds(model, layout, machine, done)
+    bubble = (layout.pipeline - 1) * pipelines / max(pipelines, done.micro_batches)
+    messages = (4 if done.with_backward else 2) * done.micro_batches * machine.assumed.host.stage_message
+    return PhaseSeconds(
+        language=language,
+        vision=vision,
+        exchange=exchange + (messages if layout.pipeline > 1 else 0.0),
+        bubble=bubble * (language + vision + exchange),
+        host=host,
+        optimizer=optimizer,
+    )
+
+
+def _language_seconds(layout: TrainerLayout, machine: Machine, done: _Pass) -> float:
+    """Returns the seconds of a group's products in the layers and the head of one stage."""
+    group = done.group
+    flops = group.language + group.head
+    if done.with_backward:
+        again = {"none": 0.0, "selective": group.attention, "full": group.language}[layout.recompute]
+        flops = (1 + BACKWARD) * flops + HEAD_AGAIN * group.head + again
+    return (
+        flops / (layout.stage_ranks * layout.pipeline) / (machine.gpu.product_flops * machine.assumed.shares.training)
+    )
+
+
+def _vision_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine, done: _Pass) -> float:
+    """Returns the seconds of the tower on the first stage, for which the other stages wait.
+
+    A micro-batch with few images ends before the host has launched the next layer.
+    """
+    if not done.group.tower:
+        return 0.0
+    shares, host = machine.assumed.shares, machine.assumed.host
+    rate = machine.gpu.product_flops * shares.vision
+    if model.vision_ffn // layout.tensor % 8:
+        rate /= shares.misaligned_vision
+    forward = done.groups * done.group.tower / done.micro_batches / layout.stage_ranks / rate
+    launch = model.vision_layers * host.launch_layer
+    once = max(forward, launch)
+    if not done.with_backward:
+        return done.micro_batches * once
+    again = once if layout.recompute == "full" else 0.0
+    return done.micro_batches * (once + again + max(BACKWARD * forward, host.launch_backward * launch))
+
+
+def _exchange_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine, done: _Pass) -> float:
+    """Returns the seconds in which the ranks of a stage exchange the hidden states, keys and values of a group."""
+    tokens = done.group.tokens / layout.context
+    layers = model.layers / layout.pipeline
+    again = 1 if layout.recompute == "full" else 0
+    forward, backward = (1 + again, 1) if done.with_backward else (1, 0)
+    hidden = (layout.tensor - 1) / layout.tensor * tokens * model.hidden * BFLOAT16
+    sums = (forward * FORWARD_EXCHANGES + backward * BACKWARD_EXCHANGES) * hidden
+    seconds = layers * sums / machine.link(layout.tensor, node_gpus=layout.node_gpus)
+    # Every context rank gathers the keys and values of all; the backward pass scatters their gradient.
+    gathered = (layout.context - 1) / layout.context * done.group.tokens * model.kv_values / layout.tensor * BFLOAT16
+    return seconds + layers * (forward + backward) * gathered / machine.link(
+        layout.stage_ranks, node_gpus=layout.node_gpus
+    )
+
+
+def _view_seconds(work: StepWork, machine: Machine) -> float:
+    """Returns the seconds until the patches of one view of an image are on the device."""
+    host = machine.assumed.host
+    return host.join_view + work.patches * host.bytes_per_patch / host.pageable_copy
+
+
+def _packing(done: _Pass, machine: Machine) -> float:
+    host = machine.assumed.host
+    return done.groups * done.group.tokens * host.pack_token * host.unhidden_packing
