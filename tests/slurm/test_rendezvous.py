@@ -66,6 +66,7 @@ def test_an_array_on_the_same_hosts(cluster: Cluster, tmp_path: Path) -> None:
     assert "rank 0 cannot listen on n1, port 29500: Address already in use; unset MASTER_PORT" in refused[0].text
 
 
+@pytest.mark.extended
 def test_torchrun_under_srun(cluster: Cluster, tmp_path: Path) -> None:
     """One torchrun per host starts the ranks, as many sites are used to."""
     torchrun = f"{SRUN} {sys.executable} -m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d"
