@@ -26,8 +26,12 @@ def arguments(digits: Path, runs: Path, name: str, *overrides: str) -> list[str]
 
 
 def long_settings(steps: int) -> tuple[str, ...]:
-    """Returns the settings of a run of many steps, with 30 checkpoints."""
-    return (f"trainer.total_steps={steps}", f"trainer.save_freq={max(1, steps // 30)}", "trainer.val_freq=20")
+    """Returns the settings of a run of many steps, with 30 checkpoints.
+
+    Every validated step is saved, so that a checkpoint on request is no further candidate for the best one.
+    """
+    often = max(1, steps // 30)
+    return (f"trainer.total_steps={steps}", f"trainer.save_freq={often}", f"trainer.val_freq={2 * often}")
 
 
 def numbers_of(run: Path) -> list[dict[str, float]]:
