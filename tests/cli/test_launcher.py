@@ -40,8 +40,14 @@ CASES = {
 }
 
 
+ALIKE = ("defect", "CUDA memory", "engine", "interrupt", "exit")
+"""Cases that go the way of another one."""
+
+
 @pytest.mark.distributed
-@pytest.mark.parametrize("failure", CASES)
+@pytest.mark.parametrize(
+    "failure", [pytest.param(case, marks=[pytest.mark.extended] if case in ALIKE else []) for case in CASES]
+)
 def test_one_message_says_which_rank_failed_and_why(failure: str, tmp_path: Path) -> None:
     status, message = CASES[failure]
     ranks = "0,1" if failure == "one after the other" else "1"
@@ -206,7 +212,7 @@ def test_an_error_of_the_launcher_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("closed", "number"), [(">&-", 1), ("2>&-", 2)])
+@pytest.mark.parametrize(("closed", "number"), [pytest.param(">&-", 1, marks=pytest.mark.extended), ("2>&-", 2)])
 def test_a_stream_that_is_closed_at_start(closed: str, number: int, tmp_path: Path) -> None:
     command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, *train_command(tmp_path)]
     found = subprocess.run(command, env=environment("mistake"), capture_output=True, text=True, check=False)

@@ -95,7 +95,7 @@ def wait_until_gone(pids: list[int]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("processes", "ending", "status"),
-    [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
+    [(1, signal.SIGTERM, 143), pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.extended)],
 )
 def test_ended_by_a_signal(
     processes: int, ending: signal.Signals, status: int, hf_folders: dict[str, Path], tmp_path: Path, repo_root: Path
