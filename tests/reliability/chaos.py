@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=450, help="of the runs of memory and requeues")
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     options = parser.parse_args(arguments)
+    if options.steps < memory.FEWEST_STEPS:
+        parser.error(f"--steps {options.steps}: no line can be drawn through fewer than {memory.FEWEST_STEPS}")
     scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
     tell(f"files: {scratch}; those of what goes well are removed")
     digits = make_digits(scratch / "digits", "--train-pairs", "256", "--val-pairs", "16")

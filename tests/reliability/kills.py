@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import torch
 
-from tests.proofs.runs import exported
 from tests.reliability import victims
+from tests.reliability.comparison import differing_numbers
 from tests.reliability.leftovers import differing_files, left_behind
-from tests.reliability.settings import PATIENT, PROJECT, arguments, last_step, numbers_of, size_on_two_hosts
+from tests.reliability.settings import PATIENT, PROJECT, arguments, last_step, size_on_two_hosts
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import HELD, Job, job_of
+from tests.slurm.jobs import Job, job_of, release_if_held
 from tests.slurm.runs import send_script, write_script
 
 KINDS = (*victims.PROCESSES, victims.NODE)
@@ -136,9 +135,8 @@ class Disturber:
 
     def _let_start(self, job: Job) -> None:
         """SLURM starts a requeued job after two minutes, and one whose launch failed when it is released."""
-        if job.reason == HELD:
-            self._cluster.run("scontrol", "release", job.id)
-        elif job.state == "PENDING" and job.reason == "BeginTime":
+        release_if_held(self._cluster, job)
+        if job.state == "PENDING" and job.reason == "BeginTime":
             with contextlib.suppress(RuntimeError):  # it starts at this moment
                 self._cluster.run("scontrol", "update", f"JobId={job.id}", "StartTime=now+2")
             time.sleep(2.5)
@@ -205,19 +203,3 @@ class Disturber:
             *(f"in the run folder: {name}" for name in differing_files(run, self._expected)),
             *(f"left behind: {what}" for what in left_behind(self._cluster, temporary)),
         ]
-
-
-def differing_numbers(run: Path, expected: Path) -> list[str]:
-    """Lists what differs in two runs: exported weights, metrics but times, records."""
-    found = []
-    here, there = exported(run, STEPS), exported(expected, STEPS)
-    names = [name for name in there if name not in here or not torch.equal(here[name], there[name])]
-    if names or here.keys() != there.keys():
-        found.append(f"{len(names)} of {len(there)} weights differ, {names[:1]}")
-    if numbers_of(run) != numbers_of(expected):
-        found.append("metrics differ, or steps have no line or two")
-    for record in sorted((expected / "rollouts").iterdir()):
-        path = run / "rollouts" / record.name
-        if not path.is_file() or path.read_bytes() != record.read_bytes():
-            found.append(f"{record.name} differs")
-    return found

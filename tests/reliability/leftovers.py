@@ -11,8 +11,8 @@ import psutil
 
 from tests.slurm.cluster import Cluster
 
-DAEMONS = ("slurmd", "munged", "host.sh", "sleep", "bash", "sh")
-"""The names of what runs on a node without a job."""
+STEP_DAEMON = "slurmstepd"
+"""The name of SLURM's own process for a step. Whatever else a job starts has the job's number in its environment."""
 CACHES = ("torchinductor_",)
 """Beginnings of the names of what is to stay in the folder for temporary files."""
 OF_ATTEMPTS = re.compile(r"(logs|attempts\.jsonl|do_not_requeue|tensorboard)(/|$)")
@@ -39,7 +39,7 @@ def _processes(cluster: Cluster) -> list[str]:
     for node in cluster.site.names:
         for process in cluster.processes(node):
             with contextlib.suppress(psutil.Error):
-                if process.name() not in DAEMONS and process.status() != psutil.STATUS_ZOMBIE:
+                if process.name() == STEP_DAEMON or "SLURM_JOB_ID" in process.environ():
                     found.append(f"{node}: process {process.pid}, {' '.join(process.cmdline())[:200]}")
     return found
 
@@ -47,8 +47,7 @@ def _processes(cluster: Cluster) -> list[str]:
 def _files(cluster: Cluster, temporary: Path) -> list[str]:
     found = [str(path) for path in temporary.iterdir() if not path.name.startswith(CACHES)]
     for node in cluster.site.names:
-        shared = Path(f"/proc/{cluster.processes(node)[0].pid}/root/dev/shm")
-        found += [f"{node}: /dev/shm/{path.name}" for path in shared.iterdir()]
+        found += [f"{node}: /dev/shm/{path.name}" for path in cluster.folder_on(node, "/dev/shm").iterdir()]
     return found
 
 

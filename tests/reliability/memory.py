@@ -27,6 +27,7 @@ keeps something for each number of tokens that it meets, which takes 150 steps t
 BLOCKS = 10
 """The number of stretches whose means the line is drawn through. Memory of one step is close to that of the next, so
 single steps would make the noise look smaller than it is."""
+FEWEST_STEPS = 2 * BLOCKS
 NOISE = 3.0
 """Standard errors of the slope that may be chance."""
 SMALL_MIB = 1.0

@@ -9,14 +9,13 @@ import math
 import time
 from pathlib import Path
 
-import torch
-
-from tests.proofs.runs import exported, train
+from tests.proofs.runs import train
 from tests.reliability import memory
+from tests.reliability.comparison import differing_numbers
 from tests.reliability.leftovers import differing_files, left_behind
-from tests.reliability.settings import PATIENT, PROJECT, TWO_RANKS, arguments, last_step, long_settings, numbers_of
+from tests.reliability.settings import PATIENT, PROJECT, TWO_RANKS, arguments, last_step, long_settings
 from tests.slurm.cluster import Cluster, Site
-from tests.slurm.jobs import HELD, Job, job_of
+from tests.slurm.jobs import Job, job_of, release_if_held
 from tests.slurm.runs import send_script, write_script
 
 LIMIT_MINUTES = 60
@@ -66,9 +65,8 @@ def _meet_limits(cluster: Cluster, job_id: str, run: Path, wanted: int) -> tuple
     while not (job := job_of(cluster, job_id)).has_ended and time.monotonic() - changed < STUCK_SECONDS:
         if (now := last_step(run)) > furthest:
             furthest, changed = now, time.monotonic()
-        if job.reason == HELD:
-            cluster.run("scontrol", "release", job_id)
-        elif job.state == "PENDING" and is_low:
+        release_if_held(cluster, job)
+        if job.state == "PENDING" and is_low:
             limits, is_low, began, changed = limits + 1, False, 0.0, time.monotonic()
             cluster.run("scontrol", "update", f"JobId={job_id}", f"TimeLimit={LIMIT_MINUTES}", "StartTime=now+2")
         elif job.state == "RUNNING" and began == 0.0:
@@ -86,9 +84,5 @@ def _meet_limits(cluster: Cluster, job_id: str, run: Path, wanted: int) -> tuple
 def _faults(job: Job, run: Path, expected: Path) -> list[str]:
     if (job.state, job.exit_code) != ("COMPLETED", 0):
         return [f"the job ended {job.state} with status {job.exit_code}; its log: {job.log}"]
-    step = last_step(expected)
-    here, there = exported(run, step), exported(expected, step)
-    faults = [f"weight {name} differs" for name in there if not torch.equal(here[name], there[name])][:1]
-    if numbers_of(run) != numbers_of(expected):
-        faults.append("metrics differ, or steps have no line or two")
-    return faults + [f"in the run folder: {name}" for name in differing_files(run, expected)]
+    files = [f"in the run folder: {name}" for name in differing_files(run, expected)]
+    return differing_numbers(run, expected) + files

@@ -6,11 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
-from tests.proofs.runs import exported, train
+from tests.proofs.runs import train
+from tests.reliability.comparison import differing_numbers
 from tests.reliability.leftovers import left_behind
-from tests.reliability.settings import PROJECT, TWO_RANKS, arguments, numbers_of
+from tests.reliability.settings import PROJECT, TWO_RANKS, arguments
 from tests.slurm.cluster import Cluster, Site
 from tests.slurm.jobs import job_of, wait_for_end
 from tests.slurm.runs import send_script, write_script
@@ -39,7 +38,8 @@ def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, 
         faults += left_behind(cluster, temporary)
     for number in [] if faults else numbers:
         alone = train(digits, scratch / "runs", f"alone_{number}", *TWO_RANKS, *SETTINGS, f"trainer.seed={number}")
-        faults += _faults(scratch / "runs" / PROJECT / f"array_seed{number}", alone)
+        found = differing_numbers(scratch / "runs" / PROJECT / f"array_seed{number}", alone)
+        faults += [f"seed {number}: {fault}" for fault in found]
     heads = {job.node_list for job in jobs.values()}
     return f"{len(jobs)} seeds as a job array at the same time on {', '.join(heads)}: each equal to a run alone", faults
 
@@ -59,9 +59,3 @@ def _run_together(cluster: Cluster, tasks: list[str]) -> bool:
             return True
         time.sleep(0.2)
     return False
-
-
-def _faults(run: Path, alone: Path) -> list[str]:
-    here, there = exported(run, STEPS), exported(alone, STEPS)
-    faults = [f"{run.name}: weight {name} differs" for name in there if not torch.equal(here[name], there[name])][:1]
-    return faults if numbers_of(run) == numbers_of(alone) else [*faults, f"{run.name}: metrics differ"]

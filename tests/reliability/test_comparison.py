@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.reliability.chaos import kills_table
-from tests.reliability.kills import STEPS, Kill, Round, differing_numbers
+from tests.reliability.comparison import differing_numbers
+from tests.reliability.kills import Kill, Round
 from tests.reliability.leftovers import differing_files
 
 
 def write_run(run: Path) -> Path:
-    export = run / "huggingface" / f"step_{STEPS}"
+    export = run / "huggingface" / "step_2"
     export.mkdir(parents=True)
     save_file({"one": torch.ones(3), "two": torch.zeros(2)}, export / "model.safetensors")
     lines = [{"step": step, "time": 0.1 * step, "loss": 0.5, "rollout/engine_restarts": 0} for step in (1, 2)]
@@ -33,7 +34,7 @@ def write_metrics(run: Path, lines: list[dict[str, float]]) -> None:
 
 def one_bit_of_a_weight(run: Path) -> None:
     weights = {"one": torch.ones(3), "two": torch.tensor([0.0, 1e-45])}
-    save_file(weights, run / "huggingface" / f"step_{STEPS}" / "model.safetensors")
+    save_file(weights, run / "huggingface" / "step_2" / "model.safetensors")
 
 
 def a_metric(run: Path) -> None:

@@ -118,6 +118,10 @@ class Cluster:
         first = self._first_process(name)
         return [first, *first.children(recursive=True)]
 
+    def folder_on(self, name: str, folder: str) -> Path:
+        """Returns a folder as a host sees it, by a path that leads there from this process."""
+        return Path("/proc", str(self._first_process(name).pid), "root", folder.lstrip("/"))
+
     def cut_power(self, name: str) -> None:
         """Ends a node without a word: its cable goes first, so that no peer sees a connection close."""
         self._on_switch("ip", "link", "set", f"port{name}", "down")

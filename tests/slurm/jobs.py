@@ -69,6 +69,12 @@ def job_of(cluster: Cluster, job_id: str) -> Job:
     )
 
 
+def release_if_held(cluster: Cluster, job: Job) -> None:
+    """Releases a job that waits because a node did not start it."""
+    if job.reason == HELD:
+        cluster.run("scontrol", "release", job.id)
+
+
 def wait_for(cluster: Cluster, job_id: str, awaited: Callable[[Job], bool], *, seconds: float = 60) -> Job:
     """Waits until `awaited(job)` and returns the job.
 
@@ -77,8 +83,7 @@ def wait_for(cluster: Cluster, job_id: str, awaited: Callable[[Job], bool], *, s
     """
     deadline = time.monotonic() + seconds
     while not awaited(job := job_of(cluster, job_id)):
-        if job.reason == HELD:
-            cluster.run("scontrol", "release", job_id)
+        release_if_held(cluster, job)
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:.0f} s: {job}\n{job.log_text[-5000:]}")
         time.sleep(0.1)
