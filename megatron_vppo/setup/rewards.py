@@ -26,7 +26,7 @@ def open_reward_pool(
     num_workers = config.num_workers
     if num_workers is None:
         num_workers = fair_workers(config, places)
-        say(f"reward.num_workers={num_workers}")
+        say(f"reward workers: {num_workers} (reward.num_workers)")
     return RewardPool(
         config.reward_function,
         tokenizer=describe_tokenizer(tokenizer),

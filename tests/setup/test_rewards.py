@@ -36,7 +36,9 @@ def test_a_batch_function_sees_all_responses_of_a_round() -> None:
     assert fair_workers(own("sequential"), block(1, 4)) == 16
 
 
-@pytest.mark.parametrize(("number", "opened", "said"), [(None, 16, ["reward.num_workers=16"]), (3, 3, [])])
+@pytest.mark.parametrize(
+    ("number", "opened", "said"), [(None, 16, ["reward workers: 16 (reward.num_workers)"]), (3, 3, [])]
+)
 def test_the_number_is_taken_and_said(
     number: int | None, opened: int, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
