@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from megatron_vppo.config.choices import Fp8Recipe
+from megatron_vppo.models.layers.te_probe import AttentionShape, fused_attention_refusal
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, recipe_refusal
 from megatron_vppo.setup.hardware import choose_backend, slower_without
 
@@ -113,6 +114,8 @@ def layers() -> Iterator[Finding]:
     yield Finding("ok" if backend == "te" or not on_gpu else "note", f"model.backend=auto selects {backend!r} here")
     if version is not None:
         yield Finding("ok", f"TransformerEngine {version}")
+    if backend == "te":
+        yield attention()
     if on_gpu:
         yield from (Finding("note", f"without TransformerEngine: {line}") for line in slower_without(backend))
     for recipe in typing.get_args(Fp8Recipe):
@@ -122,6 +125,14 @@ def layers() -> Iterator[Finding]:
             if refusal is None
             else Finding("note", f"fp8.recipe={recipe} cannot run: it needs {refusal}")
         )
+
+
+def attention() -> Finding:
+    """Reports if TransformerEngine's fused attention runs here, in the shape of Qwen2.5-VL-7B's language model."""
+    refusal = fused_attention_refusal(AttentionShape("language model", 28, 4, 128, causal=True))
+    if refusal is None:
+        return Finding("ok", "TransformerEngine's fused attention runs")
+    return Finding("problem", f"TransformerEngine cannot run fused attention: {refusal}")
 
 
 def _version(distribution: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
+from megatron_vppo.models.layers.te_probe import check_fused_attention
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
 from megatron_vppo.models.qwen_vl import QwenVLModel
@@ -79,7 +80,15 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
 def _load_stages(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, options: ModelOptions
 ) -> list[QwenVLModel]:
-    """Builds this rank's pipeline stages and loads their weights."""
+    """Builds this rank's pipeline stages and loads their weights.
+
+    Raises:
+        ValueError: attention would not be fused on this GPU.
+    """
+    if options.backend == "te":
+        check_fused_attention(
+            inputs.hf_config, tensor=layout.tensor, vision_tensor=layout.vision_groups.tower.tp.size()
+        )
     stages = build_stages(config, layout, inputs.hf_config, options, device=layout.device)
     for stage in stages:
         load_weights(stage, source, replicas=layout.groups.dp_cp)

@@ -1,4 +1,4 @@
-"""Packed attention by the GPU's fused kernels against float64: whole sequences, and a context-parallel rank's share."""
+"""Packed attention by the GPU's fused kernels: against float64, and that TransformerEngine takes its own."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
 from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.layers.te_probe import AttentionShape, fused_attention_refusal
+from megatron_vppo.models.layers.te_support import has_transformer_engine
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -63,3 +65,26 @@ def test_share_of_a_context_parallel_rank(rank: int) -> None:
     output = packed_attention(query, key, value, plan, scale=1 / math.sqrt(HEAD_DIM))
     right = dense(*inputs, causal=True)[shares[rank]]
     assert (output.cpu().double() - right).abs().max() < TOLERANCE
+
+
+@pytest.mark.skipif(not has_transformer_engine(), reason="TransformerEngine is not installed")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        AttentionShape("language model", 28, 4, 128, causal=True),
+        AttentionShape("language model", 32, 8, 128, causal=True),
+        AttentionShape("vision tower", 16, 16, 80, causal=False),
+        AttentionShape("vision tower", 16, 16, 72, causal=False),
+    ],
+    ids=str,
+)
+def test_transformer_engine_fuses_attention(shape: AttentionShape) -> None:
+    assert fused_attention_refusal(shape) is None
+
+
+@pytest.mark.skipif(not has_transformer_engine(), reason="TransformerEngine is not installed")
+def test_attention_that_is_not_fused_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("FUSED", "FLASH"):
+        monkeypatch.setenv(f"NVTE_{kind}_ATTN", "0")
+    refusal = fused_attention_refusal(AttentionShape("language model", 20, 4, 128, causal=True))
+    assert refusal is not None and "No dot product attention" in refusal

@@ -22,6 +22,15 @@ pytestmark = pytest.mark.gpu
 ALL = ("params", "grads", "optimizer")
 
 
+@pytest.fixture(autouse=True)
+def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes two equal updates equal bit by bit: the backward pass of attention adds up in any order otherwise."""
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def layout() -> Iterator[Layout]:
     yield init_layout(tensor=1, pipeline=1, timeout_seconds=300)
@@ -46,14 +55,13 @@ def requested_bytes() -> int:
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_memory_is_free_and_training_goes_on(
-    dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, distributed: bool, layout: Layout, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path, gpu_configs()["Qwen2.5-VL"])
     options = ModelOptions(
         backend=choose_backend("auto", on_gpu=True, dtype="bfloat16" if dtype == torch.bfloat16 else "float32")
     )
     optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
-    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")  # TransformerEngine's attention
     batch = make_batch(make_responses(), "nll")
 
     def new_policy() -> MegatronPolicy:

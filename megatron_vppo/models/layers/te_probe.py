@@ -1,0 +1,106 @@
+"""A try of TransformerEngine's attention on this GPU, before a model is built that would run a slower one.
+
+TransformerEngine falls back to attention that is not fused without a word. In a layer of Qwen2.5-VL-7B that took ten
+times as long as everything else (docs/LOG.md).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from megatron_vppo.models.hf_config import HfConfig, head_dim
+from megatron_vppo.models.layers.packing import Packing
+
+UNFUSED = "NVTE_UNFUSED_ATTN"
+"""TransformerEngine's environment variable; 0: raise an error rather than run attention that is not fused."""
+LENGTHS = (64, 32)
+"""Tokens of the sequences that are tried."""
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The sizes of an attention on one tensor-parallel rank."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    causal: bool
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "without a mask"
+        return f"of the {self.name} ({self.heads} heads of {self.head_dim}, {self.kv_heads} key-value heads, {mask})"
+
+
+def attention_shapes(hf_config: HfConfig, *, tensor: int, vision_tensor: int) -> tuple[AttentionShape, AttentionShape]:
+    """Returns the attention of the language model and that of the vision tower, on one rank.
+
+    Args:
+        tensor: the tensor-parallel ranks of the language model.
+        vision_tensor: those of the tower.
+    """
+    text, vision = hf_config.text_config, hf_config.vision_config
+    kv_heads = max(1, text.num_key_value_heads // tensor)
+    vision_heads = vision.num_heads // vision_tensor
+    return (
+        AttentionShape("language model", text.num_attention_heads // tensor, kv_heads, head_dim(text), True),
+        AttentionShape("vision tower", vision_heads, vision_heads, vision.hidden_size // vision.num_heads, False),
+    )
+
+
+def fused_attention_refusal(shape: AttentionShape) -> str | None:
+    """Runs packed attention of this shape in bfloat16, forward and backward; returns why it cannot be fused, or None.
+
+    Nothing is tried if the environment has UNFUSED: the user has decided.
+    """
+    if UNFUSED in os.environ:
+        return None
+    import transformer_engine.pytorch as te
+
+    from megatron_vppo.models.layers.te_parts import sequence_bounds
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    plan = sequence_bounds(Packing(LENGTHS), causal=shape.causal, device=device)
+    mask = "padding_causal" if shape.causal else "padding"
+    attention = te.DotProductAttention(
+        shape.heads, shape.head_dim, num_gqa_groups=shape.kv_heads, qkv_format="thd", attn_mask_type=mask
+    )
+    query, key, value = (
+        torch.zeros(sum(LENGTHS), heads, shape.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+    )
+    bounds = {f"cu_seqlens_{side}{padded}": plan.bounds for side in ("q", "kv") for padded in ("", "_padded")}
+    with _environment(UNFUSED, "0"):
+        try:
+            attention(
+                query, key, value, max_seqlen_q=plan.longest, max_seqlen_kv=plan.longest, **bounds
+            ).sum().backward()
+        except (RuntimeError, ValueError) as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def check_fused_attention(hf_config: HfConfig, *, tensor: int, vision_tensor: int) -> None:
+    """Raises ValueError if the attention of this model would not be fused on this GPU. The message names the fix."""
+    for shape in attention_shapes(hf_config, tensor=tensor, vision_tensor=vision_tensor):
+        if (refusal := fused_attention_refusal(shape)) is not None:
+            raise ValueError(
+                f"TransformerEngine cannot run fused attention {shape}: {refusal} What it would run instead takes many "
+                "times as long. Often there are two versions of cuDNN: set CUDNN_HOME to the folder of the one that "
+                f"torch uses. NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows the reasons. {UNFUSED}=1 runs it anyway, and "
+                "model.backend=torch does without TransformerEngine"
+            )
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
