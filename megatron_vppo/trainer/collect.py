@@ -19,6 +19,7 @@ from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
 from megatron_vppo.trainer.grader import Grader
+from megatron_vppo.trainer.stopping import Durations
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Collector:
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
+    durations: Durations
 
     def place(self) -> dict[str, Any]:
         """Returns the place in the order of prompts, on rank 0; {} elsewhere."""
@@ -88,7 +90,7 @@ class Collector:
                 n=self.config.rollout.n,
             )
             groups = self.sampler.generate(prompts, seeds=seeds, sampling=self.sampling, first_group=attempt * size)
-        with log.span(REWARD.span):
+        with log.span(REWARD.span), self.durations.time("grading"):
             return grade_groups(self.grader, groups)
 
     def _draw(self, size: int) -> list[Prompt]:

@@ -185,7 +185,7 @@ def _open_run(
             policy=policy,
             placement=placement,
             sampler=sampler,
-            collector=Collector(config, stream, sampler, grader, train_sampling(config, eos)),
+            collector=Collector(config, stream, sampler, grader, train_sampling(config, eos), stopping.durations),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
             log=log,
             start_step=resumed.step,

@@ -32,10 +32,11 @@ TIME_LIMIT_MARGIN_SECONDS = 30.0
 """The time that is left over for the end of a run at its job's time limit: engines, logs, the requeue."""
 
 
-Part = Literal["step", "update", "weight sync", "checkpoint"]
+Part = Literal["step", "grading", "update", "weight sync", "checkpoint"]
 
 UNCUT: Mapping[Part, str] = MappingProxyType(
     {
+        "grading": "Raise reward.num_workers, lower reward.timeout_seconds, or raise",
         "update": "Lower data.rollout_batch_size, or raise",
         "weight sync": "Raise",
         "checkpoint": "Put trainer.runs_dir on faster storage, or raise",

@@ -14,6 +14,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.rollout.records import SamplingSettings
 from megatron_vppo.trainer.collect import Collector
+from megatron_vppo.trainer.stopping import Durations
 from megatron_vppo.trainer.validate import Validator
 
 
@@ -67,10 +68,12 @@ def collect(tmp_path: Path, mixed: set[int], **algorithm: Any) -> tuple[list[Any
         }
     )
     sampler = Sampler()
-    collector = Collector(config, Stream(), sampler, Grader(mixed), SamplingSettings(max_tokens=4))  # type: ignore[arg-type]
+    sampling, durations = SamplingSettings(max_tokens=4), Durations()
+    collector = Collector(config, Stream(), sampler, Grader(mixed), sampling, durations)  # type: ignore[arg-type]
     log = RunLog(tmp_path)
     with log.step(1):
         groups = collector.groups(1, log)
+    assert durations.longest("grading") is not None
     log.close()
     (metrics,) = read_metrics(tmp_path)
     return groups, metrics, sampler
