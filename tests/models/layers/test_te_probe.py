@@ -1,0 +1,26 @@
+"""The shapes of attention that are tried on a GPU; tests/gpu/test_attention.py tries them."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_vppo.models.layers.te_probe import AttentionShape, attention_shapes, check_fused_attention
+from megatron_vppo.planning.published import published_config
+
+
+def test_shapes_of_a_rank() -> None:
+    language, vision = attention_shapes(published_config("qwen2.5-vl-7b"), tensor=2, vision_tensor=1)
+    assert language == AttentionShape("language model", 14, 2, 128, causal=True)
+    assert vision == AttentionShape("vision tower", 16, 16, 80, causal=False)
+
+
+def test_ranks_that_share_a_key_value_head_have_one() -> None:
+    language, vision = attention_shapes(published_config("qwen3-vl-8b"), tensor=16, vision_tensor=4)
+    assert (language.heads, language.kv_heads, language.head_dim) == (2, 1, 128)
+    assert (vision.heads, vision.kv_heads, vision.head_dim) == (4, 4, 72)
+
+
+def test_nothing_is_tried_where_the_user_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On this machine without TransformerEngine a try would fail."""
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "1")
+    check_fused_attention(published_config("qwen2.5-vl-7b"), tensor=1, vision_tensor=1)
