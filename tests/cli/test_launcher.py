@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-ALIKE = ("defect", "CUDA memory", "engine", "interrupt", "exit")
+ALIKE = ("defect", "CUDA memory", "engine", "interrupt", "exit", "full disk")
 """Cases that go the way of another one."""
 
 
@@ -134,7 +134,7 @@ def test_a_run_without_an_error_prints_what_rank_0_prints(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "number, status, message",
     [
-        (signal.SIGINT, 130, "vppo: ended by SIGINT\n"),
+        pytest.param(signal.SIGINT, 130, "vppo: ended by SIGINT\n", marks=pytest.mark.extended),
         (signal.SIGTERM, 143, "vppo: ended by SIGTERM\n"),
         (signal.SIGKILL, -signal.SIGKILL, ""),
     ],
@@ -153,7 +153,7 @@ def test_a_signal_ends_every_rank(number: signal.Signals, status: int, message: 
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.extended), signal.SIGUSR2])
 def test_a_run_with_work_to_save_is_asked_to_stop(number: signal.Signals, tmp_path: Path) -> None:
     process = start(train_command(tmp_path), environment("stop when asked"))
     assert process.stdout is not None
@@ -188,7 +188,7 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("what", ["a folder in its place", "a full disk"])
+@pytest.mark.parametrize("what", [pytest.param("a folder in its place", marks=pytest.mark.extended), "a full disk"])
 def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp_path: Path) -> None:
     log = logs_of(tmp_path) / "launcher.log"
     log.parent.mkdir(parents=True)

@@ -55,6 +55,7 @@ def test_under_srun_a_rank_that_was_killed_is_named_once(tmp_path: Path) -> None
     )
 
 
+@pytest.mark.extended
 def test_the_cause_is_told_even_where_it_comes_last(tmp_path: Path) -> None:
     """Rank 0 loses contact at once; rank 1, which has closed its connections, raises its error a second later."""
     first, second = train_under_srun(tmp_path, "late cause")

@@ -165,9 +165,8 @@ def test_killed(hf_folders: dict[str, Path], converted: dict[str, Path], tmp_pat
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(
-    ("direction", "processes"), [pytest.param("hf-to-megatron", 2, marks=pytest.mark.extended), ("megatron-to-hf", 1)]
-)
+@pytest.mark.extended
+@pytest.mark.parametrize(("direction", "processes"), [("hf-to-megatron", 2), ("megatron-to-hf", 1)])
 def test_full_disk(
     direction: str, processes: int, hf_folders: dict[str, Path], converted: dict[str, Path], tmp_path: Path,
     repo_root: Path,

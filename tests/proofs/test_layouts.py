@@ -93,6 +93,14 @@ LAYOUTS = {
     ),
 }
 
+DAILY_ON_FOUR = (
+    "TP 2 x CP 2, sequence parallel, images shared out",
+    "TP 2 x PP 2, sequence parallel, interleaved, recomputed",
+    "CP 2 x PP 2, uneven",
+    "CP 4",
+)
+"""Of the layouts on four ranks those that are not `extended`: each kind of parallelism, with and without another."""
+
 MODELS = {
     "Qwen2.5-VL": tiny_config(tied=False, vocab=299, num_hidden_layers=5),
     "Qwen3-VL": tiny_qwen3_config(tied=True, vocab=301, taps=(0, 2), num_hidden_layers=5),
@@ -130,22 +138,28 @@ Results = dict[tuple[str, str, int], Found]
 """By layout, model and rows of a micro-batch."""
 
 
-@pytest.fixture(scope="module")
-def results_of(models: dict[str, tuple[Path, Outcome]]) -> Callable[[Case], Results]:
-    """Results of all layouts with as many ranks as the given one; processes are started once for all of these."""
-    done: dict[int, Results] = {}
+def is_extended(name: str) -> bool:
+    ranks = LAYOUTS[name].ranks
+    return name not in DAILY_ON_FOUR if ranks == 4 else ranks != 2
 
-    def results(case: Case) -> Results:
-        if case.ranks not in done:
-            names = [name for name, other in LAYOUTS.items() if other.ranks == case.ranks]
+
+@pytest.fixture(scope="module")
+def results_of(models: dict[str, tuple[Path, Outcome]]) -> Callable[[str], Results]:
+    """Results of the layouts that are started together: those with as many ranks as the given one, extended or not."""
+    done: dict[tuple[int, bool], Results] = {}
+
+    def results(name: str) -> Results:
+        together = (LAYOUTS[name].ranks, is_extended(name))
+        if together not in done:
+            names = [other for other, case in LAYOUTS.items() if (case.ranks, is_extended(other)) == together]
             folders = {model: folder for model, (folder, _) in models.items()}
-            (done[case.ranks], *others) = run_gloo(_rank, case.ranks, names, folders, timeout_seconds=600)
-            assert all(other.keys() == done[case.ranks].keys() for other in others)
+            (done[together], *others) = run_gloo(_rank, together[0], names, folders, timeout_seconds=600)
+            assert all(other.keys() == done[together].keys() for other in others)
             for other in others:  # every rank has the whole result, and the same
                 assert {key: found.gradient for key, found in other.items()} == {
-                    key: found.gradient for key, found in done[case.ranks].items()
+                    key: found.gradient for key, found in done[together].items()
                 }
-        return done[case.ranks]
+        return done[together]
 
     return results
 
@@ -209,12 +223,12 @@ def _worst(what: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[] if case.ranks in (2, 4) else pytest.mark.extended) for name, case in LAYOUTS.items()],
+    [pytest.param(name, marks=[pytest.mark.extended] if is_extended(name) else []) for name in LAYOUTS],
 )
 def test_equals_transformers(
-    name: str, results_of: Callable[[Case], Results], record_property: Callable[[str, object], None]
+    name: str, results_of: Callable[[str], Results], record_property: Callable[[str, object], None]
 ) -> None:
-    results = {key: found for key, found in results_of(LAYOUTS[name]).items() if key[0] == name}
+    results = {key: found for key, found in results_of(name).items() if key[0] == name}
     assert len(results) == len(MODELS) * len(ROWS_EACH)
     for (_, model, rows), found in results.items():
         where = f"{name}, {model}, {rows} rows a micro-batch"

@@ -96,7 +96,7 @@ def _engine(folder: Path, ranks: int) -> RolloutEngine:
 @pytest.mark.parametrize(
     ("family", "engine_ranks"),
     [
-        ("Qwen2.5-VL", 1),
+        pytest.param("Qwen2.5-VL", 1, marks=pytest.mark.extended),
         ("Qwen3-VL", 1),
         pytest.param("Qwen2.5-VL", 2, marks=pytest.mark.extended),
         pytest.param("Qwen3-VL", 2, marks=pytest.mark.extended),

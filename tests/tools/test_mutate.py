@@ -152,6 +152,7 @@ def results(out: Path) -> dict[str, Any]:
     return {f"{r['line']}: {r['before']} -> {r['after']}": (r["status"], r.get("killed_by")) for r in records}
 
 
+@pytest.mark.extended
 def test_mutants_of_a_toy(toy: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}

@@ -191,7 +191,7 @@ def test_every_move_of_a_run(tmp_path: Path) -> None:
         "sleep, keeping weights", "barrier", "reload optimizer params", "save 2",
     ]  # fmt: skip
     assert device.held.keys() == {"params", "optimizer"}, "which an export finds"
-    assert None not in [run.stopping.durations.longest(part) for part in ("step", *UNCUT)]
+    assert None not in [run.stopping.durations.longest(part) for part in ("step", *UNCUT) if part != "grading"]
 
 
 def test_a_step_without_groups_moves_nothing(tmp_path: Path) -> None:
