@@ -99,7 +99,7 @@ DAILY_ON_FOUR = (
     "CP 2 x PP 2, uneven",
     "CP 4",
 )
-"""Of the layouts on four ranks those that are not `extended`: each kind of parallelism, with and without another."""
+"""The layouts on four ranks that are not `extended`: each kind of parallelism, with and without another."""
 
 MODELS = {
     "Qwen2.5-VL": tiny_config(tied=False, vocab=299, num_hidden_layers=5),
@@ -139,6 +139,7 @@ Results = dict[tuple[str, str, int], Found]
 
 
 def is_extended(name: str) -> bool:
+    """Tells if a layout is left to `make test-all`."""
     ranks = LAYOUTS[name].ranks
     return name not in DAILY_ON_FOUR if ranks == 4 else ranks != 2
 
