@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import gpu_check
 import pytest
 import torch
-from gpu_check import main, read_report, table
+from bench import gpu_questions
+from gpu_check import main, measure, read_report, run_tests, table
 
 TESTS = """
 import pytest
@@ -34,3 +37,29 @@ def test_table(tmp_path: Path) -> None:
 def test_without_a_gpu_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
+
+
+def test_every_gpu_test_belongs_to_one_part(repo_root: Path) -> None:
+    files = [name for names in gpu_check.TESTS.values() for name in names]
+    assert sorted(files) == sorted(path.name for path in (repo_root / "tests/gpu").glob("test_*.py"))
+
+
+def test_a_part_without_a_report_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "PYTEST", ("json.tool",))
+    (check,) = run_tests("layers", ["--no-such-option"])
+    assert (check.file, check.outcome, check.reason) == ("layers", "failed", "it ended with status 2")
+
+
+def test_figures_go_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", {"good": ("-c", "print(1)"), "bad": ("-c", "raise SystemExit(3)")})
+    checks = [measure(name, tmp_path / "out") for name in ("good", "bad")]
+    assert [(check.outcome, check.reason) for check in checks] == [("passed", ""), ("failed", "it ended with status 3")]
+    assert (tmp_path / "out/good.json").read_text() == "1\n"
+    assert f"figures  {tmp_path / 'out/good.json'}" in table(checks)
+
+
+def test_small_questions_are_answered(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_questions.main(["--small", "--seconds-per-case", "0"])
+    report = json.loads(capsys.readouterr().out)
+    assert list(report["tower_mlp_ms"]) == ["36", "40"] and report["windows_ms"]["batch, torch"]["forward"] > 0
+    assert report["attention_host_ms"] == "it needs TransformerEngine"
