@@ -85,8 +85,8 @@ LEGEND = {
     "MFU": "the update's least arithmetic (nothing computed twice) over its seconds and the peak of the GPU.",
 }
 CAVEAT = (
-    "Modelled, not measured: no GPU has confirmed these seconds. Published runs of others took 0.94 to 1.6 times what "
-    "such a model said of them. Differences between layouts are safer than sums (docs/plan.md)."
+    "Modelled, not measured: a GPU has measured shares of scoring, none a whole step. Published runs of others took "
+    "0.94 to 1.6 times what such a model said of them. Differences between layouts are safer than sums (docs/plan.md)."
 )
 
 

@@ -62,8 +62,8 @@ class Reached:
     """The share of each peak that programs reach."""
 
     product: float
-    memory: float = 0.9
-    """A guess: device-to-device copies are usually reported at 0.89 to 0.92 of the sheet."""
+    memory: float = 0.87
+    """Measured on an H200: 4,194 of 4,800 GB/s in a copy (docs/LOG.md, 2026-11-29)."""
     node: float = 0.8
     """A guess: the bus bandwidth of NCCL's large all-reduces over one direction of NVLink."""
     network: float = 0.9
@@ -72,9 +72,9 @@ class Reached:
     """A guess for eight GPUs that copy at once: they share the host's memory."""
 
 
-HOPPER = Reached(product=0.728)
-"""720 of 989 TFLOP/s: an assumption for all shapes of a layer. The best single shape reaches 0.80 (mamf-finder's table,
-github.com/stas00/ml-engineering)."""
+HOPPER = Reached(product=0.75)
+"""Measured on an H200: 744 and 767 of 989 TFLOP/s in the fastest square product (docs/LOG.md, 2026-11-29). The best
+shape of others reaches 0.80 (mamf-finder's table, github.com/stas00/ml-engineering)."""
 AMPERE = Reached(product=0.80)
 """A guess by the same discount. The best single shape reaches 0.86 (the same table)."""
 
