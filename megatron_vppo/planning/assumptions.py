@@ -18,10 +18,11 @@ class Shares:
     once or more, 0.81 with 5,000. Published: Llama-3-8B in bfloat16 at 520 to 560 TFLOP/s on H100 (NVIDIA's recipes),
     which is 0.70 to 0.75."""
     vision: float = 0.59
-    """The vision tower, with widths that are multiples of 8. Measured on an H200, forward."""
+    """The vision tower, with widths that are multiples of 8. Estimated from a profile on an H200, forward: 0.46 with a
+    width of 3,420."""
     misaligned_vision: float = 1.28
     """The vision tower takes this many times longer if the width of a rank's part of its MLP is no multiple of 8.
-    Measured on an H200, forward."""
+    Estimated from the same profile: the product of that width at the speed of the others."""
     prefill: float = 0.55
     """Products of an engine that reads prompts. A guess."""
     decode_products: float = 0.60

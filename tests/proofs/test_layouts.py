@@ -99,7 +99,7 @@ DAILY_ON_FOUR = (
     "CP 2 x PP 2, uneven",
     "CP 4",
 )
-"""The layouts on four ranks that are not `extended`: each kind of parallelism, with and without another."""
+"""The layouts on four ranks that are not `extended`."""
 
 MODELS = {
     "Qwen2.5-VL": tiny_config(tied=False, vocab=299, num_hidden_layers=5),

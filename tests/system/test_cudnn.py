@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _ctypes
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -55,6 +56,24 @@ def test_another_cudnn_that_the_user_names_stays(wheels: Path, name: str) -> Non
     assert parts == []
 
 
+def test_a_part_that_cannot_be_loaded_is_no_error(wheels: Path) -> None:
+    (wheels / "nvidia/cudnn/lib/libcudnn.so.9").write_bytes(b"half a library")
+    assert loaded(wheels)[0] == "None"
+
+
+def test_a_module_of_another_kind_is_no_error(wheels: Path) -> None:
+    shutil.rmtree(wheels / "nvidia")
+    (wheels / "nvidia.py").touch()
+    assert loaded(wheels) == ["None"]
+
+
+def test_of_two_folders_the_one_with_libraries_counts(wheels: Path) -> None:
+    (wheels / "first" / "nvidia" / "cudnn").mkdir(parents=True)
+    environment = f"{wheels / 'first'}:{wheels}"
+    assert loaded(Path(environment))[0] == str(wheels / "nvidia/cudnn")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="TransformerEngine is installed")
 def test_nothing_is_loaded_without_transformer_engine(wheels: Path) -> None:
     shutil.rmtree(wheels / "transformer_engine")
     assert loaded(wheels) == ["None"]

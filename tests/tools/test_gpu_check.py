@@ -50,10 +50,26 @@ def test_a_part_without_a_report_has_failed(monkeypatch: pytest.MonkeyPatch) -> 
     assert (check.file, check.outcome, check.reason) == ("layers", "failed", "it ended with status 2")
 
 
+def test_a_selection_of_nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "TESTS", {"numbers": ("../system/test_cudnn.py",)})
+    (check,) = run_tests("numbers", ["-q", "-p", "no:cacheprovider", "-k", "no_such_test"])
+    assert (check.outcome, check.reason) == ("failed", "no check was selected")
+
+
 def test_figures_go_into_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "BENCHMARKS", {"good": ("-c", "print(1)"), "bad": ("-c", "raise SystemExit(3)")})
-    checks = [measure(name, tmp_path / "out") for name in ("good", "bad")]
-    assert [(check.outcome, check.reason) for check in checks] == [("passed", ""), ("failed", "it ended with status 3")]
+    codes = {
+        "good": "print(1)",
+        "bad": "raise SystemExit(3)",
+        "half": """print('{"fp8": {"error": "no"}}')""",
+        "slow": "while True: pass",
+    }
+    monkeypatch.setattr(gpu_check, "BENCHMARKS", {name: ("-c", code) for name, code in codes.items()})
+    monkeypatch.setattr(gpu_check, "MEASURING_SECONDS", 2)
+    checks = [measure(name, tmp_path / "out") for name in codes]
+    assert [check.outcome for check in checks] == ["passed", "failed", "failed", "failed"]
+    assert [check.reason for check in checks[1:]] == [
+        "it ended with status 3", "a case of it failed", "it took longer than 2 s",
+    ]  # fmt: skip
     assert (tmp_path / "out/good.json").read_text() == "1\n"
     assert f"figures  {tmp_path / 'out/good.json'}" in table(checks)
 

@@ -121,17 +121,20 @@ def windows(sizes: Sizes, device: torch.device, measure: Measure) -> dict[str, d
     ways: dict[str, Callable[[], Tensor]] = {"batch, torch": batched}
     if _has_te(device):
         ways["packed, TransformerEngine"] = partial(_PackedAttention(sizes, lengths, device), query, key, value)
-    return {name: _forward_and_both(run, measure) for name, run in ways.items()}
+    return {name: _forward_and_both(run, (query, key, value), measure) for name, run in ways.items()}
 
 
-def _forward_and_both(run: Callable[[], Tensor], measure: Measure) -> dict[str, float]:
+def _forward_and_both(run: Callable[[], Tensor], inputs: Sequence[Tensor], measure: Measure) -> dict[str, float]:
     gradient = torch.randn_like(run())
 
     def forward() -> None:
         with torch.no_grad():
             run()
 
-    return {"forward": measure(forward), "forward and backward": measure(lambda: run().backward(gradient))}
+    def both() -> None:
+        torch.autograd.grad(run(), inputs, gradient)
+
+    return {"forward": measure(forward), "forward and backward": measure(both)}
 
 
 class _PackedAttention:
@@ -156,18 +159,16 @@ class _PackedAttention:
 def attention_of_the_host(sizes: Sizes, device: torch.device, *, calls: int = 20) -> dict[str, float]:
     """Times calls of TransformerEngine's attention that the host cannot make as fast as the device takes them.
 
-    A call with another shape than the last one makes TransformerEngine choose a backend again; one with a shape that
-    was never there makes cuDNN plan.
+    A call with another shape than the last one makes TransformerEngine choose a backend again. One with a number of
+    tokens that was never there may make cuDNN plan; TransformerEngine rounds these numbers, to powers of two at most.
     """
-    tokens = sizes.frame
-    operands = _operands(sizes, tokens, device)
-    narrow = _PackedAttention(sizes, (sizes.window,) * (tokens // sizes.window), device)
-    whole = _PackedAttention(sizes, (tokens,), device)
-    new = [_PackedAttention(sizes, (tokens - other, other), device) for other in range(8, 8 + 8 * calls, 8)]
+    narrow, whole = (sizes.window,) * (sizes.frame // sizes.window), (sizes.frame,)
 
-    def each(attentions: Sequence[_PackedAttention]) -> float:
+    def each(shapes: Sequence[tuple[int, ...]]) -> float:
         times = []
-        for attention in attentions:
+        for lengths in shapes:
+            attention = _PackedAttention(sizes, lengths, device)
+            operands = _operands(sizes, sum(lengths), device)
             torch.cuda.synchronize(device)
             began = time.perf_counter()
             attention(*operands)
@@ -179,7 +180,7 @@ def attention_of_the_host(sizes: Sizes, device: torch.device, *, calls: int = 20
     return {
         "the same shape again": each([narrow] * calls),
         "two shapes in turn": each([narrow, whole] * (calls // 2)),
-        "a new longest sequence": each(new),
+        "a new number of tokens": each([(128 * 2**doubled,) for doubled in range(8)]),
     }
 
 

@@ -1,7 +1,7 @@
 """A try of TransformerEngine's attention on this GPU, before a model is built that would run a slower one.
 
-TransformerEngine falls back to attention that is not fused without a word. In a layer of Qwen2.5-VL-7B that took ten
-times as long as everything else (docs/LOG.md).
+TransformerEngine falls back to attention that is not fused without a word. On an H200 scoring then took 4.5 times as
+long (docs/LOG.md, 2026-11-29).
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ UNFUSED = "NVTE_UNFUSED_ATTN"
 """TransformerEngine's environment variable; 0: raise an error rather than run attention that is not fused."""
 LENGTHS = (64, 32)
 """Tokens of the sequences that are tried."""
+HOPPER = (9, 0)
+"""The first compute capability on which cuDNN has a backward pass for packed sequences, by the messages in the library
+of TransformerEngine 2.20; no earlier chip was tried."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def attention_shapes(hf_config: HfConfig, *, tensor: int, vision_tensor: int) ->
         vision_tensor: those of the tower.
     """
     text, vision = hf_config.text_config, hf_config.vision_config
-    kv_heads = max(1, text.num_key_value_heads // tensor)
+    kv_heads = text.num_key_value_heads // tensor
     vision_heads = vision.num_heads // vision_tensor
     return (
         AttentionShape("language model", text.num_attention_heads // tensor, kv_heads, head_dim(text), True),
@@ -54,12 +57,7 @@ def attention_shapes(hf_config: HfConfig, *, tensor: int, vision_tensor: int) ->
 
 
 def fused_attention_refusal(shape: AttentionShape) -> str | None:
-    """Runs packed attention of this shape in bfloat16, forward and backward; returns why it cannot be fused, or None.
-
-    Nothing is tried if the environment has UNFUSED: the user has decided.
-    """
-    if UNFUSED in os.environ:
-        return None
+    """Runs packed attention of this shape, forward and backward, in bfloat16. Returns why it is not fused, or None."""
     import transformer_engine.pytorch as te
 
     from megatron_vppo.models.layers.te_parts import sequence_bounds
@@ -80,27 +78,46 @@ def fused_attention_refusal(shape: AttentionShape) -> str | None:
             attention(
                 query, key, value, max_seqlen_q=plan.longest, max_seqlen_kv=plan.longest, **bounds
             ).sum().backward()
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
         except (RuntimeError, ValueError) as error:
-            return (str(error).splitlines() or [type(error).__name__])[0]
+            return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     return None
 
 
 def check_fused_attention(hf_config: HfConfig, *, tensor: int, vision_tensor: int) -> None:
-    """Raises ValueError if the attention of this model would not be fused on this GPU. The message names the fix."""
+    """Raises ValueError if the attention of this model would not be fused on this GPU. The message names the fix.
+
+    Nothing is tried if the environment sets UNFUSED to 1: the user has decided.
+    """
+    if os.environ.get(UNFUSED, "0") != "0":
+        return
     for shape in attention_shapes(hf_config, tensor=tensor, vision_tensor=vision_tensor):
         if (refusal := fused_attention_refusal(shape)) is not None:
             raise ValueError(
-                f"TransformerEngine cannot run fused attention {shape}: {refusal} What it would run instead takes many "
-                "times as long. Often there are two versions of cuDNN: set CUDNN_HOME to the folder of the one that "
-                f"torch uses. NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows the reasons. {UNFUSED}=1 runs it anyway, and "
-                "model.backend=torch does without TransformerEngine"
+                f"TransformerEngine cannot run fused attention {shape}: {refusal}. What it would run instead takes "
+                f"several times as long. {_advice()} NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons. {UNFUSED}=1 "
+                "runs it anyway, and model.backend=torch does without TransformerEngine"
             )
+
+
+def _advice() -> str:
+    if torch.cuda.get_device_capability() < HOPPER:
+        return "GPUs before Hopper need the package flash-attn for it."
+    return (
+        "Usually there are two versions of cuDNN: unset CUDNN_HOME and CUDNN_PATH, or set them to the folder of "
+        "torch's."
+    )
 
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
     os.environ[name] = value
     try:
         yield
     finally:
-        del os.environ[name]
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -14,9 +14,9 @@ def test_shapes_of_a_rank() -> None:
     assert vision == AttentionShape("vision tower", 16, 16, 80, causal=False)
 
 
-def test_ranks_that_share_a_key_value_head_have_one() -> None:
-    language, vision = attention_shapes(published_config("qwen3-vl-8b"), tensor=16, vision_tensor=4)
-    assert (language.heads, language.kv_heads, language.head_dim) == (2, 1, 128)
+def test_heads_that_are_wider_than_the_model_by_their_number() -> None:
+    language, vision = attention_shapes(published_config("qwen3-vl-32b"), tensor=8, vision_tensor=4)
+    assert (language.heads, language.kv_heads, language.head_dim) == (8, 1, 128)
     assert (vision.heads, vision.kv_heads, vision.head_dim) == (4, 4, 72)
 
 
