@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -40,17 +41,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.steps < memory.FEWEST_STEPS:
         parser.error(f"--steps {options.steps}: no line can be drawn through fewer than {memory.FEWEST_STEPS}")
     scratch = Path(tempfile.mkdtemp(prefix="chaos-"))
-    tell(f"files: {scratch}; those of what goes well are removed")
+    tell(f"files: {scratch}; removed if everything goes well")
     digits = make_digits(scratch / "digits", "--train-pairs", "256", "--val-pairs", "16")
     faults: list[str] = []
-    tables: list[str] = []
     for part in options.only:
         tell(f"--- {part}")
         table, found = _PARTS[part](options, digits, scratch / part)
-        tables.append(table)
+        print(f"\n{table}\n", flush=True)
         faults += [f"{part}: {fault}" for fault in found]
-    print("\n" + "\n\n".join(tables))
-    print("\n" + ("\n".join(["FAULTS", *faults]) if faults else "No fault."))
+    print("\n".join(["FAULTS", *faults]) if faults else "No fault.")
+    if not faults:
+        shutil.rmtree(scratch)
     return 1 if faults else 0
 
 
