@@ -142,7 +142,8 @@ def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_pa
     job = submit(cluster, write("wait 0.5, wait 0.5, wait 0.5, 0", nodes=2, tasks=1, time="1"))
     wait_for_restart(cluster, job, 1)
     for restarts, signal in ((1, "USR2"), (2, "TERM")):
-        wait_for(cluster, job, lambda _, attempt=restarts: f"{attempt} 1 waits" in recorded(tmp_path))
+        waiting = {f"{restarts} {rank} waits" for rank in range(2)}
+        wait_for(cluster, job, lambda _, waiting=waiting: waiting <= set(recorded(tmp_path)))
         cluster.run("scancel", f"--signal={signal}", "--batch", job)
         wait_for_restart(cluster, job, restarts + 1)
     done = wait_for_end(cluster, job)
