@@ -35,7 +35,7 @@ lint: install
 
 test: lint slurm
 	@echo "test: pytest"
-	@$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not extended" $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not extended" $(ARGS)
 
 # Says so and goes on where it may not be installed; the tests that need it are skipped there.
 slurm:
