@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from megatron_vppo.cli.errors import DO_NOT_RESTART, show
-from megatron_vppo.cli.output import READER_LEFT, reader_left
+from megatron_vppo.cli.errors import DO_NOT_RESTART, STOPPED, show
+from megatron_vppo.cli.output import READER_LEFT, flush_output, reader_left
 from megatron_vppo.cli.rank_error import RankError, describe, rank_log, write_error
 from megatron_vppo.cli.silent_ranks import explain_silence, mark_reported
 from megatron_vppo.system.attempt import link_latest
@@ -62,7 +62,11 @@ def run_rank(work: Callable[[], int], *, logs: Path) -> int:
     record_collectives(logs.absolute())
     _end_if_main_thread_hangs(rank, log, terminal)
     try:
-        return _call(work, logs, terminal)
+        status = _call(work, logs, terminal)
+        if status == STOPPED:  # all ranks at once: how long Python takes to end differs from rank to rank by seconds
+            flush_output()
+            os._exit(status)
+        return status
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and reader_left(sys.stdout):
             os._exit(READER_LEFT)

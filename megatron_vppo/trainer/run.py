@@ -110,6 +110,7 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
         if layout.rank == 0:
             end_on_request(folder.root)
             say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
+        dist.barrier()  # when the first rank has ended, srun kills the others after KillWait
         destroy_layout()
         return False
     if layout.rank == 0:
