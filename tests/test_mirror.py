@@ -13,7 +13,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 PACKAGE = ROOT / "megatron_vppo"
 
-ELSEWHERE = {"proofs", "gpu", "reliability", "slurm", "tools"}
+ELSEWHERE = {"proofs", "gpu", "performance", "reliability", "slurm", "tools"}
 """Folders of tests that are about no single room."""
 
 WHOLE_ROOM = {"conversion/test_wrong_input.py": "each case goes through several modules of the converters"}

@@ -7,7 +7,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_vppo.config.schema import ActorConfig, AlgorithmConfig, DataConfig, PerturbConfig, RolloutConfig
+from megatron_vppo.config.schema import (
+    ActorConfig,
+    AlgorithmConfig,
+    DataConfig,
+    ParallelConfig,
+    PerturbConfig,
+    RolloutConfig,
+)
 from megatron_vppo.planning.assumptions import CAUTIOUS, HOPEFUL, Assumptions
 from megatron_vppo.planning.candidate import PlanRequest
 from megatron_vppo.planning.gpus import GpuCeilings, gpu_named
@@ -63,6 +70,7 @@ def speed_request(options: argparse.Namespace, request: PlanRequest) -> SpeedReq
             rows_per_update=workload.rows_per_micro_batch,
             rows_per_scoring=workload.rows_per_micro_batch,
             perturbed_per_row=PerturbConfig.model_fields["per"].default == "row",
+            shared_prefix=ParallelConfig.model_fields["shared_prefix"].default,
         ),
         machine=Machine(gpu_named(options.gpu)),
         max_sequences=rollout["max_num_seqs"].default,

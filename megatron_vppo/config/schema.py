@@ -164,6 +164,10 @@ class ParallelConfig(Section):
     vision_split: VisionSplit = "tensor"
     """The way tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank
     the whole tower and images of its own. Context-parallel ranks get images of their own in both."""
+    shared_prefix: bool = True
+    """A prompt that several responses of a micro-batch share runs once for all of them, images included. Results do not
+    depend on it. Under context parallelism it has no effect: ranks cut whole sequences.
+    """
     recompute: Recompute = "none"
     """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
     and run again."""

@@ -22,8 +22,9 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import BatchSplit, Packer, Pixels, ResponseBatch, View, rows_of_rank
+from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, View, rows_of_rank
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.packer import Packer
 from megatron_vppo.parallel.vocab_head import VocabHead
 
 ReadHidden = Callable[[ResponseBatch, Tensor], None]
@@ -47,6 +48,9 @@ class PolicySettings:
     head_chunk_tokens: int
     """Rows of logits that may exist at once."""
     perturb_per: PerturbUnit
+    shared_prefix: bool
+    """True if a prompt that several views of a micro-batch show runs once for all of them; not under context
+    parallelism."""
     fp8_scope: frozenset[Fp8Phase] = frozenset()
     """The phases in which the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
     token_alignment: int = 1
@@ -89,6 +93,7 @@ class ScheduleRunner:
                 token_alignment=settings.token_alignment,
             ),
             device=layout.device,
+            shares_prompts=settings.shared_prefix,
         )
 
     @property

@@ -104,6 +104,9 @@ class StepWork:
     """Responses of a micro-batch."""
     perturbed_per_row: bool = True
     """True if each response has a perturbed image of its own, False if a group shares one."""
+    shared_prefix: bool = False
+    """True if the responses of a group that lie in one micro-batch share their prompt in each view that all of them
+    show alike."""
 
     @property
     def rows(self) -> int:
@@ -141,14 +144,16 @@ def images_flops(cost: ModelCost, work: StepWork) -> float:
 
 def scoring_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
     """Counts both views of a group. Each micro-batch that holds a part of the group reads its original images."""
-    original = micro_batches_of_group(work.responses, work.rows_per_scoring)
-    perturbed = work.responses if work.perturbed_per_row else original
-    return _packed(cost, work, views=2, original=original, perturbed=perturbed)
+    parts = micro_batches_of_group(work.responses, work.rows_per_scoring)
+    original = _View(images=parts, prompts=parts if work.shared_prefix else work.responses)
+    perturbed = _View(work.responses, work.responses) if work.perturbed_per_row else original
+    return _packed(cost, work, original, perturbed)
 
 
 def update_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
     """Counts one forward pass of a group. Each micro-batch that holds a part of the group reads its images."""
-    return _packed(cost, work, views=1, original=micro_batches_of_group(work.responses, work.rows_per_update))
+    parts = micro_batches_of_group(work.responses, work.rows_per_update)
+    return _packed(cost, work, _View(images=parts, prompts=parts if work.shared_prefix else work.responses))
 
 
 def micro_batches_of_group(responses: int, rows_each: int) -> int:
@@ -156,17 +161,27 @@ def micro_batches_of_group(responses: int, rows_each: int) -> int:
     return max(1, math.ceil(responses / rows_each))
 
 
-def _packed(cost: ModelCost, work: StepWork, *, views: int, original: int, perturbed: int = 0) -> GroupFlops:
-    """Args: original, perturbed: times that the images of the prompt are read, as they are and perturbed."""
-    rows = views * work.responses
+@dataclass(frozen=True)
+class _View:
+    images: int
+    """The times that the images of the prompt go through the tower."""
+    prompts: int
+    """The times that the prompt goes through the language model. All responses go through it once."""
+
+
+def _packed(cost: ModelCost, work: StepWork, original: _View, perturbed: _View | None = None) -> GroupFlops:
+    views = [original] if perturbed is None else [original, perturbed]
+    prompts, rows = sum(view.prompts for view in views), len(views) * work.responses
+    prompt, read = work.prompt_tokens, work.response_tokens - 1
+    towers = sum(view.images for view in views)
     return GroupFlops(
-        language=rows * cost.sequence(work.row_tokens),
-        attention=rows * cost.attention * work.row_tokens**2,
+        language=prompts * cost.sequence(prompt) + rows * cost.continuation(prompt, read),
+        attention=cost.attention * (prompts * prompt**2 + rows * ((prompt + read) ** 2 - prompt**2)),
         head=rows * cost.per_head_position * work.response_tokens,
-        tokens=rows * work.row_tokens,
-        towers=(original + perturbed) * work.images,
-        tower=(original + perturbed) * images_flops(cost, work),
-        perturbed=perturbed * work.images,
+        tokens=prompts * prompt + rows * read,
+        towers=towers * work.images,
+        tower=towers * images_flops(cost, work),
+        perturbed=0 if perturbed is None else perturbed.images * work.images,
     )
 
 

@@ -8,7 +8,7 @@ of a pipeline count as equal.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_vppo.planning.step_flops import (
     BACKWARD,
@@ -58,7 +58,7 @@ class _Pass:
 
 def scoring_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
     """Returns the seconds in which both views of all rows are scored."""
-    host = machine.assumed.host
+    host, work = machine.assumed.host, _as_packed(work, layout)
     groups = math.ceil(work.prompts / layout.data)
     done = _Pass(
         group=scoring_of_group(model.cost, work),
@@ -75,7 +75,7 @@ def scoring_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, ma
 
 def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
     """Returns the seconds of all mini-batches: forward, backward, collectives and optimizer."""
-    host = machine.assumed.host
+    host, work = machine.assumed.host, _as_packed(work, layout)
     groups = work.minibatches * math.ceil(work.prompts / work.minibatches / layout.data)
     done = _Pass(
         group=update_of_group(model.cost, work),
@@ -96,6 +96,11 @@ def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, mac
         host=waiting + _packing(done, machine),
         optimizer=work.minibatches * optimizer_seconds(model, layout, machine),
     )
+
+
+def _as_packed(work: StepWork, layout: TrainerLayout) -> StepWork:
+    """Returns the work as ranks of this layout do it: context parallelism shares no prompts."""
+    return replace(work, shared_prefix=work.shared_prefix and layout.context == 1)
 
 
 def optimizer_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine) -> float:

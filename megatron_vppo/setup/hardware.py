@@ -145,6 +145,17 @@ def slower_without(backend: Backend) -> list[str]:
     return lines
 
 
+def prompts_apart(config: RunConfig) -> str | None:
+    """Returns a note for a run whose responses read their prompt each for itself though they could share it."""
+    context = config.parallel.context_parallel_size
+    if not config.parallel.shared_prefix or context == 1:
+        return None
+    return (
+        f"parallel.context_parallel_size={context}: ranks cut whole rows, so responses do not share their prompt "
+        "(parallel.shared_prefix has no effect)"
+    )
+
+
 def slower_layers(config: RunConfig, *, on_gpu: bool) -> str | None:
     """Returns a warning, with reasons, for a run on GPUs without TransformerEngine's layers; None for any other."""
     backend = choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype)

@@ -71,6 +71,7 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
         head_chunk_tokens=config.actor.head_chunk_tokens,
         perturb_per=config.algorithm.perturb.per,
+        shared_prefix=config.parallel.shared_prefix,
         fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
         token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
         scoring_chunk_seconds=config.trainer.stop_within_seconds / SCORING_CHUNKS,

@@ -34,7 +34,7 @@ from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt, end_on_request
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
-from megatron_vppo.setup.hardware import slower_layers
+from megatron_vppo.setup.hardware import prompts_apart, slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
@@ -163,8 +163,8 @@ def _open_run(
         held_out = from_rank_zero(partial(_validation_prompts, config, inputs, say))
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
 
-        if is_writer and (warning := slower_layers(config, on_gpu=on_gpus)):
-            say(warning)
+        for note in filter(None, (slower_layers(config, on_gpu=on_gpus), prompts_apart(config)) if is_writer else ()):
+            say(note)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         resumed = checkpointer.resume()

@@ -40,7 +40,7 @@ CASES = {
 }
 
 
-ALIKE = ("defect", "CUDA memory", "engine", "interrupt", "exit", "full disk")
+ALIKE = ("defect", "CUDA memory", "engine", "interrupt", "exit", "full disk", "one after the other")
 """Cases that go the way of another one."""
 
 
@@ -58,6 +58,7 @@ def test_one_message_says_which_rank_failed_and_why(failure: str, tmp_path: Path
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_native_text_goes_to_the_log(tmp_path: Path) -> None:
     status, _, err = train(tmp_path, "native text")
     assert (status, err.count("\n")) == (2, 1) and "rank 1: and an error" in err
@@ -118,6 +119,7 @@ def test_logs_keep_every_attempt(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_warnings_of_ours_stay_on_the_terminal(tmp_path: Path) -> None:
     assert train(tmp_path, "warn") == (0, LINE_OF_RANK_0, "a warning of ours\n")
     assert "a warning of a library" in (logs_of(tmp_path) / "trainer_rank_1.log").read_text()
@@ -164,6 +166,7 @@ def test_a_run_with_work_to_save_is_asked_to_stop(number: signal.Signals, tmp_pa
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_a_reader_that_has_left_is_no_error(tmp_path: Path) -> None:
     process = start(train_command(tmp_path), environment("none"))
     assert process.stdout is not None
@@ -188,7 +191,8 @@ def test_a_log_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("what", [pytest.param("a folder in its place", marks=pytest.mark.extended), "a full disk"])
+@pytest.mark.extended
+@pytest.mark.parametrize("what", ["a folder in its place", "a full disk"])
 def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp_path: Path) -> None:
     log = logs_of(tmp_path) / "launcher.log"
     log.parent.mkdir(parents=True)
@@ -202,6 +206,7 @@ def test_a_log_of_the_agent_that_cannot_be_written_hides_no_error(what: str, tmp
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_an_error_of_the_launcher_itself(tmp_path: Path) -> None:
     """Here it cannot read what a rank has written for it; it may also find no room for its files, or no port."""
     status, out, err = train(tmp_path, "spoilt report")
@@ -212,7 +217,8 @@ def test_an_error_of_the_launcher_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("closed", "number"), [pytest.param(">&-", 1, marks=pytest.mark.extended), ("2>&-", 2)])
+@pytest.mark.extended
+@pytest.mark.parametrize(("closed", "number"), [(">&-", 1), ("2>&-", 2)])
 def test_a_stream_that_is_closed_at_start(closed: str, number: int, tmp_path: Path) -> None:
     command = ["bash", "-c", f'exec "$0" "$@" {closed}', sys.executable, *train_command(tmp_path)]
     found = subprocess.run(command, env=environment("mistake"), capture_output=True, text=True, check=False)

@@ -45,7 +45,13 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS.keys())
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, id=name, marks=[pytest.mark.extended] if name == "plan" else [])
+        for name, command in COMMANDS.items()
+    ],
+)
 def test_a_reader_that_has_left_is_no_error(command: list[str], run_dir: Path) -> None:
     ended = run_without_reader([str(run_dir) if word == "RUN" else word for word in command])
     assert (ended.returncode, ended.stderr) == (SIGPIPE_STATUS, "")

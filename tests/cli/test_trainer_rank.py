@@ -36,6 +36,7 @@ def test_a_step_that_appends_to_the_logs_of_an_earlier_one_speaks_as_well(tmp_pa
     assert (logs_of(tmp_path, "a") / "trainer_rank_1.log").read_text().count("an attempt begins") == 2
 
 
+@pytest.mark.extended
 def test_under_srun_a_second_error_is_only_in_its_log(tmp_path: Path) -> None:
     first, second = train_under_srun(tmp_path, "one after the other", VPPO_TEST_RANKS="0,1")
     assert first == (93, "the line of rank 0\n", "")
@@ -63,6 +64,7 @@ def test_the_cause_is_told_even_where_it_comes_last(tmp_path: Path) -> None:
     assert second[2] == f"vppo: rank 1: the cause (traceback: {logs_of(tmp_path, 'job_7_0')}/trainer_rank_1.log)\n"
 
 
+@pytest.mark.extended
 def test_the_machine_is_named_where_there_are_several(tmp_path: Path) -> None:
     _, second = train_under_srun(tmp_path, "mistake", SLURM_NNODES="2", SLURM_STEP_ID="0", MASTER_ADDR="127.0.0.1")
     assert second[2].startswith(f"vppo: rank 1 on {socket.gethostname()}: rollout.n=3 does not")

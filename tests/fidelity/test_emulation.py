@@ -169,5 +169,6 @@ def layers_in_fp8(rank: int, world_size: int, folder: Path) -> list[int]:
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_ends_are_those_of_the_whole_model(folder: Path) -> None:
     assert run_gloo(layers_in_fp8, 2, folder) == [[], [0]], "stages of one and two layers: the second of three"

@@ -90,7 +90,7 @@ def policy_for(
 ) -> MegatronPolicy:
     options = ModelOptions(backend=backend, fp8=Fp8Options(recipe) if recipe else None, recompute=recompute)
     alignment = TOKEN_ALIGNMENT[recipe] if recipe else 1
-    return make_policy(folder, layout, rows=6, options=options, dtype=dtype, token_alignment=alignment, fp8_scope=scope)
+    return make_policy(folder, layout, rows=8, options=options, dtype=dtype, token_alignment=alignment, fp8_scope=scope)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_ends_stay_in_bfloat16(recipe: Fp8Recipe, layout: Layout, models: Any) -
     for ends in (0, 1):
         options = ModelOptions(backend="te", fp8=Fp8Options(recipe, bf16_layers_at_ends=ends))
         policy = make_policy(
-            folder, layout, rows=6, options=options, dtype=torch.bfloat16,
+            folder, layout, rows=8, options=options, dtype=torch.bfloat16,
             token_alignment=TOKEN_ALIGNMENT[recipe], fp8_scope=frozenset({"scoring"}),
         )  # fmt: skip
         off.append(logps_apart(logps(policy), plain))
@@ -284,7 +284,7 @@ def test_an_update_lowers_its_own_loss(backend: Backend, layout: Layout, models:
     folder, _ = models["Qwen2.5-VL"]
     optim = dataclasses.replace(RESUMED_OPTIM, lr=constant(LOWERING_RATE))
     policy = make_policy(
-        folder, layout, rows=6, optim=optim, options=ModelOptions(backend=backend), dtype=torch.bfloat16
+        folder, layout, rows=8, optim=optim, options=ModelOptions(backend=backend), dtype=torch.bfloat16
     )
     batch = make_batch(make_responses(), "nll")
     first = policy.update(batch)

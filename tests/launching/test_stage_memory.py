@@ -93,15 +93,17 @@ def test_a_32b_by_hand() -> None:
         assert state == state_bytes(planned, dtype_bytes=2, replicas=4, distributed=True), "as `vppo plan` has it"
 
         assert found.layers == (32,) and found.in_flight == (2 - stage,)
-        # Four rows of 4096 + 2048 - 1 tokens, a multiple of 4 together; each layer keeps its input of a fourth.
-        assert found.step.batch.tokens == 4 * 6143
+        # A prompt of 4096 tokens and four responses of 2048 - 1 to it, a multiple of 4 together; each layer keeps its
+        # input of a fourth.
+        tokens = 4096 + 4 * 2047
+        assert found.step.batch.tokens == tokens
         assert found.step.batch.patches == (5120 if stage == 0 else 0)
-        inputs = 32 * 4 * 6143 // 4 * hidden * 2
+        inputs = 32 * tokens // 4 * hidden * 2
         assert found.step.kept[0] > inputs
         if stage == 1:
             # besides: the input of the final norm, in fp32 the angles of all tokens and one statistic of the norm's
-            assert found.step.kept[0] == inputs + 6143 * hidden * 2 + 4 * 6143 * 128 * 4 + 6143 * 4
-            assert found.step.output == (4 * 6143 * hidden * 2,)
+            assert found.step.kept[0] == inputs + tokens // 4 * hidden * 2 + tokens * 128 * 4 + tokens // 4 * 4
+            assert found.step.output == (tokens * hidden * 2,)
 
 
 # --- What autograd keeps, against the formulas that real runs have confirmed ------------------------------------------
@@ -110,19 +112,24 @@ def test_a_32b_by_hand() -> None:
 @pytest.mark.filterwarnings("ignore:If you are using transformer_engine:UserWarning")
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_kept_bytes_equal_the_formulas(family: str, recompute: Any) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_kept_bytes_equal_the_formulas(family: str, recompute: Any, shared: bool) -> None:
     """The formulas leave out norm statistics and index tensors, and with 'full' deepstack's features
     (tests/planning/test_activations.py).
+
+    They are those of whole rows. Where responses share their prompt, attention keeps a copy of its keys and values for
+    each of them, and its outputs once more, since they come from several calls.
     """
     hf_config = small_config(family)
     config = run_config(
         data={"max_prompt_length": 200, "max_response_length": 57, "max_pixels": 96 * 28 * 28},
-        parallel={"recompute": recompute},
+        parallel={"recompute": recompute, "shared_prefix": shared},
         rollout={"n": 2},
     )
     found = report(config, hf_config, rank=0, world_size=1, data=1)
     batch = found.step.batch
-    assert (batch.tokens, batch.patches, batch.image_tokens) == (2 * 256, 4 * 96, 2 * 96)
+    tokens, prompts = (200 + 2 * 56, 1) if shared else (2 * 256, 2)
+    assert (batch.tokens, batch.patches, batch.image_tokens) == (tokens, 4 * 96, prompts * 96)
     kernels = Kernels(dtype_bytes=2, fused_rms_norm=True)
     language, vision = language_sizes(hf_config), vision_sizes(hf_config)
     formula = language_saved(
@@ -136,6 +143,10 @@ def test_kept_bytes_equal_the_formulas(family: str, recompute: Any) -> None:
         kernels=kernels,
         recompute=recompute,
     ) + vision_saved(vision, batch.patches, tensor=1, kernels=kernels, recompute=recompute)
+    if shared and recompute == "none":
+        layer = language.layer
+        copies = 2 * (200 + 56) * 2 * layer.kv_heads + tokens * layer.heads
+        formula += language.layers * copies * layer.head_dim * 2
     assert found.step.kept[0] == pytest.approx(formula, rel=0.05 if recompute == "full" else 0.01)
 
 

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
-from megatron_vppo.config.choices import Fp8Phase
+from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
@@ -54,27 +54,27 @@ OPTIM = OptimSettings(
     use_distributed_optimizer=True,
 )  # fmt: skip
 RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
-GROUPS = (0, 0, 1, 1, 2, 2)
 RESPONSE_LENGTH = 4
 STEP = 3
 BANNED = (1, 281)
 """One in the rows of each of two tensor-parallel ranks; no row contains them."""
+ANSWERED: tuple[tuple[int, tuple[int, ...]], ...] = ((2, (4, 1, 3)), (1, (3, 4)), (0, (4, 2)), (5, (4,)))
+"""The groups: which row of `make_rows` is the prompt, and the tokens of each response. Two images, none, one, one."""
 
 
 def make_responses() -> list[Response]:
-    """The last tokens of each row are the response. Two rows make a group, though their prompts differ."""
-    names = list(GRIDS)
+    names, generator = list(GRIDS), torch.Generator().manual_seed(21)
     responses = []
-    for number, row in enumerate(make_rows()):
-        length = RESPONSE_LENGTH - number % 2
+    for group, (number, lengths) in enumerate(ANSWERED):
+        row = make_rows()[number]
         prompt = Prompt(
-            split="train", row=number, problem="", answer="", token_ids=tuple(row.token_ids[:-length]),
-            compact_token_ids=(), images=tuple(ImageRef("train", names.index(n), 0) for n in row.images),
+            split="train", row=number, problem="", answer="", token_ids=tuple(row.token_ids), compact_token_ids=(),
+            images=tuple(ImageRef("train", names.index(n), 0) for n in row.images),
             grids_thw=tuple(GRIDS[n] for n in row.images),
         )  # fmt: skip
-        responses.append(
-            Response(prompt, GROUPS[number], number % 2, tuple(row.token_ids[-length:]), (0.0,) * length, "stop", 0)
-        )
+        for sample, length in enumerate(lengths):
+            ids = torch.randint(2, 280, (length,), generator=generator).tolist()
+            responses.append(Response(prompt, group, sample, tuple(ids), (0.0,) * length, "stop", 0))
     return responses
 
 
@@ -162,11 +162,11 @@ class ExpectedScores:
 
 
 @torch.no_grad()
-def expected_scores(model: Any, responses: list[Response]) -> ExpectedScores:
+def expected_scores(model: Any, responses: list[Response], *, per: PerturbUnit = "row") -> ExpectedScores:
     """Both views of every response; a response without an image has the same one twice."""
     table_4BT = torch.zeros(4, len(responses), RESPONSE_LENGTH)
     for row, response in enumerate(responses):
-        key = PerturbKey.of(response, STEP, per="row") if response.prompt.images else None
+        key = PerturbKey.of(response, STEP, per=per) if response.prompt.images else None
         logp_NV, perturbed_NV = (hf_logits(model, response, of).float().cpu().log_softmax(-1) for of in (None, key))
         targets = torch.tensor(response.token_ids)[:, None]
         table_4BT[:, row, : len(response.token_ids)] = torch.stack(
@@ -262,12 +262,14 @@ def make_settings(
     token_alignment: int = 1,
     fp8_scope: frozenset[Fp8Phase] = frozenset(),
     scoring_chunk_seconds: float = math.inf,
+    shared_prefix: bool = True,
+    perturb_per: PerturbUnit = "row",
 ) -> PolicySettings:
     """`rows`: per micro-batch."""
     return PolicySettings(
         temperature=TEMPERATURE, banned_ids=BANNED, rows_per_update=rows, rows_per_experience=rows,
-        head_chunk_tokens=5, perturb_per="row", token_alignment=token_alignment, fp8_scope=fp8_scope,
-        scoring_chunk_seconds=scoring_chunk_seconds,
+        head_chunk_tokens=5, perturb_per=perturb_per, shared_prefix=shared_prefix, token_alignment=token_alignment,
+        fp8_scope=fp8_scope, scoring_chunk_seconds=scoring_chunk_seconds,
     )  # fmt: skip
 
 
@@ -301,11 +303,13 @@ def make_scorer(
     rows: int,
     options: ModelOptions | None = None,
     scoring_chunk_seconds: float = math.inf,
+    perturb_per: PerturbUnit = "row",
 ) -> Scorer:
     """The same model without Megatron's wrapper and without an optimizer."""
     runner = ScheduleRunner(
         make_stages(folder, layout, options=options), hf_config=AutoConfig.from_pretrained(folder), layout=layout,
-        settings=make_settings(rows=rows, scoring_chunk_seconds=scoring_chunk_seconds), pixels=PIXELS,
+        settings=make_settings(rows=rows, scoring_chunk_seconds=scoring_chunk_seconds, perturb_per=perturb_per),
+        pixels=PIXELS,
     )  # fmt: skip
     return Scorer(runner)
 

@@ -86,6 +86,7 @@ def test_a_killed_queue_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "global_step_1").is_dir()
 
 
+@pytest.mark.extended
 def test_a_queue_that_is_killed_while_it_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(filesystem_async, "_results_queue", None, raising=False)
     monkeypatch.setattr(checkpoint_writers, "die_with_parent", _die)  # the server calls it first

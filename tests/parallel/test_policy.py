@@ -149,7 +149,7 @@ def _start_weights(folder: Path) -> dict[str, Tensor]:
     "layouts",
     [
         pytest.param([(1, 1)], id="one"),
-        pytest.param([(2, 1), (1, 2), (1, 1)], id="two"),
+        pytest.param([(2, 1), (1, 2), (1, 1)], id="two", marks=pytest.mark.extended),
         pytest.param([(2, 2)], id="four", marks=pytest.mark.extended),
     ],
 )
@@ -200,7 +200,8 @@ def _second_update(rank: int, world: int, folder: Path, checkpoints: Path) -> di
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("written, read", [(2, 1), pytest.param(1, 2, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("written, read", [(2, 1), (1, 2)])
 def test_resume_under_another_data_parallel_size(
     written: int, read: int, models: dict[str, tuple[Path, Outcome, dict[str, Tensor]]], tmp_path: Path
 ) -> None:

@@ -119,6 +119,17 @@ def test_a_packed_group_by_hand() -> None:
     assert (scoring.towers, scoring.tower) == (18, 9 * 136), "the originals once, and those of 8 perturbed rows"
 
 
+def test_a_group_that_shares_its_prompt_by_hand() -> None:
+    """A prompt of 6 tokens is 600 + 2 x 36 = 672, the 4 tokens after it 400 + 2 x (100 - 36) = 528."""
+    update, scoring = (of(COST, replace(WORK, shared_prefix=True)) for of in (update_of_group, scoring_of_group))
+    assert (update.language, update.tokens) == (2 * 672 + 8 * 528, 2 * 6 + 8 * 4), "two micro-batches"
+    assert update.attention == 2 * (2 * 36 + 8 * 64)
+    assert (scoring.language, scoring.tokens) == (672 + 8 * 528 + 8 * 1200, 6 + 8 * 4 + 80), "perturbed rows are whole"
+    by_image = scoring_of_group(COST, replace(WORK, shared_prefix=True, perturbed_per_row=False))
+    assert (by_image.language, by_image.tokens) == (2 * (672 + 8 * 528), 2 * 38)
+    assert (update.tower, scoring.tower, by_image.tower) == (2 * 136, 9 * 136, 2 * 136)
+
+
 def test_images_shared_by_a_group_and_split_groups() -> None:
     by_image = replace(WORK, perturbed_per_row=False)
     assert scoring_of_group(COST, by_image).tower == 2 * 136

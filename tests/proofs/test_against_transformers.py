@@ -87,7 +87,7 @@ def _rank(
     "layouts",
     [
         pytest.param([(1, 1)], id="one"),
-        pytest.param([(2, 1), (1, 2)], id="two ranks"),
+        pytest.param([(2, 1), (1, 2)], id="two ranks", marks=pytest.mark.extended),
         pytest.param([(2, 2)], id="four ranks", marks=pytest.mark.extended),
     ],
 )

@@ -93,9 +93,10 @@ def wait_until_gone(pids: list[int]) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("processes", "ending", "status"),
-    [(1, signal.SIGTERM, 143), pytest.param(2, signal.SIGINT, 130, marks=pytest.mark.extended)],
+    [(1, signal.SIGTERM, 143), (2, signal.SIGINT, 130)],
 )
 def test_ended_by_a_signal(
     processes: int, ending: signal.Signals, status: int, hf_folders: dict[str, Path], tmp_path: Path, repo_root: Path

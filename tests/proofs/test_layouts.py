@@ -107,8 +107,9 @@ MODELS = {
 }
 """No vocabulary is divisible by 2."""
 EXPECTED = "expected.pickle"
-ROWS_EACH = (1, 6)
-"""Rows of a micro-batch: one by one, some without an image; all packed, which leaves other micro-batches idle."""
+ROWS_EACH = (1, 8)
+"""Rows of a micro-batch: one by one, some without an image; all packed, which leaves other micro-batches idle, and in
+which responses share the prompt of their group (not under context parallelism)."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def _rank_rounded(rank: int, world: int, folders: dict[str, Path]) -> dict[str, 
     found = {}
     for model, folder in folders.items():
         expected: Outcome = pickle.loads((folder / EXPECTED).read_bytes())
-        policy = make_policy(folder, layout, rows=6, optim=optim, options=SP_IMAGES, dtype=torch.bfloat16)
+        policy = make_policy(folder, layout, rows=8, optim=optim, options=SP_IMAGES, dtype=torch.bfloat16)
         scores = policy.score(make_responses(), step=STEP, views="both")
         policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
         gradients = hf_gradients(policy)

@@ -93,6 +93,7 @@ def test_time_limit_of_the_start(tmp_path: Path) -> None:
     assert os_processes.members(engine.pid) == []
 
 
+@pytest.mark.extended
 def test_failure_shows_the_end_of_the_log(tmp_path: Path) -> None:
     """An empty folder is no model; vLLM's own words reach the trainer."""
     log_path = tmp_path / "logs" / "engine.log"

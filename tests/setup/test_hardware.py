@@ -17,6 +17,7 @@ from megatron_vppo.setup.hardware import (
     choose_backend,
     fp8_options,
     model_options,
+    prompts_apart,
     slower_without,
 )
 
@@ -105,6 +106,13 @@ def test_fp8_that_no_phase_uses_is_none() -> None:
     assert fp8_options(config_with(fp8={"recipe": "delayed", "scope": []})) is None
     found = fp8_options(config_with(fp8={"recipe": "mxfp8", "bf16_layers_at_ends": 1, "scope": ["scoring"]}))
     assert found == Fp8Options("mxfp8", bf16_layers_at_ends=1)
+
+
+def test_prompts_are_read_apart_under_context_parallelism() -> None:
+    note = prompts_apart(config_with(parallel={"context_parallel_size": 2}))
+    assert note is not None and note.startswith("parallel.context_parallel_size=2: ")
+    for parallel in ({}, {"context_parallel_size": 2, "shared_prefix": False}):
+        assert prompts_apart(config_with(parallel=parallel)) is None
 
 
 def test_what_is_slower() -> None:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.slurm.cluster import Cluster, Site
 from tests.slurm.jobs import job_of, submit, wait_for, wait_for_end, wait_for_restart
@@ -32,6 +33,7 @@ def test_each_node_is_a_host_of_its_own(cluster: Cluster, tmp_path: Path) -> Non
         assert host[4:] == ["0", "0,1,2"]
 
 
+@pytest.mark.extended
 def test_a_node_loses_power_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
     lines = 'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then sleep 300; fi', "echo again"
     job = submit(cluster, script(tmp_path, *lines), "--nodelist=n2", "--requeue")

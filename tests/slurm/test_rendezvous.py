@@ -47,6 +47,7 @@ def test_two_hosts_and_variables_that_cannot_be_right(cluster: Cluster, tmp_path
         assert re.search(pattern, message), (pattern, message)
 
 
+@pytest.mark.extended
 def test_an_array_on_the_same_hosts(cluster: Cluster, tmp_path: Path) -> None:
     """Two trainings at once: each finds its own ranks. With one port for both, the second names it."""
     name = "trainer.experiment_name=seed-$SLURM_ARRAY_TASK_ID"

@@ -97,7 +97,9 @@ def test_the_authors_way_scores_what_transformers_says_row_by_row() -> None:
 def test_our_way_gives_all_its_memory_back() -> None:
     config, layout = toy_config(), init_layout(tensor=1, pipeline=1, timeout_seconds=60)
     workload = make_workload(config, TOY)
-    settings = OurSettings("torch", "none", TEMPERATURE, rows_per_update=2, rows_per_experience=2, head_chunk_tokens=8)
+    settings = OurSettings(
+        "torch", "none", TEMPERATURE, rows_per_update=2, rows_per_experience=2, head_chunk_tokens=8, shared_prefix=True
+    )  # fmt: skip
     ours = OurWay(config, workload, layout=layout, dtype=torch.bfloat16, settings=settings, fp8=None)
     ours.update(workload.train_batch(vocabulary=320))
     trainable = ours._policy.trainable

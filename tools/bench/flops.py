@@ -1,4 +1,6 @@
-"""The least arithmetic of a training step: what is measured is compared with it.
+"""The least arithmetic of a training step in which every response is read with its prompt.
+
+What is measured is compared with it. `parallel.shared_prefix` needs less.
 
 `megatron_vppo/planning/step_flops.py` counts the FLOPs of a model and says what is counted.
 """

@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recompute", choices=get_args(Recompute), default="none", help="in our update (default: none)"
     )
+    parser.add_argument("--prompts-apart", action="store_true", help="ours without parallel.shared_prefix")
     parser.add_argument("--backend", choices=("auto", *get_args(Backend)), default="auto", help="as in model.backend")
     parser.add_argument("--fp8", nargs="+", choices=get_args(Fp8Recipe), default=list(RECIPES), help="FP8 recipes")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
@@ -168,6 +169,7 @@ def _bench(name: str, hf_config: Any, options: argparse.Namespace, *, layout: La
             rows_per_update=options.rows_per_update,
             rows_per_experience=options.rows_per_experience,
             head_chunk_tokens=options.head_chunk_tokens,
+            shared_prefix=not options.prompts_apart,
         ),
         cases=tuple(case for kind in options.cases for case in cases[kind]),
         seconds=options.seconds_per_case,

@@ -37,6 +37,7 @@ class OurSettings:
     rows_per_update: int
     rows_per_experience: int
     head_chunk_tokens: int
+    shared_prefix: bool
 
 
 class OurWay:
@@ -74,6 +75,7 @@ class OurWay:
                 rows_per_experience=settings.rows_per_experience,
                 head_chunk_tokens=settings.head_chunk_tokens,
                 perturb_per="row",
+                shared_prefix=settings.shared_prefix,
                 fp8_scope=frozenset() if fp8 is None else frozenset({"scoring", "update"}),
                 token_alignment=1 if fp8 is None else TOKEN_ALIGNMENT[fp8],
             ),

@@ -15,7 +15,8 @@ length form a bucket, which is one call of torch's scaled_dot_product_attention:
 
 Causal attention of whole sequences needs no mask where the padding comes last: real tokens do not look ahead at it, and
 its own outputs are dropped. With context parallelism each rank gathers the keys and values of all ranks; its chunks of
-a sequence attend to the keys before them.
+a sequence attend to the keys before them. A bucket of continuations has one prefix, whose keys and values are put in
+front of those of each piece: a view that costs no memory until then, and autograd sums its gradient over the pieces.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ class Bucket:
     storing a mask. None if every query sees all keys, or those that `causal` says."""
     causal: bool
     """True if each query sees the keys up to itself. Queries and keys are then the same tokens."""
+    prefix: slice | None = None
+    """The tokens that come before the keys of every piece; None: none do."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +78,31 @@ def plan_attention(packing: Packing, *, causal: bool, device: torch.device) -> B
     """Groups packed sequences by length. Costs a few small tensor operations per bucket, none per sequence."""
     lengths_Z, starts_Z = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
     buckets, places = [], []
-    for members, longest in _by_length(lengths_Z):
-        index_AL, real_AL = _padded_index(starts_Z[members], lengths_Z[members], longest)
-        no_padding = bool(real_AL.all())
-        index = _as_slice(index_AL.flatten(), no_padding=no_padding, device=device)
-        mask = None if no_padding or causal else real_AL[:, None, None, :].to(device)
-        buckets.append(Bucket(len(members), index, index, mask, causal))
-        places.append((index_AL, real_AL))
+    for prefix, sequences in _by_prefix(packing):
+        for of_prefix, longest in _by_length(lengths_Z[sequences]):
+            members = sequences[of_prefix]
+            index_AL, real_AL = _padded_index(starts_Z[members], lengths_Z[members], longest)
+            no_padding = bool(real_AL.all())
+            index = _as_slice(index_AL.flatten(), no_padding=no_padding, device=device)
+            mask = None if no_padding or causal else real_AL[:, None, None, :].to(device)
+            if prefix is None:
+                buckets.append(Bucket(len(members), index, index, mask, causal))
+            else:
+                seen = causal_lower_right(longest, prefix.stop - prefix.start + longest)
+                buckets.append(Bucket(len(members), index, index, seen, causal=False, prefix=prefix))
+            places.append((index_AL, real_AL))
     return BucketPlan(tuple(buckets), _restoring_index(places, packing.num_tokens, device))
+
+
+def _by_prefix(packing: Packing) -> list[tuple[slice | None, Tensor]]:
+    """Returns the tokens of each prefix and the numbers of its continuations; before them, those of whole sequences."""
+    groups: list[tuple[slice | None, Tensor]] = [(None, torch.arange(packing.num_whole))]
+    prefixes = torch.tensor(packing.prefixes, dtype=torch.int64)
+    for prefix in dict.fromkeys(packing.prefixes):
+        start = packing.starts[prefix]
+        members = packing.num_whole + (prefixes == prefix).nonzero()[:, 0]
+        groups.append((slice(start, start + packing.lengths[prefix]), members))
+    return groups
 
 
 def plan_context_attention(packing: Packing, *, rank: int, size: int, device: torch.device) -> BucketPlan:
@@ -179,13 +199,10 @@ def packed_attention(
     """
     outputs = []
     for bucket in plan.buckets:
-        query, key, value = (  # [A, H, Q or L, E]
-            x[index].view(bucket.pieces, -1, *x.shape[1:]).transpose(1, 2)
-            for x, index in (
-                (query_CHE, bucket.query_index),
-                (key_KHE, bucket.key_index),
-                (value_KHE, bucket.key_index),
-            )
+        query, key, value = (
+            _pieces_AHLE(query_CHE, bucket.query_index, bucket.pieces),
+            _pieces_AHLE(key_KHE, bucket.key_index, bucket.pieces, prefix=bucket.prefix),
+            _pieces_AHLE(value_KHE, bucket.key_index, bucket.pieces, prefix=bucket.prefix),
         )
         output_AHQE = F.scaled_dot_product_attention(
             query,
@@ -199,6 +216,14 @@ def packed_attention(
         outputs.append(output_AHQE.transpose(1, 2).flatten(2).flatten(0, 1))
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output if plan.restore_C is None else output[plan.restore_C]
+
+
+def _pieces_AHLE(x: Tensor, index: Tensor | slice, pieces: int, *, prefix: slice | None = None) -> Tensor:
+    """Picks the tokens of a bucket's pieces, each with the prefix in front."""
+    own_ALHE = x[index].view(pieces, -1, *x.shape[1:])
+    if prefix is not None:
+        own_ALHE = torch.cat([x[prefix].expand(pieces, -1, -1, -1), own_ALHE], dim=1)
+    return own_ALHE.transpose(1, 2)
 
 
 class PackedAttention(PackedCoreAttention, nn.Module):

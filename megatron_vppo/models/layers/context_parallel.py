@@ -53,7 +53,9 @@ def tokens_of_rank(packing: Packing, *, rank: int, size: int) -> Tensor:
     return torch.cat(indices)
 
 
-def padded_packing(lengths: Sequence[int], *, tensor: int, context: int, alignment: int = 1) -> Packing:
+def padded_packing(
+    lengths: Sequence[int], *, tensor: int, context: int, alignment: int = 1, prefixes: tuple[int, ...] = ()
+) -> Packing:
     """Pads sequences so that every rank gets equally many tokens, and context parallelism equal chunks.
 
     Without context parallelism the last sequence takes all of the padding. With it, the padding of a sequence depends
@@ -64,11 +66,13 @@ def padded_packing(lengths: Sequence[int], *, tensor: int, context: int, alignme
         lengths: tokens of each sequence.
         tensor: ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none).
         alignment: the tokens of every rank become a multiple of this.
+        prefixes: those of the last sequences, see Packing. Context parallelism takes none.
     """
     together = context * tensor * alignment
     if context == 1:
         *others, last = lengths
-        return Packing((*others, last + -sum(lengths) % together))
+        return Packing((*others, last + -sum(lengths) % together), prefixes=prefixes)
+    assert not prefixes, "a continuation has no chunks of its own"
     each = context * math.lcm(2, tensor)
     padded = tuple(math.ceil(length / each) * each for length in lengths)
     missing = -sum(padded) % math.lcm(each, together)

@@ -19,7 +19,9 @@ from megatron.core.extensions.transformer_engine import (
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from transformer_engine.pytorch import DotProductAttention
 
+from megatron_vppo.models.layers.continued import ContinuedBounds, bounds_of, continued_bounds
 from megatron_vppo.models.layers.core_attention import InWindows, PackedCoreAttention
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts
@@ -36,14 +38,17 @@ class SequenceBounds(AttentionPlan):
     """int32 [sequences + 1]: where each begins, and the end of the last."""
     longest: int
     """Tokens of the longest sequence."""
+    continued: ContinuedBounds | None = None
+    """The continuations, which come after these sequences; None: there are none."""
 
 
 def sequence_bounds(
     packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
 ) -> SequenceBounds:
     """See LayerParts.plan. Every rank gets the same bounds."""
-    bounds = torch.tensor([*packing.starts, packing.num_tokens], dtype=torch.int32)
-    return SequenceBounds(bounds.to(device), packing.longest)
+    whole = packing.whole
+    continued = continued_bounds(packing, device=device) if packing.prefixes else None
+    return SequenceBounds(bounds_of(whole.lengths, device=device), whole.longest, continued)
 
 
 class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
@@ -59,6 +64,17 @@ class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
 
     def attend(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: AttentionPlan | None) -> Tensor:
         assert isinstance(plan, SequenceBounds)
+        if plan.continued is None:
+            return self._whole(query_CHE, key_CHE, value_CHE, plan)
+        first = plan.continued.first
+        return torch.cat(
+            [
+                self._whole(query_CHE[:first], key_CHE[:first], value_CHE[:first], plan),
+                self._continued(query_CHE[first:], key_CHE, value_CHE, plan.continued),
+            ]
+        )
+
+    def _whole(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: SequenceBounds) -> Tensor:
         # The same tensor in all places says that there is no padding between sequences, without a look at its values.
         packed = PackedSeqParams(
             qkv_format="thd",
@@ -77,6 +93,24 @@ class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
             None,
             attn_mask_type=self._mask_type,
             packed_seq_params=packed,
+        )
+
+    def _continued(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: ContinuedBounds) -> Tensor:
+        # Megatron's wrapper has no name for this mask, so TransformerEngine is called directly.
+        return DotProductAttention.forward(
+            self,
+            query_CHE,
+            plan.keys(key_CHE),
+            plan.keys(value_CHE),
+            None,
+            qkv_format="thd",
+            cu_seqlens_q=plan.bounds,
+            cu_seqlens_kv=plan.key_bounds,
+            cu_seqlens_q_padded=plan.bounds,
+            cu_seqlens_kv_padded=plan.key_bounds,
+            max_seqlen_q=plan.longest,
+            max_seqlen_kv=plan.longest_keys,
+            attn_mask_type="padding_causal_bottom_right",
         )
 
 

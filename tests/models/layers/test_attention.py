@@ -9,6 +9,7 @@ import torch
 
 from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
 from megatron_vppo.models.layers.context_parallel import tokens_of_rank
+from megatron_vppo.models.layers.continued import continued_bounds
 from megatron_vppo.models.layers.packing import Packing
 
 CPU = torch.device("cpu")
@@ -83,3 +84,56 @@ def test_buckets_bound_padding() -> None:
     padded = sum(len(index[bucket.query_index]) for bucket in plan.buckets)
     assert sum(lengths) <= padded <= sum(lengths) / 0.8
     assert len(plan.buckets) < 30
+
+
+SHARED = Packing((5, 7, 9, 4, 1, 3, 2, 6, 10), prefixes=(0, 2, 0, 2, 0, 0))
+"""Prefixes of 5 and 9 tokens with continuations that take turns, and a sequence of 7 tokens by itself."""
+
+
+def dense_shared(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Every sequence with its prefix in front, in the formula's words; of a continuation, its own tokens."""
+    outputs = []
+    prefix_of = dict(zip(range(SHARED.num_whole, len(SHARED.lengths)), SHARED.prefixes, strict=True))
+    spans = [torch.arange(s, s + n) for s, n in zip(SHARED.starts, SHARED.lengths, strict=True)]
+    for number, span in enumerate(spans):
+        before = spans[prefix_of[number]] if number in prefix_of else span[:0]
+        seen = torch.cat([before, span])
+        outputs.append(dense(q[seen], k[seen], v[seen], causal=True, scale=0.2)[len(before) :])
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("way", ["buckets", "bounds"])
+def test_continuations_see_their_prefix(way: str, kv_heads: int) -> None:
+    torch.manual_seed(0)
+    inputs = [torch.randn(SHARED.num_tokens, heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
+    upstream = torch.randn(SHARED.num_tokens, 128)
+
+    if way == "buckets":
+        output = packed_attention(*inputs, plan_attention(SHARED, causal=True, device=CPU), scale=0.2)
+    else:
+        output = by_bounds(*inputs)
+    gradients = torch.autograd.grad((output * upstream).sum(), inputs)
+    expected = dense_shared(*inputs)
+    expected_gradients = torch.autograd.grad((expected * upstream).sum(), inputs)
+
+    assert (output - expected).abs().max() < 2e-6
+    for mine, right in zip(gradients, expected_gradients, strict=True):
+        assert (mine - right).abs().max() < 5e-6
+
+
+def by_bounds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The calls that TransformerEngine gets, with torch in its place."""
+    whole, continued = SHARED.whole, continued_bounds(SHARED, device=CPU)
+    assert continued.first == whole.num_tokens and continued.longest == 10 and continued.longest_keys == 15
+    first = packed_attention(*(x[: continued.first] for x in (q, k, v)), plan_attention(whole, causal=True, device=CPU),
+                             scale=0.2)  # fmt: skip
+    outputs = [first]
+    keys, values = continued.keys(k), continued.keys(v)
+    for number in range(len(SHARED.prefixes)):
+        own = slice(*(continued.first + continued.bounds[number : number + 2]).tolist())
+        seen = slice(*continued.key_bounds[number : number + 2].tolist())
+        before = (seen.stop - seen.start) - (own.stop - own.start)
+        padded = torch.cat([torch.zeros(before, *q.shape[1:]), q[own]])  # queries are the last of the keys
+        outputs.append(dense(padded, keys[seen], values[seen], causal=True, scale=0.2)[before:])
+    return torch.cat(outputs)

@@ -1,0 +1,261 @@
+"""The packing of views of responses into a micro-batch. Views that show the same prompt share it.
+
+Shape suffix legend: N = response tokens of a micro-batch that this context-parallel rank predicts, flat; L = tokens of
+one packed sequence; K = all packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens
+among K; P = patches; D = values of a patch.
+
+Three views of two prompts, p q and x y z; the responses to the first are a b c and d e. The last token of a response is
+not read, since it predicts nothing:
+
+    tokens     p  q | x  y  z  f  g | a  b | d |
+    sequence   0      1               2      3       2 and 3 go on from 0, their prefix (see Packing)
+    predicts      a           f  g h   b  c   e
+                  d
+
+A prompt that only one view shows is a sequence together with its response: 1. Of the others each response is a
+sequence of its own, without its first token's prediction: the last token of the prompt predicts the first tokens of all
+its responses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Prompt, Response
+from megatron_vppo.models.family import PositionFn
+from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
+from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.vision.image_parallel import assign_images
+from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, ResponseTokens, View
+
+_PADDING_TOKEN = 0
+_Shown = tuple[tuple[int, ...], tuple[ImageRef, ...], tuple[tuple[int, int, int], ...], PerturbKey | None]
+"""A prompt as a view shows it: token ids, images, their grids and their perturbation. Views in which all four are equal
+have the same hidden states up to the end of the prompt."""
+
+_Prompted = tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]
+"""The source of rotary positions: the token ids of a prompt, and the grids of its images."""
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Packs views of responses into micro-batches, for this rank."""
+
+    pixels: Pixels | None
+    """None on pipeline stages without the vision tower."""
+    positions: PositionFn
+    """The family's rotary positions of a sequence, from its token ids and image grids."""
+    image_token_id: int
+    merge_size: int
+    """Patches along one side of a merged vision feature."""
+    split: BatchSplit
+    device: torch.device
+    shares_prompts: bool = False
+    """True if views that show the same prompt share its tokens. Context parallelism takes whole sequences alone."""
+
+    def pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
+        """Packs one micro-batch; the response tokens are in the order of the views."""
+        images = _Images(self.merge_size)
+        sequences, of_views = self._lay_out(responses, views)
+        packing = padded_packing(
+            [len(sequence.token_ids) for sequence in sequences],
+            tensor=self.split.sequence_ranks,
+            context=self.split.context,
+            alignment=self.split.token_alignment,
+            prefixes=tuple(sequence.prefix for sequence in sequences if sequence.prefix is not None),
+        )
+        token_ids_K = torch.tensor(_padded_tokens(sequences, packing), dtype=torch.int64)
+        feature_index_I = images.feature_index_of(sequences)
+        images_of_ranks = assign_images(tuple(images.grids), ranks=self.split.image_ranks)
+        return ResponseBatch(
+            packed=PackedBatch(
+                token_ids_K=token_ids_K.to(self.device),
+                positions_3K=self._positions_3K(sequences, packing).to(self.device),
+                packing=packing,
+                image_token_index_I=(token_ids_K == self.image_token_id).nonzero()[:, 0].to(self.device),
+                image_feature_index_I=feature_index_I.to(self.device),
+                pixels_PD=self._pixels_of(images, images_of_ranks[self.split.image_rank]),
+                grids_thw=tuple(images.grids),
+                images_of_ranks=images_of_ranks,
+            ),
+            tokens=_response_tokens(responses, views, of_views, packing, self.split).to(self.device),
+        )
+
+    def _lay_out(
+        self, responses: Sequence[Response], views: Sequence[View]
+    ) -> tuple[list[_Sequence], list[tuple[int, int | None]]]:
+        """Makes the sequences: whole ones and prefixes first, then the continuations.
+
+        Returns:
+            The sequences, and for each view the numbers of the one with its prompt, and of the one with the rest of its
+            response; None if they are one sequence, or the response is a single token.
+        """
+        shown = [_shown(responses[view.row].prompt, view) for view in views]
+        counts = Counter(shown) if self.shares_prompts and self.split.context == 1 else Counter[_Shown]()
+        whole: list[_Sequence] = []
+        continued: list[_Sequence] = []
+        of_views: list[tuple[int, int | None]] = []
+        number_of: dict[_Shown, int] = {}
+        for view, of_view in zip(views, shown, strict=True):
+            prompt, read = responses[view.row].prompt, tuple(responses[view.row].token_ids[:-1])
+            if counts[of_view] < 2:
+                of_views.append((len(whole), None))
+                whole.append(_Sequence(prompt, view.perturb, prompt.token_ids + read))
+                continue
+            if of_view not in number_of:
+                number_of[of_view] = len(whole)
+                whole.append(_Sequence(prompt, view.perturb, prompt.token_ids))
+            number = number_of[of_view]
+            of_views.append((number, len(continued) if read else None))
+            if read:
+                continued.append(_Sequence(prompt, view.perturb, read, prefix=number))
+        first = len(whole)  # of the continuations
+        return [*whole, *continued], [(n, None if rest is None else first + rest) for n, rest in of_views]
+
+    def _positions_3K(self, sequences: Sequence[_Sequence], packing: Packing) -> Tensor:
+        """Returns the rotary positions of all tokens. Those of a prompt and of what follows are worked out once."""
+        # What follows a prompt is text, so all that follow it have the same positions, as far as they go.
+        longest: dict[_Prompted, tuple[int, ...]] = {}
+        for sequence, length in zip(sequences, packing.lengths, strict=False):
+            tokens = (*sequence.from_prompt, *(_PADDING_TOKEN,) * (length - len(sequence.token_ids)))
+            if len(tokens) > len(longest.get(sequence.prompted, ())):
+                longest[sequence.prompted] = tokens
+        known = {prompted: self.positions(tokens, prompted[1]) for prompted, tokens in longest.items()}
+        positions = []
+        for sequence, length in zip(sequences, packing.lengths, strict=False):
+            positions.append(known[sequence.prompted][:, sequence.offset : sequence.offset + length])
+        if packing.ends_in_filler:
+            positions.append(torch.arange(packing.lengths[-1]).expand(3, -1))
+        return torch.cat(positions, dim=1)
+
+    def _pixels_of(self, images: _Images, own_images: Sequence[int]) -> Tensor | None:
+        """Returns the patches of this rank's images, given by their numbers; [0, 0] if it has none."""
+        if self.pixels is None or not images.grids:
+            return None
+        patches = [self.pixels.patches(*images.keys[number]) for number in own_images]
+        return (torch.cat(patches) if patches else torch.zeros(0, 0)).to(self.device)
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A packed sequence: a prompt, what follows one, or both."""
+
+    prompt: Prompt
+    perturb: PerturbKey | None
+    token_ids: tuple[int, ...]
+    prefix: int | None = None
+    """The number of the sequence that it goes on from; None: it begins with the prompt."""
+
+    @property
+    def offset(self) -> int:
+        """The number of tokens that come before it."""
+        return 0 if self.prefix is None else len(self.prompt.token_ids)
+
+    @property
+    def from_prompt(self) -> tuple[int, ...]:
+        """The tokens with those that come before."""
+        return self.token_ids if self.prefix is None else self.prompt.token_ids + self.token_ids
+
+    @property
+    def prompted(self) -> _Prompted:
+        return self.prompt.token_ids, self.prompt.grids_thw
+
+
+def _shown(prompt: Prompt, view: View) -> _Shown:
+    return prompt.token_ids, prompt.images, prompt.grids_thw, view.perturb
+
+
+def _padded_tokens(sequences: Sequence[_Sequence], packing: Packing) -> list[int]:
+    """Returns the tokens of all sequences. Padding comes last, and attention is causal: no real token sees it."""
+    tokens: list[int] = []
+    for start, length, sequence in zip(packing.starts, packing.lengths, sequences, strict=False):
+        tokens += sequence.token_ids
+        tokens += [_PADDING_TOKEN] * (start + length - len(tokens))
+    return tokens + [_PADDING_TOKEN] * (packing.num_tokens - len(tokens))  # a filler has no sequence of its own
+
+
+def _response_tokens(
+    responses: Sequence[Response],
+    views: Sequence[View],
+    of_views: Sequence[tuple[int, int | None]],
+    packing: Packing,
+    split: BatchSplit,
+) -> ResponseTokens:
+    """Finds the response tokens whose predicting hidden states this context-parallel rank holds."""
+    # A token is predicted by the hidden state before it. Say there are two sequences of eight tokens. The second has
+    # the prompt p p p and the response a b c, of which c is not read. Two context-parallel ranks share the tokens: each
+    # sequence is cut into four chunks, of which rank 0 takes the outer two and rank 1 the inner two.
+    #
+    #     sequence          p  p  p  a  b  .  .  .     . is padding
+    #     predicts                a  b  c
+    #     index in K        8  9 10 11 12 13 14 15     start 8; the response starts at 8 + 2
+    #     held by rank      0  0  1  1  1  1  0  0
+    #     index in C of 1   -  -  4  5  6  7  -  -     0 to 3 are of the first sequence
+    #
+    # Rank 1 predicts all three: hidden_index_N = 4 5 6, target_N = a b c, column_N = 0 1 2. Rank 0 predicts none.
+    index, targets, rows, columns, perturbed = [], [], [], [], []
+    for view, (with_prompt, with_rest) in zip(views, of_views, strict=True):
+        response = responses[view.row]
+        first, length = packing.starts[with_prompt] + len(response.prompt.token_ids) - 1, len(response.token_ids)
+        predicting = torch.arange(first, first + length)
+        if with_rest is not None:
+            predicting[1:] = packing.starts[with_rest] + torch.arange(length - 1)
+        count = length if view.counted else 0
+        index.append(predicting[:count])
+        targets.append(torch.tensor(response.token_ids[:count], dtype=torch.int64))
+        rows.append(torch.full((count,), view.row))
+        columns.append(torch.arange(count))
+        perturbed.append(torch.full((count,), view.perturb is not None))
+    own_C = tokens_of_rank(packing, rank=split.context_rank, size=split.context)
+    index_in_C_K = torch.full((packing.num_tokens,), -1)
+    index_in_C_K[own_C] = torch.arange(len(own_C))
+    everywhere = ResponseTokens(
+        hidden_index_N=index_in_C_K[torch.cat(index)],
+        target_N=torch.cat(targets),
+        row_N=torch.cat(rows),
+        column_N=torch.cat(columns),
+        perturbed_N=torch.cat(perturbed),
+    )
+    return everywhere.select(everywhere.hidden_index_N >= 0)
+
+
+class _Images:
+    """The distinct images of a micro-batch. The same image under the same perturbation goes through the tower once."""
+
+    def __init__(self, merge_size: int) -> None:
+        self._merge_area = merge_size * merge_size
+        self._first_feature: dict[tuple[ImageRef, PerturbKey | None], int] = {}
+        self._num_features = 0
+        self.grids: list[tuple[int, int, int]] = []
+
+    @property
+    def keys(self) -> list[tuple[ImageRef, PerturbKey | None]]:
+        """Image and perturbation, in the order of `grids`."""
+        return list(self._first_feature)
+
+    def feature_index_of(self, sequences: Sequence[_Sequence]) -> Tensor:
+        """Returns int64 [I]: the merged feature of each image token, and adds images that are new."""
+        indices = [
+            self._feature_index(ref, sequence.perturb, grid)
+            for sequence in sequences
+            if sequence.prefix is None
+            for ref, grid in zip(sequence.prompt.images, sequence.prompt.grids_thw, strict=True)
+        ]
+        return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+
+    def _feature_index(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Tensor:
+        """Returns the indices of the image's merged features among those of all images, and adds it if it is new."""
+        count = grid[0] * grid[1] * grid[2] // self._merge_area
+        key = (ref, perturb)
+        if key not in self._first_feature:
+            self._first_feature[key] = self._num_features
+            self._num_features += count
+            self.grids.append(grid)
+        first = self._first_feature[key]
+        return torch.arange(first, first + count)

@@ -1,0 +1,182 @@
+"""Packed micro-batches and the places of response tokens in them, by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
+from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.parallel.batching import BatchSplit, ResponseBatch, View
+from megatron_vppo.parallel.packer import Packer
+from tests.parallel.responses import LARGE, SMALL, respond
+
+IMAGE = 9
+WHOLE = BatchSplit(context=1, context_rank=0, sequence_ranks=1, image_ranks=1, image_rank=0)
+NOISE = PerturbKey(step=1, response_number=None)
+
+
+class NumberedPixels:
+    """Every patch of an image holds the number of the image, and ten more if the image is perturbed."""
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+        return torch.full(((8, 16)[ref.row], 1), ref.row + (0.0 if perturb is None else 10.0))
+
+
+def positions(token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Says how many images a sequence has, in place of its columns."""
+    place = torch.arange(len(token_ids))
+    return torch.stack([place, place, torch.full_like(place, len(grids))])
+
+
+def pack(
+    responses: Sequence[Response],
+    views: Sequence[View],
+    split: BatchSplit = WHOLE,
+    *,
+    with_tower: bool = True,
+    shares: bool = False,
+) -> ResponseBatch:
+    pixels = NumberedPixels() if with_tower else None
+    packer = Packer(pixels, positions, IMAGE, 2, split, torch.device("cpu"), shares_prompts=shares)
+    return packer.pack(responses, views)
+
+
+@pytest.mark.parametrize(
+    ("rank", "index", "targets", "row", "perturbed"),
+    [(0, [2, 3], [21, 22], 1, False), (1, [4, 5, 6], [11, 12, 13], 0, True)],
+)
+def test_each_context_rank_predicts_its_own_tokens(
+    rank: int, index: list[int], targets: list[int], row: int, perturbed: bool
+) -> None:
+    """Two sequences of eight tokens; rank 0 has 0 1 6 7 8 9 14 15 of them, rank 1 the others. 21 and 22 are predicted
+    by tokens 6 and 7, the three of the second sequence by 10, 11 and 12."""
+    responses = [respond([5, 6, 7], [11, 12, 13]), respond([1, 2, 3, 4, 5, 6, 7], [21, 22])]
+    split = dataclasses.replace(WHOLE, context=2, context_rank=rank)
+    batch = pack(responses, [View(1, None), View(0, NOISE)], split)
+    assert batch.packed.token_ids_K.tolist() == [1, 2, 3, 4, 5, 6, 7, 21, 5, 6, 7, 11, 12, 0, 0, 0]
+    assert batch.packed.packing.lengths == (8, 8) and batch.packed.pixels_PD is None
+    tokens = batch.tokens
+    assert tokens.hidden_index_N.tolist() == index and tokens.target_N.tolist() == targets
+    assert tokens.row_N.tolist() == [row] * len(index) and tokens.column_N.tolist() == list(range(len(index)))
+    assert tokens.perturbed_N.tolist() == [perturbed] * len(index)
+    assert tokens.at == (tokens.row_N, tokens.column_N)
+
+
+def test_filler_and_views_that_do_not_count_are_not_read() -> None:
+    """Four tokens over two ranks of four each: four more are missing."""
+    split = dataclasses.replace(WHOLE, context=2, token_alignment=4)
+    responses = [respond([5, 6, 7], [11, 12])]
+    batch = pack(responses, [View(0, None)], split)
+    assert batch.packed.token_ids_K.tolist() == [5, 6, 7, 11, 0, 0, 0, 0]
+    assert batch.packed.positions_3K.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]] * 2 + [[0, 0, 0, 0, 0, 1, 2, 3]]
+    assert batch.packed.packing.lengths == (4, 4)
+    assert batch.tokens.target_N.tolist() == [12] and batch.tokens.hidden_index_N.tolist() == [1]
+    assert not len(pack(responses, [View(0, None, counted=False)], split).tokens.target_N)
+
+
+def test_sequence_parallel_ranks_pad_the_last_sequence() -> None:
+    split = dataclasses.replace(WHOLE, sequence_ranks=4)
+    batch = pack([respond([5, 6, 7], [11, 12]), respond([5, 6], [11])], [View(0, None), View(1, None)], split)
+    assert batch.packed.token_ids_K.tolist() == [5, 6, 7, 11, 5, 6, 0, 0]
+    assert batch.tokens.hidden_index_N.tolist() == [2, 3, 5] and batch.tokens.row_N.tolist() == [0, 0, 1]
+
+
+def test_an_image_goes_through_the_tower_once_per_perturbation() -> None:
+    """Rows 0 and 1 share the large image, the first image of row 1; the perturbed view of row 0 has its own."""
+    many, few = [IMAGE] * 4, [IMAGE] * 2
+    responses = [respond([5, *many], [11], images=[1]), respond([*many, 6, *few], [12], images=[1, 0])]
+    views = [View(0, None), View(1, None), View(0, NOISE)]
+    batch = pack(responses, views).packed
+    assert batch.grids_thw == (LARGE, SMALL, LARGE) and batch.images_of_ranks == ((0, 1, 2),)
+    assert batch.image_token_index_I.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 14, 15, 16]
+    assert batch.image_feature_index_I.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.pixels_PD is not None and batch.pixels_PD[:, 0].tolist() == [1.0] * 16 + [0.0] * 8 + [11.0] * 16
+    assert batch.positions_3K[2].tolist() == [1] * 5 + [2] * 7 + [1] * 5
+
+
+@pytest.mark.parametrize(("image_rank", "pixels"), [(0, [1.0] * 16), (1, [0.0] * 8), (2, [])])
+def test_ranks_share_out_the_images(image_rank: int, pixels: list[float]) -> None:
+    split = dataclasses.replace(WHOLE, image_ranks=3, image_rank=image_rank)
+    responses = [respond([IMAGE] * 2 + [5] + [IMAGE] * 4, [11], images=[0, 1])]
+    batch = pack(responses, [View(0, None)], split).packed
+    assert batch.images_of_ranks == ((1,), (0,), ())
+    assert batch.pixels_PD is not None and batch.pixels_PD.flatten().tolist() == pixels
+    assert batch.pixels_PD.shape == ((len(pixels), 1) if pixels else (0, 0))
+    assert pack(responses, [View(0, None)], split, with_tower=False).packed.pixels_PD is None
+
+
+def test_views_of_a_prompt_share_it() -> None:
+    """The prompt i i 5 with three responses, and 6 7 with one that nobody shares it with."""
+    responses = [
+        respond([IMAGE, IMAGE, 5], [11, 12, 13], images=[0]),
+        respond([6, 7], [21, 22], group=1),
+        respond([IMAGE, IMAGE, 5], [31], images=[0]),
+        respond([IMAGE, IMAGE, 5], [41, 42], images=[0]),
+    ]
+    batch = pack(responses, [View(row, None) for row in range(4)], dataclasses.replace(WHOLE, token_alignment=5),
+                 shares=True)  # fmt: skip
+    packed, tokens = batch.packed, batch.tokens
+    assert packed.token_ids_K.tolist() == [IMAGE, IMAGE, 5, 6, 7, 21, 11, 12, 41, 0]
+    assert packed.packing == Packing((3, 3, 2, 2), prefixes=(0, 0)), (
+        "a response of one token is predicted by the prompt"
+    )
+    assert packed.positions_3K[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4], "each goes on from the prompt"
+    assert packed.positions_3K[2].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1], "images of the prompt are known"
+    assert packed.image_token_index_I.tolist() == [0, 1] and packed.image_feature_index_I.tolist() == [0, 1]
+    assert packed.pixels_PD is not None and packed.pixels_PD.shape == (8, 1) and packed.grids_thw == (SMALL,)
+    assert tokens.target_N.tolist() == [11, 12, 13, 21, 22, 31, 41, 42]
+    assert tokens.hidden_index_N.tolist() == [2, 6, 7, 4, 5, 2, 2, 8]
+    assert tokens.row_N.tolist() == [0, 0, 0, 1, 1, 2, 3, 3] and tokens.column_N.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+
+
+def other_image(response: Response) -> Response:
+    """Shows an image of the same size, so that all token ids are the same."""
+    prompt = dataclasses.replace(response.prompt, images=(ImageRef("val", 0, 0),))
+    return dataclasses.replace(response, prompt=prompt)
+
+
+def other_grid(response: Response) -> Response:
+    """Shows an image with as many tokens, but turned by 90 degrees."""
+    return dataclasses.replace(response, prompt=dataclasses.replace(response.prompt, grids_thw=((1, 4, 2),)))
+
+
+@pytest.mark.parametrize(
+    ("second", "view", "sequences"),
+    [
+        (lambda response: response, View(1, None), 3),
+        (lambda response: response, View(1, NOISE), 2),
+        (lambda response: response, View(1, PerturbKey(step=1, response_number=7)), 2),
+        (other_image, View(1, None), 2),
+        (other_grid, View(1, None), 2),
+    ],
+    ids=["equal", "perturbed", "perturbed by another key", "another image", "another grid"],
+)
+def test_views_share_what_is_equal_in_all_respects(
+    second: Callable[[Response], Response], view: View, sequences: int
+) -> None:
+    response = respond([IMAGE, IMAGE, 5], [11, 12], images=[0])
+    packing = pack([response, second(response)], [View(0, None), view], shares=True).packed.packing
+    assert len(packing.lengths) == sequences and len(packing.prefixes) == (2 if sequences == 3 else 0)
+
+
+def test_both_views_of_a_group_with_one_perturbation() -> None:
+    """Two prefixes, the original and the perturbed one, each with two continuations."""
+    responses = [respond([IMAGE, IMAGE, 5], [11, 12], images=[0]), respond([IMAGE, IMAGE, 5], [21, 22], images=[0])]
+    batch = pack(responses, [View(0, None), View(1, None), View(0, NOISE), View(1, NOISE)], shares=True)
+    assert batch.packed.packing == Packing((3, 3, 1, 1, 1, 1), prefixes=(0, 0, 1, 1))
+    assert batch.tokens.hidden_index_N.tolist() == [2, 6, 2, 7, 5, 8, 5, 9]
+    assert batch.tokens.perturbed_N.tolist() == [False] * 4 + [True] * 4
+    assert batch.packed.image_feature_index_I.tolist() == [0, 1, 2, 3]
+    assert batch.packed.pixels_PD is not None and batch.packed.pixels_PD.flatten().tolist() == [0.0] * 8 + [10.0] * 8
+
+
+def test_context_parallel_ranks_share_no_prompt() -> None:
+    responses = [respond([5, 6, 7], [11, 12]), respond([5, 6, 7], [21, 22])]
+    split = dataclasses.replace(WHOLE, context=2)
+    packing = pack(responses, [View(0, None), View(1, None)], split, shares=True).packed.packing
+    assert packing == Packing((4, 4))

@@ -1,0 +1,169 @@
+"""FLOPs that scoring and update execute, counted, against the least that they need with a prompt run once per group.
+
+The floor comes from the sizes of the model (`planning/step_flops.py`, itself tested against torch's count of
+transformers): a prompt and its images once for each way that they are shown, every response once, causal attention at
+half the square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig
+
+from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
+from megatron_vppo.config.choices import PerturbUnit
+from megatron_vppo.parallel.layout import Layout, single_rank
+from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.schedule import PolicySettings
+from megatron_vppo.parallel.training import make_trainable
+from megatron_vppo.planning.step_flops import BACKWARD, HEAD_AGAIN, ModelCost, model_cost
+from tests.models.tiny import IMAGE, PATCH_VALUES, save_tiny_model, tiny_config
+from tests.parallel.policy_rig import OPTIM, make_stages
+
+BAR = 1.05
+GRID, IMAGE_TOKENS, WORDS = (1, 24, 28), 168, 24
+LENGTHS = (72, 64, 55, 50, 44, 37, 30, 24)
+"""Tokens of the responses of a group of eight."""
+GROUPS = 2
+
+
+class Zeros:
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+        return torch.zeros(GRID[1] * GRID[2], PATCH_VALUES)
+
+
+def responses() -> list[Response]:
+    prompt_ids = (*(IMAGE,) * IMAGE_TOKENS, *(7,) * WORDS)
+    made = []
+    for group in range(GROUPS):
+        prompt = Prompt("train", group, "", "", prompt_ids, (), (ImageRef("train", group, 0),), (GRID,))
+        made += [Response(prompt, group, n, (8,) * length, (0.0,) * length, "stop", 0)
+                 for n, length in enumerate(LENGTHS)]  # fmt: skip
+    return made
+
+
+def batch_of(rows: list[Response]) -> TrainBatch:
+    ones_BT = torch.ones(len(rows), max(LENGTHS))
+    return TrainBatch(
+        responses=tuple(rows), old_logp_BT=-ones_BT, advantage_BT=ones_BT, pg_weight_BT=ones_BT,
+        entropy_weight_BT=0 * ones_BT, response_mask_BT=ones_BT,
+        loss=LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_dual=3.0, entropy_kind="nll"),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of which attention is a small part, as in one that is released."""
+    made = tmp_path_factory.mktemp("model")
+    save_tiny_model(made, config())
+    return made
+
+
+def config() -> Qwen2_5_VLConfig:
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 8}
+    made = tiny_config(tied=False, vocab=300, **sizes)
+    made.vision_config.out_hidden_size = sizes["hidden_size"]
+    return made
+
+
+@pytest.fixture
+def layout() -> Iterator[Layout]:
+    with single_rank() as made:
+        yield made
+
+
+def make_policy(folder: Path, layout: Layout, *, per: PerturbUnit, shared: bool) -> MegatronPolicy:
+    """Micro-batches are one group each."""
+    settings = PolicySettings(
+        temperature=1.0, banned_ids=(), rows_per_update=len(LENGTHS), rows_per_experience=len(LENGTHS),
+        head_chunk_tokens=4096, perturb_per=per, shared_prefix=shared,
+    )  # fmt: skip
+    trainable = make_trainable(make_stages(folder, layout), layout=layout, settings=OPTIM, dtype=torch.float32)
+    return MegatronPolicy(trainable, hf_config=config(), layout=layout, settings=settings, pixels=Zeros())
+
+
+# The CPU's fused attention has no formula in torch. Causal calls count at half the square; those with a mask, which
+# continuations have, count whole.
+def _attention(query: torch.Size, key: torch.Size, *_: object, is_causal: bool = False, **__: object) -> int:
+    pieces, heads, queries, width = query
+    return 4 * pieces * heads * queries * key[2] * width // (2 if is_causal else 1)
+
+
+def _forward(
+    q: torch.Size, k: torch.Size, v: torch.Size, dropout: float = 0.0, causal: bool = False, **_: object
+) -> int:
+    return _attention(q, k, is_causal=causal)
+
+
+def _backward(
+    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, out: object, sums: object, dropout: float,
+    causal: bool, **_: object,
+) -> int:  # fmt: skip
+    return 2 * _attention(q, k, is_causal=causal)
+
+
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+}
+
+
+@pytest.fixture(autouse=True)
+def _masks_are_made_outside_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's class of this mask cannot be made within a dispatch mode, which the counter is."""
+
+    def lower_right(*shape: int) -> object:
+        with _disable_current_modes():
+            return causal_lower_right(*shape)
+
+    monkeypatch.setattr("megatron_vppo.models.layers.attention.causal_lower_right", lower_right)
+
+
+def count(work: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def group_floor(cost: ModelCost, *, shared: bool) -> float:
+    """The forward FLOPs of a group's rows in one view, image and head left out."""
+    prompt = IMAGE_TOKENS + WORDS
+    if shared:
+        return cost.sequence(prompt) + sum(cost.continuation(prompt, n - 1) for n in LENGTHS)
+    return sum(cost.sequence(prompt + n - 1) for n in LENGTHS)
+
+
+@pytest.mark.parametrize(("per", "views_of_image"), [("image", 2), ("row", 1 + len(LENGTHS))])
+def test_scoring_executes_little_more_than_the_floor(
+    per: PerturbUnit, views_of_image: int, folder: Path, layout: Layout
+) -> None:
+    """With a perturbation for each response, their views share nothing and the floor has whole rows."""
+    cost, rows = model_cost(config()), responses()
+    floor = group_floor(cost, shared=True) + group_floor(cost, shared=per == "image")
+    floor += 2 * sum(LENGTHS) * cost.per_head_position + views_of_image * cost.image(GRID[1] * GRID[2])
+    policy = make_policy(folder, layout, per=per, shared=True)
+    executed = count(lambda: policy.score(rows, step=1, views="both"))
+    assert GROUPS * floor < executed <= BAR * GROUPS * floor
+    apart = make_policy(folder, layout, per=per, shared=False)
+    assert count(lambda: apart.score(rows, step=1, views="both")) > (1.3 if per == "row" else 2) * executed
+
+
+def test_the_update_executes_little_more_than_the_floor(folder: Path, layout: Layout) -> None:
+    cost, rows = model_cost(config()), responses()
+    head = sum(LENGTHS) * cost.per_head_position
+    floor = (1 + BACKWARD) * (group_floor(cost, shared=True) + head + cost.image(GRID[1] * GRID[2])) + HEAD_AGAIN * head
+    policy = make_policy(folder, layout, per="row", shared=True)
+    executed = count(lambda: policy.accumulate_gradients(batch_of(rows)))
+    # Pixels need no gradient: the tower's first product has two parts instead of three.
+    floor -= GRID[1] * GRID[2] * 2 * PATCH_VALUES * config().vision_config.hidden_size
+    assert GROUPS * floor < executed <= BAR * GROUPS * floor
+    apart = make_policy(folder, layout, per="row", shared=False)
+    assert count(lambda: apart.accumulate_gradients(batch_of(rows))) > 2 * executed
