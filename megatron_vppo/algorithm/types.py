@@ -37,14 +37,18 @@ class PerturbKey:
     """Seeds the perturbation of an image: the same key gives the same one on every rank and after a resume."""
 
     step: int
-    response_number: int | None
-    """A number that only this response of the step has: group x 2**16 + sample. None if one perturbation serves all
-    responses to a prompt."""
+    draw: int | None
+    """Tells apart the perturbations that an image has in a step: group x 2**16 + sample, a number that no other
+    response has; or -1, -2, ... where responses share them. None if there is one."""
 
     @classmethod
     def of(cls, response: Response, step: int, *, per: PerturbUnit) -> PerturbKey:
-        """Returns the key of a response's images: its own ('row'), or that of all responses to its prompt ('image')."""
-        return cls(step=step, response_number=response.group_id * 2**16 + response.sample if per == "row" else None)
+        """Returns the key of a response's images: its own ('row'), or that of the responses which share it."""
+        if per == "image":
+            return cls(step=step, draw=None)
+        if per == "row":
+            return cls(step=step, draw=response.group_id * 2**16 + response.sample)
+        return cls(step=step, draw=-1 - response.sample % per)
 
 
 @dataclass(frozen=True, slots=True)

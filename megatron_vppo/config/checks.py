@@ -157,6 +157,20 @@ def check_batches(config: RunConfig) -> None:
         )
 
 
+def check_micro_batch_tokens(config: RunConfig) -> None:
+    """Refuses micro-batches that the longest row would not fit."""
+    most, algorithm = config.actor.max_tokens_per_micro_batch, config.algorithm
+    longest = config.data.max_prompt_length + config.data.max_response_length - 1  # the last token is not read
+    views = 2 if algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping else 1
+    if most is not None and most < views * longest:
+        raise ValueError(
+            f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {longest} tokens "
+            f"(data.max_prompt_length {config.data.max_prompt_length} + data.max_response_length "
+            f"{config.data.max_response_length} - 1)"
+            f"{', which scoring reads in two views' if views == 2 else ''}; set at least {views * longest}"
+        )
+
+
 def check_sampling(config: RunConfig) -> None:
     """Refuses sampling settings that vLLM refuses later, and a correction between two different distributions."""
     rollout = config.rollout
@@ -339,6 +353,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_fp8,
     check_rollout_quantization,
     check_batches,
+    check_micro_batch_tokens,
     check_sampling,
     check_perturbation,
     check_reference_devices,

@@ -85,8 +85,10 @@ PerturbKind = Literal["patch_black", "gaussian_noise", "gaussian_blur", "grey"]
 PerturbSpace = Literal["patches", "pixels"]
 """The side of the image processor on which an image is perturbed."""
 
-PerturbUnit = Literal["row", "image"]
-"""The unit that gets a random perturbation of its own: a response, or an image once per step."""
+NamedPerturbUnit = Literal["row", "image"]
+PerturbUnit = NamedPerturbUnit | int
+"""The unit that gets a random perturbation of its own: a response ('row'), or an image once per step ('image'). A
+number: each image has as many perturbations per step, which the responses to its prompt take in turn."""
 
 # --- Actor ------------------------------------------------------------------------------------------------------------
 

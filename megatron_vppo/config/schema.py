@@ -26,10 +26,10 @@ from megatron_vppo.config.choices import (
     LrScheduleKind,
     MemoryPart,
     ModelPart,
+    NamedPerturbUnit,
     NegativeAdvantages,
     PerturbKind,
     PerturbSpace,
-    PerturbUnit,
     Preset,
     Quantization,
     Recompute,
@@ -187,14 +187,23 @@ class PerturbConfig(Section):
     fixed grid (the authors'). (Preset.)"""
     patch_size: int | None = Field(default=None, gt=0, le=2**14)
     """Pixels; the grid of stage 'pixels'. None at stage 'patches', which uses the model's own patch."""
-    per: PerturbUnit = "row"
-    """A new perturbation for each response ('row'), or one per image and step ('image'). (Preset.)"""
+    per: NamedPerturbUnit | Count = "row"
+    """A new perturbation for each response ('row'), one per image and step ('image'), or a number of them per image and
+    step, which the responses to a prompt take in turn. (Preset.)"""
     noise_std: Positive = 189.0
     """Grey levels (gaussian_noise); the paper's ablation."""
     blur_radius: float = Field(default=6.0, gt=0, le=2**14)
     """Pixels (gaussian_blur); the paper's ablation."""
     grey_level: int = Field(default=128, ge=0, le=255)
     """0 (black) to 255 (white) (grey)."""
+
+    @field_validator("per", mode="before")
+    @classmethod
+    def _unit_or_number(cls, value: Any) -> Any:
+        """Refuses what is neither with one message; pydantic would have one for each of the two."""
+        if value in get_args(NamedPerturbUnit) or (isinstance(value, int) and 0 < value <= LARGEST_INT):
+            return value
+        raise PydanticCustomError("perturb_unit", "Input should be 'row', 'image' or a whole number from 1 on")
 
 
 class AlgorithmConfig(Section):
@@ -323,6 +332,9 @@ class ActorConfig(Section):
     """Responses per micro-batch of the update; they are packed, so there is no padding."""
     micro_batch_size_per_device_for_experience: Count = 8
     """Responses per micro-batch of scoring."""
+    max_tokens_per_micro_batch: Count | None = None
+    """Tokens that the model reads in a micro-batch, both views in scoring; whole groups fill it. None: micro-batches
+    have as many responses as the two settings above say."""
     ppo_epochs: Count = 1
     max_grad_norm: Positive = 1.0
     head_chunk_tokens: Count = 1024

@@ -126,14 +126,14 @@ class GreyImage(ImagePerturbation):
 
 
 def perturb_rng(ref: ImageRef, key: PerturbKey, *, per: PerturbUnit, run_seed: int) -> np.random.Generator:
-    """Returns the generator of one perturbation, seeded by a hash of (run seed, step, image[, response]).
+    """Returns the generator of one perturbation, seeded by a hash of (run seed, step, image[, draw]).
 
-    Raises ValueError where each response has a perturbation of its own (`per` = 'row') and the key names none.
+    Raises ValueError where an image has several perturbations (`per` is not 'image') and the key does not say which.
     """
-    if per == "row" and key.response_number is None:
-        raise ValueError("perturb.per=row needs PerturbKey.response_number, and the key has none")
-    response_number = key.response_number if per == "row" else None
-    text = f"{run_seed}|{key.step}|{ref.split}|{ref.row}|{ref.index}|{response_number}"
+    if per != "image" and key.draw is None:
+        raise ValueError(f"perturb.per={per} needs PerturbKey.draw, and the key has none")
+    draw = None if per == "image" else key.draw
+    text = f"{run_seed}|{key.step}|{ref.split}|{ref.row}|{ref.index}|{draw}"
     digest = hashlib.sha256(text.encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
 

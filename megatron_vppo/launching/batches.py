@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_vppo.algorithm.types import ImageRef, Prompt, Response
+from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.balancing import assign_to_ranks
+from megatron_vppo.parallel.micro_batches import Reading, fill_by_tokens, groups_of_rank
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,13 @@ class Batches:
 def divide_step(config: RunConfig, *, data: int) -> Batches:
     """Divides a step over `data` data-parallel ranks, as rows of equal length are."""
     rollout, actor, parallel = config.rollout, config.actor, config.parallel
-    prompts = config.data.rollout_batch_size
-    update = _share(actor.global_batch_size, rollout.n, actor.micro_batch_size_per_device_for_update, data=data)
+    prompts, per = config.data.rollout_batch_size, config.algorithm.perturb.per
+    update = _share(config, actor.global_batch_size, actor.micro_batch_size_per_device_for_update, data=data)
     return Batches(
         prompts=prompts,
         rows=prompts * rollout.n,
         mini_batches=prompts // actor.global_batch_size * actor.ppo_epochs,
-        score=_share(prompts, rollout.n, actor.micro_batch_size_per_device_for_experience, data=data),
+        score=_share(config, prompts, actor.micro_batch_size_per_device_for_experience, data=data, per=per),
         update=update,
         bubble=pipeline_bubble(
             parallel.pipeline_model_parallel_size,
@@ -55,15 +58,31 @@ def divide_step(config: RunConfig, *, data: int) -> Batches:
     )
 
 
-def _share(groups: int, group_rows: int, rows_each: int, *, data: int) -> RankShare:
-    groups_of_ranks = assign_to_ranks([1] * groups, num_ranks=data)
-    fullest = max(len(mine) for mine in groups_of_ranks) * group_rows
+def _share(config: RunConfig, groups: int, rows_each: int, *, data: int, per: PerturbUnit | None = None) -> RankShare:
+    """Args: per: the rows that have a perturbed view in common; None: no perturbed view is read."""
+    groups_of_ranks, group_rows = assign_to_ranks([1] * groups, num_ranks=data), config.rollout.n
+    fullest = max(len(mine) for mine in groups_of_ranks)
+    most = config.actor.max_tokens_per_micro_batch
     return RankShare(
-        rows=fullest,
-        micro_batches=-(-fullest // rows_each),
+        rows=fullest * group_rows,
+        micro_batches=-(-fullest * group_rows // rows_each)
+        if most is None
+        else _filled(config, fullest, most, per=per),
         idle=tuple(rank for rank, mine in enumerate(groups_of_ranks) if not mine),
-        load=groups * group_rows / data / fullest,
+        load=groups / data / fullest,
     )
+
+
+def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUnit | None) -> int:
+    """Counts the micro-batches that groups of the longest rows fill."""
+    parallel, data = config.parallel, config.data
+    reading = Reading(parallel.shared_prefix and parallel.context_parallel_size == 1, per, patch_work=0.0)
+    prompt = Prompt("train", 0, "", "", (0,) * data.max_prompt_length, (), (ImageRef("train", 0, 0),), ((1, 1, 1),))
+    words, logps = (0,) * data.max_response_length, (0.0,) * data.max_response_length
+    samples = range(config.rollout.n)
+    rows = [Response(prompt, group, sample, words, logps, "length", 0) for group in range(groups) for sample in samples]
+    of_groups = groups_of_rank(rows, data_rank=0, data=1, reading=reading)
+    return len(fill_by_tokens(rows, of_groups, most_tokens=most_tokens, reading=reading))
 
 
 def pipeline_bubble(pipeline: int, *, micro_batches: int, virtual_stages: int) -> float:

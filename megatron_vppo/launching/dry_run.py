@@ -16,7 +16,7 @@ from megatron_vppo.config.checks import check_layout
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.launching.batches import Batches, divide_step
 from megatron_vppo.launching.files import SeenFiles, SeenModel, see_files, see_model
-from megatron_vppo.launching.longest_rows import longest_responses
+from megatron_vppo.launching.longest_rows import longest_responses, shortest_responses
 from megatron_vppo.launching.phases import (
     EngineBytes,
     HostBytes,
@@ -26,7 +26,7 @@ from megatron_vppo.launching.phases import (
     fullest_phases,
 )
 from megatron_vppo.launching.process_groups import check_memberships, crosses_hosts, memberships
-from megatron_vppo.launching.stage_memory import StageReport, report_stage
+from megatron_vppo.launching.stage_memory import StageReport, larger, report_stage
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.options import Backend, ModelOptions
@@ -190,13 +190,21 @@ def assumed_options(config: RunConfig) -> ModelOptions:
 def report_stages(
     config: RunConfig, hf_config: HfConfig, batches: Batches, *, world_size: int
 ) -> tuple[StageReport, ...]:
-    """Builds the first rank of every pipeline stage, with layers in plain torch, and runs its largest micro-batch."""
+    """Builds the first rank of every pipeline stage, with layers in plain torch, and runs its largest micro-batch.
+
+    A micro-batch that is filled by tokens has the most tokens of responses if these are long, and the most images if
+    they are short. Both are run, and each stage has the larger numbers.
+    """
     plain = dataclasses.replace(assumed_options(config), backend="torch", fp8=None)
     pipeline = config.parallel.pipeline_model_parallel_size
-    report = functools.partial(
-        report_stage, config, hf_config, plain, longest_responses(config, hf_config), batches, world_size=world_size
+    kinds = [longest_responses(config, hf_config)]
+    if config.actor.max_tokens_per_micro_batch is not None:
+        kinds.append(shortest_responses(config, hf_config))
+    report = functools.partial(report_stage, config, hf_config, plain, batches=batches, world_size=world_size)
+    return tuple(
+        functools.reduce(larger, (report(responses, rank=stage * world_size // pipeline) for responses in kinds))
+        for stage in range(pipeline)
     )
-    return tuple(report(rank=stage * world_size // pipeline) for stage in range(pipeline))
 
 
 def place_engines(config: RunConfig, cluster: RunCluster) -> tuple[EnginePlacement, ...]:

@@ -1,4 +1,4 @@
-"""The responses of a mini-batch in which all rows are as long as they may be, each with one image of full size.
+"""The responses of a mini-batch in which all rows are as long or as short as they may be, with images of full size.
 
 Shape suffix legend: P = patches of an image; D = values of one patch.
 """
@@ -20,14 +20,24 @@ IMAGES_PER_ROW = 1
 
 
 def longest_responses(config: RunConfig, hf_config: HfConfig) -> list[Response]:
-    """Makes the responses of one mini-batch, group after group. They share their token ids, so they are small."""
+    """Makes the responses of one mini-batch, group after group, of which all have the longest prompt and response."""
+    return _responses(config, hf_config, tokens=config.data.max_response_length)
+
+
+def shortest_responses(config: RunConfig, hf_config: HfConfig) -> list[Response]:
+    """Makes the same with responses of one token, so that a micro-batch of a number of tokens has the most images."""
+    return _responses(config, hf_config, tokens=1)
+
+
+def _responses(config: RunConfig, hf_config: HfConfig, *, tokens: int) -> list[Response]:
+    """Makes groups with one image each. Their responses share their token ids, so they are small."""
     data = config.data
     grid = image_grid(image_tokens(config, hf_config), merge=hf_config.vision_config.spatial_merge_size)
     text = _text_token(hf_config)
     image = [hf_config.image_token_id] * (math.prod(grid) // hf_config.vision_config.spatial_merge_size**2)
     words = data.max_prompt_length - len(image) - 2
     prompt_ids = (hf_config.vision_start_token_id, *image, hf_config.vision_end_token_id, *[text] * words)
-    response_ids, logps = (text,) * data.max_response_length, (0.0,) * data.max_response_length
+    response_ids, logps = (text,) * tokens, (0.0,) * tokens
 
     def responses() -> Iterator[Response]:
         for group in range(config.actor.global_batch_size):

@@ -23,6 +23,7 @@ from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.launching.fake_world import META
 from megatron_vppo.parallel.batching import ResponseBatch, View
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.micro_batches import Reading, Rows, packed_tokens
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.planning.activations import MicroBatch
@@ -41,17 +42,26 @@ class StepBytes:
 
 
 def update_views(runner: ScheduleRunner, responses: Sequence[Response]) -> list[View]:
-    """Returns the views of this rank's largest micro-batch of an update, by tokens and then by images."""
-    micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_update)
-    largest = max(micro_batches, key=lambda rows: (len(rows), len({responses[row].group_id for row in rows})))
-    return [View(row, None) for row in largest]
+    """Returns the views of this rank's largest micro-batch of an update."""
+    rows = _largest(responses, runner.update_micro_batches(responses), runner.reading(both_views=False))
+    return [View(row, None) for row in rows]
 
 
 def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit) -> list[View]:
     """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images."""
-    micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
-    rows = max(micro_batches, key=len)
+    micro_batches = runner.scoring_micro_batches(responses, both_views=True)
+    rows = _largest(responses, micro_batches, runner.reading(both_views=True))
     return [*(View(row, None) for row in rows)] + [View(row, PerturbKey.of(responses[row], 1, per=per)) for row in rows]
+
+
+def _largest(responses: Sequence[Response], micro_batches: Sequence[Rows], reading: Reading) -> Rows:
+    """Returns the micro-batch with the most tokens, and among equals that with the most images."""
+
+    def size(rows: Rows) -> tuple[int, int]:
+        groups = {responses[row].group_id for row in rows}
+        return packed_tokens(responses, rows, reading=reading), len(groups)
+
+    return max(micro_batches, key=size)
 
 
 def sizes_of(batch: ResponseBatch, layout: Layout) -> MicroBatch:

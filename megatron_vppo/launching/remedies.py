@@ -20,7 +20,10 @@ from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.remedies import enough_gpus
 
 OFFLOAD_ALL = f"actor.offload=[{','.join(MEMORY_PARTS)}]"
-_ONE_ROW = {"micro_batch_size_per_device_for_update": 1, "micro_batch_size_per_device_for_experience": 1}
+_ONE_ROW: dict[str, int | None] = {
+    "micro_batch_size_per_device_for_update": 1,
+    "micro_batch_size_per_device_for_experience": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,15 @@ def _offloads(change: _Change) -> Iterator[_Change]:
 
 def _smaller_steps(change: _Change) -> Iterator[_Change]:
     """Yields the change with recomputation, with micro-batches of one row, and with both."""
-    one_row = " ".join(f"actor.{name}={value}" for name, value in _ONE_ROW.items())
+    one_row = dict(_ONE_ROW)
+    if change.config.actor.max_tokens_per_micro_batch is not None:
+        one_row["max_tokens_per_micro_batch"] = None
+    text = " ".join(f"actor.{name}={'null' if value is None else value}" for name, value in one_row.items())
     if change.config.parallel.recompute != "full":
         recomputing = change.then("parallel", "parallel.recompute=full", recompute="full")
-        yield from (recomputing, change.then("actor", one_row, **_ONE_ROW))
+        yield from (recomputing, change.then("actor", text, **one_row))
         change = recomputing
-    yield change.then("actor", one_row, **_ONE_ROW)
+    yield change.then("actor", text, **one_row)
 
 
 def _made_to_fit(found: DryRun, change: _Change, stages: Sequence[StageReport]) -> str | None:

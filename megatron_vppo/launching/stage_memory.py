@@ -57,13 +57,19 @@ class StageReport:
     score: StageActivations
 
 
+def larger(one: StageReport, other: StageReport) -> StageReport:
+    """Returns the larger activations of two micro-batches of a stage, those of update and scoring by themselves."""
+    fuller = max(one, other, key=lambda report: report.update.total)
+    return replace(fuller, score=max(one.score, other.score, key=lambda score: score.total))
+
+
 def report_stage(
     config: RunConfig,
     hf_config: HfConfig,
     options: ModelOptions,
     responses: Sequence[Response],
-    batches: Batches,
     *,
+    batches: Batches,
     rank: int,
     world_size: int,
 ) -> StageReport:

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Sequence
 
 
-def assign_to_ranks(lengths: Sequence[int], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
+def assign_to_ranks(lengths: Sequence[float], *, num_ranks: int) -> tuple[tuple[int, ...], ...]:
     """Assigns items to ranks by length: counts differ by at most one, and totals are balanced.
 
     The longest item goes first, to the rank with the smallest total that still has room. Ties go to the lower rank and
@@ -22,7 +22,7 @@ def assign_to_ranks(lengths: Sequence[int], *, num_ranks: int) -> tuple[tuple[in
         raise ValueError(f"num_ranks is {num_ranks}; at least one is needed")
     small, num_large = divmod(len(lengths), num_ranks)  # num_large ranks take one item more
     members: list[list[int]] = [[] for _ in range(num_ranks)]
-    open_ranks = [(0, rank) for rank in range(num_ranks)]
+    open_ranks = [(0.0, rank) for rank in range(num_ranks)]
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         tokens, rank = heapq.heappop(open_ranks)
         members[rank].append(row)

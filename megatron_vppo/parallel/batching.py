@@ -1,4 +1,4 @@
-"""Micro-batches of responses: who has which rows, and the way from hidden states back to [B, T] tensors.
+"""A packed micro-batch of responses, and the way from its hidden states back to [B, T] tensors.
 
 packer.py packs them.
 
@@ -9,16 +9,14 @@ values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.models.layers.packed import PackedBatch
-from megatron_vppo.parallel.balancing import assign_to_ranks
 
 
 class Pixels(Protocol):
@@ -33,7 +31,7 @@ class Pixels(Protocol):
 class View:
     """One look at one response: with its images as they are, or perturbed.
 
-    Example: View(row=3, perturb=PerturbKey(step=7, response_number=65536)) is the perturbed view of sample 0 of group
+    Example: View(row=3, perturb=PerturbKey(step=7, draw=65536)) is the perturbed view of sample 0 of group
     1, which is row 3 of the mini-batch.
     """
 
@@ -107,23 +105,3 @@ class BatchSplit:
     image_rank: int
     token_alignment: int = 1
     """The tokens that each rank holds are padded to a multiple of this; FP8 needs it."""
-
-
-def rows_of_rank(responses: Sequence[Response], *, data_rank: int, data: int) -> tuple[int, ...]:
-    """Returns the rows of a data-parallel rank: whole groups, balanced by tokens.
-
-    A group shares its prompt's images, so each image is needed on one data-parallel rank only. There are no rows if
-    there are fewer groups than ranks.
-    """
-    rows_of_group: dict[int, list[int]] = {}
-    for row, response in enumerate(responses):
-        rows_of_group.setdefault(response.group_id, []).append(row)
-    groups = list(rows_of_group.values())
-    lengths = [sum(num_tokens(responses[row]) for row in rows) for rows in groups]
-    mine = sorted(assign_to_ranks(lengths, num_ranks=data)[data_rank])
-    return tuple(row for group in mine for row in groups[group])
-
-
-def num_tokens(response: Response) -> int:
-    """Counts the tokens that the model reads to score a response: all but the last, which predicts nothing."""
-    return len(response.prompt.token_ids) + len(response.token_ids) - 1

@@ -22,8 +22,9 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, View, rows_of_rank
+from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, View
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.micro_batches import Reading, Rows, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.parallel.packer import Packer
 from megatron_vppo.parallel.vocab_head import VocabHead
 
@@ -51,6 +52,10 @@ class PolicySettings:
     shared_prefix: bool
     """True if a prompt that several views of a micro-batch show runs once for all of them; not under context
     parallelism."""
+    max_tokens_per_micro_batch: int | None = None
+    """Tokens of both views of a micro-batch that are read. None: micro-batches have equally many rows."""
+    patch_work: float = 0.0
+    """The work of the vision tower on a patch over that of the language model on a token; ranks are balanced by it."""
     fp8_scope: frozenset[Fp8Phase] = frozenset()
     """The phases in which the language model's linear layers run in FP8; needs `ModelOptions.fp8`."""
     token_alignment: int = 1
@@ -105,10 +110,28 @@ class ScheduleRunner:
         """
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
-    def micro_batches(self, responses: Sequence[Response], *, rows_each: int) -> list[Sequence[int]]:
-        """Cuts this rank's rows into micro-batches. Neighbours stay together: responses to a prompt share images."""
-        rows = rows_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data)
-        return [rows[i : i + rows_each] for i in range(0, len(rows), rows_each)]
+    def update_micro_batches(self, responses: Sequence[Response]) -> list[Rows]:
+        """Divides this rank's rows into micro-batches: by tokens if there is a limit for them, else by rows."""
+        return self._micro_batches(responses, self.settings.rows_per_update, self.reading(both_views=False))
+
+    def scoring_micro_batches(self, responses: Sequence[Response], *, both_views: bool) -> list[Rows]:
+        """Divides them for a scoring pass, which reads the original view or both."""
+        return self._micro_batches(responses, self.settings.rows_per_experience, self.reading(both_views=both_views))
+
+    def _micro_batches(self, responses: Sequence[Response], rows_each: int, reading: Reading) -> list[Rows]:
+        groups = groups_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data, reading=reading)
+        most = self.settings.max_tokens_per_micro_batch
+        if most is None:
+            return cut_by_rows(groups, rows_each=rows_each)
+        return fill_by_tokens(responses, groups, most_tokens=most, reading=reading)
+
+    def reading(self, *, both_views: bool) -> Reading:
+        """Returns the way in which rows are read, which says what they cost."""
+        return Reading(
+            shares_prompts=self.settings.shared_prefix and self.layout.context == 1,
+            perturb_per=self.settings.perturb_per if both_views else None,
+            patch_work=self.settings.patch_work,
+        )
 
     def vocab_head(self, *, trained: bool) -> VocabHead:
         """Returns the vocabulary head of the last stage.

@@ -64,7 +64,7 @@ class Scorer:
             else:
                 self._write_divergences(table, batch, hidden_C1h, perturbed_B, divergence)
 
-        micro_batches = runner.micro_batches(responses, rows_each=runner.settings.rows_per_experience)
+        micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both")
         micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
         for chunk in self._chunks.of(micro_views, boundary):
             runner.forward(responses, chunk, read)

@@ -63,7 +63,7 @@ class Updater:
             return sums.loss
 
         self._trainable.zero_gradients()
-        micro_batches = runner.micro_batches(batch.responses, rows_each=runner.settings.rows_per_update)
+        micro_batches = runner.update_micro_batches(batch.responses)
         views = [[View(row, None) for row in rows] for rows in micro_batches]
         runner.forward_backward(batch.responses, views, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())

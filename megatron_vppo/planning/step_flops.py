@@ -1,81 +1,16 @@
-"""The arithmetic of a training step, from the sizes of a Qwen-VL.
-
-One multiply-add is 2 FLOPs. Counted: matrix products of both towers, the vocabulary head, and attention (scores and
-weighted values; causal attention at half the square, window attention at full windows). Not counted: norms, activation
-functions, rotary embeddings, the optimizer. A forward pass is thus the familiar 2*N*tokens plus attention, where N is
-the number of matrix parameters that a token passes through.
-"""
+"""The arithmetic of a training step, from that of its model (`models/flops.py`)."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from megatron_vppo.models.hf_config import HfConfig, head_dim
+from megatron_vppo.models.flops import ModelCost
 
 BACKWARD = 2
 """The cost of a backward pass in forward passes: the gradients of inputs and of weights."""
 HEAD_AGAIN = 1
 """The forward passes of the vocabulary head that its backward pass repeats, chunk by chunk."""
-
-
-# --- A model ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelCost:
-    """Forward FLOPs, one field for each quantity that they scale with."""
-
-    per_token: int
-    """The linear layers of the language model for one token, without the head."""
-    attention: int
-    """A factor of the squared length of a sequence: the language model's attention."""
-    per_head_position: int
-    """The vocabulary head at one position."""
-    per_patch: int
-    """The linear layers of the vision tower for one patch, the merger included."""
-    full_attention: int
-    """A factor of the squared number of patches of an image: the vision layers with full attention."""
-    window_attention: int
-    """A factor of the number of patches of an image: the vision layers with window attention."""
-
-    def sequence(self, tokens: float) -> float:
-        return self.per_token * tokens + self.attention * tokens**2
-
-    def continuation(self, prompt: float, tokens: float) -> float:
-        """Counts the FLOPs of `tokens` more after a prompt whose keys and values are cached."""
-        return self.per_token * tokens + self.attention * ((prompt + tokens) ** 2 - prompt**2)
-
-    def image(self, patches: float) -> float:
-        return (self.per_patch + self.window_attention) * patches + self.full_attention * patches**2
-
-
-def model_cost(hf_config: HfConfig) -> ModelCost:
-    """Counts the FLOPs of a model, from a Qwen2_5_VLConfig or Qwen3VLConfig of transformers."""
-    text, vision = hf_config.text_config, hf_config.vision_config
-    is_qwen3 = hf_config.model_type == "qwen3_vl"
-    attention_matrices = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * head_dim(text)
-    language = text.num_hidden_layers * (attention_matrices + 3 * text.hidden_size * text.intermediate_size)
-
-    merged_width = vision.hidden_size * vision.spatial_merge_size**2
-    mergers = 1 + len(vision.deepstack_visual_indexes) if is_qwen3 else 1
-    merger = mergers * merged_width * (merged_width + vision.out_hidden_size) / vision.spatial_merge_size**2
-    patch_values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    mlp_matrices = 2 if is_qwen3 else 3
-    block = 4 * vision.hidden_size**2 + mlp_matrices * vision.hidden_size * vision.intermediate_size
-    window_patches = 0 if is_qwen3 else (vision.window_size // vision.patch_size) ** 2
-    full_layers = vision.depth if is_qwen3 else len(vision.fullatt_block_indexes)
-    return ModelCost(
-        per_token=2 * language,
-        attention=2 * text.num_hidden_layers * text.num_attention_heads * head_dim(text),
-        per_head_position=2 * text.vocab_size * text.hidden_size,
-        per_patch=int(2 * (vision.depth * block + patch_values * vision.hidden_size + merger)),
-        full_attention=4 * full_layers * vision.hidden_size,
-        window_attention=4 * (vision.depth - full_layers) * vision.hidden_size * window_patches,
-    )
-
-
-# --- A step -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -111,11 +46,6 @@ class StepWork:
     @property
     def rows(self) -> int:
         return self.prompts * self.responses
-
-    @property
-    def row_tokens(self) -> int:
-        """The tokens that the model reads for one response. Nothing is predicted from the last token."""
-        return self.prompt_tokens + self.response_tokens - 1
 
 
 @dataclass(frozen=True)
@@ -186,9 +116,12 @@ def _packed(cost: ModelCost, work: StepWork, original: _View, perturbed: _View |
 
 
 def least_update(cost: ModelCost, work: StepWork) -> float:
-    """Counts the update's FLOPs with nothing computed twice and each image read once: the numerator of MFU."""
-    rows = work.responses * (cost.sequence(work.row_tokens) + cost.per_head_position * work.response_tokens)
-    return (1 + BACKWARD) * work.prompts * (rows + images_flops(cost, work))
+    """Counts the update's FLOPs with nothing computed twice and each image read once: the numerator of MFU.
+
+    A prompt counts once if responses share it, else for each of them.
+    """
+    once = _packed(cost, work, _View(images=1, prompts=1 if work.shared_prefix else work.responses))
+    return (1 + BACKWARD) * work.prompts * (once.language + once.head + once.tower)
 
 
 def prefill_of_prompt(cost: ModelCost, work: StepWork) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vppo.config.choices import Recompute
+from megatron_vppo.models.flops import ModelCost
 from megatron_vppo.planning.assumptions import LIKELY, Assumptions
 from megatron_vppo.planning.gpus import GpuCeilings
-from megatron_vppo.planning.step_flops import ModelCost
 
 
 @dataclass(frozen=True)

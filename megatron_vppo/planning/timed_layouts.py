@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from megatron_vppo.models.families import family_of, weight_map
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.planning.candidate import Candidate, PlanRequest
 from megatron_vppo.planning.gpus import link_refusal
 from megatron_vppo.planning.layouts import make_plan
-from megatron_vppo.planning.step_flops import StepWork, model_cost
+from megatron_vppo.planning.step_flops import StepWork
 from megatron_vppo.planning.step_model import EngineLayout, Machine, SpeedModel, TrainerLayout
 from megatron_vppo.planning.step_seconds import StepSeconds, step_seconds
 

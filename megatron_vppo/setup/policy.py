@@ -8,6 +8,7 @@ import torch
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.build import build_model
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.layers.te_probe import check_fused_attention
 from megatron_vppo.models.options import ModelOptions
@@ -64,6 +65,7 @@ def make_scorer(config: RunConfig, layout: Layout, source: Path, inputs: RunInpu
 
 def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions) -> PolicySettings:
     """Collects the settings of scoring and updating."""
+    cost = model_cost(hf_config)
     return PolicySettings(
         temperature=config.rollout.temperature,
         banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
@@ -72,6 +74,8 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
         head_chunk_tokens=config.actor.head_chunk_tokens,
         perturb_per=config.algorithm.perturb.per,
         shared_prefix=config.parallel.shared_prefix,
+        max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
+        patch_work=cost.per_patch / cost.per_token,
         fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
         token_alignment=TOKEN_ALIGNMENT[options.fp8.recipe] if options.fp8 else 1,
         scoring_chunk_seconds=config.trainer.stop_within_seconds / SCORING_CHUNKS,

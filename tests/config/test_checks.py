@@ -100,6 +100,13 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"data": {"rollout_batch_size": 16}, "actor": {"global_batch_size": 128}},
         ["global_batch_size 128 is more than data.rollout_batch_size 16"],
     ),
+    (
+        {
+            "actor": {"max_tokens_per_micro_batch": 8189},
+            "data": {"max_prompt_length": 2048, "max_response_length": 2048},
+        },
+        ["max_tokens_per_micro_batch is 8189", "row has 4095 tokens", "2048 - 1", "two views; set at least 8190"],
+    ),
     ({"rollout": {"top_k": 0}}, ["rollout.top_k is 0", "-1 (off)"]),
     ({"rollout": {"val": {"temperature": 0, "n": 4}}}, ["val.temperature is 0", "all 4", "rollout.val.n=1"]),
     ({"rollout": {"top_p": 0.9}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_p 0.9", "top_p=1"]),

@@ -45,4 +45,5 @@ def test_every_choice_is_one_of_a_setting() -> None:
     names = {target.id for node in choices.body if isinstance(node, ast.Assign) for target in node.targets}
     schema = ast.parse((PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
     used = {node.id for node in ast.walk(schema) if isinstance(node, ast.Name)}
-    assert names - used == {"Divergence"}  # the part of DependencyKind that names two whole distributions
+    # The part of DependencyKind that names two whole distributions; NamedPerturbUnit or a number, with its range there.
+    assert names - used == {"Divergence", "PerturbUnit"}

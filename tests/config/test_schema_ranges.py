@@ -37,6 +37,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "parallel.data_parallel_size parallel.context_parallel_size parallel.virtual_pipeline_model_parallel_size "
         "algorithm.max_try_make_batch algorithm.reference_devices actor.global_batch_size actor.ppo_epochs "
         "actor.micro_batch_size_per_device_for_update actor.micro_batch_size_per_device_for_experience "
+        "actor.max_tokens_per_micro_batch "
         "actor.head_chunk_tokens rollout.tensor_parallel_size rollout.num_engines rollout.max_images_per_prompt "
         "trainer.total_steps trainer.total_epochs trainer.resume_step "
         "trainer.max_attempts_without_progress",
@@ -47,6 +48,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     ((-1, 1025), (0, 1024), "data.num_workers"),
     ((0, 2**14 + 1), (1, 2**14), "algorithm.perturb.patch_size"),
     ((-1, 256), (0, 255), "algorithm.perturb.grey_level"),
+    ((0, -1, "group"), (1, LARGEST_INT, "row"), "algorithm.perturb.per"),
     ((1, 2**16 + 1), (2, 2**16), "rollout.n"),
     ((0, 2**16 + 1), (1, 2**16), "rollout.val.n"),
     ((0, 8193), (1, 8192), "rollout.max_num_seqs"),

@@ -28,7 +28,7 @@ LIMITS = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
 # Smaller than the budget, inside it, larger; a strip; odd sizes; one that is right as it is.
 SIZES = [(20, 30), (90, 60), (400, 300), (300, 9), (181, 203), (112, 56), (57, 55)]
 
-KEY = PerturbKey(step=5, response_number=2)
+KEY = PerturbKey(step=5, draw=2)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_perturbations_repeat_and_differ_as_their_keys_do(dataset) -> None:
     for key in (PerturbKey(5, 3), PerturbKey(6, 2)):
         assert not torch.equal(first, inputs.patches(ref(1), key))
     shared = vision(dataset, perturbing=per_image)
-    assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, response_number=7)))
+    assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, draw=7)))
     with pytest.raises(ValueError, match="without Perturbing"):
         vision(dataset).patches(ref(1), KEY)
 

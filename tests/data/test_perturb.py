@@ -25,7 +25,7 @@ from megatron_vppo.data.perturb import (
 from tests.data.images import noise_image
 
 REF = ImageRef("train", 7, 0)
-KEY = PerturbKey(step=3, response_number=1)
+KEY = PerturbKey(step=3, draw=1)
 
 
 def test_golden_mask_of_the_authors() -> None:
@@ -114,8 +114,9 @@ def test_generator_depends_on_every_part_of_its_key() -> None:
         draws(ref=ImageRef("train", 7, 1)),
     }
     assert len(variants) == 7 and draws() == draws()
+    assert len({draws(2, key=PerturbKey(3, -1)), draws(2, key=PerturbKey(3, -2)), draws("image")}) == 3
     assert draws("image", key=PerturbKey(3, 1)) == draws("image", key=PerturbKey(3, None))
-    with pytest.raises(ValueError, match="response_number"):
+    with pytest.raises(ValueError, match="draw"):
         draws(key=PerturbKey(3, None))
 
 
@@ -150,5 +151,5 @@ def test_patches_are_perturbed_as_by_earlier_versions() -> None:
 def test_generators_draw_as_those_of_earlier_versions() -> None:
     per_row = perturb_rng(REF, KEY, per="row", run_seed=5).random(3)
     assert per_row.tolist() == [0.569993554722711, 0.42567175814412295, 0.40805769166942674]
-    per_image = perturb_rng(REF, PerturbKey(step=3, response_number=None), per="image", run_seed=5).random(2)
+    per_image = perturb_rng(REF, PerturbKey(step=3, draw=None), per="image", run_seed=5).random(2)
     assert per_image.tolist() == [0.9470051029999644, 0.7778544648774742]

@@ -71,3 +71,17 @@ def test_nothing_helps() -> None:
     """The reserves alone take 3 + 1 GiB."""
     found = tried(3.5, rollout={"gpu_memory_utilization": 0.5})
     assert not found.fits and list(remedies(found)) == []
+
+
+def test_a_limit_of_tokens_is_lifted_for_micro_batches_of_one_row() -> None:
+    """Eight groups of 3000 + 8 x 999 tokens in one micro-batch; a row is 3999."""
+    actor = {"global_batch_size": 8, "max_tokens_per_micro_batch": 90000}
+    rollout = {"n": 8, "gpu_memory_utilization": 0.45}
+    sections: dict[str, Any] = {
+        "data": LONG, "actor": actor, "parallel": {"recompute": "full"}, "rollout": rollout,
+    }  # fmt: skip
+    found = tried(7, **sections)
+    assert "update" in [p.phase for p in found.phases if p.total > 7 * GIB]
+    one_row = next(remedies(found))
+    assert "micro_batch_size_per_device_for_update=1 " in one_row and "max_tokens_per_micro_batch=null" in one_row
+    assert tried(7, **changed(sections, one_row)).fits

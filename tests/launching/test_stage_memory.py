@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.launching.batches import divide_step
+from megatron_vppo.launching.dry_run import report_stages
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
-from megatron_vppo.launching.longest_rows import ZeroPixels, longest_responses
+from megatron_vppo.launching.longest_rows import ZeroPixels, longest_responses, shortest_responses
 from megatron_vppo.launching.meta_step import update_views
 from megatron_vppo.launching.stage_memory import StageReport, report_stage, state_of
 from megatron_vppo.models.families import family_of, weight_map
@@ -46,7 +47,9 @@ def options_of(config: RunConfig) -> ModelOptions:
 
 def report(config: RunConfig, hf_config: HfConfig, *, rank: int, world_size: int, data: int) -> StageReport:
     responses, batches = longest_responses(config, hf_config), divide_step(config, data=data)
-    return report_stage(config, hf_config, options_of(config), responses, batches, rank=rank, world_size=world_size)
+    return report_stage(
+        config, hf_config, options_of(config), responses, batches=batches, rank=rank, world_size=world_size
+    )
 
 
 # --- The 32B on 32 GPUs -----------------------------------------------------------------------------------------------
@@ -148,6 +151,29 @@ def test_kept_bytes_equal_the_formulas(family: str, recompute: Any, shared: bool
         copies = 2 * (200 + 56) * 2 * layer.kv_heads + tokens * layer.heads
         formula += language.layers * copies * layer.head_dim * 2
     assert found.step.kept[0] == pytest.approx(formula, rel=0.05 if recompute == "full" else 0.01)
+
+
+def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
+    """640 tokens: two groups of 200 + 2 x 56 tokens, or three of prompts alone, with as many images."""
+    hf_config = small_config("qwen2_5_vl")
+    config = run_config(
+        data={"max_prompt_length": 200, "max_response_length": 57, "max_pixels": 96 * 28 * 28},
+        actor={"global_batch_size": 4, "max_tokens_per_micro_batch": 640},
+        rollout={"n": 2},
+    )
+    (found,) = report_stages(config, hf_config, divide_step(config, data=1), world_size=1)
+    of_kinds = [
+        report_stage(
+            config, hf_config, options_of(config), kind(config, hf_config), batches=divide_step(config, data=1), rank=0,
+            world_size=1,
+        )
+        for kind in (longest_responses, shortest_responses)
+    ]  # fmt: skip
+    batches = [report.step.batch for report in of_kinds]
+    assert [(batch.tokens, batch.patches) for batch in batches] == [(2 * 312, 2 * 384), (3 * 200, 3 * 384)]
+    assert found.update.total == max(report.update.total for report in of_kinds)
+    assert found.score.total == max(report.score.total for report in of_kinds)
+    assert divide_step(config, data=1).update.micro_batches == 2
 
 
 # --- Real ranks -------------------------------------------------------------------------------------------------------

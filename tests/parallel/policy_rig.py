@@ -85,7 +85,7 @@ class RigPixels:
         clean = list(make_pixels().values())[ref.row]
         if perturb is None:
             return clean
-        generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.response_number or 0) % 997 + ref.row)
+        generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.draw or 0) % 997 + ref.row)
         return clean + torch.randn(clean.shape, generator=generator)
 
 
@@ -264,12 +264,13 @@ def make_settings(
     scoring_chunk_seconds: float = math.inf,
     shared_prefix: bool = True,
     perturb_per: PerturbUnit = "row",
+    most_tokens: int | None = None,
 ) -> PolicySettings:
     """`rows`: per micro-batch."""
     return PolicySettings(
         temperature=TEMPERATURE, banned_ids=BANNED, rows_per_update=rows, rows_per_experience=rows,
         head_chunk_tokens=5, perturb_per=perturb_per, shared_prefix=shared_prefix, token_alignment=token_alignment,
-        fp8_scope=fp8_scope, scoring_chunk_seconds=scoring_chunk_seconds,
+        fp8_scope=fp8_scope, max_tokens_per_micro_batch=most_tokens, scoring_chunk_seconds=scoring_chunk_seconds,
     )  # fmt: skip
 
 
@@ -304,11 +305,14 @@ def make_scorer(
     options: ModelOptions | None = None,
     scoring_chunk_seconds: float = math.inf,
     perturb_per: PerturbUnit = "row",
+    most_tokens: int | None = None,
 ) -> Scorer:
     """The same model without Megatron's wrapper and without an optimizer."""
     runner = ScheduleRunner(
         make_stages(folder, layout, options=options), hf_config=AutoConfig.from_pretrained(folder), layout=layout,
-        settings=make_settings(rows=rows, scoring_chunk_seconds=scoring_chunk_seconds, perturb_per=perturb_per),
+        settings=make_settings(
+            rows=rows, scoring_chunk_seconds=scoring_chunk_seconds, perturb_per=perturb_per, most_tokens=most_tokens
+        ),
         pixels=PIXELS,
     )  # fmt: skip
     return Scorer(runner)

@@ -17,7 +17,7 @@ from tests.parallel.responses import LARGE, SMALL, respond
 
 IMAGE = 9
 WHOLE = BatchSplit(context=1, context_rank=0, sequence_ranks=1, image_ranks=1, image_rank=0)
-NOISE = PerturbKey(step=1, response_number=None)
+NOISE = PerturbKey(step=1, draw=None)
 
 
 class NumberedPixels:
@@ -150,7 +150,7 @@ def other_grid(response: Response) -> Response:
     [
         (lambda response: response, View(1, None), 3),
         (lambda response: response, View(1, NOISE), 2),
-        (lambda response: response, View(1, PerturbKey(step=1, response_number=7)), 2),
+        (lambda response: response, View(1, PerturbKey(step=1, draw=7)), 2),
         (other_image, View(1, None), 2),
         (other_grid, View(1, None), 2),
     ],

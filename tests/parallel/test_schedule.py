@@ -50,7 +50,7 @@ def test_results_are_those_of_one_rank_of_the_last_stage(
 
 
 def test_micro_batches_are_neighbours(runner: ScheduleRunner) -> None:
-    assert runner.micro_batches(make_responses(), rows_each=4) == [(0, 1, 2, 3), (4, 5)]
+    assert runner.update_micro_batches(make_responses()) == [(0, 1), (2, 3), (4, 5), (6, 7)]
 
 
 def test_the_head_of_a_model_without_gradients(runner: ScheduleRunner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,11 +20,12 @@ from transformers import Qwen2_5_VLConfig
 
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
+from megatron_vppo.models.flops import ModelCost, model_cost
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings
 from megatron_vppo.parallel.training import make_trainable
-from megatron_vppo.planning.step_flops import BACKWARD, HEAD_AGAIN, ModelCost, model_cost
+from megatron_vppo.planning.step_flops import BACKWARD, HEAD_AGAIN
 from tests.models.tiny import IMAGE, PATCH_VALUES, save_tiny_model, tiny_config
 from tests.parallel.policy_rig import OPTIM, make_stages
 

@@ -10,12 +10,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from megatron_vppo.models.flops import ModelCost, model_cost
 from megatron_vppo.planning.step_flops import (
-    ModelCost,
     StepWork,
     least_update,
     micro_batches_of_group,
-    model_cost,
     prefill_of_prompt,
     scoring_of_group,
     update_of_group,
@@ -139,4 +138,5 @@ def test_images_shared_by_a_group_and_split_groups() -> None:
 
 def test_least_work_by_hand() -> None:
     assert least_update(COST, WORK) == 3 * 4 * (8 * (1200 + 250) + 136)
+    assert least_update(COST, replace(WORK, shared_prefix=True)) == 3 * 4 * (672 + 8 * (528 + 250) + 136)
     assert prefill_of_prompt(COST, WORK) == 600 + 2 * 36 + 136

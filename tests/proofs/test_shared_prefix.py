@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
+from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.parallel.layout import Layout, single_rank
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import STEP, expected_scores, make_responses, make_scorer
@@ -31,18 +32,25 @@ def layout() -> Any:
         yield made
 
 
-@pytest.mark.parametrize("rows", [3, 8])
+@pytest.mark.parametrize(
+    ("rows", "most_tokens", "per"), [(3, None, "image"), (8, None, "image"), (8, None, 2), (1, 99, 2)]
+)
 @pytest.mark.parametrize("model", CONFIGS)
-def test_both_views_share_their_prompts(model: str, rows: int, layout: Layout, tmp_path: Path) -> None:
-    """Micro-batches of three rows tear groups: of the first all share, of the others some, some are alone."""
+def test_both_views_share_their_prompts(
+    model: str, rows: int, most_tokens: int | None, per: PerturbUnit, layout: Layout, tmp_path: Path
+) -> None:
+    """Micro-batches of three rows tear groups: of the first all share, of the others some, some are alone. Two
+    perturbations for a group of three responses are those of the first and third, and of the second. 99 tokens hold
+    some groups and parts of others.
+    """
     save_tiny_model(tmp_path, CONFIGS[model])
     responses = make_responses()
     expected = expected_scores(
         AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.float32),
         responses,
-        per="image",
+        per=per,
     )
-    scorer = make_scorer(tmp_path, layout, rows=rows, perturb_per="image")
+    scorer = make_scorer(tmp_path, layout, rows=rows, perturb_per=per, most_tokens=most_tokens)
     scores = scorer.score(responses, step=STEP, views="both", divergence="kl_full")
     assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
     assert (scores.old_logp_BT - expected.logp_BT).abs().max() < LOGP_TOLERANCE

@@ -15,9 +15,9 @@ from bench.our_way import OurSettings, OurWay
 from bench.workload import make_workload, with_layers
 from transformers import AutoModelForImageTextToText
 
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.parallel.layout import destroy_layout, init_layout
 from megatron_vppo.planning.published import published_config
-from megatron_vppo.planning.step_flops import model_cost
 
 CPU = torch.device("cpu")
 TEMPERATURE = 0.8

@@ -23,10 +23,11 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_vppo.config.load import load_config
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.planning.assumptions import Assumptions
 from megatron_vppo.planning.gpus import GpuCeilings
-from megatron_vppo.planning.step_flops import StepWork, model_cost
+from megatron_vppo.planning.step_flops import StepWork
 from megatron_vppo.planning.step_model import Machine, TrainerLayout
 from megatron_vppo.planning.timed_layouts import speed_model
 from megatron_vppo.planning.training_seconds import scoring_seconds, update_seconds
@@ -39,7 +40,7 @@ CONFIG = Path(__file__).parents[2] / "tools/bench/configs/compute.yaml"
 def shape(**changes: object) -> StepShape:
     values = {
         "sampled_groups": 3, "trained_groups": 2, "responses_per_group": 4, "prompt_tokens": 10, "response_tokens": 6,
-        "patches_per_prompt": 16, "views": 2, "perturbed_per_row": True, "epochs": 1,
+        "patches_per_prompt": 16, "views": 2, "perturbations": 4, "epochs": 1,
     }  # fmt: skip
     return StepShape(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -64,7 +65,7 @@ def test_flops_of_each_phase_by_hand() -> None:
     rest = 5 * cost.per_token + (225 - 100) * cost.attention + 6 * cost.per_head_position
     assert flops["gen"] == 3 * (prompt + 4 * rest)
     assert phase_flops(shape(views=1), cost)["score"] == 8 * response + 2 * image
-    assert phase_flops(shape(perturbed_per_row=False), cost)["score"] == 16 * response + 4 * image
+    assert phase_flops(shape(perturbations=1), cost)["score"] == 16 * response + 4 * image
     assert phase_flops(shape(epochs=2), cost)["update_actor"] == 2 * flops["update_actor"]
 
 
@@ -238,7 +239,7 @@ def test_shape_reads_the_views_and_images_of_a_config(tmp_path: Path) -> None:
     config = load_config(CONFIG, places)
     assert patches_per_prompt(config) == 32 * 28
     found = step_shape(config, 4, 4, 256, 128)
-    assert (found.views, found.perturbed_per_row, found.responses_per_group, found.epochs) == (2, True, 8, 1)
+    assert (found.views, found.perturbations, found.responses_per_group, found.epochs) == (2, 8, 8, 1)
     grpo = [*places, "algorithm.use_vppo_on_perception=false", "algorithm.use_advantage_shaping=false"]
     assert step_shape(load_config(CONFIG, grpo), 4, 4, 256, 128).views == 1
 

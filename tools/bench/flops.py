@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vppo.planning.step_flops import BACKWARD, ModelCost
+from megatron_vppo.models.flops import ModelCost
+from megatron_vppo.planning.step_flops import BACKWARD
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class StepShape:
     """The patches of all images of a prompt, which the attention terms take for one image."""
     views: int
     """The number of times that each response is scored: 2 with a perturbed view, 1 without."""
-    perturbed_per_row: bool
-    """True if each response has a perturbed image of its own, False if a group shares one."""
+    perturbations: int
+    """The perturbed copies of a prompt's images: one for each response, or fewer that they share."""
     epochs: int
 
     @property
@@ -60,7 +61,7 @@ def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
     response = cost.sequence(shape.sequence_tokens) + head
     continuation = cost.continuation(shape.prompt_tokens, shape.response_tokens - 1) + head
     prefill = cost.sequence(shape.prompt_tokens) + image
-    perturbed_images = shape.trained_responses if shape.perturbed_per_row else shape.trained_groups
+    perturbed_images = shape.trained_groups * shape.perturbations
     return {
         "gen": shape.sampled_groups * (prefill + shape.responses_per_group * continuation),
         "score": shape.views * shape.trained_responses * response

@@ -37,11 +37,11 @@ from bench.machine import commit, hardware, versions
 from bench.our_way import OurSettings, OurWay
 from bench.workload import Workload, WorkSizes, make_workload, with_layers
 from megatron_vppo.config.choices import Fp8Recipe, Recompute
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.models.layers.te_support import recipe_refusal
 from megatron_vppo.models.options import Backend
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.planning.step_flops import model_cost
 from megatron_vppo.setup.hardware import choose_backend
 
 ROOT = Path(__file__).resolve().parents[2]

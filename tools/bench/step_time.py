@@ -38,8 +38,8 @@ from megatron_vppo.config.load import load_config
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.dataset import open_dataset
 from megatron_vppo.data.geometry import ImageGeometry
+from megatron_vppo.models.flops import model_cost
 from megatron_vppo.observability.metrics import read_metrics
-from megatron_vppo.planning.step_flops import model_cost
 from megatron_vppo.rollout.os_processes import members
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def step_shape(
     config: RunConfig, sampled_groups: float, trained_groups: float, prompt_tokens: float, response_tokens: float
 ) -> StepShape:
     """Returns the shape of a step. Lengths are means over all sampled responses, so that dropped groups count, too."""
-    algorithm = config.algorithm
+    algorithm, per = config.algorithm, config.algorithm.perturb.per
     perturbed = algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping
     return StepShape(
         sampled_groups=sampled_groups,
@@ -183,7 +183,7 @@ def step_shape(
         response_tokens=response_tokens,
         patches_per_prompt=patches_per_prompt(config),
         views=2 if perturbed else 1,
-        perturbed_per_row=algorithm.perturb.per == "row",
+        perturbations={"row": config.rollout.n, "image": 1}.get(per, per),
         epochs=config.actor.ppo_epochs,
     )
 
