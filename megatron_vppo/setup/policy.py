@@ -92,7 +92,10 @@ def _load_stages(
     """
     if options.backend == "te":
         check_fused_attention(
-            inputs.hf_config, tensor=layout.tensor, vision_tensor=layout.vision_groups.tower.tp.size()
+            inputs.hf_config,
+            tensor=layout.tensor,
+            vision_tensor=layout.vision_groups.tower.tp.size(),
+            shared_prefix=config.parallel.shared_prefix and layout.context == 1,
         )
     stages = build_stages(config, layout, inputs.hf_config, options, device=layout.device)
     for stage in stages:

@@ -72,6 +72,7 @@ def test_share_of_a_context_parallel_rank(rank: int) -> None:
     "shape",
     [
         AttentionShape("language model", 28, 4, 128, causal=True),
+        AttentionShape("language model", 28, 4, 128, causal=True, continued=True),
         AttentionShape("language model", 32, 8, 128, causal=True),
         AttentionShape("vision tower", 16, 16, 80, causal=False),
         AttentionShape("vision tower", 16, 16, 72, causal=False),

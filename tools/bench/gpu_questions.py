@@ -28,8 +28,8 @@ from torch import Tensor
 
 from bench.device import bench_device, time_together
 from bench.machine import commit, hardware, versions
-from megatron_vppo.models.layers.packing import Packing
-from megatron_vppo.models.layers.te_support import has_transformer_engine
+from megatron_vppo.models.layers.continued import bounds_of
+from megatron_vppo.models.layers.te_support import has_transformer_engine, packed_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,14 +143,10 @@ class _PackedAttention:
     def __init__(self, sizes: Sizes, lengths: Sequence[int], device: torch.device) -> None:
         import transformer_engine.pytorch as te
 
-        from megatron_vppo.models.layers.te_parts import sequence_bounds
-
         self._attention = te.DotProductAttention(
             sizes.heads, sizes.head_dim, qkv_format="thd", attn_mask_type="padding"
         )
-        plan = sequence_bounds(Packing(tuple(lengths)), causal=False, device=device)
-        bounds = {f"cu_seqlens_{side}{padded}": plan.bounds for side in ("q", "kv") for padded in ("", "_padded")}
-        self._of_sequences = {**bounds, "max_seqlen_q": plan.longest, "max_seqlen_kv": plan.longest}
+        self._of_sequences = packed_arguments(bounds_of(lengths, device=device), max(lengths))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attention(query, key, value, **self._of_sequences)

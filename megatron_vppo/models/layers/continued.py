@@ -15,6 +15,9 @@ from torch import Tensor
 
 from megatron_vppo.models.layers.packing import Packing
 
+CONTINUED_MASK = "padding_causal_bottom_right"
+"""TransformerEngine's name for a mask by which the queries of a sequence are the last of its keys."""
+
 
 @dataclass(frozen=True)
 class ContinuedBounds:

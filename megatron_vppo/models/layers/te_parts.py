@@ -21,11 +21,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from transformer_engine.pytorch import DotProductAttention
 
-from megatron_vppo.models.layers.continued import ContinuedBounds, bounds_of, continued_bounds
+from megatron_vppo.models.layers.continued import CONTINUED_MASK, ContinuedBounds, bounds_of, continued_bounds
 from megatron_vppo.models.layers.core_attention import InWindows, PackedCoreAttention
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import AttentionPlan
+from megatron_vppo.models.layers.te_support import packed_arguments
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,6 @@ class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
         )
 
     def _whole(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: SequenceBounds) -> Tensor:
-        # The same tensor in all places says that there is no padding between sequences, without a look at its values.
-        packed = PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=plan.bounds,
-            cu_seqlens_kv=plan.bounds,
-            cu_seqlens_q_padded=plan.bounds,
-            cu_seqlens_kv_padded=plan.bounds,
-            max_seqlen_q=plan.longest,
-            max_seqlen_kv=plan.longest,
-        )
         return TEDotProductAttention.forward(
             self,
             query_CHE,
@@ -92,7 +83,7 @@ class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
             value_CHE,
             None,
             attn_mask_type=self._mask_type,
-            packed_seq_params=packed,
+            packed_seq_params=PackedSeqParams(**packed_arguments(plan.bounds, plan.longest)),
         )
 
     def _continued(self, query_CHE: Tensor, key_CHE: Tensor, value_CHE: Tensor, plan: ContinuedBounds) -> Tensor:
@@ -103,14 +94,8 @@ class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):
             plan.keys(key_CHE),
             plan.keys(value_CHE),
             None,
-            qkv_format="thd",
-            cu_seqlens_q=plan.bounds,
-            cu_seqlens_kv=plan.key_bounds,
-            cu_seqlens_q_padded=plan.bounds,
-            cu_seqlens_kv_padded=plan.key_bounds,
-            max_seqlen_q=plan.longest,
-            max_seqlen_kv=plan.longest_keys,
-            attn_mask_type="padding_causal_bottom_right",
+            **packed_arguments(plan.bounds, plan.longest, plan.key_bounds, plan.longest_keys),
+            attn_mask_type=CONTINUED_MASK,
         )
 
 

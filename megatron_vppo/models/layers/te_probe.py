@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from megatron_vppo.models.hf_config import HfConfig, head_dim
+from megatron_vppo.models.layers.continued import CONTINUED_MASK
 from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.layers.te_support import packed_arguments
 
 UNFUSED = "NVTE_UNFUSED_ATTN"
 """TransformerEngine's environment variable; 0: raise an error rather than run attention that is not fused."""
-LENGTHS = (64, 32)
-"""Tokens of the sequences that are tried."""
+PACKING = Packing((64, 32, 48, 16), prefixes=(0, 0))
+"""The sequences that are tried: two, and two continuations of the first."""
 HOPPER = (9, 0)
 """The first compute capability on which cuDNN has a backward pass for packed sequences, by the messages in the library
 of TransformerEngine 2.20; no earlier chip was tried."""
@@ -34,24 +36,31 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     causal: bool
+    continued: bool = False
+    """True for the attention of continuations (see Packing), whose keys are more than their queries."""
 
     def __str__(self) -> str:
-        mask = "causal" if self.causal else "without a mask"
+        mask = "responses that share a prompt" if self.continued else "causal" if self.causal else "without a mask"
         return f"of the {self.name} ({self.heads} heads of {self.head_dim}, {self.kv_heads} key-value heads, {mask})"
 
 
-def attention_shapes(hf_config: HfConfig, *, tensor: int, vision_tensor: int) -> tuple[AttentionShape, AttentionShape]:
+def attention_shapes(
+    hf_config: HfConfig, *, tensor: int, vision_tensor: int, shared_prefix: bool
+) -> tuple[AttentionShape, ...]:
     """Returns the attention of the language model and that of the vision tower, on one rank.
 
     Args:
         tensor: the tensor-parallel ranks of the language model.
         vision_tensor: those of the tower.
+        shared_prefix: True if responses share their prompt, which takes another attention.
     """
     text, vision = hf_config.text_config, hf_config.vision_config
     kv_heads = text.num_key_value_heads // tensor
     vision_heads = vision.num_heads // vision_tensor
+    language = AttentionShape("language model", text.num_attention_heads // tensor, kv_heads, head_dim(text), True)
     return (
-        AttentionShape("language model", text.num_attention_heads // tensor, kv_heads, head_dim(text), True),
+        language,
+        *([replace(language, continued=True)] if shared_prefix else []),
         AttentionShape("vision tower", vision_heads, vision_heads, vision.hidden_size // vision.num_heads, False),
     )
 
@@ -63,21 +72,22 @@ def fused_attention_refusal(shape: AttentionShape) -> str | None:
     from megatron_vppo.models.layers.te_parts import sequence_bounds
 
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = sequence_bounds(Packing(LENGTHS), causal=shape.causal, device=device)
+    plan = sequence_bounds(PACKING, causal=shape.causal, device=device)
+    bounds, queries, keys = packed_arguments(plan.bounds, plan.longest), *[PACKING.whole.num_tokens] * 2
     mask = "padding_causal" if shape.causal else "padding"
+    if shape.continued and (continued := plan.continued):
+        bounds = packed_arguments(continued.bounds, continued.longest, continued.key_bounds, continued.longest_keys)
+        queries, keys, mask = PACKING.num_tokens - continued.first, len(continued.order), CONTINUED_MASK
     attention = te.DotProductAttention(
         shape.heads, shape.head_dim, num_gqa_groups=shape.kv_heads, qkv_format="thd", attn_mask_type=mask
     )
     query, key, value = (
-        torch.zeros(sum(LENGTHS), heads, shape.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
-        for heads in (shape.heads, shape.kv_heads, shape.kv_heads)
+        torch.zeros(tokens, heads, shape.head_dim, dtype=torch.bfloat16, device=device, requires_grad=True)
+        for tokens, heads in ((queries, shape.heads), (keys, shape.kv_heads), (keys, shape.kv_heads))
     )
-    bounds = {f"cu_seqlens_{side}{padded}": plan.bounds for side in ("q", "kv") for padded in ("", "_padded")}
     with _environment(UNFUSED, "0"):
         try:
-            attention(
-                query, key, value, max_seqlen_q=plan.longest, max_seqlen_kv=plan.longest, **bounds
-            ).sum().backward()
+            attention(query, key, value, **bounds).sum().backward()
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except (RuntimeError, ValueError) as error:
@@ -85,19 +95,21 @@ def fused_attention_refusal(shape: AttentionShape) -> str | None:
     return None
 
 
-def check_fused_attention(hf_config: HfConfig, *, tensor: int, vision_tensor: int) -> None:
+def check_fused_attention(hf_config: HfConfig, *, tensor: int, vision_tensor: int, shared_prefix: bool) -> None:
     """Raises ValueError if the attention of this model would not be fused on this GPU. The message names the fix.
 
     Nothing is tried if the environment sets UNFUSED to 1: the user has decided.
     """
     if os.environ.get(UNFUSED, "0") != "0":
         return
-    for shape in attention_shapes(hf_config, tensor=tensor, vision_tensor=vision_tensor):
+    shapes = attention_shapes(hf_config, tensor=tensor, vision_tensor=vision_tensor, shared_prefix=shared_prefix)
+    for shape in shapes:
         if (refusal := fused_attention_refusal(shape)) is not None:
+            alone = " parallel.shared_prefix=false does without it." if shape.continued else ""
             raise ValueError(
                 f"TransformerEngine cannot run fused attention {shape}: {refusal}. What it would run instead takes "
-                f"several times as long. {_advice()} NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons. {UNFUSED}=1 "
-                "runs it anyway, and model.backend=torch does without TransformerEngine"
+                f"several times as long.{alone} {_advice()} NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons. "
+                f"{UNFUSED}=1 runs it anyway, and model.backend=torch does without TransformerEngine"
             )
 
 

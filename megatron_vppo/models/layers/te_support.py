@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.utils import get_te_version, is_te_min_version
 from torch import Tensor, nn
@@ -95,3 +96,26 @@ def _amax_histories(models: Sequence[nn.Module]) -> list[Tensor]:
 
 APEX_GRADIENTS = "fused_weight_gradient_mlp_cuda"
 """The module of NVIDIA Apex that accumulates weight gradients in fp32 inside the matrix product."""
+
+
+def packed_arguments(
+    bounds: Tensor, longest: int, key_bounds: Tensor | None = None, longest_keys: int | None = None
+) -> dict[str, Any]:
+    """Returns what TransformerEngine's attention, and Megatron's wrapper of it, have to be told of packed sequences.
+
+    Args:
+        bounds: int32 [sequences + 1]: where the queries of each begin, and the end of the last.
+        longest: the queries of the longest.
+        key_bounds, longest_keys: the same of the keys. None: they are those of the queries.
+    """
+    keys = bounds if key_bounds is None else key_bounds
+    return {
+        "qkv_format": "thd",
+        # The same tensor in both places says that there is no padding between sequences, without a look at its values.
+        "cu_seqlens_q": bounds,
+        "cu_seqlens_q_padded": bounds,
+        "cu_seqlens_kv": keys,
+        "cu_seqlens_kv_padded": keys,
+        "max_seqlen_q": longest,
+        "max_seqlen_kv": longest if longest_keys is None else longest_keys,
+    }
