@@ -125,6 +125,16 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
     assert lines[0]["weight_sync/checksums_ok"] == 1.0, "the first sync is reported with the first line"
 
 
+def test_every_step_returns_freed_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it the memory of a rank grows by what the allocator keeps of each step (tests/reliability/memory.py)."""
+    run, notes = make_run(tmp_path, start_step=0, total_steps=3, save_freq=-1, val_freq=-1)
+    monkeypatch.setattr("megatron_vppo.trainer.loop.return_freed_memory", lambda: notes.note("memory"))
+    train(run)
+    assert [call for call in notes.calls if call.startswith(("sample", "memory"))] == [
+        "sample 1", "memory", "sample 2", "memory", "sample 3", "memory",
+    ]  # fmt: skip
+
+
 def test_a_resumed_run_does_not_validate_again_before_training(tmp_path: Path) -> None:
     run, notes = make_run(tmp_path, start_step=2, total_steps=3, save_freq=-1)
     train(run)
