@@ -159,15 +159,13 @@ def check_batches(config: RunConfig) -> None:
 
 def check_micro_batch_tokens(config: RunConfig) -> None:
     """Refuses micro-batches that the longest row would not fit."""
-    most, algorithm = config.actor.max_tokens_per_micro_batch, config.algorithm
-    longest = config.data.max_prompt_length + config.data.max_response_length - 1  # the last token is not read
-    views = 2 if algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping else 1
-    if most is not None and most < views * longest:
+    most, data = config.actor.max_tokens_per_micro_batch, config.data
+    longest = data.max_prompt_length + data.max_response_length - 1  # the last token is not read
+    if most is not None and most < longest:
         raise ValueError(
             f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {longest} tokens "
-            f"(data.max_prompt_length {config.data.max_prompt_length} + data.max_response_length "
-            f"{config.data.max_response_length} - 1)"
-            f"{', which scoring reads in two views' if views == 2 else ''}; set at least {views * longest}"
+            f"(data.max_prompt_length {data.max_prompt_length} + data.max_response_length {data.max_response_length} - "
+            f"1); set at least {longest}"
         )
 
 

@@ -9,6 +9,7 @@ from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.balancing import assign_to_ranks
 from megatron_vppo.parallel.micro_batches import Reading, fill_by_tokens, groups_of_rank
+from megatron_vppo.setup.settings import vppo_settings
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,15 @@ class Batches:
     """The share of an update's time in which a pipeline stage waits for others; 0 without a pipeline."""
 
 
+def perturbed_per(config: RunConfig) -> PerturbUnit | None:
+    """Returns the rows that have a perturbed view in common; None: no perturbed view is scored."""
+    return config.algorithm.perturb.per if vppo_settings(config).needs_dependency else None
+
+
 def divide_step(config: RunConfig, *, data: int) -> Batches:
     """Divides a step over `data` data-parallel ranks, as rows of equal length are."""
     rollout, actor, parallel = config.rollout, config.actor, config.parallel
-    prompts, per = config.data.rollout_batch_size, config.algorithm.perturb.per
+    prompts, per = config.data.rollout_batch_size, perturbed_per(config)
     update = _share(config, actor.global_batch_size, actor.micro_batch_size_per_device_for_update, data=data)
     return Batches(
         prompts=prompts,
@@ -82,7 +88,7 @@ def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUni
     samples = range(config.rollout.n)
     rows = [Response(prompt, group, sample, words, logps, "length", 0) for group in range(groups) for sample in samples]
     of_groups = groups_of_rank(rows, data_rank=0, data=1, reading=reading)
-    return len(fill_by_tokens(rows, of_groups, most_tokens=most_tokens, reading=reading))
+    return len(fill_by_tokens(rows, of_groups, most_tokens=most_tokens * reading.views, reading=reading))
 
 
 def pipeline_bubble(pipeline: int, *, micro_batches: int, virtual_stages: int) -> float:

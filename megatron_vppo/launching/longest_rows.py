@@ -21,21 +21,25 @@ IMAGES_PER_ROW = 1
 
 def longest_responses(config: RunConfig, hf_config: HfConfig) -> list[Response]:
     """Makes the responses of one mini-batch, group after group, of which all have the longest prompt and response."""
-    return _responses(config, hf_config, tokens=config.data.max_response_length)
+    data = config.data
+    return _responses(config, hf_config, prompt_tokens=data.max_prompt_length, tokens=data.max_response_length)
 
 
 def shortest_responses(config: RunConfig, hf_config: HfConfig) -> list[Response]:
-    """Makes the same with responses of one token, so that a micro-batch of a number of tokens has the most images."""
-    return _responses(config, hf_config, tokens=1)
+    """Makes the same with one token for question and response, so that a micro-batch of tokens has the most images."""
+    return _responses(config, hf_config, prompt_tokens=0, tokens=1)
 
 
-def _responses(config: RunConfig, hf_config: HfConfig, *, tokens: int) -> list[Response]:
-    """Makes groups with one image each. Their responses share their token ids, so they are small."""
-    data = config.data
+def _responses(config: RunConfig, hf_config: HfConfig, *, prompt_tokens: int, tokens: int) -> list[Response]:
+    """Makes groups with one image each. Their responses share their token ids, so they are small.
+
+    Args:
+        prompt_tokens: the tokens of a prompt; if the image, those around it and one of text are more, it has these.
+    """
     grid = image_grid(image_tokens(config, hf_config), merge=hf_config.vision_config.spatial_merge_size)
     text = _text_token(hf_config)
     image = [hf_config.image_token_id] * (math.prod(grid) // hf_config.vision_config.spatial_merge_size**2)
-    words = data.max_prompt_length - len(image) - 2
+    words = max(1, prompt_tokens - len(image) - 2)
     prompt_ids = (hf_config.vision_start_token_id, *image, hf_config.vision_end_token_id, *[text] * words)
     response_ids, logps = (text,) * tokens, (0.0,) * tokens
 

@@ -47,11 +47,19 @@ def update_views(runner: ScheduleRunner, responses: Sequence[Response]) -> list[
     return [View(row, None) for row in rows]
 
 
-def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit) -> list[View]:
-    """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images."""
-    micro_batches = runner.scoring_micro_batches(responses, both_views=True)
-    rows = _largest(responses, micro_batches, runner.reading(both_views=True))
-    return [*(View(row, None) for row in rows)] + [View(row, PerturbKey.of(responses[row], 1, per=per)) for row in rows]
+def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit | None) -> list[View]:
+    """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images.
+
+    Args:
+        per: the rows that have a perturbed view in common; None: no perturbed view is scored.
+    """
+    both = per is not None
+    micro_batches = runner.scoring_micro_batches(responses, both_views=both)
+    rows = _largest(responses, micro_batches, runner.reading(both_views=both))
+    views = [View(row, None) for row in rows]
+    if per is None:
+        return views
+    return views + [View(row, PerturbKey.of(responses[row], 1, per=per)) for row in rows]
 
 
 def _largest(responses: Sequence[Response], micro_batches: Sequence[Rows], reading: Reading) -> Rows:
@@ -114,7 +122,7 @@ def _loss(batch: ResponseBatch, hidden_C1h: Tensor, runner: ScheduleRunner) -> T
     """Sums log-probs and entropies of the response tokens: what every loss of a run is made of."""
     tokens = batch.tokens
     logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
-        hidden_C1h[tokens.hidden_index_N, 0], tokens.target_N, with_entropy=True
+        tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=True
     )
     assert entropy_N is not None
     return logp_N.sum() + entropy_N.sum()

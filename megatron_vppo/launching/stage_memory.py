@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.launching.batches import Batches, in_flight
+from megatron_vppo.launching.batches import Batches, in_flight, perturbed_per
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
 from megatron_vppo.launching.longest_rows import ZeroPixels
 from megatron_vppo.launching.meta_step import StepBytes, run_step, score_views, sizes_of, update_views
@@ -93,7 +93,7 @@ def report_stage(
         )
         step = run_step(trainable, layout, runner, responses, update_views(runner, responses))
         packer = replace(runner.packer, pixels=None)  # the number of pixels follows from the grids
-        both_views = packer.pack(responses, score_views(runner, responses, per=config.algorithm.perturb.per))
+        both_views = packer.pack(responses, score_views(runner, responses, per=perturbed_per(config)))
         flight = in_flight(
             layout.pipeline,
             rank=layout.pipeline_rank,

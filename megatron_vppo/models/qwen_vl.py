@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
@@ -135,9 +136,12 @@ class QwenVLModel(MegatronModule):
             here_I = place_K[batch.image_token_index_I] >= 0
             image_token_index_J = place_K[batch.image_token_index_I][here_I]
             feature_J = batch.image_feature_index_I[here_I]
+            # As embeddings, whose backward pass sums repeated rows in the same order every time (see ResponseTokens).
             features = self._features(batch)
-            hidden_C1h = hidden_C1h.index_copy(0, image_token_index_J, features.merged_Mh[feature_J][:, None, :])
-            deepstack_Jh = [feature_Mh[feature_J] for feature_Mh in features.deepstack_Mh]
+            hidden_C1h = hidden_C1h.index_copy(
+                0, image_token_index_J, F.embedding(feature_J, features.merged_Mh)[:, None, :]
+            )
+            deepstack_Jh = [F.embedding(feature_J, feature_Mh) for feature_Mh in features.deepstack_Mh]
         sequence_group = self.groups.tp if self.config.sequence_parallel else None
         hidden_S1h = hidden_C1h
         if sequence_group is not None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
@@ -40,8 +41,8 @@ class View:
     perturb: PerturbKey | None
     """The perturbation of its images. None: they are shown as they are."""
     counted: bool = True
-    """False for a stand-in, from which no response token is read: the filler of a packing, or the view that a rank
-    without micro-batches of its own runs to take part in the collectives of the others."""
+    """False for a stand-in, from which no response token is read: the view that a rank without micro-batches of its own
+    runs to take part in the collectives of the others."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ class ResponseTokens:
     def at(self) -> tuple[Tensor, Tensor]:
         """The index of these tokens into [B, T] tensors."""
         return self.row_N, self.column_N
+
+    def predicting(self, hidden_C1h: Tensor) -> Tensor:
+        """Returns [N, h]: the hidden state that predicts each token; that of a shared prompt's end several times.
+
+        As an embedding, because its backward pass sums repeated rows in the same order every time. That of plain
+        indexing adds with several threads at once.
+        """
+        return F.embedding(self.hidden_index_N, hidden_C1h[:, 0])
 
     def select(self, which: Tensor | slice) -> ResponseTokens:
         """Selects some of the tokens, by indices, mask or slice."""

@@ -28,6 +28,11 @@ class Reading:
     patch_work: float
     """The work of the vision tower on a patch over that of the language model on a token."""
 
+    @property
+    def views(self) -> int:
+        """The number of views that are read of a response."""
+        return 1 if self.perturb_per is None else 2
+
     def tokens(self, rows: Sequence[Response]) -> int:
         """Counts the tokens of some responses to one prompt that are packed together.
 

@@ -53,7 +53,7 @@ class PolicySettings:
     """True if a prompt that several views of a micro-batch show runs once for all of them; not under context
     parallelism."""
     max_tokens_per_micro_batch: int | None = None
-    """Tokens of both views of a micro-batch that are read. None: micro-batches have equally many rows."""
+    """Tokens of a micro-batch in each view that is read. None: micro-batches have equally many rows."""
     patch_work: float = 0.0
     """The work of the vision tower on a patch over that of the language model on a token; ranks are balanced by it."""
     fp8_scope: frozenset[Fp8Phase] = frozenset()
@@ -123,7 +123,7 @@ class ScheduleRunner:
         most = self.settings.max_tokens_per_micro_batch
         if most is None:
             return cut_by_rows(groups, rows_each=rows_each)
-        return fill_by_tokens(responses, groups, most_tokens=most, reading=reading)
+        return fill_by_tokens(responses, groups, most_tokens=most * reading.views, reading=reading)
 
     def reading(self, *, both_views: bool) -> Reading:
         """Returns the way in which rows are read, which says what they cost."""

@@ -88,7 +88,7 @@ class Scorer:
     def _write_logps(self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor) -> None:
         """Writes log-probs and entropies of all tokens of a micro-batch, those of both views together."""
         tokens = batch.tokens
-        hidden_Nh = hidden_C1h[tokens.hidden_index_N, 0]
+        hidden_Nh = tokens.predicting(hidden_C1h)
         logp_N, entropy_N = self._runner.vocab_head(trained=False).token_logps(
             hidden_Nh, tokens.target_N, with_entropy=True
         )
@@ -114,13 +114,13 @@ class Scorer:
         # Both views of a row have the same length, so context parallelism cuts them at the same tokens, and rows are
         # packed in the same order: the two selections match token by token.
         originals, perturbed = tokens.select(paired_N & ~tokens.perturbed_N), tokens.select(tokens.perturbed_N)
-        logp_N, entropy_N = head.token_logps(hidden_C1h[single.hidden_index_N, 0], single.target_N, with_entropy=True)
+        logp_N, entropy_N = head.token_logps(single.predicting(hidden_C1h), single.target_N, with_entropy=True)
         assert entropy_N is not None
         table.write_original(single, logp_N, entropy_N)
         table.write_perturbed(single, logp_N)
         both = head.two_views(
-            hidden_C1h[originals.hidden_index_N, 0],
-            hidden_C1h[perturbed.hidden_index_N, 0],
+            originals.predicting(hidden_C1h),
+            perturbed.predicting(hidden_C1h),
             originals.target_N,
             kind=kind,
         )

@@ -55,7 +55,7 @@ class Updater:
         def loss_of(micro_batch: ResponseBatch, hidden_C1h: Tensor) -> Tensor:
             tokens = micro_batch.tokens
             new_logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
-                hidden_C1h[tokens.hidden_index_N, 0], tokens.target_N, with_entropy=with_entropy
+                tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=with_entropy
             )
             sums = surrogate_loss(new_logp_N, on_device.terms_at(tokens.at), spec=batch.loss, entropy_N=entropy_N)
             _accumulate(weighted, sums.weighted_sums)

@@ -102,10 +102,10 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     (
         {
-            "actor": {"max_tokens_per_micro_batch": 8189},
+            "actor": {"max_tokens_per_micro_batch": 4094},
             "data": {"max_prompt_length": 2048, "max_response_length": 2048},
         },
-        ["max_tokens_per_micro_batch is 8189", "row has 4095 tokens", "2048 - 1", "two views; set at least 8190"],
+        ["max_tokens_per_micro_batch is 4094", "row has 4095 tokens", "2048 - 1", "set at least 4095"],
     ),
     ({"rollout": {"top_k": 0}}, ["rollout.top_k is 0", "-1 (off)"]),
     ({"rollout": {"val": {"temperature": 0, "n": 4}}}, ["val.temperature is 0", "all 4", "rollout.val.n=1"]),

@@ -1,6 +1,6 @@
 """FLOPs that scoring and update execute, counted, against the least that they need with a prompt run once per group.
 
-The floor comes from the sizes of the model (`planning/step_flops.py`, itself tested against torch's count of
+The floor comes from the sizes of the model (`models/flops.py`, itself tested against torch's count of
 transformers): a prompt and its images once for each way that they are shown, every response once, causal attention at
 half the square.
 """

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.parallel.layout import Layout, single_rank
+from megatron_vppo.parallel.packer import Packer
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import STEP, expected_scores, make_responses, make_scorer
 
@@ -33,16 +34,35 @@ def layout() -> Any:
 
 
 @pytest.mark.parametrize(
-    ("rows", "most_tokens", "per"), [(3, None, "image"), (8, None, "image"), (8, None, 2), (1, 99, 2)]
+    ("rows", "most_tokens", "per", "continuations"),
+    [(3, None, "image", [4, 2, 0]), (8, None, "image", [10]), (8, None, 2, [8]), (1, 60, 2, [2, 0, 0, 2, 0])],
 )
 @pytest.mark.parametrize("model", CONFIGS)
 def test_both_views_share_their_prompts(
-    model: str, rows: int, most_tokens: int | None, per: PerturbUnit, layout: Layout, tmp_path: Path
+    model: str,
+    rows: int,
+    most_tokens: int | None,
+    per: PerturbUnit,
+    continuations: list[int],
+    layout: Layout,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Micro-batches of three rows tear groups: of the first all share, of the others some, some are alone. Two
-    perturbations for a group of three responses are those of the first and third, and of the second. 99 tokens hold
-    some groups and parts of others.
+    """Groups of responses of 4, 1, 3 | 3, 4 (text) | 4, 2 | 4 tokens; one of a single token has no continuation.
+
+    Micro-batches of three rows tear groups: of the first all share, of the others some, some are alone. Two
+    perturbations for a group of three responses are those of the first and third, and of the second. 60 tokens for
+    each view hold some groups and parts of others.
     """
+    packings = []
+    pack = Packer.pack
+
+    def noting(*arguments: Any) -> Any:
+        batch = pack(*arguments)
+        packings.append(batch.packed.packing)
+        return batch
+
+    monkeypatch.setattr(Packer, "pack", noting)
     save_tiny_model(tmp_path, CONFIGS[model])
     responses = make_responses()
     expected = expected_scores(
@@ -58,3 +78,4 @@ def test_both_views_share_their_prompts(
     assert (scores.entropy_BT - expected.entropy_BT).abs().max() < LOGP_TOLERANCE
     assert (scores.divergence_BT - expected.kl_BT).abs().max() < KL_TOLERANCE
     assert (scores.perturbed_logp_BT - scores.old_logp_BT).abs().max() > 0.01, "two different views"
+    assert [len(packing.prefixes) for packing in packings] == continuations

@@ -2,7 +2,7 @@
 
 What is measured is compared with it. `parallel.shared_prefix` needs less.
 
-`megatron_vppo/planning/step_flops.py` counts the FLOPs of a model and says what is counted.
+`megatron_vppo/models/flops.py` counts the FLOPs of a model and says what is counted.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def step_shape(
         response_tokens=response_tokens,
         patches_per_prompt=patches_per_prompt(config),
         views=2 if perturbed else 1,
-        perturbations={"row": config.rollout.n, "image": 1}.get(per, per),
+        perturbations=1 if per == "image" else config.rollout.n if per == "row" else min(per, config.rollout.n),
         epochs=config.actor.ppo_epochs,
     )
 

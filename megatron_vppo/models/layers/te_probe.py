@@ -98,18 +98,26 @@ def fused_attention_refusal(shape: AttentionShape) -> str | None:
 def check_fused_attention(hf_config: HfConfig, *, tensor: int, vision_tensor: int, shared_prefix: bool) -> None:
     """Raises ValueError if the attention of this model would not be fused on this GPU. The message names the fix.
 
-    Nothing is tried if the environment sets UNFUSED to 1: the user has decided.
+    Nothing is tried if the environment sets UNFUSED to 1: the user has decided. TransformerEngine's unfused attention
+    then takes the keys of a continuation for its queries, so prompts must not be shared.
     """
     if os.environ.get(UNFUSED, "0") != "0":
+        if shared_prefix:
+            raise ValueError(
+                f"{UNFUSED}={os.environ[UNFUSED]}: TransformerEngine's attention that is not fused cannot run "
+                f"responses that share a prompt; set parallel.shared_prefix=false, or unset {UNFUSED}"
+            )
         return
     shapes = attention_shapes(hf_config, tensor=tensor, vision_tensor=vision_tensor, shared_prefix=shared_prefix)
     for shape in shapes:
         if (refusal := fused_attention_refusal(shape)) is not None:
-            alone = " parallel.shared_prefix=false does without it." if shape.continued else ""
+            anyway = (
+                "parallel.shared_prefix=false does without it" if shape.continued else f"{UNFUSED}=1 runs it anyway"
+            )
             raise ValueError(
                 f"TransformerEngine cannot run fused attention {shape}: {refusal}. What it would run instead takes "
-                f"several times as long.{alone} {_advice()} NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons. "
-                f"{UNFUSED}=1 runs it anyway, and model.backend=torch does without TransformerEngine"
+                f"several times as long. {_advice()} NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 shows its reasons. "
+                f"{anyway}, and model.backend=torch does without TransformerEngine"
             )
 
 

@@ -27,4 +27,7 @@ def test_heads_that_are_wider_than_the_model_by_their_number() -> None:
 def test_nothing_is_tried_where_the_user_has_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine without TransformerEngine a try would fail."""
     monkeypatch.setenv("NVTE_UNFUSED_ATTN", "1")
-    check_fused_attention(published_config("qwen2.5-vl-7b"), tensor=1, vision_tensor=1, shared_prefix=True)
+    config = published_config("qwen2.5-vl-7b")
+    check_fused_attention(config, tensor=1, vision_tensor=1, shared_prefix=False)
+    with pytest.raises(ValueError, match=r"^NVTE_UNFUSED_ATTN=1: .*set parallel\.shared_prefix=false"):
+        check_fused_attention(config, tensor=1, vision_tensor=1, shared_prefix=True)

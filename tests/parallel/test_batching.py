@@ -1,0 +1,43 @@
+"""The hidden states that predict response tokens: which they are, and that their gradient repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vppo.parallel.batching import ResponseTokens
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def tokens_at(index_N: Tensor) -> ResponseTokens:
+    zeros = torch.zeros_like(index_N)
+    return ResponseTokens(index_N, zeros, zeros, zeros, zeros.bool())
+
+
+def test_states_may_be_read_several_times() -> None:
+    hidden_C1h = torch.arange(6.0).view(3, 1, 2).requires_grad_()
+    predicting_Nh = tokens_at(torch.tensor([2, 0, 2])).predicting(hidden_C1h)
+    assert predicting_Nh.tolist() == [[4, 5], [0, 1], [4, 5]]
+    (gradient,) = torch.autograd.grad(predicting_Nh.sum(), hidden_C1h)
+    assert gradient[:, 0].tolist() == [[1, 1], [0, 0], [2, 2]]
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_the_gradient_of_a_shared_state_repeats_with_several_threads() -> None:
+    """With plain indexing nearly every repetition differs: the threads add to the same row in any order."""
+    generator = torch.Generator().manual_seed(0)
+    hidden_C1h = torch.randn(64, 1, 128, generator=generator, requires_grad=True)
+    tokens = tokens_at(torch.randint(0, 64, (4096,), generator=generator))
+    upstream_Nh = torch.randn(4096, 128, generator=generator)
+    found = [torch.autograd.grad((tokens.predicting(hidden_C1h) * upstream_Nh).sum(), hidden_C1h)[0] for _ in range(50)]
+    assert all(torch.equal(found[0], again) for again in found[1:])
