@@ -18,6 +18,7 @@ from megatron_vppo.models.hf_config import pixels_per_token
 from megatron_vppo.planning.candidate import GIB, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
+from megatron_vppo.setup.by_machine import by_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
@@ -106,7 +107,7 @@ def test_a_ready_layout_is_among_those_that_fit(name: str) -> None:
                 image_tokens=config.data.max_pixels // pixels_per_token(hf_config),
                 rows_per_micro_batch=4,  # the plan knows no tokens; the dry run counts these micro-batches
                 responses_per_prompt=config.rollout.n,
-                head_chunk_tokens=actor.head_chunk_tokens,
+                head_chunk_tokens=by_machine(config, on_gpu=True).head_chunk_tokens,
             ),
             rollout_tensor=config.rollout.tensor_parallel_size,
             engine_sequences=16,

@@ -15,6 +15,7 @@ from megatron_vppo.launching.dry_run import DryRun, EnginePlacement, RunCluster,
 from megatron_vppo.launching.phases import PHASE_NAMES
 from megatron_vppo.launching.remedies import remedies
 from megatron_vppo.planning.candidate import GIB
+from megatron_vppo.setup.by_machine import by_machine
 
 MOST_WIDTH = 100
 """The characters of a line, as far as the terminal has them."""
@@ -88,8 +89,9 @@ def _settings(found: DryRun) -> Iterator[str]:
         + (f", {virtual} virtual stages on each" if virtual > 1 else "")
         + (f"; the groups of all {found.joined} agree" if found.joined else "")
     )
+    sequence_parallel = by_machine(config, on_gpu=True).sequence_parallel
     yield (
-        f"sequence parallel {_on(parallel.sequence_parallel)}, recompute {parallel.recompute}, distributed optimizer "
+        f"sequence parallel {_on(sequence_parallel)}, recompute {parallel.recompute}, distributed optimizer "
         f"{_on(parallel.use_distributed_optimizer)}, offload {', '.join(config.actor.offload) or 'nothing'}"
     )
     yield (
@@ -123,9 +125,10 @@ def _step(found: DryRun) -> Iterator[str]:
         f"{_steps(found)}"
     )
     prompts = -(-batches.prompts // len(found.engines))
+    at_once = by_machine(config, on_gpu=True).max_num_seqs
     yield (
         f"sampling: {_count(len(found.engines), 'engine')} with up to {prompts} prompts = {prompts * config.rollout.n} "
-        f"responses each; at once {config.rollout.max_num_seqs} (rollout.max_num_seqs), of full length "
+        f"responses each; at once {at_once} (rollout.max_num_seqs), of full length "
         f"{engine.sequences} (KV cache)"
     )
     yield f"scoring: {_share(batches.score)}"

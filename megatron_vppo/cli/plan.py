@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_vppo.cli.output import say
 from megatron_vppo.cli.plan_seconds import ORDER, growth_table, range_line, seconds_table, speed_header, speed_request
 from megatron_vppo.config.choices import MEMORY_PARTS, ModelPart
-from megatron_vppo.config.schema import ActorConfig, DataConfig, RolloutConfig
+from megatron_vppo.config.schema import DataConfig, RolloutConfig
 from megatron_vppo.models.hf_config import pixels_per_token, position_refusal
 from megatron_vppo.planning.candidate import GIB, TRAINER_RESERVE, Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.engine_share import ENGINE_RESERVE, MOST_UTILIZATION, SLEEPING_ENGINE
@@ -21,6 +21,7 @@ from megatron_vppo.planning.published import PUBLISHED, configuration_of
 from megatron_vppo.planning.remedies import MORE_GPUS, enough_gpus, remedies
 from megatron_vppo.planning.simulate import simulate
 from megatron_vppo.planning.timed_layouts import SpeedRequest, by_seconds, speed_model
+from megatron_vppo.setup.by_machine import ON_GPU
 
 MOST_ROWS = 12
 """The rows of the table that are printed at most."""
@@ -93,7 +94,7 @@ def _request(options: argparse.Namespace) -> PlanRequest:
             image_tokens=options.image_tokens or default_image_tokens,
             rows_per_micro_batch=options.rows_per_micro_batch,
             responses_per_prompt=RolloutConfig.model_fields["n"].default,
-            head_chunk_tokens=ActorConfig.model_fields["head_chunk_tokens"].default,
+            head_chunk_tokens=ON_GPU.head_chunk_tokens,
         ),
         rollout_tensor=options.rollout_tp,
         engine_sequences=options.answers,

@@ -13,7 +13,6 @@ from megatron_vppo.config.schema import (
     DataConfig,
     ParallelConfig,
     PerturbConfig,
-    RolloutConfig,
 )
 from megatron_vppo.planning.assumptions import CAUTIOUS, HOPEFUL, Assumptions
 from megatron_vppo.planning.candidate import PlanRequest
@@ -22,6 +21,7 @@ from megatron_vppo.planning.simulate import SimulatedStep
 from megatron_vppo.planning.step_flops import StepWork
 from megatron_vppo.planning.step_model import Machine, SpeedModel
 from megatron_vppo.planning.timed_layouts import SpeedRequest, TimedLayout, seconds_of
+from megatron_vppo.setup.by_machine import ON_GPU
 
 FILTERED_ROUNDS = 2.0
 """Rounds of sampling in a step with online filtering, which keeps about half of the groups. A guess."""
@@ -42,7 +42,7 @@ def speed_request(options: argparse.Namespace, request: PlanRequest) -> SpeedReq
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is about seconds; name the GPU with --gpu")
         return None
-    workload, rollout, data = request.workload, RolloutConfig.model_fields, DataConfig.model_fields
+    workload, data = request.workload, DataConfig.model_fields
     image_tokens = workload.images_per_row * workload.image_tokens
     prompt = options.mean_prompt_tokens or min(image_tokens + TEXT_TOKENS, workload.prompt_tokens)
     response = options.mean_response_tokens or min(MEAN_RESPONSE, workload.response_tokens)
@@ -73,8 +73,8 @@ def speed_request(options: argparse.Namespace, request: PlanRequest) -> SpeedReq
             shared_prefix=ParallelConfig.model_fields["shared_prefix"].default,
         ),
         machine=Machine(gpu_named(options.gpu)),
-        max_sequences=rollout["max_num_seqs"].default,
-        eager=rollout["enforce_eager"].default,
+        max_sequences=ON_GPU.max_num_seqs,
+        eager=ON_GPU.enforce_eager,
     )
 
 

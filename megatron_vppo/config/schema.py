@@ -158,9 +158,9 @@ class ParallelConfig(Section):
     pipeline_layers: tuple[Count, ...] | None = None
     """Language model layers of each pipeline stage, in the order of the model; None: an even split. One entry per
     stage: pipeline size times virtual size."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool | None = None
     """Between the language model's layers, tensor-parallel ranks share the tokens instead of each holding all. With one
-    rank it has no effect."""
+    rank it has no effect. None: on GPUs."""
     vision_split: VisionSplit = "tensor"
     """The way tensor-parallel ranks share the vision tower's work: 'tensor' splits its layers, 'images' gives each rank
     the whole tower and images of its own. Context-parallel ranks get images of their own in both."""
@@ -338,8 +338,9 @@ class ActorConfig(Section):
     as the two settings above say, which else have no effect."""
     ppo_epochs: Count = 1
     max_grad_norm: Positive = 1.0
-    head_chunk_tokens: Count = 1024
-    """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once."""
+    head_chunk_tokens: Count | None = None
+    """Response tokens per chunk of the vocabulary head: logits of no more than these exist at once. None: 4096 on GPUs,
+    1024 without."""
     offload: tuple[MemoryPart, ...] = ()
     """Parts of the trainer's memory that leave the GPU while the engines sample: weights, gradients (freed, not
     copied), optimizer state. The engines take their room, see rollout.free_cache_engine. GPUs only."""
@@ -382,11 +383,13 @@ class RolloutConfig(Section):
     """GiB for the KV cache of an engine on CPU."""
     threads_per_engine: Workers | None = None
     """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
-    max_num_seqs: int = Field(default=256, gt=0, le=8192)
-    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB."""
+    max_num_seqs: int | None = Field(default=None, gt=0, le=8192)
+    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB. None: 1024 on GPUs,
+    256 without."""
     max_images_per_prompt: Count = 8
     """The most images that one prompt may have."""
-    enforce_eager: bool = True
+    enforce_eager: bool | None = None
+    """Run engines without CUDA graphs. None: with them on GPUs."""
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: VerifyWeights = "first"
     """Weight syncs after which vLLM's checksums are compared with those of the weights sent to it."""

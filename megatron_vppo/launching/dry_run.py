@@ -184,7 +184,7 @@ def assumed_options(config: RunConfig) -> ModelOptions:
     if backend == "te" and config.model.dtype != "bfloat16":
         asked = "model.backend=te" if fp8 is None else f"fp8.recipe={fp8.recipe}"
         raise ValueError(f"{asked} goes with model.dtype=bfloat16, not {config.model.dtype}; change one of the two")
-    return options_with(config, backend=backend)
+    return options_with(config, backend=backend, on_gpu=True)
 
 
 def report_stages(

@@ -18,6 +18,7 @@ from megatron_vppo.observability.phases import SAMPLE
 from megatron_vppo.planning.candidate import Candidate, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.remedies import enough_gpus
+from megatron_vppo.setup.by_machine import by_machine
 
 OFFLOAD_ALL = f"actor.offload=[{','.join(MEMORY_PARTS)}]"
 _ONE_ROW: dict[str, int | None] = {
@@ -127,7 +128,7 @@ def _plan_request(found: DryRun) -> PlanRequest:
             image_tokens=image_tokens(config, hf_config),
             rows_per_micro_batch=config.actor.micro_batch_size_per_device_for_update,
             responses_per_prompt=config.rollout.n,
-            head_chunk_tokens=config.actor.head_chunk_tokens,
+            head_chunk_tokens=by_machine(config, on_gpu=True).head_chunk_tokens,
         ),
         engine_sequences=1,
         frozen=frozenset(config.model.freeze),

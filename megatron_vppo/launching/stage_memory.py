@@ -38,6 +38,7 @@ from megatron_vppo.planning.activations import (
 )
 from megatron_vppo.planning.sizes import language_sizes, vision_sizes
 from megatron_vppo.planning.state import StateBytes
+from megatron_vppo.setup.by_machine import by_machine
 from megatron_vppo.setup.policy import DTYPES, build_stages, optim_settings, policy_settings
 
 
@@ -88,7 +89,7 @@ def report_stage(
             trainable.stages,
             hf_config=hf_config,
             layout=layout,
-            settings=policy_settings(config, hf_config, options),
+            settings=policy_settings(config, hf_config, options, on_gpu=True),
             pixels=ZeroPixels(hf_config, patches=grid),
         )
         step = run_step(trainable, layout, runner, responses, update_views(runner, responses))
@@ -157,7 +158,7 @@ def _update_activations(
     head = head_bytes(
         shared["language"],
         step.batch,
-        chunk=config.actor.head_chunk_tokens,
+        chunk=by_machine(config, on_gpu=True).head_chunk_tokens,
         tensor=layout.tensor,
         dtype_bytes=DTYPES[config.model.dtype].itemsize,
     )
@@ -169,13 +170,12 @@ def _score_activations(config: RunConfig, hf_config: HfConfig, layout: Layout, b
         batch=batch,
         stage=layout.pipeline_rank,
         stages=layout.pipeline,
-        chunk=config.actor.head_chunk_tokens,
+        chunk=by_machine(config, on_gpu=True).head_chunk_tokens,
         **_shared(config, hf_config, layout),
     )
 
 
 def _shared(config: RunConfig, hf_config: HfConfig, layout: Layout) -> dict[str, Any]:
-    parallel = config.parallel
     vision = vision_sizes(hf_config)
     if layout.vision_groups.tower.tp.size() != layout.tensor:
         # Each rank runs the whole tower: the formulas will divide this by the tensor-parallel size.
@@ -185,6 +185,6 @@ def _shared(config: RunConfig, hf_config: HfConfig, layout: Layout) -> dict[str,
     return {
         "language": language_sizes(hf_config),
         "vision": vision,
-        "split": LayerSplit(layout.tensor, layout.context, parallel.sequence_parallel and layout.tensor > 1),
+        "split": LayerSplit(layout.tensor, layout.context, by_machine(config, on_gpu=True).sequence_parallel),
         "kernels": Kernels(dtype_bytes=DTYPES[config.model.dtype].itemsize, fused_rms_norm=True),
     }

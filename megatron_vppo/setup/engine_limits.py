@@ -16,6 +16,7 @@ from megatron_vppo.models.hf_config import (
     vllm_split_refusal,
 )
 from megatron_vppo.rollout.engine_process import CPU_BLOCK_SIZE
+from megatron_vppo.setup.by_machine import by_machine
 from megatron_vppo.setup.engines import VLLM_FP8
 from megatron_vppo.weights.entries import parameter_count
 
@@ -92,7 +93,7 @@ def check_quantization(config: RunConfig, hf_config: HfConfig) -> None:
             "lower it, or set rollout.quantization=null"
         )
     scheme = VLLM_FP8[config.fp8.recipe]
-    blocks = FP8_BLOCKS.get(scheme, 1) if config.rollout.enforce_eager or scheme == "mxfp8" else 1
+    blocks = FP8_BLOCKS.get(scheme, 1) if by_machine(config, on_gpu=True).enforce_eager or scheme == "mxfp8" else 1
     inputs = {
         "hidden size": text.hidden_size,
         "width of the heads of a worker": text.num_attention_heads * head_dim(text) // size,

@@ -24,6 +24,7 @@ from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, WeightTransfer
+from megatron_vppo.setup.by_machine import by_machine
 from megatron_vppo.setup.places import engine_devices, engine_threads
 from megatron_vppo.setup.world import World, engine_seats
 
@@ -115,7 +116,7 @@ def _engine_settings(
     config: RunConfig, source: Path, *, world: World, images: VisionInputs, hf_config: Any, index: int, on_cpu: bool
 ) -> EngineSettings:
     """Collects the settings of engine `index`, for the model of the folder `source`."""
-    rollout = config.rollout
+    rollout, values = config.rollout, by_machine(config, on_gpu=not on_cpu)
     seats = engine_seats(config, world.places)
     fair_threads = engine_threads(world.places, seats, index, size=rollout.tensor_parallel_size)
     return EngineSettings(
@@ -125,13 +126,13 @@ def _engine_settings(
         cuda_visible_devices=None if on_cpu else engine_devices(world.places, seats[index]),
         dtype=config.model.dtype,
         tensor_parallel_size=rollout.tensor_parallel_size,
-        max_num_seqs=rollout.max_num_seqs,
+        max_num_seqs=values.max_num_seqs,
         images_per_prompt=rollout.max_images_per_prompt,
         seed=(config.trainer.seed + index) % 2**32,
         cpu_kv_cache_gib=rollout.cpu_kv_cache_gib,
         cpu_threads=rollout.threads_per_engine or fair_threads,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        enforce_eager=rollout.enforce_eager,
+        enforce_eager=values.enforce_eager,
         load_format="empty",
         mm_processor_kwargs=images.mm_processor_kwargs,
         hf_overrides=engine_overrides(hf_config),

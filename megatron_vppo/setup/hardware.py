@@ -9,6 +9,7 @@ from megatron_vppo.config.choices import BackendSetting, Dtype
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS, has_transformer_engine, recipe_refusal
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
+from megatron_vppo.setup.by_machine import by_machine
 
 GIB = 2**30
 BFLOAT16_CAPABILITY = (8, 0)
@@ -81,16 +82,16 @@ def model_options(config: RunConfig, *, on_gpu: bool) -> ModelOptions:
     """
     check_fp8_hardware(config, on_gpu=on_gpu)
     backend = choose_backend(config.model.backend, on_gpu=on_gpu, dtype=config.model.dtype)
-    return options_with(config, backend=backend)
+    return options_with(config, backend=backend, on_gpu=on_gpu)
 
 
-def options_with(config: RunConfig, *, backend: Backend) -> ModelOptions:
+def options_with(config: RunConfig, *, backend: Backend, on_gpu: bool) -> ModelOptions:
     """Collects the options by which the model is built of the layers of `backend`, wherever that may be."""
     parallel = config.parallel
     return ModelOptions(
         pipeline_layers=parallel.pipeline_layers,
         virtual_stages=parallel.virtual_pipeline_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        sequence_parallel=by_machine(config, on_gpu=on_gpu).sequence_parallel,
         recompute=parallel.recompute,
         vision_split=parallel.vision_split,
         frozen=frozenset(config.model.freeze),

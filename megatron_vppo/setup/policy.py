@@ -20,6 +20,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
+from megatron_vppo.setup.by_machine import by_machine
 from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.inputs import RunInputs
 from megatron_vppo.weights.load import load_weights
@@ -45,7 +46,7 @@ def make_policy(
         trainable,
         hf_config=inputs.hf_config,
         layout=layout,
-        settings=policy_settings(config, inputs.hf_config, options),
+        settings=policy_settings(config, inputs.hf_config, options, on_gpu=layout.device.type == "cuda"),
         pixels=inputs.images,
     )
 
@@ -57,13 +58,13 @@ def make_scorer(config: RunConfig, layout: Layout, source: Path, inputs: RunInpu
         _load_stages(config, layout, source, inputs, options),
         hf_config=inputs.hf_config,
         layout=layout,
-        settings=policy_settings(config, inputs.hf_config, options),
+        settings=policy_settings(config, inputs.hf_config, options, on_gpu=layout.device.type == "cuda"),
         pixels=inputs.images,
     )
     return Scorer(runner)
 
 
-def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions) -> PolicySettings:
+def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions, *, on_gpu: bool) -> PolicySettings:
     """Collects the settings of scoring and updating."""
     cost = model_cost(hf_config)
     return PolicySettings(
@@ -71,7 +72,7 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
         banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
         rows_per_update=config.actor.micro_batch_size_per_device_for_update,
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
-        head_chunk_tokens=config.actor.head_chunk_tokens,
+        head_chunk_tokens=by_machine(config, on_gpu=on_gpu).head_chunk_tokens,
         perturb_per=config.algorithm.perturb.per,
         shared_prefix=config.parallel.shared_prefix,
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,

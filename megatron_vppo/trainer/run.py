@@ -33,6 +33,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt, end_on_request
+from megatron_vppo.setup.by_machine import chosen_by_machine
 from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
 from megatron_vppo.setup.hardware import prompts_apart, slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
@@ -163,8 +164,8 @@ def _open_run(
         held_out = from_rank_zero(partial(_validation_prompts, config, inputs, say))
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
 
-        for note in filter(None, (slower_layers(config, on_gpu=on_gpus), prompts_apart(config)) if is_writer else ()):
-            say(note)
+        if is_writer:
+            _say_what_follows(config, on_gpus, say)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         resumed = checkpointer.resume()
@@ -197,6 +198,13 @@ def _open_run(
             unfinished_step=resumed.unfinished_step,
             watchdog=_watchdog(config),
         )
+
+
+def _say_what_follows(config: RunConfig, on_gpu: bool, say: Say) -> None:
+    """Says what the machine and the settings bring about that the file of the run does not show."""
+    notes = (slower_layers(config, on_gpu=on_gpu), prompts_apart(config), chosen_by_machine(config, on_gpu=on_gpu))
+    for note in filter(None, notes):
+        say(note)
 
 
 def _begin_attempt(config: RunConfig, layout: Layout, folder: RunFolder) -> None:

@@ -119,7 +119,7 @@ def test_options_are_those_of_the_settings() -> None:
         run_config(
             fp8={"recipe": "blockwise"},
             model={"freeze": ["projector"]},
-            parallel={"sequence_parallel": True, "recompute": "full", "vision_split": "images"},
+            parallel={"tensor_model_parallel_size": 2, "recompute": "full", "vision_split": "images"},
         )
     )
     assert (options.backend, options.fp8 is not None, options.frozen) == ("te", True, {"projector"})

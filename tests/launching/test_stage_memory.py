@@ -255,7 +255,7 @@ def _packed_tokens(config: RunConfig, layout: Layout, hf_config: HfConfig, train
         trainable.stages,
         hf_config=hf_config,
         layout=layout,
-        settings=policy_settings(config, hf_config, options_of(config)),
+        settings=policy_settings(config, hf_config, options_of(config), on_gpu=True),
         pixels=ZeroPixels(hf_config, patches=48),
     )
     responses = longest_responses(config, hf_config)
