@@ -43,10 +43,11 @@ def _ask(engine: RolloutEngine) -> list[tuple[int, ...]]:
 @pytest.fixture(
     scope="module",
     params=[
-        ("Qwen2.5-VL", "ipc", None),
-        ("Qwen3-VL", "ipc", None),
-        ("Qwen2.5-VL", "shm", None),
-        ("Qwen2.5-VL", "ipc", "fp8_per_tensor"),
+        ("Qwen2.5-VL", "ipc", None, "graphs"),
+        ("Qwen2.5-VL", "ipc", None, "eager"),
+        ("Qwen3-VL", "ipc", None, "graphs"),
+        ("Qwen2.5-VL", "shm", None, "eager"),
+        ("Qwen2.5-VL", "ipc", "fp8_per_tensor", "graphs"),
     ],
     ids=lambda param: " ".join(map(str, param)),
 )
@@ -55,12 +56,12 @@ def running(
 ) -> Iterator[tuple[RolloutEngine, str]]:
     family: str
     transfer: WeightTransfer
-    family, transfer, quantization = request.param
+    family, transfer, quantization, execution = request.param
     folder = FAMILIES[family][0](tmp_path_factory.mktemp("tiny"), tied=False)
     settings = engine_settings(
         model=str(folder), max_model_len=256, device="cuda", dtype="bfloat16", max_num_seqs=8,
         gpu_memory_utilization=0.2, load_format="empty", can_sleep=True, weight_transfer=transfer,
-        quantization=quantization, unquantized_layers=("visual.*",),
+        quantization=quantization, unquantized_layers=("visual.*",), enforce_eager=execution == "eager",
     )  # fmt: skip
     with RolloutEngine(settings, log_path=folder / "engine.log", buffer_bytes=60_000) as engine:
         engine.wait_ready(timeout_seconds=START_SECONDS)
