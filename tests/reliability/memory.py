@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import os
@@ -52,9 +54,13 @@ class Growth:
     error_kib: float
     """Standard error of the slope."""
     steps: int
+    without_rise: Growth | None = None
+    """The line after the largest rise from one stretch to the next is taken away: something may be loaded once."""
 
     @property
     def is_flat(self) -> bool:
+        if self.without_rise is not None and self.without_rise.is_flat:
+            return True
         return self.slope_kib < NOISE * self.error_kib or self.slope_kib * self.steps / 1024 < SMALL_MIB
 
 
@@ -63,12 +69,19 @@ def growth_of(name: str, memory_mib: Sequence[float]) -> Growth:
     kept = list(memory_mib)[round(WARMUP * len(memory_mib)) :]
     size = len(kept) // BLOCKS
     means = [sum(kept[i * size : (i + 1) * size]) / size for i in range(BLOCKS)]
-    middle, mean = (BLOCKS - 1) / 2, sum(means) / BLOCKS
+    rises = [after - before for before, after in itertools.pairwise(means)]
+    after_rise = rises.index(max(rises)) + 1
+    lower = [value - max(rises) * (i >= after_rise) for i, value in enumerate(means)]
+    return dataclasses.replace(_line(name, means, steps=len(kept)), without_rise=_line(name, lower, steps=len(kept)))
+
+
+def _line(name: str, means: Sequence[float], *, steps: int) -> Growth:
+    middle, mean, size = (BLOCKS - 1) / 2, sum(means) / BLOCKS, steps // BLOCKS
     spread = sum((i - middle) ** 2 for i in range(BLOCKS))
     slope = sum((i - middle) * (value - mean) for i, value in enumerate(means)) / spread
     rest = sum((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(means))
     error = math.sqrt(rest / (BLOCKS - 2) / spread)
-    return Growth(name, mean, 1024 * slope / size, 1024 * error / size, len(kept))
+    return Growth(name, mean, 1024 * slope / size, 1024 * error / size, steps)
 
 
 def run(options: argparse.Namespace, digits: Path, scratch: Path) -> tuple[str, list[str]]:
