@@ -4,7 +4,7 @@ packer.py packs them.
 
 Shape suffix legend: B = responses of the whole mini-batch; T = response tokens, right-padded; N = response tokens of a
 micro-batch that this context-parallel rank predicts, flat; C = tokens of this context-parallel rank; P = patches; D =
-values of a patch.
+values of a patch; h = hidden size.
 """
 
 from __future__ import annotations

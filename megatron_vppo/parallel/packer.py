@@ -1,8 +1,8 @@
 """The packing of views of responses into a micro-batch. Views that show the same prompt share it.
 
-Shape suffix legend: N = response tokens of a micro-batch that this context-parallel rank predicts, flat; L = tokens of
-one packed sequence; K = all packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens
-among K; P = patches; D = values of a patch.
+Shape suffix legend: N = response tokens of a micro-batch that this context-parallel rank predicts, flat; K = all
+packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K; P = patches; D =
+values of a patch.
 
 Three views of two prompts, p q and x y z; the responses to the first are a b c and d e. The last token of a response is
 not read, since it predicts nothing:

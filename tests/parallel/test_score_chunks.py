@@ -28,8 +28,8 @@ LAYOUTS = {
     "PP 2, interleaved": Case(pipeline=2, options=ModelOptions(pipeline_layers=(1, 1, 1, 1), virtual_stages=2)),
     "DP 2": Case(data=2),
 }
-CHUNKS = {"PP 2": 3, "PP 2, interleaved": 3, "DP 2": 4}
-"""Six rows one by one: two at a time in a pipeline of two; two groups on one data-parallel rank, one on the other."""
+CHUNKS = {"PP 2": 4, "PP 2, interleaved": 4, "DP 2": 5}
+"""Eight rows one by one: two at a time in a pipeline of two; five on one data-parallel rank, three on the other."""
 FOLDERS = {name: "four" if "interleaved" in name else "three" for name in LAYOUTS}
 
 

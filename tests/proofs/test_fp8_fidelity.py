@@ -25,6 +25,7 @@ def arguments(digits: Path, options: list[str], *overrides: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_command_reports_what_fp8_changes(digits: Path, tmp_path: Path) -> None:
     recipes = ("blockwise", "delayed")
     asked = [f"--recipe={name}" for name in recipes]

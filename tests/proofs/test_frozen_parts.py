@@ -133,7 +133,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Ou
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.extended), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.extended)])
 def test_frozen_parts(ranks: int, models: dict[str, tuple[Path, Outcome]]) -> None:
     layouts = [name for name, (_, case) in LAYOUTS.items() if case.ranks == ranks]
     folders = {name: folder for name, (folder, _) in models.items()}

@@ -77,6 +77,7 @@ def test_a_folder_of_several_files_gives_the_same(hf_folders: dict[str, Path], t
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_several_processes_give_the_same(hf_folders: dict[str, Path], tmp_path: Path, small_pieces: None) -> None:
     source = hf_folders["Qwen2.5 untied"]
     hf_to_megatron(source, tmp_path / "megatron", processes=3)

@@ -137,6 +137,7 @@ def test_a_program_or_a_file_that_is_not_there(
     assert message in done.log_text
 
 
+@pytest.mark.extended
 def test_ranks_are_asked_to_stop_and_start_again(cluster: Cluster, write, tmp_path: Path) -> None:
     """First by SLURM, 50 s before a limit of one minute; then by a user, with either signal."""
     job = submit(cluster, write("wait 0.5, wait 0.5, wait 0.5, 0", nodes=2, tasks=1, time="1"))

@@ -1,6 +1,7 @@
 """Continuations of prefixes (see Packing) for attention that takes bounds: which keys each of them sees.
 
-Shape suffix legend: C = packed tokens; H = attention heads of this rank; E = values per attention head.
+Shape suffix legend: C = tokens of this context-parallel rank, which has all of them; H = attention heads of this rank;
+E = values per attention head.
 """
 
 from __future__ import annotations
