@@ -9,6 +9,7 @@ from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.balancing import assign_to_ranks
 from megatron_vppo.parallel.micro_batches import Reading, fill_by_tokens, groups_of_rank
+from megatron_vppo.setup.hardware import shares_prompts
 from megatron_vppo.setup.settings import vppo_settings
 
 
@@ -81,8 +82,8 @@ def _share(config: RunConfig, groups: int, rows_each: int, *, data: int, per: Pe
 
 def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUnit | None) -> int:
     """Counts the micro-batches that groups of the longest rows fill."""
-    parallel, data = config.parallel, config.data
-    reading = Reading(parallel.shared_prefix and parallel.context_parallel_size == 1, per, patch_work=0.0)
+    data = config.data
+    reading = Reading(shares_prompts(config), per, patch_work=0.0)
     prompt = Prompt("train", 0, "", "", (0,) * data.max_prompt_length, (), (ImageRef("train", 0, 0),), ((1, 1, 1),))
     words, logps = (0,) * data.max_response_length, (0.0,) * data.max_response_length
     samples = range(config.rollout.n)

@@ -146,13 +146,18 @@ def slower_without(backend: Backend) -> list[str]:
     return lines
 
 
+def shares_prompts(config: RunConfig) -> bool:
+    """Returns True if responses share their prompt: context-parallel ranks cut whole rows, and share none."""
+    return config.parallel.shared_prefix and config.parallel.context_parallel_size == 1
+
+
 def prompts_apart(config: RunConfig) -> str | None:
     """Returns a note for a run whose responses read their prompt each for itself though they could share it."""
-    context = config.parallel.context_parallel_size
-    if not config.parallel.shared_prefix or context == 1:
+    if not config.parallel.shared_prefix or shares_prompts(config):
         return None
     return (
-        f"parallel.context_parallel_size={context}: ranks cut whole rows, so responses do not share their prompt "
+        f"parallel.context_parallel_size={config.parallel.context_parallel_size}: ranks cut whole rows, so responses "
+        "do not share their prompt "
         "(parallel.shared_prefix has no effect)"
     )
 

@@ -21,7 +21,7 @@ from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
 from megatron_vppo.setup.by_machine import by_machine
-from megatron_vppo.setup.hardware import model_options
+from megatron_vppo.setup.hardware import model_options, shares_prompts
 from megatron_vppo.setup.inputs import RunInputs
 from megatron_vppo.weights.load import load_weights
 
@@ -74,7 +74,7 @@ def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOption
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
         head_chunk_tokens=by_machine(config, on_gpu=on_gpu).head_chunk_tokens,
         perturb_per=config.algorithm.perturb.per,
-        shared_prefix=config.parallel.shared_prefix,
+        shared_prefix=shares_prompts(config),
         max_tokens_per_micro_batch=config.actor.max_tokens_per_micro_batch,
         patch_work=cost.per_patch / cost.per_token,
         fp8_scope=frozenset(config.fp8.scope) if options.fp8 else frozenset(),
@@ -96,7 +96,7 @@ def _load_stages(
             inputs.hf_config,
             tensor=layout.tensor,
             vision_tensor=layout.vision_groups.tower.tp.size(),
-            shared_prefix=config.parallel.shared_prefix and layout.context == 1,
+            shared_prefix=shares_prompts(config),
         )
     stages = build_stages(config, layout, inputs.hf_config, options, device=layout.device)
     for stage in stages:
