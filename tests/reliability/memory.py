@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -29,6 +28,8 @@ keeps something for each number of tokens that it meets, which takes 150 steps t
 BLOCKS = 10
 """The number of stretches whose means the line is drawn through. Memory of one step is close to that of the next, so
 single steps would make the noise look smaller than it is."""
+RISE_STEPS = 5
+"""The steps before and after a rise that show it. A peak of a single step is none."""
 FEWEST_STEPS = 2 * BLOCKS
 NOISE = 3.0
 """Standard errors of the slope that may be chance."""
@@ -55,7 +56,8 @@ class Growth:
     """Standard error of the slope."""
     steps: int
     without_rise: Growth | None = None
-    """The line after the largest rise from one stretch to the next is taken away: something may be loaded once."""
+    """The line after the largest lasting rise is taken away. Something may be loaded once: pylatexenc, by which
+    MathRuler reads answers, imports its tables of LaTeX commands when the first such answer comes."""
 
     @property
     def is_flat(self) -> bool:
@@ -67,16 +69,31 @@ class Growth:
 def growth_of(name: str, memory_mib: Sequence[float]) -> Growth:
     """Draws a line through the memory of a process after each step, without the warm-up."""
     kept = list(memory_mib)[round(WARMUP * len(memory_mib)) :]
-    size = len(kept) // BLOCKS
-    means = [sum(kept[i * size : (i + 1) * size]) / size for i in range(BLOCKS)]
-    rises = [after - before for before, after in itertools.pairwise(means)]
-    after_rise = rises.index(max(rises)) + 1
-    lower = [value - max(rises) * (i >= after_rise) for i, value in enumerate(means)]
-    return dataclasses.replace(_line(name, means, steps=len(kept)), without_rise=_line(name, lower, steps=len(kept)))
+    return dataclasses.replace(
+        _line(name, _block_means(kept), steps=len(kept)),
+        without_rise=_line(name, _block_means(_without_rise(kept)), steps=len(kept)),
+    )
+
+
+def _without_rise(memory_mib: Sequence[float]) -> list[float]:
+    """Takes away the largest rise from some steps to as many that follow; from there on, all is lower by it."""
+    places = range(RISE_STEPS, len(memory_mib) - RISE_STEPS + 1)
+    rises = {at: _mean(memory_mib[at : at + RISE_STEPS]) - _mean(memory_mib[at - RISE_STEPS : at]) for at in places}
+    largest = max(places, key=rises.__getitem__)
+    return [value - rises[largest] * (step >= largest) for step, value in enumerate(memory_mib)]
+
+
+def _block_means(memory_mib: Sequence[float]) -> list[float]:
+    size = len(memory_mib) // BLOCKS
+    return [_mean(memory_mib[i * size : (i + 1) * size]) for i in range(BLOCKS)]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _line(name: str, means: Sequence[float], *, steps: int) -> Growth:
-    middle, mean, size = (BLOCKS - 1) / 2, sum(means) / BLOCKS, steps // BLOCKS
+    middle, mean, size = (BLOCKS - 1) / 2, _mean(means), steps // BLOCKS
     spread = sum((i - middle) ** 2 for i in range(BLOCKS))
     slope = sum((i - middle) * (value - mean) for i, value in enumerate(means)) / spread
     rest = sum((value - mean - slope * (i - middle)) ** 2 for i, value in enumerate(means))
