@@ -26,7 +26,7 @@ from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, V
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.parallel.packer import Packer
-from megatron_vppo.parallel.vocab_head import VocabHead
+from megatron_vppo.parallel.vocab_head import VocabHead, check_targets
 
 ReadHidden = Callable[[ResponseBatch, Tensor], None]
 """(micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
@@ -185,6 +185,13 @@ class ScheduleRunner:
 
         self._run(responses, micro_views, loss, models=models, phase="update")
 
+    def _pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
+        """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets."""
+        rows = dict.fromkeys(view.row for view in views)
+        targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
+        check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
+        return self.packer.pack(responses, views)
+
     def _run(
         self,
         responses: Sequence[Response],
@@ -212,7 +219,7 @@ class ScheduleRunner:
 
         # A generator: the images of a micro-batch are read and packed when the schedule asks for it, not before. Every
         # stage of this rank asks once, so they share the batches.
-        packed = (self.packer.pack(responses, views) for views in [*micro_views, *idle])
+        packed = (self._pack(responses, views) for views in [*micro_views, *idle])
         iterators = list(itertools.tee(packed, len(models)))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(

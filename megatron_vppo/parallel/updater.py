@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -49,8 +50,8 @@ class Updater:
         runner = self._runner
         on_device = batch.to(runner.layout.device)
         with_entropy = batch.loss.entropy_kind == "entropy"
-        weighted: dict[str, float] = {}
-        per_token: dict[str, float] = {}
+        weighted: dict[str, Tensor] = {}
+        per_token: dict[str, Tensor] = {}
 
         def loss_of(micro_batch: ResponseBatch, hidden_C1h: Tensor) -> Tensor:
             tokens = micro_batch.tokens
@@ -72,13 +73,19 @@ class Updater:
             **self._sum_over_ranks(per_token, divide_by=response_tokens),
         }
 
-    def _sum_over_ranks(self, sums: dict[str, float], *, divide_by: float) -> dict[str, float]:
+    def _sum_over_ranks(self, sums: Mapping[str, Tensor], *, divide_by: float) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{} for _ in range(self._runner.layout.world_size)]
-        dist.all_gather_object(gathered, sums if self._runner.holds_results else {})
+        dist.all_gather_object(gathered, _read(sums) if self._runner.holds_results else {})
         names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
         return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) / divide_by for name in names}
 
 
-def _accumulate(sums: dict[str, float], terms: Mapping[str, Tensor]) -> None:
+def _accumulate(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:
+    """Adds the terms of a micro-batch, in float64 and where they are: reading them would wait for the device."""
     for name, value in terms.items():
-        sums[name] = sums.get(name, 0.0) + float(value)
+        sums[name] = sums[name] + value.double() if name in sums else value.double()
+
+
+def _read(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Reads all sums at once."""
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True)) if sums else {}

@@ -10,10 +10,11 @@ rank's vocabulary rows; R = statistics per position, which are named where they 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,6 +45,21 @@ class TwoViews:
     perturbed_logp_N: Tensor
     divergence_N: Tensor
     """Never negative, except for rounding."""
+
+
+def check_targets(token_ids: Sequence[int], *, vocab_size: int, banned_ids: Sequence[int]) -> None:
+    """Refuses tokens that the head cannot score, before they are on a device: a look at them there would wait for it.
+
+    Raises:
+        ValueError: tokens that are banned or outside of the vocabulary.
+    """
+    targets_N = np.asarray(token_ids)
+    outside = int(((targets_N < 0) | (targets_N >= vocab_size)).sum())
+    if outside:
+        raise ValueError(f"{outside} of {len(targets_N)} target tokens lie outside the vocabulary of {vocab_size}")
+    banned = int(np.isin(targets_N, banned_ids).sum())
+    if banned:
+        raise ValueError(f"{banned} of {len(targets_N)} target tokens are banned: {tuple(banned_ids)}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,8 @@ class VocabHead:
 
         Args:
             hidden_Nh: [N, h] float, after the final norm; equal on every rank of the group.
-            target_N: [N] int64 in [0, vocab_size), none of them banned; equal on every rank of the group.
+            target_N: [N] int64 in [0, vocab_size), none of them banned (see check_targets); equal on every rank of the
+                group.
             with_entropy: also return the entropy of the full distribution.
 
         Returns:
@@ -99,9 +116,9 @@ class VocabHead:
             entropy_N: the same, or None without with_entropy.
 
         Raises:
-            ValueError: shapes that do not fit, or targets that are banned or outside of the vocabulary.
+            ValueError: shapes that do not fit.
         """
-        self._check(hidden_Nh, target_N)
+        self._check(hidden_Nh)
         logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, self.weight_Vh, target_N, self)
         return logp_N, entropy_N if with_entropy else None
 
@@ -119,7 +136,7 @@ class VocabHead:
         Raises:
             ValueError: as in token_logps, or an unknown kind.
         """
-        self._check(hidden_Nh, target_N)
+        self._check(hidden_Nh)
         if hidden_Nh.shape != perturbed_hidden_Nh.shape:
             raise ValueError(f"the two views have shapes {list(hidden_Nh.shape)} and {list(perturbed_hidden_Nh.shape)}")
         if kind not in DIVERGENCES:
@@ -175,22 +192,13 @@ class VocabHead:
         owned_N = (local_N >= 0) & (local_N < len(self.rows_Vh))
         return torch.where(owned_N, local_N, 0), owned_N
 
-    def _check(self, hidden_Nh: Tensor, target_N: Tensor) -> None:
+    def _check(self, hidden_Nh: Tensor) -> None:
         weight_Vh = self.weight_Vh
         if hidden_Nh.dim() != 2 or weight_Vh.dim() != 2 or hidden_Nh.shape[1] != weight_Vh.shape[1]:
             raise ValueError(
                 f"hidden states {list(hidden_Nh.shape)} and head weight {list(weight_Vh.shape)} do not fit: "
                 "pass [positions, hidden] and [vocabulary rows, hidden]"
             )
-        outside = int(((target_N < 0) | (target_N >= self.vocab_size)).sum())
-        if outside:
-            raise ValueError(
-                f"{outside} of {target_N.numel()} target tokens lie outside the vocabulary of {self.vocab_size}"
-            )
-        banned_ids = torch.tensor(self.banned_ids, dtype=torch.int64, device=target_N.device)
-        banned = int(torch.isin(target_N, banned_ids).sum())
-        if banned:
-            raise ValueError(f"{banned} of {target_N.numel()} target tokens are banned: {self.banned_ids}")
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from megatron_vppo.algorithm.types import PerturbKey
 from megatron_vppo.parallel.batching import ResponseBatch, View
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from tests.models.tiny import save_tiny_model, tiny_config
-from tests.parallel.policy_rig import PIXELS, make_responses, make_settings, make_stages
+from tests.parallel.policy_rig import BANNED, PIXELS, make_responses, make_settings, make_stages
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +93,12 @@ def test_a_forward_pass_leaves_the_amaxes_of_fp8_alone(runner: ScheduleRunner, m
     with layer.register_forward_pre_hook(note):
         runner.forward(make_responses(), [[View(0, None)], [View(1, None)]], lambda batch, hidden_C1h: None)
     assert len(seen) == 2 and seen[0] > 0 and history.tolist() == [[0.0]] * 3
+
+
+@pytest.mark.parametrize(("token", "reason"), [(BANNED[1], "banned"), (299, "outside the vocabulary of 299")])
+def test_a_token_that_the_head_cannot_score_is_refused(runner: ScheduleRunner, token: int, reason: str) -> None:
+    responses = make_responses()
+    responses[1] = dataclasses.replace(responses[1], token_ids=(5, token, 6))
+    views = [[View(0, None), View(1, None), View(1, PerturbKey(1, 1))]]
+    with pytest.raises(ValueError, match=f"^1 of 7 target tokens .*{reason}"):
+        runner.forward(responses, views, lambda batch, hidden: None)

@@ -178,3 +178,34 @@ def test_the_update_executes_little_more_than_the_floor(folder: Path, layout: La
     assert GROUPS * floor < executed <= BAR * GROUPS * floor
     apart = make_policy(folder, layout, per="row", shared=False)
     assert count(lambda: apart.accumulate_gradients(batch_of(rows))) > 2 * executed
+
+
+class ImagesRun:
+    """Counts the images that go through the tower of a policy."""
+
+    def __init__(self, policy: MegatronPolicy) -> None:
+        self._count = 0
+        tower = policy.trainable.stages[0].vision
+        assert tower is not None
+        tower.register_forward_pre_hook(self._add)
+
+    def _add(self, tower: object, inputs: tuple[Tensor, tuple[object, ...]]) -> None:
+        self._count += len(inputs[1])
+
+    def of(self, work: Callable[[], object]) -> int:
+        self._count = 0
+        work()
+        return self._count
+
+
+@pytest.mark.parametrize(("per", "perturbed"), [("image", 1), (3, 3), ("row", len(LENGTHS))])
+def test_the_tower_runs_each_image_once_for_each_way_it_is_shown(
+    per: PerturbUnit, perturbed: int, folder: Path, layout: Layout
+) -> None:
+    """In whole groups: a group that is cut has its image in each of its micro-batches."""
+    rows = responses()
+    policy = make_policy(folder, layout, per=per, shared=True)
+    images = ImagesRun(policy)
+    assert images.of(lambda: policy.score(rows, step=1, views="original")) == GROUPS
+    assert images.of(lambda: policy.score(rows, step=1, views="both")) == GROUPS * (1 + perturbed)
+    assert images.of(lambda: policy.accumulate_gradients(batch_of(rows))) == GROUPS
