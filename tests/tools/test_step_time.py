@@ -24,6 +24,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_vppo.config.load import load_config
 from megatron_vppo.models.flops import model_cost
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.planning.assumptions import Assumptions
 from megatron_vppo.planning.gpus import GpuCeilings
@@ -228,8 +229,9 @@ def test_the_random_model_has_the_size_of_its_name(size: str, head_dim: int) -> 
     assert model.lm_head.weight.shape[0] == VOCABULARY == config.text_config.vocab_size
     assert config.text_config.hidden_size // config.text_config.num_attention_heads == head_dim
     assert sum(config.text_config.rope_parameters["mrope_section"]) == head_dim // 2
-    # Training bans this token in the engine, so that no response ends before its limit.
-    assert config.text_config.eos_token_id == config.video_token_id
+    # A model whose EOS token is never sampled is refused.
+    eos = config.text_config.eos_token_id
+    assert 0 <= eos < VOCABULARY and eos not in vision_token_ids(config)
 
 
 def test_shape_reads_the_views_and_images_of_a_config(tmp_path: Path) -> None:

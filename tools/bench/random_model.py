@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 VOCABULARY = 4096
 """The rows of the embedding: more than the tokenizer has tokens, as in the released models."""
+EOS = VOCABULARY - 1
 IMAGE_SIZE = (448, 392)
 """The pixels across and down: 16 x 14 image tokens of 28 pixels."""
 PROMPT_TOKENS = 256
@@ -57,7 +58,8 @@ def make_config(tokenizer: PreTrainedTokenizerFast, *, size: Size = SIZES["60m"]
     """Makes a configuration of 59 M parameters (48 M in the language layers, 7 M in the vision tower, 4 M in the
     vocabulary), or of 268 M.
 
-    The EOS token is `<|video_pad|>`, which an engine never samples in training: every response runs to its limit.
+    The EOS token is an ordinary one, which random weights sample once in VOCABULARY tokens: most responses run to their
+    limit.
     """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     return Qwen2_5_VLConfig(
@@ -72,7 +74,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast, *, size: Size = SIZES["60m"]
             "rms_norm_eps": 1e-6,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _sections(size)},
             "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|video_pad|>"],
+            "eos_token_id": EOS,
             "pad_token_id": ids["<|endoftext|>"],
         },
         vision_config={
@@ -136,7 +138,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     arguments = {"size": options.size, "rows": options.rows, "seed": options.seed}
-    result, reused = build_once(options.out, arguments, lambda folder: build(folder, **arguments))
+    content = {**arguments, "eos": EOS}
+    result, reused = build_once(options.out, content, lambda folder: build(folder, **arguments))
     print(json.dumps({**result, "reused": reused}))
 
 
