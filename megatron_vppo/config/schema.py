@@ -187,7 +187,7 @@ class PerturbConfig(Section):
     fixed grid (the authors'). (Preset.)"""
     patch_size: int | None = Field(default=None, gt=0, le=2**14)
     """Pixels; the grid of stage 'pixels'. None at stage 'patches', which uses the model's own patch."""
-    per: NamedPerturbUnit | Count = "row"
+    per: NamedPerturbUnit | Count = "image"
     """A new perturbation for each response ('row'), one per image and step ('image'), or a number of them per image and
     step, which the responses to a prompt take in turn. (Preset.)"""
     noise_std: Positive = 189.0
@@ -292,7 +292,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "score_banned_tokens": True,
             "text_only_rows": "rank",
         },
-        "perturb": {"stage": "pixels", "patch_size": 14},
+        "perturb": {"stage": "pixels", "patch_size": 14, "per": "row"},
         "rollout": {"seeds": "shared", "top_p": 0.99},
     },
 }

@@ -18,7 +18,7 @@ EXPECTED: dict[str, dict[str, Any]] = {
         "algorithm.shaping_mean_scope": "minibatch",
         "algorithm.text_only_rows": "bypass",
         "algorithm.perturb.stage": "patches",
-        "algorithm.perturb.per": "row",
+        "algorithm.perturb.per": "image",
         "algorithm.perturb.patch_size": None,
         "algorithm.resize": "smart",
         "algorithm.score_banned_tokens": False,
