@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-
 import torch
-from bench.perturb_units import DRAWS, PAIRS, UNITS, correlation, overlap, within_groups
+from bench.perturb_units import correlation, overlap, within_groups
 
 
 def test_overlap_is_the_share_of_tokens_that_both_keep() -> None:
@@ -19,8 +17,3 @@ def test_correlation_within_groups_does_not_see_what_groups_have_in_common() -> 
     assert within_groups(a_B, group_B).tolist() == [-0.5, 0.5, -0.5, 0.5]
     assert correlation(a_B, b_B) > 0.9
     assert abs(correlation(within_groups(a_B, group_B), within_groups(b_B, group_B)) + 1) < 1e-12
-
-
-def test_pairs_are_named_in_the_order_in_which_they_are_compared() -> None:
-    drawn = [per for per in UNITS for _ in DRAWS]
-    assert tuple(f"{a}, {b}" for a, b in itertools.combinations(drawn, 2)) == PAIRS

@@ -80,8 +80,8 @@ def measure(run: Path, step: int, *, model: str | None = None) -> dict[str, Any]
     }
     means = {name: dependency_means(dependency_BT, mask_BT) for name, dependency_BT in drawn.items()}
     pairs: dict[str, list[dict[str, float]]] = {}
-    for (a, b), name in zip(itertools.combinations(drawn, 2), PAIRS, strict=True):
-        pairs.setdefault(name, []).append(
+    for a, b in itertools.combinations(drawn, 2):
+        pairs.setdefault(f"{a[0]}, {b[0]}", []).append(
             {
                 "kept_overlap": overlap(kept[a], kept[b]),
                 "mean_correlation": correlation(means[a], means[b]),
@@ -102,17 +102,13 @@ def measure(run: Path, step: int, *, model: str | None = None) -> dict[str, Any]
     }
 
 
-PAIRS = ("row, row", "row, image", "row, image", "row, image", "row, image", "image, image")
-"""The names of the pairs of (row, 0), (row, 1), (image, 0), (image, 1), in the order of their combinations."""
-
-
 def one_rank_config(run: Path, per: PerturbUnit) -> RunConfig:
     """Loads the settings of a run, for one rank and another unit of perturbation."""
     return load_config(run / "config.yaml", [*(f"parallel.{one}" for one in ONE_RANK), f"algorithm.perturb.per={per}"])
 
 
 def recorded_responses(config: RunConfig, source: Path, run: Path, step: int) -> list[Response]:
-    """Returns the recorded responses of a step that are in whole groups, as the run scored them."""
+    """Returns the recorded responses of a step that were trained on, in whole groups."""
     inputs = open_inputs(config, open_model_files(source))
     prompts = read_prompts(config, inputs, "train")
     index_of = {row: index for index, row in enumerate(prompts.rows)}
