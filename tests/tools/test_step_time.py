@@ -241,7 +241,10 @@ def test_shape_reads_the_views_and_images_of_a_config(tmp_path: Path) -> None:
     config = load_config(CONFIG, places)
     assert patches_per_prompt(config) == 32 * 28
     found = step_shape(config, 4, 4, 256, 128)
-    assert (found.views, found.perturbations, found.responses_per_group, found.epochs) == (2, 8, 8, 1)
+    assert (found.views, found.perturbations, found.responses_per_group, found.epochs) == (2, 1, 8, 1)
+    for per, perturbations in (("row", 8), ("3", 3), ("12", 8)):
+        other = load_config(CONFIG, [*places, f"algorithm.perturb.per={per}"])
+        assert step_shape(other, 4, 4, 256, 128).perturbations == perturbations
     grpo = [*places, "algorithm.use_vppo_on_perception=false", "algorithm.use_advantage_shaping=false"]
     assert step_shape(load_config(CONFIG, grpo), 4, 4, 256, 128).views == 1
 
