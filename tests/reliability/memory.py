@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from tests.proofs.runs import ROOT, VPPO
@@ -29,7 +30,7 @@ BLOCKS = 10
 """The number of stretches whose means the line is drawn through. Memory of one step is close to that of the next, so
 single steps would make the noise look smaller than it is."""
 RISE_STEPS = 5
-"""The steps before and after a rise that show it. A peak of a single step is none."""
+"""The fewest steps before and after a rise that show it."""
 FEWEST_STEPS = 2 * BLOCKS
 NOISE = 3.0
 """Standard errors of the slope that may be chance."""
@@ -76,11 +77,18 @@ def growth_of(name: str, memory_mib: Sequence[float]) -> Growth:
 
 
 def _without_rise(memory_mib: Sequence[float]) -> list[float]:
-    """Takes away the largest rise from some steps to as many that follow; from there on, all is lower by it."""
-    places = range(RISE_STEPS, len(memory_mib) - RISE_STEPS + 1)
-    rises = {at: _mean(memory_mib[at : at + RISE_STEPS]) - _mean(memory_mib[at - RISE_STEPS : at]) for at in places}
-    largest = max(places, key=rises.__getitem__)
-    return [value - rises[largest] * (step >= largest) for step, value in enumerate(memory_mib)]
+    """Takes away the one lasting rise that explains most besides a line: from there on, all is lower by it.
+
+    The line is fitted together with the rise, so that neither a leak nor a peak that goes back is taken for one.
+    """
+    memory, steps = np.asarray(memory_mib), np.arange(len(memory_mib))
+    fits = []
+    for at in range(RISE_STEPS, len(memory) - RISE_STEPS + 1):
+        columns = np.stack([np.ones_like(steps), steps, steps >= at], axis=1).astype(np.float64)
+        weights, *_ = np.linalg.lstsq(columns, memory)
+        fits.append((float(((memory - columns @ weights) ** 2).sum()), at, float(weights[2])))
+    _, at, rise = min(fits)
+    return (memory - max(0.0, rise) * (steps >= at)).tolist()
 
 
 def _block_means(memory_mib: Sequence[float]) -> list[float]:

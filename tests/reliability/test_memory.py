@@ -28,6 +28,13 @@ def test_a_leak_of_one_image_a_step_grows(seed: int) -> None:
     assert not growth.is_flat and growth.slope_kib == pytest.approx(73.5, abs=4 * growth.error_kib)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_peak_that_goes_back_hides_no_leak(seed: int) -> None:
+    peak = [value + 90 * (200 <= i < 212) for i, value in enumerate(noisy(73.5, seed))]
+    without_rise = growth_of("rank", peak).without_rise
+    assert without_rise is not None and without_rise.slope_kib > 40
+
+
 def test_a_staircase_grows() -> None:
     """Noise of zero: one page more every tenth step."""
     assert not growth_of("worker", [100 + i // 10 * 0.1 for i in range(300)]).is_flat
