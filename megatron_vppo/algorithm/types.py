@@ -9,10 +9,9 @@ Shape suffix legend: B = responses; T = response tokens, right-padded; N = respo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from megatron_vppo.config.choices import PerturbUnit
@@ -164,10 +163,11 @@ class TrainBatch:
     """fp32; 1.0 on response tokens. Metrics are means over it."""
     loss: LossSpec
 
-    def to(self, device: torch.device) -> TrainBatch:
-        """Returns the batch with its tensors on a device."""
+    def moved(self, move: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> TrainBatch:
+        """Returns the batch with its tensors elsewhere, where `move` brings them all at once."""
         names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT", "response_mask_BT")
-        return replace(self, **{name: getattr(self, name).to(device) for name in names})
+        tensors = move(tuple(getattr(self, name) for name in names))
+        return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each."""

@@ -26,6 +26,7 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.model_files import open_without_weights
 from megatron_vppo.parallel.layout import Layout, single_rank
+from megatron_vppo.parallel.staging import Stager
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, SampleRequest, SamplingSettings
 from megatron_vppo.weights.load import load_weights
@@ -192,24 +193,23 @@ def _megatron_logps(
         hf_config, groups=layout.groups, vision_groups=layout.vision_groups, dtype=dtype, device=layout.device
     ).eval()
     load_weights(model, converted)
-    positions = family_of(hf_config).positions(hf_config)
+    positions, stager = family_of(hf_config).positions(hf_config), Stager(layout.device)
     results = []
     for row in rows:
         ids = [*row.prompt_ids, *row.response_ids]
-        ids_K = torch.tensor(ids, device=layout.device)
+        ids_K = torch.tensor(ids)
         grids = (row.grid,) if row.grid else ()
         image_tokens_I = (ids_K == hf_config.image_token_id).nonzero()[:, 0]
-        positions_3K = positions(ids, grids)
         batch = PackedBatch(
             token_ids_K=ids_K,
-            positions_3K=positions_3K.to(layout.device),
+            positions_3K=positions(ids, grids),
             packing=Packing((len(ids),)),
             image_token_index_I=image_tokens_I,
-            image_feature_index_I=torch.arange(len(image_tokens_I), device=layout.device),
-            pixels_PD=None if row.pixels_PD is None else row.pixels_PD.to(layout.device),
+            image_feature_index_I=torch.arange(len(image_tokens_I)),
             grids_thw=grids,
         )
-        logits_KV = model(batch)[:, 0] @ model.head_weight_Vh().T
+        pixels_PD = None if row.pixels_PD is None else row.pixels_PD.to(layout.device)
+        logits_KV = model(stager.send(stager.pack(model.plan(batch))), pixels_PD)[:, 0] @ model.head_weight_Vh().T
         results.append(_response_logps(logits_KV[:, : hf_config.text_config.vocab_size], row, hf_config))
     return results
 

@@ -7,8 +7,7 @@ on the patches that the processor makes of it. `data/images.py` calls either at 
 Both `np.random.Generator` and `np.random.RandomState` serve as a generator: only `random` and `normal` are called, and
 an array of draws consumes the stream in row-major order.
 
-Shape suffix legend: P = patches, in the processor's order; D = values of one patch; Y = rows of a patch grid; X =
-columns of a patch grid.
+Shape suffix legend: P = patches, in the processor's order; Y = rows of a patch grid; X = columns of a patch grid.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
-from torch import Tensor, from_numpy
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.config.choices import PerturbUnit
@@ -37,16 +35,15 @@ class ImagePerturbation(ABC):
 
 
 class PatchPerturbation(ABC):
-    """A perturbation of the patches that the image processor made."""
+    """A perturbation that blacks some of the patches that the image processor made."""
 
     @abstractmethod
-    def __call__(self, patches_PD: Tensor, rng: Rng, *, grid: tuple[int, int], merge: int, black_D: Tensor) -> Tensor:
-        """Returns a perturbed copy of an image's patches.
+    def __call__(self, rng: Rng, *, grid: tuple[int, int], merge: int) -> NDArray[np.bool_]:
+        """Returns bool [P], True for the patches that are blacked.
 
         Args:
             grid: rows and columns of patches.
             merge: patches along one side of a merge block.
-            black_D: the values of a black patch.
         """
 
 
@@ -60,9 +57,9 @@ class BlackPatches(PatchPerturbation):
     probability: float
     """The chance of each patch."""
 
-    def __call__(self, patches_PD: Tensor, rng: Rng, *, grid: tuple[int, int], merge: int, black_D: Tensor) -> Tensor:
+    def __call__(self, rng: Rng, *, grid: tuple[int, int], merge: int) -> NDArray[np.bool_]:
         hidden_YX = draw_hidden(*grid, probability=self.probability, rng=rng)
-        return black_out_patches(patches_PD, hidden_YX, black_D, merge=merge)
+        return hidden_YX.reshape(-1)[merge_order(*grid, merge)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,15 +138,6 @@ def perturb_rng(ref: ImageRef, key: PerturbKey, *, per: PerturbUnit, run_seed: i
 def draw_hidden(rows: int, columns: int, *, probability: float, rng: Rng) -> NDArray[np.bool_]:
     """Draws which cells of a grid are hidden: bool [Y, X], one draw per cell, row by row from the top left."""
     return rng.random((rows, columns)) < probability
-
-
-def black_out_patches(patches_PD: Tensor, hidden_YX: NDArray[np.bool_], black_D: Tensor, *, merge: int) -> Tensor:
-    """Returns a copy of the patches in which the hidden ones hold `black_D`, the processor's values of black pixels."""
-    rows, columns = hidden_YX.shape
-    hidden_P = hidden_YX.reshape(-1)[merge_order(rows, columns, merge)]
-    out_PD = patches_PD.clone()
-    out_PD[from_numpy(hidden_P)] = black_D.to(out_PD.dtype)
-    return out_PD
 
 
 def merge_order(rows: int, columns: int, merge: int) -> NDArray[np.int64]:

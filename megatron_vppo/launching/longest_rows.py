@@ -9,8 +9,8 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Prompt, Response
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.hf_config import HfConfig, pixels_per_token, vision_token_ids
@@ -76,11 +76,12 @@ class ZeroPixels:
 
     def __init__(self, hf_config: HfConfig, *, patches: int) -> None:
         vision = hf_config.vision_config
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        self._patches_PD = torch.zeros(1, 1).expand(patches, values)  # no memory
+        self.values = PatchValues(torch.zeros(vision.in_channels, 256), frames=vision.temporal_patch_size)
+        bytes_PD = torch.zeros(patches, vision.in_channels * vision.patch_size**2, dtype=torch.uint8)
+        self._patches = Patches(bytes_PD)
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        return self._patches_PD
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        return self._patches
 
 
 def _text_token(hf_config: HfConfig) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import PerturbKey, Response
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.launching.fake_world import META
-from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.batching import ResponseBatch, ResponseTokens, View
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, packed_tokens
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -89,25 +89,24 @@ def run_step(
     trainable: Trainable, layout: Layout, runner: ScheduleRunner, responses: Sequence[Response], views: Sequence[View]
 ) -> StepBytes:
     """Runs the micro-batch through this rank's stages; call it within `meta_device`."""
-    packed = runner.packer.pack(responses, views)
-    pixels = packed.packed.pixels_PD
-    batch = replace(packed, packed=replace(packed.packed, pixels_PD=None if pixels is None else pixels.to(META)))
+    batch = runner.packer.pack(responses, views)
+    stage_input, pixels_PD, tokens = runner.send(runner.plan(batch))
     kept, outputs = [], []
     for stage, ddp in zip(trainable.stages, trainable.ddps, strict=True):
         if not stage.pre_process:
             stage.set_input_tensor([_received_S1h(batch, layout, runner, dtype=stage.config.params_dtype)])
         not_counted = [*stage.parameters(), *stage.buffers()]
         with _saved_storages(not_counted) as storages:
-            hidden = ddp(batch.packed)
+            hidden = ddp(stage_input, pixels_PD.to(META))
         kept.append(sum(storage.nbytes() for storage in storages.values()))
         outputs.append(hidden.untyped_storage().nbytes())
         if not hidden.requires_grad:
             continue
         if stage.post_process:
-            _loss(batch, hidden, runner).backward()
+            _loss(tokens, hidden, runner).backward()
         else:
             hidden.backward(torch.empty_like(hidden))
-    return StepBytes(tuple(kept), tuple(outputs), sizes_of(packed, layout))
+    return StepBytes(tuple(kept), tuple(outputs), sizes_of(batch, layout))
 
 
 def _received_S1h(batch: ResponseBatch, layout: Layout, runner: ScheduleRunner, *, dtype: torch.dtype) -> Tensor:
@@ -118,9 +117,8 @@ def _received_S1h(batch: ResponseBatch, layout: Layout, runner: ScheduleRunner, 
     return torch.empty(tokens, 1, config.hidden_size, dtype=dtype, device=META, requires_grad=True)
 
 
-def _loss(batch: ResponseBatch, hidden_C1h: Tensor, runner: ScheduleRunner) -> Tensor:
+def _loss(tokens: ResponseTokens, hidden_C1h: Tensor, runner: ScheduleRunner) -> Tensor:
     """Sums log-probs and entropies of the response tokens: what every loss of a run is made of."""
-    tokens = batch.tokens
     logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
         tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=True
     )

@@ -2,8 +2,8 @@
 
 Shape suffix legend: K = all packed tokens; C = those of this context-parallel rank (all, without context parallelism);
 S = those of C that this rank holds between layers (all, without sequence parallelism); I = image tokens among K; J =
-image tokens among C; W, in a comment only: image tokens among S; M = merged vision features; P = patches of this rank's
-images; D = values of one patch; V = vocabulary rows of this rank; h = hidden size.
+image tokens among C; W = image tokens among S; M = merged vision features; P = patches of this rank's images; D =
+values of one patch; V = vocabulary rows of this rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
-from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features
+from megatron_vppo.models.stage_input import StageInput, image_tokens_of_rank
+from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features, plan_images
 from megatron_vppo.models.vision.tower import VisionFeatures
 from megatron_vppo.weights.entries import Entry
 
@@ -93,17 +94,43 @@ class QwenVLModel(MegatronModule):
         """Returns the ranks that a parameter is split over."""
         return self.groups.tp if entry.part == "language_model" else self.vision_groups.tower.tp
 
-    def forward(self, batch: PackedBatch) -> Tensor:
+    def plan(self, batch: PackedBatch) -> StageInput:
+        """Works out on the host what `forward` reads of a micro-batch. Reads no weight, so any thread may call it.
+
+        The stages of a rank read the same; ask the first of them.
+        """
+        context, images = self.groups.cp, None
+        own_C = tokens_of_rank(batch.packing, rank=context.rank(), size=context.size())
+        if self.vision is not None and batch.image_token_index_I.numel():
+            shared_by = self.vision_groups.images
+            images = plan_images(self.vision, batch, rank=shared_by.rank(), ranks=shared_by.size())
+        sequence_group = self.groups.tp if self.config.sequence_parallel else None
+        return StageInput(
+            token_ids_C=batch.token_ids_K[own_C],
+            positions_3C=batch.positions_3K[:, own_C],
+            plan=self.parts.plan(batch.packing, causal=True, rank=context.rank(), size=context.size()),
+            image_tokens=None
+            if images is None
+            else image_tokens_of_rank(
+                batch,
+                own_C,
+                sequence_rank=0 if sequence_group is None else sequence_group.rank(),
+                sequence_ranks=1 if sequence_group is None else sequence_group.size(),
+            ),
+            images=images,
+        )
+
+    def forward(self, batch: StageInput, pixels_PD: Tensor | None = None) -> Tensor:
         """Returns hidden states: after the final norm on the last stage [C, 1, h], else for the next stage [S, 1, h].
+
+        Args:
+            pixels_PD: float; the patches of this rank's images, which the first stage reads.
 
         Raises:
             ValueError: image tokens without pixels on the first stage.
         """
-        device, context = batch.token_ids_K.device, self.groups.cp
-        own_C = tokens_of_rank(batch.packing, rank=context.rank(), size=context.size()).to(device)
-        plan = self.parts.plan(batch.packing, causal=True, device=device, rank=context.rank(), size=context.size())
-        hidden, deepstack = self._embed(batch, own_C) if self.pre_process else (None, None)
-        hidden = self.language(hidden, batch.positions_3K[:, own_C], PackedSequences(plan=plan, deepstack=deepstack))
+        hidden, deepstack = self._embed(batch, pixels_PD) if self.pre_process else (None, None)
+        hidden = self.language(hidden, batch.positions_3C, PackedSequences(plan=batch.plan, deepstack=deepstack))
         if self.post_process and self.config.sequence_parallel:
             # The vocabulary head has already summed its gradient over the ranks. So the backward pass of this gather
             # only cuts out each rank's tokens, and does not sum again.
@@ -112,36 +139,17 @@ class QwenVLModel(MegatronModule):
             )
         return hidden
 
-    # From the packed tokens to the tokens of a rank, with two context-parallel and two tensor-parallel ranks. One
-    # sequence of 8 tokens, of which 4 are image tokens `i`:
-    #
-    #     K   all packed tokens            a  i  i  i  i  b  c  d     I = 4, at 1 2 3 4 of K
-    #         of context rank              0  0  1  1  1  1  0  0     (chunks of 2, see context_parallel.py)
-    #     C   tokens of context rank 0     a  i              c  d     J = 1, at 1 of C
-    #         tokens of context rank 1           i  i  i  b           J = 3, at 0 1 2 of C
-    #     S   of these, tensor rank 0            i  i                 W = 2, at 0 1 of S, see deepstack.py
-    #         of these, tensor rank 1                  i  b           W = 1, at 0 of S
-    #
-    # Vision features take the places of image tokens while a rank has its C tokens. Then tensor-parallel ranks share
-    # the tokens out (sequence parallelism), and the layers go on with S. Every rank has the vision features of all I
-    # image tokens, and picks those of its own J.
-    def _embed(self, batch: PackedBatch, own_C: Tensor) -> tuple[Tensor, Deepstack | None]:
+    def _embed(self, batch: StageInput, pixels_PD: Tensor | None) -> tuple[Tensor, Deepstack | None]:
         """Embeds this rank's tokens, [S, 1, h], puts the images in, and prepares deepstack's features."""
-        hidden_C1h = self.language.embed(batch.token_ids_K[own_C])
-        deepstack_Jh, image_token_index_J = [], batch.image_token_index_I
-        if batch.image_token_index_I.numel():
-            # The place in C of every packed token; -1 if another context-parallel rank has it.
-            place_K = torch.full_like(batch.token_ids_K, -1)
-            place_K[own_C] = torch.arange(len(own_C), device=own_C.device)
-            here_I = place_K[batch.image_token_index_I] >= 0
-            image_token_index_J = place_K[batch.image_token_index_I][here_I]
-            feature_J = batch.image_feature_index_I[here_I]
+        hidden_C1h = self.language.embed(batch.token_ids_C)
+        tokens, deepstack_Jh = batch.image_tokens, []
+        if tokens is not None:
             # As embeddings, whose backward pass sums repeated rows in the same order every time (see ResponseTokens).
-            features = self._features(batch)
+            features = self._features(batch, pixels_PD)
             hidden_C1h = hidden_C1h.index_copy(
-                0, image_token_index_J, F.embedding(feature_J, features.merged_Mh)[:, None, :]
+                0, tokens.index_J, F.embedding(tokens.feature_J, features.merged_Mh)[:, None, :]
             )
-            deepstack_Jh = [F.embedding(feature_J, feature_Mh) for feature_Mh in features.deepstack_Mh]
+            deepstack_Jh = [F.embedding(tokens.feature_J, feature_Mh) for feature_Mh in features.deepstack_Mh]
         sequence_group = self.groups.tp if self.config.sequence_parallel else None
         hidden_S1h = hidden_C1h
         if sequence_group is not None:
@@ -149,16 +157,24 @@ class QwenVLModel(MegatronModule):
         if torch.is_grad_enabled() and not hidden_S1h.requires_grad:
             # Embedding and tower are frozen, but Megatron's schedules and recomputation want a gradient of the input.
             hidden_S1h.requires_grad_()
-        return prepare_deepstack(hidden_S1h, deepstack_Jh, image_token_index_J, sequence_group=sequence_group)
+        if tokens is None or not deepstack_Jh:
+            return hidden_S1h, None
+        return prepare_deepstack(
+            hidden_S1h,
+            deepstack_Jh,
+            held=tokens.held,
+            image_token_index_W=tokens.index_W,
+            sequence_group=sequence_group,
+        )
 
-    def _features(self, batch: PackedBatch) -> VisionFeatures:
-        if batch.pixels_PD is None:
+    def _features(self, batch: StageInput, pixels_PD: Tensor | None) -> VisionFeatures:
+        assert self.vision is not None and batch.images is not None and batch.image_tokens is not None
+        if pixels_PD is None:
             raise ValueError(
-                f"{batch.image_token_index_I.numel()} image tokens but no pixels on the first pipeline stage"
+                f"{len(batch.image_tokens.index_J)} image tokens but no pixels on the first pipeline stage"
             )
-        assert self.vision is not None
         return image_parallel_features(
-            self.vision, batch, batch.pixels_PD, groups=self.vision_groups, width=self.config.hidden_size
+            self.vision, batch.images, pixels_PD, groups=self.vision_groups, width=self.config.hidden_size
         )
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

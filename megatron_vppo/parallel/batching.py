@@ -3,28 +3,35 @@
 packer.py packs them.
 
 Shape suffix legend: B = responses of the whole mini-batch; T = response tokens, right-padded; N = response tokens of a
-micro-batch that this context-parallel rank predicts, flat; C = tokens of this context-parallel rank; P = patches; D =
-values of a patch; h = hidden size.
+micro-batch that this context-parallel rank predicts, flat; C = tokens of this context-parallel rank; P = patches of the
+images that this rank runs the vision tower on; D = values of a patch; h = hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
 from megatron_vppo.models.layers.packed import PackedBatch
+from megatron_vppo.models.stage_input import StageInput
 
 
 class Pixels(Protocol):
-    """The source of pixels. `Packer.pack` asks it for an image just before the image's micro-batch runs."""
+    """The source of pixels. `Packer.pack` asks it for an image while the micro-batch before the image's runs."""
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        """Returns the patches of an image, float32 [P, D]; perturbed if there is a key."""
+    @property
+    def values(self) -> PatchValues:
+        """The values of the bytes that `patches` returns."""
+        ...
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        """Returns the patches of an image, perturbed if there is a key. Called from another thread."""
         ...
 
 
@@ -56,8 +63,9 @@ class ResponseTokens:
     row_N: Tensor
     column_N: Tensor
     """int64; the row and column of each token in [B, T] tensors."""
-    perturbed_N: Tensor
-    """bool; True if the token belongs to a view with perturbed images."""
+    num_perturbed: int
+    """The number of tokens of views with perturbed images, which are the last ones. Just before them lie the tokens of
+    the same rows' original views, in the same order."""
 
     @property
     def at(self) -> tuple[Tensor, Tensor]:
@@ -72,32 +80,66 @@ class ResponseTokens:
         """
         return F.embedding(self.hidden_index_N, hidden_C1h[:, 0])
 
-    def select(self, which: Tensor | slice) -> ResponseTokens:
-        """Selects some of the tokens, by indices, mask or slice."""
-        return ResponseTokens(
-            self.hidden_index_N[which],
-            self.target_N[which],
-            self.row_N[which],
-            self.column_N[which],
-            self.perturbed_N[which],
-        )
+    @property
+    def originals(self) -> slice:
+        """The tokens of views with the images as they are."""
+        return slice(0, len(self.target_N) - self.num_perturbed)
 
-    def to(self, device: torch.device) -> ResponseTokens:
-        return ResponseTokens(
-            self.hidden_index_N.to(device),
-            self.target_N.to(device),
-            self.row_N.to(device),
-            self.column_N.to(device),
-            self.perturbed_N.to(device),
-        )
+    @property
+    def single(self) -> slice:
+        """Those of them whose row has no perturbed view."""
+        return slice(0, len(self.target_N) - 2 * self.num_perturbed)
+
+    @property
+    def paired(self) -> slice:
+        """Those of them whose row has one; they match those of `perturbed` one by one."""
+        return slice(self.single.stop, self.originals.stop)
+
+    @property
+    def perturbed(self) -> slice:
+        """The tokens of views with perturbed images."""
+        return slice(self.originals.stop, len(self.target_N))
+
+    def select(self, which: slice) -> ResponseTokens:
+        """Selects some of the tokens, all of original or all of perturbed views."""
+        names = ("hidden_index_N", "target_N", "row_N", "column_N")
+        cut = {name: getattr(self, name)[which] for name in names}
+        return replace(self, **cut, num_perturbed=len(cut["target_N"]) if which == self.perturbed else 0)
+
+
+@dataclass(frozen=True)
+class PatchBytes:
+    """The images that this rank runs the vision tower on, as bytes. Views that differ in hidden patches share them."""
+
+    images: tuple[Tensor, ...]
+    """uint8 [patches, D as bytes] each; every image once."""
+    shown: tuple[int, ...]
+    """The number of the image that the tower runs on, first to last."""
+    hidden_P: Tensor | None
+    """bool; patches that are shown black, over all that the tower runs on. None: none are."""
+
+    def pixels(self, values: PatchValues) -> Tensor:
+        """Returns float32 [P, D]."""
+        return values(torch.cat([self.images[number] for number in self.shown]), self.hidden_P)
 
 
 @dataclass(frozen=True)
 class ResponseBatch:
-    """One packed micro-batch: the input of the model, and the tokens whose log-probs its output gives."""
+    """One packed micro-batch: sequences, pixels, and the tokens whose log-probs the model's output gives."""
 
     packed: PackedBatch
     tokens: ResponseTokens
+    patches: PatchBytes | None
+    """None where this rank runs the vision tower on nothing."""
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """The same as a stage's forward pass and the loss read it."""
+
+    stage: StageInput
+    tokens: ResponseTokens
+    patches: PatchBytes | None
 
 
 @dataclass(frozen=True)

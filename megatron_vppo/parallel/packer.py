@@ -1,8 +1,7 @@
 """The packing of views of responses into a micro-batch. Views that show the same prompt share it.
 
 Shape suffix legend: N = response tokens of a micro-batch that this context-parallel rank predicts, flat; K = all
-packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K; P = patches; D =
-values of a patch.
+packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K.
 
 Three views of two prompts, p q and x y z; the responses to the first are a b c and d e. The last token of a response is
 not read, since it predicts nothing:
@@ -23,21 +22,27 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from megatron_vppo.algorithm.patches import Patches
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Prompt, Response
 from megatron_vppo.models.family import PositionFn
 from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.vision.image_parallel import assign_images
-from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, ResponseTokens, View
+from megatron_vppo.parallel.batching import BatchSplit, PatchBytes, Pixels, ResponseBatch, ResponseTokens, View
+
+Ints = NDArray[np.int64]
 
 _PADDING_TOKEN = 0
 _Shown = tuple[tuple[int, ...], tuple[ImageRef, ...], tuple[tuple[int, int, int], ...], PerturbKey | None]
 """A prompt as a view shows it: token ids, images, their grids and their perturbation. Views in which all four are equal
 have the same hidden states up to the end of the prompt."""
+
+_ShownImage = tuple[ImageRef, PerturbKey | None]
 
 _Prompted = tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]
 """The source of rotary positions: the token ids of a prompt, and the grids of its images."""
@@ -45,7 +50,7 @@ _Prompted = tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]
 
 @dataclass(frozen=True)
 class Packer:
-    """Packs views of responses into micro-batches, for this rank."""
+    """Packs views of responses into micro-batches, for this rank, on the host and with array operations alone."""
 
     pixels: Pixels | None
     """None on pipeline stages without the vision tower."""
@@ -55,12 +60,14 @@ class Packer:
     merge_size: int
     """Patches along one side of a merged vision feature."""
     split: BatchSplit
-    device: torch.device
     shares_prompts: bool = False
     """True if views that show the same prompt share its tokens. Context parallelism takes whole sequences alone."""
 
     def pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
-        """Packs one micro-batch; the response tokens are in the order of the views."""
+        """Packs one micro-batch; the response tokens are in the order of the views.
+
+        Views with perturbed images come last, and just before them the original views of the same rows.
+        """
         images = _Images(self.merge_size)
         sequences, of_views = self._lay_out(responses, views)
         packing = padded_packing(
@@ -70,21 +77,21 @@ class Packer:
             alignment=self.split.token_alignment,
             prefixes=tuple(sequence.prefix for sequence in sequences if sequence.prefix is not None),
         )
-        token_ids_K = torch.tensor(_padded_tokens(sequences, packing), dtype=torch.int64)
+        token_ids_K = _padded_tokens(sequences, packing)
         feature_index_I = images.feature_index_of(sequences)
         images_of_ranks = assign_images(tuple(images.grids), ranks=self.split.image_ranks)
         return ResponseBatch(
             packed=PackedBatch(
-                token_ids_K=token_ids_K.to(self.device),
-                positions_3K=self._positions_3K(sequences, packing).to(self.device),
+                token_ids_K=torch.from_numpy(token_ids_K),
+                positions_3K=torch.from_numpy(self._positions_3K(sequences, packing)),
                 packing=packing,
-                image_token_index_I=(token_ids_K == self.image_token_id).nonzero()[:, 0].to(self.device),
-                image_feature_index_I=feature_index_I.to(self.device),
-                pixels_PD=self._pixels_of(images, images_of_ranks[self.split.image_rank]),
+                image_token_index_I=torch.from_numpy(np.flatnonzero(token_ids_K == self.image_token_id)),
+                image_feature_index_I=torch.from_numpy(feature_index_I),
                 grids_thw=tuple(images.grids),
                 images_of_ranks=images_of_ranks,
             ),
-            tokens=_response_tokens(responses, views, of_views, packing, self.split).to(self.device),
+            tokens=_response_tokens(responses, views, of_views, packing, self.split),
+            patches=self._patches_of([images.keys[number] for number in images_of_ranks[self.split.image_rank]]),
         )
 
     def _lay_out(
@@ -118,7 +125,7 @@ class Packer:
         first = len(whole)  # of the continuations
         return [*whole, *continued], [(n, None if rest is None else first + rest) for n, rest in of_views]
 
-    def _positions_3K(self, sequences: Sequence[_Sequence], packing: Packing) -> Tensor:
+    def _positions_3K(self, sequences: Sequence[_Sequence], packing: Packing) -> Ints:
         """Returns the rotary positions of all tokens. Those of a prompt and of what follows are worked out once."""
         # What follows a prompt is text, so all that follow it have the same positions, as far as they go.
         longest: dict[_Prompted, tuple[int, ...]] = {}
@@ -126,20 +133,25 @@ class Packer:
             tokens = (*sequence.from_prompt, *(_PADDING_TOKEN,) * (length - len(sequence.token_ids)))
             if len(tokens) > len(longest.get(sequence.prompted, ())):
                 longest[sequence.prompted] = tokens
-        known = {prompted: self.positions(tokens, prompted[1]) for prompted, tokens in longest.items()}
+        known = {prompted: self.positions(tokens, prompted[1]).numpy() for prompted, tokens in longest.items()}
         positions = []
         for sequence, length in zip(sequences, packing.lengths, strict=False):
             positions.append(known[sequence.prompted][:, sequence.offset : sequence.offset + length])
         if packing.ends_in_filler:
-            positions.append(torch.arange(packing.lengths[-1]).expand(3, -1))
-        return torch.cat(positions, dim=1)
+            positions.append(np.broadcast_to(np.arange(packing.lengths[-1]), (3, packing.lengths[-1])))
+        return np.concatenate(positions, axis=1)
 
-    def _pixels_of(self, images: _Images, own_images: Sequence[int]) -> Tensor | None:
-        """Returns the patches of this rank's images, given by their numbers; [0, 0] if it has none."""
-        if self.pixels is None or not images.grids:
+    def _patches_of(self, keys: Sequence[_ShownImage]) -> PatchBytes | None:
+        """Asks for the patches of the images that this rank runs the tower on."""
+        if self.pixels is None or not keys:
             return None
-        patches = [self.pixels.patches(*images.keys[number]) for number in own_images]
-        return (torch.cat(patches) if patches else torch.zeros(0, 0)).to(self.device)
+        shown = [self.pixels.patches(*key) for key in keys]
+        images = list({id(patches.bytes_PD): patches.bytes_PD for patches in shown}.values())
+        number_of = {id(image): number for number, image in enumerate(images)}
+        hidden_P = None
+        if any(patches.hidden_P is not None for patches in shown):
+            hidden_P = torch.from_numpy(np.concatenate([_hidden(patches) for patches in shown]))
+        return PatchBytes(tuple(images), tuple(number_of[id(patches.bytes_PD)] for patches in shown), hidden_P)
 
 
 @dataclass(frozen=True)
@@ -171,13 +183,16 @@ def _shown(prompt: Prompt, view: View) -> _Shown:
     return prompt.token_ids, prompt.images, prompt.grids_thw, view.perturb
 
 
-def _padded_tokens(sequences: Sequence[_Sequence], packing: Packing) -> list[int]:
+def _padded_tokens(sequences: Sequence[_Sequence], packing: Packing) -> Ints:
     """Returns the tokens of all sequences. Padding comes last, and attention is causal: no real token sees it."""
-    tokens: list[int] = []
-    for start, length, sequence in zip(packing.starts, packing.lengths, sequences, strict=False):
-        tokens += sequence.token_ids
-        tokens += [_PADDING_TOKEN] * (start + length - len(tokens))
-    return tokens + [_PADDING_TOKEN] * (packing.num_tokens - len(tokens))  # a filler has no sequence of its own
+    token_ids_K = np.full(packing.num_tokens, _PADDING_TOKEN)
+    for start, sequence in zip(packing.starts, sequences, strict=False):  # a filler has no sequence of its own
+        token_ids_K[start : start + len(sequence.token_ids)] = sequence.token_ids
+    return token_ids_K
+
+
+def _hidden(patches: Patches) -> NDArray[np.bool_]:
+    return np.zeros(len(patches.bytes_PD), dtype=bool) if patches.hidden_P is None else patches.hidden_P.numpy()
 
 
 def _response_tokens(
@@ -203,26 +218,27 @@ def _response_tokens(
     for view, (with_prompt, with_rest) in zip(views, of_views, strict=True):
         response = responses[view.row]
         first, length = packing.starts[with_prompt] + len(response.prompt.token_ids) - 1, len(response.token_ids)
-        predicting = torch.arange(first, first + length)
+        predicting = np.arange(first, first + length)
         if with_rest is not None:
-            predicting[1:] = packing.starts[with_rest] + torch.arange(length - 1)
+            predicting[1:] = packing.starts[with_rest] + np.arange(length - 1)
         count = length if view.counted else 0
         index.append(predicting[:count])
-        targets.append(torch.tensor(response.token_ids[:count], dtype=torch.int64))
-        rows.append(torch.full((count,), view.row))
-        columns.append(torch.arange(count))
-        perturbed.append(torch.full((count,), view.perturb is not None))
-    own_C = tokens_of_rank(packing, rank=split.context_rank, size=split.context)
-    index_in_C_K = torch.full((packing.num_tokens,), -1)
-    index_in_C_K[own_C] = torch.arange(len(own_C))
-    everywhere = ResponseTokens(
-        hidden_index_N=index_in_C_K[torch.cat(index)],
-        target_N=torch.cat(targets),
-        row_N=torch.cat(rows),
-        column_N=torch.cat(columns),
-        perturbed_N=torch.cat(perturbed),
+        targets.append(np.asarray(response.token_ids[:count], dtype=np.int64))
+        rows.append(np.full(count, view.row))
+        columns.append(np.arange(count))
+        perturbed.append(np.full(count, view.perturb is not None))
+    own_C = tokens_of_rank(packing, rank=split.context_rank, size=split.context).numpy()
+    index_in_C_K = np.full(packing.num_tokens, -1)
+    index_in_C_K[own_C] = np.arange(len(own_C))
+    hidden_index = index_in_C_K[np.concatenate(index)]
+    here = hidden_index >= 0
+    return ResponseTokens(
+        hidden_index_N=torch.from_numpy(hidden_index[here]),
+        target_N=torch.from_numpy(np.concatenate(targets)[here]),
+        row_N=torch.from_numpy(np.concatenate(rows)[here]),
+        column_N=torch.from_numpy(np.concatenate(columns)[here]),
+        num_perturbed=int(np.concatenate(perturbed)[here].sum()),
     )
-    return everywhere.select(everywhere.hidden_index_N >= 0)
 
 
 class _Images:
@@ -230,16 +246,16 @@ class _Images:
 
     def __init__(self, merge_size: int) -> None:
         self._merge_area = merge_size * merge_size
-        self._first_feature: dict[tuple[ImageRef, PerturbKey | None], int] = {}
+        self._first_feature: dict[_ShownImage, int] = {}
         self._num_features = 0
         self.grids: list[tuple[int, int, int]] = []
 
     @property
-    def keys(self) -> list[tuple[ImageRef, PerturbKey | None]]:
+    def keys(self) -> list[_ShownImage]:
         """Image and perturbation, in the order of `grids`."""
         return list(self._first_feature)
 
-    def feature_index_of(self, sequences: Sequence[_Sequence]) -> Tensor:
+    def feature_index_of(self, sequences: Sequence[_Sequence]) -> Ints:
         """Returns int64 [I]: the merged feature of each image token, and adds images that are new."""
         indices = [
             self._feature_index(ref, sequence.perturb, grid)
@@ -247,9 +263,9 @@ class _Images:
             if sequence.prefix is None
             for ref, grid in zip(sequence.prompt.images, sequence.prompt.grids_thw, strict=True)
         ]
-        return torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
+        return np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
 
-    def _feature_index(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Tensor:
+    def _feature_index(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Ints:
         """Returns the indices of the image's merged features among those of all images, and adds it if it is new."""
         count = grid[0] * grid[1] * grid[2] // self._merge_area
         key = (ref, perturb)
@@ -258,4 +274,4 @@ class _Images:
             self._num_features += count
             self.grids.append(grid)
         first = self._first_feature[key]
-        return torch.arange(first, first + count)
+        return np.arange(first, first + count)

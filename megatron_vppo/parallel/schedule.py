@@ -1,6 +1,7 @@
 """Megatron's pipeline schedule over packed micro-batches of responses: what scoring and updates share.
 
-Shape suffix legend: C = tokens of this context-parallel rank; h = hidden size; V = this rank's vocabulary rows.
+Shape suffix legend: C = tokens of this context-parallel rank; P = patches of the images that this rank runs the vision
+tower on; D = values of a patch; h = hidden size; V = this rank's vocabulary rows.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import BatchSplit, Pixels, ResponseBatch, View
+from megatron_vppo.models.stage_input import StageInput
+from megatron_vppo.parallel.ahead import made_ahead
+from megatron_vppo.parallel.batching import BatchSplit, Pixels, PlannedBatch, ResponseBatch, ResponseTokens, View
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.parallel.packer import Packer
+from megatron_vppo.parallel.staging import Staged, Stager
 from megatron_vppo.parallel.vocab_head import VocabHead, check_targets
 
-ReadHidden = Callable[[ResponseBatch, Tensor], None]
-"""(micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
-LossOf = Callable[[ResponseBatch, Tensor], Tensor]
-"""(micro-batch, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last stage."""
+ReadHidden = Callable[[ResponseTokens, Tensor], None]
+"""(the tokens of a micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
+LossOf = Callable[[ResponseTokens, Tensor], Tensor]
+"""(tokens, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last stage."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,10 @@ class ScheduleRunner:
                 image_rank=layout.vision_groups.images.rank(),
                 token_alignment=settings.token_alignment,
             ),
-            device=layout.device,
             shares_prompts=settings.shared_prefix,
         )
+        self._stager = Stager(layout.device)
+        self._values = pixels.values.to(layout.device)
 
     @property
     def holds_results(self) -> bool:
@@ -155,8 +160,8 @@ class ScheduleRunner:
     def forward(self, responses: Sequence[Response], micro_views: Sequence[Sequence[View]], read: ReadHidden) -> None:
         """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state."""
 
-        def collect(batch: ResponseBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
-            read(batch, hidden_C1h)
+        def collect(tokens: ResponseTokens, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
+            read(tokens, hidden_C1h)
 
         for stage in self.stages:
             stage.eval()
@@ -180,17 +185,34 @@ class ScheduleRunner:
         """
         no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)  # that Megatron would divide by
 
-        def loss(batch: ResponseBatch, hidden_C1h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            return loss_of(batch, hidden_C1h), no_tokens, {}
+        def loss(tokens: ResponseTokens, hidden_C1h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return loss_of(tokens, hidden_C1h), no_tokens, {}
 
         self._run(responses, micro_views, loss, models=models, phase="update")
 
-    def _pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
-        """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets."""
+    def pack(self, responses: Sequence[Response], views: Sequence[View]) -> Staged[PlannedBatch]:
+        """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets. Touches the host
+        alone.
+        """
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.packer.pack(responses, views)
+        return self.plan(self.packer.pack(responses, views))
+
+    def plan(self, batch: ResponseBatch) -> Staged[PlannedBatch]:
+        """Works out what this rank's stages read of a packed micro-batch, still on the host."""
+        return self._stager.pack(PlannedBatch(self.stages[0].plan(batch.packed), batch.tokens, batch.patches))
+
+    def to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Brings tensors of the host to the device, in one copy that nobody waits for."""
+        return self._stager.send(self._stager.pack(tensors))
+
+    def send(self, staged: Staged[PlannedBatch]) -> tuple[StageInput, Tensor, ResponseTokens]:
+        """Brings a micro-batch to the device. Its pixels, [P, D], are made there; no rows if this rank has no image."""
+        batch = self._stager.send(staged)
+        if batch.patches is None:
+            return batch.stage, torch.zeros(0, 0, device=self.layout.device), batch.tokens
+        return batch.stage, batch.patches.pixels(self._values), batch.tokens
 
     def _run(
         self,
@@ -211,16 +233,15 @@ class ScheduleRunner:
         idle = [[View(0, None, counted=False)]] * (num_micro_batches - len(micro_views))
 
         def forward_step(
-            batches: Iterator[ResponseBatch], model: torch.nn.Module
+            batches: Iterator[tuple[StageInput, Tensor, ResponseTokens]], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., object]]:
-            batch = next(batches)
-            hidden_C1h = model(batch.packed)
-            return hidden_C1h, partial(on_hidden, batch)
+            stage, pixels_PD, tokens = next(batches)
+            return model(stage, pixels_PD), partial(on_hidden, tokens)
 
-        # A generator: the images of a micro-batch are read and packed when the schedule asks for it, not before. Every
-        # stage of this rank asks once, so they share the batches.
-        packed = (self._pack(responses, views) for views in [*micro_views, *idle])
-        iterators = list(itertools.tee(packed, len(models)))
+        # The images of a micro-batch are read and packed while the one before runs. Every stage of this rank asks for
+        # it once, so they share it.
+        packed = made_ahead(partial(self.pack, responses), [*micro_views, *idle], device=self.layout.device)
+        iterators = list(itertools.tee(map(self.send, packed), len(models)))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(
                 forward_step_func=forward_step,

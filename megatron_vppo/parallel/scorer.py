@@ -6,19 +6,21 @@ tokens of this context-parallel rank; h = hidden size.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import PerturbKey, Response, Scores
 from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.batching import ResponseTokens, View
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.score_chunks import Boundary, ScoreChunks
 from megatron_vppo.parallel.score_table import ScoreTable
+from megatron_vppo.parallel.vocab_head import VocabHead
 
 Views = Literal["original", "both"]
 
@@ -56,13 +58,13 @@ class Scorer:
         perturbed = [views == "both" and bool(response.prompt.images) for response in responses]
         longest = max(len(response.token_ids) for response in responses)
         table = ScoreTable(len(responses), longest, device=runner.layout.device)
-        perturbed_B = torch.tensor(perturbed, device=runner.layout.device)
+        head = functools.cache(partial(runner.vocab_head, trained=False))  # only the last stage has one
 
-        def read(batch: ResponseBatch, hidden_C1h: Tensor) -> None:
+        def read(tokens: ResponseTokens, hidden_C1h: Tensor) -> None:
             if divergence is None:
-                self._write_logps(table, batch, hidden_C1h)
+                _write_logps(table, head(), tokens, hidden_C1h)
             else:
-                self._write_divergences(table, batch, hidden_C1h, perturbed_B, divergence)
+                _write_divergences(table, head(), tokens, hidden_C1h, divergence)
 
         micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both")
         micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
@@ -79,49 +81,43 @@ class Scorer:
     def _views(
         self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
     ) -> list[View]:
-        """Lists the original views of a micro-batch's rows, then the perturbed views of those that have an image."""
+        """Lists the views of a micro-batch's rows: the original ones, those of rows without a perturbed view first, and
+        then the perturbed views of the others, in the same order.
+        """
         per = self._runner.settings.perturb_per
-        return [View(row, None) for row in rows] + [
-            View(row, PerturbKey.of(responses[row], step, per=per)) for row in rows if perturbed[row]
+        paired = [row for row in rows if perturbed[row]]
+        return [
+            *(View(row, None) for row in rows if not perturbed[row]),
+            *(View(row, None) for row in paired),
+            *(View(row, PerturbKey.of(responses[row], step, per=per)) for row in paired),
         ]
 
-    def _write_logps(self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor) -> None:
-        """Writes log-probs and entropies of all tokens of a micro-batch, those of both views together."""
-        tokens = batch.tokens
-        hidden_Nh = tokens.predicting(hidden_C1h)
-        logp_N, entropy_N = self._runner.vocab_head(trained=False).token_logps(
-            hidden_Nh, tokens.target_N, with_entropy=True
-        )
-        assert entropy_N is not None
-        original_N, perturbed_N = ~tokens.perturbed_N, tokens.perturbed_N
-        originals = tokens.select(original_N)
-        table.write_original(originals, logp_N[original_N], entropy_N[original_N])
-        # A row without an image has no perturbed view: its original one stands for both. The others are overwritten.
-        table.write_perturbed(originals, logp_N[original_N])
-        table.write_perturbed(tokens.select(perturbed_N), logp_N[perturbed_N])
 
-    def _write_divergences(
-        self, table: ScoreTable, batch: ResponseBatch, hidden_C1h: Tensor, perturbed_B: Tensor, kind: Divergence
-    ) -> None:
-        """Writes log-probs, entropies and divergences of a micro-batch.
+def _write_logps(table: ScoreTable, head: VocabHead, tokens: ResponseTokens, hidden_C1h: Tensor) -> None:
+    """Writes log-probs and entropies of all tokens of a micro-batch, those of both views together."""
+    logp_N, entropy_N = head.token_logps(tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=True)
+    assert entropy_N is not None
+    originals, perturbed = tokens.originals, tokens.perturbed
+    table.write_original(tokens.select(originals), logp_N[originals], entropy_N[originals])
+    # A row without an image has no perturbed view: its original one stands for both.
+    table.write_perturbed(tokens.select(tokens.single), logp_N[tokens.single])
+    table.write_perturbed(tokens.select(perturbed), logp_N[perturbed])
 
-        Tokens of rows with an image go through the head in pairs, original and perturbed. Those of rows without an
-        image have one view, which stands for both; their divergence stays zero.
-        """
-        head, tokens = self._runner.vocab_head(trained=False), batch.tokens
-        paired_N = perturbed_B[tokens.row_N]
-        single = tokens.select(~paired_N)
-        # Both views of a row have the same length, so context parallelism cuts them at the same tokens, and rows are
-        # packed in the same order: the two selections match token by token.
-        originals, perturbed = tokens.select(paired_N & ~tokens.perturbed_N), tokens.select(tokens.perturbed_N)
-        logp_N, entropy_N = head.token_logps(single.predicting(hidden_C1h), single.target_N, with_entropy=True)
-        assert entropy_N is not None
-        table.write_original(single, logp_N, entropy_N)
-        table.write_perturbed(single, logp_N)
-        both = head.two_views(
-            originals.predicting(hidden_C1h),
-            perturbed.predicting(hidden_C1h),
-            originals.target_N,
-            kind=kind,
-        )
-        table.write_two_views(originals, both)
+
+def _write_divergences(
+    table: ScoreTable, head: VocabHead, tokens: ResponseTokens, hidden_C1h: Tensor, kind: Divergence
+) -> None:
+    """Writes log-probs, entropies and divergences of a micro-batch.
+
+    Tokens of rows with an image go through the head in pairs, original and perturbed. Those of rows without an image
+    have one view, which stands for both; their divergence stays zero.
+    """
+    single, originals, perturbed = (tokens.select(of) for of in (tokens.single, tokens.paired, tokens.perturbed))
+    logp_N, entropy_N = head.token_logps(single.predicting(hidden_C1h), single.target_N, with_entropy=True)
+    assert entropy_N is not None
+    table.write_original(single, logp_N, entropy_N)
+    table.write_perturbed(single, logp_N)
+    both = head.two_views(
+        originals.predicting(hidden_C1h), perturbed.predicting(hidden_C1h), originals.target_N, kind=kind
+    )
+    table.write_two_views(originals, both)

@@ -6,8 +6,10 @@ flat; C = tokens of this context-parallel rank; h = hidden size.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import TrainBatch
-from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.batching import ResponseTokens, View
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
 
@@ -48,14 +50,14 @@ class Updater:
     def accumulate_gradients(self, batch: TrainBatch) -> dict[str, float]:
         """Leaves the gradient of the mini-batch's loss in the parameters' `main_grad`; returns the loss's metrics."""
         runner = self._runner
-        on_device = batch.to(runner.layout.device)
+        on_device = batch.moved(runner.to_device)
+        head = functools.cache(partial(runner.vocab_head, trained=True))  # only the last stage has one
         with_entropy = batch.loss.entropy_kind == "entropy"
         weighted: dict[str, Tensor] = {}
         per_token: dict[str, Tensor] = {}
 
-        def loss_of(micro_batch: ResponseBatch, hidden_C1h: Tensor) -> Tensor:
-            tokens = micro_batch.tokens
-            new_logp_N, entropy_N = runner.vocab_head(trained=True).token_logps(
+        def loss_of(tokens: ResponseTokens, hidden_C1h: Tensor) -> Tensor:
+            new_logp_N, entropy_N = head().token_logps(
                 tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=with_entropy
             )
             sums = surrogate_loss(new_logp_N, on_device.terms_at(tokens.at), spec=batch.loss, entropy_N=entropy_N)

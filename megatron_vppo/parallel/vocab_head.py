@@ -10,6 +10,7 @@ rank's vocabulary rows; R = statistics per position, which are named where they 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -179,7 +180,7 @@ class VocabHead:
         """The weight without its padding rows; empty on a rank that holds only such rows."""
         return self.weight_Vh[: max(0, self.vocab_size - self.vocab_start)]
 
-    @property
+    @functools.cached_property
     def banned_rows(self) -> Tensor:
         """int64; the indices of the banned tokens among this rank's rows."""
         local = [token - self.vocab_start for token in self.banned_ids]

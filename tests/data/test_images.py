@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
@@ -56,6 +57,13 @@ def ref(row: int) -> ImageRef:
     return ImageRef("train", row, 0)
 
 
+def values(inputs: VisionInputs, ref: ImageRef, perturb: PerturbKey | None = None) -> Tensor:
+    """What the model reads of an image."""
+    patches = inputs.patches(ref, perturb)
+    assert patches.bytes_PD.dtype == torch.uint8
+    return inputs.values(patches.bytes_PD, patches.hidden_P)
+
+
 @pytest.mark.parametrize(
     "image_processor",
     [Qwen2VLImageProcessor(), Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3)],
@@ -66,11 +74,10 @@ def test_patches_are_bit_equal_to_the_processor_on_the_original_image(dataset, i
     for row in range(len(dataset)):
         original = dataset.image(row, 0)
         expected = image_processor(images=[original], size=LIMITS, return_tensors="pt")
-        patches_PD = inputs.patches(ref(row))
+        patches_PD = values(inputs, ref(row))
         assert inputs.grid(ref(row)) == tuple(expected["image_grid_thw"][0].tolist())
         assert patches_PD.dtype == torch.float32
         assert torch.equal(patches_PD, expected["pixel_values"])
-        assert inputs.patch_dim == patches_PD.shape[1]
         # What vLLM is handed gives the same pixels there: its processor gets these keyword arguments.
         again = image_processor(images=[inputs.image(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
         assert torch.equal(patches_PD, again["pixel_values"])
@@ -110,9 +117,9 @@ def test_easyr1_mode_is_the_authors_process_image_followed_by_the_processor(data
         expected = image_processor(images=[image], return_tensors="pt")
         assert inputs.image(ref(row)).size == target
         assert inputs.grid(ref(row)) == tuple(expected["image_grid_thw"][0].tolist())
-        assert torch.equal(inputs.patches(ref(row)), expected["pixel_values"])
+        assert torch.equal(values(inputs, ref(row)), expected["pixel_values"])
         again = image_processor(images=[inputs.image(ref(row))], return_tensors="pt", **inputs.mm_processor_kwargs)
-        assert torch.equal(inputs.patches(ref(row)), again["pixel_values"])
+        assert torch.equal(values(inputs, ref(row)), again["pixel_values"])
 
 
 KINDS = [
@@ -129,12 +136,12 @@ KINDS = [
 def test_reported_image_is_what_the_model_sees(dataset, perturbation, mode) -> None:
     inputs = vision(dataset, perturbing=Perturbing(perturbation, per="row"), mode=mode)
     for row in range(len(dataset)):
-        patches_PD = inputs.patches(ref(row), KEY)
+        patches_PD = values(inputs, ref(row), KEY)
         image = inputs.perturbed_image(ref(row), KEY)
         seen = Qwen2VLImageProcessor()(images=[image], return_tensors="pt", **inputs.mm_processor_kwargs)
         assert torch.equal(patches_PD, seen["pixel_values"])
-        assert patches_PD.shape == inputs.patches(ref(row)).shape
-        assert not torch.equal(patches_PD, inputs.patches(ref(row)))
+        assert patches_PD.shape == values(inputs, ref(row)).shape
+        assert not torch.equal(patches_PD, values(inputs, ref(row)))
 
 
 def test_patch_stage_blacks_whole_patches_of_the_image(dataset) -> None:
@@ -147,14 +154,14 @@ def test_patch_stage_blacks_whole_patches_of_the_image(dataset) -> None:
 def test_perturbations_repeat_and_differ_as_their_keys_do(dataset) -> None:
     per_row, per_image = (Perturbing(BlackPatches(0.5), per=per) for per in ("row", "image"))
     inputs, other_process = (vision(dataset, perturbing=per_row, cache_bytes=n) for n in (1 << 30, 0))
-    first = inputs.patches(ref(1), KEY)
-    assert torch.equal(first, inputs.patches(ref(1), KEY)) and torch.equal(first, other_process.patches(ref(1), KEY))
+    first = values(inputs, ref(1), KEY)
+    assert torch.equal(first, values(inputs, ref(1), KEY)) and torch.equal(first, values(other_process, ref(1), KEY))
     for key in (PerturbKey(5, 3), PerturbKey(6, 2)):
-        assert not torch.equal(first, inputs.patches(ref(1), key))
+        assert not torch.equal(first, values(inputs, ref(1), key))
     shared = vision(dataset, perturbing=per_image)
-    assert torch.equal(shared.patches(ref(1), KEY), shared.patches(ref(1), dataclasses.replace(KEY, draw=7)))
+    assert torch.equal(values(shared, ref(1), KEY), values(shared, ref(1), dataclasses.replace(KEY, draw=7)))
     with pytest.raises(ValueError, match="without Perturbing"):
-        vision(dataset).patches(ref(1), KEY)
+        values(vision(dataset), ref(1), KEY)
 
 
 def test_transparent_pixels_are_white_and_in_the_authors_mode_black(tmp_path: Path) -> None:
@@ -168,7 +175,7 @@ def test_transparent_pixels_are_white_and_in_the_authors_mode_black(tmp_path: Pa
     assert (smart[:14] == 0).all() and (smart[14:] == 255).all()
     assert not np.asarray(vision(dataset, mode="easyr1").image(ref(0))).any()
     white = (1.0 - np.array(Qwen2VLImageProcessor().image_mean)) / np.array(Qwen2VLImageProcessor().image_std)
-    patches_PD = vision(dataset).patches(ref(0))
+    patches_PD = values(vision(dataset), ref(0))
     assert patches_PD[-1].reshape(3, -1).mean(1).tolist() == pytest.approx(white.tolist(), abs=1e-5)
 
 
@@ -182,16 +189,14 @@ def test_cache_is_used_and_bounded(dataset, monkeypatch) -> None:
 
     monkeypatch.setattr(VisionDataset, "image", counting)
     inputs = vision(dataset, cache_bytes=1 << 30)
-    before = inputs.patches(ref(0)).clone()
-    inputs.patches(ref(0), None)
-    assert decoded == [0] and torch.equal(inputs.patches(ref(0)), before)
+    before = values(inputs, ref(0)).clone()
+    values(inputs, ref(0), None)
+    assert decoded == [0] and torch.equal(values(inputs, ref(0)), before)
 
-    bounded = vision(
-        dataset, cache_bytes=inputs.patches(ref(2)).numel() * 4 // 20
-    )  # too little for any but the smallest
+    bounded = vision(dataset, cache_bytes=inputs.patches(ref(2)).bytes_PD.numel())  # half is too little for a large one
     decoded.clear()
     for row in (2, 2, 0):
-        assert torch.equal(bounded.patches(ref(row)), inputs.patches(ref(row)))
+        assert torch.equal(values(bounded, ref(row)), values(inputs, ref(row)))
     assert decoded == [2, 2, 0]
 
 

@@ -6,7 +6,6 @@ import hashlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey
@@ -17,7 +16,6 @@ from megatron_vppo.data.perturb import (
     GaussianNoise,
     GreyImage,
     ImagePerturbation,
-    black_out_patches,
     draw_hidden,
     merge_order,
     perturb_rng,
@@ -53,32 +51,17 @@ def test_merge_order_of_a_small_grid() -> None:
 
 
 @pytest.mark.parametrize("rows, columns", [(4, 6), (2, 10), (8, 2)])
-def test_black_patches_equal_black_pixels_before_the_processor(processor, rows: int, columns: int) -> None:
-    """The same mask, once on the patches and once on the image that the processor then cuts up."""
-    image = noise_image(columns * 14, rows * 14)
+def test_black_patches_are_black_pixels_before_the_processor(processor, rows: int, columns: int) -> None:
+    """The same draws, once on the patches and once on the image that the processor then cuts up."""
+    image = Image.new("RGB", (columns * 14, rows * 14), "white")
     limits = {"shortest_edge": 28 * 28, "longest_edge": 1 << 30}
-
-    def process(image: Image.Image) -> torch.Tensor:
-        return processor.image_processor(images=[image], size=limits, return_tensors="pt")["pixel_values"]
-
-    hidden_YX = draw_hidden(rows, columns, probability=0.5, rng=np.random.RandomState(3))
-    assert 0 < hidden_YX.sum() < hidden_YX.size
-    black_D = process(Image.new("RGB", (28, 28)))[0]
-    in_patches = black_out_patches(process(image), hidden_YX, black_D, merge=2)
-    in_pixels = process(BlackSquares(0.5, side=14)(image, np.random.RandomState(3)))
-    assert torch.equal(in_patches, in_pixels)
-    assert not torch.equal(in_patches, process(image))
-
-
-def test_black_is_the_normalised_value_and_not_zero(processor) -> None:
-    patches_PD = torch.zeros(4, 1176)
-    mean, std = processor.image_processor.image_mean, processor.image_processor.image_std
-    black_D = processor.image_processor(images=[Image.new("RGB", (56, 56))], return_tensors="pt")["pixel_values"][0]
-    hidden = np.array([[True, False], [False, False]])
-    out_PD = black_out_patches(patches_PD, hidden, black_D, merge=2)
-    expected = [-mean[c] / std[c] for c in range(3)]
-    assert out_PD[0].reshape(3, 2, 14, 14)[:, 1, 5, 5].tolist() == pytest.approx(expected, abs=1e-6)
-    assert out_PD[1:].abs().max() == 0 and patches_PD.abs().max() == 0
+    black = BlackSquares(0.5, side=14)(image, np.random.RandomState(3))
+    cut = processor.image_processor(
+        images=[black], size=limits, return_tensors="pt", do_rescale=False, do_normalize=False
+    )["pixel_values"]
+    hidden_P = BlackPatches(0.5)(np.random.RandomState(3), grid=(rows, columns), merge=2)
+    assert 0 < hidden_P.sum() < hidden_P.size
+    assert np.array_equal(cut.numpy() == 0, np.broadcast_to(hidden_P[:, None], cut.shape))
 
 
 def test_other_perturbations() -> None:
@@ -142,10 +125,9 @@ def test_images_are_perturbed_as_by_earlier_versions(perturbation: ImagePerturba
 
 
 def test_patches_are_perturbed_as_by_earlier_versions() -> None:
-    patches_PD = torch.arange(24 * 12, dtype=torch.float32).reshape(24, 12)
-    black_D = torch.full((12,), -1.5)
-    out_PD = BlackPatches(0.5)(patches_PD, np.random.default_rng(11), grid=(4, 6), merge=2, black_D=black_D)
-    assert digest(out_PD.numpy()) == "0f5bdcfce6a193ab"
+    patches_PD = np.arange(24 * 12, dtype=np.float32).reshape(24, 12)
+    patches_PD[BlackPatches(0.5)(np.random.default_rng(11), grid=(4, 6), merge=2)] = -1.5
+    assert digest(patches_PD) == "0f5bdcfce6a193ab"
 
 
 def test_generators_draw_as_those_of_earlier_versions() -> None:

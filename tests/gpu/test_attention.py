@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.models.layers.attention import packed_attention, plan_attention, plan_context_attention
+from megatron_vppo.models.layers.attention import BucketPlan, packed_attention, plan_attention, plan_context_attention
 from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.te_probe import AttentionShape, fused_attention_refusal
 from megatron_vppo.models.layers.te_support import has_transformer_engine
+from megatron_vppo.parallel.staging import Stager
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
@@ -42,11 +43,16 @@ def dense(query: Tensor, key: Tensor, value: Tensor, *, causal: bool) -> Tensor:
     return torch.cat(blocks)
 
 
+def on_device(plan: BucketPlan) -> BucketPlan:
+    stager = Stager(DEVICE)
+    return stager.send(stager.pack(plan))
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_whole_sequences(causal: bool) -> None:
     inputs = make_inputs()
     rounded = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in inputs]
-    plan = plan_attention(PACKING, causal=causal, device=DEVICE)
+    plan = on_device(plan_attention(PACKING, causal=causal))
     output = packed_attention(*rounded, plan, scale=1 / math.sqrt(HEAD_DIM))
     right = dense(*(x.to(torch.bfloat16) for x in inputs), causal=causal)
     assert (output.cpu().double() - right).abs().max() < TOLERANCE
@@ -61,7 +67,7 @@ def test_share_of_a_context_parallel_rank(rank: int) -> None:
     shares = [tokens_of_rank(PACKING, rank=other, size=4) for other in range(4)]
     query = inputs[0][shares[rank]].to(DEVICE)
     key, value = (x[torch.cat(shares)].to(DEVICE) for x in inputs[1:])
-    plan = plan_context_attention(PACKING, rank=rank, size=4, device=DEVICE)
+    plan = on_device(plan_context_attention(PACKING, rank=rank, size=4))
     output = packed_attention(query, key, value, plan, scale=1 / math.sqrt(HEAD_DIM))
     right = dense(*inputs, causal=True)[shares[rank]]
     assert (output.cpu().double() - right).abs().max() < TOLERANCE

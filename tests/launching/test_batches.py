@@ -100,7 +100,7 @@ def most_in_flight(rank: int, world_size: int, micro_batches: int, virtual_stage
         nonlocal fullest
         next(data)
         ids, nothing = torch.arange(5), torch.zeros(0, dtype=torch.int64)
-        output = stage(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing))
+        output = stage(stage.plan(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing)))
         number = stage.vp_stage
         running[number] += 1
         fullest = max(fullest, list(running), key=sum)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
 from megatron_vppo.models.build import build_model
@@ -35,7 +36,6 @@ from megatron_vppo.weights.load_hf import load_hf_weights
 from tests.models.tiny import (
     GRIDS,
     IMAGE,
-    make_pixels,
     make_rows,
     save_tiny_model,
 )
@@ -79,14 +79,30 @@ def make_responses() -> list[Response]:
 
 
 class RigPixels:
-    """The images of `make_rows`; a perturbation adds noise."""
+    """The images of `make_rows`. A perturbation hides patches of every other image, and replaces the others."""
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        clean = list(make_pixels().values())[ref.row]
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(11)
+        self.values = PatchValues(torch.randn(3, 256, generator=generator), frames=2)
+        self._images = [self._noise(math.prod(grid), generator) for grid in GRIDS.values()]
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        clean = self._images[ref.row]
         if perturb is None:
-            return clean
+            return Patches(clean)
         generator = torch.Generator().manual_seed(1000 * perturb.step + (perturb.draw or 0) % 997 + ref.row)
-        return clean + torch.randn(clean.shape, generator=generator)
+        if ref.row % 2:
+            return Patches(self._noise(len(clean), generator))
+        return Patches(clean, torch.rand(len(clean), generator=generator) < 0.5)
+
+    def shown(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+        """The values of an image, patch by patch."""
+        patches = self.patches(ref, perturb)
+        return self.values(patches.bytes_PD, patches.hidden_P)
+
+    @staticmethod
+    def _noise(patches: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(0, 256, (patches, 3 * 14 * 14), generator=generator, dtype=torch.uint8)
 
 
 PIXELS = RigPixels()
@@ -142,9 +158,7 @@ def hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Ten
     images = {}
     if response.prompt.images:
         images = {
-            "pixel_values": torch.cat([PIXELS.patches(ref, perturb) for ref in response.prompt.images]).to(
-                model.device
-            ),
+            "pixel_values": torch.cat([PIXELS.shown(ref, perturb) for ref in response.prompt.images]).to(model.device),
             "image_grid_thw": torch.tensor(response.prompt.grids_thw, device=model.device),
             "mm_token_type_ids": (ids == IMAGE).int(),
         }

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.parallel.batching import BatchSplit, ResponseBatch, View
@@ -21,10 +22,16 @@ NOISE = PerturbKey(step=1, draw=None)
 
 
 class NumberedPixels:
-    """Every patch of an image holds the number of the image, and ten more if the image is perturbed."""
+    """Every patch of an image is one byte, with the number of the image. A perturbation hides the last patch."""
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        return torch.full(((8, 16)[ref.row], 1), ref.row + (0.0 if perturb is None else 10.0))
+    values = PatchValues(torch.arange(256.0)[None], frames=1)
+
+    def __init__(self) -> None:
+        self._images = [torch.full((patches, 1), 1 + row, dtype=torch.uint8) for row, patches in enumerate((8, 16))]
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        image = self._images[ref.row]
+        return Patches(image, None if perturb is None else torch.arange(len(image)) == len(image) - 1)
 
 
 def positions(token_ids: Sequence[int], grids: Sequence[tuple[int, int, int]]) -> Tensor:
@@ -42,8 +49,13 @@ def pack(
     shares: bool = False,
 ) -> ResponseBatch:
     pixels = NumberedPixels() if with_tower else None
-    packer = Packer(pixels, positions, IMAGE, 2, split, torch.device("cpu"), shares_prompts=shares)
+    packer = Packer(pixels, positions, IMAGE, 2, split, shares_prompts=shares)
     return packer.pack(responses, views)
+
+
+def shown(batch: ResponseBatch) -> list[float]:
+    """The value of each patch that the tower of this rank reads."""
+    return [] if batch.patches is None else batch.patches.pixels(NumberedPixels.values).flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -59,11 +71,11 @@ def test_each_context_rank_predicts_its_own_tokens(
     split = dataclasses.replace(WHOLE, context=2, context_rank=rank)
     batch = pack(responses, [View(1, None), View(0, NOISE)], split)
     assert batch.packed.token_ids_K.tolist() == [1, 2, 3, 4, 5, 6, 7, 21, 5, 6, 7, 11, 12, 0, 0, 0]
-    assert batch.packed.packing.lengths == (8, 8) and batch.packed.pixels_PD is None
+    assert batch.packed.packing.lengths == (8, 8) and batch.patches is None
     tokens = batch.tokens
     assert tokens.hidden_index_N.tolist() == index and tokens.target_N.tolist() == targets
     assert tokens.row_N.tolist() == [row] * len(index) and tokens.column_N.tolist() == list(range(len(index)))
-    assert tokens.perturbed_N.tolist() == [perturbed] * len(index)
+    assert tokens.num_perturbed == (len(index) if perturbed else 0)
     assert tokens.at == (tokens.row_N, tokens.column_N)
 
 
@@ -91,23 +103,25 @@ def test_an_image_goes_through_the_tower_once_per_perturbation() -> None:
     many, few = [IMAGE] * 4, [IMAGE] * 2
     responses = [respond([5, *many], [11], images=[1]), respond([*many, 6, *few], [12], images=[1, 0])]
     views = [View(0, None), View(1, None), View(0, NOISE)]
-    batch = pack(responses, views).packed
+    packed = pack(responses, views)
+    batch = packed.packed
     assert batch.grids_thw == (LARGE, SMALL, LARGE) and batch.images_of_ranks == ((0, 1, 2),)
     assert batch.image_token_index_I.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 14, 15, 16]
     assert batch.image_feature_index_I.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    assert batch.pixels_PD is not None and batch.pixels_PD[:, 0].tolist() == [1.0] * 16 + [0.0] * 8 + [11.0] * 16
+    assert packed.patches is not None and packed.patches.shown == (0, 1, 0), "its bytes are sent once"
+    assert packed.patches.hidden_P is not None and packed.patches.hidden_P.tolist() == [False] * 39 + [True]
+    assert shown(packed) == [2.0] * 16 + [1.0] * 8 + [2.0] * 15 + [0.0]
     assert batch.positions_3K[2].tolist() == [1] * 5 + [2] * 7 + [1] * 5
 
 
-@pytest.mark.parametrize(("image_rank", "pixels"), [(0, [1.0] * 16), (1, [0.0] * 8), (2, [])])
+@pytest.mark.parametrize(("image_rank", "pixels"), [(0, [2.0] * 16), (1, [1.0] * 8), (2, [])])
 def test_ranks_share_out_the_images(image_rank: int, pixels: list[float]) -> None:
     split = dataclasses.replace(WHOLE, image_ranks=3, image_rank=image_rank)
     responses = [respond([IMAGE] * 2 + [5] + [IMAGE] * 4, [11], images=[0, 1])]
-    batch = pack(responses, [View(0, None)], split).packed
-    assert batch.images_of_ranks == ((1,), (0,), ())
-    assert batch.pixels_PD is not None and batch.pixels_PD.flatten().tolist() == pixels
-    assert batch.pixels_PD.shape == ((len(pixels), 1) if pixels else (0, 0))
-    assert pack(responses, [View(0, None)], split, with_tower=False).packed.pixels_PD is None
+    batch = pack(responses, [View(0, None)], split)
+    assert batch.packed.images_of_ranks == ((1,), (0,), ()) and shown(batch) == pixels
+    assert batch.patches is None or batch.patches.hidden_P is None
+    assert pack(responses, [View(0, None)], split, with_tower=False).patches is None
 
 
 def test_views_of_a_prompt_share_it() -> None:
@@ -128,7 +142,7 @@ def test_views_of_a_prompt_share_it() -> None:
     assert packed.positions_3K[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4], "each goes on from the prompt"
     assert packed.positions_3K[2].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1], "images of the prompt are known"
     assert packed.image_token_index_I.tolist() == [0, 1] and packed.image_feature_index_I.tolist() == [0, 1]
-    assert packed.pixels_PD is not None and packed.pixels_PD.shape == (8, 1) and packed.grids_thw == (SMALL,)
+    assert shown(batch) == [1.0] * 8 and packed.grids_thw == (SMALL,)
     assert tokens.target_N.tolist() == [11, 12, 13, 21, 22, 31, 41, 42]
     assert tokens.hidden_index_N.tolist() == [2, 6, 7, 4, 5, 2, 2, 8]
     assert tokens.row_N.tolist() == [0, 0, 0, 1, 1, 2, 3, 3] and tokens.column_N.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
@@ -170,9 +184,9 @@ def test_both_views_of_a_group_with_one_perturbation() -> None:
     batch = pack(responses, [View(0, None), View(1, None), View(0, NOISE), View(1, NOISE)], shares=True)
     assert batch.packed.packing == Packing((3, 3, 1, 1, 1, 1), prefixes=(0, 0, 1, 1))
     assert batch.tokens.hidden_index_N.tolist() == [2, 6, 2, 7, 5, 8, 5, 9]
-    assert batch.tokens.perturbed_N.tolist() == [False] * 4 + [True] * 4
+    assert (batch.tokens.single, batch.tokens.paired, batch.tokens.perturbed) == (slice(0, 0), slice(0, 4), slice(4, 8))
     assert batch.packed.image_feature_index_I.tolist() == [0, 1, 2, 3]
-    assert batch.packed.pixels_PD is not None and batch.packed.pixels_PD.flatten().tolist() == [0.0] * 8 + [10.0] * 8
+    assert shown(batch) == [1.0] * 15 + [0.0]
 
 
 def test_context_parallel_ranks_share_no_prompt() -> None:

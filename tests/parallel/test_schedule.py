@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from megatron_vppo.algorithm.types import PerturbKey
-from megatron_vppo.parallel.batching import ResponseBatch, View
+from megatron_vppo.parallel.batching import ResponseTokens, View
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from tests.models.tiny import save_tiny_model, tiny_config
@@ -67,17 +67,19 @@ def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None
     """Without gradient, and while the stage is not in training; a rank without rows runs a row without tokens."""
     read: list[tuple[list[int], int]] = []
 
-    def collect(batch: ResponseBatch, hidden_C1h: Tensor) -> None:
+    def collect(tokens: ResponseTokens, hidden_C1h: Tensor) -> None:
         assert not hidden_C1h.requires_grad and not runner.stages[0].training
-        assert hidden_C1h.shape[:2] == (len(batch.packed.token_ids_K), 1)
-        read.append((sorted(set(batch.tokens.row_N.tolist())), len(batch.packed.packing.lengths)))
+        read.append((sorted(set(tokens.row_N.tolist())), len(hidden_C1h)))
 
     views = [[View(0, None), View(1, None)], [View(2, None)]]
     runner.forward(make_responses(), views, collect)
-    assert read == [([0, 1], 2), ([2], 1)] and runner.stages[0].training
+    rows = make_responses()
+    prompts, answers = [len(row.prompt.token_ids) for row in rows], [len(row.token_ids) - 1 for row in rows]
+    assert read == [([0, 1], prompts[0] + sum(answers[:2])), ([2], prompts[2] + answers[2])], "0 and 1 share a prompt"
+    assert runner.stages[0].training
     read.clear()
     runner.forward(make_responses(), [], collect)
-    assert read == [([], 1)] and torch.is_grad_enabled()
+    assert read == [([], prompts[0] + answers[0])] and torch.is_grad_enabled()
 
 
 def test_a_forward_pass_leaves_the_amaxes_of_fp8_alone(runner: ScheduleRunner, monkeypatch: pytest.MonkeyPatch) -> None:

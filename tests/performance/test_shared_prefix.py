@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.flops import ModelCost, model_cost
@@ -40,8 +41,10 @@ GROUPS = 2
 
 
 class Zeros:
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        return torch.zeros(GRID[1] * GRID[2], PATCH_VALUES)
+    values = PatchValues(torch.zeros(3, 256), frames=2)
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        return Patches(torch.zeros(GRID[1] * GRID[2], 3 * 14 * 14, dtype=torch.uint8))
 
 
 def responses() -> list[Response]:

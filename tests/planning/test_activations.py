@@ -119,12 +119,13 @@ def _measure(case: Case, layout: Layout, *, sequence_parallel: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(two_rows_of_one_image(rank=layout.context_rank, ranks=layout.context))
+        pixels_PD = torch.zeros(PATCHES if layout.context_rank == 0 else 0, PATCH_VALUES)
+        output = model(model.plan(two_rows_of_one_image(ranks=layout.context)), pixels_PD)
     assert output.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def two_rows_of_one_image(*, rank: int, ranks: int) -> PackedBatch:
+def two_rows_of_one_image(*, ranks: int) -> PackedBatch:
     """One micro-batch; the first context-parallel rank runs the tower on its image."""
     image_tokens = PATCHES // MERGE**2
     row = [MEDIA_TOKENS["vision_start_token_id"], *[IMAGE] * image_tokens, *[5] * (ROW_TOKENS - image_tokens - 1)]
@@ -136,7 +137,6 @@ def two_rows_of_one_image(*, rank: int, ranks: int) -> PackedBatch:
         packing=Packing((ROW_TOKENS,) * ROWS),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),
-        pixels_PD=torch.zeros(PATCHES if rank == 0 else 0, PATCH_VALUES),
         grids_thw=(GRID,),
         images_of_ranks=((0,), *((),) * (ranks - 1)),
     )
@@ -198,7 +198,7 @@ def in_flight(rank: int, world_size: int, micro_batches: int) -> int:
         next(data)
         ids = torch.arange(5)
         nothing = torch.zeros(0, dtype=torch.int64)
-        output = stage(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing))
+        output = stage(stage.plan(PackedBatch(ids, ids.expand(3, 5), Packing((5,)), nothing, nothing)))
         running += 1
         most = max(most, running)
         output.register_hook(finished)

@@ -44,7 +44,7 @@ class StageResult:
     problems: list[str]
 
 
-def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
+def pack(rows: list[Row], pixels: dict[str, Tensor]) -> tuple[PackedBatch, Tensor | None]:
     names = list(dict.fromkeys(name for row in rows for name in row.images))
     features, offset = {}, 0
     for name in names:
@@ -57,15 +57,15 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> PackedBatch:
         for row in rows
     ]
     filled = [features[name] for row in rows for name in row.images]
-    return PackedBatch(
+    batch = PackedBatch(
         token_ids_K=ids,
         positions_3K=torch.cat(positions, dim=1),
         packing=Packing(tuple(len(row.token_ids) for row in rows)),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.cat(filled) if filled else torch.zeros(0, dtype=torch.int64),
-        pixels_PD=torch.cat([pixels[name] for name in names]) if names else None,
         grids_thw=tuple(GRIDS[name] for name in names),
     )
+    return batch, torch.cat([pixels[name] for name in names]) if names else None
 
 
 def load(folder: Path, layout: Layout, *, dtype: torch.dtype = torch.float32, **options: Any) -> QwenVLModel:
@@ -102,9 +102,9 @@ def run(
             total = total + (row.weights * logp).sum() / repeats[member]
         return total * len(micro_batches), {}  # the schedule divides by their number
 
-    def step(batches: Iterator[tuple[tuple[int, ...], PackedBatch]], stage: QwenVLModel) -> Any:
-        members, batch = next(batches)
-        return stage(batch), functools.partial(loss, members)
+    def step(batches: Iterator[tuple[tuple[int, ...], tuple[PackedBatch, Tensor | None]]], stage: QwenVLModel) -> Any:
+        members, (batch, pixels_PD) = next(batches)
+        return stage(stage.plan(batch), pixels_PD), functools.partial(loss, members)
 
     data = [(members, pack([rows[m] for m in members], pixels)) for members in micro_batches]
     model.zero_grad(set_to_none=True)

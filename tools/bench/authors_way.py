@@ -109,7 +109,7 @@ class AuthorsWay:
 
     def update(self, batch: TrainBatch) -> float:
         """Takes one optimizer step and returns the gradient norm."""
-        batch = batch.to(self._device)
+        batch = batch.moved(lambda tensors: tuple(tensor.to(self._device) for tensor in tensors))
         for packed in self._update_batches:
             terms = batch.terms_at((packed.row_N, packed.column_N))
             surrogate_loss(self._forward(packed), terms, spec=batch.loss).loss.backward()
@@ -177,7 +177,8 @@ def _pack(
         row_numbers.append(torch.full((count,), row))
         columns.append(torch.arange(count))
         start += len(tokens)
-    images = [workload.patches(response.prompt.images[0], None) for response in responses]
+    patches = [workload.patches(response.prompt.images[0], None) for response in responses]
+    images = [workload.values(image.bytes_PD) for image in patches]
     return PackedRows(
         rows=tuple(rows),
         token_ids_1K=torch.tensor([token for tokens in sequences for token in tokens], device=device)[None],

@@ -146,7 +146,7 @@ class _PackedAttention:
         self._attention = te.DotProductAttention(
             sizes.heads, sizes.head_dim, qkv_format="thd", attn_mask_type="padding"
         )
-        self._of_sequences = packed_arguments(bounds_of(lengths, device=device), max(lengths))
+        self._of_sequences = packed_arguments(bounds_of(lengths).to(device), max(lengths))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attention(query, key, value, **self._of_sequences)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 
 CLIP = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll")
@@ -41,11 +41,12 @@ class WorkSizes:
 class Workload:
     responses: tuple[Response, ...]
     """The responses to a prompt are neighbours."""
-    pixels: tuple[Tensor, ...]
-    """The patches of each prompt's image, float32 [patches, values], in host memory as in the trainer."""
+    pixels: tuple[Patches, ...]
+    """The patches of each prompt's image, in host memory as in the trainer."""
+    values: PatchValues
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
-        """Returns the same values for an original and a perturbed image. The model treats them as two images anyway.
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
+        """Returns the same patches for an original and a perturbed image. The model treats them as two images anyway.
 
         Makes a workload the Pixels of megatron_vppo/parallel/batching.py.
         """
@@ -100,14 +101,15 @@ def make_workload(hf_config: Any, sizes: WorkSizes) -> Workload:
             token_ids=(hf_config.vision_start_token_id, *image, hf_config.vision_end_token_id, *text),
             compact_token_ids=(), images=(ImageRef("train", number, 0),), grids_thw=(grid,),
         )  # fmt: skip
-        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels.append(torch.randn(math.prod(grid), values, generator=generator))
+        size = (math.prod(grid), vision.in_channels * vision.patch_size**2)
+        pixels.append(Patches(torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)))
         for sample in range(sizes.responses_per_prompt):
             length = round(draw.lognormvariate(math.log(sizes.response_median), sizes.response_sigma))
             length = max(2, min(length, sizes.response_limit))
             tokens = tuple(draw.randrange(1, words) for _ in range(length))
             responses.append(Response(prompt, number, sample, tokens, (0.0,) * length, "stop", 0))
-    return Workload(tuple(responses), tuple(pixels))
+    of_bytes = (torch.arange(256) / 64.0 - 2.0).expand(vision.in_channels, -1).contiguous()
+    return Workload(tuple(responses), tuple(pixels), PatchValues(of_bytes, frames=vision.temporal_patch_size))
 
 
 def with_layers(hf_config: Any, layers: int) -> Any:

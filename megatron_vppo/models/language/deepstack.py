@@ -34,28 +34,26 @@ from megatron_vppo.models.layers.sequences import Deepstack
 def prepare_deepstack(
     hidden_S1h: Tensor,
     features_Jh: Sequence[Tensor],
-    image_token_index_J: Tensor,
     *,
+    held: slice,
+    image_token_index_W: Tensor,
     sequence_group: dist.ProcessGroup | None,
-) -> tuple[Tensor, Deepstack | None]:
+) -> tuple[Tensor, Deepstack]:
     """Returns the embeddings, connected so that the features' gradients go back through them, and the layers' leaves.
 
     Args:
-        features_Jh: one tensor per language layer that adds one; empty without deepstack.
-        image_token_index_J: int64, the image tokens among the tokens of this context-parallel rank.
+        features_Jh: one tensor per language layer that adds one.
+        held: the image tokens among J that this rank holds between layers.
+        image_token_index_W: int64; their places in S.
         sequence_group: the tensor-parallel ranks that hold S of these tokens each, one rank after the other; None: this
             rank holds all.
     """
-    if not features_Jh:
-        return hidden_S1h, None
-    start = 0 if sequence_group is None else sequence_group.rank() * len(hidden_S1h)
-    here_J = (image_token_index_J >= start) & (image_token_index_J < start + len(hidden_S1h))
     leaves = tuple(
-        feature.detach()[here_J].requires_grad_(torch.is_grad_enabled() and feature.requires_grad)
+        feature.detach()[held].requires_grad_(torch.is_grad_enabled() and feature.requires_grad)
         for feature in features_Jh
     )
-    deepstack = Deepstack(leaves, image_token_index_J[here_J] - start)
-    return _CollectLeafGradients.apply(hidden_S1h, leaves, here_J, sequence_group, *features_Jh), deepstack
+    deepstack = Deepstack(leaves, image_token_index_W)
+    return _CollectLeafGradients.apply(hidden_S1h, leaves, held, sequence_group, *features_Jh), deepstack
 
 
 class _CollectLeafGradients(torch.autograd.Function):
@@ -70,11 +68,12 @@ class _CollectLeafGradients(torch.autograd.Function):
         ctx: Any,
         hidden_S1h: Tensor,
         leaves_Wh: tuple[Tensor, ...],
-        here_J: Tensor,
+        held: slice,
         sequence_group: dist.ProcessGroup | None,
         *features_Jh: Tensor,
     ) -> Tensor:
-        ctx.leaves_Wh, ctx.here_J, ctx.sequence_group = leaves_Wh, here_J, sequence_group
+        ctx.leaves_Wh, ctx.held, ctx.sequence_group = leaves_Wh, held, sequence_group
+        ctx.num_image_tokens = len(features_Jh[0])
         return hidden_S1h.view_as(hidden_S1h)
 
     @staticmethod
@@ -83,8 +82,8 @@ class _CollectLeafGradients(torch.autograd.Function):
             return grad_S1h, None, None, None, *(None for _ in ctx.leaves_Wh)
         gathered_OWh = torch.stack([leaf.grad for leaf in ctx.leaves_Wh])
         # Zero where another rank holds the image token; the sum over the ranks is then the gradient of all.
-        grad_OJh = gathered_OWh.new_zeros(len(ctx.leaves_Wh), len(ctx.here_J), gathered_OWh.shape[-1])
-        grad_OJh[:, ctx.here_J] = gathered_OWh
+        grad_OJh = gathered_OWh.new_zeros(len(ctx.leaves_Wh), ctx.num_image_tokens, gathered_OWh.shape[-1])
+        grad_OJh[:, ctx.held] = gathered_OWh
         if ctx.sequence_group is not None:
             dist.all_reduce(grad_OJh, group=ctx.sequence_group)
         return grad_S1h, None, None, None, *grad_OJh.unbind(0)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ def mrope_position_fn(hf_config: HfConfig) -> PositionFn:
 
 
 def mrope_positions(
-    token_ids: Sequence[int] | Tensor,
+    token_ids: Sequence[int],
     grids_thw: Sequence[tuple[int, int, int]],
     *,
     image_token_id: int,
@@ -47,33 +48,28 @@ def mrope_positions(
     Raises:
         ValueError: the number of image tokens is not that of the grids.
     """
-    tokens_L = torch.as_tensor(token_ids, dtype=torch.int64)
-    is_image_L = (tokens_L == image_token_id).tolist()
+    is_image_L = np.asarray(token_ids) == image_token_id
     merged = [(t, h // merge_size, w // merge_size) for t, h, w in grids_thw]
-    expected = sum(t * h * w for t, h, w in merged)
-    if sum(is_image_L) != expected:
+    found, expected = int(is_image_L.sum()), sum(t * h * w for t, h, w in merged)
+    if found != expected:
         raise ValueError(
-            f"the sequence has {sum(is_image_L)} image tokens, its {len(merged)} image grids {list(grids_thw)} need "
-            f"{expected} (merge size {merge_size})"
+            f"the sequence has {found} image tokens, its {len(merged)} image grids {list(grids_thw)} need {expected} "
+            f"(merge size {merge_size})"
         )
-    blocks: list[Tensor] = []
+    positions_3L = np.empty((3, len(is_image_L)), dtype=np.int64)
     index, position = 0, 0  # of the next token; of the next text token's rotary position
     for t, h, w in merged:
-        start = is_image_L.index(True, index)
-        blocks.append(_text_block(position, start - index))
-        position += start - index
-        if not all(is_image_L[start : start + t * h * w]):
+        start = index + int(is_image_L[index:].argmax())  # the next image token
+        end = start + t * h * w
+        if not is_image_L[start:end].all():
             raise ValueError(f"image tokens from {start} on are interrupted before the {t * h * w} of grid {(t, h, w)}")
-        frame, row, column = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
-        blocks.append(position + torch.stack([frame.flatten(), row.flatten(), column.flatten()]))
+        positions_3L[:, index:start] = np.arange(position, position + start - index)
+        position += start - index
+        positions_3L[:, start:end] = position + np.indices((t, h, w)).reshape(3, -1)
         position += max(h, w)
-        index = start + t * h * w
-    blocks.append(_text_block(position, len(is_image_L) - index))
-    return torch.cat(blocks, dim=1)
-
-
-def _text_block(position: int, length: int) -> Tensor:
-    return torch.arange(position, position + length).expand(3, length)
+        index = end
+    positions_3L[:, index:] = np.arange(position, position + len(is_image_L) - index)
+    return torch.from_numpy(positions_3L)
 
 
 def sectioned_mrope(text: Any) -> MRope:

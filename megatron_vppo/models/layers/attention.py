@@ -25,11 +25,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
@@ -37,6 +39,8 @@ from megatron_vppo.models.layers.context_parallel import chunks_of_rank, tokens_
 from megatron_vppo.models.layers.core_attention import InWindows, PackedCoreAttention
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.sequences import AttentionPlan
+
+Ints = NDArray[np.int64]
 
 _SHORTEST_TO_LONGEST = 0.8
 """The least ratio of lengths within a bucket. So less than 20 % of its tokens and 36 % of its scores are padding."""
@@ -74,38 +78,38 @@ class BucketPlan(AttentionPlan):
     """True if keys and values of all context-parallel ranks are needed, one rank after the other."""
 
 
-def plan_attention(packing: Packing, *, causal: bool, device: torch.device) -> BucketPlan:
-    """Groups packed sequences by length. Costs a few small tensor operations per bucket, none per sequence."""
-    lengths_Z, starts_Z = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
+def plan_attention(packing: Packing, *, causal: bool) -> BucketPlan:
+    """Groups packed sequences by length. Costs a few array operations per bucket, none per sequence."""
+    lengths_Z, starts_Z = np.array(packing.lengths), np.array(packing.starts)
     buckets, places = [], []
     for prefix, sequences in _by_prefix(packing):
         for of_prefix, longest in _by_length(lengths_Z[sequences]):
             members = sequences[of_prefix]
             index_AL, real_AL = _padded_index(starts_Z[members], lengths_Z[members], longest)
             no_padding = bool(real_AL.all())
-            index = _as_slice(index_AL.flatten(), no_padding=no_padding, device=device)
-            mask = None if no_padding or causal else real_AL[:, None, None, :].to(device)
+            index = _as_slice(index_AL.reshape(-1), no_padding=no_padding)
+            mask = None if no_padding or causal else torch.from_numpy(real_AL[:, None, None, :])
             if prefix is None:
                 buckets.append(Bucket(len(members), index, index, mask, causal))
             else:
                 seen = causal_lower_right(longest, prefix.stop - prefix.start + longest)
                 buckets.append(Bucket(len(members), index, index, seen, causal=False, prefix=prefix))
             places.append((index_AL, real_AL))
-    return BucketPlan(tuple(buckets), _restoring_index(places, packing.num_tokens, device))
+    return BucketPlan(tuple(buckets), _restoring_index(places, packing.num_tokens))
 
 
-def _by_prefix(packing: Packing) -> list[tuple[slice | None, Tensor]]:
+def _by_prefix(packing: Packing) -> list[tuple[slice | None, Ints]]:
     """Returns the tokens of each prefix and the numbers of its continuations; before them, those of whole sequences."""
-    groups: list[tuple[slice | None, Tensor]] = [(None, torch.arange(packing.num_whole))]
-    prefixes = torch.tensor(packing.prefixes, dtype=torch.int64)
+    groups: list[tuple[slice | None, Ints]] = [(None, np.arange(packing.num_whole))]
+    prefixes = np.array(packing.prefixes, dtype=np.int64)
     for prefix in dict.fromkeys(packing.prefixes):
         start = packing.starts[prefix]
-        members = packing.num_whole + (prefixes == prefix).nonzero()[:, 0]
+        members = packing.num_whole + np.flatnonzero(prefixes == prefix)
         groups.append((slice(start, start + packing.lengths[prefix]), members))
     return groups
 
 
-def plan_context_attention(packing: Packing, *, rank: int, size: int, device: torch.device) -> BucketPlan:
+def plan_context_attention(packing: Packing, *, rank: int, size: int) -> BucketPlan:
     """Plans causal attention of one context-parallel rank's chunks; context_parallel.py says which they are.
 
     A chunk sees its sequence from the start to its own end, so its queries are the last of its keys:
@@ -115,12 +119,12 @@ def plan_context_attention(packing: Packing, *, rank: int, size: int, device: to
     Args:
         packing: the whole sequences; their lengths are multiples of twice the number of ranks.
     """
-    lengths_Z, starts_Z = (torch.tensor(n, dtype=torch.int64) for n in (packing.lengths, packing.starts))
+    lengths_Z, starts_Z = np.array(packing.lengths), np.array(packing.starts)
     chunks_Z = lengths_Z // (2 * size)  # tokens of each of a sequence's 2 * size chunks
     # The gathered keys are ordered by rank, then by sequence and chunk: where in them is packed token k?
-    rank_by_rank_K = torch.cat([tokens_of_rank(packing, rank=other, size=size) for other in range(size)])
-    gathered_K = torch.empty_like(rank_by_rank_K)
-    gathered_K[rank_by_rank_K] = torch.arange(len(rank_by_rank_K))
+    rank_by_rank_K = np.concatenate([tokens_of_rank(packing, rank=other, size=size).numpy() for other in range(size)])
+    gathered_K = np.empty_like(rank_by_rank_K)
+    gathered_K[rank_by_rank_K] = np.arange(len(rank_by_rank_K))
     # Every rank holds 1/size of each sequence, so its share of a sequence starts at 1/size of the packed start.
     own_starts_Z = starts_Z // size
     buckets, places = [], []
@@ -133,26 +137,26 @@ def plan_context_attention(packing: Packing, *, rank: int, size: int, device: to
             buckets.append(
                 Bucket(
                     len(members),
-                    query_AQ.flatten().to(device),
-                    gathered_K[key_AL.flatten()].to(device),
+                    torch.from_numpy(query_AQ.reshape(-1)),
+                    torch.from_numpy(gathered_K[key_AL.reshape(-1)]),
                     causal_lower_right(length, visible),
                     causal=False,
                 )
             )
             places.append((query_AQ, real_AQ))
-    return BucketPlan(tuple(buckets), _restoring_index(places, len(gathered_K) // size, device), gathers_keys=True)
+    return BucketPlan(tuple(buckets), _restoring_index(places, len(gathered_K) // size), gathers_keys=True)
 
 
-def plan_packed(packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1) -> BucketPlan:
+def plan_packed(packing: Packing, *, causal: bool, rank: int = 0, size: int = 1) -> BucketPlan:
     """Plans attention for the torch backend (LayerParts.plan). Over several context-parallel ranks it is causal."""
     if size > 1:
-        return plan_context_attention(packing, rank=rank, size=size, device=device)
-    return plan_attention(packing, causal=causal, device=device)
+        return plan_context_attention(packing, rank=rank, size=size)
+    return plan_attention(packing, causal=causal)
 
 
-def _by_length(lengths_Z: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Tensor, int]]:
+def _by_length(lengths_Z: Ints, *, shortest_to_longest: float = _SHORTEST_TO_LONGEST) -> list[tuple[Ints, int]]:
     """Returns (indices of the sequences, longest length) of each bucket; the longest sequences first."""
-    order_Z = torch.argsort(lengths_Z, descending=True, stable=True)
+    order_Z = np.argsort(-lengths_Z, kind="stable")
     descending = lengths_Z[order_Z].tolist()
     groups = []
     first = 0
@@ -165,29 +169,29 @@ def _by_length(lengths_Z: Tensor, *, shortest_to_longest: float = _SHORTEST_TO_L
     return groups
 
 
-def _padded_index(starts_A: Tensor, lengths_A: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+def _padded_index(starts_A: Ints, lengths_A: Ints, longest: int) -> tuple[Ints, NDArray[np.bool_]]:
     """Returns the indices of each piece's tokens, the last one repeated up to `longest`, and which of them are real."""
-    offset_1L = torch.arange(longest)[None, :]
-    index_AL = starts_A[:, None] + torch.minimum(offset_1L, lengths_A[:, None] - 1)
+    offset_1L = np.arange(longest)[None, :]
+    index_AL = starts_A[:, None] + np.minimum(offset_1L, lengths_A[:, None] - 1)
     return index_AL, offset_1L < lengths_A[:, None]
 
 
-def _as_slice(index: Tensor, *, no_padding: bool, device: torch.device) -> Tensor | slice:
+def _as_slice(index: Ints, *, no_padding: bool) -> Tensor | slice:
     """Returns the index as a slice if it counts up by one; indexing with a slice copies nothing."""
     first = int(index[0])
-    together = no_padding and torch.equal(index, torch.arange(first, first + index.numel()))
-    return slice(first, first + index.numel()) if together else index.to(device)
+    together = no_padding and np.array_equal(index, np.arange(first, first + len(index)))
+    return slice(first, first + len(index)) if together else torch.from_numpy(index)
 
 
-def _restoring_index(places: Sequence[tuple[Tensor, Tensor]], total: int, device: torch.device) -> Tensor | None:
+def _restoring_index(places: Sequence[tuple[Ints, NDArray[np.bool_]]], total: int) -> Tensor | None:
     """Returns the place of each token among the outputs of all buckets; None if they are in order already."""
-    restore_C = torch.empty(total, dtype=torch.int64)
+    restore_C = np.empty(total, dtype=np.int64)
     done = 0
     for index_AL, real_AL in places:
-        restore_C[index_AL[real_AL]] = done + torch.arange(real_AL.numel()).view_as(real_AL)[real_AL]
-        done += real_AL.numel()
-    in_order = done == total and torch.equal(restore_C, torch.arange(total))
-    return None if in_order else restore_C.to(device)
+        restore_C[index_AL[real_AL]] = done + np.flatnonzero(real_AL)
+        done += real_AL.size
+    in_order = done == total and np.array_equal(restore_C, np.arange(total))
+    return None if in_order else torch.from_numpy(restore_C)
 
 
 def packed_attention(

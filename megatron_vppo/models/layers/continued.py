@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,12 +50,12 @@ class ContinuedBounds:
         return torch.cat([*copies, x_CHE[self.first :]]).index_select(0, self.order)
 
 
-def bounds_of(lengths: Sequence[int], *, device: torch.device) -> Tensor:
+def bounds_of(lengths: Sequence[int]) -> Tensor:
     """Returns int32 [sequences + 1]: where each begins, and the end of the last."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32).to(device)
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def continued_bounds(packing: Packing, *, device: torch.device) -> ContinuedBounds:
+def continued_bounds(packing: Packing) -> ContinuedBounds:
     """Works out the bounds and the order of the keys of a packing's continuations."""
     lengths = packing.lengths[packing.num_whole :]
     times = Counter(packing.prefixes)  # in the order of their first continuations
@@ -66,7 +67,7 @@ def continued_bounds(packing: Packing, *, device: torch.device) -> ContinuedBoun
     order = []
     for prefix, length in zip(packing.prefixes, lengths, strict=True):
         copy = next(copies_of[prefix])
-        order += [torch.arange(copy, copy + packing.lengths[prefix]), torch.arange(done, done + length)]
+        order += [np.arange(copy, copy + packing.lengths[prefix]), np.arange(done, done + length)]
         done += length
     key_lengths = [packing.lengths[prefix] + n for prefix, n in zip(packing.prefixes, lengths, strict=True)]
     spans = {
@@ -75,9 +76,9 @@ def continued_bounds(packing: Packing, *, device: torch.device) -> ContinuedBoun
     return ContinuedBounds(
         first=packing.whole.num_tokens,
         prefixes=tuple((spans[prefix], copies) for prefix, copies in times.items()),
-        order=torch.cat(order).to(device),
-        bounds=bounds_of(lengths, device=device),
-        key_bounds=bounds_of(key_lengths, device=device),
+        order=torch.from_numpy(np.concatenate(order)),
+        bounds=bounds_of(lengths),
+        key_bounds=bounds_of(key_lengths),
         longest=max(lengths),
         longest_keys=max(key_lengths),
     )

@@ -1,7 +1,6 @@
 """A micro-batch of packed sequences, as every model family takes it.
 
-Shape suffix legend: K = all packed tokens, one sequence after the other; I = image tokens among K; P = patches of
-images; D = values of one patch (frames x channels x rows x columns).
+Shape suffix legend: K = all packed tokens, one sequence after the other; I = image tokens among K.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ from megatron_vppo.models.layers.packing import Packing
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Sequences of tokens side by side, and the images that they show. Attention never crosses a sequence.
+    """Sequences of tokens side by side, and the images that they show, on the host. Attention never crosses a sequence.
+
+    `QwenVLModel.plan` makes of it what a rank's stage reads.
 
     Example: one image of (1, 2, 4) patches, which are 2 merged features, in two sequences of 4 tokens (`i` is an image
     token):
@@ -36,9 +37,6 @@ class PackedBatch:
     image_feature_index_I: Tensor
     """int64; the merged vision feature that fills each image token. Sequences that show the same image may point to the
     same features; its vision forward then runs once."""
-    pixels_PD: Tensor | None = None
-    """Float patches in the processor's order, of the distinct images. Where ranks share the images, those of this
-    rank's images alone. None if no sequence shows an image, and on pipeline stages without the vision tower."""
     grids_thw: tuple[tuple[int, int, int], ...] = ()
     """(frames, rows, columns) of each distinct image, in patches."""
     images_of_ranks: tuple[tuple[int, ...], ...] | None = None

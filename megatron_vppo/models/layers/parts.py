@@ -36,7 +36,8 @@ class LayerParts:
     window_attention: type
     """Attention that reads `PackedSequences.window_plan`."""
     plan: Callable[..., AttentionPlan]
-    """(Packing, causal, device, rank and size of the context-parallel group) -> the plan that `attention` reads."""
+    """(Packing, causal, rank and size of the context-parallel group) -> the plan that `attention` reads, on the
+    host."""
     fused_norms: tuple[tuple[str, str], ...] = ()
     """Norms that lie inside a linear layer: (prefix of their parameters in the weight map, prefix in the module)."""
 

@@ -43,13 +43,11 @@ class SequenceBounds(AttentionPlan):
     """The continuations, which come after these sequences; None: there are none."""
 
 
-def sequence_bounds(
-    packing: Packing, *, causal: bool, device: torch.device, rank: int = 0, size: int = 1
-) -> SequenceBounds:
+def sequence_bounds(packing: Packing, *, causal: bool, rank: int = 0, size: int = 1) -> SequenceBounds:
     """See LayerParts.plan. Every rank gets the same bounds."""
     whole = packing.whole
-    continued = continued_bounds(packing, device=device) if packing.prefixes else None
-    return SequenceBounds(bounds_of(whole.lengths, device=device), whole.longest, continued)
+    continued = continued_bounds(packing) if packing.prefixes else None
+    return SequenceBounds(bounds_of(whole.lengths), whole.longest, continued)
 
 
 class TEPackedAttention(PackedCoreAttention, TEDotProductAttention):

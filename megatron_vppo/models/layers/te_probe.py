@@ -72,11 +72,12 @@ def fused_attention_refusal(shape: AttentionShape) -> str | None:
     from megatron_vppo.models.layers.te_parts import sequence_bounds
 
     device = torch.device("cuda", torch.cuda.current_device())
-    plan = sequence_bounds(PACKING, causal=shape.causal, device=device)
-    bounds, queries, keys = packed_arguments(plan.bounds, plan.longest), *[PACKING.whole.num_tokens] * 2
+    plan = sequence_bounds(PACKING, causal=shape.causal)
+    bounds, queries, keys = packed_arguments(plan.bounds.to(device), plan.longest), *[PACKING.whole.num_tokens] * 2
     mask = "padding_causal" if shape.causal else "padding"
     if shape.continued and (continued := plan.continued):
-        bounds = packed_arguments(continued.bounds, continued.longest, continued.key_bounds, continued.longest_keys)
+        own, of_keys = continued.bounds.to(device), continued.key_bounds.to(device)
+        bounds = packed_arguments(own, continued.longest, of_keys, continued.longest_keys)
         queries, keys, mask = PACKING.num_tokens - continued.first, len(continued.order), CONTINUED_MASK
     attention = te.DotProductAttention(
         shape.heads, shape.head_dim, num_gqa_groups=shape.kv_heads, qkv_format="thd", attn_mask_type=mask

@@ -21,8 +21,16 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVi
 
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.layers.parts import LayerParts, layer_spec
-from megatron_vppo.models.layers.sequences import PackedSequences
-from megatron_vppo.models.vision.tower import Grid, Merger, VisionFeatures, VisionTower, patch_positions, vision_layers
+from megatron_vppo.models.layers.sequences import AttentionPlan, PackedSequences
+from megatron_vppo.models.vision.tower import (
+    Grid,
+    Merger,
+    TowerPlan,
+    VisionFeatures,
+    VisionTower,
+    patch_positions,
+    vision_layers,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,18 @@ def window_order(grid: Grid, *, merge: int, window_blocks: int) -> WindowOrder:
     )
 
 
+@dataclass(frozen=True)
+class WindowedTowerPlan(TowerPlan):
+    """The plan of a tower whose layers take the patches window by window."""
+
+    windows: AttentionPlan
+    """For attention within windows."""
+    block_order_M: Tensor
+    """int64; the numbers of the merged blocks of all images, window after window."""
+    restore_M: Tensor
+    """int64; the place of each merged block in that order."""
+
+
 class Qwen25VisionTower(VisionTower):
     """Layers with attention in windows, and some with attention over whole frames."""
 
@@ -92,25 +112,30 @@ class Qwen25VisionTower(VisionTower):
             groups=groups,
         )
 
-    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
-        device = pixels_PD.device
+    def plan(self, grids_thw: tuple[Grid, ...]) -> WindowedTowerPlan:
         orders = [window_order(grid, merge=self.merge, window_blocks=self.window_blocks) for grid in grids_thw]
-        block_order_M = _concatenate_orders(orders).to(device)
+        block_order_M = _concatenate_orders(orders)
         frames = Packing(tuple(itertools.chain.from_iterable(order.frame_lengths for order in orders)))
         windows = Packing(tuple(itertools.chain.from_iterable(order.window_lengths for order in orders)))
-        sequences = PackedSequences(
-            plan=self.parts.plan(frames, causal=False, device=device),
-            window_plan=self.parts.plan(windows, causal=False, device=device),
+        positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw])
+        return WindowedTowerPlan(
+            grids_thw,
+            positions_P2=self._into_windows(positions_P2, block_order_M),
+            frames=self.parts.plan(frames, causal=False),
+            windows=self.parts.plan(windows, causal=False),
+            block_order_M=block_order_M,
+            restore_M=torch.argsort(block_order_M),
         )
-        positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
+
+    def forward(self, pixels_PD: Tensor, plan: WindowedTowerPlan) -> VisionFeatures:
         hidden_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype))
         hidden_P1h = self.blocks(
-            hidden_states=self._into_windows(hidden_Ph, block_order_M)[:, None, :],
+            hidden_states=self._into_windows(hidden_Ph, plan.block_order_M)[:, None, :],
             attention_mask=None,
-            rotary_pos_emb=self.rope(self._into_windows(positions_P2, block_order_M)),
-            packed_seq_params=sequences,
+            rotary_pos_emb=self.rope(plan.positions_P2),
+            packed_seq_params=PackedSequences(plan=plan.frames, window_plan=plan.windows),
         )
-        return VisionFeatures(self.merger(hidden_P1h)[torch.argsort(block_order_M)])
+        return VisionFeatures(self.merger(hidden_P1h)[plan.restore_M])
 
     def _into_windows(self, patches: Tensor, block_order_M: Tensor) -> Tensor:
         """Reorders the rows of [P, ...] block by block, the merge x merge patches of each staying together."""

@@ -27,6 +27,7 @@ from megatron_vppo.models.layers.sequences import PackedSequences
 from megatron_vppo.models.vision.tower import (
     Grid,
     Merger,
+    TowerPlan,
     VisionFeatures,
     VisionTower,
     by_block,
@@ -44,8 +45,10 @@ def segment_lengths(hf_config: Qwen3VLVisionConfig) -> tuple[int, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def stretch_weights(count: int, *, side: int) -> Tensor:
+def stretch_weights(count: int, *, side: int, device: torch.device) -> Tensor:
     """Returns fp32 [count, side]: the weights that interpolate `count` points from `side` points on the same line.
+
+    They are made on the device, which costs less than sending them.
 
     Linear interpolation between neighbours, end on end. For side 3 and count 5:
 
@@ -57,8 +60,8 @@ def stretch_weights(count: int, *, side: int) -> Tensor:
 
     A single point lies at the start.
     """
-    place = torch.arange(count, dtype=torch.float32) * ((side - 1) / max(1, count - 1))
-    distance = (place[:, None] - torch.arange(side, dtype=torch.float32)).abs()
+    place = torch.arange(count, dtype=torch.float32, device=device) * ((side - 1) / max(1, count - 1))
+    distance = (place[:, None] - torch.arange(side, dtype=torch.float32, device=device)).abs()
     return (1.0 - distance).clamp(min=0.0)
 
 
@@ -90,16 +93,21 @@ class Qwen3VisionTower(VisionTower):
             self.add_module(f"deepstack_merger_{number}", Merger(config, norm_over_block=True, **shared))
         self.merger = Merger(config, norm_over_block=False, **shared)
 
-    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
-        device = pixels_PD.device
-        positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]).to(device)
+    def plan(self, grids_thw: tuple[Grid, ...]) -> TowerPlan:
         frames = Packing(tuple(rows * columns for count, rows, columns in grids_thw for _ in range(count)))
+        return TowerPlan(
+            grids_thw,
+            positions_P2=torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]),
+            frames=self.parts.plan(frames, causal=False),
+        )
+
+    def forward(self, pixels_PD: Tensor, plan: TowerPlan) -> VisionFeatures:
         shared = {
             "attention_mask": None,
-            "rotary_pos_emb": self.rope(positions_P2),
-            "packed_seq_params": PackedSequences(plan=self.parts.plan(frames, causal=False, device=device)),
+            "rotary_pos_emb": self.rope(plan.positions_P2),
+            "packed_seq_params": PackedSequences(plan=plan.frames),
         }
-        embedded_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype)) + self._positions(grids_thw)
+        embedded_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype)) + self._positions(plan.grids_thw)
         hidden_P1h = embedded_Ph[:, None, :]
         tapped = []
         for number in range(self.num_segments):
@@ -118,7 +126,7 @@ class Qwen3VisionTower(VisionTower):
         learned = self.position_grid.to(torch.float32).view(side, side, -1)  # [side, side, h]
         stretched = {}
         for rows, columns in {(rows, columns) for _, rows, columns in grids_thw}:
-            down, across = (stretch_weights(n, side=side).to(learned.device) for n in (rows, columns))
+            down, across = (stretch_weights(n, side=side, device=learned.device) for n in (rows, columns))
             positions_YXh = torch.einsum("rg,ghx,ch->rcx", down, learned, across)
             stretched[rows, columns] = by_block(positions_YXh, merge=self.merge)
         positions_Ph = torch.cat([stretched[rows, columns].repeat(count, 1) for count, rows, columns in grids_thw])

@@ -24,7 +24,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_vppo.models.layers.packed import PackedBatch
-from megatron_vppo.models.vision.tower import Grid, VisionFeatures, VisionTower
+from megatron_vppo.models.vision.tower import Grid, TowerPlan, VisionFeatures, VisionTower
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,44 @@ def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int
     return tuple(tuple(sorted(images)) for images in assigned)
 
 
+@dataclass(frozen=True)
+class FeatureShares:
+    """The way of the features of a micro-batch from the ranks that share its images, to all of these ranks."""
+
+    rows: int
+    """The features that each rank sends, padding included."""
+    by_image_M: Tensor
+    """int64; the place of each feature among those of all ranks, one rank after the other."""
+
+
+@dataclass(frozen=True)
+class ImageWork:
+    """The images that this rank runs the tower on, and the way of their features to the other ranks."""
+
+    tower: TowerPlan | None
+    """None: this rank has no image."""
+    shares: FeatureShares | None
+    """None: no other rank shares the images."""
+
+
+def plan_images(tower: VisionTower, batch: PackedBatch, *, rank: int, ranks: int) -> ImageWork:
+    """Plans the work on the images of a micro-batch.
+
+    Args:
+        rank: this rank's number among the `ranks` that share the images.
+    """
+    images_of_ranks = batch.images_of_ranks or (tuple(range(len(batch.grids_thw))),)
+    assert len(images_of_ranks) == ranks, "images are assigned to the ranks that share them"
+    own_grids = tuple(batch.grids_thw[image] for image in images_of_ranks[rank])
+    shares = None
+    if ranks > 1:
+        counts = [_merged_counts(batch.grids_thw, images, tower.merge) for images in images_of_ranks]
+        shares = FeatureShares(max(sum(c) for c in counts), _rows_by_image(images_of_ranks, counts))
+    return ImageWork(tower.plan(own_grids) if own_grids else None, shares)
+
+
 def image_parallel_features(
-    tower: VisionTower, batch: PackedBatch, pixels_PD: Tensor, *, groups: VisionGroups, width: int
+    tower: VisionTower, work: ImageWork, pixels_PD: Tensor, *, groups: VisionGroups, width: int
 ) -> VisionFeatures:
     """Brings the features of all images of a micro-batch to every rank; the tower runs on this rank's images alone.
 
@@ -70,27 +106,22 @@ def image_parallel_features(
     Raises:
         ValueError: the pixels are not those of this rank's images.
     """
-    ranks, rank, grids_thw = groups.images.size(), groups.images.rank(), batch.grids_thw
-    images_of_ranks = batch.images_of_ranks or (tuple(range(len(grids_thw))),)
-    assert len(images_of_ranks) == ranks, "images are assigned to the ranks that share them"
-    own_images = images_of_ranks[rank]
-    own_grids = tuple(grids_thw[image] for image in own_images)
+    own_grids = () if work.tower is None else work.tower.grids_thw
     patches = sum(frames * rows * columns for frames, rows, columns in own_grids)
     if patches != len(pixels_PD):
         raise ValueError(f"the grids {own_grids} have {patches} patches but pixels hold {len(pixels_PD)}")
-    if ranks == 1:
-        return tower(pixels_PD, own_grids)
-    if own_images:
-        features = tower(pixels_PD, own_grids)
+    features = None if work.tower is None else tower(pixels_PD, work.tower)
+    if work.shares is None:
+        assert features is not None, "a rank that shares with no other has all images"
+        return features
+    if features is not None:
         own_MOh = torch.stack([features.merged_Mh, *features.deepstack_Mh], dim=1)
     else:
         own_MOh = pixels_PD.new_zeros(0, 1 + tower.num_taps, width, dtype=tower.dtype)
         # The gather's backward is a collective: a rank without images has to take part, so autograd must reach it here.
         own_MOh.requires_grad_(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters()))
-    counts = [_merged_counts(grids_thw, images, tower.merge) for images in images_of_ranks]
-    gathered_MOh = _GatherPadded.apply(own_MOh, max(sum(c) for c in counts), groups)
-    by_image_M = _rows_by_image(images_of_ranks, counts).to(gathered_MOh.device)
-    first, *taps = gathered_MOh[by_image_M].unbind(1)
+    gathered_MOh = _GatherPadded.apply(own_MOh, work.shares.rows, groups)
+    first, *taps = gathered_MOh[work.shares.by_image_M].unbind(1)
     return VisionFeatures(first, tuple(taps))
 
 

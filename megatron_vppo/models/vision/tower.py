@@ -23,9 +23,21 @@ from torch import Tensor, nn
 
 from megatron_vppo.models.layers.norm import PlainNorm
 from megatron_vppo.models.layers.parts import LayerParts, for_plain_linear
+from megatron_vppo.models.layers.sequences import AttentionPlan
 
 Grid = tuple[int, int, int]
 """(frames, rows, columns) of an image, in patches."""
+
+
+@dataclass(frozen=True)
+class TowerPlan:
+    """The facts about some images that a tower's forward pass needs, worked out on the host. Families add their own."""
+
+    grids_thw: tuple[Grid, ...]
+    positions_P2: Tensor
+    """int64; (row, column) of each patch, in the order in which the layers take the patches."""
+    frames: AttentionPlan
+    """For attention over whole frames."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,11 @@ class VisionTower(MegatronModule):
             head_dim=config.hidden_size // config.num_attention_heads, theta=hf_config.rope_parameters["rope_theta"]
         )
 
-    def forward(self, pixels_PD: Tensor, grids_thw: tuple[Grid, ...]) -> VisionFeatures:
+    def plan(self, grids_thw: tuple[Grid, ...]) -> TowerPlan:
+        raise NotImplementedError
+
+    def forward(self, pixels_PD: Tensor, plan: Any) -> VisionFeatures:
+        """Maps the patches of images, in the processor's order, to features. `plan` is what `plan` made of them."""
         raise NotImplementedError
 
 

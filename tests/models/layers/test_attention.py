@@ -12,8 +12,6 @@ from megatron_vppo.models.layers.context_parallel import tokens_of_rank
 from megatron_vppo.models.layers.continued import continued_bounds
 from megatron_vppo.models.layers.packing import Packing
 
-CPU = torch.device("cpu")
-
 LENGTHS = [(1,), (7, 7, 7), (3, 40, 5, 5, 41, 1, 18, 38, 39), (16, 16, 8, 16, 4, 16), (5, 90)]
 
 
@@ -36,7 +34,7 @@ def test_packed_attention_is_dense_attention(lengths: tuple[int, ...], kv_heads:
     inputs = [torch.randn(total, heads, 32, requires_grad=True) for heads in (4, kv_heads, kv_heads)]
     upstream = torch.randn(total, 128)
 
-    packed = packed_attention(*inputs, plan_attention(Packing(lengths), causal=causal, device=CPU), scale=0.2)
+    packed = packed_attention(*inputs, plan_attention(Packing(lengths), causal=causal), scale=0.2)
     gradients = torch.autograd.grad((packed * upstream).sum(), inputs)
     parts = zip(*(x.split(lengths) for x in inputs), strict=True)
     expected = torch.cat([dense(*part, causal=causal, scale=0.2) for part in parts])
@@ -62,7 +60,7 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
     loss = torch.zeros(())
     outputs = torch.empty(sum(lengths), 128)
     for rank, share in enumerate(shares):
-        plan = plan_context_attention(Packing(lengths), rank=rank, size=ranks, device=CPU)
+        plan = plan_context_attention(Packing(lengths), rank=rank, size=ranks)
         output = packed_attention(query[share], gathered_key, gathered_value, plan, scale=0.2)
         outputs[share] = output.detach()
         loss = loss + (output * upstream[share]).sum()
@@ -79,7 +77,7 @@ def test_context_parallel_attention_is_dense_attention(lengths: tuple[int, ...],
 def test_buckets_bound_padding() -> None:
     generator = random.Random(3)
     lengths = tuple(generator.randint(1, 300) for _ in range(500))
-    plan = plan_attention(Packing(lengths), causal=True, device=CPU)
+    plan = plan_attention(Packing(lengths), causal=True)
     index = torch.arange(sum(lengths))
     padded = sum(len(index[bucket.query_index]) for bucket in plan.buckets)
     assert sum(lengths) <= padded <= sum(lengths) / 0.8
@@ -110,7 +108,7 @@ def test_continuations_see_their_prefix(way: str, kv_heads: int) -> None:
     upstream = torch.randn(SHARED.num_tokens, 128)
 
     if way == "buckets":
-        output = packed_attention(*inputs, plan_attention(SHARED, causal=True, device=CPU), scale=0.2)
+        output = packed_attention(*inputs, plan_attention(SHARED, causal=True), scale=0.2)
     else:
         output = by_bounds(*inputs)
     gradients = torch.autograd.grad((output * upstream).sum(), inputs)
@@ -124,9 +122,9 @@ def test_continuations_see_their_prefix(way: str, kv_heads: int) -> None:
 
 def by_bounds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The calls that TransformerEngine gets, with torch in its place."""
-    whole, continued = SHARED.whole, continued_bounds(SHARED, device=CPU)
+    whole, continued = SHARED.whole, continued_bounds(SHARED)
     assert continued.first == whole.num_tokens and continued.longest == 10 and continued.longest_keys == 15
-    first = packed_attention(*(x[: continued.first] for x in (q, k, v)), plan_attention(whole, causal=True, device=CPU),
+    first = packed_attention(*(x[: continued.first] for x in (q, k, v)), plan_attention(whole, causal=True),
                              scale=0.2)  # fmt: skip
     outputs = [first]
     keys, values = continued.keys(k), continued.keys(v)
