@@ -12,17 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench.counted_flops import count_flops
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig
 
 from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.flops import ModelCost, model_cost
-from megatron_vppo.models.layers import attention
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings
@@ -97,49 +94,6 @@ def make_policy(folder: Path, layout: Layout, *, per: PerturbUnit, shared: bool)
     return MegatronPolicy(trainable, hf_config=config(), layout=layout, settings=settings, pixels=Zeros())
 
 
-# The CPU's fused attention has no formula in torch. Causal calls count at half the square; those with a mask, which
-# continuations have, count whole.
-def _attention(query: torch.Size, key: torch.Size, *_: object, is_causal: bool = False, **__: object) -> int:
-    pieces, heads, queries, width = query
-    return 4 * pieces * heads * queries * key[2] * width // (2 if is_causal else 1)
-
-
-def _forward(
-    q: torch.Size, k: torch.Size, v: torch.Size, dropout: float = 0.0, causal: bool = False, **_: object
-) -> int:
-    return _attention(q, k, is_causal=causal)
-
-
-def _backward(
-    grad: torch.Size, q: torch.Size, k: torch.Size, v: torch.Size, out: object, sums: object, dropout: float,
-    causal: bool, **_: object,
-) -> int:  # fmt: skip
-    return 2 * _attention(q, k, is_causal=causal)
-
-
-FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
-
-
-def lower_right(*shape: int) -> object:
-    """Makes the mask outside of the counter: torch's class of it cannot be made within a dispatch mode."""
-    with _disable_current_modes():
-        return causal_lower_right(*shape)
-
-
-@pytest.fixture(autouse=True)
-def _masks_are_made_outside_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "causal_lower_right", lower_right)
-
-
-def count(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 def group_floor(cost: ModelCost, *, shared: bool) -> float:
     """The forward FLOPs of a group's rows in one view, image and head left out."""
     prompt = IMAGE_TOKENS + WORDS
@@ -174,39 +128,37 @@ def test_scoring_executes_little_more_than_the_floor(
     rows = responses()
     floor = scoring_floor(per, views_of_image)
     policy = make_policy(folder, layout, per=per, shared=True)
-    executed = count(lambda: policy.score(rows, step=1, views="both"))
+    executed = count_flops(lambda: policy.score(rows, step=1, views="both"))
     assert GROUPS * floor < executed <= BAR * GROUPS * floor
     apart = make_policy(folder, layout, per=per, shared=False)
-    assert count(lambda: apart.score(rows, step=1, views="both")) > (1.3 if per == "row" else 2) * executed
+    assert count_flops(lambda: apart.score(rows, step=1, views="both")) > (1.3 if per == "row" else 2) * executed
 
 
 def test_the_second_view_costs_a_quarter_of_a_training(folder: Path, layout: Layout) -> None:
     """Scoring and update of VPPO over those of DAPO, with one perturbation for a group; 1.25 if nothing is wasted."""
     rows = responses()
     policy = make_policy(folder, layout, per="image", shared=True)
-    one = count(lambda: policy.score(rows, step=1, views="original"))
-    both = count(lambda: policy.score(rows, step=1, views="both"))
-    update = count(lambda: policy.accumulate_gradients(batch_of(rows)))
+    one = count_flops(lambda: policy.score(rows, step=1, views="original"))
+    both = count_flops(lambda: policy.score(rows, step=1, views="both"))
+    update = count_flops(lambda: policy.accumulate_gradients(batch_of(rows)))
     assert 1.2 < (both + update) / (one + update) <= 1.27
 
 
 def test_the_update_executes_little_more_than_the_floor(folder: Path, layout: Layout) -> None:
     rows, floor = responses(), update_floor()
     policy = make_policy(folder, layout, per="row", shared=True)
-    executed = count(lambda: policy.accumulate_gradients(batch_of(rows)))
+    executed = count_flops(lambda: policy.accumulate_gradients(batch_of(rows)))
     assert GROUPS * floor < executed <= BAR * GROUPS * floor
     apart = make_policy(folder, layout, per="row", shared=False)
-    assert count(lambda: apart.accumulate_gradients(batch_of(rows))) > 2 * executed
+    assert count_flops(lambda: apart.accumulate_gradients(batch_of(rows))) > 2 * executed
 
 
 def _executed(rank: int, world: int, folder: Path) -> tuple[int, int]:
     """Counts what a rank executes in scoring and update."""
     rows = responses()
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(attention, "causal_lower_right", lower_right)
-        policy = make_policy(folder, Case(tensor=world).open(), per="image", shared=True)
-        scoring = count(lambda: policy.score(rows, step=1, views="both"))
-        return scoring, count(lambda: policy.accumulate_gradients(batch_of(rows)))
+    policy = make_policy(folder, Case(tensor=world).open(), per="image", shared=True)
+    scoring = count_flops(lambda: policy.score(rows, step=1, views="both"))
+    return scoring, count_flops(lambda: policy.accumulate_gradients(batch_of(rows)))
 
 
 @pytest.mark.distributed

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from bench.pretend_device import PretendDevice
-from bench.pretended_memory import BLOCKING_COPY, DEVICE, TO_HOST, is_pinned, on_device
+from bench.pretended_memory import BLOCKING_COPY, DEVICE, TO_HOST, Moment, is_pinned, on_device
 from torch import Tensor
 
 
@@ -197,13 +197,13 @@ def test_parameters_are_taken_over(device: PretendDevice) -> None:
     assert on_device(flat) and on_device(model(torch.ones(1, 2, device=DEVICE)))
 
 
-def test_waits_between_notes(device: PretendDevice) -> None:
+def test_moments_hold_the_counts_so_far(device: PretendDevice) -> None:
     x = numbers()
     x.tolist()
     device.note()
-    x[0].item(), x.nonzero()
+    x[0].item(), x.nonzero(), numbers(on="cpu").to(DEVICE)
     device.note()
-    assert device.tally.waits_at == [1, 3]
+    assert device.tally.moments == [Moment(1, 0), Moment(4, 1)]
 
 
 def test_nothing_is_left_behind() -> None:

@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from bench.causal_bias import made_outside_of_modes
 from bench.pretended_memory import DEVICE, HOST, Recorder, goes_straight, is_pinned, mark, on_device
 
 SOURCES = ("megatron_vppo", "megatron/core")
@@ -90,6 +91,7 @@ class PretendDevice(Recorder):
             start(thread)
 
         self._stack.enter_context(patch.object(threading.Thread, "start", start_counted))
+        self._stack.enter_context(made_outside_of_modes())
         self._stack.enter_context(self._modes())
         return self
 

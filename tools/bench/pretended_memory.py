@@ -18,6 +18,14 @@ BLOCKING_COPY = "blocking copy to the device"
 TO_HOST = "copy to the host"
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The counts at a call of `Recorder.note`."""
+
+    waits: int
+    copies_to_device: int
+
+
 @dataclass
 class Tally:
     """Counts of what happened. A line is "file:number function", the innermost one of the sources that are watched."""
@@ -33,8 +41,7 @@ class Tally:
     """Operations on the device, views left out, by name and line."""
     host_operations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Operations of torch on host memory, views included, by name and line."""
-    waits_at: list[int] = field(default_factory=list)
-    """The number of waits so far at each call of `Recorder.note`."""
+    moments: list[Moment] = field(default_factory=list)
 
     def waits_of(self, kind: str) -> int:
         return sum(times for (what, _), times in self.waits.items() if what == kind)
@@ -58,8 +65,10 @@ class Recorder:
         return done
 
     def note(self) -> None:
-        """Notes the number of waits so far, see `Tally.waits_at`."""
-        self.tally.waits_at.append(sum(self.tally.waits.values()))
+        """Adds the counts so far to `Tally.moments`."""
+        with self._lock:
+            counts = (sum(self.tally.waits.values()), sum(self.tally.copies_to_device.values()))
+            self.tally.moments.append(Moment(*counts))
 
     def wait(self, kind: str) -> None:
         with self._lock:

@@ -118,7 +118,8 @@ def with_layers(hf_config: Any, layers: int) -> Any:
         raise ValueError(f"--layers {layers}: the model has {hf_config.text_config.num_hidden_layers} language layers")
     cut = copy.deepcopy(hf_config)
     cut.text_config.num_hidden_layers = layers
-    cut.text_config.layer_types = cut.text_config.layer_types[:layers]
+    if hasattr(cut.text_config, "layer_types"):
+        cut.text_config.layer_types = cut.text_config.layer_types[:layers]
     return cut
 
 
