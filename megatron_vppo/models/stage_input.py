@@ -1,7 +1,7 @@
-"""What a pipeline stage reads of a packed micro-batch: all that the host works out for it beforehand.
+"""The input of a pipeline stage: a packed micro-batch, with all that the host works out for it beforehand.
 
-Shape suffix legend: C = tokens of this context-parallel rank; J = image tokens among C; W = image tokens among the
-tokens that this rank holds between layers.
+Shape suffix legend: K = all packed tokens; I = image tokens among K; C = tokens of this context-parallel rank; J =
+image tokens among C; W = image tokens among the tokens that this rank holds between layers.
 
 From the packed tokens to the tokens of a rank, with two context-parallel and two tensor-parallel ranks. One sequence of
 8 tokens, of which 4 are image tokens `i`:

@@ -1,7 +1,8 @@
 """The packing of views of responses into a micro-batch. Views that show the same prompt share it.
 
 Shape suffix legend: N = response tokens of a micro-batch that this context-parallel rank predicts, flat; K = all
-packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K.
+packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = image tokens among K; P = patches of
+the images that this rank runs the vision tower on; D = values of a patch, as bytes.
 
 Three views of two prompts, p q and x y z; the responses to the first are a b c and d e. The last token of a response is
 not read, since it predicts nothing:

@@ -1,7 +1,7 @@
 """The way of many small tensors to the device: one buffer and one copy, for which the host does not wait.
 
 A copy from ordinary memory makes the host wait until the device has done all of its work so far. So the tensors of a
-record are packed into one buffer of pinned memory, and sent on a stream of their own beside what the device computes.
+record are packed into one buffer of pinned memory, and sent on a stream of their own while the device computes.
 Integers travel in the narrowest type that holds them, and are widened on the device:
 
     record      token_ids int64    positions int64    hidden bool     on the host

@@ -70,16 +70,13 @@ class Updater:
         views = [[View(row, None) for row in rows] for rows in micro_batches]
         runner.forward_backward(batch.responses, views, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())
-        return {
-            **self._sum_over_ranks(weighted, divide_by=1.0),
-            **self._sum_over_ranks(per_token, divide_by=response_tokens),
-        }
+        return self._sum_over_ranks({**weighted, **{name: sums / response_tokens for name, sums in per_token.items()}})
 
-    def _sum_over_ranks(self, sums: Mapping[str, Tensor], *, divide_by: float) -> dict[str, float]:
+    def _sum_over_ranks(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         gathered: list[dict[str, float]] = [{} for _ in range(self._runner.layout.world_size)]
         dist.all_gather_object(gathered, _read(sums) if self._runner.holds_results else {})
         names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
-        return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) / divide_by for name in names}
+        return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) for name in names}
 
 
 def _accumulate(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:

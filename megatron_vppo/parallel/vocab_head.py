@@ -180,12 +180,12 @@ class VocabHead:
         """The weight without its padding rows; empty on a rank that holds only such rows."""
         return self.weight_Vh[: max(0, self.vocab_size - self.vocab_start)]
 
-    @functools.cached_property
+    @property
     def banned_rows(self) -> Tensor:
         """int64; the indices of the banned tokens among this rank's rows."""
         local = [token - self.vocab_start for token in self.banned_ids]
-        held = [row for row in local if 0 <= row < len(self.rows_Vh)]
-        return torch.tensor(held, dtype=torch.int64, device=self.weight_Vh.device)
+        held = tuple(row for row in local if 0 <= row < len(self.rows_Vh))
+        return _on_device(held, self.weight_Vh.device)
 
     def local_targets(self, target_N: Tensor) -> tuple[Tensor, Tensor]:
         """Returns each target's index among this rank's rows (0 if another rank holds it), and if it is held."""
@@ -200,6 +200,12 @@ class VocabHead:
                 f"hidden states {list(hidden_Nh.shape)} and head weight {list(weight_Vh.shape)} do not fit: "
                 "pass [positions, hidden] and [vocabulary rows, hidden]"
             )
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns int64 numbers, sent to the device once in a run: the host waits for such a copy."""
+    return torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 class _TokenLogps(torch.autograd.Function):

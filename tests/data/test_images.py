@@ -58,7 +58,7 @@ def ref(row: int) -> ImageRef:
 
 
 def values(inputs: VisionInputs, ref: ImageRef, perturb: PerturbKey | None = None) -> Tensor:
-    """What the model reads of an image."""
+    """Returns the values that the model reads of an image."""
     patches = inputs.patches(ref, perturb)
     assert patches.bytes_PD.dtype == torch.uint8
     return inputs.values(patches.bytes_PD, patches.hidden_P)

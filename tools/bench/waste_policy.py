@@ -21,6 +21,7 @@ from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
 from bench.our_way import OPTIM
 from bench.pretended_memory import DEVICE
 from bench.workload import fill_with_noise
+from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.build import build_model
@@ -114,10 +115,18 @@ class Images:
     threads: list[int] = dataclasses.field(default_factory=list)
     """The thread of each call."""
 
-    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Tensor:
+    _kept: dict[ImageRef, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def values(self) -> PatchValues:
+        return PatchValues(torch.zeros(CHANNELS, 256), frames=FRAMES)
+
+    def patches(self, ref: ImageRef, perturb: PerturbKey | None) -> Patches:
         self.threads.append(threading.get_ident())
         time.sleep(self.seconds)
-        return torch.zeros(math.prod(self.grid), CHANNELS * FRAMES * self.patch_side**2)
+        bytes_PD = torch.zeros(math.prod(self.grid), CHANNELS * self.patch_side**2, dtype=torch.uint8)
+        bytes_PD = self._kept.setdefault(ref, bytes_PD)
+        return Patches(bytes_PD, None if perturb is None else torch.zeros(len(bytes_PD), dtype=torch.bool))
 
 
 def distinct_image_bytes(groups: int, *, patch_side: int = PATCH_SIDE) -> int:

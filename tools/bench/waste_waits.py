@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 from bench.pretend_device import PretendDevice
 from bench.pretended_memory import BLOCKING_COPY, Tally
@@ -30,6 +32,7 @@ from bench.waste_policy import (
     train_batch,
 )
 from megatron_vppo.config.choices import PerturbUnit
+from megatron_vppo.parallel import staging
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 
@@ -94,7 +97,7 @@ def _phases(family: FamilyName, layout: Layout, patch_side: int) -> dict[Name, C
         }
         if per == "image":
             phases["update"] = lambda policy: policy.accumulate_gradients(batch)
-        with PretendDevice() as device:
+        with PretendDevice() as device, patch.object(staging, "host_buffer", _pinned):
             policy = make_policy(
                 small_config(family, patch_side=patch_side),
                 on_pretended_device(layout),
@@ -108,12 +111,17 @@ def _phases(family: FamilyName, layout: Layout, patch_side: int) -> dict[Name, C
     return found
 
 
+def _pinned(num_bytes: int, device: torch.device) -> Tensor:
+    """Stands for the host's memory where the device is a GPU."""
+    return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+
 def _count(device: PretendDevice, policy: MegatronPolicy, phase: Phase) -> Counted:
     tokens = 0
 
     def begin(stage: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal tokens
-        tokens += len(inputs[0].token_ids_K)
+        tokens += len(inputs[0].token_ids_C)
         device.note()
 
     hook = policy.trainable.stages[0].register_forward_pre_hook(begin)

@@ -79,11 +79,9 @@ class WindowedTowerPlan(TowerPlan):
     """The plan of a tower whose layers take the patches window by window."""
 
     windows: AttentionPlan
-    """For attention within windows."""
+    """The plan of attention within windows."""
     block_order_M: Tensor
     """int64; the numbers of the merged blocks of all images, window after window."""
-    restore_M: Tensor
-    """int64; the place of each merged block in that order."""
 
 
 class Qwen25VisionTower(VisionTower):
@@ -124,7 +122,6 @@ class Qwen25VisionTower(VisionTower):
             frames=self.parts.plan(frames, causal=False),
             windows=self.parts.plan(windows, causal=False),
             block_order_M=block_order_M,
-            restore_M=torch.argsort(block_order_M),
         )
 
     def forward(self, pixels_PD: Tensor, plan: WindowedTowerPlan) -> VisionFeatures:
@@ -135,7 +132,7 @@ class Qwen25VisionTower(VisionTower):
             rotary_pos_emb=self.rope(plan.positions_P2),
             packed_seq_params=PackedSequences(plan=plan.frames, window_plan=plan.windows),
         )
-        return VisionFeatures(self.merger(hidden_P1h)[plan.restore_M])
+        return VisionFeatures(self.merger(hidden_P1h)[torch.argsort(plan.block_order_M)])
 
     def _into_windows(self, patches: Tensor, block_order_M: Tensor) -> Tensor:
         """Reorders the rows of [P, ...] block by block, the merge x merge patches of each staying together."""

@@ -37,7 +37,7 @@ class TowerPlan:
     positions_P2: Tensor
     """int64; (row, column) of each patch, in the order in which the layers take the patches."""
     frames: AttentionPlan
-    """For attention over whole frames."""
+    """The plan of attention over whole frames."""
 
 
 @dataclass(frozen=True)
