@@ -40,24 +40,13 @@ class HostTimes:
     decode_image: float = 0.030
     """Reading and resizing one image. Measured: 0.020 on a smooth one; texture is a guess."""
     process_image: float = 0.016
-    """The processor's part of an image of one megapixel. Measured."""
-    perturb_image: float = 0.0029
-    """Measured."""
-    join_view: float = 0.010
-    """Copying the patches of one view into those of the micro-batch. Measured."""
-    pageable_copy: float = 6.4e9
-    """Bytes/s from ordinary host memory to the device. Measured on an H200."""
-    bytes_per_patch: float = 4704
-    """1,176 values in fp32."""
+    """The processor's part of an image of one megapixel, as bytes. Measured."""
+    bytes_per_patch: float = 588
+    """3 channels of 14 x 14 pixels of one frame."""
+    fill_buffer: float = 4.1e9
+    """Bytes/s into the buffer that is sent to the device. Measured: 0.72 ms for an image of one megapixel."""
     pack_token: float = 1.5e-7
     """Packing of one token. Measured: 4.4 ms for 29,584."""
-    unhidden_packing: float = 0.5
-    """The share of the packing for which the device waits. A guess."""
-    waits_scoring: int = 25
-    waits_update: int = 28
-    """Times in a micro-batch that the host waits for the device. Counted."""
-    idle_per_wait: float = 25e-6
-    """The seconds that the device idles at each. A guess."""
     launch_layer: float = 0.0007
     """The host's time to start one layer forward; the device waits if the layer has less to do. A guess. On an H200 a
     layer of the tower took 3.2 ms with gradients; how much of that was starting it is not known."""
@@ -117,10 +106,10 @@ class Assumptions:
 LIKELY = Assumptions()
 CAUTIOUS = Assumptions(
     Shares(training=0.70, vision=0.45, decode_memory=0.65),
-    HostTimes(eager_layer=0.0008, decode_image=0.045, pageable_copy=3e9, launch_layer=0.0032),
+    HostTimes(eager_layer=0.0008, decode_image=0.045, launch_layer=0.0032),
 )
 HOPEFUL = Assumptions(
     Shares(training=0.87, vision=0.65, decode_memory=0.85),
-    HostTimes(eager_layer=0.00035, decode_image=0.020, pageable_copy=10e9),
+    HostTimes(eager_layer=0.00035, decode_image=0.020),
 )
 """The assumptions as they stand above, and with the guesses that matter most at their slow and at their fast end."""

@@ -1,8 +1,8 @@
 """The seconds of scoring and update on a trainer rank. Modelled, not measured.
 
 Both phases add up: products of the language model and of the vision tower at a share of the fastest product, exchanges
-between tensor, context and pipeline ranks, which nothing hides, and what the device waits for on the host. All stages
-of a pipeline count as equal.
+between tensor, context and pipeline ranks, which nothing hides, and what of the host's packing takes longer than the
+device's work. All stages of a pipeline count as equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PhaseSeconds:
     bubble: float
     """Stages of a pipeline that wait for the first or the last micro-batch."""
     host: float
-    """The device waits for images and packing."""
+    """The device waits for images and packing, which a thread does one micro-batch ahead."""
     optimizer: float = 0.0
     """Data-parallel collectives and the optimizer."""
 
@@ -66,16 +66,13 @@ def scoring_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, ma
         micro_batches=groups * work.responses / work.rows_per_scoring,
         with_backward=False,
     )
-    waiting = groups * work.images * (host.decode_image + host.process_image)
-    waiting += groups * done.group.perturbed * host.perturb_image
-    waiting += groups * done.group.towers * _view_seconds(work, machine)
-    waiting += done.micro_batches * host.waits_scoring * host.idle_per_wait
-    return _phase(model, layout, machine, done, pipelines=1, host=waiting + _packing(done, machine))
+    read = groups * work.images * (host.decode_image + host.process_image)
+    return _phase(model, layout, machine, done, pipelines=1, packing=read + _packing(work, done, machine))
 
 
 def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
     """Returns the seconds of all mini-batches: forward, backward, collectives and optimizer."""
-    host, work = machine.assumed.host, _as_packed(work, layout)
+    work = _as_packed(work, layout)
     groups = work.minibatches * math.ceil(work.prompts / work.minibatches / layout.data)
     done = _Pass(
         group=update_of_group(model.cost, work),
@@ -83,17 +80,13 @@ def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, mac
         micro_batches=groups * work.responses / work.rows_per_update,
         with_backward=True,
     )
-    # The images of a step do not stay in memory from scoring to update, but from one micro-batch to the next.
-    waiting = groups * work.images * (host.decode_image + host.process_image)
-    waiting += groups * done.group.towers * _view_seconds(work, machine)
-    waiting += done.micro_batches * host.waits_update * host.idle_per_wait
-    return _phase(
+    return _phase(  # the images of a step stay in memory, as bytes
         model,
         layout,
         machine,
         done,
         pipelines=work.minibatches,
-        host=waiting + _packing(done, machine),
+        packing=_packing(work, done, machine),
         optimizer=work.minibatches * optimizer_seconds(model, layout, machine),
     )
 
@@ -124,21 +117,29 @@ def _phase(
     done: _Pass,
     *,
     pipelines: int,
-    host: float,
+    packing: float,
     optimizer: float = 0.0,
 ) -> PhaseSeconds:
-    """Args: pipelines: times that the pipeline fills and empties, once for each mini-batch."""
+    """
+    Args:
+        pipelines: times that the pipeline fills and empties, once for each mini-batch.
+        packing: seconds of the thread that packs the next micro-batch.
+    """
     language = done.groups * _language_seconds(layout, machine, done)
     vision = _vision_seconds(model, layout, machine, done)
     exchange = done.groups * _exchange_seconds(model, layout, machine, done)
     bubble = (layout.pipeline - 1) * pipelines / max(pipelines, done.micro_batches)
     messages = (4 if done.with_backward else 2) * done.micro_batches * machine.assumed.host.stage_message
+    exchange_and_messages = exchange + (messages if layout.pipeline > 1 else 0.0)
+    device = language + vision + exchange_and_messages
+    # The first micro-batch of each mini-batch is packed before anything runs, all others while something runs.
+    first = min(1.0, pipelines / done.micro_batches)
     return PhaseSeconds(
         language=language,
         vision=vision,
-        exchange=exchange + (messages if layout.pipeline > 1 else 0.0),
+        exchange=exchange_and_messages,
         bubble=bubble * (language + vision + exchange),
-        host=host,
+        host=first * packing + (1 - first) * max(0.0, packing - device),
         optimizer=optimizer,
     )
 
@@ -191,12 +192,8 @@ def _exchange_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine
     )
 
 
-def _view_seconds(work: StepWork, machine: Machine) -> float:
-    """Returns the seconds until the patches of one view of an image are on the device."""
+def _packing(work: StepWork, done: _Pass, machine: Machine) -> float:
+    """Returns the seconds in which tokens and bytes of images are put into the buffers that go to the device."""
     host = machine.assumed.host
-    return host.join_view + work.patches * host.bytes_per_patch / host.pageable_copy
-
-
-def _packing(done: _Pass, machine: Machine) -> float:
-    host = machine.assumed.host
-    return done.groups * done.group.tokens * host.pack_token * host.unhidden_packing
+    image_bytes = done.groups * work.images * work.patches * host.bytes_per_patch
+    return done.groups * done.group.tokens * host.pack_token + image_bytes / host.fill_buffer

@@ -17,7 +17,7 @@ UNIT = GpuCeilings("unit", 1000.0, 1000.0, memory=100.0, node=50.0, network=10.0
 """1,000 FLOP/s, 100 bytes/s of memory."""
 ALL = Shares(1.0, 1.0, 1.0, 1.0, 1.0, 1.0)
 NO_HOST = HostTimes(**dict.fromkeys(HostTimes.__dataclass_fields__, 0))
-NO_HOST = replace(NO_HOST, pageable_copy=1e30, bundle_bytes=1e30)
+NO_HOST = replace(NO_HOST, fill_buffer=1e30, bundle_bytes=1e30)
 MACHINE = Machine(UNIT, Assumptions(ALL, NO_HOST))
 """Every ceiling is reached, and the host takes no time."""
 MODEL = SpeedModel(

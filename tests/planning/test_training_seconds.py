@@ -71,17 +71,20 @@ def test_bubbles_and_messages_by_hand() -> None:
 
 
 def test_what_the_device_waits_for_by_hand() -> None:
-    """A group has two images, read once in each phase; 18 views in scoring, 16 of them perturbed, and 4 in the update.
-    A view of 4 patches of 5 bytes takes 2 s at 10 bytes/s, and 3 s to join."""
-    host = replace(
-        NO_HOST, decode_image=1.0, process_image=10.0, perturb_image=100.0, join_view=3.0, pageable_copy=10.0,
-        bytes_per_patch=5.0, waits_scoring=7, waits_update=9, idle_per_wait=0.5, pack_token=0.25, unhidden_packing=0.5,
-    )  # fmt: skip
+    """Four groups have two images of 4 patches each, which are read in scoring alone. Scoring has 4 micro-batches and
+    reads 160 tokens of a group, the update 8 in two mini-batches and 80 tokens."""
+    host = replace(NO_HOST, decode_image=1.0, process_image=10.0, bytes_per_patch=5.0, fill_buffer=10.0,
+                   pack_token=0.25)  # fmt: skip
     machine = Machine(UNIT, Assumptions(ALL, host))
     scoring, update = (phase(MODEL, WORK, ONE, machine) for phase in (scoring_seconds, update_seconds))
-    packing = 80 * 0.125
-    assert scoring.host == pytest.approx(4 * (2 * 11 + 16 * 100 + 18 * 5) + 4 * 7 * 0.5 + 4 * 2 * packing)
-    assert update.host == pytest.approx(4 * (2 * 11 + 4 * 5) + 8 * 9 * 0.5 + 4 * packing)
+    filling = 4 * 2 * 4 * 5 / 10
+    scoring_packed, update_packed = 4 * 2 * 11 + filling + 4 * 160 * 0.25, filling + 4 * 80 * 0.25
+    busy = scoring.language + scoring.vision
+    assert scoring_packed > busy, "the device waits for the thread"
+    assert scoring.host == pytest.approx(scoring_packed / 4 + 3 / 4 * (scoring_packed - busy))
+    busy = update.language + update.vision
+    assert update_packed < busy, "the thread waits for the device"
+    assert update.host == pytest.approx(update_packed * 2 / 8)
 
 
 def test_a_tower_with_little_to_do_waits_for_its_launches() -> None:
