@@ -200,6 +200,22 @@ def test_cache_is_used_and_bounded(dataset, monkeypatch) -> None:
     assert decoded == [2, 2, 0]
 
 
+def test_an_image_is_decoded_and_processed_once_in_a_step(dataset, monkeypatch) -> None:
+    """For an engine, for both views of scoring under two perturbations, and for the update."""
+    decoded, processed = [], []
+    decode, process = VisionDataset.image, VisionInputs._process
+    monkeypatch.setattr(VisionDataset, "image", lambda *args: decoded.append(args[1]) or decode(*args))
+    inputs = vision(dataset, perturbing=Perturbing(BlackPatches(0.5), per="row"))
+    monkeypatch.setattr(VisionInputs, "_process", lambda *a, **options: processed.append(1) or process(*a, **options))
+    for row in (0, 1):
+        inputs.image(ref(row))
+    again = len(processed)  # resizing takes one pass of the processor each
+    for key in (None, KEY, PerturbKey(5, 3), None):
+        for row in (0, 1):
+            inputs.patches(ref(row), key)
+    assert decoded == [0, 1] and len(processed) - again == 2
+
+
 def test_least_recently_used_entries_go_first() -> None:
     cache: _ByteLru[str] = _ByteLru(10)
     for row in range(3):
@@ -209,3 +225,6 @@ def test_least_recently_used_entries_go_first() -> None:
     assert [cache.get(ref(row)) for row in range(4)] == ["0", None, "2", "3"]
     cache.put(ref(4), "4", 11)
     assert cache.get(ref(4)) is None and cache.get(ref(3)) == "3"
+    cache.put(ref(3), "again", 4)
+    cache.put(ref(3), "again", 4)
+    assert [cache.get(ref(row)) for row in (0, 2, 3)] == ["0", "2", "3"], "what is there already takes no more room"
