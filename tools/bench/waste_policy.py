@@ -27,6 +27,7 @@ from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel.batching import Pixels
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings
@@ -75,7 +76,7 @@ def small_config(family: FamilyName, *, patch_side: int = PATCH_SIDE) -> HfConfi
             "head_dim": 24,
             "rope_parameters": {**rope, "mrope_section": [6, 3, 3], "mrope_interleaved": True},
         },
-        vision_config={**vision, "num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+        vision_config={**vision, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
         tie_word_embeddings=False,
         **_MEDIA,
     )
@@ -152,7 +153,7 @@ def make_policy(
     layout: Layout,
     *,
     per: PerturbUnit,
-    images: Images,
+    images: Pixels,
     rows_each: int = len(LENGTHS),
     max_tokens: int | None = None,
 ) -> MegatronPolicy:
@@ -162,7 +163,8 @@ def make_policy(
         rows_each: the responses of a micro-batch, in both phases.
         max_tokens: the limit that replaces it, see PolicySettings.
     """
-    trainable = make_trainable([make_stage(config, layout)], layout=layout, settings=OPTIM, dtype=torch.float32)
+    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # Gloo scatters by copies, which would count
+    trainable = make_trainable([make_stage(config, layout)], layout=layout, settings=optim, dtype=torch.float32)
     trainable.set_step(1)
     return MegatronPolicy(
         trainable, hf_config=config, layout=layout, settings=make_settings(per, rows_each, max_tokens), pixels=images
