@@ -136,9 +136,15 @@ class VisionInputs:
     def _original_bytes(self, ref: ImageRef) -> Tensor:
         bytes_PD = self._patches.get(ref)
         if bytes_PD is None:
-            bytes_PD = self._to_bytes(self.image(ref))
-            self._patches.put(ref, bytes_PD, bytes_PD.numel())
+            image = self.image(ref)
+            bytes_PD = self._patches.get(ref)  # resizing an image may have made them
+        if bytes_PD is None:
+            bytes_PD = self._to_bytes(image)
+            self._keep(ref, bytes_PD)
         return bytes_PD
+
+    def _keep(self, ref: ImageRef, bytes_PD: Tensor) -> None:
+        self._patches.put(ref, bytes_PD, bytes_PD.numel())
 
     def _resized(self, ref: ImageRef) -> Image.Image:
         dataset = self._datasets[ref.split]
@@ -160,6 +166,8 @@ class VisionInputs:
             bytes_PD = self._to_bytes(image)
             _, rows, columns = self._grid_after_processor(image.size)
             image = self._assemble(bytes_PD, rows, columns)
+            if image.size == target:  # a further pass would not resize, so these are the image's patches
+                self._keep(ref, bytes_PD)
         return image
 
     def _grid_after_processor(self, size: tuple[int, int]) -> tuple[int, int, int]:
