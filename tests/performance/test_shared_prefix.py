@@ -20,6 +20,7 @@ from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.flops import ModelCost, model_cost
+from megatron_vppo.models.vision.tower import TowerPlan
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings
@@ -181,8 +182,8 @@ class ImagesRun:
         assert tower is not None
         tower.register_forward_pre_hook(self._add)
 
-    def _add(self, tower: object, inputs: tuple[Tensor, tuple[object, ...]]) -> None:
-        self._count += len(inputs[1])
+    def _add(self, tower: object, inputs: tuple[Tensor, TowerPlan]) -> None:
+        self._count += len(inputs[1].grids_thw)
 
     def of(self, work: Callable[[], object]) -> int:
         self._count = 0

@@ -79,7 +79,7 @@ def test_the_authors_way_scores_what_transformers_says_row_by_row() -> None:
         ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]])
         with torch.no_grad():
             logits = model(
-                input_ids=ids, pixel_values=workload.pixels[response.group_id],
+                input_ids=ids, pixel_values=workload.values(workload.pixels[response.group_id].bytes_PD),
                 image_grid_thw=torch.tensor(response.prompt.grids_thw),
                 mm_token_type_ids=(ids == config.image_token_id).int(),
             ).logits[0]  # fmt: skip
