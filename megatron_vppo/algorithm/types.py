@@ -9,8 +9,8 @@ Shape suffix legend: B = responses; T = response tokens, right-padded; N = respo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -162,12 +162,6 @@ class TrainBatch:
     response_mask_BT: Tensor
     """fp32; 1.0 on response tokens. Metrics are means over it."""
     loss: LossSpec
-
-    def moved(self, move: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]) -> TrainBatch:
-        """Returns the batch with its tensors elsewhere, where `move` brings them all at once."""
-        names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT", "response_mask_BT")
-        tensors = move(tuple(getattr(self, name) for name in names))
-        return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each."""

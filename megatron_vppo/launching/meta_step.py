@@ -90,20 +90,20 @@ def run_step(
 ) -> StepBytes:
     """Runs the micro-batch through this rank's stages; call it within `meta_device`."""
     batch = runner.packer.pack(responses, views)
-    stage_input, pixels_PD, tokens = runner.send(runner.plan(batch))
+    planned, pixels_PD = runner.send(runner.plan(batch))
     kept, outputs = [], []
     for stage, ddp in zip(trainable.stages, trainable.ddps, strict=True):
         if not stage.pre_process:
             stage.set_input_tensor([_received_S1h(batch, layout, runner, dtype=stage.config.params_dtype)])
         not_counted = [*stage.parameters(), *stage.buffers()]
         with _saved_storages(not_counted) as storages:
-            hidden = ddp(stage_input, pixels_PD.to(META))
+            hidden = ddp(planned.stage, pixels_PD.to(META))
         kept.append(sum(storage.nbytes() for storage in storages.values()))
         outputs.append(hidden.untyped_storage().nbytes())
         if not hidden.requires_grad:
             continue
         if stage.post_process:
-            _loss(tokens, hidden, runner).backward()
+            _loss(planned.tokens, hidden, runner).backward()
         else:
             hidden.backward(torch.empty_like(hidden))
     return StepBytes(tuple(kept), tuple(outputs), sizes_of(batch, layout))

@@ -9,7 +9,7 @@ images that this rank runs the vision tower on; D = values of a patch; h = hidde
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vppo.algorithm.patches import Patches, PatchValues
-from megatron_vppo.algorithm.types import ImageRef, PerturbKey
+from megatron_vppo.algorithm.types import ImageRef, PerturbKey, TokenTerms
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.stage_input import StageInput
 
@@ -60,17 +60,12 @@ class ResponseTokens:
     """int64; the index among this rank's packed tokens (C) of the hidden state that predicts each token."""
     target_N: Tensor
     """int64; the tokens."""
-    row_N: Tensor
-    column_N: Tensor
-    """int64; the row and column of each token in [B, T] tensors."""
+    at: tuple[Tensor, Tensor] | None
+    """int64 [N] each; row and column of each token in [B, T] tensors. None on the device in an update, whose terms the
+    host has picked already."""
     num_perturbed: int
     """The number of tokens of views with perturbed images, which are the last ones. Just before them lie the tokens of
     the same rows' original views, in the same order."""
-
-    @property
-    def at(self) -> tuple[Tensor, Tensor]:
-        """The index of these tokens into [B, T] tensors."""
-        return self.row_N, self.column_N
 
     def predicting(self, hidden_C1h: Tensor) -> Tensor:
         """Returns [N, h]: the hidden state that predicts each token; that of a shared prompt's end several times.
@@ -102,9 +97,12 @@ class ResponseTokens:
 
     def select(self, which: slice) -> ResponseTokens:
         """Selects some of the tokens, all of original or all of perturbed views."""
-        names = ("hidden_index_N", "target_N", "row_N", "column_N")
-        cut = {name: getattr(self, name)[which] for name in names}
-        return replace(self, **cut, num_perturbed=len(cut["target_N"]) if which == self.perturbed else 0)
+        return ResponseTokens(
+            self.hidden_index_N[which],
+            self.target_N[which],
+            at=None if self.at is None else (self.at[0][which], self.at[1][which]),
+            num_perturbed=self.num_perturbed if which == self.perturbed else 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,8 @@ class PlannedBatch:
 
     stage: StageInput
     tokens: ResponseTokens
+    terms: TokenTerms | None
+    """The other inputs of these tokens' loss; None in scoring."""
     patches: PatchBytes | None
 
 

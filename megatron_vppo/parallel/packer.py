@@ -214,7 +214,7 @@ def _response_tokens(
     #     held by rank      0  0  1  1  1  1  0  0
     #     index in C of 1   -  -  4  5  6  7  -  -     0 to 3 are of the first sequence
     #
-    # Rank 1 predicts all three: hidden_index_N = 4 5 6, target_N = a b c, column_N = 0 1 2. Rank 0 predicts none.
+    # Rank 1 predicts all three: hidden_index_N = 4 5 6, target_N = a b c, columns 0 1 2. Rank 0 predicts none.
     index, targets, rows, columns, perturbed = [], [], [], [], []
     for view, (with_prompt, with_rest) in zip(views, of_views, strict=True):
         response = responses[view.row]
@@ -236,8 +236,7 @@ def _response_tokens(
     return ResponseTokens(
         hidden_index_N=torch.from_numpy(hidden_index[here]),
         target_N=torch.from_numpy(np.concatenate(targets)[here]),
-        row_N=torch.from_numpy(np.concatenate(rows)[here]),
-        column_N=torch.from_numpy(np.concatenate(columns)[here]),
+        at=(torch.from_numpy(np.concatenate(rows)[here]), torch.from_numpy(np.concatenate(columns)[here])),
         num_perturbed=int(np.concatenate(perturbed)[here].sum()),
     )
 

@@ -9,21 +9,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_vppo.algorithm.types import Response
+from megatron_vppo.algorithm.types import Response, TokenTerms, TrainBatch
 from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
 from megatron_vppo.models.families import family_of
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.models.stage_input import StageInput
 from megatron_vppo.parallel.ahead import made_ahead
 from megatron_vppo.parallel.batching import BatchSplit, Pixels, PlannedBatch, ResponseBatch, ResponseTokens, View
 from megatron_vppo.parallel.layout import Layout
@@ -34,8 +33,11 @@ from megatron_vppo.parallel.vocab_head import VocabHead, check_targets
 
 ReadHidden = Callable[[ResponseTokens, Tensor], None]
 """(the tokens of a micro-batch, hidden states [C, 1, h] after the final norm) -> None; called on the last stage."""
-LossOf = Callable[[ResponseTokens, Tensor], Tensor]
-"""(tokens, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last stage."""
+LossOf = Callable[[ResponseTokens, TokenTerms, Tensor], Tensor]
+"""(tokens, their terms, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last
+stage."""
+TermsAt = Callable[[tuple[Tensor, Tensor]], TokenTerms]
+"""(rows and columns of tokens) -> their terms, on the host."""
 
 
 @dataclass(frozen=True)
@@ -160,19 +162,20 @@ class ScheduleRunner:
     def forward(self, responses: Sequence[Response], micro_views: Sequence[Sequence[View]], read: ReadHidden) -> None:
         """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state."""
 
-        def collect(tokens: ResponseTokens, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
-            read(tokens, hidden_C1h)
+        def collect(batch: PlannedBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
+            read(batch.tokens, hidden_C1h)
 
         for stage in self.stages:
             stage.eval()
         with torch.no_grad(), amaxes_untouched(self.stages):
-            self._run(responses, micro_views, collect, models=self.stages, phase="scoring")
+            pack = partial(self.pack, responses)
+            self._run(pack, micro_views, collect, models=self.stages, phase="scoring")
         for stage in self.stages:
             stage.train()
 
     def forward_backward(
         self,
-        responses: Sequence[Response],
+        batch: TrainBatch,
         micro_views: Sequence[Sequence[View]],
         loss_of: LossOf,
         *,
@@ -185,38 +188,42 @@ class ScheduleRunner:
         """
         no_tokens = torch.zeros((), dtype=torch.int, device=self.layout.device)  # that Megatron would divide by
 
-        def loss(tokens: ResponseTokens, hidden_C1h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            return loss_of(tokens, hidden_C1h), no_tokens, {}
+        def loss(micro_batch: PlannedBatch, hidden_C1h: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            assert micro_batch.terms is not None
+            return loss_of(micro_batch.tokens, micro_batch.terms, hidden_C1h), no_tokens, {}
 
-        self._run(responses, micro_views, loss, models=models, phase="update")
+        pack = partial(self.pack, batch.responses, terms_at=batch.terms_at)
+        self._run(pack, micro_views, loss, models=models, phase="update")
 
-    def pack(self, responses: Sequence[Response], views: Sequence[View]) -> Staged[PlannedBatch]:
+    def pack(
+        self, responses: Sequence[Response], views: Sequence[View], *, terms_at: TermsAt | None = None
+    ) -> Staged[PlannedBatch]:
         """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets. Touches the host
         alone.
         """
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.plan(self.packer.pack(responses, views))
+        return self.plan(self.packer.pack(responses, views), terms_at=terms_at)
 
-    def plan(self, batch: ResponseBatch) -> Staged[PlannedBatch]:
+    def plan(self, batch: ResponseBatch, *, terms_at: TermsAt | None = None) -> Staged[PlannedBatch]:
         """Works out what this rank's stages read of a packed micro-batch, still on the host."""
-        return self._stager.pack(PlannedBatch(self.stages[0].plan(batch.packed), batch.tokens, batch.patches))
+        tokens, terms = batch.tokens, None
+        if terms_at is not None and tokens.at is not None:
+            terms = terms_at(tokens.at)
+            tokens = replace(tokens, at=None)
+        return self._stager.pack(PlannedBatch(self.stages[0].plan(batch.packed), tokens, terms, batch.patches))
 
-    def to_device(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Brings tensors of the host to the device, in one copy that nobody waits for."""
-        return self._stager.send(self._stager.pack(tensors))
-
-    def send(self, staged: Staged[PlannedBatch]) -> tuple[StageInput, Tensor, ResponseTokens]:
+    def send(self, staged: Staged[PlannedBatch]) -> tuple[PlannedBatch, Tensor]:
         """Brings a micro-batch to the device. Its pixels, [P, D], are made there; no rows if this rank has no image."""
         batch = self._stager.send(staged)
         if batch.patches is None:
-            return batch.stage, torch.zeros(0, 0, device=self.layout.device), batch.tokens
-        return batch.stage, batch.patches.pixels(self._values), batch.tokens
+            return batch, torch.zeros(0, 0, device=self.layout.device)
+        return batch, batch.patches.pixels(self._values)
 
     def _run(
         self,
-        responses: Sequence[Response],
+        pack: Callable[[Sequence[View]], Staged[PlannedBatch]],
         micro_views: Sequence[Sequence[View]],
         on_hidden: Callable[..., object],
         *,
@@ -233,14 +240,14 @@ class ScheduleRunner:
         idle = [[View(0, None, counted=False)]] * (num_micro_batches - len(micro_views))
 
         def forward_step(
-            batches: Iterator[tuple[StageInput, Tensor, ResponseTokens]], model: torch.nn.Module
+            batches: Iterator[tuple[PlannedBatch, Tensor]], model: torch.nn.Module
         ) -> tuple[Tensor, Callable[..., object]]:
-            stage, pixels_PD, tokens = next(batches)
-            return model(stage, pixels_PD), partial(on_hidden, tokens)
+            batch, pixels_PD = next(batches)
+            return model(batch.stage, pixels_PD), partial(on_hidden, batch)
 
         # The images of a micro-batch are read and packed while the one before runs. Every stage of this rank asks for
         # it once, so they share it.
-        packed = made_ahead(partial(self.pack, responses), [*micro_views, *idle], device=self.layout.device)
+        packed = made_ahead(pack, [*micro_views, *idle], device=self.layout.device)
         iterators = list(itertools.tee(map(self.send, packed), len(models)))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(

@@ -21,15 +21,16 @@ class ScoreTable:
         self.logp_BT, self.entropy_BT, self.perturbed_logp_BT, self.divergence_BT = self._tables_4BT.unbind()
 
     def write_original(self, tokens: ResponseTokens, logp_N: Tensor, entropy_N: Tensor) -> None:
-        self.logp_BT[tokens.at], self.entropy_BT[tokens.at] = logp_N, entropy_N
+        at = _place(tokens)
+        self.logp_BT[at], self.entropy_BT[at] = logp_N, entropy_N
 
     def write_perturbed(self, tokens: ResponseTokens, logp_N: Tensor) -> None:
-        self.perturbed_logp_BT[tokens.at] = logp_N
+        self.perturbed_logp_BT[_place(tokens)] = logp_N
 
     def write_two_views(self, tokens: ResponseTokens, views: TwoViews) -> None:
         self.write_original(tokens, views.logp_N, views.entropy_N)
         self.write_perturbed(tokens, views.perturbed_logp_N)
-        self.divergence_BT[tokens.at] = views.divergence_N
+        self.divergence_BT[_place(tokens)] = views.divergence_N
 
     def sum_over_ranks(self, *, counts: bool) -> ScoreTable:
         """Adds up the tables of all ranks, in host memory and equal on every rank: one counting rank wrote each token.
@@ -42,3 +43,8 @@ class ScoreTable:
         whole = ScoreTable(*self.logp_BT.shape, device=torch.device("cpu"))
         whole._tables_4BT.copy_(self._tables_4BT)
         return whole
+
+
+def _place(tokens: ResponseTokens) -> tuple[Tensor, Tensor]:
+    assert tokens.at is not None, "scoring sends the places of tokens"
+    return tokens.at

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
-from megatron_vppo.algorithm.types import TrainBatch
+from megatron_vppo.algorithm.types import TokenTerms, TrainBatch
 from megatron_vppo.parallel.batching import ResponseTokens, View
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
@@ -50,17 +50,16 @@ class Updater:
     def accumulate_gradients(self, batch: TrainBatch) -> dict[str, float]:
         """Leaves the gradient of the mini-batch's loss in the parameters' `main_grad`; returns the loss's metrics."""
         runner = self._runner
-        on_device = batch.moved(runner.to_device)
         head = functools.cache(partial(runner.vocab_head, trained=True))  # only the last stage has one
         with_entropy = batch.loss.entropy_kind == "entropy"
         weighted: dict[str, Tensor] = {}
         per_token: dict[str, Tensor] = {}
 
-        def loss_of(tokens: ResponseTokens, hidden_C1h: Tensor) -> Tensor:
+        def loss_of(tokens: ResponseTokens, terms: TokenTerms, hidden_C1h: Tensor) -> Tensor:
             new_logp_N, entropy_N = head().token_logps(
                 tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=with_entropy
             )
-            sums = surrogate_loss(new_logp_N, on_device.terms_at(tokens.at), spec=batch.loss, entropy_N=entropy_N)
+            sums = surrogate_loss(new_logp_N, terms, spec=batch.loss, entropy_N=entropy_N)
             _accumulate(weighted, sums.weighted_sums)
             _accumulate(per_token, sums.token_sums)
             return sums.loss
@@ -68,7 +67,7 @@ class Updater:
         self._trainable.zero_gradients()
         micro_batches = runner.update_micro_batches(batch.responses)
         views = [[View(row, None) for row in rows] for rows in micro_batches]
-        runner.forward_backward(batch.responses, views, loss_of, models=self._trainable.ddps)
+        runner.forward_backward(batch, views, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())
         return self._sum_over_ranks({**weighted, **{name: sums / response_tokens for name, sums in per_token.items()}})
 

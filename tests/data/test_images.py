@@ -201,7 +201,7 @@ def test_cache_is_used_and_bounded(dataset, monkeypatch) -> None:
 
 
 def test_an_image_is_decoded_and_processed_once_in_a_step(dataset, monkeypatch) -> None:
-    """For an engine, for both views of scoring under two perturbations, and for the update."""
+    """An engine needs it, scoring in two views under two perturbations, and the update."""
     decoded, processed = [], []
     decode, process = VisionDataset.image, VisionInputs._process
     monkeypatch.setattr(VisionDataset, "image", lambda *args: decoded.append(args[1]) or decode(*args))

@@ -1,4 +1,4 @@
-"""The hidden states that predict response tokens: which they are, and that their gradient repeats."""
+"""Response tokens of a micro-batch: the hidden states that predict them, and those of each kind of view."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _two_threads() -> Iterator[None]:
 
 def tokens_at(index_N: Tensor) -> ResponseTokens:
     zeros = torch.zeros_like(index_N)
-    return ResponseTokens(index_N, zeros, zeros, zeros, zeros.bool())
+    return ResponseTokens(index_N, zeros, at=None, num_perturbed=0)
 
 
 def test_states_may_be_read_several_times() -> None:
@@ -41,3 +41,16 @@ def test_the_gradient_of_a_shared_state_repeats_with_several_threads() -> None:
     upstream_Nh = torch.randn(4096, 128, generator=generator)
     found = [torch.autograd.grad((tokens.predicting(hidden_C1h) * upstream_Nh).sum(), hidden_C1h)[0] for _ in range(50)]
     assert all(torch.equal(found[0], again) for again in found[1:])
+
+
+def test_tokens_by_kind_of_view() -> None:
+    """Seven tokens: three of a row without a perturbed view, then two of a row with one, then that row's perturbed."""
+    numbers_N = torch.arange(7)
+    tokens = ResponseTokens(numbers_N, 10 + numbers_N, at=(20 + numbers_N, 30 + numbers_N), num_perturbed=2)
+    kinds = {"originals": [0, 1, 2, 3, 4], "single": [0, 1, 2], "paired": [3, 4], "perturbed": [5, 6]}
+    for kind, members in kinds.items():
+        chosen = tokens.select(getattr(tokens, kind))
+        assert chosen.hidden_index_N.tolist() == members
+        assert chosen.target_N.tolist() == [10 + number for number in members]
+        assert chosen.at is not None and chosen.at[1].tolist() == [30 + number for number in members]
+        assert chosen.num_perturbed == (2 if kind == "perturbed" else 0)

@@ -58,6 +58,13 @@ def shown(batch: ResponseBatch) -> list[float]:
     return [] if batch.patches is None else batch.patches.pixels(NumberedPixels.values).flatten().tolist()
 
 
+def places(batch: ResponseBatch) -> tuple[list[int], list[int]]:
+    """The rows and columns of the response tokens."""
+    assert batch.tokens.at is not None
+    rows, columns = batch.tokens.at
+    return rows.tolist(), columns.tolist()
+
+
 @pytest.mark.parametrize(
     ("rank", "index", "targets", "row", "perturbed"),
     [(0, [2, 3], [21, 22], 1, False), (1, [4, 5, 6], [11, 12, 13], 0, True)],
@@ -74,9 +81,8 @@ def test_each_context_rank_predicts_its_own_tokens(
     assert batch.packed.packing.lengths == (8, 8) and batch.patches is None
     tokens = batch.tokens
     assert tokens.hidden_index_N.tolist() == index and tokens.target_N.tolist() == targets
-    assert tokens.row_N.tolist() == [row] * len(index) and tokens.column_N.tolist() == list(range(len(index)))
+    assert places(batch) == ([row] * len(index), list(range(len(index))))
     assert tokens.num_perturbed == (len(index) if perturbed else 0)
-    assert tokens.at == (tokens.row_N, tokens.column_N)
 
 
 def test_filler_and_views_that_do_not_count_are_not_read() -> None:
@@ -95,7 +101,7 @@ def test_sequence_parallel_ranks_pad_the_last_sequence() -> None:
     split = dataclasses.replace(WHOLE, sequence_ranks=4)
     batch = pack([respond([5, 6, 7], [11, 12]), respond([5, 6], [11])], [View(0, None), View(1, None)], split)
     assert batch.packed.token_ids_K.tolist() == [5, 6, 7, 11, 5, 6, 0, 0]
-    assert batch.tokens.hidden_index_N.tolist() == [2, 3, 5] and batch.tokens.row_N.tolist() == [0, 0, 1]
+    assert batch.tokens.hidden_index_N.tolist() == [2, 3, 5] and places(batch)[0] == [0, 0, 1]
 
 
 def test_an_image_goes_through_the_tower_once_per_perturbation() -> None:
@@ -145,7 +151,7 @@ def test_views_of_a_prompt_share_it() -> None:
     assert shown(batch) == [1.0] * 8 and packed.grids_thw == (SMALL,)
     assert tokens.target_N.tolist() == [11, 12, 13, 21, 22, 31, 41, 42]
     assert tokens.hidden_index_N.tolist() == [2, 6, 7, 4, 5, 2, 2, 8]
-    assert tokens.row_N.tolist() == [0, 0, 0, 1, 1, 2, 3, 3] and tokens.column_N.tolist() == [0, 1, 2, 0, 1, 0, 0, 1]
+    assert places(batch) == ([0, 0, 0, 1, 1, 2, 3, 3], [0, 1, 2, 0, 1, 0, 0, 1])
 
 
 def other_image(response: Response) -> Response:

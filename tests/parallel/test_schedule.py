@@ -69,7 +69,8 @@ def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None
 
     def collect(tokens: ResponseTokens, hidden_C1h: Tensor) -> None:
         assert not hidden_C1h.requires_grad and not runner.stages[0].training
-        read.append((sorted(set(tokens.row_N.tolist())), len(hidden_C1h)))
+        assert tokens.at is not None
+        read.append((sorted(set(tokens.at[0].tolist())), len(hidden_C1h)))
 
     views = [[View(0, None), View(1, None)], [View(2, None)]]
     runner.forward(make_responses(), views, collect)

@@ -15,7 +15,7 @@ from megatron_vppo.parallel.vocab_head import TwoViews
 def test_scores_by_hand(counts: bool) -> None:
     """Two tokens of two responses of up to three; the ranks whose scores do not count add nothing."""
     none_N = torch.zeros(2, dtype=torch.int64)
-    tokens = ResponseTokens(none_N, none_N, torch.tensor([1, 0]), torch.tensor([0, 2]), none_N.bool())
+    tokens = ResponseTokens(none_N, none_N, at=(torch.tensor([1, 0]), torch.tensor([0, 2])), num_perturbed=0)
     views = TwoViews(*(torch.tensor([number, number + 0.5]) for number in (1.0, 2.0, 3.0, 4.0)))
     table = ScoreTable(2, 3, device=torch.device("cpu"))
     table.write_two_views(tokens, views)

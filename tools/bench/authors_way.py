@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -109,7 +109,8 @@ class AuthorsWay:
 
     def update(self, batch: TrainBatch) -> float:
         """Takes one optimizer step and returns the gradient norm."""
-        batch = batch.moved(lambda tensors: tuple(tensor.to(self._device) for tensor in tensors))
+        names = ("old_logp_BT", "advantage_BT", "pg_weight_BT", "entropy_weight_BT")
+        batch = replace(batch, **{name: getattr(batch, name).to(self._device) for name in names})
         for packed in self._update_batches:
             terms = batch.terms_at((packed.row_N, packed.column_N))
             surrogate_loss(self._forward(packed), terms, spec=batch.loss).loss.backward()

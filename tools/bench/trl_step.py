@@ -106,14 +106,14 @@ class Rows:
     """All rows as TRL takes them, right-padded by nothing: all have the same lengths."""
 
     prompt: Tensor
-    completion: Tensor
+    response: Tensor
     types: Tensor
     """1 where a token is an image's."""
     grids: Tensor
 
     @property
     def whole(self) -> Tensor:
-        return torch.cat([self.prompt, self.completion], dim=1)
+        return torch.cat([self.prompt, self.response], dim=1)
 
 
 class Rival:
@@ -129,7 +129,7 @@ class Rival:
         self._trainer = trl.GRPOTrainer(
             model=self._model,
             processing_class=AutoProcessor.from_pretrained(folder),
-            reward_funcs=lambda completions, **columns: [0.0] * len(completions),
+            reward_funcs=no_reward,
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": "x"}]}] * 2 * GROUP),
         )
@@ -137,9 +137,9 @@ class Rival:
         self._adam = torch.optim.AdamW(self._model.parameters(), lr=1e-6)
         rows, self._batch = workload.responses, batch
         prompt = torch.tensor([row.prompt.token_ids for row in rows])
-        completion = torch.tensor([row.token_ids for row in rows])
-        types = (torch.cat([prompt, completion], dim=1) == self._model.config.image_token_id).int()
-        self._rows = Rows(prompt, completion, types, torch.tensor([row.prompt.grids_thw[0] for row in rows]))
+        response = torch.tensor([row.token_ids for row in rows])
+        types = (torch.cat([prompt, response], dim=1) == self._model.config.image_token_id).int()
+        self._rows = Rows(prompt, response, types, torch.tensor([row.prompt.grids_thw[0] for row in rows]))
         images = [workload.patches(row.prompt.images[0], None) for row in rows]
         self.pixels = torch.cat([workload.values(image.bytes_PD) for image in images])
         self._old = self.logps(self.pixels)
@@ -166,7 +166,7 @@ class Rival:
             part = slice(first, first + GROUP)
             inputs = {
                 "prompt_ids": rows.prompt[part], "prompt_mask": torch.ones_like(rows.prompt[part]),
-                "completion_ids": rows.completion[part], "completion_mask": torch.ones_like(rows.completion[part]),
+                "completion_ids": rows.response[part], "completion_mask": torch.ones_like(rows.response[part]),
                 "advantages": self._batch.advantage_BT[part, 0], "old_per_token_logps": self._old[part],
                 "pixel_values": self.pixels[first * patches : (first + GROUP) * patches],
                 "image_grid_thw": rows.grids[part], "num_images": [1] * GROUP, "mm_token_type_ids": rows.types[part],
@@ -175,6 +175,11 @@ class Rival:
             self._trainer._compute_loss(self._model, inputs).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
         self._adam.step()
+
+
+def no_reward(prompts: list[Any], **columns: Any) -> list[float]:
+    """Stands where TRL wants a reward function; nothing is sampled."""
+    return [0.0] * len(prompts)
 
 
 def time_in_turn(phases: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:

@@ -28,6 +28,7 @@ from megatron_vppo.models.vision.tower import (
     TowerPlan,
     VisionFeatures,
     VisionTower,
+    block_positions,
     patch_positions,
     vision_layers,
 )
@@ -115,10 +116,10 @@ class Qwen25VisionTower(VisionTower):
         block_order_M = _concatenate_orders(orders)
         frames = Packing(tuple(itertools.chain.from_iterable(order.frame_lengths for order in orders)))
         windows = Packing(tuple(itertools.chain.from_iterable(order.window_lengths for order in orders)))
-        positions_P2 = torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw])
+        blocks_M2 = torch.cat([block_positions(grid, merge=self.merge) for grid in grids_thw])
         return WindowedTowerPlan(
             grids_thw,
-            positions_P2=self._into_windows(positions_P2, block_order_M),
+            blocks_M2=blocks_M2[block_order_M],
             frames=self.parts.plan(frames, causal=False),
             windows=self.parts.plan(windows, causal=False),
             block_order_M=block_order_M,
@@ -129,7 +130,7 @@ class Qwen25VisionTower(VisionTower):
         hidden_P1h = self.blocks(
             hidden_states=self._into_windows(hidden_Ph, plan.block_order_M)[:, None, :],
             attention_mask=None,
-            rotary_pos_emb=self.rope(plan.positions_P2),
+            rotary_pos_emb=self.rope(patch_positions(plan.blocks_M2, merge=self.merge)),
             packed_seq_params=PackedSequences(plan=plan.frames, window_plan=plan.windows),
         )
         return VisionFeatures(self.merger(hidden_P1h)[torch.argsort(plan.block_order_M)])

@@ -1,6 +1,6 @@
 """Vision tower of Qwen3-VL: full attention per frame, learned positions resampled to each image, deepstack features.
 
-Shape suffix legend: P = patches of all images; D = values of one patch; Y, X = rows, columns of an image's patch grid;
+Shape suffix legend: M = merged blocks of patches; P = patches of all images; D = values of one patch; Y, X = rows, columns of an image's patch grid;
 h = hidden size.
 
 Deepstack features come out of inner ("tapped") layers. The tower is cut after every tapped layer into segments, each a
@@ -30,6 +30,7 @@ from megatron_vppo.models.vision.tower import (
     TowerPlan,
     VisionFeatures,
     VisionTower,
+    block_positions,
     by_block,
     patch_positions,
     vision_layers,
@@ -97,14 +98,14 @@ class Qwen3VisionTower(VisionTower):
         frames = Packing(tuple(rows * columns for count, rows, columns in grids_thw for _ in range(count)))
         return TowerPlan(
             grids_thw,
-            positions_P2=torch.cat([patch_positions(grid, merge=self.merge) for grid in grids_thw]),
+            blocks_M2=torch.cat([block_positions(grid, merge=self.merge) for grid in grids_thw]),
             frames=self.parts.plan(frames, causal=False),
         )
 
     def forward(self, pixels_PD: Tensor, plan: TowerPlan) -> VisionFeatures:
         shared = {
             "attention_mask": None,
-            "rotary_pos_emb": self.rope(plan.positions_P2),
+            "rotary_pos_emb": self.rope(patch_positions(plan.blocks_M2, merge=self.merge)),
             "packed_seq_params": PackedSequences(plan=plan.frames),
         }
         embedded_Ph = self.patch_embed(pixels_PD.to(self.config.params_dtype)) + self._positions(plan.grids_thw)

@@ -34,8 +34,9 @@ class TowerPlan:
     """The facts about some images that a tower's forward pass needs, worked out on the host. Families add their own."""
 
     grids_thw: tuple[Grid, ...]
-    positions_P2: Tensor
-    """int64; (row, column) of each patch, in the order in which the layers take the patches."""
+    blocks_M2: Tensor
+    """int64; (row, column) of the first patch of each merged block, in the order in which the layers take the blocks;
+    see `patch_positions`."""
     frames: AttentionPlan
     """The plan of attention over whole frames."""
 
@@ -98,13 +99,18 @@ def vision_layers(
 
 
 @functools.lru_cache(maxsize=256)
-def patch_positions(grid: Grid, *, merge: int) -> Tensor:
-    """Returns int64 [P, 2]: (row, column) of each patch of one image, in the processor's order, merged block by merged
-    block."""
+def block_positions(grid: Grid, *, merge: int) -> Tensor:
+    """Returns int64 [M, 2]: (row, column) of the first patch of each merged block of one image, row by row."""
     frames, rows, columns = grid
-    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    positions_P2 = torch.stack([by_block(row, merge=merge), by_block(column, merge=merge)], dim=1)
-    return positions_P2.repeat(frames, 1)
+    row, column = torch.meshgrid(torch.arange(0, rows, merge), torch.arange(0, columns, merge), indexing="ij")
+    return torch.stack([row.flatten(), column.flatten()], dim=1).repeat(frames, 1)
+
+
+def patch_positions(blocks_M2: Tensor, *, merge: int) -> Tensor:
+    """Returns int64 [P, 2]: (row, column) of each patch, merged block by merged block, from those of the blocks."""
+    step = torch.arange(merge, device=blocks_M2.device)
+    within = torch.stack([step.repeat_interleave(merge, output_size=merge**2), step.repeat(merge)], dim=1)
+    return (blocks_M2[:, None] + within).flatten(0, 1)
 
 
 def by_block(x: Tensor, *, merge: int) -> Tensor:
