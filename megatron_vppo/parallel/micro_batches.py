@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from megatron_vppo.algorithm.types import PerturbKey, Response
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.parallel.balancing import assign_to_ranks
+from megatron_vppo.parallel.token_counts import fill
 
 Rows = tuple[int, ...]
 """Rows of the mini-batch."""
@@ -85,7 +86,7 @@ def cut_by_rows(groups: Sequence[Rows], *, rows_each: int) -> list[Rows]:
 def fill_by_tokens(
     responses: Sequence[Response], groups: Sequence[Rows], *, most_tokens: int, reading: Reading
 ) -> list[Rows]:
-    """Fills micro-batches with whole groups, the largest first, each into the first micro-batch that has room.
+    """Fills micro-batches with whole groups: as few as possible, with numbers of tokens just below the `token_counts`.
 
     A group that is larger than a micro-batch is cut, as seldom as possible. A row that is larger has one by itself.
     """
@@ -94,16 +95,8 @@ def fill_by_tokens(
         return reading.tokens([responses[row] for row in rows])
 
     parts = [part for group in groups for part in _parts(group, most_tokens, tokens)]
-    parts.sort(key=lambda part: (-part[1], part[0]))
-    filled: list[tuple[list[int], int]] = []
-    for rows, size in parts:
-        for number, (members, taken) in enumerate(filled):
-            if taken + size <= most_tokens:
-                filled[number] = ([*members, *rows], taken + size)
-                break
-        else:
-            filled.append((list(rows), size))
-    return sorted(tuple(sorted(members)) for members, _ in filled)
+    filled = fill([size for _, size in parts], limit=most_tokens)
+    return sorted(tuple(sorted(row for part in members for row in parts[part][0])) for members in filled)
 
 
 def _parts(group: Rows, most_tokens: int, tokens: Callable[[Sequence[int]], int]) -> list[tuple[Rows, int]]:

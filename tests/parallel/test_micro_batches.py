@@ -89,12 +89,13 @@ def test_rows_are_cut_across_groups() -> None:
 
 
 def test_groups_fill_micro_batches_whole() -> None:
-    """Shared groups of 11, 30, 19 and 12 tokens into micro-batches of 31: 30 alone, 19 and 12, 11."""
+    """Shared groups of 11, 30, 19 and 12 tokens into micro-batches of 31: 11 and 19, 30, 12. They are padded to 31, 31
+    and 19."""
     responses = [*group(0, 9, (2, 2)), *group(1, 26, (3, 3)), *group(2, 9, (6, 6)), *group(3, 10, (2, 2))]
     groups = groups_of_rank(responses, data_rank=0, data=1, reading=SHARED)
     filled = fill_by_tokens(responses, groups, most_tokens=31, reading=SHARED)
-    assert filled == [(0, 1), (2, 3), (4, 5, 6, 7)]
-    assert [packed_tokens(responses, rows, reading=SHARED) for rows in filled] == [11, 30, 31]
+    assert filled == [(0, 1, 4, 5), (2, 3), (6, 7)]
+    assert [packed_tokens(responses, rows, reading=SHARED) for rows in filled] == [30, 30, 12]
 
 
 def test_a_group_that_is_too_large_is_cut_as_seldom_as_possible() -> None:
