@@ -258,3 +258,19 @@ def test_machine_says_where_it_was_measured(repo_root: Path, tmp_path: Path) -> 
     before = torch.get_num_threads()
     assert matmul_gflops(threads=1) > 0.5
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+@pytest.mark.distributed
+def test_the_compute_run_is_measured(repo_root: Path) -> None:
+    """The real command with the fewest steps: one of warm-up, one that is measured."""
+    command = [sys.executable, "tools/bench/step_time.py", "--config", "compute", "--steps", "1"]
+    report = json.loads(subprocess.run(command, cwd=repo_root, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert report["measured_steps"] == 1
+    assert {"step", "gen", "score", "update_actor", "other"} <= set(report["seconds"])
+    assert all(seconds["median"] > 0 for phase, seconds in report["seconds"].items() if phase != "other")
+    assert (report["shape"]["sampled_groups"], report["shape"]["trained_groups"]) == (2, 2)
+    assert report["shape"]["prompt_tokens"] == PROMPT_TOKENS and 1 <= report["shape"]["response_tokens"] <= 128
+    assert report["weight_sync_mib"] == pytest.approx(59e6 * 4 / 2**20, rel=0.05)
+    assert {"engine", "trainer rank 0", "trainer rank 1"} <= {role["role"] for role in report["memory"]}

@@ -52,7 +52,9 @@ def test_floors_by_hand() -> None:
     assert floor.scoring([rows], per=None) == shared
     assert floor.scoring([rows], per="image") == 2 * shared
     assert floor.scoring([rows], per="row") == shared + alone
-    assert floor.scoring([rows, rows], per=None) == 2 * shared
+    two = make_responses(2, lengths=(3, 2))
+    assert floor.scoring([two[:2], two[2:]], per=None) == 2 * shared
+    assert floor.scoring([two[:2], two[2:]], per="image") == 4 * shared
     assert floor.update([rows]) == 3 * shared + 5 * 7 - 2 * patches
     # Each of three ranks has the tower's first product: of the update twice, of a view once.
     ranks = Floor(COST, patch_product=2, ranks=3)

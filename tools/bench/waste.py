@@ -42,12 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table (all)")
     options = parser.parse_args(arguments)
+    git = commit(ROOT)  # before it can change
     if len(options.parts) == 1:
         bars = measure(options.parts[0])
     else:
         bars = [bar for part in options.parts for bar in _in_its_own_process(part)]
     bars.sort(key=lambda bar: bar["bar"])
-    print(json.dumps({"bars": bars, "versions": versions(), "git": commit(ROOT)}, indent=1))
+    print(json.dumps({"bars": bars, "versions": versions(), "git": git}, indent=1))
 
 
 def measure(part: str) -> list[dict[str, Any]]:
