@@ -93,8 +93,7 @@ def report_stage(
             pixels=ZeroPixels(hf_config, patches=grid),
         )
         step = run_step(trainable, layout, runner, responses, update_views(runner, responses))
-        packer = replace(runner.packer, pixels=None)  # the number of pixels follows from the grids
-        both_views = packer.pack(responses, score_views(runner, responses, per=perturbed_per(config)))
+        both_views = runner.packed(responses, score_views(runner, responses, per=perturbed_per(config)))
         flight = in_flight(
             layout.pipeline,
             rank=layout.pipeline_rank,

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.batching import BatchSplit, PatchBytes, Pixels, ResponseBatch, ResponseTokens, View
+from megatron_vppo.parallel.token_counts import padded_tokens
 
 Ints = NDArray[np.int64]
 
@@ -64,10 +66,14 @@ class Packer:
     shares_prompts: bool = False
     """True if views that show the same prompt share its tokens. Context parallelism takes whole sequences alone."""
 
-    def pack(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
+    def pack(self, responses: Sequence[Response], views: Sequence[View], *, limit: int | None = None) -> ResponseBatch:
         """Packs one micro-batch; the response tokens are in the order of the views.
 
         Views with perturbed images come last, and just before them the original views of the same rows.
+
+        Args:
+            limit: the tokens that micro-batches are filled up to; they are padded to a few numbers of tokens then. None
+                pads no more than ranks need.
         """
         images = _Images(self.merge_size)
         sequences, of_views = self._lay_out(responses, views)
@@ -77,6 +83,7 @@ class Packer:
             context=self.split.context,
             alignment=self.split.token_alignment,
             prefixes=tuple(sequence.prefix for sequence in sequences if sequence.prefix is not None),
+            round_up=int if limit is None else partial(padded_tokens, limit=limit),
         )
         token_ids_K = _padded_tokens(sequences, packing)
         feature_index_I = images.feature_index_of(sequences)

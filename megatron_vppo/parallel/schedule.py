@@ -204,7 +204,13 @@ class ScheduleRunner:
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.plan(self.packer.pack(responses, views), terms_at=terms_at)
+        return self.plan(self.packed(responses, views), terms_at=terms_at)
+
+    def packed(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
+        """Packs a micro-batch, padded to one of a few numbers of tokens if micro-batches are filled by tokens."""
+        most = self.settings.max_tokens_per_micro_batch
+        limit = None if most is None else most * (2 if any(view.perturb for view in views) else 1)
+        return self.packer.pack(responses, views, limit=limit)
 
     def plan(self, batch: ResponseBatch, *, terms_at: TermsAt | None = None) -> Staged[PlannedBatch]:
         """Works out what this rank's stages read of a packed micro-batch, still on the host."""

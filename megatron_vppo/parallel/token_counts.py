@@ -21,6 +21,8 @@ _SIXTEENTHS = (16, 15, 14, 10)
 """The counts, as parts of the limit. The upper ones lie close together: a rank's tokens, divided over at least six
 micro-batches, lie between them. The lowest is for ranks that have few."""
 
+_MOST_ADDED = 1.1
+
 _TRIES = 32
 """The most sets of counts that are tried, those with the least room first. For realistic parts one of four fits."""
 
@@ -34,14 +36,16 @@ def token_counts(limit: int) -> tuple[int, ...]:
 
 
 def padded_tokens(tokens: int, *, limit: int) -> int:
-    """Returns the number that a micro-batch of `tokens` is padded to.
+    """Returns the number that a micro-batch of `tokens` is padded to: a count, or else a multiple of a sixteenth of the
+    limit.
 
-    One that is larger than the limit, because of padding of its sequences or a single long row, gets a multiple of a
-    sixteenth of it.
+    It stays as it is where more than a tenth would be added, as to one that is nearly empty: that costs more than
+    kernels for another number.
     """
-    fitting = [count for count in token_counts(limit) if count >= tokens]
     grain = max(1, limit // 16)
-    return min(fitting) if fitting else -(-tokens // grain) * grain
+    above = [count for count in token_counts(limit) if count >= tokens]
+    candidates = (*above[-1:], -(-tokens // grain) * grain)
+    return next((count for count in candidates if count <= _MOST_ADDED * tokens), tokens)
 
 
 def fill(sizes: Sequence[int], *, limit: int) -> list[list[Part]]:

@@ -154,7 +154,8 @@ def test_kept_bytes_equal_the_formulas(family: str, recompute: Any, shared: bool
 
 
 def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
-    """640 tokens: two groups of 200 + 2 x 56 tokens, or four prompts of an image of 96 and three more tokens."""
+    """640 tokens: two groups of 200 + 2 x 56 tokens, padded to all 640, or four prompts of an image of 96 and three more
+    tokens, padded to ten sixteenths."""
     hf_config = small_config("qwen2_5_vl")
     config = run_config(
         data={"max_prompt_length": 200, "max_response_length": 57, "max_pixels": 96 * 28 * 28},
@@ -170,7 +171,7 @@ def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
         for kind in (longest_responses, shortest_responses)
     ]  # fmt: skip
     batches = [report.step.batch for report in of_kinds]
-    assert [(batch.tokens, batch.patches) for batch in batches] == [(2 * 312, 2 * 384), (4 * 99, 4 * 384)]
+    assert [(batch.tokens, batch.patches) for batch in batches] == [(640, 2 * 384), (400, 4 * 384)]
     assert found.update.total == max(report.update.total for report in of_kinds)
     assert found.score.total == max(report.score.total for report in of_kinds)
     assert divide_step(config, data=1).update.micro_batches == 2

@@ -130,6 +130,21 @@ def test_ranks_share_out_the_images(image_rank: int, pixels: list[float]) -> Non
     assert pack(responses, [View(0, None)], split, with_tower=False).patches is None
 
 
+def test_micro_batches_are_padded_to_few_numbers_of_tokens() -> None:
+    """Thirteen tokens of a limit of sixteen become fourteen, and with a multiple of four for each rank sixteen."""
+    responses = [respond([5, 6, 7, 8, 5, 6], [11, 12]), respond([5] * 5, [11, 12])]
+    views = [View(0, None), View(1, None)]
+    for alignment, tokens in ((1, 14), (4, 16)):
+        split = dataclasses.replace(WHOLE, token_alignment=alignment)
+        batch = Packer(None, positions, IMAGE, 2, split).pack(responses, views, limit=16)
+        assert batch.packed.packing.lengths == (7, tokens - 7)
+        assert batch.packed.token_ids_K.tolist() == [5, 6, 7, 8, 5, 6, 11, 5, 5, 5, 5, 5, 11] + [0] * (tokens - 13)
+        assert batch.tokens.hidden_index_N.tolist() == [5, 6, 11, 12]
+    context = dataclasses.replace(WHOLE, context=2)
+    filled = Packer(None, positions, IMAGE, 2, context).pack(responses, views, limit=20).packed.packing
+    assert filled == Packing((8, 8, 4), ends_in_filler=True), "16 tokens become 17 of 20, and then a multiple of 4"
+
+
 def test_views_of_a_prompt_share_it() -> None:
     """The prompt i i 5 with three responses, and 6 7 with one that nobody shares it with."""
     responses = [

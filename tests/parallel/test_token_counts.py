@@ -20,14 +20,18 @@ def test_counts_are_parts_of_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "padded"), [(1, 10), (10, 10), (11, 14), (15, 15), (16, 16), (17, 17), (40, 40)]
+    ("tokens", "padded"), [(1, 1), (10, 10), (11, 11), (12, 12), (13, 14), (15, 15), (16, 16), (17, 17), (40, 40)]
 )  # fmt: skip
 def test_padding_goes_to_the_next_count(tokens: int, padded: int) -> None:
     assert padded_tokens(tokens, limit=16) == padded
 
 
-def test_padding_beyond_the_limit_goes_to_a_multiple_of_a_sixteenth() -> None:
-    assert [padded_tokens(tokens, limit=160) for tokens in (161, 170, 171)] == [170, 170, 180]
+def test_between_counts_and_beyond_padding_goes_to_a_multiple_of_a_sixteenth() -> None:
+    assert [padded_tokens(tokens, limit=160) for tokens in (101, 115, 161, 170, 171)] == [110, 120, 170, 170, 180]
+
+
+def test_a_tenth_is_added_at_most() -> None:
+    assert [padded_tokens(tokens, limit=1600) for tokens in (90, 91, 890, 909, 910)] == [90, 100, 900, 909, 1000]
 
 
 def sums(sizes: list[int], limit: int) -> list[int]:

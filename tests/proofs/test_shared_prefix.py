@@ -57,8 +57,8 @@ def test_both_views_share_their_prompts(
     packings = []
     pack = Packer.pack
 
-    def noting(*arguments: Any) -> Any:
-        batch = pack(*arguments)
+    def noting(*arguments: Any, **options: Any) -> Any:
+        batch = pack(*arguments, **options)
         packings.append(batch.packed.packing)
         return batch
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,7 +54,13 @@ def tokens_of_rank(packing: Packing, *, rank: int, size: int) -> Tensor:
 
 
 def padded_packing(
-    lengths: Sequence[int], *, tensor: int, context: int, alignment: int = 1, prefixes: tuple[int, ...] = ()
+    lengths: Sequence[int],
+    *,
+    tensor: int,
+    context: int,
+    alignment: int = 1,
+    prefixes: tuple[int, ...] = (),
+    round_up: Callable[[int], int] = int,
 ) -> Packing:
     """Pads sequences so that every rank gets equally many tokens, and context parallelism equal chunks.
 
@@ -67,13 +73,17 @@ def padded_packing(
         tensor: ranks that share the tokens of a context-parallel rank (sequence parallelism; 1: none).
         alignment: the tokens of every rank become a multiple of this.
         prefixes: those of the last sequences, see Packing. Context parallelism takes none.
+        round_up: (tokens of all ranks) -> the number that they are to be padded to; the default pads no more than ranks
+            need.
     """
     together = context * tensor * alignment
     if context == 1:
         *others, last = lengths
-        return Packing((*others, last + -sum(lengths) % together), prefixes=prefixes)
+        total = math.ceil(round_up(sum(lengths)) / together) * together
+        return Packing((*others, last + total - sum(lengths)), prefixes=prefixes)
     assert not prefixes, "a continuation has no chunks of its own"
     each = context * math.lcm(2, tensor)
     padded = tuple(math.ceil(length / each) * each for length in lengths)
-    missing = -sum(padded) % math.lcm(each, together)
+    multiple = math.lcm(each, together)
+    missing = math.ceil(round_up(sum(padded)) / multiple) * multiple - sum(padded)
     return Packing((*padded, missing), ends_in_filler=True) if missing else Packing(padded)

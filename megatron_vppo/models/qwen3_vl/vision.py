@@ -1,7 +1,7 @@
 """Vision tower of Qwen3-VL: full attention per frame, learned positions resampled to each image, deepstack features.
 
-Shape suffix legend: M = merged blocks of patches; P = patches of all images; D = values of one patch; Y, X = rows, columns of an image's patch grid;
-h = hidden size.
+Shape suffix legend: M = merged blocks of patches; P = patches of all images; D = values of one patch; Y, X = rows,
+columns of an image's patch grid; h = hidden size.
 
 Deepstack features come out of inner ("tapped") layers. The tower is cut after every tapped layer into segments, each a
 transformer block of its own. So the output of a tapped layer is an ordinary tensor, also where layers run again in the
