@@ -334,8 +334,9 @@ class ActorConfig(Section):
     """Responses per micro-batch of scoring."""
     max_tokens_per_micro_batch: Count | None = None
     """Tokens that the model reads in a micro-batch of the update, filled with whole groups; in scoring, as many for
-    each of the two views. Padding (FP8, sequence parallelism) comes on top. None: micro-batches have as many responses
-    as the two settings above say, which else have no effect."""
+    each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few different numbers
+    of tokens. Padding for FP8 and sequence parallelism comes on top. None: micro-batches have as many responses as the
+    two settings above say, which else have no effect."""
     ppo_epochs: Count = 1
     max_grad_norm: Positive = 1.0
     head_chunk_tokens: Count | None = None

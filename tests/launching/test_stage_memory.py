@@ -154,7 +154,7 @@ def test_kept_bytes_equal_the_formulas(family: str, recompute: Any, shared: bool
 
 
 def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
-    """640 tokens: two groups of 200 + 2 x 56 tokens, padded to all 640, or four prompts of an image of 96 and three more
+    """640 tokens: two groups of 200 + 2 x 56 tokens, padded to 640; or four prompts of an image of 96 and three more
     tokens, padded to ten sixteenths."""
     hf_config = small_config("qwen2_5_vl")
     config = run_config(
