@@ -19,7 +19,8 @@ from megatron_vppo.models.build import build_model
 from megatron_vppo.models.model_files import check_what_is_there
 from megatron_vppo.parallel.layout import single_rank
 from megatron_vppo.weights.entries import Entry, stream_entries
-from megatron_vppo.weights.load import sharded_blocks
+from megatron_vppo.weights.kinds import stored_shape
+from megatron_vppo.weights.padding import sharded_blocks
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def read_catalogue(config_folder: Path) -> Catalogue:
 
 
 def _stored_entry(entry: Entry, item: Any) -> StoredEntry:
-    shape = entry.kind.local_shape(1)
+    shape = stored_shape(entry.kind)
     blocks, row = [], 0
     for sharded in sharded_blocks(item):
         rows = sharded.local_shape[0]

@@ -1,6 +1,6 @@
 """The place of a parameter in a distributed checkpoint, and of Hugging Face tensors within a parameter.
 
-Parameters are meant as they are with tensor-parallel size 1.
+Parameters are meant as they are with tensor-parallel size 1, without padding.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class StoredEntry:
 
     entry: Entry
     shape: Shape
-    """The shape of the parameter with tensor-parallel size 1."""
+    """The shape of the unsplit parameter (weights/kinds.py)."""
     blocks: tuple[StoredBlock, ...]
     """In the order of the rows; one, except for gated projections, whose halves are stored apart."""
 

@@ -17,6 +17,7 @@ from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.models.layers.te_support import APEX_GRADIENTS
 from megatron_vppo.models.options import Backend, Fp8Options, ModelOptions
 from megatron_vppo.models.precision import AMAX_HISTORY
+from megatron_vppo.weights.padded_widths import padded_share
 
 VISION_NORM_EPSILON = 1e-6
 """The architectures fix it; their configurations have no field for it."""
@@ -170,6 +171,8 @@ def vision_config(
 ) -> TransformerConfig:
     """Makes Megatron's configuration of the vision tower, all of which lies on the first pipeline stage.
 
+    The width of its MLP is padded with zeros (docs/adr/0024-padded-widths.md).
+
     Args:
         tensor: ranks that the tower is split over.
     """
@@ -177,7 +180,7 @@ def vision_config(
     return TransformerConfig(
         num_layers=vision.depth,
         hidden_size=vision.hidden_size,
-        ffn_hidden_size=vision.intermediate_size,
+        ffn_hidden_size=padded_share(vision.intermediate_size, tensor) * tensor,
         num_attention_heads=vision.num_heads,
         kv_channels=vision.hidden_size // vision.num_heads,
         layernorm_epsilon=VISION_NORM_EPSILON,

@@ -35,7 +35,8 @@ from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
 from megatron_vppo.models.stage_input import StageInput, image_tokens_of_rank
 from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features, plan_images
 from megatron_vppo.models.vision.tower import VisionFeatures
-from megatron_vppo.weights.entries import Entry
+from megatron_vppo.weights.entries import Entry, stage_entries
+from megatron_vppo.weights.padding import without_padding
 
 
 class QwenVLModel(MegatronModule):
@@ -179,6 +180,11 @@ class QwenVLModel(MegatronModule):
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().sharded_state_dict(*args, **kwargs)
+        for entry in stage_entries(self.weight_map, stage_layers=self.stage_layers, stage=self.stage):
+            if padding := entry.kind.padding(self.tensor_group(entry).size()):
+                name, dim = entry.local_name(self.stage_layers), entry.kind.partition_dim
+                assert dim is not None
+                state[name] = without_padding(state[name], dim=dim, padding=padding)
         if self.vision_groups.tower.tp.size() != self.groups.tp.size():
             for key, item in state.items():
                 # The tower was built for one tensor-parallel rank, and every rank has a whole copy of it. The replica

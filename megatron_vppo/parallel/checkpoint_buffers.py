@@ -23,7 +23,21 @@ def buffers_to_read(trainable: Trainable, models: Mapping[str, dict[str, Any]]) 
 
     Args:
         models: the sharded states of this rank's stages, by Megatron's keys.
+
+    Raises:
+        ValueError: a parameter is padded (weights/padding.py), and was not where these buffers were written.
     """
+    padded = [
+        entry.template
+        for stage in trainable.stages
+        for entry in stage.weight_map
+        if entry.kind.padding(stage.tensor_group(entry).size())
+    ]
+    if padded:
+        raise ValueError(
+            f"the checkpoint's optimizer state is that of an older version, which did not pad {padded[0]}; start from "
+            "its weights with model.path (a folder that vppo convert makes) and another trainer.experiment_name"
+        )
     state: dict[str, Any] = trainable.optimizer.sharded_state_dict(
         dict(models) if len(models) > 1 else models["model"], is_loading=True, metadata=dict(_METADATA)
     )

@@ -17,7 +17,8 @@ from megatron_vppo.parallel.training import Trainable
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 from megatron_vppo.weights.finite import non_finite
 from megatron_vppo.weights.kinds import padded_vocabulary
-from megatron_vppo.weights.load import check_loaded, sharded_blocks
+from megatron_vppo.weights.load import check_loaded
+from megatron_vppo.weights.padding import sharded_blocks
 
 
 def check_written_for(source: Path, saved: SavedState, present: SavedSizes) -> None:

@@ -14,7 +14,8 @@ rectangles, which are pieces of the stored tensor like any others:
     row 2     b b b b b
     row 3     c c . . .      the beginning of a row
 
-Each rank writes and reads its own rectangles, straight from and into the optimizer's memory. Nothing is gathered.
+Each rank writes and reads its own rectangles, straight from and into the optimizer's memory. Nothing is gathered. Rows
+and columns of zeros that pad a parameter (weights/padding.py) are cut off.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from megatron_vppo.parallel.balancing import assign_to_ranks
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.optimizer_state import HeldState, held_states
 from megatron_vppo.parallel.training import Trainable
-from megatron_vppo.weights.load import sharded_blocks
+from megatron_vppo.weights.padding import sharded_blocks
 
 PREFIX = "optimizer.state."
 """The beginning of the keys of optimizer state: PREFIX + name of the quantity + "." + key of the parameter."""
@@ -88,17 +89,21 @@ def _written_here(sizes: Sequence[int], layout: Layout) -> set[int]:
 def _shards_of(
     held: HeldState, place: ShardedTensor | ShardedTensorFactory, *, is_written: bool
 ) -> Iterator[ShardedTensor]:
-    first = 0  # value of the block, among those of the parameter
-    for block in sharded_blocks(place):
-        columns = math.prod(block.local_shape[1:])
-        end = first + block.local_shape[0] * columns
-        low, high = max(held.start, first), min(held.stop, end)
+    blocks = sharded_blocks(place)
+    rows_of_block = held.parameter.shape[0] // len(blocks)
+    columns = math.prod(held.parameter.shape[1:])
+    for number, block in enumerate(blocks):
+        first = number * rows_of_block * columns  # value of the block, among those of the parameter
+        stored_rows, stored_columns = block.local_shape[0], math.prod(block.local_shape[1:])
+        low, high = max(held.start, first), min(held.stop, first + stored_rows * columns)
         for row, column, rows, width in _rectangles(low - first, high - first, columns):
+            stored = min(width, stored_columns - column)
+            if stored <= 0:
+                continue
             begin = first + row * columns + column - held.start
             for name, flat in held.flat.items():
-                values = flat[begin : begin + rows * width]
-                yield _shard(block, name, values, row, column, (rows, width), is_written=is_written)
-        first = end
+                values = flat[begin : begin + rows * width].view(rows, width)[:, :stored]
+                yield _shard(block, name, values, row, column, is_written=is_written)
 
 
 def _rectangles(low: int, high: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
@@ -113,13 +118,15 @@ def _rectangles(low: int, high: int, columns: int) -> Iterator[tuple[int, int, i
 
 
 def _shard(
-    block: ShardedTensor, name: str, values: Tensor, row: int, column: int, sizes: tuple[int, int], *, is_written: bool
+    block: ShardedTensor, name: str, values: Tensor, row: int, column: int, *, is_written: bool
 ) -> ShardedTensor:
-    """Makes one piece. Dimensions that count layers are in its shape, as pieces of unequal size need it."""
+    """Makes one piece of [rows, columns]. Dimensions that count layers are in its shape, as pieces of unequal size need
+    it.
+    """
     dims = len(block.local_shape)
     assert dims <= 2, f"{block.key} has {dims} dimensions"
     stacked = block.prepend_axis_num
-    shape = (*(1,) * stacked, *sizes[:dims])
+    shape = (*(1,) * stacked, *values.shape[:dims])
     inner = zip(block.global_offset[stacked:], (row, column)[:dims], strict=True)
     offset = (*block.global_offset[:stacked], *(start + more for start, more in inner))
     return ShardedTensor(

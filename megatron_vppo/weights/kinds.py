@@ -7,12 +7,18 @@ again, bit for bit.
 lie in a safetensors file (`hf_folder.FileTensor`), and reads no more of them than this rank needs.
 
 A new kind is one class here, since no other file asks which kind it has. The "unsplit" parameter is the one that a rank
-holds with tensor-parallel size 1. A gated projection of 4 rows on 2 ranks, for example:
+holds with tensor-parallel size 1, without padding. A gated projection of 4 rows on 2 ranks, for example:
 
     Hugging Face        gate: g0 g1 g2 g3      up: u0 u1 u2 u3
     unsplit             g0 g1 g2 g3 u0 u1 u2 u3
     shard, rank 0       g0 g1 u0 u1
     shard, rank 1       g2 g3 u2 u3
+
+Where a width is padded, each rank's share of it ends in zeros (docs/adr/0024-padded-widths.md). The same projection
+with shares of 3 rows instead of 2:
+
+    shard, rank 0       g0 g1 0 u0 u1 0
+    shard, rank 1       g2 g3 0 u2 u3 0
 """
 
 from __future__ import annotations
@@ -24,6 +30,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from megatron_vppo.weights.padded_widths import pad_end, share_padding
 
 Shape = tuple[int, ...]
 
@@ -55,7 +63,13 @@ class Kind(Protocol):
 
     @property
     def unpadded_rows(self) -> int | None:
-        """The rows without padding, if `shard` may add rows of zeros; None if it never does."""
+        """The rows without padding, if `shard` may add rows of zeros on the last ranks; None if it never does."""
+
+    def padding(self, size: int) -> int:
+        """Returns the rows or columns of zeros, along `partition_dim`, that end each rank's share of each tensor.
+
+        Every rank has as many, and no checkpoint holds them.
+        """
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         """Returns the shapes of the Hugging Face tensors."""
@@ -74,15 +88,22 @@ class Kind(Protocol):
         """Turns [ranks, *local shape] into the Hugging Face tensors, one at a time; they may be views."""
 
 
-def _share(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
-    """Returns the first of this rank's share of `total` units, and the one after its last."""
+def share_of(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
+    """Returns the first of a rank's share of `total` units, and the one after its last."""
     if total % size:
         raise ValueError(f"{total} {unit} cannot be split over {size} tensor-parallel ranks")
     return rank * (total // size), (rank + 1) * (total // size)
 
 
+class Unpadded:
+    """The kinds whose shares are never padded to WIDTH_MULTIPLE."""
+
+    def padding(self, size: int) -> int:
+        return 0
+
+
 @dataclass(frozen=True)
-class Replicated:
+class Replicated(Unpadded):
     """Every rank holds the whole tensor, perhaps in another shape.
 
     An example is the patch embedding: a convolution whose stride is its kernel, held as the matrix that it is.
@@ -123,27 +144,35 @@ class Split:
 
     shape: Shape
     partition_dim: int
+    padded: bool = False
+    """True if each rank's share is padded to WIDTH_MULTIPLE."""
     partition_stride = 1
     stacks_rows = True
     unpadded_rows = None
 
     @property
     def row_blocks(self) -> int:
-        return self.shape[0] if self.partition_dim == 0 else 1
+        return self.shape[0] if self.partition_dim == 0 and not self.padded else 1
+
+    def padding(self, size: int) -> int:
+        return share_padding(self.shape[self.partition_dim], size) if self.padded else 0
 
     def hf_shapes(self) -> tuple[Shape, ...]:
         return (self.shape,)
 
     def local_shape(self, size: int) -> Shape:
-        _, high = _share(self.shape[self.partition_dim], rank=0, size=size, unit="rows or columns")
-        return (*self.shape[: self.partition_dim], high, *self.shape[self.partition_dim + 1 :])
+        _, high = share_of(self.shape[self.partition_dim], rank=0, size=size, unit="rows or columns")
+        held = high + self.padding(size)
+        return (*self.shape[: self.partition_dim], held, *self.shape[self.partition_dim + 1 :])
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _share(self.shape[self.partition_dim], rank=rank, size=size, unit="rows or columns")
-        return hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
+        low, high = share_of(self.shape[self.partition_dim], rank=rank, size=size, unit="rows or columns")
+        share = hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
+        return pad_end(share, self.padding(size), dim=self.partition_dim)
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        yield shards.movedim(0, self.partition_dim).reshape(self.shape)
+        real = self.shape[self.partition_dim] // len(shards)
+        yield shards.narrow(self.partition_dim + 1, 0, real).movedim(0, self.partition_dim).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -153,124 +182,35 @@ class Gated:
     rows: int
     tail: Shape
     """The remaining dimensions: (inputs,) for the weight, () for the bias."""
+    padded: bool = False
+    """True if each rank's shares of gate and of up are padded to WIDTH_MULTIPLE."""
     partition_dim = 0
     partition_stride = 2
     stacks_rows = True
     row_blocks = 1
     unpadded_rows = None
 
+    def padding(self, size: int) -> int:
+        return share_padding(self.rows, size) if self.padded else 0
+
     def hf_shapes(self) -> tuple[Shape, ...]:
         return ((self.rows, *self.tail),) * 2
 
     def local_shape(self, size: int) -> Shape:
-        _, high = _share(self.rows, rank=0, size=size, unit="rows of a gated MLP")
-        return (2 * high, *self.tail)
+        _, high = share_of(self.rows, rank=0, size=size, unit="rows of a gated MLP")
+        return (2 * (high + self.padding(size)), *self.tail)
 
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _share(self.rows, rank=rank, size=size, unit="rows of a gated MLP")
-        return torch.cat([projection[low:high] for projection in hf])
+        low, high = share_of(self.rows, rank=rank, size=size, unit="rows of a gated MLP")
+        return torch.cat([pad_end(projection[low:high], self.padding(size), dim=0) for projection in hf])
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
         for half in shards.chunk(2, dim=1):
-            yield half.reshape(self.rows, *self.tail)
+            yield half[:, : self.rows // len(shards)].reshape(self.rows, *self.tail)
 
 
 @dataclass(frozen=True)
-class GroupedQKV:
-    """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value.
-
-    Hugging Face    q0 q1 q2 q3      k0 k1      v0 v1           4 heads, 2 key-value heads
-    unsplit         q0 q1 k0 v0 q2 q3 k1 v1
-    """
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    tail: Shape
-    partition_dim = 0
-    partition_stride = 1
-    unpadded_rows = None
-
-    @property
-    def stacks_rows(self) -> bool:
-        return self.kv_heads == 1
-
-    @property
-    def row_blocks(self) -> int:
-        return self.kv_heads
-
-    def hf_shapes(self) -> tuple[Shape, ...]:
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return (query, *self.tail), (key, *self.tail), (key, *self.tail)
-
-    def local_shape(self, size: int) -> Shape:
-        return ((self.heads + 2 * self.kv_heads) * self.head_dim // size, *self.tail)
-
-    def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _share(self.kv_heads, rank=rank, size=size, unit="key-value heads")
-        blocks = []
-        for tensor, heads_per_group in zip(hf, self._heads_per_group(), strict=True):
-            rows = heads_per_group * self.head_dim
-            blocks.append(tensor[low * rows : high * rows].reshape(high - low, rows, *self.tail))
-        return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
-
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        rows = [heads * self.head_dim for heads in self._heads_per_group()]
-        groups = shards.reshape(self.kv_heads, sum(rows), *self.tail)
-        for block in groups.split(rows, dim=1):
-            yield block.reshape(-1, *self.tail)
-
-    def _heads_per_group(self) -> tuple[int, int, int]:
-        return self.heads // self.kv_heads, 1, 1
-
-
-@dataclass(frozen=True)
-class FusedQKV:
-    """One tensor of all queries, all keys, all values -> one ordered by head: its query, its key, its value.
-
-    Hugging Face    q0 q1 k0 k1 v0 v1           2 heads
-    unsplit         q0 k0 v0 q1 k1 v1
-    """
-
-    heads: int
-    head_dim: int
-    tail: Shape
-    partition_dim = 0
-    partition_stride = 1
-    unpadded_rows = None
-
-    @property
-    def stacks_rows(self) -> bool:
-        return self.heads == 1
-
-    @property
-    def row_blocks(self) -> int:
-        return self.heads
-
-    def hf_shapes(self) -> tuple[Shape, ...]:
-        return ((3 * self.heads * self.head_dim, *self.tail),)
-
-    def local_shape(self, size: int) -> Shape:
-        return (3 * self.heads * self.head_dim // size, *self.tail)
-
-    def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
-        low, high = _share(self.heads, rank=rank, size=size, unit="attention heads")
-        starts = [number * self.heads * self.head_dim for number in range(3)]  # of queries, keys, values
-        blocks = [
-            hf[0][start + low * self.head_dim : start + high * self.head_dim].reshape(
-                high - low, self.head_dim, *self.tail
-            )
-            for start in starts
-        ]
-        return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
-
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        heads = shards.reshape(self.heads, 3, self.head_dim, *self.tail)
-        yield heads.transpose(0, 1).reshape(-1, *self.tail)
-
-
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Unpadded):
     """One row per token, padded with rows of zeros to a multiple of the number of ranks and then split."""
 
     tokens: int
@@ -301,6 +241,14 @@ class Vocabulary:
 
     def merge(self, shards: Tensor) -> Iterator[Tensor]:
         yield shards.flatten(0, 1)[: self.tokens]
+
+
+def stored_shape(kind: Kind) -> Shape:
+    """Returns the shape of the unsplit parameter."""
+    shape = list(kind.local_shape(1))
+    if kind.partition_dim is not None:
+        shape[kind.partition_dim] -= kind.padding(1) * kind.partition_stride
+    return tuple(shape)
 
 
 def padded_vocabulary(tokens: int, tensor_size: int) -> int:

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException, maybe_load_config
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint import CheckpointException, Metadata
 
 from megatron_vppo.system.agreement import on_every_rank
@@ -30,6 +29,7 @@ from megatron_vppo.weights.entries import Entry, stage_entries
 from megatron_vppo.weights.finite import non_finite
 from megatron_vppo.weights.hf_folder import HfFolder, has_hf_weights
 from megatron_vppo.weights.load_hf import MappedModel, load_hf_weights
+from megatron_vppo.weights.padding import sharded_blocks
 
 
 class ShardedModel(MappedModel, Protocol):
@@ -171,8 +171,7 @@ def check_loaded(model: ShardedModel, dist_ckpt: Path) -> None:
     for name, parameter in model.named_parameters():
         if non_finite(parameter):
             blocks = sharded_blocks(model.sharded_state_dict()[name])
-            parts = parameter.split([block.local_shape[0] for block in blocks])
-            block, found = next((b, what) for b, part in zip(blocks, parts, strict=True) if (what := non_finite(part)))
+            block, found = next((block, what) for block in blocks if (what := non_finite(block.data)))
             stacked = len(block.global_shape) - len(block.local_shape)
             sizes = (*(1,) * stacked, *block.local_shape)
             where = place_of(
@@ -218,12 +217,3 @@ def _check_common(dist_ckpt: Path, metadata: Metadata) -> None:
         raise DamagedCheckpoint(f"{path} is damaged: {type(error).__name__}") from error
     if not isinstance(held, dict):
         raise DamagedCheckpoint(f"{path} holds {type(held).__name__}, not a table")
-
-
-def sharded_blocks(item: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """Returns the blocks of rows in which Megatron stores a parameter: two for a gated projection, else one."""
-    if not isinstance(item, ShardedTensorFactory):
-        return [item]
-    built = item.build()
-    assert isinstance(built, list), f"{item.key} is not stored as blocks of rows"
-    return built

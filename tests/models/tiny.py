@@ -44,7 +44,8 @@ TEXT_SIZES = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-VISION_SIZES = {"depth": 3, "hidden_size": 48, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64}
+VISION_SIZES = {"depth": 3, "hidden_size": 48, "intermediate_size": 68, "num_heads": 4, "out_hidden_size": 64}
+"""The MLP's width is padded with one tensor-parallel rank (to 72) and with two (34 each, to 40)."""
 
 
 def tiny_config(*, tied: bool, vocab: int, **text: object) -> Qwen2_5_VLConfig:

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from torch.nn import Parameter
 
 from megatron_vppo.parallel.optimizer_shards import _shards_of, share_weights
 from megatron_vppo.parallel.optimizer_state import MAIN, HeldState
+from megatron_vppo.weights.padding import without_padding
 
 NAMES = ("exp_avg", "exp_avg_sq", MAIN)
 
@@ -42,6 +44,34 @@ def test_pieces_of_every_range_lie_where_the_values_do(shape: tuple[int, ...]) -
                 shifted = torch.where(expected >= 0, expected + 1000 * number, expected)
                 assert torch.equal(stored[name].flatten(), shifted), f"{start} to {stop}"
             assert len(pieces) <= 3 * len(NAMES)
+
+
+@pytest.mark.parametrize(("dim", "halves"), [(0, 1), (1, 1), (0, 2)])
+def test_padding_is_in_no_piece(dim: int, halves: int) -> None:
+    """The last two of 5 rows or columns are zeros; the rank is the second of three that hold the stored tensor."""
+    shape = (halves * 5, 4) if dim == 0 else (4, 5)
+    place = without_padding(_of_halves(shape, halves), dim=dim, padding=2)
+    real = torch.arange(float(math.prod(shape))).view(shape)
+    real = torch.cat([block.narrow(dim, 0, 3) for block in real.chunk(halves)])
+    size = math.prod(shape)
+    for start in range(size):
+        for stop in range(start + 1, size + 1):
+            found = torch.full((3 * real.shape[0], real.shape[1]) if dim == 0 else (4, 9), -1.0)
+            for piece in _shards_of(held(shape, start, stop), place, is_written=True):
+                if piece.key.startswith("optimizer.state.exp_avg."):
+                    assert piece.global_shape == found.shape
+                    assert (found[piece.global_slice()] == -1).all(), "two pieces overlap"
+                    found[piece.global_slice()] = piece.data
+            expected = torch.where((real >= start) & (real < stop), real, -1.0)
+            own = torch.cat(found.chunk(3 * halves, dim)[1::3], dim)
+            assert torch.equal(own, expected) and int((found >= 0).sum()) == int((expected >= 0).sum())
+
+
+def _of_halves(shape: tuple[int, ...], halves: int) -> ShardedTensor | ShardedTensorFactory:
+    """The second of three ranks' parameter: as Megatron stores a plain and a gated one."""
+    cut = (0, 1, 3) if shape[0] % 5 == 0 else (1, 1, 3)
+    whole = ShardedTensor.from_rank_offsets("w", torch.zeros(shape), cut, replica_id=(0, 0, 0))
+    return whole if halves == 1 else apply_swiglu_sharded_factory(whole, ())
 
 
 def test_pieces_are_the_optimizer_s_own_memory() -> None:

@@ -164,6 +164,12 @@ def _problems(model: QwenVLModel, vocab: int) -> list[str]:
         parameter = parameters[entry.local_name(model.stage_layers)]
         if getattr(parameter, "tensor_model_parallel", False) != (entry.kind.partition_dim is not None):
             problems.append(f"{entry.template}: wrongly marked as split or whole")
+        if zeros := entry.kind.padding(model.tensor_group(entry).size()):
+            assert entry.kind.partition_dim is not None and parameter.grad is not None
+            for tensor in (parameter, parameter.grad):
+                for block in tensor.chunk(entry.kind.partition_stride, dim=entry.kind.partition_dim):
+                    if bool(block.narrow(entry.kind.partition_dim, -zeros, zeros).any()):
+                        problems.append(f"{entry.template}: padding is not zero, or has a gradient")
         if "word_embeddings" in entry.template or "output_layer" in entry.template:
             start = model.groups.tp.rank() * parameter.shape[0]
             padding = parameter[max(vocab - start, 0) :], parameter.grad[max(vocab - start, 0) :]  # type: ignore[index]

@@ -6,6 +6,7 @@ published ones. Ranks are those of torch's fake process groups: sizes and ranks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from transformers import AutoModelForImageTextToText
 
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.models.language.weight_map import HEAD
 from megatron_vppo.models.megatron_config import check_tensor_parallel
 from megatron_vppo.models.qwen_vl import QwenVLModel
@@ -129,11 +130,31 @@ def check_against_map(model: QwenVLModel, *, tensor: int, stage: int) -> None:
 
 def stored_values(model: QwenVLModel, *, tensor: int) -> int:
     """Counts the values of the tensors that a checkpoint stores, without a tied output layer on a stage of its own."""
-    return sum(
-        p.numel() * (tensor if getattr(p, "tensor_model_parallel", False) else 1)
-        for p in model.parameters()
-        if not getattr(p, "shared", False)
-    )
+    entries = stage_entries(model.weight_map, stage_layers=model.stage_layers, stage=model.stage)
+    kinds = {entry.local_name(model.stage_layers): entry.kind for entry in entries}
+    total = 0
+    for name, p in model.named_parameters():
+        kind, shape = kinds[name], list(p.shape)
+        if kind.partition_dim is not None:
+            shape[kind.partition_dim] -= kind.padding(tensor) * kind.partition_stride
+        copies = tensor if getattr(p, "tensor_model_parallel", False) else 1
+        total += 0 if getattr(p, "shared", False) else math.prod(shape) * copies
+    return total
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_matrix_has_widths_that_tensor_cores_read(name: str) -> None:
+    """An operand's rows are as long as a matrix is wide or high: in bfloat16 a multiple of 16 bytes."""
+    config = published_config(name)
+    fitting = [size for size in range(1, 65) if tensor_parallel_is_possible(config, size)]
+    for size in fitting:
+        model = build(name, tensor=size, pipeline=1, stage=0, tensor_rank=size - 1)
+        matrices = {n: tuple(p.shape) for n, p in model.named_parameters() if p.dim() == 2 and "position_grid" not in n}
+        assert len(matrices) > 100
+        assert {n: shape for n, shape in matrices.items() if any(width % 8 for width in shape)} == {}
+        heads = {config.vision_config.hidden_size // config.vision_config.num_heads, head_dim(config.text_config)}
+        assert not any(width % 8 for width in heads), "attention multiplies heads"
+    assert len(fitting) >= 2
 
 
 @pytest.mark.parametrize(

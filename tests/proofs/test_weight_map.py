@@ -12,7 +12,8 @@ from torch import Tensor
 
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.weights.entries import Entry, stage_entries, stream_entries
-from megatron_vppo.weights.kinds import FusedQKV, Gated, GroupedQKV, Split, Vocabulary
+from megatron_vppo.weights.kinds import Gated, Split, Vocabulary
+from megatron_vppo.weights.qkv import FusedQKV, GroupedQKV
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 
 LAYOUTS = [(3,), (2, 1), (1, 1, 1)]

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.weights.kinds import FusedQKV, Gated, GroupedQKV, Kind, Replicated, Split, Vocabulary, whole
+from megatron_vppo.weights.kinds import (
+    Gated,
+    Kind,
+    Replicated,
+    Split,
+    Vocabulary,
+    stored_shape,
+    whole,
+)
+from megatron_vppo.weights.padded_widths import padded_share
+from megatron_vppo.weights.qkv import FusedQKV, GroupedQKV
 
 KINDS: dict[str, Kind] = {
     "whole": whole(6, 4),
@@ -22,6 +33,13 @@ KINDS: dict[str, Kind] = {
     "fused QKV": FusedQKV(heads=4, head_dim=2, tail=(3,)),
     "bias of one fused head": FusedQKV(heads=1, head_dim=4, tail=()),
     "vocabulary": Vocabulary(6, 3),
+}
+PADDED: dict[str, Split | Gated] = {
+    "columns of a weight": Split((3, 36), 1, padded=True),
+    "rows of a weight": Split((36, 3), 0, padded=True),
+    "rows of a bias": Split((36,), 0, padded=True),
+    "gated": Gated(36, (2,), padded=True),
+    "gated bias": Gated(36, (), padded=True),
 }
 EVERY_SIZE = range(1, 15)
 
@@ -102,3 +120,41 @@ def test_some_sizes_are_refused() -> None:
     refused = {name: [size for size in EVERY_SIZE if shards_of(kind, size) is None] for name, kind in KINDS.items()}
     assert refused["whole"] == refused["vocabulary"] == []
     assert refused["grouped QKV"] == [size for size in EVERY_SIZE if size not in (1, 2, 3, 6)]
+
+
+# --- Padded widths ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6, 9, 12])
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_shares_are_the_others_with_zeros_behind_each_block(name: str, size: int) -> None:
+    kind = PADDED[name]
+    plain = dataclasses.replace(kind, padded=False)
+    share, blocks, dim = 36 // size, kind.partition_stride, kind.partition_dim
+    wanted = next(width for width in itertools.count(share) if width % 8 == 0)
+    assert kind.padding(size) == wanted - share and plain.padding(size) == 0
+    shards = [kind.shard(tensors_of(kind), rank=rank, size=size) for rank in range(size)]
+    for rank, shard in enumerate(shards):
+        assert tuple(shard.shape) == kind.local_shape(size) and shard.shape[dim] == blocks * wanted
+        held = [block.split([share, wanted - share], dim) for block in shard.chunk(blocks, dim)]
+        unpadded = plain.shard(tensors_of(kind), rank=rank, size=size)
+        assert torch.equal(torch.cat([real for real, _ in held], dim), unpadded)
+        assert not any(zeros.any() for _, zeros in held)
+    for found, tensor in zip(kind.merge(torch.stack(shards)), tensors_of(kind), strict=True):
+        assert torch.equal(found, tensor)
+
+
+def test_what_is_stored_has_no_padding(kind: Kind) -> None:
+    assert stored_shape(kind) == tuple(kind.shard(tensors_of(kind), rank=0, size=1).shape)
+    for padded in PADDED.values():
+        assert stored_shape(padded) == dataclasses.replace(padded, padded=False).local_shape(1)
+
+
+@pytest.mark.parametrize("padded", PADDED.values(), ids=PADDED)
+def test_padded_shards_below_each_other_are_no_parameter(padded: Split | Gated) -> None:
+    assert padded.row_blocks == 1
+
+
+@pytest.mark.parametrize(("width", "size", "share"), [(3420, 1, 3424), (3420, 4, 856), (4304, 2, 2152), (4304, 8, 544)])
+def test_shares_of_released_models(width: int, size: int, share: int) -> None:
+    assert padded_share(width, size) == share

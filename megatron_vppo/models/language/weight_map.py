@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_vppo.models.hf_config import HfConfig, head_dim
 from megatron_vppo.weights.entries import Entry
-from megatron_vppo.weights.kinds import Gated, GroupedQKV, Kind, Split, Vocabulary, whole
+from megatron_vppo.weights.kinds import Gated, Kind, Split, Vocabulary, whole
+from megatron_vppo.weights.qkv import GroupedQKV
 
 HEAD = "lm_head.weight"
 """The checkpoint's name of the output weight, which a tied model leaves out."""

@@ -47,8 +47,10 @@ def _layer(vision: Qwen2_5_VLVisionConfig, layer: int) -> list[Entry]:
         entry("input_layernorm.weight", ("norm1.weight",), whole(hidden)),
         *attention_entries(vision, ours=ours, hf=hf),
         entry("pre_mlp_layernorm.weight", ("norm2.weight",), whole(hidden)),
-        entry("mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,))),
-        entry("mlp.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), Gated(ffn, ())),
-        entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1)),
+        entry(
+            "mlp.linear_fc1.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight"), Gated(ffn, (hidden,), padded=True)
+        ),
+        entry("mlp.linear_fc1.bias", ("mlp.gate_proj.bias", "mlp.up_proj.bias"), Gated(ffn, (), padded=True)),
+        entry("mlp.linear_fc2.weight", ("mlp.down_proj.weight",), Split((hidden, ffn), 1, padded=True)),
         entry("mlp.linear_fc2.bias", ("mlp.down_proj.bias",), whole(hidden)),
     ]

@@ -56,8 +56,8 @@ def _layer(vision: Qwen3VLVisionConfig, *, ours: str, hf: str) -> list[Entry]:
         *attention_entries(vision, ours=ours, hf=hf),
         entry("pre_mlp_layernorm.weight", "norm2.weight", whole(hidden)),
         entry("pre_mlp_layernorm.bias", "norm2.bias", whole(hidden)),
-        entry("mlp.linear_fc1.weight", "mlp.linear_fc1.weight", Split((ffn, hidden), 0)),
-        entry("mlp.linear_fc1.bias", "mlp.linear_fc1.bias", Split((ffn,), 0)),
-        entry("mlp.linear_fc2.weight", "mlp.linear_fc2.weight", Split((hidden, ffn), 1)),
+        entry("mlp.linear_fc1.weight", "mlp.linear_fc1.weight", Split((ffn, hidden), 0, padded=True)),
+        entry("mlp.linear_fc1.bias", "mlp.linear_fc1.bias", Split((ffn,), 0, padded=True)),
+        entry("mlp.linear_fc2.weight", "mlp.linear_fc2.weight", Split((hidden, ffn), 1, padded=True)),
         entry("mlp.linear_fc2.bias", "mlp.linear_fc2.bias", whole(hidden)),
     ]

@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.weights.entries import Entry
-from megatron_vppo.weights.kinds import FusedQKV, Kind, Replicated, Split, whole
+from megatron_vppo.weights.kinds import Kind, Replicated, Split, whole
+from megatron_vppo.weights.qkv import FusedQKV
 
 
 def vision_entry(ours: str, hf_names: Iterable[str], kind: Kind, *, part: ModelPart = "vision_tower") -> Entry:

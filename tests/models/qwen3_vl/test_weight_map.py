@@ -27,5 +27,7 @@ def test_kinds_by_hand() -> None:
         assert kinds[f"vision.merger.norm.{parameter}"] == whole(12)
     assert kinds["vision.position_grid"] == whole(16, 12)
     layer = "vision.segment_0.layers.0.mlp."
-    assert [kinds[f"{layer}linear_fc1.{name}"] for name in ("weight", "bias")] == [Split((20, 12), 0), Split((20,), 0)]
-    assert [kinds[f"{layer}linear_fc2.{name}"] for name in ("weight", "bias")] == [Split((12, 20), 1), whole(12)]
+    assert kinds[f"{layer}linear_fc1.weight"] == Split((20, 12), 0, padded=True)
+    assert kinds[f"{layer}linear_fc1.bias"] == Split((20,), 0, padded=True)
+    assert kinds[f"{layer}linear_fc2.weight"] == Split((12, 20), 1, padded=True)
+    assert kinds[f"{layer}linear_fc2.bias"] == whole(12)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from megatron_vppo.models.vision.weight_map import attention_entries, merger_entries
-from megatron_vppo.weights.kinds import FusedQKV, Split, whole
+from megatron_vppo.weights.kinds import Split, whole
+from megatron_vppo.weights.qkv import FusedQKV
 
 VISION = SimpleNamespace(hidden_size=12, num_heads=4, spatial_merge_size=3, out_hidden_size=7)
 
