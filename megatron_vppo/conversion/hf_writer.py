@@ -20,7 +20,7 @@ from megatron_vppo.conversion.places import StoredEntry, rows_by_tensor
 from megatron_vppo.conversion.read_ahead import PIECE_BYTES, read_ahead
 from megatron_vppo.conversion.workers import OnBytes
 from megatron_vppo.weights.hf_folder import DTYPES, FileTensor, shard_name, write_index
-from megatron_vppo.weights.kinds import Shape
+from megatron_vppo.weights.kinds import Shape, merge
 
 ALIGNMENT = 8
 """The first tensor of a safetensors file begins at a multiple of this many bytes."""
@@ -123,7 +123,7 @@ def _writes(weights: StoredWeights, entry: EntryToFill) -> Iterator[_RowsToWrite
     if not kind.stacks_rows:
         parameter = torch.cat([weights.rows(block, block.row, block.end) for block in blocks])
         # [None]: the checkpoint's parameter is that of a single tensor-parallel rank.
-        for tensor, values in zip(entry.tensors, kind.merge(parameter[None]), strict=True):
+        for tensor, values in zip(entry.tensors, merge(kind, parameter[None]), strict=True):
             yield _RowsToWrite(tensor, 0, values)
         return
     heights = [tensor.shape[0] for tensor in entry.tensors]

@@ -17,6 +17,7 @@ from megatron_vppo.conversion.read_ahead import PIECE_BYTES, read_ahead
 from megatron_vppo.observability.byte_progress import ByteProgress
 from megatron_vppo.weights.dist_metadata import DIST_CKPT
 from megatron_vppo.weights.hf_folder import FileTensor, HfFolder
+from megatron_vppo.weights.kinds import merge
 from megatron_vppo.weights.load import check_dist_ckpt
 
 _BITS = {2: torch.int16, 4: torch.int32}
@@ -105,7 +106,7 @@ def _with_stored(weights: StoredWeights, stored: StoredEntry, tensors: tuple[Fil
     if not kind.stacks_rows:
         parameter = torch.cat([weights.rows(block, block.row, block.end) for block in stored.blocks])
         yield _Pair(names[0], kind.shard(tensors, rank=0, size=1), parameter, 0)
-        for name, tensor, back in zip(names, tensors, kind.merge(parameter[None]), strict=True):
+        for name, tensor, back in zip(names, tensors, merge(kind, parameter[None]), strict=True):
             yield _Pair(name, tensor[:], back, tensor.nbytes)
         return
     # The rows of the parameter are those of the tensors, so both directions are one comparison.

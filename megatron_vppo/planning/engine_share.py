@@ -18,7 +18,8 @@ ENGINE_RESERVE = 3 * GIB
 SLEEPING_ENGINE = GIB
 """The CUDA context, which a sleeping engine still holds. An assumption as well."""
 TRANSFER_BUFFER = GIB // 4
-"""Bytes of each of the two buffers through which weights are sent to an engine; more if one tensor is larger."""
+"""The least bytes of each of the two buffers through which weights are sent to an engine; more if one tensor is larger.
+Where more memory is free the buffers are larger (`buffer_capacity` in rollout/transfer/bundle.py)."""
 MOST_UTILIZATION = 0.9
 """The largest `rollout.gpu_memory_utilization` that is planned."""
 

@@ -20,9 +20,10 @@ from megatron_vppo.rollout.records import (
     SamplingSettings,
     SyncReport,
 )
+from megatron_vppo.rollout.transfer.bundle import TransferBuffer
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
-from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, TransferBuffer, WeightSender
+from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, WeightSender
 
 EngineMemory = Literal["weights", "kv_cache"]
 """The parts of an engine's GPU memory that it can give back."""
@@ -48,7 +49,7 @@ class RolloutEngine:
         """
         Args:
             log_path: the file that the engine's output is appended to.
-            buffer_bytes: the size of each of the two buffers for weights.
+            buffer_bytes: the size of each of the two buffers for weights, about.
             silence_seconds: the time without a sign of progress after which the engine counts as lost; None: never.
         """
         self.settings = settings
@@ -87,6 +88,7 @@ class RolloutEngine:
         self._sender = WeightSender(
             self._session,
             buffers=(self._buffer(len(workers)), self._buffer(len(workers))),
+            buffer_bytes=self._buffer_bytes,
             workers=workers,
             dtype=getattr(torch, self.settings.dtype),
         )
@@ -111,9 +113,9 @@ class RolloutEngine:
 
     def _buffer(self, num_workers: int) -> TransferBuffer:
         if self.settings.weight_transfer == "shm":
-            return SharedBuffer(self._buffer_bytes)
+            return SharedBuffer()
         device = torch.device("cuda", torch.cuda.current_device())
-        return DeviceBuffer(self._buffer_bytes, device=device, num_readers=num_workers)
+        return DeviceBuffer(device=device, num_readers=num_workers)
 
     def generate(
         self,

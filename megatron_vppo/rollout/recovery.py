@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.system.agreement import any_rank, gathered
 from megatron_vppo.system.stop_signals import StopRequested
 
@@ -92,8 +93,7 @@ class EngineRecovery:
                 raise StopRequested
             stream, lost = self._trainer.weights(), None
             if self._engine is None or self._engine.has_weights:
-                for _ in stream:
-                    pass
+                drain(stream)
             else:
                 try:
                     send(stream)

@@ -15,6 +15,7 @@ from megatron_vppo.rollout.gathering import gather_responses
 from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.system.agreement import any_rank
 from megatron_vppo.system.stop_signals import StopRequested
 
@@ -118,8 +119,7 @@ class EngineSampler:
         self._version = version
         lost = None
         if self._engine is None:
-            for _ in weights:
-                pass
+            drain(weights)
         else:
             try:
                 self._report = self._engine.send_weights(weights, version=version, verify=verify, kept=kept)

@@ -1,7 +1,8 @@
 """The kinds of correspondence between Hugging Face tensors and the parameters of a Megatron model.
 
 Kinds are pure: `shard` cuts what one tensor-parallel rank holds, and `merge` puts the shards of all ranks together
-again, bit for bit.
+again, bit for bit. It does so by `views`, which copy nothing: the values of a tensor in their order, wherever they lie
+in the shards. So shards can be sent as they were gathered, and whoever copies them next puts them in order.
 
 `shard` only slices its inputs along one dimension (`x[a:b]`, `x[:, a:b]`, `x[:]`), so it also takes tensors that still
 lie in a safetensors file (`hf_folder.FileTensor`), and reads no more of them than this rank needs.
@@ -84,8 +85,18 @@ class Kind(Protocol):
             ValueError: `size` does not divide the number of rows or heads.
         """
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        """Turns [ranks, *local shape] into the Hugging Face tensors, one at a time; they may be views."""
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
+        """Finds the Hugging Face tensors in contiguous [ranks, *local shape].
+
+        Yields one view for each, of more dimensions than the tensor where its values lie apart: `reshape` to the
+        tensor's shape, which copies then, gives the tensor.
+        """
+
+
+def merge(kind: Kind, shards: Tensor) -> Iterator[Tensor]:
+    """Turns [ranks, *local shape] into the Hugging Face tensors, one at a time; they may be views."""
+    for view, shape in zip(kind.views(shards), kind.hf_shapes(), strict=True):
+        yield view.reshape(shape)
 
 
 def share_of(total: int, *, rank: int, size: int, unit: str) -> tuple[int, int]:
@@ -129,8 +140,8 @@ class Replicated(Unpadded):
     def shard(self, hf: Sequence[Any], *, rank: int, size: int) -> Tensor:
         return hf[0][:].reshape(self.shape)
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        yield shards[0].reshape(self.hf_shape)
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
+        yield shards[0]
 
 
 def whole(*shape: int) -> Replicated:
@@ -170,9 +181,9 @@ class Split:
         share = hf[0][low:high] if self.partition_dim == 0 else hf[0][:, low:high]
         return pad_end(share, self.padding(size), dim=self.partition_dim)
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
         real = self.shape[self.partition_dim] // len(shards)
-        yield shards.narrow(self.partition_dim + 1, 0, real).movedim(0, self.partition_dim).reshape(self.shape)
+        yield shards.narrow(self.partition_dim + 1, 0, real).movedim(0, self.partition_dim)
 
 
 @dataclass(frozen=True)
@@ -204,9 +215,9 @@ class Gated:
         low, high = share_of(self.rows, rank=rank, size=size, unit="rows of a gated MLP")
         return torch.cat([pad_end(projection[low:high], self.padding(size), dim=0) for projection in hf])
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
         for half in shards.chunk(2, dim=1):
-            yield half[:, : self.rows // len(shards)].reshape(self.rows, *self.tail)
+            yield half[:, : self.rows // len(shards)]
 
 
 @dataclass(frozen=True)
@@ -239,7 +250,7 @@ class Vocabulary(Unpadded):
         real = hf[0][low:high]
         return torch.cat([real, real.new_zeros(rows - (high - low), self.hidden)])
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
         yield shards.flatten(0, 1)[: self.tokens]
 
 

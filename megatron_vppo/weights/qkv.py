@@ -51,11 +51,9 @@ class GroupedQKV(Unpadded):
             blocks.append(tensor[low * rows : high * rows].reshape(high - low, rows, *self.tail))
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
         rows = [heads * self.head_dim for heads in self._heads_per_group()]
-        groups = shards.reshape(self.kv_heads, sum(rows), *self.tail)
-        for block in groups.split(rows, dim=1):
-            yield block.reshape(-1, *self.tail)
+        yield from shards.view(self.kv_heads, sum(rows), *self.tail).split(rows, dim=1)
 
     def _heads_per_group(self) -> tuple[int, int, int]:
         return self.heads // self.kv_heads, 1, 1
@@ -101,6 +99,5 @@ class FusedQKV(Unpadded):
         ]
         return torch.cat(blocks, dim=1).reshape(-1, *self.tail)
 
-    def merge(self, shards: Tensor) -> Iterator[Tensor]:
-        heads = shards.reshape(self.heads, 3, self.head_dim, *self.tail)
-        yield heads.transpose(0, 1).reshape(-1, *self.tail)
+    def views(self, shards: Tensor) -> Iterator[Tensor]:
+        yield shards.view(self.heads, 3, self.head_dim, *self.tail).transpose(0, 1)

@@ -53,13 +53,13 @@ def test_two_buffers_in_turn_and_their_memory_afterwards() -> None:
         torch.cuda.empty_cache()
         free_before = torch.cuda.mem_get_info(device)[0]
         for transfer in range(2):  # a second one begins with new memory and new handles
-            buffers = [DeviceBuffer(CAPACITY, device=device, num_readers=1) for _ in range(2)]
+            buffers = [DeviceBuffer(device=device, num_readers=1) for _ in range(2)]
             for turn in range(6):
                 buffer, num_bytes = buffers[turn % 2], CAPACITY // 2 + 64 * turn
-                buffer.grow(num_bytes)
+                buffer.grow(CAPACITY)
                 generator = torch.Generator().manual_seed(10 * transfer + turn)
                 data = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, generator=generator)
-                buffer.write(data.to(device, non_blocking=True), offset=0)
+                buffer.room(0, num_bytes, torch.uint8).copy_(data, non_blocking=True)
                 (handle,) = buffer.publish()["handles"]
                 ours.send((handle, num_bytes))
                 assert ours.recv() == _digest(data)

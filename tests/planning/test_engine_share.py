@@ -18,7 +18,6 @@ from megatron_vppo.planning.engine_share import (
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.planning.sizes import language_sizes
 from megatron_vppo.planning.state import StateBytes
-from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES
 from megatron_vppo.setup.places import Place, engine_devices
 from megatron_vppo.setup.world import engine_seats
 from tests.planning.test_candidate import WORKLOAD
@@ -115,9 +114,9 @@ PER_SEQUENCE = 2 * 28 * 4 * 128 * 2 * (4096 + 2048)
 
 def test_what_has_to_fit_while_weights_are_sent() -> None:
     """The trainer's 10 GiB with its reserve of 3 GiB, the engine's weights with 3 GiB, and two buffers of the size of
-    the embedding, which is larger than those of the sender."""
+    the embedding, than which the sender takes no smaller ones."""
     embedding = 152_064 * 3584 * 2
-    assert embedding > TRANSFER_BUFFER == BUFFER_BYTES
+    assert embedding > TRANSFER_BUFFER
     enough = (10 + 3) * GIB + WEIGHTS + 3 * GIB + 2 * embedding
     offloaded = trainer_of(offload=frozenset({"params"}))
     sequences = int((0.9 * enough - WEIGHTS - 3 * GIB) / PER_SEQUENCE)

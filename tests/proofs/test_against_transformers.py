@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.parallel.layout import init_layout
+from megatron_vppo.weights.kinds import merge
 from tests.gloo import run_gloo
 from tests.models.tiny import Expected, save_tiny_model, tiny_config, tiny_qwen3_config, transformers_says
 from tests.proofs.stage_run import ONE_BY_ONE, PACKED, StageResult, load, run
@@ -124,7 +125,7 @@ def _compare(
         ]
         if entry.kind.partition_dim is None:
             assert all(torch.equal(shards[0], other) for other in shards), f"{where}: {entry.template} differs by rank"
-        for hf_name, gradient in zip(entry.hf_names, entry.kind.merge(torch.stack(shards)), strict=True):
+        for hf_name, gradient in zip(entry.hf_names, merge(entry.kind, torch.stack(shards)), strict=True):
             reference = expected.gradients[hf_name]
             assert reference.norm() > 1e-3, f"{hf_name} hardly matters in this test"
             relative = (gradient - reference).norm() / reference.norm()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.weights.entries import Entry, stage_entries, stream_entries
-from megatron_vppo.weights.kinds import Gated, Split, Vocabulary
+from megatron_vppo.weights.kinds import Gated, Split, Vocabulary, merge
 from megatron_vppo.weights.qkv import FusedQKV, GroupedQKV
 from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 
@@ -63,7 +63,7 @@ def test_shards_merge_to_the_same_bits(saved: tuple[Any, Path], size: int) -> No
         originals = [tensors[name] for name in entry.hf_names]
         shards = [entry.kind.shard(originals, rank=rank, size=size) for rank in range(size)]
         assert all(tuple(shard.shape) == entry.kind.local_shape(size) for shard in shards), entry.template
-        merged = entry.kind.merge(torch.stack(shards))
+        merged = merge(entry.kind, torch.stack(shards))
         assert all(torch.equal(a, b) for a, b in zip(merged, originals, strict=True)), entry.template
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import Qwen2VLImageProcessor
 
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import Completion, SampleRequest
-from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
+from megatron_vppo.rollout.transfer.bundle import Bundle
 from tests.rollout.tiny_model import build_config, build_model, build_qwen3_config, build_tokenizer
 
 MAX_PIXELS = 84 * 84
@@ -55,16 +56,19 @@ def prompt_ids(images: int, *, text: str = "look") -> tuple[int, ...]:
     return tuple(build_tokenizer()(f"<|im_start|>user\n{slot}{text}<|im_end|>\n<|im_start|>assistant\n")["input_ids"])
 
 
-def flip_one_bit_on_the_way(victim: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lowest bit of the tensor's last value changes between the trainer and the engine."""
-    write = SharedBuffer.write
+def flip_one_bit_on_the_way(victim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest bit of the last value of the tensor of this name changes between the trainer and the engine."""
+    update_info = Bundle.update_info
 
-    def write_with_an_error(buffer: SharedBuffer, tensor: torch.Tensor, *, offset: int) -> None:
-        write(buffer, tensor, offset=offset)
-        if tensor is victim:
-            buffer.bytes[offset + tensor.nbytes - 4] ^= 1
+    def with_an_error(bundle: Bundle) -> dict[str, Any]:
+        info = update_info(bundle)
+        if victim in info["names"]:
+            number = info["names"].index(victim)
+            last = info["offsets"][number] + 4 * (torch.Size(info["shapes"][number]).numel() - 1)
+            bundle.buffer.room(last, 1, torch.uint8)[0] ^= 1
+        return info
 
-    monkeypatch.setattr(SharedBuffer, "write", write_with_an_error)
+    monkeypatch.setattr(Bundle, "update_info", with_an_error)
 
 
 @torch.no_grad()

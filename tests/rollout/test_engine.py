@@ -140,7 +140,7 @@ def test_one_wrong_value_on_the_way_is_found(
     rig: Rig, tmp_path, monkeypatch: pytest.MonkeyPatch, name: str, reported: str
 ) -> None:
     tensors = weights(rig.model(0), tmp_path)
-    flip_one_bit_on_the_way(tensors[name], monkeypatch)
+    flip_one_bit_on_the_way(name, monkeypatch)
     with pytest.raises(RuntimeError, match="differ from those sent") as error:
         rig.engine.send_weights(iter(tensors.items()), version=1, verify=True)
     assert reported in str(error.value) and name in str(error.value)

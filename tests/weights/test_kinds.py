@@ -15,6 +15,7 @@ from megatron_vppo.weights.kinds import (
     Replicated,
     Split,
     Vocabulary,
+    merge,
     stored_shape,
     whole,
 )
@@ -112,7 +113,7 @@ def test_shards_have_the_shape_that_the_kind_says_and_merge_again(kind: Kind, si
     if shards is None:
         return
     assert {tuple(shard.shape) for shard in shards} == {kind.local_shape(size)}
-    merged = list(kind.merge(torch.stack(shards)))
+    merged = list(merge(kind, torch.stack(shards)))
     assert all(torch.equal(a, b) for a, b in zip(merged, tensors_of(kind), strict=True))
 
 
@@ -140,7 +141,7 @@ def test_padded_shares_are_the_others_with_zeros_behind_each_block(name: str, si
         unpadded = plain.shard(tensors_of(kind), rank=rank, size=size)
         assert torch.equal(torch.cat([real for real, _ in held], dim), unpadded)
         assert not any(zeros.any() for _, zeros in held)
-    for found, tensor in zip(kind.merge(torch.stack(shards)), tensors_of(kind), strict=True):
+    for found, tensor in zip(merge(kind, torch.stack(shards)), tensors_of(kind), strict=True):
         assert torch.equal(found, tensor)
 
 

@@ -37,6 +37,7 @@ from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import init_layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings
+from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.weights.load_hf import load_hf_weights
 from megatron_vppo.weights.stream import hf_weights
 
@@ -170,7 +171,9 @@ def _sync(stage: QwenVLModel, engine: RolloutEngine | None, *, verify: bool) -> 
     dist.barrier()
     began = time.perf_counter()
     if engine is None:
-        num_bytes = sum(tensor.nbytes for _, tensor in hf_weights([stage]))
+        stream = hf_weights([stage])
+        num_bytes = sum(stream.piece_bytes)
+        drain(stream)
     else:
         num_bytes = engine.send_weights(hf_weights([stage]), version=0, verify=verify).num_bytes
     dist.barrier()

@@ -22,30 +22,32 @@ Handle = tuple[Any, ...]
 class DeviceBuffer:
     """The writer's end. It holds memory from `grow` until `free`."""
 
-    def __init__(self, capacity: int, *, device: torch.device, num_readers: int) -> None:
-        """
-        Args:
-            capacity: the least number of bytes that `grow` takes.
-        """
-        self.capacity = capacity
+    def __init__(self, *, device: torch.device, num_readers: int) -> None:
         self._device = device
         self._num_readers = num_readers
         self._bytes: Tensor | None = None
         self._handles: list[Handle] = []
 
+    @property
+    def capacity(self) -> int:
+        return 0 if self._bytes is None else self._bytes.numel()
+
+    @property
+    def free_bytes(self) -> int:
+        """The memory of the GPU that no process holds, and what torch holds for this one without a use."""
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return free + torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
     def grow(self, capacity: int) -> None:
         """Takes at least `capacity` bytes. Earlier contents may be lost."""
-        if self._bytes is not None and capacity <= self.capacity:
-            return
-        self.free()
-        self.capacity = max(self.capacity, capacity)
-        self._bytes = torch.empty(self.capacity, dtype=torch.uint8, device=self._device)
+        if capacity > self.capacity:
+            self.free()
+            self._bytes = torch.empty(capacity, dtype=torch.uint8, device=self._device)
 
-    def write(self, tensor: Tensor, *, offset: int) -> None:
-        """Copies a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
+    def room(self, offset: int, num_values: int, dtype: torch.dtype) -> Tensor:
+        """Returns the memory of [num_values] at `offset` (a multiple of ALIGNMENT)."""
         assert self._bytes is not None, "grow makes the room"
-        num_bytes = tensor.numel() * tensor.element_size()
-        self._bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+        return self._bytes[offset : offset + num_values * dtype.itemsize].view(dtype)
 
     def publish(self) -> dict[str, Any]:
         """Returns one handle per reader, after all copies are done: readers cannot wait for events of this process."""

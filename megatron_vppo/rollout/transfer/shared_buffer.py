@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,23 +30,30 @@ def _map(fd: int, capacity: int) -> Tensor:
 class SharedBuffer:
     """The writer's end. A page takes memory only once it is written."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self) -> None:
         self._fd = os.memfd_create("vppo-weights")
         self._path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        self.capacity = 0
-        self.grow(capacity)
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def capacity(self) -> int:
+        return self._bytes.numel()
+
+    @property
+    def free_bytes(self) -> int:
+        """The memory of the host that is free, or holds only what was read from files."""
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
 
     def grow(self, capacity: int) -> None:
         """Makes room for at least `capacity` bytes."""
         if capacity > self.capacity:
             os.ftruncate(self._fd, capacity)
-            self.bytes = _map(self._fd, capacity)
-            self.capacity = capacity
+            self._bytes = _map(self._fd, capacity)
 
-    def write(self, tensor: Tensor, *, offset: int) -> None:
-        """Copies a tensor of any device and layout to `offset` (a multiple of ALIGNMENT)."""
-        num_bytes = tensor.numel() * tensor.element_size()
-        self.bytes[offset : offset + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+    def room(self, offset: int, num_values: int, dtype: torch.dtype) -> Tensor:
+        """Returns the memory of [num_values] at `offset` (a multiple of ALIGNMENT)."""
+        return self._bytes[offset : offset + num_values * dtype.itemsize].view(dtype)
 
     def publish(self) -> dict[str, Any]:
         """Returns the arguments of `SharedBufferReader.read`, which then sees everything that was written."""
@@ -58,7 +66,7 @@ class SharedBuffer:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            del self.bytes
+            del self._bytes
 
 
 class SharedBufferReader:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_vppo.rollout.records import WeightTransfer
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBufferReader, Handle
@@ -54,7 +56,7 @@ class NoInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class PackedUpdateInfo(WeightTransferUpdateInfo):
-    """A buffer of whole tensors, described by four lists of equal length."""
+    """A buffer of whole tensors, described by lists of equal length."""
 
     names: list[str]
     dtypes: list[str]
@@ -62,6 +64,10 @@ class PackedUpdateInfo(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     offsets: list[int]
     """Bytes from the start of the buffer."""
+    sizes: list[list[int]]
+    """The shape in which the values lie, in their order; it may have more dimensions than the tensor."""
+    strides: list[list[int]]
+    """Values from one index of each dimension of `sizes` to the next."""
 
 
 @dataclass
@@ -102,8 +108,10 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Loads one buffer. vLLM waits for the device before it answers; then the trainer may overwrite the buffer."""
+        memory = self.memory(update_info)
         try:
-            self.model.load_weights(self._tensors(update_info))
+            self.model.load_weights(self._tensors(update_info, memory))
+            keep_waiting_tensors(self.model, memory)
         except BaseException:
             # vLLM ends the session here. Half-filled layers must not stay: they would break the next session.
             finalize_layerwise_reload(self.model, self.model_config)
@@ -117,16 +125,17 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
     def shutdown(self) -> None:
         self.reader.close()
 
-    def _tensors(self, info: UpdateInfo) -> list[tuple[str, torch.Tensor]]:
-        memory = self.memory(info)
-        tensors = []
-        for name, dtype_name, shape, offset in zip(info.names, info.dtypes, info.shapes, info.offsets, strict=True):
-            dtype: torch.dtype = getattr(torch, dtype_name)
-            num_bytes = torch.Size(shape).numel() * dtype.itemsize
-            view = memory[offset : offset + num_bytes].view(dtype).view(shape)
-            # A copy, because vLLM keeps a tensor until its layer is complete, maybe with a later buffer.
-            tensors.append((name, view.to(self.device, copy=True)))
-        return tensors
+    def _tensors(self, info: UpdateInfo, memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields views of the buffer; copies only of tensors that lie in pieces, or on another device."""
+        for number, name in enumerate(info.names):
+            view = strided_view(
+                memory,
+                dtype=getattr(torch, info.dtypes[number]),
+                offset=info.offsets[number],
+                sizes=info.sizes[number],
+                strides=info.strides[number],
+            )
+            yield name, view.reshape(info.shapes[number]).to(self.device)
 
 
 class ShmTransferEngine(PackedTransferEngine[ShmUpdateInfo]):
@@ -162,6 +171,24 @@ class IpcTransferEngine(PackedTransferEngine[IpcUpdateInfo]):
         """Ends the session and closes the trainer's buffers, since it frees them between two transfers."""
         super().finish_weight_update()
         self.reader.close()
+
+
+def strided_view(
+    memory: torch.Tensor, *, dtype: torch.dtype, offset: int, sizes: Sequence[int], strides: Sequence[int]
+) -> torch.Tensor:
+    """Returns a view of uint8 `memory` in which values lie `strides` apart, the first at byte `offset`."""
+    values = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
+    return memory[offset : offset + values * dtype.itemsize].view(dtype).as_strided(tuple(sizes), tuple(strides))
+
+
+def keep_waiting_tensors(model: torch.nn.Module, memory: torch.Tensor) -> None:
+    """Copies what vLLM has not loaded yet, because a layer is incomplete, out of a buffer that will be overwritten."""
+    buffer = memory.untyped_storage().data_ptr()
+    for layer in model.modules():
+        for _, bound in get_layerwise_info(layer).loaded_weights:
+            for name, value in bound.arguments.items():
+                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == buffer:
+                    bound.arguments[name] = value.clone()
 
 
 def refresh_tied_heads(model: torch.nn.Module) -> None:

@@ -1,6 +1,6 @@
 """The trainer's half of the weight transfer: it takes a stream of tensors and drives vLLM's transfer session.
 
-Two buffers take turns, in shared host memory or on the GPU. While the engine loads one, the next tensors are packed
+Two buffers take turns, in shared host memory or on the GPU. While the engine loads one, the next tensors are gathered
 into the other:
 
     buffer 1   pack A | engine loads A |  pack C        | engine loads C
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,7 +22,14 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.rollout.records import LiveWeight, SyncReport
-from megatron_vppo.rollout.transfer.shared_buffer import aligned
+from megatron_vppo.rollout.transfer.bundle import (
+    Bundle,
+    GatheringStream,
+    TransferBuffer,
+    buffer_capacity,
+    drain,
+    pieces_of,
+)
 from megatron_vppo.rollout.transfer.vllm_layout import (
     DigestKey,
     ExpectedDigests,
@@ -32,8 +38,11 @@ from megatron_vppo.rollout.transfer.vllm_layout import (
     parameters_of,
 )
 
-BUFFER_BYTES = 256 << 20
-"""The size of one buffer. It grows for a single tensor that is larger."""
+BUFFER_BYTES = 2 << 30
+"""The size of one buffer, about (`buffer_capacity`). Every buffer costs a round trip: the stream of the GPU is awaited,
+and the engine's processes and workers are asked."""
+SHARE_OF_FREE_MEMORY = 4
+"""A buffer takes at most this fraction of the memory that is free, if its largest tensor fits in it."""
 
 
 class WeightSession(Protocol):
@@ -51,59 +60,6 @@ class WeightSession(Protocol):
     def abort_weight_update(self) -> None: ...
 
     def live_digests(self) -> list[dict[str, str]]: ...
-
-
-class TransferBuffer(Protocol):
-    """Memory that this process writes and the engine's workers read."""
-
-    capacity: int
-
-    def grow(self, capacity: int) -> None:
-        """Makes room for at least `capacity` bytes; only while nothing is packed."""
-
-    def write(self, tensor: Tensor, *, offset: int) -> None: ...
-
-    def publish(self) -> dict[str, Any]:
-        """Returns the fields of the update info by which a worker finds the buffer and everything written to it."""
-
-    def free(self) -> None:
-        """Gives memory back after a transfer, when nobody reads any more. The next one begins with `grow`."""
-
-    def close(self) -> None: ...
-
-
-class _Bundle:
-    """The tensors packed into one buffer, with their description for `weight_receiver.PackedUpdateInfo`."""
-
-    def __init__(self, buffer: TransferBuffer) -> None:
-        self.buffer = buffer
-        self._names: list[str] = []
-        self._dtypes: list[str] = []
-        self._shapes: list[list[int]] = []
-        self._offsets: list[int] = []
-        self.num_bytes = 0
-
-    def has_room(self, tensor: Tensor) -> bool:
-        return not self._names or self.num_bytes + aligned(tensor.nbytes) <= self.buffer.capacity
-
-    def pack(self, name: str, tensor: Tensor) -> None:
-        if not self._names:
-            self.buffer.grow(aligned(tensor.nbytes))
-        self.buffer.write(tensor, offset=self.num_bytes)
-        self._names.append(name)
-        self._dtypes.append(str(tensor.dtype).removeprefix("torch."))
-        self._shapes.append(list(tensor.shape))
-        self._offsets.append(self.num_bytes)
-        self.num_bytes += aligned(tensor.nbytes)
-
-    def update_info(self) -> dict[str, Any]:
-        return {
-            **self.buffer.publish(),
-            "names": self._names,
-            "dtypes": self._dtypes,
-            "shapes": self._shapes,
-            "offsets": self._offsets,
-        }
 
 
 @dataclass
@@ -124,11 +80,13 @@ class WeightSender:
         session: WeightSession,
         *,
         buffers: tuple[TransferBuffer, TransferBuffer],
+        buffer_bytes: int = BUFFER_BYTES,
         workers: Sequence[Sequence[LiveWeight]],
         dtype: torch.dtype,
     ) -> None:
         """
         Args:
+            buffer_bytes: see BUFFER_BYTES.
             workers: the weights of each of the engine's workers.
             dtype: the dtype that they compute in.
         """
@@ -140,6 +98,7 @@ class WeightSender:
         """The tensors that the engine now holds, as `canonical_name` spells them."""
         self._preserved: frozenset[str] = frozenset()
         self._buffers = buffers
+        self._buffer_bytes = buffer_bytes
 
     def preserve(self, names: Collection[str]) -> tuple[str, ...]:
         """Notes that these tensors stay when the engine forgets its weights; returns vLLM's names of their parameters.
@@ -176,7 +135,7 @@ class WeightSender:
         try:
             return self._send(stream, version=version, verify=verify, kept=kept)
         except (ValueError, RuntimeError, OSError):
-            deque(stream, maxlen=0)
+            drain(stream)
             raise
         finally:
             for buffer in self._buffers:
@@ -218,26 +177,28 @@ class WeightSender:
     def _transfer(
         self, stream: Iterator[tuple[str, Tensor]], check: StreamCheck, expected: ExpectedDigests | None
     ) -> _Counts:
-        """Packs the stream into the two buffers in turn and lets the engine load each that is full."""
+        """Gathers the stream into the two buffers in turn and lets the engine load each that is full."""
         counts = _Counts()
-        bundle, spare = _Bundle(self._buffers[0]), self._buffers[1]
+        capacity = self._capacity(stream)
+        bundle, spare = self._empty(self._buffers[0], capacity), self._buffers[1]
         self._session.start_weight_update()
         try:
-            for name, tensor in stream:
-                parameter, part = check.take(name)
-                if expected is not None:
-                    hash_start = time.perf_counter()
-                    expected.add(tensor, parameter=parameter, part=part)
-                    counts.hash_seconds += time.perf_counter() - hash_start
-                if not bundle.has_room(tensor):
+            for piece in pieces_of(stream):
+                places = [check.take(name) for name in piece.names]
+                if not bundle.has_room(piece):
                     self._session.end_update_weights()  # the engine has loaded the spare buffer
                     self._session.begin_update_weights(bundle.update_info())
                     counts.buffers += 1
-                    bundle, spare = _Bundle(spare), bundle.buffer
-                bundle.pack(name, tensor)
-                counts.tensors += 1
-                counts.bytes += tensor.nbytes
-                del tensor  # before the next one is made
+                    bundle, spare = self._empty(spare, capacity), bundle.buffer
+                views = bundle.pack(piece)
+                if expected is not None:
+                    hash_start = time.perf_counter()
+                    for (parameter, part), shape, view in zip(places, piece.shapes, views, strict=True):
+                        expected.add(view.reshape(shape), parameter=parameter, part=part)
+                    counts.hash_seconds += time.perf_counter() - hash_start
+                counts.tensors += len(views)
+                counts.bytes += sum(view.nbytes for view in views)
+                del piece, views  # before the next one is made
             check.finish()
             self._session.end_update_weights()
             self._session.begin_update_weights(bundle.update_info())
@@ -248,6 +209,15 @@ class WeightSender:
                 self._session.abort_weight_update()
             raise
         return counts
+
+    def _capacity(self, stream: Iterator[tuple[str, Tensor]]) -> int:
+        sizes = stream.piece_bytes if isinstance(stream, GatheringStream) else ()
+        affordable = self._buffers[0].free_bytes // SHARE_OF_FREE_MEMORY
+        return buffer_capacity(sizes, limit=self._buffer_bytes, affordable=affordable)
+
+    def _empty(self, buffer: TransferBuffer, capacity: int) -> Bundle:
+        buffer.grow(capacity)
+        return Bundle(buffer)
 
     def _expected_digests(self, check: StreamCheck) -> ExpectedDigests:
         return ExpectedDigests(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ def test_offsets_are_multiples_of_a_cache_line() -> None:
 
 
 def test_another_process_reads_what_was_written() -> None:
-    buffer = SharedBuffer(256)
+    buffer = SharedBuffer()
+    buffer.grow(256)
     weights = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
-    buffer.write(weights.T, offset=ALIGNMENT)  # not contiguous
+    buffer.room(ALIGNMENT, 6, torch.bfloat16).view(3, 2).copy_(weights.T)
     info = buffer.publish()
     program = (
         "import sys, torch; from megatron_vppo.rollout.transfer.shared_buffer import SharedBufferReader as R; "
@@ -32,11 +34,21 @@ def test_another_process_reads_what_was_written() -> None:
     buffer.close()
 
 
+def test_free_memory_is_a_part_of_the_host_s() -> None:
+    buffer = SharedBuffer()
+    assert 2**20 < buffer.free_bytes < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    buffer.close()
+
+
 def test_a_reader_follows_a_buffer_that_grew() -> None:
-    buffer, reader = SharedBuffer(64), SharedBufferReader()
+    buffer, reader = SharedBuffer(), SharedBufferReader()
+    assert buffer.capacity == 0
+    buffer.grow(64)
     assert reader.read(**buffer.publish()).numel() == 64
     buffer.grow(4096)
-    buffer.write(torch.full((4096,), 7, dtype=torch.uint8), offset=0)
+    buffer.grow(64)
+    assert buffer.capacity == 4096
+    buffer.room(0, 4096, torch.uint8).fill_(7)
     memory = reader.read(**buffer.publish())
     assert memory.numel() == 4096 and bool((memory == 7).all())
     path = Path(buffer.publish()["path"])
