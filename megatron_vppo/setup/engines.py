@@ -144,6 +144,17 @@ def _engine_settings(
     )
 
 
+def engines_on_gpus(config: RunConfig, *, count: int) -> str:
+    """Returns a line for the user: the engines of a run on GPUs, their memory and how much they sample at once."""
+    values, size = by_machine(config, on_gpu=True), config.rollout.tensor_parallel_size
+    responses = -(-config.data.rollout_batch_size * config.rollout.n // count)
+    return (
+        f"engines: {count} on {size} GPU{'s' * (size > 1)} each, {config.rollout.gpu_memory_utilization:g} of the memory "
+        f"(rollout.gpu_memory_utilization), {'without' if values.enforce_eager else 'with'} CUDA graphs, up to "
+        f"{values.max_num_seqs} responses at once; a step trains on {responses} of each"
+    )
+
+
 def await_engines(engine: EnginePlace, *, timeout_seconds: float) -> None:
     """Waits on every rank until every engine has loaded; engines that can sleep are asleep then."""
     if engine.client is not None:

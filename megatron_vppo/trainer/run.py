@@ -34,7 +34,7 @@ from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt, end_on_request
 from megatron_vppo.setup.by_machine import chosen_by_machine
-from megatron_vppo.setup.engines import EnginePlace, await_engines, start_engine
+from megatron_vppo.setup.engines import EnginePlace, await_engines, engines_on_gpus, start_engine
 from megatron_vppo.setup.hardware import prompts_apart, slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
@@ -165,7 +165,7 @@ def _open_run(
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
 
         if is_writer:
-            _say_what_follows(config, on_gpus, say)
+            _say_what_follows(config, on_gpus, engine.count, say)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
         resumed = checkpointer.resume()
@@ -200,9 +200,14 @@ def _open_run(
         )
 
 
-def _say_what_follows(config: RunConfig, on_gpu: bool, say: Say) -> None:
+def _say_what_follows(config: RunConfig, on_gpu: bool, num_engines: int, say: Say) -> None:
     """Says what the machine and the settings bring about that the file of the run does not show."""
-    notes = (slower_layers(config, on_gpu=on_gpu), prompts_apart(config), chosen_by_machine(config, on_gpu=on_gpu))
+    notes = (
+        slower_layers(config, on_gpu=on_gpu),
+        prompts_apart(config),
+        chosen_by_machine(config, on_gpu=on_gpu),
+        engines_on_gpus(config, count=num_engines) if on_gpu else None,
+    )
     for note in filter(None, notes):
         say(note)
 

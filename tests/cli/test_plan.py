@@ -74,6 +74,7 @@ def test_the_settings_of_the_best_layout_are_a_configuration(
     assert config.actor.offload == ("grads", "optimizer")
     assert rollout.tensor_parallel_size == int(memory[6])
     assert rollout.gpu_memory_utilization * 80 == pytest.approx(float(memory[7]), abs=0.06)
+    assert (rollout.max_num_seqs, rollout.enforce_eager, config.actor.head_chunk_tokens) == (1024, False, 4096)
     assert config.actor.micro_batch_size_per_device_for_update == 2
     assert config.actor.micro_batch_size_per_device_for_experience == 2
     assert config.data.max_pixels == 600 * 28 * 28

@@ -12,7 +12,13 @@ from vllm.model_executor.layers.quantization.online.base import OnlineQuantizati
 
 from megatron_vppo.config.schema import Fp8Config, RunConfig
 from megatron_vppo.rollout.child import engine_environment
-from megatron_vppo.setup.engines import VLLM_FP8, engines_sleep, unquantized_layers, weight_transfer
+from megatron_vppo.setup.engines import (
+    VLLM_FP8,
+    engines_on_gpus,
+    engines_sleep,
+    unquantized_layers,
+    weight_transfer,
+)
 from tests.rollout.settings import engine_settings
 
 
@@ -33,6 +39,19 @@ def test_engines_share_gpus_and_nothing_on_cpu() -> None:
     assert [engines_sleep(default, on_cpu=on_cpu) for on_cpu in (True, False)] == [False, True]
     assert [weight_transfer(default, on_cpu=on_cpu) for on_cpu in (True, False)] == ["shm", "ipc"]
     assert not engines_sleep(forced, on_cpu=False) and weight_transfer(forced, on_cpu=False) == "shm"
+
+
+def test_the_engines_of_a_run_are_told_at_its_start() -> None:
+    """384 prompts of 8 responses on 8 GPUs; the 1,024 that are at once are more than the 768 of an engine of two."""
+    assert engines_on_gpus(config_of(rollout={"tensor_parallel_size": 2}), count=4) == (
+        "engines: 4 on 2 GPUs each, 0.5 of the memory (rollout.gpu_memory_utilization), with CUDA graphs, up to 1024 "
+        "responses at once; a step trains on 768 of each"
+    )
+    small = config_of(rollout={"enforce_eager": True, "max_num_seqs": 3, "gpu_memory_utilization": 0.75})
+    assert engines_on_gpus(small, count=8) == (
+        "engines: 8 on 1 GPU each, 0.75 of the memory (rollout.gpu_memory_utilization), without CUDA graphs, up to 3 "
+        "responses at once; a step trains on 384 of each"
+    )
 
 
 @pytest.mark.parametrize("recipe", [*get_args(get_args(Fp8Config.model_fields["recipe"].annotation)[0]), None])
