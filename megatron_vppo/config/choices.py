@@ -104,6 +104,9 @@ MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 SeedKind = Literal["independent", "shared", "engine"]
 """The origin of the sampling seeds."""
 
+SampleOrder = Literal["draw", "arrival"]
+"""The groups that a step trains on, where more are kept than it wants."""
+
 WeightTransferSetting = Literal["auto", "shm", "ipc"]
 """The way of weights to the engines; `rollout/records.py` has the two that 'auto' stands for."""
 

@@ -35,6 +35,7 @@ from megatron_vppo.config.choices import (
     Recompute,
     ResizeMode,
     RewardType,
+    SampleOrder,
     SeedKind,
     ShapingMeanScope,
     ShapingMinScope,
@@ -251,7 +252,8 @@ class AlgorithmConfig(Section):
     filter_low: Share = 0.01
     filter_high: Share = 0.99
     max_try_make_batch: Count = 4
-    """Sampling rounds per step at most; then the step trains on the groups it has."""
+    """Prompts that a step samples at most, as a multiple of data.rollout_batch_size; then it trains on the groups it
+    has."""
     truncated_responses: TruncatedResponses = "train"
     """Responses cut at the length limit: trained on with the reward they got, or without gradient."""
     resize: ResizeMode = "smart"
@@ -366,6 +368,9 @@ class RolloutConfig(Section):
     seeds: SeedKind = "independent"
     """Per-request seeds: derived from (run, step, attempt, prompt, sample); the authors' 1..n for every prompt; or
     none. (Preset.)"""
+    order: SampleOrder = "draw"
+    """The groups that a step trains on: the first kept ones of the draw, which no delay changes, or those that were
+    graded first. 'arrival' does not wait for long responses, which then are trained on less often."""
     tensor_parallel_size: Count = 1
     """Devices per vLLM engine."""
     num_engines: Count | None = None
@@ -409,15 +414,16 @@ class RewardConfig(Section):
     reward_function: FilePath = BUILT_IN_REWARD
     """'mathruler', or `file.py:function` of yours."""
     reward_type: RewardType = "batch"
-    """The call of a function of yours: with a list of all responses, or once per response."""
+    """The call of a function of yours: with a list of all responses once they are sampled, or once per response while
+    others are sampled."""
     num_workers: Workers | None = None
     """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
-    for a batch function of yours, which may compare all responses of a round."""
+    for a batch function of yours, which may compare all responses that it gets."""
     timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
     """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
     up to 60 times as long, and Linux waits no longer than 24 days."""
     max_error_share: ShareAboveZero = 1.0
-    """Share of the rewards of one round of sampling that may fail: if as many fail, the run ends."""
+    """Share of the rewards of a step that may fail: if as many fail, the run ends."""
 
 
 class TrainerConfig(Section):

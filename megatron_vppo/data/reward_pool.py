@@ -1,14 +1,15 @@
 """Rewards of responses, computed in worker processes with a time limit.
 
-The workers decode the responses to text, too, so that rank 0 need not. A reward function is foreign code: it may hang,
-raise, print or end its process. None of that stops the run. The response gets the reward zero and is counted, and the
-first case of each kind is logged with its row. A worker that a signal ended may be no fault of the function's: what it
-had to grade is graded once more.
+Responses are submitted and rewards taken while others are sampled. The workers decode the responses to text, too, so
+that rank 0 need not. A reward function is foreign code: it may hang, raise, print or end its process. None of that
+stops the run. The response gets the reward zero and is counted, and the first case of each kind is logged with its row.
+A worker that a signal ended may be no fault of the function's: what it had to grade is graded once more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import selectors
@@ -37,7 +38,7 @@ _SHOWN_CHARACTERS = 400
 logger = logging.getLogger(__name__)
 
 Job = tuple[int, ...]
-"""Indices of responses that are graded in one call."""
+"""The tickets of responses that are graded in one call."""
 
 
 class RewardPool:
@@ -83,6 +84,12 @@ class RewardPool:
         self._arguments = (spec, "batch" if self._batch else "sequential", self._tokenizer.fileno())
         self._shown: set[str] = set()
         self._workers: list[_Worker] = []
+        self._tickets = itertools.count()
+        self._ungraded: dict[int, Response] = {}
+        """By ticket."""
+        self._jobs: deque[Job] = deque()
+        """The calls that are still to be made."""
+        self._repeated: set[Job] = set()
         self._busy = selectors.DefaultSelector()
         """The answer pipes of the workers that have a job."""
         try:
@@ -94,35 +101,59 @@ class RewardPool:
             self.close()
             raise
 
-    def grade(self, responses: Sequence[Response]) -> list[tuple[str, Reward]]:
-        """Returns the text of each response, without special tokens, and its reward, in order."""
-        ungraded = [(response.token_ids, response.prompt.answer) for response in responses]
-        graded: list[tuple[str, Reward] | None] = [None] * len(ungraded)
-        jobs = deque(_parts(len(ungraded), len(self._workers) if self._batch else len(ungraded)))
-        repeated: set[Job] = set()
-        while jobs or any(worker.job is not None for worker in self._workers):
-            self._hand_out(jobs, ungraded)
-            for worker, job, answer in self._next_answers():
-                if not worker.alive:
-                    self._workers[self._workers.index(worker)] = _Worker(*self._arguments)
-                if "scores" in answer:
-                    for i, text, score in zip(job, answer["texts"], answer["scores"], strict=True):
-                        graded[i] = text, _reward(score)
-                elif answer["kind"] == "killed" and job not in repeated:
-                    repeated.add(job)
-                    jobs.append(job)
-                    these = "response is" if len(job) == 1 else f"{len(job)} responses are"
-                    logger.warning("%s; its %s graded once more", answer["error"], these)
-                elif len(job) > 1:
-                    self._show(
-                        answer, f"batch of {len(job)}, which is graded again one by one", responses[job[0]], None
-                    )
-                    jobs.extend((i,) for i in job)
-                else:
-                    text = self._decoder.decode(responses[job[0]].token_ids)  # it comes with scores alone
-                    self._show(answer, "the reward is zero", responses[job[0]], text)
-                    graded[job[0]] = text, Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
-        return cast(list[tuple[str, Reward]], graded)
+    @property
+    def grades_batches(self) -> bool:
+        """True if the function is called with lists, and may compare the responses of one."""
+        return self._batch
+
+    def submit(self, responses: Sequence[Response]) -> list[int]:
+        """Lets workers grade responses, if a batch function is used in one batch. Returns a ticket for each."""
+        tickets = list(itertools.islice(self._tickets, len(responses)))
+        self._ungraded.update(zip(tickets, responses, strict=True))
+        parts = _parts(len(tickets), len(self._workers) if self._batch else len(tickets))
+        self._jobs.extend(tuple(tickets[i] for i in part) for part in parts)
+        self._hand_out()
+        return tickets
+
+    def take(self, seconds: float = 0.0) -> dict[int, tuple[str, Reward]]:
+        """Returns what has been graded since the last call, if anything is within `seconds`, by ticket.
+
+        That is the text of a response, without special tokens, and its reward.
+        """
+        graded: dict[int, tuple[str, Reward]] = {}
+        for worker, job, answer in self._next_answers(seconds):
+            if not worker.alive:
+                self._workers[self._workers.index(worker)] = _Worker(*self._arguments)
+            responses = [self._ungraded[ticket] for ticket in job]
+            if "scores" in answer:
+                for ticket, text, score in zip(job, answer["texts"], answer["scores"], strict=True):
+                    graded[ticket] = text, _reward(score)
+            elif answer["kind"] == "killed" and job not in self._repeated:
+                self._repeated.add(job)
+                self._jobs.append(job)
+                these = "response is" if len(job) == 1 else f"{len(job)} responses are"
+                logger.warning("%s; its %s graded once more", answer["error"], these)
+            elif len(job) > 1:
+                self._show(answer, f"batch of {len(job)}, which is graded again one by one", responses[0], None)
+                self._jobs.extend((ticket,) for ticket in job)
+            else:
+                text = self._decoder.decode(responses[0].token_ids)  # it comes with scores alone
+                self._show(answer, "the reward is zero", responses[0], text)
+                graded[job[0]] = text, Reward(overall=0.0, accuracy=0.0, metrics={}, error=answer["error"])
+        for ticket in graded:
+            del self._ungraded[ticket]
+        self._hand_out()
+        return graded
+
+    def forget(self) -> None:
+        """Drops the responses that no worker has begun to grade. The rewards of the others will still come."""
+        for ticket in itertools.chain.from_iterable(self._jobs):
+            del self._ungraded[ticket]
+        self._jobs.clear()
+
+    def sources(self) -> list[BinaryIO]:
+        """Returns what becomes readable when there is something to take."""
+        return [worker.answers for worker in self._working()]
 
     def close(self) -> None:
         """Ends the workers; harmless when repeated."""
@@ -138,26 +169,33 @@ class RewardPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _hand_out(self, jobs: deque[Job], ungraded: Sequence[Ungraded]) -> None:
+    def _hand_out(self) -> None:
+        """Gives each worker without a job one."""
         for i, worker in enumerate(self._workers):
-            if jobs and worker.job is None:
-                if worker.process.poll() is not None:  # died between two calls
+            if self._jobs and worker.job is None:
+                if worker.process.poll() is not None:  # died between two jobs
                     logger.warning("%s between two rounds; there is another one now", worker.end())
                     worker.kill()
                     worker = self._workers[i] = _Worker(*self._arguments)
                 worker.wait_until_ready()
-                job = jobs.popleft()
+                job = self._jobs.popleft()
                 limit_seconds = self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS)
-                worker.start(job, [ungraded[i] for i in job], limit_seconds)
+                ungraded = [(self._ungraded[ticket].token_ids, self._ungraded[ticket].prompt.answer) for ticket in job]
+                worker.start(job, ungraded, limit_seconds)
                 self._busy.register(worker.answers, selectors.EVENT_READ, worker)
 
-    def _next_answers(self) -> list[tuple[_Worker, Job, dict[str, Any]]]:
-        """Waits until at least one busy worker has answered, died or run out of time."""
-        busy: list[_Worker] = [key.data for key in self._busy.get_map().values()]
+    def _working(self) -> list[_Worker]:
+        return [key.data for key in self._busy.get_map().values()]
+
+    def _next_answers(self, seconds: float) -> list[tuple[_Worker, Job, dict[str, Any]]]:
+        """Waits until a busy worker has answered, died or run out of time, but not longer than `seconds`."""
+        busy = self._working()
+        if not busy:
+            return []
         wait = min(worker.deadline for worker in busy) - time.monotonic()
-        ready: list[_Worker] = [key.data for key, _ in self._busy.select(max(0.0, wait))]
+        ready: list[_Worker] = [key.data for key, _ in self._busy.select(max(0.0, min(wait, seconds)))]
         now = time.monotonic()
-        late = [] if ready else [worker for worker in busy if worker.deadline <= now]
+        late = [worker for worker in busy if worker not in ready and worker.deadline <= now]
         for worker in (*ready, *late):
             self._busy.unregister(worker.answers)
         taken = [(worker, *worker.take_answer()) for worker in ready]

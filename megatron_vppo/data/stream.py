@@ -56,10 +56,16 @@ class PromptStream:
                 f"data.rollout_batch_size={k}, but {self._prompts.dataset.source} has {len(self._prompts)} usable rows"
             )
         if self.position.offset + k > len(self._prompts):
-            self._move_to(StreamPosition(self.position.epoch + 1, 0))
+            self.move_to(StreamPosition(self.position.epoch + 1, 0))
         start = self.position.offset
         self.position = StreamPosition(self.position.epoch, start + k)
         return [self._prompts[int(i)] for i in self._order[start : start + k]]
+
+    def move_to(self, position: StreamPosition) -> None:
+        """Goes on from there."""
+        if position.epoch != self.position.epoch:
+            self._order = self._epoch_order(position.epoch)
+        self.position = position
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position as plain numbers: the fields of SavedPosition."""
@@ -83,15 +89,10 @@ class PromptStream:
         """
         saved = parse_record(SavedPosition, state)
         self.check(saved)
-        self._move_to(StreamPosition(saved.epoch, saved.offset))
+        self.move_to(StreamPosition(saved.epoch, saved.offset))
 
     def _identity(self) -> dict[str, Any]:
         return {"seed": self._seed, "shuffle": self._shuffle, "num_prompts": len(self._prompts)}
-
-    def _move_to(self, position: StreamPosition) -> None:
-        if position.epoch != self.position.epoch:
-            self._order = self._epoch_order(position.epoch)
-        self.position = position
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if not self._shuffle:

@@ -26,7 +26,8 @@ from megatron_vppo.models.options import Fp8Options
 from megatron_vppo.models.precision import check_ends
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.scorer import Scorer
-from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
+from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.setup.engines import start_engine
 from megatron_vppo.setup.hardware import check_fp8_hardware, recipe_refusal
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
@@ -183,12 +184,14 @@ def _scorer_and_responses(
             f"set data.{split}_files to data with images"
         )
     with ExitStack() as stack:
+        world = world_of_one()
         engine = start_engine(
-            config, layout, source, world=world_of_one(), images=inputs.images, hf_config=inputs.hf_config, logs=logs
+            config, layout, source, world=world, images=inputs.images, hf_config=inputs.hf_config, logs=logs
         )
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=inputs.images,
-            verify=config.rollout.verify_weights,
+            verify=config.rollout.verify_weights, store=world.meeting.store("engines"),
+            max_num_seqs=engine.max_num_seqs,
         )  # fmt: skip
         stack.callback(sampler.close)
         assert engine.client is not None, "a single rank leads an engine"
@@ -196,9 +199,13 @@ def _scorer_and_responses(
         engine.client.wait_ready(timeout_seconds=config.rollout.start_timeout_seconds)
         scorer = model.scorer(config)
         sampler.send_weights(hf_weights(scorer.stages), version=0)
-        seeds = group_seeds(
-            prompts, kind=config.rollout.seeds, run_seed=config.trainer.seed, step=STEP, attempt=0, n=config.rollout.n
-        )
+        seeds = [
+            sample_seeds(
+                config.rollout.seeds, n=config.rollout.n, run_seed=config.trainer.seed, step=STEP, attempt=0,
+                split=prompt.split, row=prompt.row,
+            )
+            for prompt in prompts
+        ]  # fmt: skip
         sampling = train_sampling(config, inputs.eos_ids)
         groups = sampler.generate(prompts, seeds=seeds, sampling=sampling)
     return scorer, [response for group in groups for response in group]

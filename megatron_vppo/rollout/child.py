@@ -46,6 +46,21 @@ class EngineLost(RuntimeError):
         """The message without the end of the log."""
 
 
+class _Limit:
+    """A time from now on. While this process is stopped, it stands still."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """`seconds`: None: without end."""
+        self._seconds = seconds
+        self._waited, self._before = 0.0, time.monotonic()
+
+    def is_over(self) -> bool:
+        """Returns True if the time has passed; to be asked every LONGEST_WAIT_SECONDS at least."""
+        now = time.monotonic()
+        self._waited, self._before = self._waited + min(now - self._before, LONGEST_WAIT_SECONDS), now
+        return self._seconds is not None and self._waited > self._seconds
+
+
 class ChildProcess:
     """Starts the process of one engine and talks to it. Once it is lost, every call raises the same error again.
 
@@ -62,6 +77,7 @@ class ChildProcess:
         self.log_path = log_path
         self._silence_seconds = silence_seconds
         self._lost: EngineLost | None = None
+        self._silent = _Limit(silence_seconds)
         log_path.parent.mkdir(parents=True, exist_ok=True)
         self._folder = _temporary_folder()
         ours, theirs = socket.socketpair()
@@ -84,6 +100,7 @@ class ChildProcess:
     def send(self, message: Any) -> None:
         """Sends a request. Raises EngineLost if the process has ended, or does not take the request."""
         self._require_alive()
+        self._silent = _Limit(self._silence_seconds)
         try:
             self._connection.send(message)
         except BlockingIOError as error:  # SO_SNDTIMEO
@@ -101,28 +118,51 @@ class ChildProcess:
             EngineLost: the process ended or time is over.
             StopRequested: `stop_wanted` became true. The answer is still to come.
         """
-        self._require_alive()
-        waited, before = 0.0, time.monotonic()
+        limit = None if timeout_seconds is None else _Limit(timeout_seconds)
+        self._silent = _Limit(self._silence_seconds)
         while True:
-            ended = self._process.poll() is not None  # before the poll: an answer sent just before the end still counts
-            try:
-                if self._connection.poll(POLL_SECONDS):
-                    answer = self._connection.recv()
-                    if answer != PROGRESS:
-                        return answer
-                    waited = waited if timeout_seconds is not None else 0.0
-            except (EOFError, OSError) as error:
-                raise self._end_of_process() from error
-            if ended:
-                raise self._end_of_process()
+            answer = self.look(POLL_SECONDS, patient=limit is not None)
+            if answer is not None:
+                return answer
             if stop_wanted():
                 raise StopRequested
-            now = time.monotonic()
-            waited, before = waited + min(now - before, LONGEST_WAIT_SECONDS), now
-            if timeout_seconds is not None and waited > timeout_seconds:
+            if limit is not None and limit.is_over():
                 raise self.lost(f"did not answer within {timeout_seconds:.0f} seconds")
-            if timeout_seconds is None and self._silence_seconds is not None and waited > self._silence_seconds:
-                raise self.lost(self._silence())
+
+    def look(self, seconds: float = 0.0, *, patient: bool = False) -> Any:
+        """Returns the next answer, or None if there is none within `seconds`.
+
+        Args:
+            patient: True: silence means nothing, because nothing was asked, or because there is another limit.
+
+        Raises:
+            EngineLost: the process ended, or was silent for silence_seconds.
+        """
+        self._require_alive()
+        ended = self._process.poll() is not None  # before the poll: an answer sent just before the end still counts
+        try:
+            if self._connection.poll(seconds):
+                self._silent = _Limit(self._silence_seconds)
+                answer = self._connection.recv()
+                return None if answer == PROGRESS else answer
+        except (EOFError, OSError) as error:
+            raise self._end_of_process() from error
+        if ended:
+            raise self._end_of_process()
+        if patient:
+            self._silent = _Limit(self._silence_seconds)
+        elif self._silent.is_over():
+            raise self.lost(self._silence())
+        return None
+
+    @property
+    def is_lost(self) -> bool:
+        """True if every call raises EngineLost."""
+        return self._lost is not None
+
+    def fileno(self) -> int:
+        """Returns the descriptor that is readable when the process has sent something."""
+        return self._connection.fileno()
 
     def lost(self, what: str) -> EngineLost:
         """Builds the error of an engine that is lost because of `what`, and keeps it for later calls."""

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from megatron_vppo.rollout.child import ChildProcess, EngineLost
+from megatron_vppo.rollout.child import POLL_SECONDS, ChildProcess, EngineLost
 from megatron_vppo.rollout.records import (
+    SAMPLED,
     Completion,
     EngineSettings,
-    Outcome,
+    Sampled,
     SampleRequest,
     SamplingSettings,
     SyncReport,
 )
+from megatron_vppo.rollout.session import Session
 from megatron_vppo.rollout.transfer.bundle import TransferBuffer
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBuffer
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, WeightSender
+from megatron_vppo.system.stop_signals import StopRequested
 
 EngineMemory = Literal["weights", "kv_cache"]
 """The parts of an engine's GPU memory that it can give back."""
@@ -61,10 +64,11 @@ class RolloutEngine:
 
     def _start(self) -> None:
         self._child = ChildProcess(self.settings, log_path=self.log_path, silence_seconds=self._silence_seconds)
-        self._session = _Session(self._child)
+        self._session = Session(self._child)
         self._sender: WeightSender | None = None
         self._has_weights = self.settings.load_format != "empty"
         self._asleep: set[EngineMemory] = set()
+        self._unfinished = 0
         self._finalizer = weakref.finalize(self, self._child.close)
 
     @property
@@ -128,12 +132,56 @@ class RolloutEngine:
 
         Raises StopRequested if `stop_wanted` becomes true meanwhile. The engine is then of no further use: close it.
         """
+        self.begin_sampling(settings)
+        self.ask(dict(enumerate(requests)))
+        sampled: dict[tuple[int, int], Completion] = {}
+        while self.unfinished:
+            sampled |= {(one.number, one.sample): one.completion for one in self.take(POLL_SECONDS)}
+            if stop_wanted():
+                raise StopRequested
+        self.end_sampling()
+        return [[sampled[i, sample] for sample in range(len(request.seeds))] for i, request in enumerate(requests)]
+
+    def begin_sampling(self, settings: SamplingSettings) -> None:
+        """Begins to sample what `ask` brings. No other request is possible until `end_sampling`."""
         self._require_ready()
-        self._require_awake("generate", "weights", "kv_cache")
+        self._require_awake("sample", "weights", "kv_cache")
         if not self._has_weights:
             raise RuntimeError("the rollout engine has no complete set of weights; call send_weights first")
-        self._session.begin("generate", requests=list(requests), settings=settings)
-        return self._session.end(stop_wanted=stop_wanted)
+        self._session.begin("sample", settings=settings)
+        self._unfinished = 0
+
+    def ask(self, requests: Mapping[int, SampleRequest]) -> None:
+        """Asks for one completion for each seed of the requests, which are told apart by their numbers."""
+        if requests:
+            self._child.send(dict(requests))
+            self._unfinished += sum(len(request.seeds) for request in requests.values())
+
+    @property
+    def unfinished(self) -> int:
+        """The number of completions that were asked for and have not been taken."""
+        return self._unfinished
+
+    def take(self, seconds: float = 0.0) -> list[Sampled]:
+        """Returns the completions that have ended since the last call, if any have within `seconds`."""
+        answer = self._child.look(seconds, patient=self._unfinished == 0)
+        if answer is None:
+            return []
+        kind, ended = answer
+        if kind != SAMPLED:
+            self._session.answered(kind, ended)
+        self._unfinished -= len(ended)
+        return ended
+
+    def fileno(self) -> int:
+        """Returns the descriptor that is readable when `take` will return at once."""
+        return self._child.fileno()
+
+    def end_sampling(self) -> None:
+        """Drops what is unfinished. Afterwards the engine takes other requests."""
+        self._child.send(None)
+        self._unfinished = 0
+        self._session.end()
 
     def send_weights(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()
@@ -228,56 +276,3 @@ class RolloutEngine:
         if self._sender is None:
             raise RuntimeError("the rollout engine is still starting; call wait_ready first")
         return self._sender
-
-
-class _Session:
-    """Sends requests to the engine, one at a time; the `WeightSession` of weight_sender.py."""
-
-    def __init__(self, child: ChildProcess) -> None:
-        self._child = child
-        self.busy = False
-        """True from a request until its answer."""
-
-    def call(self, method: str, **arguments: Any) -> Any:
-        self.begin(method, **arguments)
-        return self.end()
-
-    def begin(self, method: str, **arguments: Any) -> None:
-        if self.busy:
-            raise RuntimeError(f"{method}: the rollout engine still works on another request")
-        self._child.send((method, arguments))
-        self.busy = True
-
-    def end(self, *, stop_wanted: Callable[[], bool] = lambda: False) -> Any:
-        outcome: Outcome
-        try:
-            outcome, result = self._child.receive(stop_wanted=stop_wanted)
-        except EngineLost:
-            self.busy = False  # the next request says so again
-            raise
-        self.busy = False
-        if outcome == "broken":
-            raise self._child.lost(f"cannot go on: {result}")
-        if outcome == "refused":
-            raise self._child.refusal(result)
-        return result
-
-    def start_weight_update(self) -> None:
-        self.call("start_weight_update")
-
-    def begin_update_weights(self, update_info: dict[str, Any]) -> None:
-        self.begin("update_weights", update_info=update_info)
-
-    def end_update_weights(self) -> None:
-        if self.busy:
-            self.end()
-
-    def finish_weight_update(self, weight_version: str) -> None:
-        self.call("finish_weight_update", weight_version=weight_version)
-
-    def abort_weight_update(self) -> None:
-        self.end_update_weights()
-        self.call("abort_weight_update")
-
-    def live_digests(self) -> list[dict[str, str]]:
-        return self.call("live_digests")

@@ -2,7 +2,8 @@
 
 It reads its EngineSettings from the socket FD, builds one vLLM engine and sends the list of its weights. Then it
 answers requests (method name, keyword arguments) with ("done", result), ("refused", error) or ("broken", error) until
-the socket closes. While it samples, it says now and then that it makes progress. FOLDER, for its temporary files, is
+the socket closes. `sample` goes on until it is told to end: meanwhile prompts come, and completions leave as they end.
+While it samples, it says now and then that it makes progress. FOLDER, for its temporary files, is
 removed when it ends.
 """
 
@@ -16,20 +17,21 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vppo.rollout import os_processes
 from megatron_vppo.rollout.records import (
-    PROGRESS,
+    SAMPLED,
     Completion,
     EngineSettings,
     LiveWeight,
-    Outcome,
+    Sampled,
     SampleRequest,
     SamplingSettings,
 )
+from megatron_vppo.rollout.serving import serve
 
 WATCH_SECONDS = 0.2
 PROGRESS_SECONDS = 1.0
@@ -112,6 +114,7 @@ class Engine:
         )
         self._llm.init_weight_transfer_engine({"init_info": {}})
         self._llm.update_weight_version("-1")
+        self._report: Callable[[], None] = lambda: None
 
     def live_weights(self) -> list[list[LiveWeight]]:
         return self._llm.collective_rpc("vppo_live_weights")
@@ -119,17 +122,52 @@ class Engine:
     def live_digests(self) -> list[dict[str, str]]:
         return self._llm.collective_rpc("vppo_live_digests")
 
-    def generate(self, requests: list[SampleRequest], settings: SamplingSettings) -> list[list[Completion]]:
-        prompts, params = [], []
-        for request in requests:
-            prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
-            if request.images:
-                prompt["multi_modal_data"] = {"image": list(request.images)}
-            prompts += [prompt] * len(request.seeds)
-            params += [self._sampling_params(settings, seed) for seed in request.seeds]
-        outputs = iter(self._llm.generate(prompts, params, use_tqdm=False))
+    def sample(self, settings: SamplingSettings, *, connection: Connection, tell: Callable[[Any], None]) -> None:
+        """Samples what is asked for, until it is told to end; what is then unfinished is dropped.
+
+        Args:
+            connection: brings requests by their numbers, and None as the end.
+            tell: sends completions as they end.
+
+        Raises whatever vLLM does about a request; it keeps none of the others then.
+        """
         version = int(self._llm.get_weight_version())
-        return [[_completion(next(outputs).outputs[0], version) for _ in request.seeds] for request in requests]
+        running: dict[str, tuple[int, int]] = {}  # vLLM's name of each unfinished completion
+        while True:
+            while connection.poll(0 if running else None):
+                asked: dict[int, SampleRequest] | None = connection.recv()
+                if asked is None:
+                    return self._drop(running)
+                for number, request in asked.items():
+                    try:
+                        running |= self._add(number, request, settings)
+                    except Exception:
+                        self._drop(running)
+                        raise
+                    self._report()
+            ended = [
+                Sampled(*running.pop(output.request_id), _completion(output.outputs[0], version))
+                for output in self._llm.llm_engine.step()
+                if output.finished
+            ]
+            self._report()
+            if ended:
+                tell((SAMPLED, ended))
+
+    def _drop(self, running: Collection[str]) -> None:
+        self._llm.llm_engine.abort_request(list(running))
+        for _ in range(BATCHES_AHEAD):
+            self._llm.llm_engine.step()
+
+    def _add(self, number: int, request: SampleRequest, settings: SamplingSettings) -> dict[str, tuple[int, int]]:
+        """Adds the completions of a request. Returns their number and sample, by vLLM's name."""
+        prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": list(request.images)}
+        params = [self._sampling_params(settings, seed) for seed in request.seeds]
+        added = self._llm.enqueue([prompt] * len(params), params, use_tqdm=False)
+        # Inside vLLM a name ends in random letters, and in its outputs it does not.
+        return {name.partition("-")[0]: (number, sample) for sample, name in enumerate(added)}
 
     def _sampling_params(self, settings: SamplingSettings, seed: int | None) -> Any:
         from vllm import SamplingParams
@@ -191,24 +229,17 @@ class Engine:
     def call_on_progress(self, report: Callable[[], None]) -> None:
         """Lets `report` be called, at most once in PROGRESS_SECONDS, while requests are prepared and sampled.
 
-        vLLM 0.32 and 0.33 tell of progress only by a bar on the terminal, so two public methods of this one object are
-        wrapped: `add_request`, which processes images, and `step`, one forward pass.
+        That is after each prompt, whose images are processed, and after each forward pass.
         """
-        inner, last = self._llm.llm_engine, time.monotonic()
+        last = time.monotonic()
 
-        def reporting(method: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **keywords: Any) -> Any:
-                nonlocal last
-                result = method(*arguments, **keywords)
-                if time.monotonic() - last > PROGRESS_SECONDS:
-                    last = time.monotonic()
-                    report()
-                return result
+        def report_now_and_then() -> None:
+            nonlocal last
+            if time.monotonic() - last > PROGRESS_SECONDS:
+                last = time.monotonic()
+                report()
 
-            return call
-
-        for name in ("add_request", "step"):
-            setattr(inner, name, reporting(getattr(inner, name)))
+        self._report = report_now_and_then
 
     @property
     def is_broken(self) -> bool:
@@ -216,6 +247,9 @@ class Engine:
         inner = self._llm.llm_engine
         return inner.has_unfinished_requests() or getattr(inner.model_executor, "is_failed", False)
 
+
+BATCHES_AHEAD = 2
+"""Forward passes that vLLM may have begun on GPUs when requests are dropped: it schedules one while another runs."""
 
 CPU_BLOCK_SIZE = 32
 """Tokens per block of the KV cache; the smallest number with which vLLM's CPU attention is fast."""
@@ -242,24 +276,6 @@ def _quieten_vllm() -> None:
             return "torch.set_num_threads" not in record.getMessage()
 
     logging.getLogger("vllm.v1.worker.cpu_worker").addFilter(SkipThreadCounts())
-
-
-def serve(connection: Connection, engine: Engine) -> None:
-    """Answers requests until the socket closes or the engine is broken."""
-    engine.call_on_progress(lambda: connection.send(PROGRESS))
-    while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            answer: tuple[Outcome, Any] = ("done", getattr(engine, method)(**arguments))
-        except Exception as error:  # the trainer decides what follows
-            traceback.print_exc()
-            answer = ("broken" if engine.is_broken else "refused", f"{type(error).__name__}: {error}")
-        connection.send(answer)
-        if method == "shutdown" or engine.is_broken:
-            return
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ Outcome = Literal["done", "refused", "broken"]
 """The first part of an engine's answer. 'refused': the engine raised an error and goes on. 'broken': it then ends."""
 PROGRESS = "progress"
 """A message from an engine that works on a request and has just got on with it; the answer is still to come."""
+SAMPLED = "sampled"
+"""The first part of a message from an engine that samples; the second are the completions that have just ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +128,17 @@ class Completion:
     """'stop' or 'length'."""
     weight_version: int
     """The version given to the last `send_weights` before sampling; -1 for the weights of the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A completion that has just ended, and what it belongs to."""
+
+    number: int
+    """The number that the request was given."""
+    sample: int
+    """The place of its seed among those of the request."""
+    completion: Completion
 
 
 @dataclass(frozen=True, slots=True)

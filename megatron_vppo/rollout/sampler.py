@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.types import Prompt, Response
-from megatron_vppo.config.choices import SeedKind, VerifyWeights
+from megatron_vppo.config.choices import VerifyWeights
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.child import EngineLost
+from megatron_vppo.rollout.conductor import Ask, Conductor, EngineLink, FarEngine, OwnEngine, Work, lead
+from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.gathering import gather_responses
-from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings, SyncReport
+from megatron_vppo.rollout.mailbox import Mailbox
+from megatron_vppo.rollout.records import SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
-from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.rollout.sharing import SampledGroups, share_groups
 from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.system.agreement import any_rank
 from megatron_vppo.system.stop_signals import StopRequested
@@ -31,13 +34,17 @@ class EngineSampler:
         num_engines: int,
         images: VisionInputs,
         verify: VerifyWeights,
+        store: dist.Store,
+        max_num_seqs: int,
         stop_wanted: Callable[[], bool] = lambda: False,
     ) -> None:
         """
         Args:
             engine: the engine that this rank leads; None on the other ranks.
-            engine_index: the number of that engine, which decides its share of the prompts.
+            engine_index: the number of that engine; None if this rank leads none.
             verify: the weight syncs after which checksums are compared.
+            store: joins the ranks that lead engines with rank 0; this sampler alone uses it.
+            max_num_seqs: the responses that an engine samples at once.
             stop_wanted: returns True if sampling is to be cut off; it need not be true on all ranks.
         """
         self._engine = engine
@@ -45,8 +52,11 @@ class EngineSampler:
         self._num_engines = num_engines
         self._images = images
         self._verify = verify
+        self._store = store
+        self._max_num_seqs = max_num_seqs
         self._stop_wanted = stop_wanted
         self._num_syncs = 0
+        self._num_samplings = 0
         self._version = -1
         self._report: SyncReport | None = None
         """The last transfer to this rank's engine."""
@@ -56,51 +66,90 @@ class EngineSampler:
         """Lets engines that are lost be started again. Without this call, a lost engine ends the run."""
         self._recovery = recovery
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seeds: Sequence[Sequence[int | None]],
-        sampling: SamplingSettings,
-        first_group: int = 0,
-    ) -> list[list[Response]]:
-        """Samples len(seeds[i]) responses to prompt i. Every rank returns all groups, in the order of the prompts.
+    def sample(self, work: Callable[[], Work], settings: SamplingSettings) -> float:
+        """Samples until it is decided which groups count. Responses go to the judge, on rank 0 alone.
 
-        An engine that was lost is asked all of its prompts again, with the same seeds.
+        What a lost engine has not finished the others sample, with the same seeds. If all are lost, everything begins
+        again, so that engines put the same responses into a batch as if none had been lost: on that depend the last
+        bits of log-probs.
+
+        Args:
+            work: returns what is to be done, which is the same every time; called on rank 0.
+
+        Returns:
+            The seconds in which engines had nothing to do, since only grading was left; on rank 0, and else 0.
 
         Raises StopRequested on every rank if sampling was cut off on one.
         """
-        share = range(self._engine_index or 0, len(prompts), self._num_engines)
-        sampled: list[list[Completion]] | None = None
         while True:
-            lost = None
-            if self._engine is not None and sampled is None:
-                requests = self._requests(prompts, seeds, share)
-                try:
-                    sampled = self._engine.generate(requests, sampling, stop_wanted=self._stop_wanted)
-                except StopRequested:
-                    pass
-                except EngineLost as error:
-                    lost = error
+            conductor = Conductor(work(), stop_wanted=self._stop_wanted) if dist.get_rank() == 0 else None
+            lost, cut, inboxes = None, False, list[Mailbox]()
+            try:
+                lost = self._sample(conductor, settings, inboxes)
+            except EngineLost as error:
+                lost = error
+            except StopRequested:
+                cut = True
             # SLURM may end an engine together with the run that it asks to stop.
-            if any_rank(sampled is None and self._engine is not None and self._stop_wanted()):
+            if any_rank(cut or (lost is not None and self._stop_wanted())):
                 raise StopRequested
-            if not self._recovered(lost, stop_wanted=self._stop_wanted):
-                break
-        mine = {} if sampled is None else dict(zip(share, sampled, strict=True))
-        return gather_responses(mine, prompts, first_group=first_group)
+            for inbox in inboxes:
+                inbox.take()  # what came too late
+            self._recovered(lost, stop_wanted=self._stop_wanted)
+            if any_rank(conductor is not None and conductor.is_done):
+                return 0.0 if conductor is None else conductor.idle_seconds
 
-    def _requests(
-        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int | None]], share: Sequence[int]
-    ) -> list[SampleRequest]:
-        return [
-            SampleRequest(
-                token_ids=prompts[i].compact_token_ids,
-                images=tuple(self._images.image(ref) for ref in prompts[i].images),
-                seeds=tuple(seeds[i]),
+    def _sample(
+        self, conductor: Conductor | None, settings: SamplingSettings, inboxes: list[Mailbox]
+    ) -> EngineLost | None:
+        """Does this rank's part. Returns the error of its engine if that is lost, or raises it.
+
+        Args:
+            conductor: on rank 0.
+            inboxes: gets the mailboxes from which this rank takes.
+        """
+        self._num_samplings += 1
+        line = dist.PrefixStore(f"sampling {self._num_samplings}", self._store)
+        if conductor is not None:
+            links: dict[int, EngineLink] = {}
+            for number in range(self._num_engines):
+                if self._engine is not None and number == self._engine_index:
+                    links[number] = OwnEngine(self._engine, settings, self._requests)
+                else:
+                    inboxes.append(Mailbox(line, f"from {number}"))
+                    links[number] = FarEngine(Mailbox(line, f"to {number}"), inboxes[-1])
+            errors = conductor.run(links, capacity=self._max_num_seqs)
+            return None if self._engine_index is None else errors.get(self._engine_index)
+        if self._engine is not None:
+            inboxes.append(Mailbox(line, f"to {self._engine_index}"))
+            back = Mailbox(line, f"from {self._engine_index}")
+            lead(self._engine, settings, inboxes[0], back, requests=self._requests, stop_wanted=self._stop_wanted)
+        return None
+
+    def generate(
+        self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int | None]], sampling: SamplingSettings
+    ) -> list[list[Response]]:
+        """Samples len(seeds[i]) responses to prompt i, each prompt with as many. Every rank returns all groups."""
+        size = len(seeds[0]) if seeds else 0
+        tries: list[SampledGroups] = []
+
+        def work() -> Work:
+            tries.append(SampledGroups(prompts.__getitem__, size=size))
+            draw = Draw(wanted=len(prompts), most=len(prompts), responses=size, order="draw")
+            return Work(draw, lambda number: (prompts[number], tuple(seeds[number])), tries[-1])
+
+        self.sample(work, sampling)
+        return share_groups(lambda: [tries[-1].responses(number) for number in range(len(prompts))])
+
+    def _requests(self, asks: Mapping[int, Ask]) -> dict[int, SampleRequest]:
+        return {
+            number: SampleRequest(
+                token_ids=prompt.compact_token_ids,
+                images=tuple(self._images.image(ref) for ref in prompt.images),
+                seeds=seeds,
             )
-            for i in share
-        ]
+            for number, (prompt, seeds) in asks.items()
+        }
 
     def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()
@@ -158,13 +207,3 @@ class EngineSampler:
     def close(self) -> None:
         if self._engine is not None:
             self._engine.close()
-
-
-def group_seeds(
-    prompts: Sequence[Prompt], *, kind: SeedKind, run_seed: int, step: int, attempt: int, n: int
-) -> list[tuple[int | None, ...]]:
-    """Returns one seed per response to each prompt; the kinds are those of rollout/seeds.py."""
-    return [
-        sample_seeds(kind, n=n, run_seed=run_seed, step=step, attempt=attempt, split=p.split, row=p.row)
-        for p in prompts
-    ]

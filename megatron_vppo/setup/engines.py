@@ -49,6 +49,8 @@ class EnginePlace:
     count: int
     sleeps: bool
     """True if engines give their memory back while the trainer computes; the same on every rank."""
+    max_num_seqs: int
+    """Responses in flight in an engine."""
 
 
 def num_engines(config: RunConfig, *, world_size: int, on_cpu: bool) -> int:
@@ -98,10 +100,10 @@ def start_engine(
     """Starts this rank's engine, if it leads one, without waiting for it to load."""
     on_cpu = layout.device.type == "cpu"
     check_device(config, on_cpu=on_cpu)
-    sleeps = engines_sleep(config, on_cpu=on_cpu)
+    sleeps, at_once = engines_sleep(config, on_cpu=on_cpu), by_machine(config, on_gpu=not on_cpu).max_num_seqs
     leaders = [seat.leader for seat in engine_seats(config, world.places)]
     if layout.rank not in leaders:
-        return EnginePlace(None, None, len(leaders), sleeps)
+        return EnginePlace(None, None, len(leaders), sleeps, at_once)
     index = leaders.index(layout.rank)
     settings = _engine_settings(
         config, source, world=world, images=images, hf_config=hf_config, index=index, on_cpu=on_cpu
@@ -109,7 +111,7 @@ def start_engine(
     client = RolloutEngine(
         settings, log_path=logs / f"engine_{index}.log", silence_seconds=config.rollout.engine_timeout_seconds
     )
-    return EnginePlace(client, index, len(leaders), sleeps)
+    return EnginePlace(client, index, len(leaders), sleeps, at_once)
 
 
 def _engine_settings(
@@ -148,10 +150,11 @@ def engines_on_gpus(config: RunConfig, *, count: int) -> str:
     """Returns a line for the user: the engines of a run on GPUs, their memory and how much they sample at once."""
     values, size = by_machine(config, on_gpu=True), config.rollout.tensor_parallel_size
     responses = -(-config.data.rollout_batch_size * config.rollout.n // count)
+    share, graphs = config.rollout.gpu_memory_utilization, "without" if values.enforce_eager else "with"
     return (
-        f"engines: {count} on {size} GPU{'s' * (size > 1)} each, {config.rollout.gpu_memory_utilization:g} of the memory "
-        f"(rollout.gpu_memory_utilization), {'without' if values.enforce_eager else 'with'} CUDA graphs, up to "
-        f"{values.max_num_seqs} responses at once; a step trains on {responses} of each"
+        f"engines: {count} on {size} GPU{'s' * (size > 1)} each, {share:g} of the memory "
+        f"(rollout.gpu_memory_utilization), {graphs} CUDA graphs, up to {values.max_num_seqs} responses at once; "
+        f"a step trains on {responses} of each"
     )
 
 

@@ -39,7 +39,7 @@ def open_reward_pool(
 def fair_workers(config: RewardConfig, places: Sequence[Place]) -> int:
     """Returns the number of workers where none is set: one per core of rank 0's fair share, up to MOST_WORKERS.
 
-    A batch function has one: it may compare all responses of a round.
+    A batch function has one: it may compare all responses that it gets.
     """
     if config.reward_function != BUILT_IN_REWARD and config.reward_type == "batch":
         return 1

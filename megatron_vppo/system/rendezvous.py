@@ -79,6 +79,10 @@ class Meeting:
         values: list[Any] = json.loads(self._store.get(key))
         return values
 
+    def store(self, name: str) -> dist.Store:
+        """Returns a store that all ranks share, for one purpose; names are used once."""
+        return dist.PrefixStore(name, self._store)
+
     def check(self, name: str, work: Callable[[], None]) -> None:
         """Calls `work` on rank 0 alone, while the others wait. Names are used once.
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.parallel.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
-from megatron_vppo.parallel.checkpoint_folder import SavedState, checkpoint_steps, read_state, step_folder
+from megatron_vppo.parallel.checkpoint_folder import STATE, SavedState, checkpoint_steps, read_state, step_folder
 from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints, read_best
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout
@@ -31,9 +31,14 @@ from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.agreement import on_every_rank
 from megatron_vppo.system.records import parse_record
+from megatron_vppo.trainer.keep_rate import KeepRate, SavedKeepRate
+from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 
 UNFINISHED_STEP = "unfinished_step"
 """The key in a checkpoint's state of a step whose validation was cut off, see RunLog.pending."""
+
+KEEP_RATE = "keep_rate"
+"""The key in a checkpoint's state of the share of groups that were kept; checkpoints of before have none."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +63,8 @@ class Checkpointer:
     trainable: Trainable
     stream: PromptStream | None
     """The order of the prompts, on rank 0; None elsewhere."""
+    keep_rate: KeepRate
+    """The one that counts is that of rank 0."""
     say: Callable[[str], None]
     """Shows a line to the user; called on rank 0 only."""
     _started_from: str | None = field(default=None, init=False)
@@ -117,6 +124,7 @@ class Checkpointer:
         state: dict[str, Any] = {"started_from": self._started_from}
         if self.stream is not None:
             state["data"] = self.stream.state_dict()
+            state[KEEP_RATE] = self.keep_rate.state_dict()
         if unfinished_step is not None:
             state[UNFINISHED_STEP] = unfinished_step
         validated, accuracy = self._accuracy or (None, None)
@@ -158,7 +166,20 @@ class Checkpointer:
     def _move_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
             self.stream.load_state_dict(saved_position(folder, step).model_dump())
+            if (saved := saved_keep_rate(folder, step)) is not None:
+                self.keep_rate.load_state_dict(saved.model_dump())
 
     def _check_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
             self.stream.check(saved_position(folder, step))
+            saved_keep_rate(folder, step)
+
+
+def saved_keep_rate(folder: Path, step: int) -> SavedKeepRate | None:
+    """Reads the keep rate from a checkpoint; None if it has none. Raises DamagedCheckpoint if it is none."""
+    saved = read_state(folder, step).get(KEEP_RATE)
+    try:
+        return None if saved is None else parse_record(SavedKeepRate, saved)
+    except ValueError as error:
+        path = step_folder(folder, step) / STATE
+        raise DamagedCheckpoint(f"{path} is damaged: '{KEEP_RATE}' in it {error}") from error

@@ -21,7 +21,7 @@ from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.rollouts import RolloutRecord
 from megatron_vppo.observability.step_records import StepRecords
-from megatron_vppo.trainer.collect import Group
+from megatron_vppo.trainer.grader import Group
 
 IMAGES_PER_OUTCOME = 4
 """The number of right responses of a step, and of wrong ones, that keep their images; each is of another prompt."""

@@ -55,6 +55,7 @@ from megatron_vppo.system.whole import naming_file
 from megatron_vppo.trainer.checkpointer import Checkpointer, ResumePoint
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
+from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.loop import Run, train
 from megatron_vppo.trainer.placement import Placement
 from megatron_vppo.trainer.policy_side import PolicySide
@@ -153,7 +154,8 @@ def _open_run(
         engine = start_engine(config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
-            verify=config.rollout.verify_weights, stop_wanted=stopping.wanted,
+            verify=config.rollout.verify_weights, store=world.meeting.store("engines"),
+            max_num_seqs=engine.max_num_seqs, stop_wanted=stopping.wanted,
         )  # fmt: skip
         stack.callback(sampler.close)
         grader = _grader(config, tokenizer, world, say)
@@ -167,7 +169,8 @@ def _open_run(
         if is_writer:
             _say_what_follows(config, on_gpus, engine.count, say)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
-        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, say)
+        keep_rate = KeepRate()
+        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, keep_rate, say)
         resumed = checkpointer.resume()
         _check_reached(folder, resumed.step, total_steps=total_steps)
         if is_writer:
@@ -187,7 +190,7 @@ def _open_run(
             policy=policy,
             placement=placement,
             sampler=sampler,
-            collector=Collector(config, stream, sampler, grader, train_sampling(config, eos), stopping.durations),
+            collector=Collector(config, stream, keep_rate, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
             log=log,
             start_step=resumed.step,

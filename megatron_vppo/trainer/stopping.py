@@ -3,15 +3,15 @@
 All ranks ask at the same boundaries of a step and get the same answer. What a boundary leaves out is done again after
 the restart, from the same prompts and seeds:
 
-    sampling      engines are cut off, and the round's responses are thrown away
+    sampling      engines and graders are cut off, and the step's responses are thrown away
     scoring       not begun, or left between two chunks of micro-batches (parallel/score_chunks.py)
     update        not begun, unless it is known to end in time
     validation    cut off; it is done first after the restart, and the step's line of metrics is written then
     next step     not begun, also if it is known not to end before the job's time does
 
 What lies between two boundaries is finished: an update with all its mini-batches, since the weights between two of them
-are of no step; the sync of weights after it; the grading of a round of responses; a checkpoint. Where one of them takes
-longer than trainer.stop_within_seconds, that promise cannot be kept, and the user is told what to set.
+are of no step; the sync of weights after it; a checkpoint. Where one of them takes longer than
+trainer.stop_within_seconds, that promise cannot be kept, and the user is told what to set.
 """
 
 from __future__ import annotations
@@ -32,11 +32,10 @@ TIME_LIMIT_MARGIN_SECONDS = 30.0
 """The time that is left over for the end of a run at its job's time limit: engines, logs, the requeue."""
 
 
-Part = Literal["step", "grading", "update", "weight sync", "checkpoint"]
+Part = Literal["step", "update", "weight sync", "checkpoint"]
 
 UNCUT: Mapping[Part, str] = MappingProxyType(
     {
-        "grading": "Raise reward.num_workers, lower reward.timeout_seconds, or raise",
         "update": "Lower data.rollout_batch_size, or raise",
         "weight sync": "Raise",
         "checkpoint": "Put trainer.runs_dir on faster storage, or raise",

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.parallel.collective import from_rank_zero
+from megatron_vppo.rollout.conductor import Ask, Work
+from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.records import SamplingSettings
-from megatron_vppo.rollout.sampler import EngineSampler, group_seeds
-from megatron_vppo.trainer.collect import grade_groups
-from megatron_vppo.trainer.grader import Grader
+from megatron_vppo.rollout.sampler import EngineSampler
+from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.trainer.grader import Grader, GroupJudge
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,25 @@ class Validator:
 
         Seeds do not depend on the step, so that two validations differ by the weights alone.
         """
-        n = self.config.rollout.val.n
-        seeds = group_seeds(self.prompts, kind="independent", run_seed=self.config.trainer.seed, step=0, attempt=0, n=n)
-        groups = grade_groups(self.grader, self.sampler.generate(self.prompts, seeds=seeds, sampling=self.sampling))
-        items = [item for group in groups for item in group]
+        config, n = self.config, self.config.rollout.val.n
+        found: list[GroupJudge] = []
+
+        def ask(number: int) -> Ask:
+            prompt = self.prompts[number]
+            return prompt, sample_seeds(
+                "independent", n=n, run_seed=config.trainer.seed, step=0, attempt=0, split=prompt.split, row=prompt.row
+            )
+
+        def work() -> Work:
+            count = len(self.prompts)
+            found.append(self.grader.judge(self.prompts.__getitem__, size=n, keeps=lambda group: True, least=count * n))
+            return Work(Draw(wanted=count, most=count, responses=n, order="draw"), ask, found[-1])
+
+        self.sampler.sample(work, self.sampling)
+        return from_rank_zero(lambda: self._means(found[-1]))
+
+    def _means(self, judge: GroupJudge) -> dict[str, float]:
+        items = [item for number in range(len(self.prompts)) for item in judge.group(number)]
         return {
             "val/accuracy": sum(item.reward.accuracy for item in items) / len(items),
             "val/reward_score": sum(item.reward.overall for item in items) / len(items),

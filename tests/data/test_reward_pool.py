@@ -95,9 +95,16 @@ def make_pool(function: str = "mathruler", **options: Any) -> RewardPool:
     return RewardPool(function, tokenizer=TOKENIZER.to_str(), **{**defaults, **options})
 
 
+def grade_all(pool: RewardPool, submitted: list[Response]) -> list[tuple[str, Reward]]:
+    tickets, graded = pool.submit(submitted), dict[int, tuple[str, Reward]]()
+    while len(graded) < len(tickets):
+        graded |= pool.take(60.0)
+    return [graded[ticket] for ticket in tickets]
+
+
 def grade(pool: RewardPool, texts: list[str]) -> list[Reward]:
     """Returns the rewards. The texts come back with them, whatever became of their workers."""
-    graded = pool.grade(responses(texts))
+    graded = grade_all(pool, responses(texts))
     assert [text for text, _ in graded] == texts
     return [reward for _, reward in graded]
 
@@ -116,7 +123,7 @@ def test_functions_are_called_with_text_without_special_tokens(functions: str) -
     with make_pool(f"{functions}:sequential", reward_type="sequential") as pool:
         half, whole = (TOKENIZER.encode(text).ids for text in ("\u4e2d", "\xe9\U0001f600"))
         rows = [replace(responses(["x"])[0], token_ids=(*ids, 256)) for ids in (half[:2], whole, [])]
-        graded = pool.grade(rows)
+        graded = grade_all(pool, rows)
     assert [text for text, _ in graded] == ["\ufffd", "\xe9\U0001f600", ""]
     assert [(reward.overall, reward.metrics["tokens"]) for _, reward in graded] == [(0.1, 3.0), (0.2, 7.0), (0.0, 1.0)]
 
@@ -125,7 +132,7 @@ def test_a_hostile_answer_cannot_stop_the_built_in_grader() -> None:
     bomb = r"\boxed{x+99999999!}"  # MathRuler lets sympy compute it
     with make_pool(timeout_seconds=1.0) as pool:
         started = time.monotonic()
-        rewards = [reward for _, reward in pool.grade(responses([bomb, r"\boxed{1+x}"], answer="x+1"))]
+        rewards = [reward for _, reward in grade_all(pool, responses([bomb, r"\boxed{1+x}"], answer="x+1"))]
         assert [reward.overall for reward in rewards] == [0.0, 1.0]
         assert [reward.error for reward in rewards] == ["no result after 1 s", None]
         assert time.monotonic() - started < 60
@@ -213,6 +220,25 @@ def test_results_keep_their_order_and_workers_share_the_work(functions: str) -> 
         started = time.monotonic()
         assert [reward.overall for reward in grade(pool, texts)] == [float(text) for text in texts]
         assert time.monotonic() - started < sum(float(text) for text in texts)
+
+
+def test_rewards_come_as_they_are_ready_and_nothing_is_waited_for(functions: str) -> None:
+    """One worker hangs in the first response, while the other grades the rest and more that comes meanwhile."""
+    with make_pool(f"{functions}:slow", reward_type="sequential", num_workers=2, timeout_seconds=600) as pool:
+        assert not pool.grades_batches and pool.take() == {} and pool.sources() == []
+        first = pool.submit(responses(["600", "0"]))
+        assert len(pool.sources()) == 2
+        found = pool.take(60.0)
+        assert [found.pop(ticket)[0] for ticket in first[1:]] == ["0"] and found == {}
+        second = pool.submit(responses(["0.01", "0.02"]))
+        for text, ticket in zip(("0.01", "0.02"), second, strict=True):
+            assert {number: verdict[0] for number, verdict in pool.take(60.0).items()} == {ticket: text}
+        assert len({*first, *second}) == 4 and len(pool.sources()) == 1
+        assert pool.take() == {}
+        third = pool.submit(responses(["0", "0.01", "0.02"]))
+        pool.forget()
+        assert set(pool.take(60.0)) == set(third[:1]), "the others had not been begun"
+        assert pool.take() == {} and grade(pool, ["0.03"])[0].overall == 0.03
 
 
 def test_workers_are_light_and_no_ranks(functions: str, monkeypatch) -> None:

@@ -8,3 +8,8 @@ from typing import Any
 def starts_small(answers: list[dict[str, Any]]) -> list[float]:
     """1 for an answer whose first character is a lower-case letter; about a quarter of random ones are."""
     return [float(answer["response"][:1].islower()) for answer in answers]
+
+
+def one_starts_small(answer: dict[str, Any]) -> float:
+    """The same for `reward.reward_type=sequential`."""
+    return starts_small([answer])[0]

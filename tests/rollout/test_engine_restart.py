@@ -17,9 +17,10 @@ import pytest
 
 from megatron_vppo.rollout import child, os_processes
 from megatron_vppo.rollout.child import ChildProcess, EngineLost
-from megatron_vppo.rollout.engine import RolloutEngine, _Session
-from megatron_vppo.rollout.engine_process import Engine, serve
+from megatron_vppo.rollout.engine import RolloutEngine
+from megatron_vppo.rollout.engine_process import Engine
 from megatron_vppo.rollout.records import PROGRESS, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.session import Session
 from tests.rollout.rig import START_SECONDS, prompt_ids, weights
 from tests.rollout.settings import engine_settings
 from tests.rollout.tiny_model import build_config, build_model, build_tokenizer, save_model_folder
@@ -125,55 +126,24 @@ def test_a_trainer_that_was_stopped_does_not_blame_the_engine(peer: Peer, monkey
     ],
 )
 def test_only_a_broken_engine_is_lost(outcome: str, kind: type[Exception], message: str, peer: Peer) -> None:
-    session = _Session(peer.process)
+    session = Session(peer.process)
     peer.connection.send((outcome, "ValueError: too long"))
     with pytest.raises(RuntimeError, match=message) as error:
         session.call("generate")
     assert type(error.value) is kind
 
 
-def test_an_engine_tells_that_it_is_broken() -> None:
-    """A worker that dies leaves vLLM without requests, but without the worker, too."""
-    ours, theirs = socket.socketpair()
-
-    class Failing:
-        is_broken = False
-
-        def call_on_progress(self, report: Any) -> None:
-            report()
-
-        def generate(self) -> None:
-            raise ValueError("no")
-
-        def sleep(self) -> None:
-            self.is_broken = True
-            raise RuntimeError("worker died")
-
-    engine: Any = Failing()
-    with Connection(ours.detach()) as trainer:
-        thread = threading.Thread(target=serve, args=(Connection(theirs.detach()), engine))
-        thread.start()
-        for method in ("generate", "sleep"):
-            trainer.send((method, {}))
-        assert [trainer.recv() for _ in range(3)] == [
-            PROGRESS, ("refused", "ValueError: no"), ("broken", "RuntimeError: worker died"),
-        ]  # fmt: skip
-        thread.join(10)
-        assert not thread.is_alive()
-
-
 def test_what_counts_as_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each forward pass, and each prompt whose images are processed; but not every one of them is told."""
     engine = Engine.__new__(Engine)
-    inner = SimpleNamespace(add_request=lambda number: number, step=lambda: "outputs")
-    engine._llm = SimpleNamespace(llm_engine=inner)
     clock = [0.0]
     monkeypatch.setattr("megatron_vppo.rollout.engine_process.time", SimpleNamespace(monotonic=lambda: clock[0]))
     told: list[float] = []
     engine.call_on_progress(lambda: told.append(clock[0]))
     for second in range(5):
         clock[0] = second * 0.6
-        assert inner.add_request(second) == second and inner.step() == "outputs"
+        engine._report()
+        engine._report()
     assert told == pytest.approx([1.2, 2.4])
 
 

@@ -21,6 +21,7 @@ from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.checkpointer import Checkpointer
+from megatron_vppo.trainer.keep_rate import KeepRate
 from tests.models.tiny import save_tiny_model, tiny_config
 from tests.parallel.damage import FILES, PLACE, STATES, STEPS, save_run, state_with
 from tests.parallel.optimizer_rig import update_counts
@@ -32,7 +33,9 @@ OLDER, NEWEST = STEPS
 def checkpointer(folder: Path, *, resume: bool) -> Checkpointer:
     config = TrainerConfig(runs_dir=str(folder), project_name="p", experiment_name="e", resume=resume)
     unused: Any = None  # nothing is loaded
-    return Checkpointer(config, RunFolder.of(config), layout=unused, trainable=unused, stream=None, say=print)
+    return Checkpointer(
+        config, RunFolder.of(config), layout=unused, trainable=unused, stream=None, keep_rate=KeepRate(), say=print
+    )
 
 
 @pytest.mark.parametrize("resume", [True, False])
@@ -94,7 +97,7 @@ def start(saved: Saved, runs: Path, *, seed: int = 1, **settings: object) -> Res
     prompts: Any = range(PLACE["num_prompts"])  # only their number counts
     stream = PromptStream(prompts, seed=seed, shuffle=True)
     said: list[str] = []
-    made = Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream, said.append)
+    made = Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream, KeepRate(), said.append)
     return Resumed(policy, stream, made, said)
 
 
@@ -123,6 +126,20 @@ def test_model_and_place_in_the_data_are_those_of_the_step(settings: dict[str, i
     assert same(weights(run.policy), weights(saved.policy))
     assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
     assert run.said == []
+
+
+def test_the_keep_rate_goes_on_and_may_be_missing(saved: Saved, runs: Path) -> None:
+    run = start(saved, runs)
+    run.checkpointer.resume()
+    assert run.checkpointer.keep_rate.seen == (0.0, 0.0), "a checkpoint of before has none"
+    run.checkpointer.keep_rate.note(kept=3, sampled=7)
+    run.checkpointer.save(6)
+    again = start(saved, runs)
+    assert again.checkpointer.resume().step == 6
+    assert again.checkpointer.keep_rate.seen == (3.0, 7.0)
+    state_with(keep_rate={"kept": 3.0})(newest(runs).with_name("global_step_6"))
+    with pytest.raises(ValueError, match=rf"'keep_rate' in it lacks sampled.*step {NEWEST} is whole"):
+        start(saved, runs).checkpointer.resume()
 
 
 @pytest.mark.parametrize(("what", "cases"), [("empty", FILES), ("a brace", STATES)])

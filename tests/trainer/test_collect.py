@@ -1,53 +1,95 @@
-"""Bounded resampling and group filtering. What is under test is the rule; sampler and grader follow a script."""
+"""The draw of a step, group filtering, and the place in the data after it. The rule is under test: sampler and pool
+follow a script, in an order that a seed shuffles.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward
+from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
-from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.rollout.conductor import Work
+from megatron_vppo.rollout.records import Completion, SamplingSettings
+from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.trainer.collect import Collector
-from megatron_vppo.trainer.stopping import Durations
+from megatron_vppo.trainer.grader import Grader
+from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.validate import Validator
 
+ROWS = 22
+"""Rows of the data set: five draws of four prompts, and two that are left over."""
 
-class Stream:
-    def __init__(self) -> None:
-        self.drawn = 0
 
-    def next(self, k: int) -> list[Prompt]:
-        self.drawn += k
-        return [Prompt("train", self.drawn - k + i, "q", "a", (1, 2), (1, 2), (), ()) for i in range(k)]
+class Prompts:
+    """Stands for a PromptSet."""
+
+    dataset: Any = None
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> Prompt:
+        return Prompt("train", row, "q", "a", (1, 2), (1, 2), (), ())
 
 
 class Sampler:
-    def __init__(self) -> None:
-        self.seeds: list[int] = []
+    """Samples and grades what the draw hands out, one response at a time, in a shuffled order."""
 
-    def generate(self, prompts: Any, *, seeds: Any, sampling: Any, first_group: int = 0) -> list[list[Response]]:
-        self.seeds += [seed for group in seeds for seed in group]
-        return [
-            [Response(p, first_group + i, j, (5,) * (j + 1), (0.0,) * (j + 1), "stop", 0) for j in range(len(seeds[i]))]
-            for i, p in enumerate(prompts)
-        ]
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.seeds: dict[int, tuple[int | None, ...]] = {}
+
+    def sample(self, work: Any, settings: SamplingSettings) -> float:
+        mine: Work = work()
+        mine.draw.open_to([0, 1], capacity=6)
+        left: list[tuple[int, int]] = []
+        while not mine.draw.is_decided:
+            for numbers in mine.draw.hand_out().values():
+                for number in numbers:
+                    prompt, self.seeds[number] = mine.ask(number)
+                    assert prompt.row == mine.ask(number)[0].row
+                    left += [(number, sample) for sample in range(len(self.seeds[number]))]
+            if left:
+                number, sample = left.pop(self.random.randrange(len(left)))
+                mine.draw.ended(number)
+                mine.judge.sampled(number, sample, Completion((5,) * (sample + 1), (0.0,) * (sample + 1), "stop", 0))
+            for number, kept in mine.judge.verdicts(idle=mine.draw.is_idle):
+                mine.draw.judged(number, kept=kept)
+        return 0.25
 
 
-class Grader:
-    """Row r is right in its first sample where `mixed` says so, and wrong otherwise."""
+class Pool:
+    """Row r is right in its first sample where `mixed` says so, and wrong otherwise. Row `broken` cannot be graded."""
 
-    def __init__(self, mixed: set[int]) -> None:
-        self.mixed = mixed
+    grades_batches = False
 
-    def grade(self, responses: Any) -> list[GradedResponse]:
-        rights = [float(r.sample == 0 and r.prompt.row in self.mixed) for r in responses]
-        return [GradedResponse(r, "", Reward(right, right, {})) for r, right in zip(responses, rights, strict=True)]
+    def __init__(self, mixed: set[int], *, broken: int | None = None) -> None:
+        self.mixed, self.broken = mixed, broken
+        self.graded: dict[int, tuple[str, Reward]] = {}
+        self.tickets = 0
+
+    def submit(self, responses: Sequence[Response]) -> list[int]:
+        for one in responses:
+            right = float(one.sample == 0 and one.prompt.row in self.mixed)
+            failed = Reward(0.0, 0.0, {}, error="it raised") if one.prompt.row == self.broken else None
+            self.graded[self.tickets] = "", failed or Reward(right, right, {})
+            self.tickets += 1
+        return list(range(self.tickets - len(responses), self.tickets))
+
+    def forget(self) -> None:
+        self.graded = {}
+
+    def take(self) -> dict[int, tuple[str, Reward]]:
+        graded, self.graded = self.graded, {}
+        return graded
 
 
 @pytest.fixture(autouse=True)
@@ -57,76 +99,161 @@ def world() -> Any:
     dist.destroy_process_group()
 
 
-def collect(tmp_path: Path, mixed: set[int], **algorithm: Any) -> tuple[list[Any], dict[str, float], Sampler]:
-    config = RunConfig.model_validate(
+def make_config(**algorithm: Any) -> RunConfig:
+    order = algorithm.pop("order", "draw")
+    return RunConfig.model_validate(
         {
             "data": {"train_files": "x", "rollout_batch_size": 4},
             "model": {"path": "y"},
             "actor": {"global_batch_size": 4},
-            "rollout": {"n": 2},
+            "rollout": {"n": 2, "order": order},
             "algorithm": algorithm,
         }
     )
-    sampler = Sampler()
-    sampling, durations = SamplingSettings(max_tokens=4), Durations()
-    collector = Collector(config, Stream(), sampler, Grader(mixed), sampling, durations)  # type: ignore[arg-type]
-    log = RunLog(tmp_path)
-    with log.step(1):
-        groups = collector.groups(1, log)
-    assert durations.longest("grading") is not None
-    log.close()
-    (metrics,) = read_metrics(tmp_path)
-    return groups, metrics, sampler
 
 
-def test_sampling_goes_on_until_the_batch_is_full_and_drops_the_surplus(tmp_path: Path) -> None:
-    groups, metrics, sampler = collect(tmp_path, {1, 3, 4, 5, 6}, max_try_make_batch=4)
-    assert [group[0].response.prompt.row for group in groups] == [1, 3, 4, 5]
-    assert metrics["rollout/attempts"] == 2
-    assert metrics["rollout/sampled_groups"] == 8
-    assert metrics["rollout/kept_groups"] == 5 and metrics["rollout/trained_groups"] == 4
-    assert len({group[0].response.group_id for group in groups}) == 4
-    assert len(set(sampler.seeds)) == 16, "a retry must not repeat the noise of an earlier round"
+class Run:
+    """Steps of a collector, one after the other."""
+
+    def __init__(self, folder: Path, mixed: set[int], *, timing: int = 0, **algorithm: Any) -> None:
+        self.folder = folder
+        self.sampler = Sampler(timing)
+        self.stream = PromptStream(Prompts(), seed=1, shuffle=False)  # type: ignore[arg-type]
+        pool: Any = Pool(mixed)
+        sampler: Any = self.sampler
+        self.collector = Collector(
+            make_config(**algorithm), self.stream, KeepRate(), sampler, Grader(pool, max_error_share=1.0),
+            SamplingSettings(max_tokens=4),
+        )  # fmt: skip
+        self.log = RunLog(folder)
+
+    def step(self, step: int) -> list[int]:
+        """Takes a step. Returns the rows of its groups."""
+        with self.log.step(step):
+            groups = self.collector.groups(step, self.log)
+        assert all([item.response.sample for item in group] == [0, 1] for group in groups)
+        return [group[0].response.prompt.row for group in groups]
+
+    def lines(self) -> list[dict[str, float]]:
+        return [
+            {name: value for name, value in line.items() if not name.startswith(("time", "timing_s", "perf/"))}
+            for line in read_metrics(self.folder)
+        ]
+
+
+def test_a_step_trains_on_the_first_kept_groups_and_gives_back_the_rest(tmp_path: Path) -> None:
+    run = Run(tmp_path, {1, 3, 4, 6, 7, 8, 9, 12})
+    assert run.step(1) == [1, 3, 4, 6]
+    assert run.stream.position.offset == 7, "7 was graded or not, and is drawn again"
+    assert run.step(2) == [7, 8, 9, 12]
+    assert run.stream.position.offset == 13
+    first, second = run.lines()
+    assert (first["rollout/sampled_groups"], first["rollout/kept_groups"], first["rollout/trained_groups"]) == (7, 4, 4)
+    assert (first["rollout/attempts"], second["rollout/attempts"]) == (2, 2)
+    assert first["reward/accuracy"] == 4 / 14, "over the groups that the step needed"
+    assert run.collector.keep_rate.seen == (4 / 2 + 4, 7 / 2 + 6)
+
+
+@pytest.mark.parametrize("filtering", [True, False])
+def test_no_delay_changes_what_is_trained_on_or_logged(filtering: bool, tmp_path: Path) -> None:
+    mixed = set(random.Random(5).sample(range(ROWS), 12))
+    runs = [
+        Run(tmp_path / str(timing), mixed, timing=timing, online_filtering=filtering, max_try_make_batch=3)
+        for timing in range(8)
+    ]
+    found = [[run.step(step) for step in range(1, 7)] for run in runs]
+    assert all(rows == found[0] for rows in found)
+    assert all(run.lines() == runs[0].lines() for run in runs)
+    assert all(run.stream.position == runs[0].stream.position for run in runs)
+    assert len({tuple(run.sampler.seeds) for run in runs}) > 1 or not filtering, "they were sampled in another order"
+    if not filtering:
+        assert found[0][0] == [0, 1, 2, 3] and all(len(run.sampler.seeds) == 4 for run in runs), "as many as are wanted"
+
+
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    mixed = set(range(0, ROWS, 3))
+    straight, resumed = (Run(tmp_path / name, mixed) for name in ("straight", "resumed"))
+    straight.step(1)
+    place = straight.collector.place()
+    expected = [straight.step(2), straight.step(3)]
+    after = straight.collector.place()
+    resumed.collector.go_back_to(place)
+    assert [resumed.step(2), resumed.step(3)] == expected
+    assert resumed.collector.place() == after
+    straight.collector.go_back_to(place)  # a step that was cut off
+    assert straight.collector.place() == place
+
+
+def test_seeds_are_those_of_the_prompt_and_of_the_round_it_would_be_in(tmp_path: Path) -> None:
+    run = Run(tmp_path, {0, 5, 9, 10})
+    run.step(7)
+    for number, seeds in run.sampler.seeds.items():
+        assert seeds == sample_seeds(
+            "independent", n=2, run_seed=1, step=7, attempt=number // 4, split="train", row=number
+        )
+    assert set(run.sampler.seeds) >= set(range(11))
+
+
+def test_an_epoch_ends_within_a_draw(tmp_path: Path) -> None:
+    """20 of 22 rows are whole fours; the two left over are dropped, and row 17 comes again with other seeds."""
+    run = Run(tmp_path, {1, 17}, max_try_make_batch=6)
+    run.stream.next(16)
+    assert run.step(1) == [17, 1, 17], "of 24 prompts"
+    assert run.sampler.seeds[1] != run.sampler.seeds[21]
+    assert (run.stream.position.epoch, run.stream.position.offset) == (1, 20)
+    run = Run(tmp_path / "again", {1, 17, 18, 19}, max_try_make_batch=6)
+    run.stream.next(16)
+    assert run.step(1) == [17, 18, 19, 1]
+    assert (run.stream.position.epoch, run.stream.position.offset) == (1, 2)
 
 
 def test_sampling_stops_at_the_bound_and_says_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    groups, metrics, _ = collect(tmp_path, {2}, max_try_make_batch=3)
-    assert [group[0].response.prompt.row for group in groups] == [2]
-    assert metrics["rollout/sampled_groups"] == 12
+    run = Run(tmp_path, {2}, max_try_make_batch=3)
+    assert run.step(1) == [2]
+    assert run.lines()[0]["rollout/sampled_groups"] == 12 == run.stream.position.offset
     assert "1 of 4 wanted groups" in caplog.text and "algorithm.max_try_make_batch" in caplog.text
 
 
 def test_a_step_may_keep_nothing(tmp_path: Path) -> None:
-    groups, metrics, _ = collect(tmp_path, set(), max_try_make_batch=2)
-    assert groups == [] and metrics["rollout/kept_groups"] == 0
-    assert metrics["critic/score/mean"] == 0.0
+    run = Run(tmp_path, set(), max_try_make_batch=2)
+    assert run.step(1) == []
+    (metrics,) = run.lines()
+    assert metrics["rollout/kept_groups"] == metrics["critic/score/mean"] == 0
+    assert run.step(2) == [], "a keep rate of zero draws as many as there may be"
+
+
+def test_the_first_to_be_graded_count_where_that_is_asked_for(tmp_path: Path) -> None:
+    mixed = {1, 3, 4, 6, 7, 8, 9, 12}
+    runs = [Run(tmp_path / str(timing), mixed, timing=timing, order="arrival") for timing in range(8)]
+    found = [run.step(1) for run in runs]
+    assert all(rows == sorted(rows) and len(rows) == 4 and mixed.issuperset(rows) for rows in found)
+    assert len({tuple(rows) for rows in found}) > 1
+    for run in runs:
+        assert run.stream.position.offset == len(run.sampler.seeds), "just behind all that engines were given"
 
 
 def test_without_filtering_every_group_is_kept(tmp_path: Path) -> None:
-    groups, metrics, _ = collect(tmp_path, {0}, online_filtering=False)
-    assert len(groups) == 4 and metrics["rollout/attempts"] == 1
+    run = Run(tmp_path, {0}, online_filtering=False)
+    assert run.step(1) == [0, 1, 2, 3]
+    (metrics,) = read_metrics(tmp_path)
     # One of eight responses is right; lengths are 1 and 2.
     assert metrics["critic/score/mean"] == pytest.approx(1 / 8)
     assert metrics["response_length/mean"] == pytest.approx(1.5)
     assert metrics["prompt_length/max"] == 2
-
-
-class BrokenGrader(Grader):
-    """Like Grader, but no answer to row 1 could be graded."""
-
-    def grade(self, responses: Any) -> list[GradedResponse]:
-        failed = Reward(0.0, 0.0, {}, error="it raised")
-        return [
-            replace(item, reward=failed) if item.response.prompt.row == 1 else item for item in super().grade(responses)
-        ]
+    assert (metrics["rollout/attempts"], metrics["perf/dropped_groups"]) == (1, 0)
+    assert metrics["timing_s/reward"] >= 0.25, "what only grading was left for is not sampling"
+    assert -0.25 < metrics["timing_s/gen"] < 0, "the stand-in took no time for what it says"
 
 
 def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded() -> None:
     config = RunConfig.model_validate(
         {"data": {"train_files": "x"}, "model": {"path": "y"}, "rollout": {"val": {"n": 4}}}
     )
-    grader: Any = BrokenGrader({0, 1, 2})
-    metrics = Validator(config, Stream().next(4), Sampler(), grader, SamplingSettings(max_tokens=4)).run()  # type: ignore[arg-type]
+    pool: Any = Pool({0, 1, 2}, broken=1)
+    sampler: Any = Sampler(3)
+    prompts = [Prompts()[row] for row in range(4)]
+    grader = Grader(pool, max_error_share=1.0)
+    metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4)).run()
     assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
     assert metrics["val/errors"] == 4.0
     assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4

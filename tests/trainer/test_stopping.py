@@ -104,10 +104,9 @@ def test_a_part_that_takes_too_long_is_warned_of_once(monkeypatch: pytest.Monkey
     took(took(stopping, monkeypatch, update=123.4), monkeypatch, update=500.0)
     too_long = "longer than trainer.stop_within_seconds=100: if the run is asked to stop meanwhile, it stops too late."
     assert said == [f"the update took 123 s, {too_long} Lower data.rollout_batch_size, or raise {RAISE}"]
-    for part in ("grading", "weight sync", "checkpoint"):
+    for part in ("weight sync", "checkpoint"):
         took(stopping, monkeypatch, **{part: 101.0})
     assert said[1:] == [
-        f"the grading took 101 s, {too_long} Raise reward.num_workers, lower reward.timeout_seconds, or raise {RAISE}",
         f"the weight sync took 101 s, {too_long} Raise {RAISE}",
         f"the checkpoint took 101 s, {too_long} Put trainer.runs_dir on faster storage, or raise {RAISE}",
     ]

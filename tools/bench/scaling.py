@@ -32,6 +32,7 @@ from bench.scaling_step import Step, make_step, reward_file, tokenizer
 from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.settings import VppoSettings
+from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.choices import BUILT_IN_REWARD
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
@@ -164,9 +165,9 @@ def _graded(step: Step, workers: Sequence[int]) -> dict[str, dict[str, float]]:
                 with RewardPool(
                     function, tokenizer=words, reward_type="batch", num_workers=count, timeout_seconds=60
                 ) as pool:
-                    pool.grade(step.responses[: WARMUP * count])  # symbolic algebra loads late
+                    _grade(pool, step.responses[: WARMUP * count])  # symbolic algebra loads late
                     before = {pid: _cpu_of(pid) for pid in children_of(os.getpid())}
-                    cpu, wall = timed(lambda: pool.grade(step.responses))
+                    cpu, wall = timed(lambda: _grade(pool, step.responses))
                     spent = [_cpu_of(pid) - was for pid, was in before.items()]
                 found[f"rewards, {name}, {count} workers"] = {
                     **_part((cpu + max(spent), wall)),
@@ -174,6 +175,12 @@ def _graded(step: Step, workers: Sequence[int]) -> dict[str, dict[str, float]]:
                     "workers_cpu_s": round(sum(spent), 3),
                 }
     return found
+
+
+def _grade(pool: RewardPool, responses: Sequence[Response]) -> None:
+    left = set(pool.submit(responses))
+    while left:
+        left -= set(pool.take(1.0))
 
 
 def _cpu_of(pid: int) -> float:

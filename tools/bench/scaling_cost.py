@@ -14,7 +14,6 @@ ROUNDS = 2
 MANY_WORKERS = 32
 """reward.num_workers on a host of a cluster. What the workers do is measured here, and divided by it."""
 COLLECTIVES = {
-    "prompts": "prompts, broadcast",
     "responses": "responses, gathered",
     "rewards": "texts and rewards, broadcast",
 }

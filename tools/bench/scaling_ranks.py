@@ -1,13 +1,15 @@
-"""The collectives of a round of sampling over gloo ranks for scaling.py: the real sampler and grader between an engine
-per rank and reward workers that are fake."""
+"""The exchange of a step's sampling over gloo ranks for scaling.py: the real sampler, and an engine per rank that is
+fake. Its groups and their rewards go to every rank as in a step."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +18,9 @@ import torch.distributed as dist
 from bench.scaling_step import GROUP, make_prompts, random_tokens
 from megatron_vppo.algorithm.types import Prompt, Reward
 from megatron_vppo.parallel.collective import from_rank_zero
-from megatron_vppo.rollout.records import Completion, SamplingSettings
+from megatron_vppo.rollout.records import Completion, Sampled, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
-from megatron_vppo.trainer.grader import Grader
+from megatron_vppo.trainer.grader import graded_groups
 
 VOCABULARY = 150_000
 CHARACTERS_PER_TOKEN = 5
@@ -31,23 +33,29 @@ Seconds = tuple[float, float]
 
 
 class FakeEngine:
-    """An engine whose responses were made before."""
+    """An engine whose responses were made before, by the number of their prompt."""
 
-    def __init__(self, made: list[list[Completion]]) -> None:
+    def __init__(self, made: Mapping[int, list[Completion]]) -> None:
         self._made = made
+        self._ended: list[Sampled] = []
+        self._never_readable, self._other_end = os.pipe()
 
-    def generate(self, requests: Sequence[Any], sampling: SamplingSettings, **options: Any) -> list[list[Completion]]:
-        return self._made
+    def begin_sampling(self, settings: SamplingSettings) -> None:
+        pass
 
+    def ask(self, requests: Mapping[int, Any]) -> None:
+        for number in requests:
+            self._ended += [Sampled(number, sample, one) for sample, one in enumerate(self._made[number])]
 
-class FakePool:
-    """Reward workers whose verdicts were made before."""
+    def take(self, seconds: float = 0.0) -> list[Sampled]:
+        ended, self._ended = self._ended, []
+        return ended
 
-    def __init__(self, made: list[tuple[str, Reward]]) -> None:
-        self._made = made
+    def fileno(self) -> int:
+        return self._never_readable
 
-    def grade(self, responses: Sequence[Any]) -> list[tuple[str, Reward]]:
-        return self._made
+    def end_sampling(self) -> None:
+        pass
 
 
 def collective_seconds(world: int, *, responses: int, tokens: int) -> dict[str, Seconds]:
@@ -76,23 +84,28 @@ def collective_seconds(world: int, *, responses: int, tokens: int) -> dict[str, 
 
 def _rank(rank: int, world: int, folder: str, responses: int, tokens: int, sender: Connection) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    store = dist.TCPStore("localhost", _port(folder, rank), is_master=rank == 0, wait_for_workers=False)
+    if rank == 0:
+        (Path(folder) / "port.part").write_text(str(store.port))
+        (Path(folder) / "port.part").rename(Path(folder) / "port")
     prompts = make_prompts(responses // GROUP)
-    made = [
-        [_sampled(row * GROUP + sample, tokens) for sample in range(GROUP)] for row in range(rank, len(prompts), world)
-    ]
+    made = {
+        row: [_sampled(row * GROUP + sample, tokens) for sample in range(GROUP)]
+        for row in range(rank, len(prompts), world)  # the draw deals as cards are dealt
+    }
     engine: Any = FakeEngine(made)
     images: Any = None  # the prompts have none
-    pool: Any = FakePool([_verdict(number, tokens) for number in range(len(prompts) * GROUP)])
-    sampler = EngineSampler(engine, engine_index=rank, num_engines=world, images=images, verify="never")
-    grader = Grader(pool, max_error_share=1.0)
-    found: dict[str, list[Seconds]] = {"prompts": [], "responses": [], "rewards": []}
+    verdicts = [_verdict(number, tokens) for number in range(len(prompts) * GROUP)]
+    sampler = EngineSampler(
+        engine, engine_index=rank, num_engines=world, images=images, verify="never", store=store,
+        max_num_seqs=len(prompts) * GROUP,
+    )  # fmt: skip
+    found: dict[str, list[Seconds]] = {"responses": [], "rewards": []}
     for _ in range(REPEATS):
-        mine = _timed(found["prompts"], lambda: from_rank_zero(lambda: prompts))
-        groups = _timed(found["responses"], lambda mine=mine: _sample(sampler, mine, tokens))
-        sampled = [response for group in groups for response in group]
-        graded = _timed(found["rewards"], lambda sampled=sampled: grader.grade(sampled))
-        assert len(graded) == len(prompts) * GROUP
+        groups = _timed(found["responses"], lambda: _sample(sampler, prompts, tokens))
+        received = _timed(found["rewards"], lambda: from_rank_zero(lambda: verdicts))
+        assert sum(map(len, graded_groups(groups, received))) == len(prompts) * GROUP
     least = [tuple(map(min, zip(*rounds, strict=True))) for rounds in found.values()]
     slowest = torch.tensor(least)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -100,6 +113,14 @@ def _rank(rank: int, world: int, folder: str, responses: int, tokens: int, sende
         sender.send({name: tuple(seconds) for name, seconds in zip(found, slowest.tolist(), strict=True)})
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _port(folder: str, rank: int) -> int:
+    """Returns the port of rank 0's store; 0 on rank 0, which opens it on any."""
+    file = Path(folder) / "port"
+    while rank != 0 and not file.exists():
+        time.sleep(0.01)
+    return 0 if rank == 0 else int(file.read_text())
 
 
 def _timed(found: list[Seconds], collective: Callable[[], Any]) -> Any:

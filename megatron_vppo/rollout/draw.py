@@ -1,0 +1,175 @@
+"""The prompts of one step in the order in which they are drawn: which engine samples them, and whose groups count.
+
+One draw takes the place of rounds. It is as large as the keep rate so far lets one expect to need, and grows where
+fewer groups are kept than that. Engines get prompts from its front, the engine with the fewest responses in flight
+first, and no engine more than it can have in flight.
+
+    0   1   2   3   4   5   6   7   8   9  10  11      numbers; 3 groups are wanted
+    k   -   k   k   ?   -   k   .   .   .              k: kept, -: dropped, ?: not graded yet, .: in flight
+
+With the order 'draw' the first three kept groups of the draw count: 0, 2, 3. They are known here, so sampling ends. If
+four were wanted, 4 would be waited for, although 6 is kept as well. So prompts, seeds and responses decide which groups
+count, and never the time that something takes. With 'arrival' those count that were graded first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from megatron_vppo.config.choices import SampleOrder
+
+MARGIN = 1.1
+"""Prompts that are drawn over those that are expected to give the groups that are wanted."""
+OPTIMISM = 1 / 8
+"""The weight of a keep rate of one where none is known, in prompts per group that is wanted."""
+
+
+class Draw:
+    """The state of one draw, on rank 0. Engines have numbers, and so have prompts, from 0 in the order of the draw."""
+
+    def __init__(
+        self,
+        *,
+        wanted: int,
+        most: int,
+        responses: int,
+        order: SampleOrder,
+        seen: tuple[float, float] = (0.0, 0.0),
+    ) -> None:
+        """
+        Args:
+            wanted: groups that are wanted.
+            most: prompts that may be sampled, at least `wanted`; with as many, all of them are, and at once.
+            responses: to each prompt.
+            seen: groups that were kept, and sampled, in the steps before; they weigh as much as those of this step.
+        """
+        self._wanted, self._most, self._responses, self._order = wanted, most, responses, order
+        self._kept_before, self._sampled_before = seen if seen[1] else (wanted * OPTIMISM, wanted * OPTIMISM)
+        self._size = 0
+        self._waiting: list[int] = []
+        """Numbers to hand out, in rising order."""
+        self._left: dict[int, int] = {}
+        """The responses that are still to come of each prompt that an engine has."""
+        self._engine_of: dict[int, int] = {}
+        self._in_flight: dict[int, int] = {}
+        """Responses, by the number of the engine; the engines that can be given prompts."""
+        self._capacity = 0
+        self._verdicts: dict[int, bool] = {}
+        """True for a group that is kept; in the order in which groups were graded."""
+        self._settled = 0
+        """The prompts at the front of the draw that are graded, without a gap."""
+        self._first_kept: list[int] = []
+        """The groups of the settled prompts that are kept, at most as many as are wanted."""
+        self._grow()
+
+    # --- Handing out --------------------------------------------------------------------------------------------------
+
+    def open_to(self, engines: Sequence[int], *, capacity: int) -> None:
+        """Says which engines take prompts from now on; none of them has any yet.
+
+        Args:
+            capacity: the responses that one of them can have in flight.
+        """
+        self._in_flight = dict.fromkeys(engines, 0)
+        self._capacity = capacity
+
+    def hand_out(self) -> dict[int, list[int]]:
+        """Returns the prompts that engines are to sample now, by the number of the engine."""
+        given: dict[int, list[int]] = {}
+        while self._waiting and self._waiting[0] < self._end:
+            engine = min(self._in_flight, key=self._in_flight.__getitem__, default=None)
+            if engine is None or self._in_flight[engine] >= self._capacity:
+                break
+            number = self._waiting.pop(0)
+            self._in_flight[engine] += self._responses
+            self._engine_of[number], self._left[number] = engine, self._responses
+            given.setdefault(engine, []).append(number)
+        return given
+
+    def ended(self, number: int) -> None:
+        """Notes that a response to a prompt has come."""
+        self._in_flight[self._engine_of[number]] -= 1
+        self._left[number] -= 1
+        if self._left[number] == 0:
+            del self._left[number]
+
+    def lost(self, engine: int) -> list[int]:
+        """Takes back what a lost engine has not finished. Returns the prompts, which are handed out again."""
+        del self._in_flight[engine]
+        back = [number for number in self._left if self._engine_of[number] == engine]
+        for number in back:
+            del self._left[number]
+        self._waiting = sorted([*back, *self._waiting])
+        return back
+
+    @property
+    def is_idle(self) -> bool:
+        """True if no engine has anything to do."""
+        return not self._left and not any(number < self._end for number in self._waiting[:1])
+
+    # --- Deciding -----------------------------------------------------------------------------------------------------
+
+    def judged(self, number: int, *, kept: bool) -> None:
+        """Notes that a group is graded, and whether it is kept."""
+        self._verdicts[number] = kept
+        while self._settled in self._verdicts and len(self._first_kept) < self._wanted:
+            if self._verdicts[self._settled]:
+                self._first_kept.append(self._settled)
+            self._settled += 1
+        self._grow()
+
+    @property
+    def is_decided(self) -> bool:
+        """True if it is known which groups count."""
+        enough = len(self._first_kept) if self._order == "draw" else self._kept
+        return enough >= self._wanted or len(self._verdicts) == self._most
+
+    @property
+    def chosen(self) -> list[int]:
+        """The groups that count, in the order of the draw; known when it is decided."""
+        if self._order == "draw":
+            return self._first_kept
+        return sorted([number for number, kept in self._verdicts.items() if kept][: self._wanted])
+
+    @property
+    def needed(self) -> list[int]:
+        """The groups that decided which count, in the order of the draw: with 'arrival' all that are graded."""
+        return list(range(self._settled)) if self._order == "draw" else sorted(self._verdicts)
+
+    @property
+    def used(self) -> int:
+        """The prompts at the front of the draw that are not drawn again: with 'arrival' all that engines were given."""
+        return self._settled if self._order == "draw" else self.given
+
+    @property
+    def given(self) -> int:
+        """The prompts that engines were given."""
+        return len(self._engine_of)
+
+    @property
+    def size(self) -> int:
+        """The prompts of the draw so far."""
+        return self._size
+
+    @property
+    def _kept(self) -> int:
+        return sum(self._verdicts.values())
+
+    @property
+    def _end(self) -> int:
+        """The prompts at the front of the draw among which all are that can count."""
+        kept = sorted(number for number, kept in self._verdicts.items() if kept)
+        return self._size if len(kept) < self._wanted else kept[self._wanted - 1] + 1 if self._wanted else 0
+
+    def _grow(self) -> None:
+        """Draws more prompts where those that are not graded yet will probably not be enough."""
+        missing = self._wanted - self._kept
+        if missing <= 0 or self._size == self._most:
+            return
+        rate = (self._kept_before + self._kept) / (self._sampled_before + len(self._verdicts))
+        open_prompts = self._size - len(self._verdicts)
+        needed = math.ceil(MARGIN * missing / rate) if rate else self._most
+        size = min(self._most, self._size + max(0, needed - open_prompts))
+        self._waiting += range(self._size, size)
+        self._size = size

@@ -1,0 +1,128 @@
+"""Groups of responses: gathered on rank 0 as they end, and then given to every rank.
+
+They are kept and sent as flat arrays: to pickle numbers one by one takes ten times as long, and an object for each of
+them takes six times the memory.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.rollout.records import Completion
+
+
+class SampledGroups:
+    """Groups of responses, on rank 0; as the `Judge` of a draw it keeps every group."""
+
+    def __init__(self, prompt: Callable[[int], Prompt], *, size: int) -> None:
+        """
+        Args:
+            prompt: returns that of a group, by its number.
+            size: the responses of a group.
+        """
+        self.size = size
+        self._prompt = prompt
+        self._groups: dict[int, dict[int, Response]] = {}
+        self._whole: list[int] = []
+
+    def sampled(self, number: int, sample: int, completion: Completion) -> None:
+        """Takes a response. One that is there already is left alone."""
+        if sample not in self._groups.setdefault(number, {}):
+            self.add(Response(
+                self._prompt(number), number, sample,
+                array("i", completion.token_ids), array("d", completion.logps),
+                completion.finish_reason, completion.weight_version,
+            ))  # fmt: skip
+
+    def add(self, response: Response) -> None:
+        """Takes a response that is not there yet."""
+        group = self._groups[response.group_id]
+        group[response.sample] = response
+        if len(group) == self.size:
+            self._whole.append(response.group_id)
+
+    def responses(self, number: int) -> list[Response]:
+        """Returns those of a whole group, in order."""
+        return [self._groups[number][sample] for sample in range(self.size)]
+
+    def verdicts(self, *, idle: bool) -> list[tuple[int, bool]]:
+        """Returns the groups that have become whole since the last call."""
+        whole, self._whole = self._whole, []
+        return [(number, True) for number in whole]
+
+    def sources(self) -> list[Any]:
+        """Returns nothing to wait for."""
+        return []
+
+
+def share_groups(groups: Callable[[], Sequence[Sequence[Response]]]) -> list[list[Response]]:
+    """Returns groups of responses, each to one prompt, on every rank; a collective over all ranks.
+
+    Args:
+        groups: called on rank 0; returns the groups there are.
+    """
+    box: list[Any] = [_Share.of(groups()) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    share: _Share = box[0]
+    return list(share.groups())
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of numbers, one after the other."""
+
+    flat: array[Any]
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[float]], typecode: str) -> _Rows:
+        flat: array[Any] = array(typecode)
+        for row in rows:
+            flat.extend(row)
+        return cls(flat, [len(row) for row in rows])
+
+    def split(self) -> list[array[Any]]:
+        return [self.flat[start:end] for start, end in pairwise(accumulate(self.lengths, initial=0))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Groups as they are sent."""
+
+    numbers: list[int]
+    prompts: list[Prompt]
+    sizes: list[int]
+    """The number of responses of each group."""
+    token_ids: _Rows
+    """In 32 bits."""
+    logps: _Rows
+    """In 64 bits, in which nothing of a Python number is lost."""
+    finish_reasons: list[str]
+    weight_versions: list[int]
+
+    @classmethod
+    def of(cls, groups: Sequence[Sequence[Response]]) -> _Share:
+        responses = [response for group in groups for response in group]
+        return cls(
+            numbers=[group[0].group_id for group in groups],
+            prompts=[group[0].prompt for group in groups],
+            sizes=[len(group) for group in groups],
+            token_ids=_Rows.of([one.token_ids for one in responses], "i"),
+            logps=_Rows.of([one.rollout_logps for one in responses], "d"),
+            finish_reasons=[one.finish_reason for one in responses],
+            weight_versions=[one.weight_version for one in responses],
+        )
+
+    def groups(self) -> Iterator[list[Response]]:
+        sampled = zip(
+            self.token_ids.split(), self.logps.split(), self.finish_reasons, self.weight_versions, strict=True
+        )
+        for number, prompt, size in zip(self.numbers, self.prompts, self.sizes, strict=True):
+            yield [Response(prompt, number, sample, *next(sampled)) for sample in range(size)]

@@ -1,0 +1,24 @@
+"""Messages arrive in order, once, and leave nothing in the store."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+from megatron_vppo.rollout.mailbox import Mailbox
+
+
+def test_messages_come_in_order_and_are_deleted() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    unused = store.num_keys()
+    post, take = Mailbox(store, "a"), Mailbox(store, "a")
+    other = Mailbox(store, "b")
+    assert take.take() == []
+    messages = [{number: bytes([0, 255, number])} for number in range(12)]  # of two digits as well
+    for message in messages[:3]:
+        post.post(message)
+    assert take.take() == messages[:3] and take.take() == []
+    for message in messages[3:]:
+        post.post(message)
+    assert other.take() == []
+    assert take.take() == messages[3:]
+    assert store.num_keys() == unused
