@@ -108,14 +108,14 @@ class Conductor:
         """Returns when it is decided which groups count, or all engines are lost. Returns the errors of lost engines.
 
         Args:
-            links: the engines, by their numbers; all of them work.
+            links: the engines, by their numbers, in the order in which they are asked; all of them work.
             capacity: the responses that an engine can have in flight.
             pause: waits until one of the sources is readable, but not long.
 
         Raises StopRequested if sampling is to be cut off.
         """
         working, lost = dict(links), dict[int, EngineLost]()
-        self._draw.open_to(list(working), capacity=capacity)
+        self._draw.open_to(sorted(working), capacity=capacity)
         try:
             while working and not self._draw.is_decided:
                 if self._stop_wanted():

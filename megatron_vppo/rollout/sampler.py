@@ -112,12 +112,11 @@ class EngineSampler:
         line = dist.PrefixStore(f"sampling {self._num_samplings}", self._store)
         if conductor is not None:
             links: dict[int, EngineLink] = {}
-            for number in range(self._num_engines):
-                if self._engine is not None and number == self._engine_index:
-                    links[number] = OwnEngine(self._engine, settings, self._requests)
-                else:
-                    inboxes.append(Mailbox(line, f"from {number}"))
-                    links[number] = FarEngine(Mailbox(line, f"to {number}"), inboxes[-1])
+            for number in set(range(self._num_engines)) - {self._engine_index}:
+                inboxes.append(Mailbox(line, f"from {number}"))
+                links[number] = FarEngine(Mailbox(line, f"to {number}"), inboxes[-1])
+            if self._engine is not None and self._engine_index is not None:  # last, since it has to read images
+                links[self._engine_index] = OwnEngine(self._engine, settings, self._requests)
             errors = conductor.run(links, capacity=self._max_num_seqs)
             return None if self._engine_index is None else errors.get(self._engine_index)
         if self._engine is not None:
