@@ -21,7 +21,7 @@ from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.mailbox import Mailbox
+from megatron_vppo.rollout.mailbox import Inbox, Mailbox
 from megatron_vppo.rollout.records import Completion, Sampled, SampleRequest, SamplingSettings
 from megatron_vppo.system.stop_signals import StopRequested
 
@@ -103,6 +103,7 @@ class Conductor:
         links: Mapping[int, EngineLink],
         *,
         capacity: int,
+        look: Callable[[], None],
         pause: Callable[[Sequence[Source]], object] = lambda sources: wait(sources, PAUSE_SECONDS),
     ) -> dict[int, EngineLost]:
         """Returns when it is decided which groups count, or all engines are lost. Returns the errors of lost engines.
@@ -110,6 +111,7 @@ class Conductor:
         Args:
             links: the engines, by their numbers, in the order in which they are asked; all of them work.
             capacity: the responses that an engine can have in flight.
+            look: gets what engines of other ranks have sent.
             pause: waits until one of the sources is readable, but not long.
 
         Raises StopRequested if sampling is to be cut off.
@@ -121,6 +123,7 @@ class Conductor:
                 if self._stop_wanted():
                     raise StopRequested
                 began, idle = time.perf_counter(), self._draw.is_idle
+                look()
                 for number, error in self._turn(working):
                     lost[number] = error
                     del working[number]
@@ -193,8 +196,8 @@ class OwnEngine:
 class FarEngine:
     """An engine that another rank leads."""
 
-    def __init__(self, to_leader: Mailbox, from_leader: Mailbox) -> None:
-        self._to_leader, self._from_leader = to_leader, from_leader
+    def __init__(self, number: int, to_leader: Mailbox, inbox: Inbox) -> None:
+        self._number, self._to_leader, self._inbox = number, to_leader, inbox
 
     def ask(self, asks: Mapping[int, Ask]) -> None:
         items = list(asks.items())
@@ -202,7 +205,7 @@ class FarEngine:
             self._to_leader.post(dict(items[start : start + MOST_PER_MESSAGE]))
 
     def take(self) -> list[Sampled]:
-        messages = self._from_leader.take()
+        messages = self._inbox.take(self._number)
         if CUT in messages:
             raise StopRequested
         if LOST in messages:
@@ -220,6 +223,7 @@ class FarEngine:
 
 
 def lead(
+    number: int,
     engine: RolloutEngine,
     settings: SamplingSettings,
     from_rank_zero: Mailbox,
@@ -244,12 +248,12 @@ def lead(
                     return engine.end_sampling()
                 engine.ask(requests(message))
             for one in engine.take(PAUSE_SECONDS):
-                to_rank_zero.post(one)
+                to_rank_zero.post((number, one))
             if stop_wanted():
                 raise StopRequested
     except StopRequested:
-        to_rank_zero.post(CUT)
+        to_rank_zero.post((number, CUT))
         raise
     except BaseException:  # the others find out at the end of sampling
-        to_rank_zero.post(LOST)
+        to_rank_zero.post((number, LOST))
         raise

@@ -14,7 +14,7 @@ from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.conductor import Ask, Conductor, EngineLink, FarEngine, OwnEngine, Work, lead
 from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.engine import RolloutEngine
-from megatron_vppo.rollout.mailbox import Mailbox
+from megatron_vppo.rollout.mailbox import Inbox, Mailbox
 from megatron_vppo.rollout.records import SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sharing import SampledGroups, share_groups
@@ -112,17 +112,20 @@ class EngineSampler:
         line = dist.PrefixStore(f"sampling {self._num_samplings}", self._store)
         if conductor is not None:
             links: dict[int, EngineLink] = {}
+            inboxes.append(Mailbox(line, "to rank 0"))
+            inbox = Inbox(inboxes[0])
             for number in set(range(self._num_engines)) - {self._engine_index}:
-                inboxes.append(Mailbox(line, f"from {number}"))
-                links[number] = FarEngine(Mailbox(line, f"to {number}"), inboxes[-1])
+                links[number] = FarEngine(number, Mailbox(line, f"to {number}"), inbox)
             if self._engine is not None and self._engine_index is not None:  # last, since it has to read images
                 links[self._engine_index] = OwnEngine(self._engine, settings, self._requests)
-            errors = conductor.run(links, capacity=self._max_num_seqs)
+            errors = conductor.run(links, capacity=self._max_num_seqs, look=inbox.look)
             return None if self._engine_index is None else errors.get(self._engine_index)
-        if self._engine is not None:
+        if self._engine is not None and self._engine_index is not None:
             inboxes.append(Mailbox(line, f"to {self._engine_index}"))
-            back = Mailbox(line, f"from {self._engine_index}")
-            lead(self._engine, settings, inboxes[0], back, requests=self._requests, stop_wanted=self._stop_wanted)
+            lead(
+                self._engine_index, self._engine, settings, inboxes[0], Mailbox(line, "to rank 0"),
+                requests=self._requests, stop_wanted=self._stop_wanted,
+            )  # fmt: skip
         return None
 
     def generate(

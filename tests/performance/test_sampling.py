@@ -141,7 +141,7 @@ def test_engines_are_never_idle_and_little_is_sampled_in_vain(seed: int, order: 
         return asks.setdefault(number, (Prompt("train", number, "", "", (), (), (), ()), (None,) * RESPONSES))
 
     conductor = Conductor(Work(draw, ask, judge), stop_wanted=lambda: False)
-    assert conductor.run(engines, capacity=slots, pause=clock.advance) == {}
+    assert conductor.run(engines, capacity=slots, look=lambda: None, pause=clock.advance) == {}
 
     assert len(draw.chosen) == WANTED
     longest = max(lengths[number, sample] for number in draw.needed for sample in range(RESPONSES)) * TOKEN_SECONDS

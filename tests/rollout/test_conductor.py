@@ -15,7 +15,7 @@ from megatron_vppo.rollout import conductor
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.conductor import CUT, END, LOST, Ask, Conductor, FarEngine, OwnEngine, Work, lead
 from megatron_vppo.rollout.draw import Draw
-from megatron_vppo.rollout.mailbox import Mailbox
+from megatron_vppo.rollout.mailbox import Inbox, Mailbox
 from megatron_vppo.rollout.records import Sampled, SampleRequest, SamplingSettings
 from megatron_vppo.rollout.sharing import SampledGroups
 from megatron_vppo.system.stop_signals import StopRequested
@@ -44,11 +44,12 @@ class Line:
         store = dist.HashStore()
         self.to, self.back = Mailbox(store, "to"), Mailbox(store, "back")
         self.far_to, self.far_back = Mailbox(store, "to"), Mailbox(store, "back")
-        self.link = FarEngine(self.to, self.back)
+        self.inbox = Inbox(self.back)
+        self.link = FarEngine(5, self.to, self.inbox)
 
     def lead(self, engine: StandIn, *, stop_wanted: bool = False) -> None:
         made: Any = engine
-        lead(made, SETTINGS, self.far_to, self.far_back, requests=requests, stop_wanted=lambda: stop_wanted)
+        lead(5, made, SETTINGS, self.far_to, self.far_back, requests=requests, stop_wanted=lambda: stop_wanted)
 
 
 def own(engine: StandIn) -> OwnEngine:
@@ -59,6 +60,10 @@ def own(engine: StandIn) -> OwnEngine:
 def work(count: int, judge: SampledGroups | None = None) -> tuple[Work, SampledGroups]:
     groups = judge or SampledGroups(prompt, size=SIZE)
     return Work(Draw(wanted=count, most=count, responses=SIZE, order="draw"), ask, groups), groups
+
+
+def nothing() -> None:
+    pass
 
 
 def not_long(sources: Sequence[Any]) -> None:
@@ -72,7 +77,7 @@ def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
     leader.start()
     task, groups = work(300)
     conducted = Conductor(task, stop_wanted=lambda: False)
-    assert conducted.run({0: own(near), 1: line.link}, capacity=1000, pause=not_long) == {}
+    assert conducted.run({0: own(near), 1: line.link}, capacity=1000, look=line.inbox.look, pause=not_long) == {}
     leader.join(60)
     assert conducted.is_done and not (near.samples or far.samples)
     assert near.asked == [list(range(0, 300, 2))]
@@ -86,7 +91,9 @@ def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
 def test_an_engine_without_work_need_not_begin() -> None:
     task, _ = work(1)
     idle = StandIn()
-    Conductor(task, stop_wanted=lambda: False).run({0: own(StandIn()), 1: own(idle)}, capacity=9, pause=not_long)
+    Conductor(task, stop_wanted=lambda: False).run(
+        {0: own(StandIn()), 1: own(idle)}, capacity=9, look=nothing, pause=not_long
+    )
     assert idle.asked == []
 
 
@@ -103,10 +110,11 @@ def test_a_leader_says_why_it_samples_no_more() -> None:
         line = Line()
         with pytest.raises(error):
             line.lead(engine)
-        assert line.back.take() == [LOST]
+        assert line.back.take() == [(5, LOST)]
     line = Line()
     with pytest.raises(StopRequested):
         line.lead(StandIn(), stop_wanted=True)
+    line.inbox.look()
     with pytest.raises(StopRequested):
         line.link.take()
     line = Line()
@@ -124,21 +132,21 @@ def test_all_engines_are_told_that_the_run_ends() -> None:
     lines = [Line(), Line()]
     with pytest.raises(ValueError, match="all rewards failed"):
         Conductor(task, stop_wanted=lambda: False).run(
-            {number: line.link for number, line in enumerate(lines)}, capacity=9, pause=not_long
+            {number: line.link for number, line in enumerate(lines)}, capacity=9, look=nothing, pause=not_long
         )
     assert [line.far_to.take()[-1] for line in lines] == [CUT, CUT]
     task, _ = work(4)
     with pytest.raises(StopRequested):
-        Conductor(task, stop_wanted=lambda: True).run({0: lines[0].link}, capacity=9, pause=not_long)
+        Conductor(task, stop_wanted=lambda: True).run({0: lines[0].link}, capacity=9, look=nothing, pause=not_long)
     assert lines[0].far_to.take() == [CUT]
 
 
 def test_the_last_engine_that_is_lost_ends_the_sampling() -> None:
     line = Line()
     task, _ = work(4)
-    line.far_back.post(LOST)
+    line.far_back.post((5, LOST))
     conducted = Conductor(task, stop_wanted=lambda: False)
-    assert set(conducted.run({3: line.link}, capacity=9, pause=not_long)) == {3}
+    assert set(conducted.run({3: line.link}, capacity=9, look=line.inbox.look, pause=not_long)) == {3}
     assert not conducted.is_done and END not in line.far_to.take()
 
 
@@ -149,7 +157,7 @@ def test_an_engine_that_is_lost_when_it_should_end_is_known() -> None:
 
     task, _ = work(2)
     conducted = Conductor(task, stop_wanted=lambda: False)
-    lost = conducted.run({0: own(Lost()), 1: own(StandIn())}, capacity=9, pause=not_long)
+    lost = conducted.run({0: own(Lost()), 1: own(StandIn())}, capacity=9, look=nothing, pause=not_long)
     assert set(lost) == {0} and conducted.is_done
 
 
@@ -171,5 +179,5 @@ def test_time_counts_as_idle_when_only_grading_is_left(monkeypatch: pytest.Monke
     monkeypatch.setattr(conductor, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     task, _ = work(1, Slow(prompt, size=SIZE))
     conducted = Conductor(task, stop_wanted=lambda: False)
-    conducted.run({0: own(StandIn(at_a_time=1))}, capacity=9, pause=pause)
+    conducted.run({0: own(StandIn(at_a_time=1))}, capacity=9, look=nothing, pause=pause)
     assert (clock[0], conducted.idle_seconds) == (3.0, 1.0)

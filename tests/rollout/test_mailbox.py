@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from megatron_vppo.rollout.mailbox import Mailbox
+from megatron_vppo.rollout.mailbox import Inbox, Mailbox
 
 
 def test_messages_come_in_order_and_are_deleted() -> None:
@@ -21,4 +21,20 @@ def test_messages_come_in_order_and_are_deleted() -> None:
         post.post(message)
     assert other.take() == []
     assert take.take() == messages[3:]
-    assert store.num_keys() == unused
+    assert store.num_keys() == unused + 1, "and how many there were"
+
+
+def test_several_ranks_post_into_one_and_their_messages_are_told_apart() -> None:
+    store = dist.HashStore()
+    inbox = Inbox(Mailbox(store, "a"))
+    one, two = Mailbox(store, "a"), Mailbox(store, "a")
+    for number in range(3):
+        one.post((1, number))
+        two.post((2, -number))
+    assert inbox.take(1) == []
+    inbox.look()
+    assert (inbox.take(2), inbox.take(1), inbox.take(3)) == ([0, -1, -2], [0, 1, 2], [])
+    one.post((1, 7))
+    assert inbox.take(1) == []
+    inbox.look()
+    assert (inbox.take(1), inbox.take(2)) == ([7], [])
