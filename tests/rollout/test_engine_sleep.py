@@ -80,13 +80,14 @@ class YesMan:
     """Stands in for an engine's process: notes requests and consents to each."""
 
     requests: ClassVar[list[tuple[str, dict[str, Any]]]]
+    is_lost = False
 
     def __init__(self, settings: EngineSettings, *, log_path: Path, silence_seconds: float | None) -> None:
         YesMan.requests = []
         self.is_first = True
 
-    def send(self, message: tuple[str, dict[str, Any]]) -> None:
-        self.requests.append(message)
+    def send(self, message: tuple[str, dict[str, Any]] | None) -> None:
+        self.requests.append(message or ("end of sampling", {}))
 
     def receive(self, **waiting: Any) -> tuple[str, Any]:
         first, self.is_first = self.is_first, False
@@ -116,7 +117,7 @@ def sleeper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rollout
 def test_a_sleeping_engine_refuses(sleeper: RolloutEngine) -> None:
     sleeper.send_weights(stream(VISION, NORM), version=0, verify=False)
     sleeper.sleep()
-    with pytest.raises(RuntimeError, match="generate: the rollout engine sleeps; wake its kv_cache and weights first"):
+    with pytest.raises(RuntimeError, match="sample: the rollout engine sleeps; wake its kv_cache and weights first"):
         sleeper.generate([], SamplingSettings(max_tokens=1))
     with pytest.raises(RuntimeError, match="send_weights: the rollout engine sleeps; wake its weights first"):
         sleeper.send_weights(stream(VISION, NORM), version=1, verify=False)
@@ -128,13 +129,14 @@ def test_a_sleeping_engine_refuses(sleeper: RolloutEngine) -> None:
     with pytest.raises(RuntimeError, match="already holds its weights"):
         sleeper.wake("weights")
     sleeper.send_weights(stream(VISION, NORM), version=1, verify=False)
-    with pytest.raises(RuntimeError, match="generate: the rollout engine sleeps; wake its kv_cache first"):
+    with pytest.raises(RuntimeError, match="sample: the rollout engine sleeps; wake its kv_cache first"):
         sleeper.generate([], SamplingSettings(max_tokens=1))
     sleeper.wake("kv_cache")
     sleeper.generate([], SamplingSettings(max_tokens=1))
     asked = [(method, list(arguments.values())) for method, arguments in YesMan.requests if "weight_up" not in method]
     assert [item for item in asked if item[0] != "update_weights"] == [
-        ("sleep", [False]), ("wake", ["weights"]), ("wake", ["kv_cache"]), ("generate", [[], SamplingSettings(1)]),
+        ("sleep", [False]), ("wake", ["weights"]), ("wake", ["kv_cache"]), ("sample", [SamplingSettings(1)]),
+        ("end of sampling", []),
     ]  # fmt: skip
 
 
