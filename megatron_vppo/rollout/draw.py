@@ -57,6 +57,7 @@ class Draw:
         self._capacity = 0
         self._verdicts: dict[int, bool] = {}
         """True for a group that is kept; in the order in which groups were graded."""
+        self._kept = 0
         self._settled = 0
         """The prompts at the front of the draw that are graded, without a gap."""
         self._first_kept: list[int] = []
@@ -113,6 +114,7 @@ class Draw:
     def judged(self, number: int, *, kept: bool) -> None:
         """Notes that a group is graded, and whether it is kept."""
         self._verdicts[number] = kept
+        self._kept += kept
         while self._settled in self._verdicts and len(self._first_kept) < self._wanted:
             if self._verdicts[self._settled]:
                 self._first_kept.append(self._settled)
@@ -153,14 +155,12 @@ class Draw:
         return self._size
 
     @property
-    def _kept(self) -> int:
-        return sum(self._verdicts.values())
-
-    @property
     def _end(self) -> int:
         """The prompts at the front of the draw among which all are that can count."""
+        if self._kept < self._wanted:
+            return self._size
         kept = sorted(number for number, kept in self._verdicts.items() if kept)
-        return self._size if len(kept) < self._wanted else kept[self._wanted - 1] + 1 if self._wanted else 0
+        return kept[self._wanted - 1] + 1 if kept else 0
 
     def _grow(self) -> None:
         """Draws more prompts where those that are not graded yet will probably not be enough."""
