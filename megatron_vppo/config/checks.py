@@ -231,6 +231,17 @@ def check_filter(config: RunConfig) -> None:
         )
 
 
+def check_order(config: RunConfig) -> None:
+    """Refuses an order of arrival where all prompts that may be sampled are waited for."""
+    algorithm = config.algorithm
+    if config.rollout.order == "arrival" and (not algorithm.online_filtering or algorithm.max_try_make_batch == 1):
+        raise ValueError(
+            f"rollout.order 'arrival' has no effect with algorithm.online_filtering="
+            f"{str(algorithm.online_filtering).lower()} and max_try_make_batch {algorithm.max_try_make_batch}: a step "
+            "waits for all of its prompts; leave it out, or set online_filtering=true and max_try_make_batch above 1"
+        )
+
+
 def check_keys(config: RunConfig) -> None:
     """Refuses one column for two purposes: the answer would stand in the prompt."""
     data = config.data
@@ -356,6 +367,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_perturbation,
     check_reference_devices,
     check_filter,
+    check_order,
     check_keys,
     check_pixels,
     check_background,

@@ -123,6 +123,14 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         ["reference_devices 8 has no effect with use_advantage_shaping=false"],
     ),
     ({"algorithm": {"filter_low": 0.6, "filter_high": 0.6}}, ["filter_low 0.6 and filter_high 0.6"]),
+    (
+        {"rollout": {"order": "arrival"}, "algorithm": {"online_filtering": False}},
+        ["rollout.order 'arrival' has no effect", "online_filtering=false and max_try_make_batch 4"],
+    ),
+    (
+        {"rollout": {"order": "arrival"}, "algorithm": {"max_try_make_batch": 1}},
+        ["rollout.order 'arrival' has no effect", "online_filtering=true and max_try_make_batch 1"],
+    ),
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
     ({"actor": {"optim": {"betas": [0.9, 1.0]}}}, ["betas is [0.9, 1.0]"]),
     ({"actor": {"optim": {"min_lr_ratio": 0.1}}}, ["min_lr_ratio 0.1 has no effect", "linear or cosine"]),
@@ -174,6 +182,7 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"algorithm": {"use_vppo_on_perception": False}},  # shaping alone, and filtering alone, are both real runs
     {"algorithm": {"use_advantage_shaping": False}},
     {"algorithm": {"online_filtering": False, "filter_low": 1.0, "filter_high": 0.0}},
+    {"rollout": {"order": "arrival"}},
     {"algorithm": {"rollout_correction_cap": 2}},
     {"rollout": {"val": {"temperature": 0}}},
     {"trainer": {"save_freq": -1, "val_freq": -1}},
