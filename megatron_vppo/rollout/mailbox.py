@@ -11,6 +11,9 @@ from typing import Any, cast
 
 import torch.distributed as dist
 
+_POSTED = "posted"
+"""The key of the number of messages that were posted."""
+
 
 class Mailbox:
     """One end of a mailbox: several ranks may post, and one takes, in order. What is taken is deleted."""
@@ -22,7 +25,7 @@ class Mailbox:
 
     def post(self, message: Any) -> None:
         """Sends a message; at most 8 MiB, which is the most that torch's store takes as one value."""
-        number = self._store.add("posted", 1) - 1
+        number = self._store.add(_POSTED, 1) - 1
         self._store.set(str(number), cast(str, pickle.dumps(message)))  # bytes, whatever the stub says
 
     def take(self) -> list[Any]:
@@ -33,6 +36,11 @@ class Mailbox:
             self._store.delete_key(key)
             self._taken += 1
         return messages
+
+    def clear(self) -> None:
+        """Deletes what was not taken, and all else in the store; when nobody posts any more."""
+        self.take()
+        self._store.delete_key(_POSTED)
 
 
 class Inbox:

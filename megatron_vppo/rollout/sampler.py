@@ -91,10 +91,11 @@ class EngineSampler:
             except StopRequested:
                 cut = True
             # SLURM may end an engine together with the run that it asks to stop.
-            if any_rank(cut or (lost is not None and self._stop_wanted())):
-                raise StopRequested
+            stop = any_rank(cut or (lost is not None and self._stop_wanted()))
             for inbox in inboxes:
-                inbox.take()  # what came too late
+                inbox.clear()  # of what came too late
+            if stop:
+                raise StopRequested
             self._recovered(lost, stop_wanted=self._stop_wanted)
             if any_rank(conductor is not None and conductor.is_done):
                 return 0.0 if conductor is None else conductor.idle_seconds

@@ -72,6 +72,7 @@ def _rank(rank: int, world: int, port: int) -> Any:
 @pytest.mark.distributed
 def test_engines_share_the_prompts_and_every_rank_draws_every_weight() -> None:
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    unused = store.num_keys()
     ranks = run_gloo(_rank, 4, store.port)
     expected = [
         (i, j, (i, 10 * i + j, 0 if i % 2 == 0 else 2), 7) for i in range(5) for j in range(2)
@@ -84,4 +85,4 @@ def test_engines_share_the_prompts_and_every_rank_draws_every_weight() -> None:
             assert "weight_sync/checksums_ok" not in metrics
         else:
             assert received is None and metrics == {}
-    assert store.num_keys() < 20, "messages are deleted when they are taken"
+    assert store.num_keys() == unused, "a run of many steps leaves nothing behind"
