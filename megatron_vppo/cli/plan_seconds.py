@@ -23,8 +23,8 @@ from megatron_vppo.planning.step_model import Machine, SpeedModel
 from megatron_vppo.planning.timed_layouts import SpeedRequest, TimedLayout, seconds_of
 from megatron_vppo.setup.by_machine import ON_GPU
 
-FILTERED_ROUNDS = 2.0
-"""Rounds of sampling in a step with online filtering, which keeps about half of the groups. A guess."""
+FILTERED_DRAW = 2.0
+"""Prompts that online filtering samples for each one that is trained on: it keeps about half of the groups. A guess."""
 TEXT_TOKENS = 120
 """Tokens of a mean prompt besides its images. A guess."""
 MEAN_RESPONSE = 450
@@ -60,7 +60,7 @@ def speed_request(options: argparse.Namespace, request: PlanRequest) -> SpeedReq
         work=StepWork(
             prompts=prompts,
             responses=workload.responses_per_prompt,
-            rounds=FILTERED_ROUNDS if AlgorithmConfig.model_fields["online_filtering"].default else 1.0,
+            drawn=FILTERED_DRAW if AlgorithmConfig.model_fields["online_filtering"].default else 1.0,
             minibatches=-(-prompts // ActorConfig.model_fields["global_batch_size"].default),
             prompt_tokens=prompt,
             response_tokens=response,
@@ -88,7 +88,7 @@ ORDER = "by the modelled seconds of a step. Memory decides only what fits."
 LEGEND = {
     "step": "the sum of the phases, one after the other, as they run today.",
     "sync": "weights to the engines, engines to sleep and awake, offloaded state there and back.",
-    "rank 0": "grading, records and advantages on the hosts, and exchanges of all ranks.",
+    "rank 0": "records and advantages on the hosts, and exchanges of all ranks.",
     "tok/s": "tokens of prompts and trained responses over the step.",
     "MFU": "the update's least arithmetic (nothing computed twice) over its seconds and the peak of the GPU.",
 }
@@ -103,8 +103,8 @@ def speed_header(speed: SpeedRequest, width: int) -> Iterator[str]:
     lines = [
         f"Ceilings: {_ceilings(speed.machine.gpu)}",
         f"Step: {work.prompts} prompts of {work.prompt_tokens} tokens, {work.responses} responses of "
-        f"{work.response_tokens} each on average, {work.rounds:g} rounds of sampling, {work.minibatches} mini-batches, "
-        "both views scored",
+        f"{work.response_tokens} each on average, {work.drawn:g} prompts sampled for each, {work.minibatches} "
+        "mini-batches, both views scored",
     ]
     return (textwrap.fill(line, width=width, subsequent_indent="  ") for line in lines)
 

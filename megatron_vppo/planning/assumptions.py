@@ -18,11 +18,8 @@ class Shares:
     once or more, 0.81 with 5,000. Published: Llama-3-8B in bfloat16 at 520 to 560 TFLOP/s on H100 (NVIDIA's recipes),
     which is 0.70 to 0.75."""
     vision: float = 0.59
-    """The vision tower, with widths that are multiples of 8. Estimated from a profile on an H200, forward: 0.46 with a
-    width of 3,420."""
-    misaligned_vision: float = 1.28
-    """The vision tower takes this many times longer if the width of a rank's part of its MLP is no multiple of 8.
-    Estimated from the same profile: the product of that width at the speed of the others."""
+    """The vision tower, whose widths are padded to multiples of 8. Estimated from a profile on an H200, forward: 0.46
+    with a width of 3,420."""
     prefill: float = 0.55
     """Products of an engine that reads prompts. A guess."""
     decode_products: float = 0.60
@@ -71,9 +68,9 @@ class HostTimes:
     wake: float = 1.5
     """Putting an engine to sleep and waking it, once a step. A guess."""
     send_bundle: float = 0.020
-    """One buffer of weights on its way to an engine. A guess."""
-    bundle_bytes: float = 2**28
-    """Its size: rollout/transfer/weight_sender.py."""
+    """The round trip for one buffer of weights. A guess."""
+    bundle_bytes: float = 2**31
+    """Its size where memory is free: rollout/transfer/bundle.py."""
     load_tensor: float = 0.0004
     """An engine's time to load one tensor. A guess."""
     sync_start: float = 0.5

@@ -20,8 +20,8 @@ LENGTH_SPREAD = 0.6
 SHORTEST_RESPONSE = 8
 PLAYED_ENGINES = 8
 """Engines that are played through at most; the slowest counts."""
-PLAYED_ROUNDS = 8
-"""Rounds with other lengths, of which the mean counts."""
+PLAYED_DRAWS = 8
+"""Draws with other lengths, of which the mean counts."""
 SAMPLER_BYTES = 24
 """Bytes that the sampler moves for each logit, in fp32: soft-max, its logarithm, random numbers, a few passes."""
 AT_ONCE = 16
@@ -29,15 +29,15 @@ AT_ONCE = 16
 
 
 def sampling_seconds(model: SpeedModel, work: StepWork, engine: EngineLayout, machine: Machine, *, gpus: int) -> float:
-    """Returns the seconds of all rounds of a step. A round ends with the last response of its slowest engine."""
+    """Returns the seconds of a draw, which ends with the last response of its slowest engine."""
     engines = gpus // engine.tensor
-    prompts = math.ceil(work.prompts / engines)
+    prompts = math.ceil(work.prompts * work.drawn / engines)
     decoding = _slowest_engine(model, work, engine, machine, prompts=prompts, engines=min(engines, PLAYED_ENGINES))
     flops = prefill_of_prompt(model.cost, work) / engine.tensor
     prefill = flops / (machine.gpu.product_flops * machine.assumed.shares.prefill)
     # The leader of an engine reads all of its images before the first request goes out.
     images = work.images * machine.assumed.host.decode_image
-    return work.rounds * (decoding + prompts * (prefill + images))
+    return decoding + prompts * (prefill + images)
 
 
 def decode_step_seconds(
@@ -66,15 +66,15 @@ def decode_step_seconds(
 def _slowest_engine(
     model: SpeedModel, work: StepWork, engine: EngineLayout, machine: Machine, *, prompts: int, engines: int
 ) -> float:
-    """Returns the seconds of a round, as the mean over some with different lengths."""
+    """Returns the seconds of a draw, as the mean over some with different lengths."""
     slowest = (
         max(
             _engine_seconds(model, work, engine, machine, prompts=prompts, seed=played * PLAYED_ENGINES + number)
             for number in range(engines)
         )
-        for played in range(PLAYED_ROUNDS)
+        for played in range(PLAYED_DRAWS)
     )
-    return sum(slowest) / PLAYED_ROUNDS
+    return sum(slowest) / PLAYED_DRAWS
 
 
 def _engine_seconds(

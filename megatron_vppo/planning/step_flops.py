@@ -21,8 +21,8 @@ class StepWork:
     """Trained prompts: data.rollout_batch_size."""
     responses: int
     """The responses to each prompt: rollout.n."""
-    rounds: float
-    """Rounds of sampling, of `prompts` prompts each."""
+    drawn: float
+    """Prompts that are sampled for each one that is trained on, all in one draw."""
     minibatches: int
     """Optimizer steps."""
     prompt_tokens: int

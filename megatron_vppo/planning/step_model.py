@@ -24,7 +24,6 @@ class SpeedModel:
     kv_values: int
     """The keys and values of one token in one layer."""
     vision_layers: int
-    vision_ffn: int
 
     @property
     def decoded_bytes(self) -> int:

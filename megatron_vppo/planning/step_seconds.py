@@ -25,7 +25,8 @@ class StepSeconds:
     sync: float
     """Weights to the engines, engines to sleep and awake, offloaded state there and back."""
     host: float
-    """Rank 0 and every rank: grading, records, mismatch and advantages. More GPUs do not shorten it."""
+    """Rank 0 and every rank: records, mismatch and advantages, and of the grading what takes longer than sampling. More
+    GPUs do not shorten it."""
     collectives: float
     """Prompts, responses and rewards, between all ranks."""
     tokens_per_gpu: float
@@ -60,7 +61,7 @@ def step_seconds(
     scoring = scoring_seconds(model, work, trainer, machine)
     update = update_seconds(model, work, trainer, machine)
     sync = sync_seconds(model, trainer, machine) + 2 * offloaded_bytes / machine.gpu.to_host
-    host = serial_seconds(work, machine)
+    host = serial_seconds(work, machine) + max(0.0, grading_seconds(work, machine) - sampling)
     collectives = collective_seconds(trainer.gpus, machine)
     total = sampling + scoring.total + update.total + sync + host + collectives
     tokens = work.rows * (work.prompt_tokens + work.response_tokens)
@@ -94,8 +95,12 @@ def sync_seconds(model: SpeedModel, trainer: TrainerLayout, machine: Machine) ->
 def serial_seconds(work: StepWork, machine: Machine) -> float:
     """Returns the seconds of rank 0 and of every rank on their hosts, which no GPU shortens."""
     serial = machine.assumed.serial
-    graded = work.rounds * work.rows * serial.grade_response
-    return graded + work.rows * (work.response_tokens * serial.record_token + serial.assemble_row)
+    return work.rows * (work.response_tokens * serial.record_token + serial.assemble_row)
+
+
+def grading_seconds(work: StepWork, machine: Machine) -> float:
+    """Returns the seconds of the reward workers, which grade while others are sampled."""
+    return work.drawn * work.rows * machine.assumed.serial.grade_response
 
 
 def collective_seconds(ranks: int, machine: Machine) -> float:

@@ -47,7 +47,6 @@ def speed_model(hf_config: HfConfig, *, parameters: int) -> SpeedModel:
         vocabulary=text.vocab_size,
         kv_values=2 * text.num_key_value_heads * head_dim(text),
         vision_layers=vision.depth,
-        vision_ffn=vision.intermediate_size,
     )
 
 

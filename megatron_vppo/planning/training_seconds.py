@@ -165,8 +165,6 @@ def _vision_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine, 
         return 0.0
     shares, host = machine.assumed.shares, machine.assumed.host
     rate = machine.gpu.product_flops * shares.vision
-    if model.vision_ffn // layout.tensor % 8:
-        rate /= shares.misaligned_vision
     forward = done.groups * done.group.tower / done.micro_batches / layout.stage_ranks / rate
     launch = model.vision_layers * host.launch_layer
     once = max(forward, launch)

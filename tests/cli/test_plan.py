@@ -233,7 +233,9 @@ def test_the_step_on_more_gpus(capsys: pytest.CaptureFixture[str]) -> None:
 def test_lengths_that_change_the_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     base = seconds_of(printed(capsys, *EXAMPLE, "--gpu", "h800"))[0][0]
     out = printed(capsys, *EXAMPLE, "--gpu", "h800", "--mean-response-tokens", "900", "--mean-prompt-tokens", "1300")
-    assert "384 prompts of 1300 tokens, 8 responses of 900 each on average, 2 rounds" in " ".join(out.split())
+    assert "384 prompts of 1300 tokens, 8 responses of 900 each on average, 2 prompts sampled for each" in " ".join(
+        out.split()
+    )
     assert seconds_of(out)[0][0] > base
 
 

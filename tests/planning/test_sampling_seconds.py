@@ -29,7 +29,6 @@ MODEL = SpeedModel(
     vocabulary=25,
     kv_values=8,
     vision_layers=3,
-    vision_ffn=16,
 )
 ENGINE = EngineLayout(tensor=1, kv_tokens=10**9, max_sequences=10**9, eager=False)
 
@@ -62,7 +61,7 @@ def test_a_host_that_is_slower_than_the_device() -> None:
 
 def test_responses_of_one_length_by_hand() -> None:
     """Eight responses of a prompt, all 9 tokens long: nine steps, with 6 + 4.5 cached tokens each."""
-    work = replace(WORK, prompts=1, response_tokens=10**6, rounds=1.0)
+    work = replace(WORK, prompts=1, response_tokens=10**6, drawn=1.0)
     prefill = work.prompt_tokens * 100 + 2 * 36 + 136
     expected = 9 * step(responses=8, kv_tokens=8 * 10.5) + prefill / 1000
     assert sampling_seconds(MODEL, work, ENGINE, MACHINE, gpus=1) == pytest.approx(expected)
@@ -70,15 +69,15 @@ def test_responses_of_one_length_by_hand() -> None:
     waves = 2 * 9 * step(responses=4, kv_tokens=4 * 10.5) + prefill / 1000
     four = replace(ENGINE, max_sequences=4)
     assert sampling_seconds(MODEL, work, four, MACHINE, gpus=1) == pytest.approx(waves)
-    # Two rounds of four prompts on two engines: two prompts each.
-    eight = replace(work, prompts=4, rounds=2.0)
-    both = 2 * (9 * step(responses=16, kv_tokens=16 * 10.5) + 2 * prefill / 1000)
+    # Two for each of four prompts on two engines: four prompts each.
+    eight = replace(work, prompts=4, drawn=2.0)
+    both = 9 * step(responses=32, kv_tokens=32 * 10.5) + 4 * prefill / 1000
     assert sampling_seconds(MODEL, eight, ENGINE, MACHINE, gpus=2) == pytest.approx(both)
 
 
 def test_a_small_cache_takes_waves() -> None:
     """Room for two of 6/8 + 5/2 tokens: four responses in pairs."""
-    work = replace(WORK, prompts=1, responses=4, response_tokens=4, longest_response=8, rounds=1.0)
+    work = replace(WORK, prompts=1, responses=4, response_tokens=4, longest_response=8, drawn=1.0)
     room = 2 * (6 / 4 + 4 / 2) + 1
     small = sampling_seconds(MODEL, work, replace(ENGINE, kv_tokens=int(room)), MACHINE, gpus=1)
     pairs = sampling_seconds(MODEL, work, replace(ENGINE, max_sequences=2), MACHINE, gpus=1)
@@ -89,7 +88,7 @@ def test_a_small_cache_takes_waves() -> None:
 def test_images_are_read_before_the_first_request() -> None:
     slow = Machine(UNIT, Assumptions(ALL, replace(NO_HOST, decode_image=100.0)))
     times = (sampling_seconds(MODEL, WORK, ENGINE, machine, gpus=2) for machine in (slow, MACHINE))
-    assert next(times) - next(times) == pytest.approx(2 * 2 * 2 * 100.0), "2 rounds, 2 prompts of an engine, 2 images"
+    assert next(times) - next(times) == pytest.approx(4 * 2 * 100.0), "4 prompts of an engine, 2 images"
 
 
 def test_lengths_have_the_mean_and_the_limit() -> None:

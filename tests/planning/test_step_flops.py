@@ -103,7 +103,7 @@ COST = ModelCost(
     per_token=100, attention=2, per_head_position=50, per_patch=10, full_attention=1, window_attention=3
 )  # fmt: skip
 WORK = StepWork(
-    prompts=4, responses=8, rounds=2.0, minibatches=2, prompt_tokens=6, response_tokens=5, longest_response=9,
+    prompts=4, responses=8, drawn=2.0, minibatches=2, prompt_tokens=6, response_tokens=5, longest_response=9,
     images=2, patches=4, rows_per_update=4, rows_per_scoring=8,
 )  # fmt: skip
 

@@ -96,13 +96,6 @@ def test_a_tower_with_little_to_do_waits_for_its_launches() -> None:
     assert update_seconds(MODEL, WORK, replace(ONE, recompute="full"), machine).vision == pytest.approx(8 * 10.5)
 
 
-def test_widths_that_tensor_cores_do_not_like() -> None:
-    """16 values are aligned, on one rank and on two; on four, a rank has 4."""
-    machine = Machine(UNIT, Assumptions(replace(ALL, misaligned_vision=3.0), NO_HOST))
-    times = [scoring_seconds(MODEL, WORK, replace(ONE, tensor=n), machine).vision * n for n in (1, 2, 4)]
-    assert times[1] == pytest.approx(times[0]) and times[2] == pytest.approx(3 * times[0])
-
-
 def test_the_optimizer_by_hand() -> None:
     """1,000 parameters over two tensor ranks: 500 x 6 bytes, of which 3/4 move between four data ranks. The eight GPUs
     of one host have 50 bytes/s, of two hosts 10."""

@@ -84,7 +84,7 @@ def test_the_model_of_vppo_plan_against_a_measured_run() -> None:
     """
     model = speed_model(make_config(make_processor().tokenizer), parameters=59_000_000)
     work = StepWork(
-        prompts=2, responses=8, rounds=1.0, minibatches=2, prompt_tokens=PROMPT_TOKENS, response_tokens=128,
+        prompts=2, responses=8, drawn=1.0, minibatches=2, prompt_tokens=PROMPT_TOKENS, response_tokens=128,
         longest_response=128, images=1, patches=16 * 14 * 4, rows_per_update=8, rows_per_scoring=8,
     )  # fmt: skip
     layout = TrainerLayout(tensor=2, pipeline=1, context=1, data=1, recompute="none", node_gpus=2)
