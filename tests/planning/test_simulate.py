@@ -24,11 +24,11 @@ def test_gpus_divide_prompts_and_not_the_work_of_rank_zero(steps: tuple[Simulate
     base, more, most = steps[:3]
     assert [step.layout.data for step in (base, more, most)] == [4, 16, 64]
     for step, times in ((more, 4), (most, 16)):
-        # 384 and 128 prompts divide; each rank waits for its own images.
+        # 384 and 128 prompts divide. Every rank waits for its first micro-batch, however many follow.
         for phase in ("scoring", "update"):
             whole, part = (getattr(each.seconds, phase) for each in (base, step))
             assert part.language == pytest.approx(whole.language / times)
-            assert part.host == pytest.approx(whole.host / times)
+            assert part.host == pytest.approx(whole.host) and part.host < 0.1
         assert step.divided == pytest.approx(base.seconds.on_gpus / times)
         assert step.seconds.host == base.seconds.host
         # Sampling ends with the longest response of all, wherever it is sampled.
