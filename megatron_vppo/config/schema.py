@@ -444,6 +444,9 @@ class TrainerConfig(Section):
     save_model_only: bool = False
     """Leave the optimizer's state out of checkpoints. A run that goes on from one has the weights (rounded to
     model.dtype) and the place in the data, and its optimizer starts from zero."""
+    async_checkpoints: bool | None = None
+    """Write the files of a checkpoint while training goes on. None: on GPUs. The state is copied to host memory first,
+    and stays there until it is written; on a CPU, writing would take cores and memory from training."""
     save_hf: bool = True
     """Export the final weights as a Hugging Face folder."""
     stop_within_seconds: Wait = 240.0

@@ -80,20 +80,32 @@ def save_checkpoint(
         RuntimeError: weights or optimizer state are offloaded (offload.py).
         ValueError: the folder cannot be made, another run is writing it, or the disk is full.
     """
-    require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
-    with _filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
+    with filled_by_all_ranks(step_folder(folder, step), layout) as unfinished:
         use_result_queue_of_ours()
-        allocate_state(trainable)  # no step may have had anything to train on yet
-        about = {
-            **_sizes(trainable, layout).model_dump(),
-            "optimizer": "none" if model_only else "by parameter",
-            "optimizer_updates": updates_of(trainable),
-        }
         with naming_failed_writes(step_folder(folder, step)), noticing_lost_writers(step_folder(folder, step)):
-            written = _state_to_write(trainable, layout, model_only=model_only)
+            written = state_to_write(trainable, layout, model_only=model_only)
             dist_checkpointing.save(written, str(unfinished / DIST_CKPT))
-        if layout.rank == 0:
-            (unfinished / STATE).write_text(json.dumps({"step": step, **about, **state}, indent=1))
+        write_state(unfinished, step=step, trainable=trainable, layout=layout, state=state, model_only=model_only)
+    conclude_checkpoint(folder, step=step, layout=layout, accuracy=accuracy, keep=keep)
+
+
+def write_state(
+    unfinished: Path, *, step: int, trainable: Trainable, layout: Layout, state: Mapping[str, Any], model_only: bool
+) -> None:
+    """Writes STATE, on rank 0; a collective over all ranks. The arguments are those of `save_checkpoint`."""
+    about = {
+        **_sizes(trainable, layout).model_dump(),
+        "optimizer": "none" if model_only else "by parameter",
+        "optimizer_updates": updates_of(trainable),
+    }
+    if layout.rank == 0:
+        (unfinished / STATE).write_text(json.dumps({"step": step, **about, **state}, indent=1))
+
+
+def conclude_checkpoint(folder: Path, *, step: int, layout: Layout, accuracy: float | None, keep: int) -> None:
+    """Notes the checkpoint of `step`, which is in its place, and removes those that need not stay; a collective over
+    all ranks. The arguments are those of `save_checkpoint`.
+    """
     if layout.rank == 0:
         with whole_file(folder / LATEST) as file:
             file.write(str(step).encode())
@@ -104,7 +116,7 @@ def save_checkpoint(
 
 
 @contextmanager
-def _filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
+def filled_by_all_ranks(target: Path, layout: Layout) -> Iterator[Path]:
     """Gives every rank the same folder to write into; it becomes `target` when all of them are done."""
     with ExitStack() as on_rank_zero:
         if layout.rank == 0:
@@ -216,7 +228,14 @@ def _rng(layout: Layout) -> ShardedObject:
     return ShardedObject("rng", _rng_state(), (1,), (0,), replica_id=layout.rank)
 
 
-def _state_to_write(trainable: Trainable, layout: Layout, *, model_only: bool) -> dict[str, Any]:
+def state_to_write(trainable: Trainable, layout: Layout, *, model_only: bool) -> dict[str, Any]:
+    """Returns what this rank has to write of a checkpoint, as Megatron takes it.
+
+    Raises:
+        RuntimeError: weights or optimizer state are offloaded (offload.py).
+    """
+    require_resident((*weight_tensors(trainable), *optimizer_tensors(trainable)), what="checkpoint")
+    allocate_state(trainable)  # no step may have had anything to train on yet
     models = _model_states(trainable)
     states = list(models.values())
     optimizer = {} if model_only else optimizer_shards(trainable, states, layout)

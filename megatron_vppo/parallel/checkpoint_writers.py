@@ -60,28 +60,38 @@ def noticing_lost_writers(target: Path) -> Iterator[None]:
     def look() -> None:
         while not done.wait(LOOK_SECONDS):
             for pid in set(children_of(os.getpid())) - before:
-                number = _killed_by(pid)
-                if number is not None and not done.is_set():
+                name = killed_by_signal(pid)
+                if name is not None and not done.is_set():
                     raise WriterLost(
-                        f"{target} was not written: its process {pid} ended with signal "
-                        f"{signal.Signals(number).name}; SIGKILL often means that the host ran out of memory"
+                        f"{target} was not written: its process {pid} ended with signal {name}; SIGKILL often means "
+                        "that the host ran out of memory"
                     )
 
     thread = threading.Thread(target=look, name="checkpoint writers", daemon=True)
     thread.start()
     try:
-        yield
-    except (ConnectionError, EOFError) as error:
-        raise RuntimeError(f"{target} was not written: the process that its writers report to has ended") from error
+        with naming_lost_queue(target):
+            yield
     finally:
         done.set()
         thread.join()
 
 
-def _killed_by(pid: int) -> int | None:
-    """Returns the signal that ended a child which nobody has waited for yet; None if none did."""
+@contextmanager
+def naming_lost_queue(target: Path) -> Iterator[None]:
+    """Says that the server of the queue has ended, by a RuntimeError with the checkpoint that was not written."""
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError(f"{target} was not written: the process that its writers report to has ended") from error
+
+
+def killed_by_signal(pid: int) -> str | None:
+    """Returns the name of the signal that ended a child which nobody has waited for yet; None if none did."""
     try:
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:  # it has been waited for
         return None
-    return ended.si_status if ended and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED) else None
+    if ended is None or ended.si_code not in (os.CLD_KILLED, os.CLD_DUMPED):
+        return None
+    return signal.Signals(ended.si_status).name

@@ -15,17 +15,32 @@ class ByMachine:
     head_chunk_tokens: int
     max_num_seqs: int
     enforce_eager: bool
+    async_checkpoints: bool
 
 
-ON_CPU = ByMachine(sequence_parallel=False, head_chunk_tokens=1024, max_num_seqs=256, enforce_eager=True)
-"""Chunks that fit a cache, and no graphs, since there are none."""
-ON_GPU = ByMachine(sequence_parallel=True, head_chunk_tokens=4096, max_num_seqs=1024, enforce_eager=False)
-"""Products large enough for a GPU, vLLM's own number of sequences on one of 70 GiB or more, and CUDA graphs."""
+ON_CPU = ByMachine(
+    sequence_parallel=False,
+    head_chunk_tokens=1024,
+    max_num_seqs=256,
+    enforce_eager=True,
+    async_checkpoints=False,
+)
+"""Chunks that fit a cache, no graphs, since there are none, and cores that are not shared with writers."""
+ON_GPU = ByMachine(
+    sequence_parallel=True,
+    head_chunk_tokens=4096,
+    max_num_seqs=1024,
+    enforce_eager=False,
+    async_checkpoints=True,
+)
+"""Products large enough for a GPU, vLLM's own number of sequences on one of 70 GiB or more, CUDA graphs, and
+checkpoints that are written while the GPUs go on."""
 SECTIONS = {
     "sequence_parallel": "parallel",
     "head_chunk_tokens": "actor",
     "max_num_seqs": "rollout",
     "enforce_eager": "rollout",
+    "async_checkpoints": "trainer",
 }
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.parallel.checkpoint import check_checkpoint, load_checkpoint, save_checkpoint
+from megatron_vppo.parallel.checkpoint_async import PendingCheckpoint, begin_checkpoint
 from megatron_vppo.parallel.checkpoint_folder import STATE, SavedState, checkpoint_steps, read_state, step_folder
 from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints, read_best
 from megatron_vppo.parallel.collective import from_rank_zero
@@ -67,10 +68,14 @@ class Checkpointer:
     """The one that counts is that of rank 0."""
     say: Callable[[str], None]
     """Shows a line to the user; called on rank 0 only."""
+    asynchronous: bool = False
+    """True if training goes on while a checkpoint is written."""
     _started_from: str | None = field(default=None, init=False)
     """The checkpoint of another run that this one began with."""
     _accuracy: tuple[int, float] | None = field(default=None, init=False)
     """The last validation: its step and val/accuracy."""
+    _pending: PendingCheckpoint | None = field(default=None, init=False)
+    """The checkpoint that is being written."""
 
     def resume(self) -> ResumePoint:
         """Loads the checkpoint that the run goes on from or starts from, if there is one.
@@ -118,6 +123,9 @@ class Checkpointer:
     def save(self, step: int, *, unfinished_step: dict[str, Any] | None = None) -> None:
         """Saves the state after `step`, and removes the oldest checkpoints beyond trainer.save_limit but the best.
 
+        If it is asynchronous the state is only copied, and `settle` does the rest. The checkpoint before is settled
+        first.
+
         Args:
             unfinished_step: on rank 0, the numbers of the step if its validation is still to come.
         """
@@ -128,7 +136,9 @@ class Checkpointer:
         if unfinished_step is not None:
             state[UNFINISHED_STEP] = unfinished_step
         validated, accuracy = self._accuracy or (None, None)
-        save_checkpoint(
+        self.settle(wait=True)
+        save = begin_checkpoint if self.asynchronous else save_checkpoint
+        self._pending = save(
             self.folder.checkpoints,
             step=step,
             trainable=self.trainable,
@@ -138,6 +148,22 @@ class Checkpointer:
             accuracy=accuracy if validated == step else None,
             model_only=self.config.save_model_only,
         )
+
+    def settle(self, *, wait: bool) -> float | None:
+        """Puts the pending checkpoint, if there is one, in its place once it is written; a collective over all ranks.
+
+        Args:
+            wait: True: waits until it is written.
+
+        Returns:
+            The seconds that writing took, on rank 0 if it has just been put in its place.
+
+        Raises as PendingCheckpoint.settle does.
+        """
+        if self._pending is None or not self._pending.settle(wait=wait):
+            return None
+        written, self._pending = self._pending, None
+        return written.seconds
 
     def _list_on_rank_zero(self) -> list[int]:
         if dist.get_rank() != 0:

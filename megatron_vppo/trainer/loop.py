@@ -11,6 +11,7 @@ share. GRPO also keeps every group in step 3. VPPO adds two things:
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ def train(run: Run) -> bool:
         return _stop(run, run.start_step)
 
     for step in range(run.start_step + 1, run.total_steps + 1):
+        _settle_checkpoint(run, wait=False)
         if stopping.before_step():
             return _stop(run, step - 1)
         place = run.collector.place()
@@ -97,6 +99,7 @@ def train(run: Run) -> bool:
             with stopping.durations.time("checkpoint"), watch("checkpoint"):
                 run.recorder.wait()  # a resume finds the records of every step up to its checkpoint
                 run.checkpointer.save(step)
+    _settle_checkpoint(run, wait=True)
     return True
 
 
@@ -192,7 +195,16 @@ def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None)
         run.placement.writing()
         with run.stopping.durations.time("checkpoint"), run.watchdog.watch("checkpoint"):
             run.checkpointer.save(step, unfinished_step=unfinished_step)
+    _settle_checkpoint(run, wait=True)
     return False
+
+
+def _settle_checkpoint(run: Run, *, wait: bool) -> None:
+    """Puts the checkpoint that is being written in its place, if its files are there or the run waits for them."""
+    with run.watchdog.watch("checkpoint files") if wait else nullcontext():
+        seconds = run.checkpointer.settle(wait=wait)
+    if seconds is not None:
+        run.stopping.durations.add("checkpoint", seconds)
 
 
 def is_due(step: int, freq: int, total_steps: int) -> bool:

@@ -33,7 +33,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt, end_on_request
-from megatron_vppo.setup.by_machine import chosen_by_machine
+from megatron_vppo.setup.by_machine import by_machine, chosen_by_machine
 from megatron_vppo.setup.engines import EnginePlace, await_engines, engines_on_gpus, start_engine
 from megatron_vppo.setup.hardware import prompts_apart, slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
@@ -170,7 +170,10 @@ def _open_run(
             _say_what_follows(config, on_gpus, engine.count, say)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         keep_rate = KeepRate()
-        checkpointer = Checkpointer(config.trainer, folder, layout, policy.trainable, stream, keep_rate, say)
+        checkpointer = Checkpointer(
+            config.trainer, folder, layout, policy.trainable, stream, keep_rate, say,
+            asynchronous=by_machine(config, on_gpu=on_gpus).async_checkpoints,
+        )  # fmt: skip
         resumed = checkpointer.resume()
         _check_reached(folder, resumed.step, total_steps=total_steps)
         if is_writer:

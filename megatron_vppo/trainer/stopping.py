@@ -67,7 +67,10 @@ class Durations:
         """Counts the time of the block, if it ends without an exception."""
         began = time.monotonic()
         yield
-        seconds = time.monotonic() - began
+        self.add(part, time.monotonic() - began)
+
+    def add(self, part: Part, seconds: float) -> None:
+        """Counts the seconds that a part took."""
         self._seconds.setdefault(part, deque(maxlen=RECENT_STEPS)).append(seconds)
         if self._warn is not None and seconds > self._within and part in UNCUT.keys() - self._warned:
             self._warned.add(part)

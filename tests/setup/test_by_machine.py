@@ -11,16 +11,18 @@ TWO_RANKS = {"tensor_model_parallel_size": 2}
 def test_gpus_and_cores_get_values_of_their_own() -> None:
     config = config_with(parallel=TWO_RANKS)
     on_gpu = by_machine(config, on_gpu=True)
-    assert on_gpu == ByMachine(sequence_parallel=True, head_chunk_tokens=4096, max_num_seqs=1024, enforce_eager=False)
-    assert by_machine(config, on_gpu=False) == ByMachine(False, 1024, 256, True)
+    assert on_gpu == ByMachine(
+        sequence_parallel=True, head_chunk_tokens=4096, max_num_seqs=1024, enforce_eager=False, async_checkpoints=True
+    )
+    assert by_machine(config, on_gpu=False) == ByMachine(False, 1024, 256, True, False)
 
 
 def test_what_is_set_stays() -> None:
     config = config_with(
         parallel={**TWO_RANKS, "sequence_parallel": False}, actor={"head_chunk_tokens": 7},
-        rollout={"max_num_seqs": 3, "enforce_eager": True},
+        rollout={"max_num_seqs": 3, "enforce_eager": True}, trainer={"async_checkpoints": False},
     )  # fmt: skip
-    assert by_machine(config, on_gpu=True) == ByMachine(False, 7, 3, True)
+    assert by_machine(config, on_gpu=True) == ByMachine(False, 7, 3, True, False)
     assert chosen_by_machine(config, on_gpu=True) is None
 
 
@@ -32,6 +34,7 @@ def test_one_rank_shares_no_tokens() -> None:
 def test_the_line_at_the_start_names_them() -> None:
     config = config_with(parallel=TWO_RANKS, rollout={"max_num_seqs": 3})
     assert chosen_by_machine(config, on_gpu=True) == (
-        "for GPUs: parallel.sequence_parallel=true, actor.head_chunk_tokens=4096, rollout.enforce_eager=false"
+        "for GPUs: parallel.sequence_parallel=true, actor.head_chunk_tokens=4096, rollout.enforce_eager=false, "
+        "trainer.async_checkpoints=true"
     )
     assert chosen_by_machine(config, on_gpu=False) is None

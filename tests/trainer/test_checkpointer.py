@@ -265,3 +265,21 @@ def test_the_data_of_the_given_one_have_to_be_those_of_the_run(saved: Saved, run
     run = start(saved, runs, experiment_name="new", load_checkpoint_path=str(newest(runs)), seed=5)
     with pytest.raises(ValueError, match=r"position is for seed=1, this run has seed=5: resume with the data"):
         run.checkpointer.resume()
+
+
+# --- Checkpoints that are written while training goes on --------------------------------------------------------------
+
+
+def test_the_next_save_settles_the_one_before(saved: Saved, runs: Path) -> None:
+    run = start(saved, runs, save_limit=-1)
+    run.checkpointer.asynchronous = True
+    run.checkpointer.resume()
+    assert run.checkpointer.settle(wait=True) is None, "none is pending"
+    run.checkpointer.save(NEWEST + 1)
+    assert checkpoint_steps(run.checkpoints)[-1] == NEWEST
+    run.checkpointer.save(NEWEST + 2)
+    assert checkpoint_steps(run.checkpoints)[-1] == NEWEST + 1
+    seconds = run.checkpointer.settle(wait=True)
+    assert seconds is not None and checkpoint_steps(run.checkpoints)[-1] == NEWEST + 2
+    assert run.checkpointer.settle(wait=True) is None
+    assert start(saved, runs).checkpointer.resume().step == NEWEST + 2

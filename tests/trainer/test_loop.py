@@ -22,6 +22,7 @@ class Notes:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.unfinished: Any = None
+        self.settled: list[str] = []
 
     def note(self, what: str, result: Any = None) -> Any:
         self.calls.append(what)
@@ -69,6 +70,10 @@ def make_run(
         notes.note(f"save {step} after {len(read_metrics(folder))} lines")
         notes.unfinished = unfinished_step
 
+    def settle(*, wait: bool) -> float | None:
+        notes.settled.append(f"{'wait' if wait else 'look'} after {notes.calls[-1]}")
+        return 3.0 if wait else None
+
     config = RunConfig.model_validate(
         {"data": {"train_files": "x"}, "model": {"path": "y"}, "trainer": {"val_freq": 2, "save_freq": 2, **trainer}}
     )
@@ -87,7 +92,7 @@ def make_run(
         ),
         "validator": SimpleNamespace(run=validate),
         "checkpointer": SimpleNamespace(
-            save=save, note_validation=lambda step, accuracy: notes.note(f"step {step}: {accuracy}")
+            save=save, settle=settle, note_validation=lambda step, accuracy: notes.note(f"step {step}: {accuracy}")
         ),
         "recorder": SimpleNamespace(
             write=lambda *args: notes.note("record"), wait=lambda: notes.note("records on disk")
@@ -123,6 +128,21 @@ def test_steps_that_keep_nothing_are_counted_and_change_nothing(tmp_path: Path) 
     lines = read_metrics(tmp_path)
     assert [line.get("rollout/skipped_steps") for line in lines] == [None, 1.0, 1.0, 1.0]
     assert lines[0]["weight_sync/checksums_ok"] == 1.0, "the first sync is reported with the first line"
+
+
+def test_a_checkpoint_is_looked_for_at_every_step_and_waited_for_at_the_end(tmp_path: Path) -> None:
+    run, notes = make_run(tmp_path, start_step=0, total_steps=2, save_freq=1, val_freq=-1, val_before_train=False)
+    assert train(run)
+    assert notes.settled == [
+        "look after weights 0", "look after save 1 after 1 lines", "wait after save 2 after 2 lines"
+    ]  # fmt: skip
+    assert run.stopping.durations.longest("checkpoint") == 3.0, "a stop will take as long as writing does"
+
+
+def test_a_stop_waits_for_the_checkpoint(tmp_path: Path) -> None:
+    run, notes = make_run(tmp_path, start_step=0, total_steps=3, stop="sample 2", val_before_train=False)
+    assert not train(run)
+    assert notes.settled[-1] == "wait after save 1 after 1 lines"
 
 
 def test_every_step_returns_freed_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,9 @@ def make_run(
         ),
         "sampler": SimpleNamespace(send_weights=send_weights, take_restarts=lambda: 0, close=lambda: None),
         "validator": SimpleNamespace(run=validate),
-        "checkpointer": SimpleNamespace(save=save, note_validation=lambda step, accuracy: None),
+        "checkpointer": SimpleNamespace(
+            save=save, settle=lambda wait: None, note_validation=lambda step, accuracy: None
+        ),
         "recorder": SimpleNamespace(write=lambda *args: None, wait=lambda: None),
     }  # fmt: skip
     return Run(
