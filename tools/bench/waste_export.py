@@ -6,8 +6,10 @@ The sender is real; behind it there is no engine. What an engine writes is not c
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +26,10 @@ from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.rollout.records import LiveWeight
+from megatron_vppo.rollout.transfer.bundle import TransferBuffer, WholeTensor
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.rollout.transfer.vllm_layout import FUSED, PREFIXES, canonical_name
-from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, TransferBuffer, WeightSender
+from megatron_vppo.rollout.transfer.weight_sender import BUFFER_BYTES, WeightSender
 from megatron_vppo.weights.entries import stream_entries
 from megatron_vppo.weights.stream import hf_weights
 
@@ -63,13 +66,13 @@ class NoEngine:
 class NoMemory:
     """A buffer that is only a size."""
 
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+    capacity, free_bytes = 0, 1 << 40
 
     def grow(self, capacity: int) -> None:
         self.capacity = max(self.capacity, capacity)
 
-    def write(self, tensor: Tensor, *, offset: int) -> None: ...
+    def room(self, offset: int, num_values: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_values, dtype=dtype, device="meta")
 
     def publish(self) -> dict[str, Any]:
         return {}
@@ -79,8 +82,33 @@ class NoMemory:
     def close(self) -> None: ...
 
 
-def _sender(names: Sequence[str], buffers: tuple[TransferBuffer, TransferBuffer]) -> WeightSender:
-    return WeightSender(NoEngine(), buffers=buffers, workers=[live_weights(names)], dtype=torch.bfloat16)
+@dataclass(frozen=True)
+class WholeTensors:
+    """A stream of tensors without memory, which says how large they are."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def piece_bytes(self) -> Sequence[int]:
+        return [2 * math.prod(shape) for shape in self.shapes.values()]
+
+    def pieces(self) -> Iterator[WholeTensor]:
+        for name, shape in self.shapes.items():
+            yield WholeTensor(name, torch.empty(shape, dtype=torch.bfloat16, device="meta"))
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(())
+
+    def __next__(self) -> tuple[str, Tensor]:
+        raise StopIteration
+
+
+def _sender(
+    names: Sequence[str], buffers: tuple[TransferBuffer, TransferBuffer], *, buffer_bytes: int = BUFFER_BYTES
+) -> WeightSender:
+    return WeightSender(
+        NoEngine(), buffers=buffers, buffer_bytes=buffer_bytes, workers=[live_weights(names)], dtype=torch.bfloat16
+    )
 
 
 def live_weights(names: Sequence[str]) -> list[LiveWeight]:
@@ -118,7 +146,7 @@ def _rank(rank: int, ranks: int, folder: str) -> None:
 def _written_share(family: FamilyName, layout: Layout) -> Case:
     stage = make_stage(small_config(family), layout)
     names = [name for entry in stream_entries(stage.weight_map) for name in entry.hf_names]
-    sender = _sender(names, (SharedBuffer(SMALL_BUFFER), SharedBuffer(SMALL_BUFFER)))
+    sender = _sender(names, (SharedBuffer(), SharedBuffer()), buffer_bytes=SMALL_BUFFER)
     with _Written() as written:
         report = sender.send(hf_weights([stage]), version=0, verify=False)
     sender.close()
@@ -153,10 +181,6 @@ def _round_trips(model: str) -> Case:
         name: shape for entry in entries for name, shape in zip(entry.hf_names, entry.kind.hf_shapes(), strict=True)
     }
 
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            yield name, torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    sender = _sender(list(shapes), (NoMemory(BUFFER_BYTES), NoMemory(BUFFER_BYTES)))
-    report = sender.send(stream(), version=0, verify=False)
+    sender = _sender(list(shapes), (NoMemory(), NoMemory()))
+    report = sender.send(WholeTensors(shapes), version=0, verify=False)
     return Case(f"round trips, {model}", report.num_buffers, report.num_bytes / BYTES_OF_TRIP + 1)
