@@ -30,15 +30,16 @@ class PatchValues:
     """The values that the image processor makes of bytes: each follows from its byte and its channel alone."""
 
     of_bytes: Tensor
-    """float32 [channels, 256]."""
+    """float32 [channels, 256]; on a device in the model's dtype."""
     frames: int
     """The frames of a patch, all alike."""
 
-    def to(self, device: torch.device) -> PatchValues:
-        return replace(self, of_bytes=self.of_bytes.to(device))
+    def to(self, device: torch.device, dtype: torch.dtype) -> PatchValues:
+        """Returns the values on a device, rounded as the model would round each of them."""
+        return replace(self, of_bytes=self.of_bytes.to(device, dtype))
 
     def __call__(self, bytes_PD: Tensor, hidden_P: Tensor | None = None) -> Tensor:
-        """Returns float32 [P, D], equal bit by bit to what the processor makes of the image with the patches blacked.
+        """Returns [P, D], equal bit by bit to what the processor makes of the image with the patches blacked.
 
         Args:
             bytes_PD: uint8.

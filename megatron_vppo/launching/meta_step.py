@@ -89,7 +89,7 @@ def run_step(
     trainable: Trainable, layout: Layout, runner: ScheduleRunner, responses: Sequence[Response], views: Sequence[View]
 ) -> StepBytes:
     """Runs the micro-batch through this rank's stages; call it within `meta_device`."""
-    batch = runner.packed(responses, views)
+    batch = runner.packed(responses, views, both_views=False)
     planned, pixels_PD = runner.send(runner.plan(batch))
     kept, outputs = [], []
     for stage, ddp in zip(trainable.stages, trainable.ddps, strict=True):

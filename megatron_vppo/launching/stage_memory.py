@@ -93,7 +93,8 @@ def report_stage(
             pixels=ZeroPixels(hf_config, patches=grid),
         )
         step = run_step(trainable, layout, runner, responses, update_views(runner, responses))
-        both_views = runner.packed(responses, score_views(runner, responses, per=perturbed_per(config)))
+        per = perturbed_per(config)
+        both_views = runner.packed(responses, score_views(runner, responses, per=per), both_views=per is not None)
         flight = in_flight(
             layout.pipeline,
             rank=layout.pipeline_rank,

@@ -1,7 +1,8 @@
-"""Work that is done ahead of the one who asks for it, in a thread."""
+"""Work that is done ahead of the one who asks for it, in a thread, and results that several ask for."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -30,3 +31,27 @@ def made_ahead(make: Callable[[Item], Made], items: Sequence[Item], *, device: t
             following = thread.submit(make, item)
             yield made
         yield following.result()
+
+
+def read_by_all(items: Iterator[Made], *, readers: int) -> list[Iterator[Made]]:
+    """Returns an iterator over all items for each reader. An item is let go when all have had it.
+
+    `itertools.tee` holds items in blocks of 57.
+    """
+    if readers == 1:
+        return [items]
+    waiting: list[deque[Made]] = [deque() for _ in range(readers)]
+
+    def read(own: deque[Made]) -> Iterator[Made]:
+        while True:
+            if not own:
+                for item in items:
+                    for reader in waiting:
+                        reader.append(item)
+                    del item
+                    break
+                else:
+                    return
+            yield own.popleft()
+
+    return [read(own) for own in waiting]

@@ -117,7 +117,7 @@ class PatchBytes:
     """bool; patches that are shown black, over all that the tower runs on. None: none are."""
 
     def pixels(self, values: PatchValues) -> Tensor:
-        """Returns float32 [P, D]."""
+        """Returns [P, D] in the dtype of the values."""
         return values(torch.cat([self.images[number] for number in self.shown]), self.hidden_P)
 
 

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -47,16 +48,24 @@ class PendingCheckpoint:
     """A checkpoint of which everything is copied, and some files may not be written yet."""
 
     def __init__(
-        self, target: Path, calls: AsyncCallsQueue, unfinished: ExitStack, conclude: Callable[[], None]
+        self,
+        target: Path,
+        calls: AsyncCallsQueue,
+        copies: list[Any],
+        *,
+        unfinished: ExitStack,
+        conclude: Callable[[], None],
     ) -> None:
         """
         Args:
             calls: the write, as Megatron follows it.
+            copies: what the writers read; held until they are done.
             unfinished: makes the folder `target` when it is left without an exception, and removes it otherwise.
             conclude: what comes after that.
         """
         self._target = target
         self._calls = calls
+        self._copies = copies
         self._unfinished = unfinished
         self._conclude = conclude
         self._began = time.time()
@@ -82,8 +91,11 @@ class PendingCheckpoint:
                 if not self._calls.maybe_finalize_async_calls(blocking=wait):
                     leaving.pop_all()
                     return False
-            files = [file.stat().st_mtime for file in self._target.with_name(f".{self._target.name}.tmp").rglob("*")]
-            self.seconds = max(files, default=self._began) - self._began
+            self._copies.clear()
+            if dist.get_rank() == 0:  # the description is written now, and not by the writers
+                folder = self._target.with_name(f".{self._target.name}.tmp")
+                written = [file.stat().st_mtime for file in folder.rglob("*.distcp")]
+                self.seconds = max(written, default=self._began) - self._began
         self._conclude()
         return True
 
@@ -115,11 +127,25 @@ def begin_checkpoint(
         with naming_failed_writes(target), naming_lost_queue(target):
             request = dist_checkpointing.save(written, str(unfinished / DIST_CKPT), async_sharded_save=True)
             assert request is not None
+            copies: list[Any] = []
+            if request.preload_fn is not None:
+                request = request._replace(preload_fn=partial(_hold, request.preload_fn, copies))
             if request.async_fn is not None:
                 request = request._replace(async_fn=partial(_write, request.async_fn, os.getpid(), target))
             calls.schedule_async_request(request)
         conclude = partial(conclude_checkpoint, folder, step=step, layout=layout, accuracy=accuracy, keep=keep)
-        return PendingCheckpoint(target, calls, stack.pop_all(), conclude)
+        return PendingCheckpoint(target, calls, copies, unfinished=stack.pop_all(), conclude=conclude)
+
+
+def _hold(copy: Callable[[], Any], copies: list[Any]) -> Any:
+    """Copies the state to host memory, and holds the copies.
+
+    Megatron 0.16 lets go of them once the writer is forked (mended upstream: NVIDIA/Megatron-LM, pull request 2288). On
+    a GPU they are pinned memory, which a fork shares instead of copying: torch would give it to the next one who asks,
+    while the writer still reads it.
+    """
+    copies.append(copy())
+    return copies[-1]
 
 
 def _write(write: Callable[..., None], rank_pid: int, target: Path, rank: int, buckets: Any, results: Any) -> None:

@@ -74,7 +74,10 @@ class Packer:
         Args:
             limit: the tokens that micro-batches are filled up to; they are padded to a few numbers of tokens then. None
                 pads no more than ranks need.
+
+        Raises ValueError for views in another order.
         """
+        _check_order(views)
         images = _Images(self.merge_size)
         sequences, of_views = self._lay_out(responses, views)
         packing = padded_packing(
@@ -185,6 +188,20 @@ class _Sequence:
     @property
     def prompted(self) -> _Prompted:
         return self.prompt.token_ids, self.prompt.grids_thw
+
+
+def _check_order(views: Sequence[View]) -> None:
+    count = sum(view.perturb is not None for view in views)
+    first = len(views) - count
+    perturbed, originals = views[first:], views[max(0, first - count) : first]
+    if (
+        any(view.perturb is None for view in perturbed)
+        or [v.row for v in perturbed] != [v.row for v in originals][:count]
+    ):
+        raise ValueError(
+            "views with perturbed images come last, and right before them the original views of the same rows; these "
+            f"are (row, perturbed): {[(view.row, view.perturb is not None) for view in views]}"
+        )
 
 
 def _shown(prompt: Prompt, view: View) -> _Shown:

@@ -23,7 +23,7 @@ from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_support import amaxes_untouched
 from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.ahead import made_ahead
+from megatron_vppo.parallel.ahead import made_ahead, read_by_all
 from megatron_vppo.parallel.batching import BatchSplit, Pixels, PlannedBatch, ResponseBatch, ResponseTokens, View
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, cut_by_rows, fill_by_tokens, groups_of_rank
@@ -106,7 +106,7 @@ class ScheduleRunner:
             shares_prompts=settings.shared_prefix,
         )
         self._stager = Stager(layout.device)
-        self._values = pixels.values.to(layout.device)
+        self._values = pixels.values.to(layout.device, self.stages[0].config.params_dtype)
 
     @property
     def holds_results(self) -> bool:
@@ -159,8 +159,19 @@ class ScheduleRunner:
             weight_grad_Vh=weight_Vh.main_grad if trained and weight_Vh.requires_grad else None,  # type: ignore[attr-defined]
         )
 
-    def forward(self, responses: Sequence[Response], micro_views: Sequence[Sequence[View]], read: ReadHidden) -> None:
-        """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state."""
+    def forward(
+        self,
+        responses: Sequence[Response],
+        micro_views: Sequence[Sequence[View]],
+        read: ReadHidden,
+        *,
+        both_views: bool = False,
+    ) -> None:
+        """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state.
+
+        Args:
+            both_views: see `packed`.
+        """
 
         def collect(batch: PlannedBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
             read(batch.tokens, hidden_C1h)
@@ -168,7 +179,7 @@ class ScheduleRunner:
         for stage in self.stages:
             stage.eval()
         with torch.no_grad(), amaxes_untouched(self.stages):
-            pack = partial(self.pack, responses)
+            pack = partial(self.pack, responses, both_views=both_views)
             self._run(pack, micro_views, collect, models=self.stages, phase="scoring")
         for stage in self.stages:
             stage.train()
@@ -196,7 +207,12 @@ class ScheduleRunner:
         self._run(pack, micro_views, loss, models=models, phase="update")
 
     def pack(
-        self, responses: Sequence[Response], views: Sequence[View], *, terms_at: TermsAt | None = None
+        self,
+        responses: Sequence[Response],
+        views: Sequence[View],
+        *,
+        both_views: bool = False,
+        terms_at: TermsAt | None = None,
     ) -> Staged[PlannedBatch]:
         """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets. Touches the host
         alone.
@@ -204,12 +220,16 @@ class ScheduleRunner:
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.plan(self.packed(responses, views), terms_at=terms_at)
+        return self.plan(self.packed(responses, views, both_views=both_views), terms_at=terms_at)
 
-    def packed(self, responses: Sequence[Response], views: Sequence[View]) -> ResponseBatch:
-        """Packs a micro-batch, padded to one of a few numbers of tokens if micro-batches are filled by tokens."""
+    def packed(self, responses: Sequence[Response], views: Sequence[View], *, both_views: bool) -> ResponseBatch:
+        """Packs a micro-batch, padded to one of a few numbers of tokens if micro-batches are filled by tokens.
+
+        Args:
+            both_views: micro-batches were filled for two views of each row, whether this one has an image or not.
+        """
         most = self.settings.max_tokens_per_micro_batch
-        limit = None if most is None else most * (2 if any(view.perturb for view in views) else 1)
+        limit = None if most is None else most * self.reading(both_views=both_views).views
         return self.packer.pack(responses, views, limit=limit)
 
     def plan(self, batch: ResponseBatch, *, terms_at: TermsAt | None = None) -> Staged[PlannedBatch]:
@@ -254,7 +274,7 @@ class ScheduleRunner:
         # The images of a micro-batch are read and packed while the one before runs. Every stage of this rank asks for
         # it once, so they share it.
         packed = made_ahead(pack, [*micro_views, *idle], device=self.layout.device)
-        iterators = list(itertools.tee(map(self.send, packed), len(models)))
+        iterators = read_by_all(map(self.send, packed), readers=len(models))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(
                 forward_step_func=forward_step,

@@ -69,7 +69,7 @@ class Scorer:
         micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both")
         micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
         for chunk in self._chunks.of(micro_views, boundary):
-            runner.forward(responses, chunk, read)
+            runner.forward(responses, chunk, read, both_views=views == "both")
         whole = table.sum_over_ranks(counts=runner.holds_results)
         return Scores(
             old_logp_BT=whole.logp_BT,

@@ -129,6 +129,8 @@ def _map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, tuple):
         changed = tuple(_map_tensors(item, change) for item in value)
         return value if all(new is old for new, old in zip(changed, value, strict=True)) else changed
+    if isinstance(value, list | dict | set):
+        raise TypeError(f"a record holds a {type(value).__name__}; put its tensors in a tuple or a dataclass")
     if not is_dataclass(value) or isinstance(value, type):
         return value
     parts = {}

@@ -80,13 +80,16 @@ def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, mac
         micro_batches=groups * work.responses / work.rows_per_update,
         with_backward=True,
     )
-    return _phase(  # the images of a step stay in memory, as bytes
+    # A rank has an image of the update in memory if it scored it, which is chance: rows are divided over ranks anew.
+    new_images = groups * work.images * (1 - 1 / layout.data)
+    read = new_images * (machine.assumed.host.decode_image + machine.assumed.host.process_image)
+    return _phase(
         model,
         layout,
         machine,
         done,
         pipelines=work.minibatches,
-        packing=_packing(work, done, machine),
+        packing=read + _packing(work, done, machine),
         optimizer=work.minibatches * optimizer_seconds(model, layout, machine),
     )
 

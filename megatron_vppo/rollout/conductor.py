@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
@@ -27,8 +27,8 @@ from megatron_vppo.system.stop_signals import StopRequested
 
 PAUSE_SECONDS = 0.02
 """The time between two looks into the mailboxes."""
-MOST_PER_MESSAGE = 64
-"""Requests in a message; each has the tokens of a prompt."""
+MOST_PER_MESSAGE = 16
+"""Requests in a message, which has at most 8 MiB; each has the tokens of a prompt, without those of its images."""
 
 Ask = tuple[Prompt, tuple[int | None, ...]]
 """A prompt, and the seeds of the responses to it."""
@@ -200,7 +200,8 @@ class FarEngine:
         self._number, self._to_leader, self._inbox = number, to_leader, inbox
 
     def ask(self, asks: Mapping[int, Ask]) -> None:
-        items = list(asks.items())
+        # The leader needs what the engine reads: a placeholder for each image, not its many tokens.
+        items = [(number, (replace(prompt, token_ids=()), seeds)) for number, (prompt, seeds) in asks.items()]
         for start in range(0, len(items), MOST_PER_MESSAGE):
             self._to_leader.post(dict(items[start : start + MOST_PER_MESSAGE]))
 

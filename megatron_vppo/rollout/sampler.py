@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch.distributed as dist
@@ -21,6 +22,11 @@ from megatron_vppo.rollout.sharing import SampledGroups, share_groups
 from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.system.agreement import any_rank
 from megatron_vppo.system.stop_signals import StopRequested
+
+_ENDED = "ended"
+"""The key that rank 0 sets when it has sampled."""
+_LOOK_SECONDS = 0.2
+"""The time between two looks of a rank without an engine."""
 
 
 class EngineSampler:
@@ -94,6 +100,8 @@ class EngineSampler:
             stop = any_rank(cut or (lost is not None and self._stop_wanted()))
             for inbox in inboxes:
                 inbox.clear()  # of what came too late
+            if conductor is not None:
+                self._line().delete_key(_ENDED)
             if stop:
                 raise StopRequested
             self._recovered(lost, stop_wanted=self._stop_wanted)
@@ -110,7 +118,7 @@ class EngineSampler:
             inboxes: gets the mailboxes from which this rank takes.
         """
         self._num_samplings += 1
-        line = dist.PrefixStore(f"sampling {self._num_samplings}", self._store)
+        line = self._line()
         if conductor is not None:
             links: dict[int, EngineLink] = {}
             inboxes.append(Mailbox(line, "to rank 0"))
@@ -119,7 +127,10 @@ class EngineSampler:
                 links[number] = FarEngine(number, Mailbox(line, f"to {number}"), inbox)
             if self._engine is not None and self._engine_index is not None:  # last, since it has to read images
                 links[self._engine_index] = OwnEngine(self._engine, settings, self._requests)
-            errors = conductor.run(links, capacity=self._max_num_seqs, look=inbox.look)
+            try:
+                errors = conductor.run(links, capacity=self._max_num_seqs, look=inbox.look)
+            finally:
+                line.set(_ENDED, "")
             return None if self._engine_index is None else errors.get(self._engine_index)
         if self._engine is not None and self._engine_index is not None:
             inboxes.append(Mailbox(line, f"to {self._engine_index}"))
@@ -127,7 +138,15 @@ class EngineSampler:
                 self._engine_index, self._engine, settings, inboxes[0], Mailbox(line, "to rank 0"),
                 requests=self._requests, stop_wanted=self._stop_wanted,
             )  # fmt: skip
+            return None
+        # Not in a collective, which has a time limit that sampling has not.
+        while not line.check([_ENDED]):
+            time.sleep(_LOOK_SECONDS)
         return None
+
+    def _line(self) -> dist.Store:
+        """Returns the messages of the present sampling."""
+        return dist.PrefixStore(f"sampling {self._num_samplings}", self._store)
 
     def generate(
         self, prompts: Sequence[Prompt], *, seeds: Sequence[Sequence[int | None]], sampling: SamplingSettings

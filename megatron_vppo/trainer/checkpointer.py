@@ -192,8 +192,8 @@ class Checkpointer:
     def _move_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
             self.stream.load_state_dict(saved_position(folder, step).model_dump())
-            if (saved := saved_keep_rate(folder, step)) is not None:
-                self.keep_rate.load_state_dict(saved.model_dump())
+            saved = saved_keep_rate(folder, step)
+            self.keep_rate.load_state_dict(KeepRate().state_dict() if saved is None else saved.model_dump())
 
     def _check_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:

@@ -72,6 +72,8 @@ class GroupJudge(SampledGroups):
         self._waiting: list[Response] = []
         """Those that are graded in one batch."""
         self._graded: dict[int, dict[int, GradedResponse]] = {}
+        self._undelivered: list[int] = []
+        """Groups that are graded, and whose verdicts nobody has taken yet."""
         self._errors: list[tuple[Response, str]] = []
 
     def add(self, response: Response) -> None:
@@ -90,7 +92,6 @@ class GroupJudge(SampledGroups):
         if idle and self._waiting:
             self._submit(sorted(self._waiting, key=lambda response: (response.group_id, response.sample)))
             self._waiting = []
-        whole = []
         for ticket, (text, reward) in self._pool.take().items():
             if (response := self._submitted.pop(ticket, None)) is None:
                 continue  # of a draw before, which was decided without it
@@ -99,10 +100,13 @@ class GroupJudge(SampledGroups):
             if reward.error is not None:
                 self._errors.append((response, reward.error))
             if len(group) == self.size:
-                whole.append(response.group_id)
+                self._undelivered.append(response.group_id)
         if sum(map(len, self._graded.values())) >= self._least:
             self.check()
-        return [(number, self._keeps(self.group(number))) for number in whole]
+        if self._pool.grades_batches and self._submitted:
+            return []  # the parts of a batch come back in any order, and what is drawn next must not depend on it
+        whole, self._undelivered = self._undelivered, []
+        return [(number, self._keeps(self.group(number))) for number in sorted(whole)]
 
     def sources(self) -> list[Any]:
         """Returns what becomes readable when there are verdicts."""

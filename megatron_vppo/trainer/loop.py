@@ -95,6 +95,7 @@ def train(run: Run) -> bool:
             return _stop(run, step - 1)
         return_freed_memory()
         if is_due(step, config.trainer.save_freq, run.total_steps):
+            _settle_checkpoint(run, wait=True)
             run.placement.writing()
             with stopping.durations.time("checkpoint"), watch("checkpoint"):
                 run.recorder.wait()  # a resume finds the records of every step up to its checkpoint
@@ -191,6 +192,7 @@ def _stop(run: Run, step: int, *, unfinished_step: dict[str, Any] | None = None)
     run.placement.without_engines()
     run.recorder.wait()
     is_saved = step == run.start_step or is_due(step, run.config.trainer.save_freq, run.total_steps)
+    _settle_checkpoint(run, wait=True)
     if unfinished_step is not None or not is_saved:
         run.placement.writing()
         with run.stopping.durations.time("checkpoint"), run.watchdog.watch("checkpoint"):

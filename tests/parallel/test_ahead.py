@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
 
-from megatron_vppo.parallel.ahead import made_ahead
+from megatron_vppo.parallel.ahead import made_ahead, read_by_all
 
 CPU = torch.device("cpu")
 
@@ -50,3 +51,22 @@ def test_no_thread_stays_when_the_caller_gives_up() -> None:
     next(made)
     made.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("readers", [1, 3])
+def test_every_reader_gets_every_item_which_then_is_let_go(readers: int) -> None:
+    known: list[weakref.ref[torch.Tensor]] = []
+
+    def make(number: int) -> torch.Tensor:
+        tensor = torch.tensor(number)
+        known.append(weakref.ref(tensor))
+        return tensor
+
+    iterators = read_by_all(map(make, range(5)), readers=readers)
+    found: list[list[int]] = [[] for _ in iterators]
+    for _ in range(5):
+        for own, iterator in zip(found, iterators, strict=True):
+            own.append(int(next(iterator)))
+        assert not any(tensor() is not None for tensor in known), "all have had it"
+    assert found == [[0, 1, 2, 3, 4]] * readers
+    assert all(next(iterator, None) is None for iterator in iterators)

@@ -66,23 +66,20 @@ def places(batch: ResponseBatch) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("rank", "index", "targets", "row", "perturbed"),
-    [(0, [2, 3], [21, 22], 1, False), (1, [4, 5, 6], [11, 12, 13], 0, True)],
+    ("rank", "index", "targets", "row"), [(0, [2, 3], [21, 22], 1), (1, [4, 5, 6], [11, 12, 13], 0)]
 )
-def test_each_context_rank_predicts_its_own_tokens(
-    rank: int, index: list[int], targets: list[int], row: int, perturbed: bool
-) -> None:
+def test_each_context_rank_predicts_its_own_tokens(rank: int, index: list[int], targets: list[int], row: int) -> None:
     """Two sequences of eight tokens; rank 0 has 0 1 6 7 8 9 14 15 of them, rank 1 the others. 21 and 22 are predicted
     by tokens 6 and 7, the three of the second sequence by 10, 11 and 12."""
     responses = [respond([5, 6, 7], [11, 12, 13]), respond([1, 2, 3, 4, 5, 6, 7], [21, 22])]
     split = dataclasses.replace(WHOLE, context=2, context_rank=rank)
-    batch = pack(responses, [View(1, None), View(0, NOISE)], split)
+    batch = pack(responses, [View(1, None), View(0, None)], split)
     assert batch.packed.token_ids_K.tolist() == [1, 2, 3, 4, 5, 6, 7, 21, 5, 6, 7, 11, 12, 0, 0, 0]
     assert batch.packed.packing.lengths == (8, 8) and batch.patches is None
     tokens = batch.tokens
     assert tokens.hidden_index_N.tolist() == index and tokens.target_N.tolist() == targets
     assert places(batch) == ([row] * len(index), list(range(len(index))))
-    assert tokens.num_perturbed == (len(index) if perturbed else 0)
+    assert tokens.num_perturbed == 0
 
 
 def test_filler_and_views_that_do_not_count_are_not_read() -> None:
@@ -108,16 +105,16 @@ def test_an_image_goes_through_the_tower_once_per_perturbation() -> None:
     """Rows 0 and 1 share the large image, the first image of row 1; the perturbed view of row 0 has its own."""
     many, few = [IMAGE] * 4, [IMAGE] * 2
     responses = [respond([5, *many], [11], images=[1]), respond([*many, 6, *few], [12], images=[1, 0])]
-    views = [View(0, None), View(1, None), View(0, NOISE)]
+    views = [View(1, None), View(0, None), View(0, NOISE)]
     packed = pack(responses, views)
     batch = packed.packed
     assert batch.grids_thw == (LARGE, SMALL, LARGE) and batch.images_of_ranks == ((0, 1, 2),)
-    assert batch.image_token_index_I.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 14, 15, 16]
-    assert batch.image_feature_index_I.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert batch.image_token_index_I.tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 13, 14, 15, 16]
+    assert batch.image_feature_index_I.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9]
     assert packed.patches is not None and packed.patches.shown == (0, 1, 0), "its bytes are sent once"
     assert packed.patches.hidden_P is not None and packed.patches.hidden_P.tolist() == [False] * 39 + [True]
     assert shown(packed) == [2.0] * 16 + [1.0] * 8 + [2.0] * 15 + [0.0]
-    assert batch.positions_3K[2].tolist() == [1] * 5 + [2] * 7 + [1] * 5
+    assert batch.positions_3K[2].tolist() == [2] * 7 + [1] * 10
 
 
 @pytest.mark.parametrize(("image_rank", "pixels"), [(0, [2.0] * 16), (1, [1.0] * 8), (2, [])])
@@ -184,8 +181,8 @@ def other_grid(response: Response) -> Response:
     ("second", "view", "sequences"),
     [
         (lambda response: response, View(1, None), 3),
-        (lambda response: response, View(1, NOISE), 2),
-        (lambda response: response, View(1, PerturbKey(step=1, draw=7)), 2),
+        (lambda response: response, View(1, NOISE), 4),
+        (lambda response: response, View(1, PerturbKey(step=1, draw=7)), 4),
         (other_image, View(1, None), 2),
         (other_grid, View(1, None), 2),
     ],
@@ -195,8 +192,25 @@ def test_views_share_what_is_equal_in_all_respects(
     second: Callable[[Response], Response], view: View, sequences: int
 ) -> None:
     response = respond([IMAGE, IMAGE, 5], [11, 12], images=[0])
-    packing = pack([response, second(response)], [View(0, None), view], shares=True).packed.packing
-    assert len(packing.lengths) == sequences and len(packing.prefixes) == (2 if sequences == 3 else 0)
+    original = [View(1, None)] if view.perturb else []
+    packing = pack([response, second(response)], [View(0, None), *original, view], shares=True).packed.packing
+    assert len(packing.lengths) == sequences and len(packing.prefixes) == (0 if sequences == 2 else 2)
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        [View(0, None), View(1, None), View(0, NOISE)],
+        [View(0, NOISE)],
+        [View(0, NOISE), View(0, None)],
+        [View(0, None), View(1, None), View(1, NOISE), View(0, NOISE)],
+    ],
+    ids=["of another row", "no original", "first", "in another order"],
+)
+def test_other_orders_of_views_are_refused(views: list[View]) -> None:
+    responses = [respond([IMAGE, IMAGE, 5], [11], images=[0]), respond([IMAGE, IMAGE, 5], [12], images=[0])]
+    with pytest.raises(ValueError, match="right before them the original views of the same rows"):
+        pack(responses, views)
 
 
 def test_both_views_of_a_group_with_one_perturbation() -> None:

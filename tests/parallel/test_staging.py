@@ -108,6 +108,12 @@ def test_what_holds_no_data_stays_as_it_is() -> None:
     assert sent(record) is record
 
 
+def test_tensors_that_would_be_left_behind_are_refused() -> None:
+    for record in (([torch.zeros(1)],), ({"a": torch.zeros(1)},)):
+        with pytest.raises(TypeError, match="put its tensors in a tuple or a dataclass"):
+            Stager(CPU).pack(record)
+
+
 def test_a_record_needs_one_copy_that_nobody_waits_for() -> None:
     def pinned(num_bytes: int, device: torch.device) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)

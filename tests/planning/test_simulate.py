@@ -28,7 +28,9 @@ def test_gpus_divide_prompts_and_not_the_work_of_rank_zero(steps: tuple[Simulate
         for phase in ("scoring", "update"):
             whole, part = (getattr(each.seconds, phase) for each in (base, step))
             assert part.language == pytest.approx(whole.language / times)
-            assert part.host == pytest.approx(whole.host) and part.host < 0.1
+            assert whole.host <= part.host * (1 + 1e-9) < 0.1, (
+                "with more ranks a rank has fewer of its images in memory"
+            )
         assert step.divided == pytest.approx(base.seconds.on_gpus / times)
         assert step.seconds.host == base.seconds.host
         # Sampling ends with the longest response of all, wherever it is sampled.

@@ -71,7 +71,7 @@ def not_long(sources: Sequence[Any]) -> None:
 
 
 def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
-    """150 prompts are three messages; the other engine, of rank 0, gets as many."""
+    """150 prompts are ten messages; the other engine, of rank 0, gets as many."""
     line, near, far = Line(), StandIn(1, at_a_time=8), StandIn(2, at_a_time=8)
     leader = threading.Thread(target=line.lead, args=(far,))
     leader.start()
@@ -82,7 +82,7 @@ def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
     assert conducted.is_done and not (near.samples or far.samples)
     assert near.asked == [list(range(0, 300, 2))]
     assert [number for numbers in far.asked for number in numbers] == list(range(1, 300, 2))
-    assert [len(numbers) for numbers in far.asked] == [64, 64, 22]
+    assert [len(numbers) for numbers in far.asked] == [16] * 9 + [6]
     for number in range(300):
         seeds = [tuple(response.token_ids)[1] for response in groups.responses(number)]
         assert seeds == [10 * number, 10 * number + 1]

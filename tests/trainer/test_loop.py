@@ -134,8 +134,12 @@ def test_a_checkpoint_is_looked_for_at_every_step_and_waited_for_at_the_end(tmp_
     run, notes = make_run(tmp_path, start_step=0, total_steps=2, save_freq=1, val_freq=-1, val_before_train=False)
     assert train(run)
     assert notes.settled == [
-        "look after weights 0", "look after save 1 after 1 lines", "wait after save 2 after 2 lines"
-    ]  # fmt: skip
+        "look after weights 0",
+        "wait after sample 1",
+        "look after save 1 after 1 lines",
+        "wait after step 2: 0.5",
+        "wait after save 2 after 2 lines",
+    ], "a save waits for the one before, and that is no part of its own time"
     assert run.stopping.durations.longest("checkpoint") == 3.0, "a stop will take as long as writing does"
 
 

@@ -140,7 +140,7 @@ def _pack(runner: ScheduleRunner, rows: Sequence[Response], members: Rows, *, bo
     views = [View(row, None) for row in members]
     if both_views:
         views += [View(row, PerturbKey.of(rows[row], 1, per="image")) for row in members]
-    tokens = len(runner.packed(rows, views).packed.token_ids_K)
+    tokens = len(runner.packed(rows, views, both_views=both_views).packed.token_ids_K)
     return Packed(tokens, tokens - packed_tokens(rows, members, reading=runner.reading(both_views=both_views)))
 
 

@@ -39,7 +39,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 GROUPS = 4
 """A micro-batch has one group."""
 SMALL_PATCH = PATCH_SIDE // 2
-PIXEL_SHARE, BYTES_PER_TOKEN, COPIES, WAITS_OF_CALL = 1.05, 24, 3, 2
+PIXEL_SHARE, BYTES_PER_TOKEN, COPIES, WAITS_OF_CALL = 1.05, 24, 1, 2
 """The limits of bars 4, 5, 4 and 3."""
 
 _GRADIENT_SUM = "start_grad_sync"

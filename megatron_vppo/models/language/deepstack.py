@@ -6,7 +6,7 @@ tower that are deepstack features, one per layer that adds one; h = hidden size 
 
 No layer may read a tensor that is connected to the vision tower. A layer that runs again in the backward pass
 (recompute) calls backward by itself; it would walk through the tower's graph, which is freed after the first walk. So
-the layers read copies that are leaves of the graph, and the embeddings carry the connection:
+the layers read detached ones that are leaves of the graph, and the embeddings carry the connection:
 
     embeddings -------------------> _CollectLeafGradients ---> language layers ---> loss
                                       ^                          ^  ^  ^
