@@ -59,13 +59,13 @@ class PendingCheckpoint:
         """
         Args:
             calls: the write, as Megatron follows it.
-            copies: what the writers read; held until they are done.
+            copies: what the writers read; emptied when they are done.
             unfinished: makes the folder `target` when it is left without an exception, and removes it otherwise.
             conclude: what comes after that.
         """
         self._target = target
         self._calls = calls
-        self._copies = copies
+        self.copies = copies
         self._unfinished = unfinished
         self._conclude = conclude
         self._began = time.time()
@@ -91,7 +91,7 @@ class PendingCheckpoint:
                 if not self._calls.maybe_finalize_async_calls(blocking=wait):
                     leaving.pop_all()
                     return False
-            self._copies.clear()
+            self.copies.clear()
             if dist.get_rank() == 0:  # the description is written now, and not by the writers
                 folder = self._target.with_name(f".{self._target.name}.tmp")
                 written = [file.stat().st_mtime for file in folder.rglob("*.distcp")]

@@ -61,10 +61,13 @@ def _bits(rank: int, world: int, model: Path, folder: Path, tensor: int) -> dict
     before = whole_state(policy)
     pending = begin(policy, layout, folder, 2)
     policy.update(batch)  # changes everything that is still to be written
-    seen = checkpoint_steps(folder)
+    seen, held = checkpoint_steps(folder), len(pending.copies)
     while not pending.settle(wait=False):
         time.sleep(0.05)
-    found: dict[str, Any] = {"seen before": seen, "seen after": checkpoint_steps(folder), "seconds": pending.seconds}
+    found: dict[str, Any] = {
+        "seen before": seen, "seen after": checkpoint_steps(folder), "seconds": pending.seconds,
+        "copies before and after": (held, len(pending.copies)),
+    }  # fmt: skip
     for step in (1, 2):
         fresh = make_policy(model, layout, rows=2, optim=RESUMED_OPTIM)
         state = load_checkpoint(folder, step=step, trainable=fresh.trainable, layout=layout)
@@ -86,7 +89,8 @@ def test_it_has_the_bits_of_the_moment_in_which_it_began(tensor: int, model: Pat
         seconds = found.pop("seconds")
         assert seconds is None or 0 <= seconds < 60
         assert found == {
-            "seen before": [1], "seen after": [1, 2], "loaded 1": True, "loaded 2": True, "changed meanwhile": True
+            "seen before": [1], "seen after": [1, 2], "loaded 1": True, "loaded 2": True, "changed meanwhile": True,
+            "copies before and after": (1, 0),
         }  # fmt: skip
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"global_step_1", "global_step_2", "latest_checkpointed_iteration.txt"}
