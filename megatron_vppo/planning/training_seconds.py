@@ -80,7 +80,7 @@ def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, mac
         micro_batches=groups * work.responses / work.rows_per_update,
         with_backward=True,
     )
-    # A rank has an image of the update in memory if it scored it, which is chance: rows are divided over ranks anew.
+    # A rank has an image of the update in memory if it scored it, which is chance: rows are divided over ranks again.
     new_images = groups * work.images * (1 - 1 / layout.data)
     read = new_images * (machine.assumed.host.decode_image + machine.assumed.host.process_image)
     return _phase(
