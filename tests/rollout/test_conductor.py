@@ -70,6 +70,16 @@ def not_long(sources: Sequence[Any]) -> None:
     pass
 
 
+def test_a_message_to_a_leader_leaves_out_what_only_the_trainer_reads() -> None:
+    """A prompt with 100,000 image tokens takes no more of the 8 MiB of a message than one without."""
+    line = Line()
+    long = Prompt("train", 3, "q", "a", (7,) * 100_000, (1, 7, 2), (), ())
+    line.link.ask({4: (long, (10, 11))})
+    ((number, (sent, seeds)),) = line.far_to.take()[0].items()
+    assert (number, seeds, sent.compact_token_ids, sent.row) == (4, (10, 11), (1, 7, 2), 3)
+    assert sent.token_ids == ()
+
+
 def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
     """150 prompts are ten messages; the other engine, of rank 0, gets as many."""
     line, near, far = Line(), StandIn(1, at_a_time=8), StandIn(2, at_a_time=8)
