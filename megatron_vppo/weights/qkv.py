@@ -12,8 +12,24 @@ from torch import Tensor
 from megatron_vppo.weights.kinds import Shape, Unpadded, share_of
 
 
+class RowsByHead(Unpadded):
+    """The kinds whose rows are ordered by (key-value) head, and split over ranks between heads."""
+
+    partition_dim = 0
+    partition_stride = 1
+    unpadded_rows = None
+
+    @property
+    def row_blocks(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def stacks_rows(self) -> bool:
+        return self.row_blocks == 1
+
+
 @dataclass(frozen=True)
-class GroupedQKV(Unpadded):
+class GroupedQKV(RowsByHead):
     """Three projections -> one, ordered by key-value head: the queries of its group, its key, its value.
 
     Hugging Face    q0 q1 q2 q3      k0 k1      v0 v1           4 heads, 2 key-value heads
@@ -24,13 +40,6 @@ class GroupedQKV(Unpadded):
     kv_heads: int
     head_dim: int
     tail: Shape
-    partition_dim = 0
-    partition_stride = 1
-    unpadded_rows = None
-
-    @property
-    def stacks_rows(self) -> bool:
-        return self.kv_heads == 1
 
     @property
     def row_blocks(self) -> int:
@@ -60,7 +69,7 @@ class GroupedQKV(Unpadded):
 
 
 @dataclass(frozen=True)
-class FusedQKV(Unpadded):
+class FusedQKV(RowsByHead):
     """One tensor of all queries, all keys, all values -> one ordered by head: its query, its key, its value.
 
     Hugging Face    q0 q1 k0 k1 v0 v1           2 heads
@@ -70,13 +79,6 @@ class FusedQKV(Unpadded):
     heads: int
     head_dim: int
     tail: Shape
-    partition_dim = 0
-    partition_stride = 1
-    unpadded_rows = None
-
-    @property
-    def stacks_rows(self) -> bool:
-        return self.heads == 1
 
     @property
     def row_blocks(self) -> int:
