@@ -245,7 +245,7 @@ class ScheduleRunner:
         batch = self._stager.send(staged)
         if batch.patches is None:
             return batch, torch.zeros(0, 0, device=self.layout.device)
-        return batch, batch.patches.pixels(self._values)
+        return replace(batch, patches=None), batch.patches.pixels(self._values)
 
     def _run(
         self,

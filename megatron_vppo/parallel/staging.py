@@ -90,11 +90,17 @@ class Stager:
         return Staged(record, buffer, tuple(groups))
 
     def send(self, staged: Staged[Record]) -> Record:
-        """Returns the record with its tensors on the device. The host does not wait for the copy, kernels do."""
+        """Returns the record with its tensors on the device. The host does not wait for the copy, kernels do.
+
+        Bytes are views of the buffer, and everything else a copy: attention and autograd hold some of it until the
+        backward pass, and would hold the images of the micro-batch with it.
+        """
         buffer = self._copy(staged.buffer)
         arrived: dict[int, Tensor] = {}
         for group in staged.groups:
-            section = _section(buffer, group).to(group.arrives_as)
+            section = _section(buffer, group)
+            if group.arrives_as != torch.uint8:  # bytes are images: they are large, and done with soon
+                section = section.to(group.arrives_as, copy=True)
             for number, first, shape in group.members:
                 arrived[number] = section[first : first + shape.numel()].view(shape)
         numbers: dict[int, Tensor] = {}

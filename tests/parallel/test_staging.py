@@ -102,6 +102,18 @@ def test_other_types_are_read_in_place_where_kernels_can() -> None:
     assert [(tensor.data_ptr() - start) % 16 for tensor in arrived] == [0] * 5
 
 
+def test_what_is_kept_for_long_does_not_keep_the_images() -> None:
+    stager = Stager(CPU)
+    images, mask = torch.ones(999, dtype=torch.uint8), torch.ones(3, dtype=torch.bool)
+    bounds, terms = torch.ones(2, dtype=torch.int32), torch.ones(5)
+    staged = stager.pack((images, mask, bounds, terms, torch.arange(4)))
+    in_buffer = [
+        tensor.untyped_storage().data_ptr() == staged.buffer.untyped_storage().data_ptr()
+        for tensor in stager.send(staged)
+    ]
+    assert in_buffer == [True, False, False, False, False]
+
+
 def test_what_holds_no_data_stays_as_it_is() -> None:
     mask = causal_lower_right(3, 5)
     record = (mask, None, "text", slice(2))
