@@ -62,9 +62,9 @@ def rollout_correction(old_logp_BT: Tensor, rollout_logp_BT: Tensor, mask_BT: Te
     """Returns the truncated importance weights min(p_trainer / p_rollout, cap) of sampled tokens.
 
     Args:
-        old_logp_BT: [B, T] nats; the trainer's log-probs, with the model weights that the responses were sampled with.
+        old_logp_BT: [B, T] nats; the trainer's log-probs, with the model weights before the step's updates.
         rollout_logp_BT: [B, T] nats; the engine's log-probs, in the distribution it sampled from: after temperature,
-            top-p and banned tokens.
+            top-p and banned tokens, and with older weights where a response was carried (rollout.unfinished).
         mask_BT: [B, T], 1 on response tokens.
 
     Returns:

@@ -89,7 +89,9 @@ class Response:
     finish_reason: str
     """'stop' (EOS) or 'length' (cut at the limit)."""
     weight_version: int
-    """The optimizer step whose weights sampled it."""
+    """The optimizer step whose weights sampled it, or the end of it."""
+    carried_tokens: int = 0
+    """The tokens at its beginning that an earlier step sampled, with older weights; see rollout/carry.py."""
 
 
 @dataclass(frozen=True, slots=True)

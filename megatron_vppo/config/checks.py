@@ -242,6 +242,24 @@ def check_order(config: RunConfig) -> None:
         )
 
 
+def check_carry(config: RunConfig) -> None:
+    """Refuses to carry groups where none is left, and where nothing corrects for their older weights."""
+    if config.rollout.unfinished == "drop":
+        return
+    algorithm = config.algorithm
+    if not algorithm.online_filtering or algorithm.max_try_make_batch == 1:
+        raise ValueError(
+            f"rollout.unfinished 'carry' has no effect with algorithm.online_filtering="
+            f"{str(algorithm.online_filtering).lower()} and max_try_make_batch {algorithm.max_try_make_batch}: a step "
+            "needs all of its prompts; leave it out, or set online_filtering=true and max_try_make_batch above 1"
+        )
+    if algorithm.rollout_correction_cap is None:
+        raise ValueError(
+            "rollout.unfinished 'carry' trains on tokens that older weights sampled, and nothing corrects for that; "
+            "set algorithm.rollout_correction_cap (2 is usual), or rollout.unfinished=drop"
+        )
+
+
 def check_keys(config: RunConfig) -> None:
     """Refuses one column for two purposes: the answer would stand in the prompt."""
     data = config.data
@@ -368,6 +386,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_reference_devices,
     check_filter,
     check_order,
+    check_carry,
     check_keys,
     check_pixels,
     check_background,

@@ -107,6 +107,9 @@ SeedKind = Literal["independent", "shared", "engine"]
 SampleOrder = Literal["draw", "arrival"]
 """The groups that a step trains on, where more are kept than it wants."""
 
+Unfinished = Literal["drop", "carry"]
+"""The end of groups that a step began and did not need."""
+
 WeightTransferSetting = Literal["auto", "shm", "ipc"]
 """The way of weights to the engines; `rollout/records.py` has the two that 'auto' stands for."""
 

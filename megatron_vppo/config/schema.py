@@ -41,6 +41,7 @@ from megatron_vppo.config.choices import (
     ShapingMinScope,
     TextOnlyRows,
     TruncatedResponses,
+    Unfinished,
     VerifyWeights,
     VisionSplit,
     WeightTransferSetting,
@@ -371,6 +372,10 @@ class RolloutConfig(Section):
     order: SampleOrder = "draw"
     """The groups that a step trains on: the first kept ones of the draw, which no delay changes, or those that were
     graded first. 'arrival' does not wait for long responses, which then are trained on less often."""
+    unfinished: Unfinished = "drop"
+    """Groups that a step began and did not need: dropped, or carried to the next step, which goes on with their
+    responses. These then have tokens of several weights, so 'carry' needs algorithm.rollout_correction_cap, and which
+    groups are carried depends on time."""
     tensor_parallel_size: Count = 1
     """Devices per vLLM engine."""
     num_engines: Count | None = None

@@ -174,6 +174,13 @@ class PromptSet(Sequence[Prompt]):
         """The data set row of each prompt."""
         return tuple(self._rows.tolist())
 
+    def of_row(self, row: int) -> Prompt:
+        """Returns the prompt of a row of the data set. Raises KeyError if there is none."""
+        index = int(np.searchsorted(self._rows, row))
+        if index == len(self) or self._rows[index] != row:
+            raise KeyError(row)
+        return self[index]
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]

@@ -61,6 +61,10 @@ class PromptStream:
         self.position = StreamPosition(self.position.epoch, start + k)
         return [self._prompts[int(i)] for i in self._order[start : start + k]]
 
+    def prompt_of_row(self, row: int) -> Prompt:
+        """Returns the prompt of a row of the data set. Raises KeyError if there is none."""
+        return self._prompts.of_row(row)
+
     def move_to(self, position: StreamPosition) -> None:
         """Goes on from there."""
         if position.epoch != self.position.epoch:

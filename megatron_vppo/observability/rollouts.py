@@ -56,6 +56,8 @@ class RolloutRecord(TypedDict, total=False):
     """The factor of the advantage, from the mean dependency of the response."""
     finish_reason: str
     """'stop' or 'length'."""
+    carried_tokens: int
+    """The tokens at its beginning that an earlier step sampled, with older weights."""
     images: list[dict[str, str]]
     """One entry per image, {"original": png, "masked": png} in base64 (see `png_pair`); in the first records only."""
 

@@ -4,7 +4,8 @@
       hand out  ---- requests ------------->    ask the engine
       take      <--- responses, one by one --   take what has ended
       grade     meanwhile, in other processes
-      decided   ---- end ------------------>    drop the rest
+      decided   ---- end ------------------>    drop the rest, or
+      keep      <--- the rest --------------    give it back
 
 Rank 0 leads an engine itself, as a rule. Messages go through mailboxes (mailbox.py). Ranks without an engine wait.
 """
@@ -17,12 +18,11 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
-from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.rollout.child import EngineLost
 from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.mailbox import Inbox, Mailbox
-from megatron_vppo.rollout.records import Completion, Sampled, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import Ask, Completion, Sampled, SampleRequest, SamplingSettings
 from megatron_vppo.system.stop_signals import StopRequested
 
 PAUSE_SECONDS = 0.02
@@ -30,20 +30,26 @@ PAUSE_SECONDS = 0.02
 MOST_PER_MESSAGE = 16
 """Requests in a message, which has at most 8 MiB; each has the tokens of a prompt, without those of its images."""
 
-Ask = tuple[Prompt, tuple[int | None, ...]]
-"""A prompt, and the seeds of the responses to it."""
 Requests = Mapping[int, SampleRequest]
 Source = Any
 """An object with a `fileno`, which is readable when there is something to take."""
 END, CUT, LOST = "end", "cut", "lost"
-"""Messages. To a leader: sampling has ended, or the run ends. From one: the run ends, or its engine samples no more."""
+"""Messages. To a leader: sampling has ended, or the run ends. From one: its engine has ended; the run ends; its engine
+samples no more."""
 
 
 class Judge(Protocol):
     """Grades what has been sampled."""
 
     def sampled(self, number: int, sample: int, completion: Completion) -> None:
-        """Takes a response to grade. One that it has already is left alone."""
+        """Takes a response to grade. One that it has already is left alone.
+
+        Args:
+            sample: the place among those that were asked for.
+        """
+
+    def left(self, number: int, sample: int, completion: Completion) -> None:
+        """Takes a response that came too late to be graded, or is unfinished."""
 
     def verdicts(self, *, idle: bool) -> list[tuple[int, bool]]:
         """Returns the groups that have been graded since the last call, and whether they are kept.
@@ -67,7 +73,14 @@ class EngineLink(Protocol):
     def source(self) -> Source | None:
         """Returns what becomes readable when there is something to take; None: look again after a pause."""
 
-    def end(self) -> None: ...
+    def end(self) -> None:
+        """Says that sampling has ended; `left` follows until it returns something."""
+
+    def left(self) -> list[Sampled] | None:
+        """Returns what came too late or is unfinished once the engine has ended; None: not yet.
+
+        Raises as `take` does.
+        """
 
     def cut(self) -> None:
         """Ends the sampling of an engine that will not be used again."""
@@ -135,11 +148,34 @@ class Conductor:
             for link in working.values():
                 link.cut()
             raise
-        for number, link in working.items():
-            try:
-                link.end()
-            except EngineLost as error:
-                lost[number] = error
+        return lost | self._end(working, look=look, pause=pause)
+
+    def _end(
+        self,
+        working: Mapping[int, EngineLink],
+        *,
+        look: Callable[[], None],
+        pause: Callable[[Sequence[Source]], object],
+    ) -> dict[int, EngineLost]:
+        """Ends sampling on all engines, and takes what they leave. Returns the errors of engines that are then lost."""
+        lost: dict[int, EngineLost] = {}
+        for link in working.values():
+            link.end()
+        ending = dict(working)
+        while ending:
+            look()
+            for number, link in list(ending.items()):
+                try:
+                    left = link.left()
+                except EngineLost as error:
+                    left, lost[number] = [], error
+                if left is None:
+                    continue
+                del ending[number]
+                for one in left:
+                    self._judge.left(one.number, one.sample, one.completion)
+            if ending:
+                pause([])
         return lost
 
     def _turn(self, working: Mapping[int, EngineLink]) -> Iterator[tuple[int, EngineLost]]:
@@ -186,8 +222,10 @@ class OwnEngine:
         return self._engine if self._begun else None
 
     def end(self) -> None:
-        if self._begun:
-            self._engine.end_sampling()
+        """Does nothing: `left` ends it, when the other engines have heard."""
+
+    def left(self) -> list[Sampled]:
+        return self._engine.end_sampling() if self._begun else []
 
     def cut(self) -> None:
         """Does nothing: an engine that is cut off is closed."""
@@ -198,14 +236,27 @@ class FarEngine:
 
     def __init__(self, number: int, to_leader: Mailbox, inbox: Inbox) -> None:
         self._number, self._to_leader, self._inbox = number, to_leader, inbox
+        self._left: list[Sampled] = []
 
     def ask(self, asks: Mapping[int, Ask]) -> None:
         # The leader needs what the engine reads: a placeholder for each image, not its many tokens.
-        items = [(number, (replace(prompt, token_ids=()), seeds)) for number, (prompt, seeds) in asks.items()]
-        for start in range(0, len(items), MOST_PER_MESSAGE):
-            self._to_leader.post(dict(items[start : start + MOST_PER_MESSAGE]))
+        items = [(number, replace(one, prompt=replace(one.prompt, token_ids=()))) for number, one in asks.items()]
+        begun = [item for item in items if any(item[1].begun)]
+        new = [item for item in items if not any(item[1].begun)]
+        for start in range(0, len(new), MOST_PER_MESSAGE):
+            self._to_leader.post(dict(new[start : start + MOST_PER_MESSAGE]))
+        for item in begun:  # with tokens of all of its responses
+            self._to_leader.post(dict([item]))
 
     def take(self) -> list[Sampled]:
+        return self._messages()
+
+    def left(self) -> list[Sampled] | None:
+        messages = self._messages()
+        self._left += [message for message in messages if message != END]
+        return self._left if END in messages else None
+
+    def _messages(self) -> list[Any]:
         messages = self._inbox.take(self._number)
         if CUT in messages:
             raise StopRequested
@@ -246,7 +297,9 @@ def lead(
                 if message == CUT:
                     raise StopRequested
                 if message == END:
-                    return engine.end_sampling()
+                    for one in engine.end_sampling():
+                        to_rank_zero.post((number, one))
+                    return to_rank_zero.post((number, END))
                 engine.ask(requests(message))
             for one in engine.take(PAUSE_SECONDS):
                 to_rank_zero.post((number, one))

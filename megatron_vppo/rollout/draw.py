@@ -36,6 +36,7 @@ class Draw:
         responses: int,
         order: SampleOrder,
         seen: tuple[float, float] = (0.0, 0.0),
+        missing: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -43,11 +44,13 @@ class Draw:
             most: prompts that may be sampled, at least `wanted`; with as many, all of them are, and at once.
             responses: to each prompt.
             seen: groups that were kept, and sampled, in the steps before; they weigh as much as those of this step.
+            missing: of the first prompts, whose groups are carried, the responses that are still to be sampled.
         """
         self._wanted, self._most, self._responses, self._order = wanted, most, responses, order
+        self._missing = missing
         self._kept_before, self._sampled_before = seen if seen[1] else (wanted * OPTIMISM, wanted * OPTIMISM)
-        self._size = 0
-        self._waiting: list[int] = []
+        self._size = len(missing)
+        self._waiting = [number for number in range(self._size) if missing[number]]
         """Numbers to hand out, in rising order."""
         self._left: dict[int, int] = {}
         """The responses that are still to come of each prompt that an engine has."""
@@ -83,8 +86,8 @@ class Draw:
             if engine is None or self._in_flight[engine] >= self._capacity:
                 break
             number = self._waiting.pop(0)
-            self._in_flight[engine] += self._responses
-            self._engine_of[number], self._left[number] = engine, self._responses
+            self._in_flight[engine] += self._missing_of(number)
+            self._engine_of[number], self._left[number] = engine, self._missing_of(number)
             given.setdefault(engine, []).append(number)
         return given
 
@@ -142,7 +145,12 @@ class Draw:
     @property
     def used(self) -> int:
         """The prompts at the front of the draw that are not drawn again: with 'arrival' all that engines were given."""
-        return self._settled if self._order == "draw" else self.given
+        return self._settled if self._order == "draw" else self.reached
+
+    @property
+    def reached(self) -> int:
+        """The prompts at the front of the draw up to the last one that an engine was given."""
+        return max(self._engine_of, default=-1) + 1
 
     @property
     def given(self) -> int:
@@ -171,5 +179,8 @@ class Draw:
         open_prompts = self._size - len(self._verdicts)
         needed = math.ceil(MARGIN * missing / rate) if rate else self._most
         size = min(self._most, self._size + max(0, needed - open_prompts))
-        self._waiting += range(self._size, size)
+        self._waiting += [number for number in range(self._size, size) if self._missing_of(number)]
         self._size = size
+
+    def _missing_of(self, number: int) -> int:
+        return self._missing[number] if number < len(self._missing) else self._responses

@@ -177,11 +177,13 @@ class RolloutEngine:
         """Returns the descriptor that is readable when `take` will return at once."""
         return self._child.fileno()
 
-    def end_sampling(self) -> None:
-        """Drops what is unfinished. Afterwards the engine takes other requests."""
-        self._child.send(None)
+    def end_sampling(self) -> list[Sampled]:
+        """Returns what has ended since the last `take`, and with `keeps_unfinished` all that has not.
+
+        Afterwards the engine takes other requests.
+        """
         self._unfinished = 0
-        self._session.end()
+        return self._session.end_sampling()
 
     def send_weights(
         self, stream: Iterator[tuple[str, Tensor]], *, version: int, verify: bool, kept: Collection[str] = ()

@@ -17,20 +17,13 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from megatron_vppo.rollout import os_processes
-from megatron_vppo.rollout.records import (
-    SAMPLED,
-    Completion,
-    EngineSettings,
-    LiveWeight,
-    Sampled,
-    SampleRequest,
-    SamplingSettings,
-)
+from megatron_vppo.rollout.records import EngineSettings, LiveWeight, Sampled, SamplingSettings
+from megatron_vppo.rollout.sampling_loop import TOKENS_PER_PIECE, SamplingLoop
 from megatron_vppo.rollout.serving import serve
 
 WATCH_SECONDS = 0.2
@@ -108,6 +101,7 @@ class Engine:
             generation_config="vllm",  # nothing of the checkpoint's own sampling defaults
             logprobs_mode="processed_logprobs",
             enable_prefix_caching=True,
+            stream_interval=TOKENS_PER_PIECE,
             weight_transfer_config={"backend": weight_receiver.BACKENDS[settings.weight_transfer]},
             worker_extension_cls="megatron_vppo.rollout.worker.WorkerExtension",
             **options,
@@ -122,70 +116,12 @@ class Engine:
     def live_digests(self) -> list[dict[str, str]]:
         return self._llm.collective_rpc("vppo_live_digests")
 
-    def sample(self, settings: SamplingSettings, *, connection: Connection, tell: Callable[[Any], None]) -> None:
-        """Samples what is asked for, until it is told to end; what is then unfinished is dropped.
-
-        Args:
-            connection: brings requests by their numbers, and None as the end.
-            tell: sends completions as they end.
-
-        Raises whatever vLLM does about a request; it keeps none of the others then.
-        """
-        version = int(self._llm.get_weight_version())
-        running: dict[str, tuple[int, int]] = {}  # vLLM's name of each unfinished completion
-        while True:
-            while connection.poll(0 if running else None):
-                asked: dict[int, SampleRequest] | None = connection.recv()
-                if asked is None:
-                    return self._drop(running)
-                for number, request in asked.items():
-                    try:
-                        running |= self._add(number, request, settings)
-                    except Exception:
-                        self._drop(running)
-                        raise
-                    self._report()
-            ended = [
-                Sampled(*running.pop(output.request_id), _completion(output.outputs[0], version))
-                for output in self._llm.llm_engine.step()
-                if output.finished
-            ]
-            self._report()
-            if ended:
-                tell((SAMPLED, ended))
-
-    def _drop(self, running: Collection[str]) -> None:
-        self._llm.llm_engine.abort_request(list(running))
-        for _ in range(BATCHES_AHEAD):
-            self._llm.llm_engine.step()
-
-    def _add(self, number: int, request: SampleRequest, settings: SamplingSettings) -> dict[str, tuple[int, int]]:
-        """Adds the completions of a request. Returns their number and sample, by vLLM's name."""
-        prompt: dict[str, Any] = {"prompt_token_ids": list(request.token_ids)}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": list(request.images)}
-        params = [self._sampling_params(settings, seed) for seed in request.seeds]
-        added = self._llm.enqueue([prompt] * len(params), params, use_tqdm=False)
-        # Inside vLLM a name ends in random letters, and in its outputs it does not.
-        return {name.partition("-")[0]: (number, sample) for sample, name in enumerate(added)}
-
-    def _sampling_params(self, settings: SamplingSettings, seed: int | None) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=1,
-            seed=seed,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            max_tokens=settings.max_tokens,
-            stop_token_ids=list(settings.stop_token_ids),
-            ignore_eos=True,  # only stop_token_ids end a response
-            # Minus infinity, so that the probability is exactly zero; vLLM's own helper would clamp it to -100.
-            logit_bias=self._banned,
-            logprobs=0,  # of the sampled token alone
-            detokenize=False,
-        )
+    def sample(
+        self, settings: SamplingSettings, *, connection: Connection, tell: Callable[[Any], None]
+    ) -> list[Sampled]:
+        """Samples what is asked for, until it is told to end. Returns what is then unfinished, if it is to be kept."""
+        loop = SamplingLoop(self._llm, settings, banned=self._banned, report=self._report)
+        return loop.run(connection, tell)
 
     def preserve_over_sleep(self, parameters: list[str]) -> None:
         self._llm.collective_rpc("vppo_preserve_over_sleep", args=(parameters,))
@@ -248,24 +184,11 @@ class Engine:
         return inner.has_unfinished_requests() or getattr(inner.model_executor, "is_failed", False)
 
 
-BATCHES_AHEAD = 2
-"""Forward passes that vLLM may have begun on GPUs when requests are dropped: it schedules one while another runs."""
-
 CPU_BLOCK_SIZE = 32
 """Tokens per block of the KV cache; the smallest number with which vLLM's CPU attention is fast."""
 
 CPU_BATCHED_TOKENS = 4096
 """Tokens of one forward pass, unless one sequence is longer."""
-
-
-def _completion(output: Any, version: int) -> Completion:
-    token_ids = tuple(output.token_ids)
-    return Completion(
-        token_ids=token_ids,
-        logps=tuple(step[token].logprob for token, step in zip(token_ids, output.logprobs, strict=True)),
-        finish_reason=output.finish_reason,
-        weight_version=version,
-    )
 
 
 def _quieten_vllm() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from PIL import Image
 
+from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.choices import Dtype
 
 WeightTransfer = Literal["shm", "ipc"]
@@ -16,6 +17,8 @@ Outcome = Literal["done", "refused", "broken"]
 """The first part of an engine's answer. 'refused': the engine raised an error and goes on. 'broken': it then ends."""
 PROGRESS = "progress"
 """A message from an engine that works on a request and has just got on with it; the answer is still to come."""
+UNFINISHED = "unfinished"
+"""The finish reason of a completion that was still being sampled when sampling ended."""
 SAMPLED = "sampled"
 """The first part of a message from an engine that samples; the second are the completions that have just ended."""
 
@@ -82,6 +85,17 @@ MAX_BANNED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """A prompt of which responses are wanted, as ranks tell each other."""
+
+    prompt: Prompt
+    seeds: tuple[int | None, ...]
+    """Those of a SampleRequest."""
+    begun: tuple[Sequence[int], ...] = ()
+    """Those of a SampleRequest."""
+
+
+@dataclass(frozen=True, slots=True)
 class SampleRequest:
     """A prompt, and the seeds of the completions to sample."""
 
@@ -91,6 +105,9 @@ class SampleRequest:
     """In the order of their placeholders."""
     seeds: tuple[int | None, ...]
     """One for each completion; None draws from the engine's own generator."""
+    begun: tuple[Sequence[int], ...] = ()
+    """The tokens that each completion has already, after which it goes on; (): none has any. They are not returned, and
+    count towards max_tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +131,8 @@ class SamplingSettings:
     """-1: off."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, which then includes the token. Besides them only max_tokens ends one."""
+    keeps_unfinished: bool = False
+    """True: what is unfinished when sampling ends is given back. False: it is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +144,14 @@ class Completion:
     logps: tuple[float, ...]
     """Nats, one per token, of the distribution that SamplingSettings describes."""
     finish_reason: str
-    """'stop' or 'length'."""
+    """'stop' or 'length'; or UNFINISHED."""
     weight_version: int
     """The version given to the last `send_weights` before sampling; -1 for the weights of the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A completion that has just ended, and what it belongs to."""
+    """A completion that has just ended or is unfinished, and what it belongs to."""
 
     number: int
     """The number that the request was given."""

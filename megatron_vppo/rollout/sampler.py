@@ -12,11 +12,11 @@ from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.choices import VerifyWeights
 from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.rollout.child import EngineLost
-from megatron_vppo.rollout.conductor import Ask, Conductor, EngineLink, FarEngine, OwnEngine, Work, lead
+from megatron_vppo.rollout.conductor import Conductor, EngineLink, FarEngine, OwnEngine, Work, lead
 from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.mailbox import Inbox, Mailbox
-from megatron_vppo.rollout.records import SampleRequest, SamplingSettings, SyncReport
+from megatron_vppo.rollout.records import Ask, SampleRequest, SamplingSettings, SyncReport
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sharing import SampledGroups, share_groups
 from megatron_vppo.rollout.transfer.bundle import drain
@@ -158,7 +158,7 @@ class EngineSampler:
         def work() -> Work:
             tries.append(SampledGroups(prompts.__getitem__, size=size))
             draw = Draw(wanted=len(prompts), most=len(prompts), responses=size, order="draw")
-            return Work(draw, lambda number: (prompts[number], tuple(seeds[number])), tries[-1])
+            return Work(draw, lambda number: Ask(prompts[number], tuple(seeds[number])), tries[-1])
 
         self.sample(work, sampling)
         return share_groups(lambda: [tries[-1].responses(number) for number in range(len(prompts))])
@@ -166,11 +166,12 @@ class EngineSampler:
     def _requests(self, asks: Mapping[int, Ask]) -> dict[int, SampleRequest]:
         return {
             number: SampleRequest(
-                token_ids=prompt.compact_token_ids,
-                images=tuple(self._images.image(ref) for ref in prompt.images),
-                seeds=seeds,
+                token_ids=ask.prompt.compact_token_ids,
+                images=tuple(self._images.image(ref) for ref in ask.prompt.images),
+                seeds=ask.seeds,
+                begun=ask.begun,
             )
-            for number, (prompt, seeds) in asks.items()
+            for number, ask in asks.items()
         }
 
     def send_weights(

@@ -21,6 +21,17 @@ def sample_seed(*, run_seed: int, step: int, attempt: int, split: str, row: int,
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
 
+def continued_seed(seed: int | None, *, tokens: int) -> int | None:
+    """Returns the seed with which a response goes on that has some tokens already, in [0, 2**63).
+
+    With its own seed it would repeat the random numbers of its beginning.
+    """
+    if seed is None or tokens == 0:
+        return seed
+    digest = hashlib.blake2b(f"{seed}/{tokens}".encode(), digest_size=8, person=b"vppo-go-on").digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
 def sample_seeds(
     kind: SeedKind,
     *,

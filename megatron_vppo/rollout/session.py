@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_vppo.rollout.child import ChildProcess
-from megatron_vppo.rollout.records import SAMPLED, Outcome
+from megatron_vppo.rollout.records import SAMPLED, Outcome, Sampled
 
 
 class Session:
@@ -31,10 +31,17 @@ class Session:
         self._asked = True
 
     def end(self) -> Any:
+        return self.answered(*self._child.receive())
+
+    def end_sampling(self) -> list[Sampled]:
+        """Ends the request `sample`. Returns what ended before the engine heard of it, and what it gives back."""
+        self._child.send(None)
+        late: list[Sampled] = []
         outcome, result = self._child.receive()
-        while outcome == SAMPLED:  # what ended before the engine heard that it should stop sampling
+        while outcome == SAMPLED:
+            late += result
             outcome, result = self._child.receive()
-        return self.answered(outcome, result)
+        return late + self.answered(outcome, result)
 
     def answered(self, outcome: Outcome, result: Any) -> Any:
         """Takes the answer to the request. Raises the error that it may be."""

@@ -7,43 +7,81 @@ them takes six times the memory.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.rollout.carry import CarriedGroup
 from megatron_vppo.rollout.records import Completion
 
 
 class SampledGroups:
     """Groups of responses, on rank 0; as the `Judge` of a draw it keeps every group."""
 
-    def __init__(self, prompt: Callable[[int], Prompt], *, size: int) -> None:
+    def __init__(
+        self, prompt: Callable[[int], Prompt], *, size: int, carried: Mapping[int, CarriedGroup] = MappingProxyType({})
+    ) -> None:
         """
         Args:
             prompt: returns that of a group, by its number.
             size: the responses of a group.
+            carried: the groups that an earlier step began, by their numbers.
         """
         self.size = size
         self._prompt = prompt
+        self._carried = carried
         self._groups: dict[int, dict[int, Response]] = {}
+        self._left: dict[int, dict[int, Response]] = {}
+        """Those that came too late or are unfinished."""
         self._whole: list[int] = []
 
+    def take_carried(self) -> None:
+        """Takes the carried responses that have ended; to be called before any other is sampled."""
+        for number, group in self._carried.items():
+            for one in group.ended:
+                self.add(replace(one, group_id=number))
+
     def sampled(self, number: int, sample: int, completion: Completion) -> None:
-        """Takes a response. One that is there already is left alone."""
-        if sample not in self._groups.setdefault(number, {}):
-            self.add(Response(
-                self._prompt(number), number, sample,
-                array("i", completion.token_ids), array("d", completion.logps),
-                completion.finish_reason, completion.weight_version,
-            ))  # fmt: skip
+        """Takes a response. One that is there already is left alone.
+
+        Args:
+            sample: the place among those that were asked for.
+        """
+        response = self._response(number, sample, completion)
+        if response.sample not in self._groups.get(number, {}):
+            self.add(response)
+
+    def left(self, number: int, sample: int, completion: Completion) -> None:
+        """Takes a response that came too late, or is unfinished."""
+        response = self._response(number, sample, completion)
+        self._left.setdefault(number, {})[response.sample] = response
+
+    def begun(self, number: int) -> dict[int, Response]:
+        """Returns all that there is of a group, by samples."""
+        before = self._carried[number].responses if number in self._carried else {}
+        return {**before, **self._left.get(number, {}), **self._groups.get(number, {})}
+
+    def _response(self, number: int, place: int, completion: Completion) -> Response:
+        prompt, tokens, logps = self._prompt(number), array("i", completion.token_ids), array("d", completion.logps)
+        reason, version = completion.finish_reason, completion.weight_version
+        group = self._carried.get(number)
+        if group is None:
+            return Response(prompt, number, place, tokens, logps, reason, version)
+        sample = group.missing[place]
+        begun = group.responses.get(sample)
+        if begun is not None:
+            tokens, logps = array("i", begun.token_ids) + tokens, array("d", begun.rollout_logps) + logps
+        carried = 0 if begun is None else len(begun.token_ids)
+        return Response(prompt, number, sample, tokens, logps, reason, version, carried)
 
     def add(self, response: Response) -> None:
         """Takes a response that is not there yet."""
-        group = self._groups[response.group_id]
+        group = self._groups.setdefault(response.group_id, {})
         group[response.sample] = response
         if len(group) == self.size:
             self._whole.append(response.group_id)
@@ -106,6 +144,7 @@ class _Share:
     """In 64 bits, in which nothing of a Python number is lost."""
     finish_reasons: list[str]
     weight_versions: list[int]
+    carried_tokens: list[int]
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Response]]) -> _Share:
@@ -118,11 +157,13 @@ class _Share:
             logps=_Rows.of([one.rollout_logps for one in responses], "d"),
             finish_reasons=[one.finish_reason for one in responses],
             weight_versions=[one.weight_version for one in responses],
+            carried_tokens=[one.carried_tokens for one in responses],
         )
 
     def groups(self) -> Iterator[list[Response]]:
         sampled = zip(
-            self.token_ids.split(), self.logps.split(), self.finish_reasons, self.weight_versions, strict=True
-        )
+            self.token_ids.split(), self.logps.split(), self.finish_reasons, self.weight_versions, self.carried_tokens,
+            strict=True,
+        )  # fmt: skip
         for number, prompt, size in zip(self.numbers, self.prompts, self.sizes, strict=True):
             yield [Response(prompt, number, sample, *next(sampled)) for sample in range(size)]

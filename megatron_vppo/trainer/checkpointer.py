@@ -20,6 +20,7 @@ from megatron_vppo.parallel.checkpoint_keep import keep_checkpoints, read_best
 from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.training import Trainable
+from megatron_vppo.rollout.carry import NOTHING_CARRIED, Carry, SavedCarry
 from megatron_vppo.setup.resume import (
     check_origin,
     chosen_step,
@@ -31,7 +32,7 @@ from megatron_vppo.setup.resume import (
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.unattended import older_instead
 from megatron_vppo.system.agreement import on_every_rank
-from megatron_vppo.system.records import parse_record
+from megatron_vppo.system.records import AnyRecord, parse_record
 from megatron_vppo.trainer.keep_rate import KeepRate, SavedKeepRate
 from megatron_vppo.weights.dist_metadata import DamagedCheckpoint
 
@@ -40,6 +41,9 @@ UNFINISHED_STEP = "unfinished_step"
 
 KEEP_RATE = "keep_rate"
 """The key in a checkpoint's state of the share of groups that were kept; checkpoints of before have none."""
+
+CARRY = "carry"
+"""The key in a checkpoint's state of the groups that the next step goes on with; checkpoints of before have none."""
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class Checkpointer:
     """The order of the prompts, on rank 0; None elsewhere."""
     keep_rate: KeepRate
     """The one that counts is that of rank 0."""
+    carry: Carry
+    """Likewise."""
     say: Callable[[str], None]
     """Shows a line to the user; called on rank 0 only."""
     asynchronous: bool = False
@@ -133,6 +139,7 @@ class Checkpointer:
         if self.stream is not None:
             state["data"] = self.stream.state_dict()
             state[KEEP_RATE] = self.keep_rate.state_dict()
+            state[CARRY] = self.carry.state_dict()
         if unfinished_step is not None:
             state[UNFINISHED_STEP] = unfinished_step
         validated, accuracy = self._accuracy or (None, None)
@@ -192,20 +199,23 @@ class Checkpointer:
     def _move_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
             self.stream.load_state_dict(saved_position(folder, step).model_dump())
-            saved = saved_keep_rate(folder, step)
-            self.keep_rate.load_state_dict(KeepRate().state_dict() if saved is None else saved.model_dump())
+            self.keep_rate.load_state_dict(
+                saved_part(folder, step, KEEP_RATE, SavedKeepRate) or KeepRate().state_dict()
+            )
+            self.carry.load_state_dict(saved_part(folder, step, CARRY, SavedCarry) or NOTHING_CARRIED)
 
     def _check_stream(self, folder: Path, step: int) -> None:
         if self.stream is not None:
             self.stream.check(saved_position(folder, step))
-            saved_keep_rate(folder, step)
+            saved_part(folder, step, KEEP_RATE, SavedKeepRate)
+            saved_part(folder, step, CARRY, SavedCarry)
 
 
-def saved_keep_rate(folder: Path, step: int) -> SavedKeepRate | None:
-    """Reads the keep rate from a checkpoint; None if it has none. Raises DamagedCheckpoint if it is none."""
-    saved = read_state(folder, step).get(KEEP_RATE)
+def saved_part(folder: Path, step: int, key: str, kind: type[AnyRecord]) -> dict[str, Any] | None:
+    """Reads a part of a checkpoint's state; None if it has none. Raises DamagedCheckpoint if it is of another kind."""
+    saved = read_state(folder, step).get(key)
     try:
-        return None if saved is None else parse_record(SavedKeepRate, saved)
+        return None if saved is None else parse_record(kind, saved).model_dump()
     except ValueError as error:
         path = step_folder(folder, step) / STATE
-        raise DamagedCheckpoint(f"{path} is damaged: '{KEEP_RATE}' in it {error}") from error
+        raise DamagedCheckpoint(f"{path} is damaged: '{key}' in it {error}") from error

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from megatron_vppo.algorithm.grouping import keep_group
-from megatron_vppo.algorithm.types import Prompt
+from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.observability.metrics import RunLog
 from megatron_vppo.observability.phases import REWARD, SAMPLE
 from megatron_vppo.parallel.collective import from_rank_zero
-from megatron_vppo.rollout.conductor import Ask, Work
+from megatron_vppo.rollout.carry import CarriedGroup, Carry
+from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.draw import Draw
-from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.rollout.records import Ask, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.rollout.sharing import share_groups
@@ -35,21 +37,28 @@ class Collector:
     """On rank 0; None elsewhere."""
     keep_rate: KeepRate
     """The one that counts is that of rank 0."""
+    carry: Carry
+    """Likewise."""
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
 
     def place(self) -> dict[str, Any]:
-        """Returns the place in the order of prompts and the keep rate, on rank 0; {} elsewhere."""
+        """Returns the place in the order of prompts, the keep rate and what is carried, on rank 0; {} elsewhere."""
         if self.stream is None:
             return {}
-        return {"stream": self.stream.state_dict(), "keep_rate": self.keep_rate.state_dict()}
+        return {
+            "stream": self.stream.state_dict(),
+            "keep_rate": self.keep_rate.state_dict(),
+            "carry": self.carry.state_dict(),
+        }
 
     def go_back_to(self, place: dict[str, Any]) -> None:
         """Gives back the prompts that were drawn since `place`: a step that was cut off is taken again from there."""
         if self.stream is not None:
             self.stream.load_state_dict(place["stream"])
             self.keep_rate.load_state_dict(place["keep_rate"])
+            self.carry.load_state_dict(place["carry"])
 
     def groups(self, step: int, log: RunLog) -> list[Group]:
         """Returns at most rollout_batch_size groups to train on.
@@ -58,7 +67,8 @@ class Collector:
 
         Raises StopRequested if the run is to end.
         """
-        drawn = None if self.stream is None else DrawnPrompts(self.stream, self.config.data.rollout_batch_size)
+        wanted = self.config.data.rollout_batch_size
+        drawn = None if self.stream is None else DrawnPrompts(self.stream, wanted, self._carried())
         tries: list[_Sampling] = []
 
         def work() -> Work:
@@ -86,17 +96,36 @@ class Collector:
             responses=n,
             order=config.rollout.order,
             seen=self.keep_rate.seen,
+            missing=[len(group.missing) for group in drawn.carried],
         )
-        judge = self.grader.judge(drawn.prompt, size=n, keeps=self._keeps, least=wanted * n)
+        judge = self.grader.judge(
+            drawn.prompt, size=n, keeps=self._keeps, least=wanted * n, carried=dict(enumerate(drawn.carried))
+        )
 
-        def ask(number: int) -> Ask:
+        def seeds(number: int) -> tuple[int | None, ...]:
             prompt = drawn.prompt(number)
-            return prompt, sample_seeds(
+            return sample_seeds(
                 config.rollout.seeds, n=n, run_seed=config.trainer.seed, step=step,
                 attempt=number // wanted, split=prompt.split, row=prompt.row,
             )  # fmt: skip
 
-        return _Sampling(judge, Work(draw, ask, judge))
+        def ask(number: int) -> Ask:
+            if number < len(drawn.carried):
+                return drawn.carried[number].ask()
+            return Ask(drawn.prompt(number), seeds(number))
+
+        return _Sampling(judge, Work(draw, ask, judge), seeds)
+
+    def _carried(self) -> tuple[CarriedGroup, ...]:
+        """Returns the groups that this step goes on with. Settings may have changed since they were begun."""
+        if self.config.rollout.unfinished != "carry":
+            return ()
+        n, longest = self.config.rollout.n, self.config.data.max_response_length
+        return tuple(
+            group
+            for group in self.carry.groups
+            if len(group.seeds) == n and all(len(group.begun(sample)) < longest for sample in group.missing)
+        )
 
     def _end(self, step: int, drawn: DrawnPrompts, here: _Sampling, log: RunLog) -> None:
         """Gives back the prompts that were not needed, and notes what was sampled."""
@@ -104,7 +133,10 @@ class Collector:
         here.judge.check()
         sampled = [here.judge.group(number) for number in draw.needed]
         num_kept = sum(map(self._keeps, sampled))
-        drawn.give_back_after(draw.used)
+        carries = self.config.rollout.unfinished == "carry"
+        drawn.give_back_after(draw.reached if carries else draw.used)
+        left = set(range(max(draw.reached, len(drawn.carried)))) - set(draw.needed) if carries else set()
+        self.carry.groups = tuple(here.left(number, drawn) for number in sorted(left))
         if self.config.algorithm.online_filtering:
             self.keep_rate.note(kept=num_kept, sampled=len(sampled))
         if num_kept < wanted and (len(sampled) > wanted or not num_kept):
@@ -119,7 +151,11 @@ class Collector:
         log.add("rollout/sampled_groups", len(sampled))
         log.add("rollout/kept_groups", num_kept)
         log.add("rollout/trained_groups", len(draw.chosen))
-        log.add("perf/dropped_groups", draw.given - len(sampled))
+        if carries:
+            log.add("rollout/carried_groups", len(left))
+            log.add("rollout/carried_share", _carried_share([one.response for one in chain(*here.chosen())]))
+        else:
+            log.add("perf/dropped_groups", draw.given - len(sampled))
 
     def _keeps(self, group: Group) -> bool:
         algorithm = self.config.algorithm
@@ -130,16 +166,23 @@ class Collector:
 
 @dataclass
 class DrawnPrompts:
-    """The prompts of one draw, taken from the stream when they are needed, as many at a time as a step wants groups."""
+    """The prompts of one draw: those of carried groups, then others from the stream.
+
+    They are taken from the stream when they are needed, as many at a time as a step wants groups.
+    """
 
     stream: PromptStream
     at_a_time: int
+    carried: tuple[CarriedGroup, ...] = ()
     _prompts: list[Prompt] = field(default_factory=list)
     _starts: list[StreamPosition] = field(default_factory=list)
     """The place of the first prompt of each taking."""
 
     def prompt(self, number: int) -> Prompt:
-        """Returns a prompt by its number, from 0 in the order of the stream."""
+        """Returns a prompt by its number, from 0."""
+        if number < len(self.carried):
+            return self.carried[number].prompt
+        number -= len(self.carried)
         while number >= len(self._prompts):
             self._prompts += self.stream.next(self.at_a_time)
             after = self.stream.position
@@ -147,9 +190,13 @@ class DrawnPrompts:
         return self._prompts[number]
 
     def give_back_after(self, used: int) -> None:
-        """Moves the stream to just behind the first `used` prompts, which are at least one."""
-        start = self._starts[(used - 1) // self.at_a_time]
-        self.stream.move_to(StreamPosition(start.epoch, start.offset + (used - 1) % self.at_a_time + 1))
+        """Moves the stream to just behind the first `used` prompts."""
+        used -= len(self.carried)
+        if used > 0:
+            start = self._starts[(used - 1) // self.at_a_time]
+            self.stream.move_to(StreamPosition(start.epoch, start.offset + (used - 1) % self.at_a_time + 1))
+        elif self._starts:
+            self.stream.move_to(self._starts[0])
 
 
 @dataclass(frozen=True)
@@ -158,9 +205,19 @@ class _Sampling:
 
     judge: GroupJudge
     work: Work
+    seeds: Callable[[int], tuple[int | None, ...]]
+    """Returns those of a prompt that is not carried."""
 
     def chosen(self) -> list[Group]:
         return [self.judge.group(number) for number in self.work.draw.chosen]
+
+    def left(self, number: int, drawn: DrawnPrompts) -> CarriedGroup:
+        """Returns what there is of a group that was not needed, for the next step."""
+        seeds = drawn.carried[number].seeds if number < len(drawn.carried) else self.seeds(number)
+        begun = {
+            sample: replace(one, carried_tokens=len(one.token_ids)) for sample, one in self.judge.begun(number).items()
+        }
+        return CarriedGroup(drawn.prompt(number), seeds, begun)
 
 
 def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -180,6 +237,12 @@ def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in sorted({name for item in items for name in item.reward.metrics}):
         metrics[f"reward/{name}"] = _mean([item.reward.metrics[name] for item in items if name in item.reward.metrics])
     return metrics
+
+
+def _carried_share(responses: Sequence[Response]) -> float:
+    """Returns the share of tokens that were sampled with the weights of earlier steps; 0 of no tokens."""
+    tokens = sum(len(one.token_ids) for one in responses)
+    return sum(one.carried_tokens for one in responses) / tokens if tokens else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:

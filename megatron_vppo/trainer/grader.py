@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 from megatron_vppo.algorithm.types import GradedResponse, Prompt, Response, Reward
 from megatron_vppo.data.reward_pool import RewardPool
+from megatron_vppo.rollout.carry import CarriedGroup
 from megatron_vppo.rollout.sharing import SampledGroups
 
 Group = list[GradedResponse]
@@ -27,7 +29,15 @@ class Grader:
         self._pool = pool
         self._max_error_share = max_error_share
 
-    def judge(self, prompt: Callable[[int], Prompt], *, size: int, keeps: Keeps, least: int) -> GroupJudge:
+    def judge(
+        self,
+        prompt: Callable[[int], Prompt],
+        *,
+        size: int,
+        keeps: Keeps,
+        least: int,
+        carried: Mapping[int, CarriedGroup] = MappingProxyType({}),
+    ) -> GroupJudge:
         """Returns the judge of one draw; on rank 0.
 
         Args:
@@ -35,11 +45,15 @@ class Grader:
             size: the responses of a group.
             keeps: decides whether a graded group is kept.
             least: graded responses from which on failures are counted.
+            carried: the groups that an earlier step began, by their numbers.
         """
         assert self._pool is not None, "rewards are computed on rank 0"
-        return GroupJudge(
-            self._pool, prompt, size=size, keeps=keeps, max_error_share=self._max_error_share, least=least
-        )
+        judge = GroupJudge(
+            self._pool, prompt, size=size, keeps=keeps, max_error_share=self._max_error_share, least=least,
+            carried=carried,
+        )  # fmt: skip
+        judge.take_carried()
+        return judge
 
     def close(self) -> None:
         if self._pool is not None:
@@ -62,8 +76,9 @@ class GroupJudge(SampledGroups):
         keeps: Keeps,
         max_error_share: float,
         least: int,
+        carried: Mapping[int, CarriedGroup],
     ) -> None:
-        super().__init__(prompt, size=size)
+        super().__init__(prompt, size=size, carried=carried)
         pool.forget()
         self._pool, self._keeps = pool, keeps
         self._max_error_share, self._least = max_error_share, least

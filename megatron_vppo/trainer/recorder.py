@@ -118,6 +118,7 @@ def _head(item: GradedResponse, advantage: float, scale: float) -> RolloutRecord
         advantage=advantage,
         scale=scale,
         finish_reason=response.finish_reason,
+        carried_tokens=response.carried_tokens,
     )
 
 

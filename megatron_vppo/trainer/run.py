@@ -30,12 +30,13 @@ from megatron_vppo.parallel.collective import from_rank_zero
 from megatron_vppo.parallel.layout import Layout, destroy_layout, init_layout
 from megatron_vppo.parallel.offload import TrainerMemory
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.rollout.carry import Carry
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.setup.attempts import begin_attempt, end_on_request
 from megatron_vppo.setup.by_machine import by_machine, chosen_by_machine
 from megatron_vppo.setup.engines import EnginePlace, await_engines, engines_on_gpus, start_engine
-from megatron_vppo.setup.hardware import prompts_apart, slower_layers
+from megatron_vppo.setup.hardware import groups_cut, prompts_apart, slower_layers
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 from megatron_vppo.setup.model_folder import model_folder
 from megatron_vppo.setup.policy import make_policy
@@ -170,8 +171,9 @@ def _open_run(
             _say_what_follows(config, on_gpus, engine.count, say)
         policy = make_policy(config, layout, source, inputs, total_steps=total_steps)
         keep_rate = KeepRate()
+        carry = Carry(stream)
         checkpointer = Checkpointer(
-            config.trainer, folder, layout, policy.trainable, stream, keep_rate, say,
+            config.trainer, folder, layout, policy.trainable, stream, keep_rate, carry, say,
             asynchronous=by_machine(config, on_gpu=on_gpus).async_checkpoints,
         )  # fmt: skip
         resumed = checkpointer.resume()
@@ -193,7 +195,7 @@ def _open_run(
             policy=policy,
             placement=placement,
             sampler=sampler,
-            collector=Collector(config, stream, keep_rate, sampler, grader, train_sampling(config, eos)),
+            collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos)),
             validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
             log=log,
             start_step=resumed.step,
@@ -211,6 +213,7 @@ def _say_what_follows(config: RunConfig, on_gpu: bool, num_engines: int, say: Sa
     notes = (
         slower_layers(config, on_gpu=on_gpu),
         prompts_apart(config),
+        groups_cut(config),
         chosen_by_machine(config, on_gpu=on_gpu),
         engines_on_gpus(config, count=num_engines) if on_gpu else None,
     )

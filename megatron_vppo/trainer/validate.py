@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.collective import from_rank_zero
-from megatron_vppo.rollout.conductor import Ask, Work
+from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.draw import Draw
-from megatron_vppo.rollout.records import SamplingSettings
+from megatron_vppo.rollout.records import Ask, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.trainer.grader import Grader, GroupJudge
@@ -37,9 +37,10 @@ class Validator:
 
         def ask(number: int) -> Ask:
             prompt = self.prompts[number]
-            return prompt, sample_seeds(
+            seeds = sample_seeds(
                 "independent", n=n, run_seed=config.trainer.seed, step=0, attempt=0, split=prompt.split, row=prompt.row
             )
+            return Ask(prompt, seeds)
 
         def work() -> Work:
             count = len(self.prompts)

@@ -38,3 +38,16 @@ def test_multiplicative_error_of_one_token_that_the_engine_thought_impossible() 
     scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(1, 2), perturbed_logp_BT=None, divergence_BT=None)
     error = rollout_mismatch(responses, scores, bound=0.2)["training/token_mult_prob_error"]
     assert error == pytest.approx((9.889030319346946e42 + 1) / 2, rel=1e-12)
+
+
+def test_tokens_of_older_weights_are_left_out() -> None:
+    responses = [
+        Response(PROMPT, 0, 0, (4, 5, 6), (-9.0, -9.0, -3.0), "stop", 0, 2),
+        Response(PROMPT, 0, 1, (4,), (-9.0,), "stop", 0, 1),
+    ]
+    old = torch.tensor([[-1.0, -1.0, -2.5], [-1.0, 9.0, 9.0]])
+    scores = Scores(old_logp_BT=old, entropy_BT=torch.ones(2, 3), perturbed_logp_BT=None, divergence_BT=None)
+    metrics = rollout_mismatch(responses, scores, bound=0.2)
+    assert metrics["training/rollout_logp_diff_mean"] == metrics["training/rollout_logp_diff_max"] == 0.5
+    none = rollout_mismatch(responses[1:], Scores(old[1:, :1], torch.ones(1, 1), None, None), bound=0.2)
+    assert none == {"actor/entropy": 1.0}

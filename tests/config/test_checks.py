@@ -131,6 +131,18 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"rollout": {"order": "arrival"}, "algorithm": {"max_try_make_batch": 1}},
         ["rollout.order 'arrival' has no effect", "online_filtering=true and max_try_make_batch 1"],
     ),
+    (
+        {"rollout": {"unfinished": "carry"}, "algorithm": {"online_filtering": False, "rollout_correction_cap": 2}},
+        ["rollout.unfinished 'carry' has no effect", "online_filtering=false and max_try_make_batch 4"],
+    ),
+    (
+        {"rollout": {"unfinished": "carry"}, "algorithm": {"max_try_make_batch": 1, "rollout_correction_cap": 2}},
+        ["rollout.unfinished 'carry' has no effect", "online_filtering=true and max_try_make_batch 1"],
+    ),
+    (
+        {"rollout": {"unfinished": "carry"}},
+        ["rollout.unfinished 'carry' trains on tokens that older weights sampled", "rollout_correction_cap"],
+    ),
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
     ({"actor": {"optim": {"betas": [0.9, 1.0]}}}, ["betas is [0.9, 1.0]"]),
     ({"actor": {"optim": {"min_lr_ratio": 0.1}}}, ["min_lr_ratio 0.1 has no effect", "linear or cosine"]),
@@ -183,6 +195,7 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"algorithm": {"use_advantage_shaping": False}},
     {"algorithm": {"online_filtering": False, "filter_low": 1.0, "filter_high": 0.0}},
     {"rollout": {"order": "arrival"}},
+    {"rollout": {"unfinished": "carry"}, "algorithm": {"rollout_correction_cap": 2}},
     {"algorithm": {"rollout_correction_cap": 2}},
     {"rollout": {"val": {"temperature": 0}}},
     {"trainer": {"save_freq": -1, "val_freq": -1}},

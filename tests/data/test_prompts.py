@@ -88,7 +88,10 @@ def test_too_long_prompts_are_left_out_and_counted(processor, image_folder, capl
     assert lengths[0] < lengths[1]
     kept = load(image_folder, processor, ROWS, max_prompt_length=lengths[1] - 1)
     assert kept.rows == (0, 2) and kept.report.too_long == (1,)
-    assert kept[1] == everything[2]
+    assert kept[1] == everything[2] == kept.of_row(2)
+    for row in (1, 3):
+        with pytest.raises(KeyError):
+            kept.of_row(row)
     assert "2 of 3 rows kept, 1 too long, 0 bad" in caplog.text
     assert load(image_folder, processor, ROWS, max_prompt_length=lengths[1]).rows == (0, 1, 2)
     with pytest.raises(ValueError, match=r"no usable prompt.*3 too long[\s\S]*data\.max_prompt_length \(5 tokens\)"):

@@ -38,6 +38,7 @@ RECORD: RolloutRecord = {
     "reward": 1.0,
     "accuracy": 1.0,
     "finish_reason": "stop",
+    "carried_tokens": 0,
 }
 
 

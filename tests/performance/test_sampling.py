@@ -17,9 +17,9 @@ import pytest
 
 from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.choices import SampleOrder
-from megatron_vppo.rollout.conductor import Ask, Conductor, Work
+from megatron_vppo.rollout.conductor import Conductor, Work
 from megatron_vppo.rollout.draw import Draw
-from megatron_vppo.rollout.records import Completion, Sampled
+from megatron_vppo.rollout.records import Ask, Completion, Sampled
 from megatron_vppo.rollout.sharing import SampledGroups
 
 WANTED, RESPONSES, ENGINES, RATE = 384, 8, 8, 0.55
@@ -85,6 +85,9 @@ class Engine:
     def end(self) -> None:
         self.waiting.clear()
 
+    def left(self) -> list[Sampled]:
+        return []
+
     def cut(self) -> None:
         raise AssertionError("nothing is cut off")
 
@@ -138,7 +141,7 @@ def test_engines_are_never_idle_and_little_is_sampled_in_vain(seed: int, order: 
     asks: dict[int, Ask] = {}
 
     def ask(number: int) -> Ask:
-        return asks.setdefault(number, (Prompt("train", number, "", "", (), (), (), ()), (None,) * RESPONSES))
+        return asks.setdefault(number, Ask(Prompt("train", number, "", "", (), (), (), ()), (None,) * RESPONSES))
 
     conductor = Conductor(Work(draw, ask, judge), stop_wanted=lambda: False)
     assert conductor.run(engines, capacity=slots, look=lambda: None, pause=clock.advance) == {}

@@ -13,3 +13,8 @@ def starts_small(answers: list[dict[str, Any]]) -> list[float]:
 def one_starts_small(answer: dict[str, Any]) -> float:
     """The same for `reward.reward_type=sequential`."""
     return starts_small([answer])[0]
+
+
+def half_for_a_small_start(answer: dict[str, Any]) -> float:
+    """A quarter, or three quarters for such an answer: no group is all right or all wrong."""
+    return 0.25 + one_starts_small(answer) / 2

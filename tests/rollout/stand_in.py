@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 
-from megatron_vppo.rollout.records import Completion, Sampled, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import UNFINISHED, Completion, Sampled, SampleRequest, SamplingSettings
 
 
 class StandIn:
@@ -22,7 +23,7 @@ class StandIn:
 
     def begin_sampling(self, settings: SamplingSettings) -> None:
         assert not self.samples
-        self.samples = True
+        self.samples, self.keeps_unfinished = True, settings.keeps_unfinished
 
     def ask(self, requests: Mapping[int, SampleRequest]) -> None:
         assert self.samples
@@ -39,6 +40,14 @@ class StandIn:
     def fileno(self) -> int:
         return self._never_readable
 
-    def end_sampling(self) -> None:
+    def end_sampling(self) -> list[Sampled]:
+        """Returns what is left, with one token, if it is to be kept."""
         assert self.samples
+        left = [] if not self.keeps_unfinished else [
+            replace(one, completion=replace(
+                one.completion, token_ids=one.completion.token_ids[:1], logps=(-1.0,), finish_reason=UNFINISHED
+            ))
+            for one in self.left
+        ]  # fmt: skip
         self.samples, self.left = False, []
+        return left

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,10 @@ import torch.distributed as dist
 from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.rollout import conductor
 from megatron_vppo.rollout.child import EngineLost
-from megatron_vppo.rollout.conductor import CUT, END, LOST, Ask, Conductor, FarEngine, OwnEngine, Work, lead
+from megatron_vppo.rollout.conductor import CUT, END, LOST, Conductor, FarEngine, OwnEngine, Work, lead
 from megatron_vppo.rollout.draw import Draw
 from megatron_vppo.rollout.mailbox import Inbox, Mailbox
-from megatron_vppo.rollout.records import Sampled, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import UNFINISHED, Ask, Sampled, SampleRequest, SamplingSettings
 from megatron_vppo.rollout.sharing import SampledGroups
 from megatron_vppo.system.stop_signals import StopRequested
 from tests.rollout.stand_in import StandIn
@@ -30,11 +31,13 @@ def prompt(number: int) -> Prompt:
 
 
 def ask(number: int) -> Ask:
-    return prompt(number), (10 * number, 10 * number + 1)
+    return Ask(prompt(number), (10 * number, 10 * number + 1))
 
 
 def requests(asks: Any) -> dict[int, SampleRequest]:
-    return {number: SampleRequest(one.compact_token_ids, (), seeds) for number, (one, seeds) in asks.items()}
+    return {
+        number: SampleRequest(one.prompt.compact_token_ids, (), one.seeds, one.begun) for number, one in asks.items()
+    }
 
 
 class Line:
@@ -74,10 +77,18 @@ def test_a_message_to_a_leader_leaves_out_what_only_the_trainer_reads() -> None:
     """A prompt with 100,000 image tokens takes no more of the 8 MiB of a message than one without."""
     line = Line()
     long = Prompt("train", 3, "q", "a", (7,) * 100_000, (1, 7, 2), (), ())
-    line.link.ask({4: (long, (10, 11))})
-    ((number, (sent, seeds)),) = line.far_to.take()[0].items()
-    assert (number, seeds, sent.compact_token_ids, sent.row) == (4, (10, 11), (1, 7, 2), 3)
-    assert sent.token_ids == ()
+    line.link.ask({4: Ask(long, (10, 11))})
+    ((number, sent),) = line.far_to.take()[0].items()
+    assert (number, sent.seeds, sent.prompt.compact_token_ids, sent.prompt.row) == (4, (10, 11), (1, 7, 2), 3)
+    assert sent.prompt.token_ids == ()
+
+
+def test_what_has_begun_goes_in_messages_of_its_own() -> None:
+    """Sixteen groups of eight responses of 16,000 tokens each would be more than a message takes."""
+    line = Line()
+    begun = {number: Ask(prompt(number), (1, 2), ((), (5,) * 16_000)) for number in (3, 4)}
+    line.link.ask({**begun, 7: ask(7), 8: ask(8)})
+    assert [list(message) for message in line.far_to.take()] == [[7, 8], [3], [4]]
 
 
 def test_an_engine_of_another_rank_samples_what_is_handed_out() -> None:
@@ -162,13 +173,38 @@ def test_the_last_engine_that_is_lost_ends_the_sampling() -> None:
 
 def test_an_engine_that_is_lost_when_it_should_end_is_known() -> None:
     class Lost(StandIn):
-        def end_sampling(self) -> None:
+        def end_sampling(self) -> list[Sampled]:
             raise EngineLost("it died", log_end="the log")
 
     task, _ = work(2)
     conducted = Conductor(task, stop_wanted=lambda: False)
     lost = conducted.run({0: own(Lost()), 1: own(StandIn())}, capacity=9, look=nothing, pause=not_long)
     assert set(lost) == {0} and conducted.is_done
+
+
+def test_what_is_unfinished_comes_back_from_every_engine() -> None:
+    """Two groups are wanted. Both engines have begun two more each when those are there."""
+    settings = replace(SETTINGS, keeps_unfinished=True)
+    line, near, far = Line(), StandIn(1, at_a_time=1), StandIn(2, at_a_time=1)
+    made: Any = far
+    leader = threading.Thread(
+        target=lead, args=(5, made, settings, line.far_to, line.far_back),
+        kwargs={"requests": requests, "stop_wanted": lambda: False},
+    )  # fmt: skip
+    leader.start()
+    groups = SampledGroups(prompt, size=SIZE)
+    draw = Draw(wanted=2, most=9, responses=SIZE, order="arrival", seen=(1, 2.5))
+    made = near
+    links: dict[int, Any] = {0: OwnEngine(made, settings, requests), 1: line.link}
+    conducted = Conductor(Work(draw, ask, groups), stop_wanted=lambda: False)
+    assert conducted.run(links, capacity=6, look=line.inbox.look, pause=not_long) == {}
+    leader.join(60)
+    assert not leader.is_alive() and not (near.samples or far.samples) and draw.given == 6
+    ended = [one for number in range(6) for one in groups.begun(number).values() if one.finish_reason == "stop"]
+    left = [one for number in range(6) for one in groups.begun(number).values() if one.finish_reason == UNFINISHED]
+    assert len(ended) + len(left) == 12 and len(ended) >= 4 and left
+    for one in left:
+        assert (list(one.token_ids), list(one.rollout_logps)) == ([one.group_id], [-1.0])
 
 
 def test_time_counts_as_idle_when_only_grading_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,3 +124,21 @@ def test_a_draw_without_enough_kept_groups_ends_with_its_last_prompt(order: Samp
         draw.hand_out()
         draw.judged(number, kept=KEPT[number])
     assert draw.is_decided and (draw.chosen, draw.needed, draw.used) == ([0, 2, 3, 5, 6], list(range(8)), 8)
+
+
+def test_carried_groups_come_first_and_only_what_is_missing_of_them_is_asked() -> None:
+    draw = Draw(wanted=2, most=8, responses=3, order="arrival", seen=(1, 1), missing=[1, 0, 3])
+    draw.open_to([0, 1], capacity=4)
+    assert draw.size == 3, "1.1 x 2 groups are expected to do"
+    assert draw.hand_out() == {0: [0], 1: [2]}
+    draw.judged(1, kept=False)
+    assert draw.hand_out() == {0: [3], 1: [4]}, "with one and three responses in flight both have room"
+    draw.ended(0)
+    draw.judged(0, kept=True)
+    assert not draw.is_idle and not draw.is_decided
+    assert draw.lost(1) == [2, 4]
+    assert draw.hand_out() == {0: [2]}
+    for _ in range(3):
+        draw.ended(2)
+    draw.judged(2, kept=True)
+    assert draw.is_decided and (draw.chosen, draw.needed, draw.reached) == ([0, 2], [0, 1, 2], 5)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
-from megatron_vppo.rollout.records import Completion, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.records import UNFINISHED, Completion, SampleRequest, SamplingSettings
+from megatron_vppo.rollout.sampling_loop import TOKENS_PER_PIECE
 from megatron_vppo.system.stop_signals import StopRequested
 from tests.rollout.rig import Rig, flip_one_bit_on_the_way, make_image, prompt_ids, reference_logps, weights
 
@@ -246,6 +248,38 @@ def test_what_is_unfinished_is_dropped(rig: Rig, tmp_path) -> None:
         assert rig.engine.unfinished == 0
         load(rig, seed=0, folder=tmp_path)
     test_logps_equal_transformers(rig)
+
+
+def test_what_is_unfinished_is_given_back_and_goes_on(rig: Rig) -> None:
+    """Greedy responses that were cut and continued equal those that were not. One ends when the others have 40 tokens,
+    of which the last ones are not handed out yet."""
+    greedy, asked = SamplingSettings(max_tokens=120, temperature=0.0), requests((1, 2))
+    expected = rig.engine.generate(asked, greedy)
+    early = SampleRequest(prompt_ids(0, text="early"), (), (1,), begun=((7,) * 80,))
+    rig.engine.begin_sampling(replace(greedy, keeps_unfinished=True))
+    rig.engine.ask(dict(enumerate([*asked, early])))
+    while not (ended := rig.engine.take(1.0)):
+        pass
+    assert [(one.number, one.completion.finish_reason) for one in ended] == [(3, "length")]
+    assert len(ended[0].completion.token_ids) == 40
+    cut = {(one.number, one.sample): one.completion for one in rig.engine.end_sampling()}
+    assert cut.keys() == {(number, sample) for number in range(3) for sample in (0, 1)}
+    for (number, sample), one in cut.items():
+        assert one.finish_reason == UNFINISHED and 40 - TOKENS_PER_PIECE < len(one.token_ids) < 120
+        assert_same(one, expected[number][sample], slice(len(one.token_ids)))
+    again = [
+        replace(request, begun=tuple(cut[number, sample].token_ids for sample in (0, 1)))
+        for number, request in enumerate(asked)
+    ]
+    for number, completions in enumerate(rig.engine.generate(again, greedy)):
+        for sample, rest in enumerate(completions):
+            assert_same(rest, expected[number][sample], slice(len(again[number].begun[sample]), None))
+            assert rest.finish_reason == "length"
+
+
+def assert_same(part: Completion, whole: Completion, place: slice) -> None:
+    assert part.token_ids == whole.token_ids[place]
+    assert part.logps == pytest.approx(whole.logps[place], abs=LOGP_TOLERANCE)
 
 
 def test_sampling_is_cut_off_at_once(rig: Rig) -> None:

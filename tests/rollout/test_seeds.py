@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from megatron_vppo.rollout.seeds import sample_seed, sample_seeds
+from megatron_vppo.rollout.seeds import continued_seed, sample_seed, sample_seeds
 
 PLACE = {"run_seed": 1, "step": 2, "attempt": 0, "split": "train", "row": 17}
 
@@ -35,3 +35,10 @@ def test_shared_and_engine_seeds() -> None:
     assert sample_seeds("engine", n=2, **PLACE) == (None, None)
     with pytest.raises(ValueError, match=r"rollout\.seeds = 'same'"):
         sample_seeds("same", n=2, **PLACE)  # type: ignore[arg-type]
+
+
+def test_a_response_that_goes_on_has_a_seed_of_its_own() -> None:
+    hashed = hashlib.blake2b(b"5/40", digest_size=8, person=b"vppo-go-on").digest()
+    assert continued_seed(5, tokens=40) == int.from_bytes(hashed, "little") >> 1
+    assert continued_seed(5, tokens=0) == 5 and continued_seed(None, tokens=40) is None
+    assert len({continued_seed(seed, tokens=tokens) for seed in (1, 2) for tokens in (0, 1, 2)}) == 6

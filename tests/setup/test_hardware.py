@@ -16,6 +16,7 @@ from megatron_vppo.setup.hardware import (
     check_host_memory,
     choose_backend,
     fp8_options,
+    groups_cut,
     model_options,
     prompts_apart,
     slower_without,
@@ -113,6 +114,22 @@ def test_prompts_are_read_apart_under_context_parallelism() -> None:
     assert note is not None and note.startswith("parallel.context_parallel_size=2: ")
     for parallel in ({}, {"context_parallel_size": 2, "shared_prefix": False}):
         assert prompts_apart(config_with(parallel=parallel)) is None
+
+
+def test_groups_that_are_cut() -> None:
+    note = groups_cut(config_with(rollout={"n": 8}))
+    assert note is not None and note.startswith("actor.micro_batch_size_per_device_for_update=4: cuts groups of ")
+    both = {"micro_batch_size_per_device_for_update": 12, "micro_batch_size_per_device_for_experience": 12}
+    note = groups_cut(config_with(actor=both))
+    assert note is not None and "update=12 and actor.micro_batch_size_per_device_for_experience=12: " in note
+    for sections in (
+        {"actor": {"micro_batch_size_per_device_for_update": 16}},
+        {"rollout": {"n": 4}},
+        {"actor": {"max_tokens_per_micro_batch": 9000}},
+        {"parallel": {"shared_prefix": False}},
+        {"parallel": {"context_parallel_size": 2}},
+    ):
+        assert groups_cut(config_with(**sections)) is None
 
 
 def test_what_is_slower() -> None:

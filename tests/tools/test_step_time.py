@@ -42,6 +42,7 @@ def shape(**changes: object) -> StepShape:
     values = {
         "sampled_groups": 3, "trained_groups": 2, "responses_per_group": 4, "prompt_tokens": 10, "response_tokens": 6,
         "patches_per_prompt": 16, "views": 2, "perturbations": 4, "epochs": 1,
+        "shared_prefix": False,
     }  # fmt: skip
     return StepShape(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -68,6 +69,13 @@ def test_flops_of_each_phase_by_hand() -> None:
     assert phase_flops(shape(views=1), cost)["score"] == 8 * response + 2 * image
     assert phase_flops(shape(perturbations=1), cost)["score"] == 16 * response + 4 * image
     assert phase_flops(shape(epochs=2), cost)["update_actor"] == 2 * flops["update_actor"]
+    # Shared prompts: in the original view 2 prompts with their images, in the perturbed one 8, or 4 of 2 kinds each.
+    shared = phase_flops(shape(shared_prefix=True), cost)
+    assert shared["gen"] == flops["gen"]
+    assert shared["score"] == 10 * prompt + 16 * rest
+    assert shared["update_actor"] == 3 * (2 * prompt + 8 * rest)
+    two = phase_flops(shape(shared_prefix=True, perturbations=2), cost)
+    assert two["score"] == 6 * prompt + 16 * rest
 
 
 def test_floor_compares_with_the_better_of_two_ceilings() -> None:

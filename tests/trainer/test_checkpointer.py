@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, set_aside_after
 from megatron_vppo.parallel.checkpoint_keep import BEST
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.rollout.carry import CarriedGroup, Carry
+from megatron_vppo.rollout.records import UNFINISHED
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.trainer.checkpointer import Checkpointer
 from megatron_vppo.trainer.keep_rate import KeepRate
@@ -34,7 +38,14 @@ def checkpointer(folder: Path, *, resume: bool) -> Checkpointer:
     config = TrainerConfig(runs_dir=str(folder), project_name="p", experiment_name="e", resume=resume)
     unused: Any = None  # nothing is loaded
     return Checkpointer(
-        config, RunFolder.of(config), layout=unused, trainable=unused, stream=None, keep_rate=KeepRate(), say=print
+        config,
+        RunFolder.of(config),
+        layout=unused,
+        trainable=unused,
+        stream=None,
+        keep_rate=KeepRate(),
+        carry=Carry(None),
+        say=print,
     )
 
 
@@ -97,7 +108,16 @@ def start(saved: Saved, runs: Path, *, seed: int = 1, **settings: object) -> Res
     prompts: Any = range(PLACE["num_prompts"])  # only their number counts
     stream = PromptStream(prompts, seed=seed, shuffle=True)
     said: list[str] = []
-    made = Checkpointer(config, RunFolder.of(config), saved.layout, policy.trainable, stream, KeepRate(), said.append)
+    made = Checkpointer(
+        config,
+        RunFolder.of(config),
+        saved.layout,
+        policy.trainable,
+        stream,
+        KeepRate(),
+        Carry(OneRow()),
+        said.append,
+    )
     return Resumed(policy, stream, made, said)
 
 
@@ -139,6 +159,37 @@ def test_the_keep_rate_goes_on_and_may_be_missing(saved: Saved, runs: Path) -> N
     assert again.checkpointer.keep_rate.seen == (3.0, 7.0)
     state_with(keep_rate={"kept": 3.0})(newest(runs).with_name("global_step_6"))
     with pytest.raises(ValueError, match=rf"'keep_rate' in it lacks sampled.*step {NEWEST} is whole"):
+        start(saved, runs).checkpointer.resume()
+
+
+FIFTH = Prompt("train", 5, "q", "a", (1, 2), (1, 2), (), ())
+
+
+class OneRow:
+    """A data set of which one row makes a prompt."""
+
+    def prompt_of_row(self, row: int) -> Prompt:
+        return {5: FIFTH}[row]
+
+
+def test_what_is_carried_goes_on_in_every_bit_and_may_be_missing(saved: Saved, runs: Path) -> None:
+    run = start(saved, runs)
+    run.checkpointer.resume()
+    assert run.checkpointer.carry.groups == (), "a checkpoint of before has none"
+    logps = (-1 / 3, -1e-300)
+    group = CarriedGroup(FIFTH, (2**62 + 1, None), {
+        1: Response(FIFTH, 0, 1, array("i", (2**31 - 1, 4)), array("d", logps), UNFINISHED, 3, 2),
+    })  # fmt: skip
+    run.checkpointer.carry.groups = (group,)
+    run.checkpointer.save(6)
+    again = start(saved, runs)
+    assert again.checkpointer.resume().step == 6
+    assert again.checkpointer.carry.groups == (group,)
+    state_with(carry={"groups": [{"row": 5, "seeds": [1]}]})(newest(runs).with_name("global_step_6"))
+    with pytest.raises(ValueError, match=rf"'carry' in it lacks groups.0.responses.*step {NEWEST} is whole"):
+        start(saved, runs).checkpointer.resume()
+    state_with(carry={"groups": [{"row": 6, "seeds": [1], "responses": []}]})(newest(runs).with_name("global_step_6"))
+    with pytest.raises(ValueError, match="has the row 6, of which this run makes no prompt"):
         start(saved, runs).checkpointer.resume()
 
 

@@ -4,8 +4,10 @@ follow a script, in an order that a seed shuffles.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
+from megatron_vppo.rollout.carry import Carry
 from megatron_vppo.rollout.conductor import Work
-from megatron_vppo.rollout.records import Completion, SamplingSettings
-from megatron_vppo.rollout.seeds import sample_seeds
+from megatron_vppo.rollout.records import UNFINISHED, Ask, Completion, SamplingSettings
+from megatron_vppo.rollout.seeds import continued_seed, sample_seeds
 from megatron_vppo.trainer.collect import Collector
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
@@ -33,11 +36,17 @@ class Prompts:
 
     dataset: Any = None
 
+    def __init__(self, rows: int = ROWS) -> None:
+        self.rows = rows
+
     def __len__(self) -> int:
-        return ROWS
+        return self.rows
 
     def __getitem__(self, row: int) -> Prompt:
         return Prompt("train", row, "q", "a", (1, 2), (1, 2), (), ())
+
+    def of_row(self, row: int) -> Prompt:
+        return self[row]
 
 
 class Sampler:
@@ -45,25 +54,42 @@ class Sampler:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
+        self.samplings = 0
         self.seeds: dict[int, tuple[int | None, ...]] = {}
 
     def sample(self, work: Any, settings: SamplingSettings) -> float:
         mine: Work = work()
+        self.samplings += 1
+        asked: dict[int, Ask] = {}
         mine.draw.open_to([0, 1], capacity=6)
         left: list[tuple[int, int]] = []
         while not mine.draw.is_decided:
             for numbers in mine.draw.hand_out().values():
                 for number in numbers:
-                    prompt, self.seeds[number] = mine.ask(number)
-                    assert prompt.row == mine.ask(number)[0].row
-                    left += [(number, sample) for sample in range(len(self.seeds[number]))]
+                    asked[number] = mine.ask(number)
+                    assert asked[number] == mine.ask(number)
+                    self.seeds[number] = asked[number].seeds
+                    left += [(number, place) for place in range(len(self.seeds[number]))]
             if left:
-                number, sample = left.pop(self.random.randrange(len(left)))
+                number, place = left.pop(self.random.randrange(len(left)))
                 mine.draw.ended(number)
-                mine.judge.sampled(number, sample, Completion((5,) * (sample + 1), (0.0,) * (sample + 1), "stop", 0))
+                mine.judge.sampled(number, place, self.whole(asked[number], place))
             for number, kept in mine.judge.verdicts(idle=mine.draw.is_idle):
                 mine.draw.judged(number, kept=kept)
+        for number, place in left if settings.keeps_unfinished else []:
+            mine.judge.left(number, place, Completion((self.samplings,), (-1.0,), UNFINISHED, self.samplings))
         return 0.25
+
+    def whole(self, ask: Ask, place: int) -> Completion:
+        return Completion((5,) * (place + 1), (0.0,) * (place + 1), "stop", 0)
+
+
+class Carrying(Sampler):
+    """A response has three tokens, each of which is the number of the sampling in which it was sampled."""
+
+    def whole(self, ask: Ask, place: int) -> Completion:
+        tokens = 3 - (len(ask.begun[place]) if ask.begun else 0)
+        return Completion((self.samplings,) * tokens, (-float(self.samplings),) * tokens, "stop", self.samplings)
 
 
 class Pool:
@@ -100,13 +126,13 @@ def world() -> Any:
 
 
 def make_config(**algorithm: Any) -> RunConfig:
-    order = algorithm.pop("order", "draw")
+    rollout = {name: algorithm.pop(name) for name in ("order", "unfinished") if name in algorithm}
     return RunConfig.model_validate(
         {
             "data": {"train_files": "x", "rollout_batch_size": 4},
             "model": {"path": "y"},
             "actor": {"global_batch_size": 4},
-            "rollout": {"n": 2, "order": order},
+            "rollout": {"n": 2, **rollout},
             "algorithm": algorithm,
         }
     )
@@ -115,15 +141,17 @@ def make_config(**algorithm: Any) -> RunConfig:
 class Run:
     """Steps of a collector, one after the other."""
 
-    def __init__(self, folder: Path, mixed: set[int], *, timing: int = 0, **algorithm: Any) -> None:
+    def __init__(self, folder: Path, mixed: set[int], *, timing: int = 0, rows: int = ROWS, **algorithm: Any) -> None:
         self.folder = folder
-        self.sampler = Sampler(timing)
-        self.stream = PromptStream(Prompts(), seed=1, shuffle=False)  # type: ignore[arg-type]
+        config = make_config(**algorithm)
+        carries = config.rollout.unfinished == "carry"
+        self.sampler = Carrying(timing) if carries else Sampler(timing)
+        self.stream = PromptStream(Prompts(rows), seed=1, shuffle=False)  # type: ignore[arg-type]
         pool: Any = Pool(mixed)
         sampler: Any = self.sampler
         self.collector = Collector(
-            make_config(**algorithm), self.stream, KeepRate(), sampler, Grader(pool, max_error_share=1.0),
-            SamplingSettings(max_tokens=4),
+            config, self.stream, KeepRate(), Carry(self.stream), sampler,
+            Grader(pool, max_error_share=1.0), SamplingSettings(max_tokens=4, keeps_unfinished=carries),
         )  # fmt: skip
         self.log = RunLog(folder)
 
@@ -131,6 +159,7 @@ class Run:
         """Takes a step. Returns the rows of its groups."""
         with self.log.step(step):
             groups = self.collector.groups(step, self.log)
+        self.groups = groups
         assert all([item.response.sample for item in group] == [0, 1] for group in groups)
         return [group[0].response.prompt.row for group in groups]
 
@@ -257,3 +286,82 @@ def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded()
     assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
     assert metrics["val/errors"] == 4.0
     assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4
+
+
+CARRY = {"unfinished": "carry", "rollout_correction_cap": 2.0}
+MIXED = {row for row in range(120) if row % 3}
+
+
+@pytest.mark.parametrize("order", ["draw", "arrival"])
+@pytest.mark.parametrize("timing", range(6))
+def test_what_a_step_leaves_the_next_one_goes_on_with(order: str, timing: int, tmp_path: Path) -> None:
+    """Every prompt that an engine was given trains, is of no use, or is carried on: none is lost or comes twice."""
+    run = Run(tmp_path, MIXED, timing=timing, rows=120, order=order, max_try_make_batch=3, **CARRY)
+    seen: list[int] = []
+    carried: list[int] = []
+    older = 0
+    for step in range(1, 8):
+        before = {group.prompt.row: group for group in run.collector.carry.groups}
+        run.step(step)
+        for group in run.groups:
+            row = group[0].response.prompt.row
+            for one in (item.response for item in group):
+                begun = before[row].responses.get(one.sample) if row in before else None
+                tokens = [] if begun is None else list(begun.token_ids)
+                assert list(one.token_ids) == tokens + [step] * (3 - len(tokens))
+                assert one.carried_tokens == len(tokens)
+                assert list(one.rollout_logps)[len(tokens) :] == [-float(step)] * (3 - len(tokens))
+                older += len(tokens)
+        carried = [group.prompt.row for group in run.collector.carry.groups]
+        seen.append(int(run.lines()[-1]["rollout/sampled_groups"]))
+        assert run.stream.position.offset == sum(seen) + len(carried), (
+            "from the stream came what was needed or is carried"
+        )
+        assert run.lines()[-1]["rollout/carried_groups"] == len(carried) and len(set(carried)) == len(carried)
+        share = sum(item.response.carried_tokens for group in run.groups for item in group) / 24
+        assert run.lines()[-1]["rollout/carried_share"] == pytest.approx(share)
+    assert older > 0, "some tokens that trained were sampled in an earlier step"
+
+
+def test_a_carried_response_goes_on_with_another_seed_and_an_ended_one_is_not_asked_again(tmp_path: Path) -> None:
+    run = Run(tmp_path, MIXED, timing=1, rows=120, order="arrival", **CARRY)
+    run.step(1)
+    groups = run.collector.carry.groups
+    (torn,) = [group for group in groups if len(group.ended) == 1][:1]
+    ask = torn.ask()
+    (missing,) = torn.missing
+    assert len(ask.seeds) == 1 and ask.begun == (torn.begun(missing),) and len(ask.begun[0]) == 1
+    first = sample_seeds("independent", n=2, run_seed=1, step=1, attempt=torn.prompt.row // 4, split="train",
+                         row=torn.prompt.row)  # fmt: skip
+    assert torn.seeds == first and ask.seeds == (continued_seed(first[missing], tokens=1),) != first[missing]
+
+
+def test_a_checkpoint_keeps_what_is_carried(tmp_path: Path) -> None:
+    straight, resumed = (
+        Run(tmp_path / name, MIXED, rows=120, order="arrival", max_try_make_batch=3, **CARRY)
+        for name in ("straight", "resumed")
+    )
+    straight.step(1)
+    place = json.loads(json.dumps(straight.collector.place()))  # as the file of a checkpoint has it
+    assert straight.collector.carry.groups
+    resumed.collector.go_back_to(place)
+    for run in (straight, resumed):
+        run.sampler.random, run.sampler.samplings = random.Random(7), 1
+    assert resumed.step(2) == straight.step(2)
+    assert [[item.response for item in group] for group in resumed.groups] == [
+        [item.response for item in group] for group in straight.groups
+    ]
+    assert resumed.collector.place() == straight.collector.place()
+
+
+@pytest.mark.parametrize("changed", ["n", "max_response_length", "unfinished"])
+def test_groups_that_do_not_fit_other_settings_are_left_behind(changed: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, MIXED, timing=1, rows=120, order="arrival", **CARRY)
+    run.step(1)
+    assert run.collector._carried()
+    config = run.collector.config.model_dump()
+    changes = {"n": ("rollout", 3), "max_response_length": ("data", 1), "unfinished": ("rollout", "drop")}
+    section, value = changes[changed]
+    config[section][changed] = value
+    other = replace(run.collector, config=RunConfig.model_validate(config))
+    assert all(not any(map(group.begun, group.missing)) for group in other._carried())

@@ -1,6 +1,4 @@
-"""The least arithmetic of a training step in which every response is read with its prompt.
-
-What is measured is compared with it. `parallel.shared_prefix` needs less.
+"""The least arithmetic of a training step, with which what is measured is compared.
 
 `megatron_vppo/models/flops.py` counts the FLOPs of a model and says what is counted.
 """
@@ -31,6 +29,8 @@ class StepShape:
     perturbations: int
     """The perturbed copies of a prompt's images: one for each response, or fewer that they share."""
     epochs: int
+    shared_prefix: bool
+    """True if the responses of a group share their prompt in every view that they have in common."""
 
     @property
     def sequence_tokens(self) -> float:
@@ -54,21 +54,25 @@ def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
     """Counts the least FLOPs of each phase of a step, over all ranks.
 
     gen: a group's prompt and image are read once. score: a group's image counts once, and each perturbed image once.
-    update_actor: a group's image counts once per epoch, and nothing is recomputed.
+    update_actor: a group's image counts once per epoch, and nothing is recomputed. Without shared prompts each response
+    is read with its own in score and update_actor.
     """
     image = cost.image(shape.patches_per_prompt)
+    prompt = cost.sequence(shape.prompt_tokens)
     head = cost.per_head_position * shape.response_tokens
-    response = cost.sequence(shape.sequence_tokens) + head
-    continuation = cost.continuation(shape.prompt_tokens, shape.response_tokens - 1) + head
-    prefill = cost.sequence(shape.prompt_tokens) + image
-    perturbed_images = shape.trained_groups * shape.perturbations
+    continuations = shape.responses_per_group * (
+        cost.continuation(shape.prompt_tokens, shape.response_tokens - 1) + head
+    )
+
+    def view(kinds: int) -> float:
+        """Counts a view of a group in which its images are perturbed in `kinds` ways."""
+        prompts = kinds if shape.shared_prefix else shape.responses_per_group
+        return prompts * prompt + kinds * image + continuations
+
     return {
-        "gen": shape.sampled_groups * (prefill + shape.responses_per_group * continuation),
-        "score": shape.views * shape.trained_responses * response
-        + (shape.trained_groups + (shape.views - 1) * perturbed_images) * image,
-        "update_actor": shape.epochs
-        * (1 + BACKWARD)
-        * (shape.trained_responses * response + shape.trained_groups * image),
+        "gen": shape.sampled_groups * (prompt + image + continuations),
+        "score": shape.trained_groups * (view(1) + (shape.views - 1) * view(shape.perturbations)),
+        "update_actor": shape.epochs * (1 + BACKWARD) * shape.trained_groups * view(1),
     }
 
 

@@ -54,8 +54,8 @@ class FakeEngine:
     def fileno(self) -> int:
         return self._never_readable
 
-    def end_sampling(self) -> None:
-        pass
+    def end_sampling(self) -> list[Sampled]:
+        return []
 
 
 def collective_seconds(world: int, *, responses: int, tokens: int) -> dict[str, Seconds]:

@@ -185,6 +185,7 @@ def step_shape(
         views=2 if perturbed else 1,
         perturbations=1 if per == "image" else config.rollout.n if per == "row" else min(per, config.rollout.n),
         epochs=config.actor.ppo_epochs,
+        shared_prefix=config.parallel.shared_prefix and config.parallel.context_parallel_size == 1,
     )
 
 

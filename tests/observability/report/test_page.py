@@ -76,7 +76,7 @@ def record(row: int, *, accuracy: float, dependency: list[float], **other: Any) 
         "tokens": tokens, "dependency": dependency, "kept": [int(d > 0.5) for d in dependency],
         "old_logps": [-0.25] * len(tokens), "masked_logps": [-1.5] * len(tokens),
         "rollout_logps": [-0.25] * len(tokens), "reward": accuracy, "accuracy": accuracy, "advantage": 1.0,
-        "scale": 1.1, "finish_reason": "stop",
+        "scale": 1.1, "finish_reason": "stop", "carried_tokens": 0,
     }  # fmt: skip
     return {**base, **other}  # type: ignore[typeddict-item]
 
