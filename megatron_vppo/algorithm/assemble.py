@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.advantages import group_advantages
+from megatron_vppo.algorithm.advantages import advantages
 from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages, trajectory_scale
-from megatron_vppo.algorithm.token_filter import top_token_mask
+from megatron_vppo.algorithm.token_choice import gradient_weights, has_image
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.algorithm.types import GradedResponse, LossSpec, Response, Scores, TrainBatch
 
@@ -33,7 +33,8 @@ class VppoRecord:
     dependency_BT: Tensor | None
     """fp32 nats; 0.0 where padded and for rows without an image. None if neither filter nor shaping needs it."""
     token_mask_BT: Tensor
-    """fp32; 1.0 on the tokens that the filter keeps, also those of a response that is not trained on."""
+    """fp32; 1.0 on the tokens that the filter keeps, also those of a response that is not trained on; with soft weights
+    on all that have some."""
     scale_B: Tensor
     """fp32; alpha, the factor of each response's advantage (paper Eq. 5). Where the advantage is negative,
     `negative_advantages` may replace it."""
@@ -60,6 +61,7 @@ def assemble(
     responses_per_minibatch: int,
     data_parallel_size: int = 1,
     micro_batch_size: int = 1,
+    longest_response: int = 1,
 ) -> list[Minibatch]:
     """Splits a step's responses, in order, into optimizer mini-batches with all weights of their loss.
 
@@ -73,6 +75,7 @@ def assemble(
         data_parallel_size: the number of devices whose split of the rows the scope 'device_minibatch' imitates;
             settings.reference_devices replaces it if set.
         micro_batch_size: rows of the micro-batches that the scope 'microbatch' imitates.
+        longest_response: the limit of a response's tokens, which loss_avg_mode 'fixed_length' divides by.
 
     Raises:
         ValueError: rows and scores do not match, the perturbed view or a divergence is missing, or a group has one
@@ -90,7 +93,7 @@ def assemble(
     reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
     # Over the whole step, so that a mini-batch boundary within a group does not change the group's baseline.
-    advantage_B = group_advantages(reward_B, group_B).to(device)
+    advantage_B = advantages(reward_B, group_B, kind=settings.advantage).to(device)
     dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
     minibatches = []
     for start in range(0, len(responses), responses_per_minibatch):
@@ -99,12 +102,14 @@ def assemble(
             _assemble_rows(
                 responses[rows],
                 scores.old_logp_BT[rows],
+                scores.entropy_BT[rows],
                 mask_BT[rows],
                 advantage_B[rows],
                 None if dependency_BT is None else dependency_BT[rows],
                 settings=settings,
                 devices=settings.reference_devices or data_parallel_size,
                 micro_batch_size=micro_batch_size,
+                longest_response=longest_response,
             )
         )
     return minibatches
@@ -131,13 +136,14 @@ def visual_dependency(
                 f"dependency {settings.dependency!r} needs divergence_BT: score both views with this kind of divergence"
             )
         dependency_BT = scores.divergence_BT.clamp(min=0.0)  # it may round below zero
-    has_image_B = _has_image(responses).to(mask_BT.device)
+    has_image_B = has_image(responses).to(mask_BT.device)
     return torch.where(has_image_B[:, None] & mask_BT.bool(), dependency_BT, 0.0).float()
 
 
 def _assemble_rows(
     responses: tuple[Response, ...],
     old_logp_BT: Tensor,
+    entropy_BT: Tensor,
     mask_BT: Tensor,
     advantage_B: Tensor,
     dependency_BT: Tensor | None,
@@ -145,21 +151,33 @@ def _assemble_rows(
     settings: VppoSettings,
     devices: int,
     micro_batch_size: int,
+    longest_response: int,
 ) -> Minibatch:
     trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
-    token_mask_BT = _token_mask(responses, dependency_BT, mask_BT, settings)
+    weight_BT = gradient_weights(responses, dependency_BT, entropy_BT, mask_BT, settings=settings)
+    token_mask_BT = (weight_BT > 0).float()
     dependency_mean_B = None if dependency_BT is None else dependency_means(dependency_BT, mask_BT)
     scale = _scale(
         responses, dependency_mean_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size
     )
     shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
     pg_weight_BT = policy_gradient_weight(
-        token_mask_BT, trained_BT, denominator=settings.loss_denominator, average=settings.loss_avg_mode
+        weight_BT,
+        trained_BT,
+        denominator=settings.loss_denominator,
+        average=settings.loss_avg_mode,
+        fixed_length=longest_response,
     )
     correction_BT = None
     if settings.rollout_correction_cap is not None:
         rollout_logp_BT = _rollout_logps(responses, width=mask_BT.shape[1]).to(mask_BT.device)
-        correction_BT = rollout_correction(old_logp_BT, rollout_logp_BT, mask_BT, cap=settings.rollout_correction_cap)
+        correction_BT = rollout_correction(
+            old_logp_BT,
+            rollout_logp_BT,
+            mask_BT,
+            cap=settings.rollout_correction_cap,
+            kind=settings.rollout_correction,
+        )
         pg_weight_BT = pg_weight_BT * correction_BT
     batch = TrainBatch(
         responses=responses,
@@ -178,6 +196,9 @@ def _assemble_rows(
             clip_ratio_high=settings.clip_ratio_high,
             clip_ratio_dual=settings.clip_ratio_dual,
             entropy_kind=settings.entropy_kind,
+            policy_loss=settings.policy_loss,
+            sapo_tau_positive=settings.sapo_tau_positive,
+            sapo_tau_negative=settings.sapo_tau_negative,
         ),
     )
     record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
@@ -185,25 +206,6 @@ def _assemble_rows(
         dependency_BT, token_mask_BT, trained_BT, mask_BT, dependency_mean_B, scale, correction_BT=correction_BT
     )
     return Minibatch(batch, record, {**metrics, **advantage_metrics(batch.advantage_BT, trained_BT)})
-
-
-def _token_mask(
-    responses: Sequence[Response], dependency_BT: Tensor | None, mask_BT: Tensor, settings: VppoSettings
-) -> Tensor:
-    if not settings.use_vppo_on_perception or dependency_BT is None:
-        return mask_BT
-    token_mask_BT = top_token_mask(
-        dependency_BT,
-        mask_BT,
-        keep_fraction=settings.top_p_perception_tokens,
-        stable=settings.stable_ranking,
-        integer_ceil=settings.integer_ceil,
-    )
-    if settings.text_only_rows == "rank":
-        return token_mask_BT
-    # 'bypass': a row without an image keeps all its tokens. Its dependencies are all zero, so ranking them says
-    # nothing.
-    return torch.where(_has_image(responses).to(mask_BT.device)[:, None], token_mask_BT, mask_BT)
 
 
 def _scale(
@@ -222,7 +224,7 @@ def _scale(
     # Only these rows enter the minimum and the mean; the others get scale 1.
     counted_B = trained_BT.sum(1) > 0
     if settings.text_only_rows == "bypass":
-        counted_B &= _has_image(responses).to(counted_B.device)
+        counted_B &= has_image(responses).to(counted_B.device)
     device_B, micro_batch_B = (
         number_B.to(counted_B.device)
         for number_B in emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
@@ -231,13 +233,10 @@ def _scale(
         dependency_mean_B,
         counted_B,
         scale_min=settings.advantage_scaling_min,
+        scale_max=settings.advantage_scaling_max,
         min_scope_B=device_B if settings.shaping_min_scope == "device_minibatch" else None,
         mean_scope_B=micro_batch_B if settings.shaping_mean_scope == "microbatch" else None,
     )
-
-
-def _has_image(responses: Sequence[Response]) -> Tensor:
-    return torch.tensor([bool(r.prompt.images) for r in responses])
 
 
 def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:

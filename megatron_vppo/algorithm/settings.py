@@ -6,15 +6,20 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from megatron_vppo.config.choices import (
+    AdvantageKind,
+    CorrectionKind,
     CountedTokens,
     DependencyKind,
     Divergence,
     EntropyKind,
     LossAverage,
     NegativeAdvantages,
+    PolicyLoss,
     ShapingMeanScope,
     ShapingMinScope,
     TextOnlyRows,
+    TokenScores,
+    TokenWeighting,
     TruncatedResponses,
 )
 
@@ -23,11 +28,20 @@ from megatron_vppo.config.choices import (
 class VppoSettings:
     """The settings that the algorithm reads. Descriptions, defaults and presets are in `config/schema.py` alone."""
 
+    advantage: AdvantageKind
+    policy_loss: PolicyLoss
+    sapo_tau_positive: float
+    sapo_tau_negative: float
     use_vppo_on_perception: bool
+    token_scores: TokenScores
+    token_weighting: TokenWeighting
+    pgpo_tau: float
+    pgpo_beta: float
     use_advantage_shaping: bool
     use_entropy_penalty: bool
     top_p_perception_tokens: float
     advantage_scaling_min: float
+    advantage_scaling_max: float | None
     entropy_penalty_coef: float
     dependency: DependencyKind
     dependency_expm1: bool
@@ -46,6 +60,7 @@ class VppoSettings:
     clip_ratio_dual: float
     truncated_responses: TruncatedResponses
     rollout_correction_cap: float | None
+    rollout_correction: CorrectionKind
     reference_devices: int | None
 
     def __post_init__(self) -> None:
@@ -57,7 +72,8 @@ class VppoSettings:
     @property
     def needs_dependency(self) -> bool:
         """True if the perturbed view has to be scored at all."""
-        return self.use_vppo_on_perception or self.use_advantage_shaping
+        filter_reads_it = self.token_scores in ("dependency", "dependency_or_entropy")
+        return (self.use_vppo_on_perception and filter_reads_it) or self.use_advantage_shaping
 
     @property
     def divergence(self) -> Divergence | None:

@@ -49,6 +49,7 @@ def trajectory_scale(
     counted_B: Tensor,
     *,
     scale_min: float,
+    scale_max: float | None = None,
     min_scope_B: Tensor | None = None,
     mean_scope_B: Tensor | None = None,
 ) -> TrajectoryScale:
@@ -71,6 +72,7 @@ def trajectory_scale(
         dependency_mean_B: [B] nats.
         counted_B: [B] bool; the rows that take part. The others get scale 1.0 and enter no statistic.
         scale_min: beta_min, in (0, 1].
+        scale_max: beta_max, if it is fixed; the mean scale is then not one.
         min_scope_B, mean_scope_B: [B] int64; equal numbers mark rows of one scope. None: all rows are one scope.
     """
     one_scope_B = torch.zeros_like(dependency_mean_B, dtype=torch.int64)
@@ -92,6 +94,8 @@ def trajectory_scale(
     for scope in sorted(set(mean_scope_B[spread_B].tolist())):
         rows_B = spread_B & (mean_scope_B == scope)
         target_max = scale_min + (1.0 - scale_min) / (relative_B[rows_B].mean() + MEAN_EPS)
+        if scale_max is not None:
+            target_max = torch.full_like(target_max, scale_max)
         target_maxima.append(target_max.item())
         scale_B[rows_B] = scale_min + relative_B[rows_B] * (target_max - scale_min)
     return TrajectoryScale(scale_B, tuple(smallest_means), tuple(largest_means), tuple(target_maxima))

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from megatron_vppo.config.choices import PerturbUnit
+from megatron_vppo.config.choices import PerturbUnit, PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,10 @@ class LossSpec:
     """The bound on the ratio of tokens with a negative advantage."""
     entropy_kind: str
     """'nll' (the authors': -log pi of the sampled token) or 'entropy' (of the full distribution)."""
+    policy_loss: PolicyLoss
+    sapo_tau_positive: float
+    sapo_tau_negative: float
+    """The steepness of SAPO's gate, where the advantage is positive and elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +171,12 @@ class TrainBatch:
     loss: LossSpec
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
-        """Returns the terms of some tokens, given their rows and columns; int64 [N] each."""
+        """Returns the terms of some tokens, given their rows and columns; int64 [N] each, row after row."""
+        length_B = None
+        if self.loss.policy_loss == "gspo":
+            length_B = torch.unique_consecutive(at[0], return_counts=True)[1]
         return TokenTerms(
-            self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at]
+            self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at], length_B
         )
 
 
@@ -180,3 +188,5 @@ class TokenTerms:
     advantage_N: Tensor
     pg_weight_N: Tensor
     entropy_weight_N: Tensor
+    length_B: Tensor | None = None
+    """int64; the number of these tokens in each of their rows, for a loss that needs it."""

@@ -242,6 +242,51 @@ def check_order(config: RunConfig) -> None:
         )
 
 
+def check_token_weights(config: RunConfig) -> None:
+    """Refuses ways to choose and weigh tokens that have no effect, or that say nothing together."""
+    algorithm = config.algorithm
+    changed = [
+        f"algorithm.{name} '{getattr(algorithm, name)}'"
+        for name, usual in (("token_scores", "dependency"), ("token_weighting", "mask"))
+        if getattr(algorithm, name) != usual
+    ]
+    if changed and not algorithm.use_vppo_on_perception:
+        raise ValueError(
+            f"{' and '.join(changed)}: no effect with algorithm.use_vppo_on_perception=false, which filters no tokens; "
+            "leave it out, or set use_vppo_on_perception=true"
+        )
+    if algorithm.token_weighting != "mask" and algorithm.token_scores in ("random", "dependency_or_entropy"):
+        raise ValueError(
+            f"algorithm.token_weighting '{algorithm.token_weighting}' weighs tokens by one score that says something, "
+            f"and token_scores is '{algorithm.token_scores}'; set token_scores to dependency or entropy, or "
+            "token_weighting=mask"
+        )
+    low, high = algorithm.advantage_scaling_min, algorithm.advantage_scaling_max
+    if high is not None and high < low:
+        raise ValueError(f"algorithm.advantage_scaling_max {high} is below advantage_scaling_min {low}; raise it")
+
+
+def check_policy_loss(config: RunConfig) -> None:
+    """Refuses losses on ranks that cannot compute them, and settings of a loss that it does not read."""
+    algorithm = config.algorithm
+    context = config.parallel.context_parallel_size
+    if algorithm.policy_loss == "gspo" and context > 1:
+        raise ValueError(
+            f"algorithm.policy_loss 'gspo' needs whole responses, and parallel.context_parallel_size {context} cuts "
+            "them; set it to 1, or another loss"
+        )
+    if algorithm.loss_avg_mode == "fixed_length" and algorithm.loss_denominator == "selected":
+        raise ValueError(
+            "algorithm.loss_denominator 'selected' has no effect with loss_avg_mode 'fixed_length', which divides by "
+            "data.max_response_length; leave it out"
+        )
+    if algorithm.rollout_correction != "token" and algorithm.rollout_correction_cap is None:
+        raise ValueError(
+            f"algorithm.rollout_correction '{algorithm.rollout_correction}' has no effect without a cap; set "
+            "algorithm.rollout_correction_cap (3 is usual), or leave it out"
+        )
+
+
 def check_carry(config: RunConfig) -> None:
     """Refuses to carry groups where none is left, and where nothing corrects for their older weights."""
     if config.rollout.unfinished == "drop":
@@ -387,6 +432,8 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_filter,
     check_order,
     check_carry,
+    check_token_weights,
+    check_policy_loss,
     check_keys,
     check_pixels,
     check_background,

@@ -67,7 +67,22 @@ NegativeAdvantages = Literal["same", "unscaled", "mirrored"]
 TextOnlyRows = Literal["bypass", "rank"]
 """The treatment of rows without an image."""
 
-LossAverage = Literal["token", "seq"]
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+"""The baseline and the scale of rewards."""
+
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo"]
+"""The surrogate losses of the policy."""
+
+TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "random"]
+"""The numbers by which the token filter ranks tokens."""
+
+TokenWeighting = Literal["mask", "soft", "pgpo"]
+"""The weights that tokens get from their scores."""
+
+CorrectionKind = Literal["token", "sequence_mask", "geometric_mask"]
+"""The unit that the rollout correction weighs, and what becomes of it beyond the cap."""
+
+LossAverage = Literal["token", "seq", "fixed_length"]
 """The mean that the policy-gradient loss is."""
 
 EntropyKind = Literal["nll", "entropy"]

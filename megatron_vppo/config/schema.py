@@ -13,8 +13,10 @@ from pydantic_core import PydanticCustomError
 
 from megatron_vppo.config.choices import (
     BUILT_IN_REWARD,
+    AdvantageKind,
     BackendSetting,
     BadRows,
+    CorrectionKind,
     CountedTokens,
     DependencyKind,
     Dtype,
@@ -30,6 +32,7 @@ from megatron_vppo.config.choices import (
     NegativeAdvantages,
     PerturbKind,
     PerturbSpace,
+    PolicyLoss,
     Preset,
     Quantization,
     Recompute,
@@ -40,6 +43,8 @@ from megatron_vppo.config.choices import (
     ShapingMeanScope,
     ShapingMinScope,
     TextOnlyRows,
+    TokenScores,
+    TokenWeighting,
     TruncatedResponses,
     Unfinished,
     VerifyWeights,
@@ -211,8 +216,27 @@ class PerturbConfig(Section):
 class AlgorithmConfig(Section):
     preset: Preset = "global"
     """'reference' computes what the authors' code computes, its scopes included; 'global' does not depend on layout."""
+    advantage: AdvantageKind = "grpo"
+    """Advantage of a response from its reward: GRPO's, Dr. GRPO's without the deviation, RLOO's, or those of
+    REINFORCE++, which divide by the deviation of the whole step."""
+    policy_loss: PolicyLoss = "clip"
+    """Surrogate loss: PPO's with DAPO's two bounds and a dual clip, GSPO's (set the bounds to 3e-4 and 4e-4), CISPO's,
+    or SAPO's."""
+    sapo_tau_positive: Positive = 1.0
+    sapo_tau_negative: Positive = 1.05
+    """Steepness of SAPO's gate, where the advantage is positive and elsewhere."""
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
+    token_scores: TokenScores = "dependency"
+    """Numbers by which the filter ranks tokens: visual dependency, entropy, or random numbers (the paper's ablations).
+    'dependency_or_entropy' keeps the top share by either (ToR)."""
+    token_weighting: TokenWeighting = "mask"
+    """Weights of the policy gradient: one for kept tokens and zero for others; 'soft': sigmoid of the score, with the
+    kept share as their mean (the paper's ablation); 'pgpo': PGPO's, which keeps all tokens."""
+    pgpo_tau: float = Field(default=0.4, gt=0, lt=1)
+    """Relative dependency below which PGPO lowers a token's weight."""
+    pgpo_beta: PositiveOrZero = 2.0
+    """Weight that PGPO adds to the token of largest dependency, before weights are made one on average."""
     use_advantage_shaping: bool = True
     """Trajectory advantage shaping (paper Eq. 5)."""
     use_entropy_penalty: bool = True
@@ -220,6 +244,8 @@ class AlgorithmConfig(Section):
     """Share of each response's tokens that receive policy gradient."""
     advantage_scaling_min: ShareAboveZero = 0.9
     """beta_min of the advantage scale; beta_max follows from mean scale one."""
+    advantage_scaling_max: Positive | None = None
+    """beta_max, if it is to be fixed (the paper's ablation); the mean scale is then what comes of it."""
     entropy_penalty_coef: PositiveOrZero = 0.06
     dependency: DependencyKind = "k3_sampled"
     """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or the
@@ -242,7 +268,8 @@ class AlgorithmConfig(Section):
     loss_denominator: CountedTokens = "all"
     """Tokens the policy-gradient sum is divided by: all response tokens or the kept ones."""
     loss_avg_mode: LossAverage = "token"
-    """Mean over tokens of the mini-batch (authors' code) or per sequence, then over sequences (paper Eq. 6)."""
+    """Mean over tokens of the mini-batch (authors' code), or per sequence and then over sequences (paper Eq. 6).
+    'fixed_length': a sum per sequence over data.max_response_length, then a mean over sequences (Dr. GRPO)."""
     entropy_kind: EntropyKind = "nll"
     entropy_tokens: CountedTokens = "all"
     clip_ratio_low: float = Field(default=0.2, gt=0, lt=1)
@@ -265,6 +292,10 @@ class AlgorithmConfig(Section):
     (Preset.)"""
     rollout_correction_cap: Positive | None = None
     """Weight each token's policy gradient by min(p_trainer / p_rollout, cap); None: no correction."""
+    rollout_correction: CorrectionKind = "token"
+    """'token': as above. 'sequence_mask': all tokens of a response by the product of their ratios, or zero if that is
+    above the cap. 'geometric_mask': by one, or zero if the geometric mean of the ratios is above the cap or below one
+    over it."""
     reference_devices: Count | None = None
     """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
     perturb: PerturbConfig = PerturbConfig()

@@ -141,6 +141,7 @@ def take_step(run: Run, step: int) -> None:
                 responses_per_minibatch=config.actor.global_batch_size * config.rollout.n,
                 data_parallel_size=policy.layout.data,
                 micro_batch_size=config.actor.micro_batch_size_per_device_for_update,
+                longest_response=config.data.max_response_length,
             )
 
         # 6. Clipped policy updates, one per mini-batch. The weights are those of another step from here on.

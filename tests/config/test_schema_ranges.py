@@ -70,17 +70,18 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "algorithm.top_p_perception_tokens algorithm.advantage_scaling_min rollout.top_p rollout.val.top_p "
         "reward.max_error_share",
     ),
-    ((0, 1), (0.001, 0.999), "algorithm.clip_ratio_low rollout.gpu_memory_utilization"),
+    ((0, 1), (0.001, 0.999), "algorithm.clip_ratio_low algorithm.pgpo_tau rollout.gpu_memory_utilization"),
     (
         (0, -1.0, LARGEST_FLOAT * 1.1),
         (1e-6, 100, LARGEST_FLOAT),
         "algorithm.clip_ratio_high algorithm.rollout_correction_cap algorithm.perturb.noise_std actor.max_grad_norm "
+        "algorithm.advantage_scaling_max algorithm.sapo_tau_positive algorithm.sapo_tau_negative "
         "rollout.cpu_kv_cache_gib rollout.logprob_diff_bound",
     ),
     (
         (-0.001, LARGEST_FLOAT * 1.1),
         (0, 100, LARGEST_FLOAT),
-        "algorithm.entropy_penalty_coef actor.optim.weight_decay",
+        "algorithm.entropy_penalty_coef algorithm.pgpo_beta actor.optim.weight_decay",
     ),
     ((1, LARGEST_FLOAT * 1.1), (1.001, LARGEST_FLOAT), "algorithm.clip_ratio_dual"),
     ((0, -1.0, 2**14 + 1), (0.1, 2**14), "algorithm.perturb.blur_radius"),

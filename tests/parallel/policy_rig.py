@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
-from megatron_vppo.config.choices import Fp8Phase, PerturbUnit
+from megatron_vppo.config.choices import Fp8Phase, PerturbUnit, PolicyLoss
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
@@ -108,7 +108,7 @@ class RigPixels:
 PIXELS = RigPixels()
 
 
-def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
+def make_batch(responses: list[Response], entropy_kind: str, *, policy_loss: PolicyLoss = "clip") -> TrainBatch:
     generator = torch.Generator().manual_seed(3)
     shape = (len(responses), RESPONSE_LENGTH)
     mask_BT = torch.zeros(shape)
@@ -122,7 +122,15 @@ def make_batch(responses: list[Response], entropy_kind: str) -> TrainBatch:
         pg_weight_BT=noise[2].abs() * mask_BT,
         entropy_weight_BT=0.1 * noise[3].abs() * mask_BT,
         response_mask_BT=mask_BT,
-        loss=LossSpec(clip_ratio_low=0.99, clip_ratio_high=50.0, clip_ratio_dual=60.0, entropy_kind=entropy_kind),
+        loss=LossSpec(
+            clip_ratio_low=0.99,
+            clip_ratio_high=50.0,
+            clip_ratio_dual=60.0,
+            entropy_kind=entropy_kind,
+            policy_loss=policy_loss,
+            sapo_tau_positive=1.0,
+            sapo_tau_negative=1.05,
+        ),
     )
 
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
+from megatron_vppo.config.choices import PolicyLoss
 from megatron_vppo.parallel.checkpoint import load_checkpoint, save_checkpoint
-from megatron_vppo.parallel.layout import Layout, init_layout
+from megatron_vppo.parallel.layout import Layout, init_layout, single_rank
 from megatron_vppo.parallel.training import OptimSettings
 from tests.gloo import run_gloo
 from tests.models.tiny import (
@@ -26,6 +28,7 @@ from tests.parallel.policy_rig import (
     STEP,
     Outcome,
     expected_outcome,
+    expected_update,
     make_batch,
     make_policy,
     make_responses,
@@ -168,6 +171,21 @@ def test_update_equals_transformers(
             for (name, rows), outcome in found.outcomes.items():
                 _, expected, start = models[name]
                 _compare(outcome, expected, start, where=f"{where}, {name}, {rows} rows a micro-batch")
+
+
+@pytest.mark.parametrize("policy_loss", ["gspo", "cispo", "sapo"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_other_losses_equal_transformers(policy_loss: PolicyLoss, rows: int, tmp_path: Path) -> None:
+    """GSPO needs whole responses, however they are packed."""
+    folder = tmp_path / "model"
+    save_tiny_model(folder, CONFIGS["tied"])
+    batch = make_batch(make_responses(), "nll", policy_loss=policy_loss)
+    model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32)
+    expected = expected_update(model, batch, OPTIM)
+    with single_rank() as layout:
+        metrics = make_policy(folder, layout, rows=rows, optim=OPTIM).update(batch)
+    for name in ("actor/pg_loss", "actor/grad_norm"):
+        assert metrics[name] == pytest.approx(expected.metrics[name], rel=NORM_TOLERANCE)
 
 
 def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, where: str) -> None:

@@ -19,7 +19,13 @@ from megatron_vppo.algorithm.types import LossSpec, TokenTerms
 from tests.algorithm.rows import CHECKS, GOLDEN, SharedExample
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 3.0}
-SPEC = LossSpec(**CLIP, entropy_kind="nll")
+SPEC = LossSpec(
+    **CLIP,
+    entropy_kind="nll",
+    policy_loss="clip",
+    sapo_tau_positive=1.0,
+    sapo_tau_negative=1.05,
+)
 # Golden tables are printed with 8 digits, so half a unit of the last one plus float32 rounding.
 PRINTED = 2e-8
 
@@ -337,7 +343,9 @@ def test_expected_penalty_gradient_is_zero_for_nll_but_not_for_entropy() -> None
     terms = surrogate_loss(
         logp_V[:1],
         TokenTerms(zero_N, zero_N, zero_N, zero_N + 1),
-        spec=LossSpec(**CLIP, entropy_kind="entropy"),
+        spec=LossSpec(
+            **CLIP, entropy_kind="entropy", policy_loss="clip", sapo_tau_positive=1.0, sapo_tau_negative=1.05
+        ),
         entropy_N=entropy_N,
     )
     assert torch.autograd.grad(terms.loss, logit_V)[0].abs().max() > 0.05

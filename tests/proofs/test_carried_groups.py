@@ -54,7 +54,9 @@ def test_carried_tokens_are_those_of_older_weights(digits: Path, tmp_path: Path)
         after, by_trainer = logps(later, digits, record), torch.tensor(record["old_logps"])
         assert (rollout[:at] - before[:at]).abs().max() < ROLLOUT_DIFFERENCE
         assert at == len(rollout) or (rollout[at:] - after[at:]).abs().max() < ROLLOUT_DIFFERENCE
-        assert (by_trainer - after).abs().max() < ROLLOUT_DIFFERENCE, "the trainer scores all of it with the new weights"
+        assert (by_trainer - after).abs().max() < ROLLOUT_DIFFERENCE, (
+            "the trainer scores all of it with the new weights"
+        )
     moved = [(logps(later, digits, one) - logps(start, digits, one)).abs().max() for one in carried]
     assert max(moved) > 100 * ROLLOUT_DIFFERENCE, "else nothing would tell the weights apart"
     assert second["training/rollout_logp_diff_max"] < ROLLOUT_DIFFERENCE, "over new tokens alone"

@@ -41,6 +41,7 @@ from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.models.flops import model_cost
 from megatron_vppo.observability.metrics import read_metrics
 from megatron_vppo.rollout.os_processes import members
+from megatron_vppo.setup.settings import vppo_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_DATA, DEMO_MODEL = "build/digits/data", "build/digits/model"
@@ -173,8 +174,7 @@ def step_shape(
     config: RunConfig, sampled_groups: float, trained_groups: float, prompt_tokens: float, response_tokens: float
 ) -> StepShape:
     """Returns the shape of a step. Lengths are means over all sampled responses, so that dropped groups count, too."""
-    algorithm, per = config.algorithm, config.algorithm.perturb.per
-    perturbed = algorithm.use_vppo_on_perception or algorithm.use_advantage_shaping
+    per = config.algorithm.perturb.per
     return StepShape(
         sampled_groups=sampled_groups,
         trained_groups=trained_groups,
@@ -182,7 +182,7 @@ def step_shape(
         prompt_tokens=prompt_tokens,
         response_tokens=response_tokens,
         patches_per_prompt=patches_per_prompt(config),
-        views=2 if perturbed else 1,
+        views=2 if vppo_settings(config).needs_dependency else 1,
         perturbations=1 if per == "image" else config.rollout.n if per == "row" else min(per, config.rollout.n),
         epochs=config.actor.ppo_epochs,
         shared_prefix=config.parallel.shared_prefix and config.parallel.context_parallel_size == 1,

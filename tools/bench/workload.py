@@ -16,7 +16,15 @@ import torch
 from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 
-CLIP = LossSpec(clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll")
+CLIP = LossSpec(
+    clip_ratio_low=0.2,
+    clip_ratio_high=0.28,
+    clip_ratio_dual=3.0,
+    entropy_kind="nll",
+    policy_loss="clip",
+    sapo_tau_positive=1.0,
+    sapo_tau_negative=1.05,
+)
 KEPT_TOKENS = 0.4
 """The share of response tokens with policy gradient, as the authors set it."""
 ENTROPY_COEFFICIENT = 0.06
