@@ -22,8 +22,10 @@ from megatron_vppo.config.schema import RunConfig, Section
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
-NOT_SHIPPED = frozenset({"my_run.yaml", "my_reward.py", "file.py", "utils.py", "chat_template.jinja"})
-"""Names of a user's own files or of a model's, and the one that is never to be."""
+NOT_SHIPPED = frozenset(
+    {"my_run.yaml", "my_reward.py", "file.py", "utils.py", "chat_template.jinja", "train_vppo_7b.sh"}
+)
+"""Names of a user's own files or of a model's, a script of the authors, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
 TO_COME = frozenset({"evaluation/"})

@@ -1,7 +1,8 @@
 """The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
     cli
-    trainer   fidelity   launching  ->  planning   conversion   wings: none imports another, but launching planning
+    trainer   fidelity   launching  ->  planning           wings: none imports another, but launching planning
+                         |              conversion  importing
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
@@ -68,9 +69,11 @@ ROOMS = {
     "planning": room("models weights", "transformers"),
     # From settings to a job of a cluster.
     "launching": room(f"{GROUND} {ENGINES} setup planning", "megatron transformers"),
+    # Settings of others into ours.
+    "importing": room("config"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
-    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning launching conversion"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning launching conversion importing"),
 }
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
@@ -262,6 +265,7 @@ PLANTED = [
     ("launching.dry_run", "from megatron_vppo.trainer.placement import Placement"),
     ("planning.layouts", "from megatron_vppo.launching.dry_run import DryRun"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),
+    ("importing.sources", "from megatron_vppo.setup.preflight import check_run"),
     ("cli.main", "from vllm import LLM"),
     ("config.choices", "from megatron_vppo.config.schema import RunConfig"),
     ("config.choices", "import pydantic"),

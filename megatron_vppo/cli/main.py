@@ -19,6 +19,7 @@ from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
 from megatron_vppo.cli.errors import DO_NOT_RESTART, MISTAKE, STOPPED, error_text, is_mistake, mistake_status
+from megatron_vppo.cli.import_config import add_import_options, run_import
 from megatron_vppo.cli.launch import (
     check_rank,
     end_with_torchrun,
@@ -126,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_train,
         _add_slurm,
+        _add_import_config,
         _add_plan,
         _add_doctor,
         _add_convert,
@@ -161,6 +163,18 @@ def _add_slurm(commands: Commands) -> None:
     _add_settings(slurm)
     add_slurm_options(slurm)
     slurm.set_defaults(run=run_slurm)
+
+
+def _add_import_config(commands: Commands) -> None:
+    importing = commands.add_parser(
+        "import-config",
+        help="translate a configuration of VPPO-RL or EasyR1",
+        description="Writes our YAML file for a YAML file or launch script of VPPO-RL or EasyR1 0.3.3. Every key is "
+        "translated, or dropped where nothing depends on it, or refused by name with the reason. Their defaults hold "
+        "where they differ from ours. docs/import.md has the table of keys.",
+    )
+    add_import_options(importing)
+    importing.set_defaults(run=run_import)
 
 
 def _add_plan(commands: Commands) -> None:

@@ -46,11 +46,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: naming every unknown setting (with the nearest valid name), wrong value and impossible combination.
     """
     layers = [*_file_layers(Path(path)), *(_override_layer(text) for text in overrides)]
+    return config_of(layers, name=str(path))
+
+
+def config_of(layers: Sequence[tuple[str, Mapping[Any, Any]]], *, name: str) -> RunConfig:
+    """Checks nested settings, of which later layers win over earlier ones, as `load_config` does.
+
+    Args:
+        layers: (source, settings) of each; messages name the source.
+        name: the configuration as a whole, for the first line of a message.
+
+    Raises:
+        ValueError: naming every problem.
+    """
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for source, mapping in layers:
-        for name, value in _leaves(mapping, RunConfig, "", source, problems):
-            settings[name] = Setting(value, source)
+        for setting, value in _leaves(mapping, RunConfig, "", source, problems):
+            settings[setting] = Setting(value, source)
     try:
         config = RunConfig.model_validate(_nested(settings))
     except ValidationError as error:
@@ -59,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         problems += problems_of(config)
         if not problems:
             return config
-    heading = f"{path}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
+    heading = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
     raise ValueError("\n  - ".join([heading, *problems]))
 
 
@@ -142,7 +155,17 @@ def _known_names(model: type[Section], prefix: str = "", *, sections: bool) -> I
 
 
 def _suggestion(name: str, is_section: bool) -> str:
-    """Suggests the nearest valid name.
+    """Suggests the nearest valid name."""
+    candidates = list(_known_names(RunConfig, sections=is_section))
+    if name in candidates:  # a key of a file that has dots
+        *sections, last = name.split(".")
+        return f"in a file, write '{last}' below {' and '.join(map(repr, sections))}"
+    nearest = nearest_name(name, candidates)
+    return f"did you mean {nearest}?" if nearest else f"the sections are {', '.join(RunConfig.model_fields)}"
+
+
+def nearest_name(name: str, candidates: Sequence[str]) -> str | None:
+    """Returns the candidate that is most like a dotted name; None if none is like it.
 
     Likeness counts over the whole dotted name and over its last part, so that a setting in a wrong section is found.
     """
@@ -152,14 +175,8 @@ def _suggestion(name: str, is_section: bool) -> str:
         last = difflib.SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
         return whole + last
 
-    candidates = list(_known_names(RunConfig, sections=is_section))
-    if name in candidates:  # a key of a file that has dots
-        *sections, last = name.split(".")
-        return f"in a file, write '{last}' below {' and '.join(map(repr, sections))}"
     nearest = max(candidates, key=likeness)
-    if likeness(nearest) >= 1.0:
-        return f"did you mean {nearest}?"
-    return f"the sections are {', '.join(RunConfig.model_fields)}"
+    return nearest if likeness(nearest) >= 1.0 else None
 
 
 def _nested(settings: Mapping[str, Setting]) -> dict[str, Any]:

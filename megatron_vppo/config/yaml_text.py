@@ -71,3 +71,9 @@ def write_yaml(value: Any) -> str:
     """Returns a text that `read_yaml` reads back as an equal value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
+
+
+def write_yaml_value(value: Any) -> str:
+    """Returns a value as it stands behind a key, in one line: `8`, `'010'`, `[a, b]`. `read_yaml` reads it back."""
+    text: str = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=float("inf"))
+    return text.removesuffix("\n").removesuffix("\n...")
