@@ -85,23 +85,18 @@ class _Reader:
             elif char in "()":
                 raise self._not_read(f"'{char}'")
             else:
-                assigned = (
-                    _ASSIGNMENT.match(self.text, self.at) if self._takes_assignment(words, only_assignments) else None
-                )
+                declares = only_assignments or (words and words[0].text in _DECLARING)
+                assigned = _ASSIGNMENT.match(self.text, self.at) if declares else None
                 if assigned and after_condition:
                     raise self._not_read(f"{assigned[0]} after && or ||")
                 if assigned:
                     self._assign(assigned)
                     continue
                 only_assignments = False
-                words += self._words()
+                words += self._read_words(splits=True)
                 if len(words) == 1 and words[0].text in _BRANCHING:
                     raise self._not_read(f"'{words[0].text}'")
         yield words
-
-    @staticmethod
-    def _takes_assignment(words: list[Word], only_assignments: bool) -> bool:
-        return only_assignments or words[0].text in _DECLARING
 
     def _assign(self, assigned: re.Match[str]) -> None:
         self.at = assigned.end()
@@ -113,15 +108,16 @@ class _Reader:
 
     # --- Words --------------------------------------------------------------------------------------------------------
 
-    def _words(self) -> list[Word]:
-        """Reads one word of the text; a value outside of quotes with blanks in it makes several."""
-        return self._read_word(splits=True)
-
     def _one_word(self) -> Word:
-        words = self._read_word(splits=False)
+        words = self._read_words(splits=False)
         return words[0] if words else Word("")
 
-    def _read_word(self, *, splits: bool) -> list[Word]:
+    def _read_words(self, *, splits: bool) -> list[Word]:
+        """Reads one word of the text, of which the value of a variable outside of quotes may make several or none.
+
+        Args:
+            splits: True where blanks in such a value divide words; in an assignment they do not.
+        """
         words: list[Word] = []
         text, is_word = "", False
         unset: tuple[str, ...] = ()
@@ -181,23 +177,25 @@ class _Reader:
         if self.text.startswith("{", self.at):
             start = self.at + 1
             self.at = self._find("}", start) + 1
-            inside = re.fullmatch(r"([A-Za-z_]\w*)(?::?-([^$`]*))?", self.text[start : self.at - 1])
+            inside = re.fullmatch(r"([A-Za-z_]\w*)(?:(:?)-([^$`]*))?", self.text[start : self.at - 1])
             if not inside:
                 raise self._not_read("${" + self.text[start : self.at])
-            return self._value(inside[1], default=inside[2])
+            return self._value(inside[1], default=inside[3], also_for_empty=bool(inside[2]))
         if name := _NAME.match(self.text, self.at):
             self.at = name.end()
-            return self._value(name[0], default=None)
-        if self.text[self.at : self.at + 1] in (*"0123456789", "@", "*", "#", "?", "$", "!", "-"):
+            return self._value(name[0])
+        char = self.text[self.at : self.at + 1]
+        if char in (*"0123456789@*#?$!-",):
             self.at += 1
-            return Word("")  # the script's own arguments: those of the import stand in their place
+            # The arguments of the script: those of the import stand in their place.
+            return Word("") if char in (*"123456789@*",) else Word("", (f"${char}",))
         return Word("$")
 
-    def _value(self, name: str, *, default: str | None) -> Word:
+    def _value(self, name: str, *, default: str | None = None, also_for_empty: bool = False) -> Word:
         value = self.variables.get(name) or (Word(self.environment[name]) if name in self.environment else None)
-        if value is None or (default is not None and not value.text):
-            return Word("", (name,)) if default is None else Word(default.strip("\"'"))
-        return value
+        if default is not None and (value is None or (also_for_empty and not value.text)):
+            return Word(default.strip("\"'"))
+        return value or Word("", (name,))
 
     # --- Places -------------------------------------------------------------------------------------------------------
 

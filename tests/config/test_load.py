@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.config.load import load_config, save_resolved
+from megatron_vppo.config.load import config_of, load_config, nearest_name, save_resolved
 
 MINIMAL = "data: {train_files: train.jsonl}\nmodel: {path: some/model}\n"
 
@@ -202,3 +202,25 @@ def test_a_file_of_another_encoding_is_named(tmp_path: Path) -> None:
 def test_seeds_that_a_generator_refuses_are_refused_at_once(write: Write, seed: object) -> None:
     with pytest.raises(ValueError, match=rf"trainer\.seed = {seed!r}"):
         load_config(write(MINIMAL), [f"trainer.seed={seed}"])
+
+
+def test_settings_of_several_sources() -> None:
+    layers = [
+        ("first", {"data": {"train_files": "x"}, "rollout": {"n": 4}}),
+        ("second", {"model": {"path": "y"}, "rollout": {"n": 6}}),
+    ]
+    config = config_of(layers, name="mine")
+    assert (config.data.train_files, config.model.path, config.rollout.n) == ("x", "y", 6)
+    with pytest.raises(ValueError) as caught:
+        config_of([*layers, ("third", {"rollout": {"n": 1, "k": 2}})], name="mine")
+    heading, unknown, wrong = str(caught.value).splitlines()
+    assert heading == "mine: 2 problems in the configuration"
+    assert unknown.startswith("  - rollout.k (third) is no setting")
+    assert wrong == "  - rollout.n = 1 (third): should be greater than 1"
+
+
+def test_the_nearest_name() -> None:
+    names = ["rollout.n", "rollout.top_p", "actor.optim.lr"]
+    assert nearest_name("rollout.topp", names) == "rollout.top_p"
+    assert nearest_name("trainer.lr", names) == "actor.optim.lr"
+    assert nearest_name("zzz", names) is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.config.load import load_config, save_resolved
+from megatron_vppo.config.yaml_text import read_yaml, write_yaml_value
 
 MINIMAL = "data: {train_files: train.jsonl}\nmodel: {path: some/model}\n"
 
@@ -138,3 +139,17 @@ def test_paths_that_linux_refuses_are_named(path: Path, name: str, value: str) -
 @pytest.mark.parametrize("value", ["a~/b$", "./~/x", "/costs in $/x@train[:5%]"])
 def test_other_paths_are_taken(path: Path, value: str) -> None:
     assert load_config(path, [f"data.train_files='{value}'"]).data.train_files == value
+
+
+VALUES = [
+    (8, "8"), (1e-6, "1.0e-06"), (True, "true"), (None, "null"), ("a b", "a b"), ("010", "'010'"), ("yes", "'yes'"),
+    ("a # b", "'a # b'"), ("", "''"), (["params", "grads"], "[params, grads]"), ([0.9, 0.999], "[0.9, 0.999]"),
+    ([], "[]"), ({"n": 8}, "{n: 8}"), ("ä" * 300, "ä" * 300), ([9] * 100, f"[{', '.join('9' * 100)}]"),
+    ("...", "'...'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "text"), VALUES)
+def test_a_value_is_written_in_one_line(value: object, text: str) -> None:
+    assert write_yaml_value(value) == text
+    assert read_yaml(f"key: {text}  # a comment", "here") == {"key": value}

@@ -194,7 +194,7 @@ def test_a_value_that_does_not_work_here_names_both_keys(tmp_path: Path) -> None
 
 
 def test_everything_else_has_our_default(tmp_path: Path) -> None:
-    """What no key of theirs says is not in the file, and stays as it is here under the preset."""
+    """A setting that no key of theirs names stays as it is here under the preset."""
     imported = import_keys(VPPO, tmp_path)
     given = {name for line in imported.translated for name in line.partition(" -> ")[2].split(", ")}
     ours = RunConfig.model_validate(
