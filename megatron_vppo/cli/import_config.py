@@ -46,7 +46,8 @@ def run_import(options: argparse.Namespace) -> int:
     out: Path = options.out or Path(f"{options.source.stem}_vppo.yaml")
     source = read_source(options.source, options.overrides, environment=os.environ)
     imported = import_config(source, name=str(options.source))
-    _write_new(out, f"# Written by: {shlex.join(['vppo', *options.words])}\n{imported.text}")
+    command = "\n# ".join(shlex.join(["vppo", *options.words]).splitlines())
+    _write_new(out, f"# Written by: {command}\n{imported.text}")
     say("\n".join(_report(out, source, imported, verbose=options.verbose)))
     return 0
 
@@ -76,7 +77,7 @@ def _report(out: Path, source: TheirConfig, imported: ImportedConfig, *, verbose
         yield from _block("Without a setting here", imported.dropped)
     else:
         yield "--verbose lists them"
-    yield from _block("Notes on their script", source.notes)
+    yield from _block("Notes on their values", source.notes)
     yield from _block("What differs from their run", imported.differs)
     gpus = (source.values["trainer.nnodes"], source.values["trainer.n_gpus_per_node"])
     yield ""

@@ -37,7 +37,7 @@ def test_a_script_becomes_a_file_that_loads(imports, capsys: pytest.CaptureFixtu
     assert lines[1].endswith("/VPPO-RL/examples/configs/config.yaml") and lines[2] == "--verbose lists them"
     assert "  trainer.val_generations_to_log = 3: responses of validation are not recorded here\n" in out
     assert lines[-1] == "  vppo train --config run.yaml --dry-run --nodes 1 --gpus-per-node 8"
-    assert "Notes on their script" not in out and "Translated" not in out
+    assert "Notes on their values" not in out and "Translated" not in out
 
 
 def test_the_script_with_an_undefined_variable(imports, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,7 +45,7 @@ def test_the_script_with_an_undefined_variable(imports, capsys: pytest.CaptureFi
     assert imports("../VPPO-RL/train_vppo_8b.sh") == 0
     assert load_config("train_vppo_8b_vppo.yaml").trainer.total_steps == 130
     out = " ".join(capsys.readouterr().out.split())
-    assert "Notes on their script trainer.total_epochs=: TOTAL_EPOCHES has no value" in out
+    assert "Notes on their values trainer.total_epochs=: TOTAL_EPOCHES has no value" in out
 
 
 def test_a_yaml_file_with_overrides(imports, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,6 +94,25 @@ def test_what_cannot_be_imported_writes_nothing(
     captured = capsys.readouterr()
     assert captured.err.startswith("vppo: ") and message in captured.err and captured.out == ""
     assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_a_value_of_several_lines_stays_in_the_head(imports) -> None:
+    assert imports("../VPPO-RL/train_vppo_7b.sh", "worker.rollout.n=\n4", "--out", "run.yaml") == 0
+    head = Path("run.yaml").read_text().splitlines()[:3]
+    assert head[1] == "# 4' --out run.yaml" and head[2] == "data:"
+    assert load_config("run.yaml").rollout.n == 4
+
+
+@pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
+def test_a_dry_run_takes_the_7b(imports, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their FSDP has no tensor parallelism; with it the run fits the authors' eight GPUs of 80 GiB."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert imports("../VPPO-RL/train_vppo_7b.sh", "--out", "run.yaml") == 0
+    assert main(["train", "--config", "run.yaml", "--dry-run", "parallel.tensor_model_parallel_size=2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "384 prompts x 8 responses = 3072 rows, 3 optimizer steps of 128 prompts; 2 passes over the data" in out
+    assert "update: up to 256 rows on a data-parallel rank = 16 micro-batches" in out
+    assert out.endswith("It fits. Nothing was started.")
 
 
 def test_a_file_that_is_not_there(imports, capsys: pytest.CaptureFixture[str]) -> None:
