@@ -94,7 +94,7 @@ class _Reader:
                     continue
                 only_assignments = False
                 words += self._read_words(splits=True)
-                if len(words) == 1 and words[0].text in _BRANCHING:
+                if words and words[0].text in _BRANCHING:
                     raise self._not_read(f"'{words[0].text}'")
         yield words
 

@@ -143,7 +143,8 @@ def test_other_paths_are_taken(path: Path, value: str) -> None:
 
 VALUES = [
     (8, "8"), (1e-6, "1.0e-06"), (True, "true"), (None, "null"), ("a b", "a b"), ("010", "010"), ("12", "'12'"),
-    ("yes", "'yes'"),    ("a # b", "'a # b'"), ("", "''"), (["params", "grads"], "[params, grads]"), ([0.9, 0.999], "[0.9, 0.999]"),
+    ("yes", "'yes'"),
+    ("a # b", "'a # b'"), ("", "''"), (["params", "grads"], "[params, grads]"), ([0.9, 0.999], "[0.9, 0.999]"),
     ([], "[]"), ({"n": 8}, "{n: 8}"), ("ä" * 300, "ä" * 300), ([9] * 100, f"[{', '.join('9' * 100)}]"),
     ("...", "'...'"),
 ]  # fmt: skip

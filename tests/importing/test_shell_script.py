@@ -38,6 +38,7 @@ SCRIPTS = {
     "with a redirection": "python3 -m verl.trainer.main a=1 2>/dev/null b=2",
     "a dollar": 'python3 -m verl.trainer.main a=1$ b="$" c=$.x',
     "a prefix that is not set": "$NOT_SET_HERE python3 -m verl.trainer.main a=1",
+    "a declaration behind it": "$NOT_SET_HERE export X=1\npython3 -m verl.trainer.main a=$X",
     "a path": "python3 verl/trainer/main.py a=1",
 }
 
