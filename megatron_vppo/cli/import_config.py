@@ -72,6 +72,7 @@ def _write_new(path: Path, text: str) -> None:
 def _report(out: Path, source: TheirConfig, imported: ImportedConfig, *, verbose: bool) -> Iterator[str]:
     yield f"{out}: {len(imported.translated)} keys translated, {len(imported.dropped)} without a setting here"
     yield f"their file: {source.base}" if source.base else "their file: none, so their defaults hold"
+    yield "algorithm: preset 'reference', which computes what the authors' code computes (docs/algorithm.md)"
     if verbose:
         yield from _block("Translated", imported.translated)
         yield from _block("Without a setting here", imported.dropped)

@@ -183,7 +183,7 @@ class _Reader:
             return self._value(inside[1], default=inside[3], also_for_empty=bool(inside[2]))
         if name := _NAME.match(self.text, self.at):
             self.at = name.end()
-            return self._value(name[0])
+            return self._value(name[0], default=None, also_for_empty=False)
         char = self.text[self.at : self.at + 1]
         if char in (*"0123456789@*#?$!-",):
             self.at += 1
@@ -191,7 +191,7 @@ class _Reader:
             return Word("") if char in (*"123456789@*",) else Word("", (f"${char}",))
         return Word("$")
 
-    def _value(self, name: str, *, default: str | None = None, also_for_empty: bool = False) -> Word:
+    def _value(self, name: str, *, default: str | None, also_for_empty: bool) -> Word:
         value = self.variables.get(name) or (Word(self.environment[name]) if name in self.environment else None)
         if default is not None and (value is None or (also_for_empty and not value.text)):
             return Word(default.strip("\"'"))

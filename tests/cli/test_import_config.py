@@ -34,7 +34,8 @@ def test_a_script_becomes_a_file_that_loads(imports, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == "run.yaml: 70 keys translated, 130 without a setting here"
-    assert lines[1].endswith("/VPPO-RL/examples/configs/config.yaml") and lines[2] == "--verbose lists them"
+    assert lines[1].endswith("/VPPO-RL/examples/configs/config.yaml") and lines[3] == "--verbose lists them"
+    assert lines[2].startswith("algorithm: preset 'reference', which computes what the authors' code computes")
     assert "  trainer.val_generations_to_log = 3: responses of validation are not recorded here\n" in out
     assert lines[-1] == "  vppo train --config run.yaml --dry-run --nodes 1 --gpus-per-node 8"
     assert "Notes on their values" not in out and "Translated" not in out
