@@ -82,7 +82,7 @@ def _report(out: Path, source: TheirConfig, imported: ImportedConfig, *, verbose
     yield from _block("What differs from their run", imported.differs)
     gpus = (source.values["trainer.nnodes"], source.values["trainer.n_gpus_per_node"])
     yield ""
-    yield "Their FSDP says nothing of tensor and pipeline parallelism: `vppo plan` says which parallel.* fit. Then:"
+    yield "Theirs has FSDP and no parallel.* settings. A dry run says if it fits, and which of these would:"
     yield f"  vppo train --config {shlex.quote(str(out))} --dry-run --nodes {gpus[0]} --gpus-per-node {gpus[1]}"
 
 

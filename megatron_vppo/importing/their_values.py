@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ class Folders:
     @classmethod
     def around(cls, source: Path) -> Folders:
         """Returns the folders from that of a file upward, and from the present one upward."""
-        home, here = source.absolute().parent, Path.cwd()
+        home, here = Path(os.path.abspath(source)).parent, Path.cwd()  # without '..', whose parents are others
         return cls((home, *home.parents, here, *here.parents))
 
     def find(self, path: str) -> Path | None:

@@ -64,6 +64,14 @@ def test_every_key_is_listed_if_asked(imports, capsys: pytest.CaptureFixture[str
     assert sum(line.startswith("  worker.critic.") for line in lines) == 38
 
 
+def test_lines_of_the_report_are_wrapped_between_words(imports, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "-".join(["word"] * 30)
+    assert imports("../VPPO-RL/train_vppo_7b.sh", f"trainer.experiment_name={name}", "--verbose") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(name in line for line in lines)
+    assert max(len(line) for line in lines[3:] if name not in line) in range(95, 101)
+
+
 def test_a_file_that_is_there_is_not_written_over(imports, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("../VPPO-RL/train_vppo_7b.sh", "--out", "run.yaml")
     assert imports(*words) == imports(*words) == 0

@@ -121,6 +121,7 @@ def test_what_differs_in_the_7b_run_is_said(tmp_path: Path, monkeypatch: pytest.
 def test_settings_stand_in_the_order_of_the_schema_with_comments(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = authors_run("train_vppo_7b.sh", tmp_path, monkeypatch).text
     assert list(yaml.safe_load(text)) == ["data", "model", "parallel", "algorithm", "actor", "rollout", "trainer"]
+    assert "  preset: reference  # what the authors' code computes; docs/algorithm.md says how" in text
     assert "  reference_devices: 8  # theirs: 1 x 8 GPUs\n" in text
     assert "  micro_batch_size_per_device_for_experience: 16  # theirs: 32; here both views of a response" in text
     assert "    n: 8\n    top_p: 0.99  # theirs: that of training" in text

@@ -87,7 +87,7 @@ TRANSLATED: list[tuple[dict[str, str], dict[str, Any]]] = [
         {"worker.rollout.top_k": "40", "worker.rollout.val_override_config.top_k": "-1"},
         {"rollout.top_k": 40},
     ),
-    ({"worker.rollout.limit_images": "3"}, {"rollout.max_images_per_prompt": 3}),
+    ({"worker.rollout.limit_images": "1"}, {"rollout.max_images_per_prompt": 1}),
     ({"worker.rollout.gpu_memory_utilization": "0.5"}, {"rollout.gpu_memory_utilization": 0.5}),
     ({"worker.rollout.enforce_eager": "true"}, {"rollout.enforce_eager": True}),
     ({"worker.rollout.tensor_parallel_size": "4"}, {"rollout.tensor_parallel_size": 4}),
@@ -130,12 +130,12 @@ TRANSLATED: list[tuple[dict[str, str], dict[str, Any]]] = [
         {"data.mini_rollout_batch_size": "100", "trainer.max_try_make_batch": "6"} | VPPO,
         {"algorithm.max_try_make_batch": 2},
     ),
-    ({"trainer.val_freq": "10"}, {"trainer.val_freq": 10}),
+    ({"trainer.val_freq": "1"}, {"trainer.val_freq": 1}),
     ({"trainer.val_freq": "0"}, {"trainer.val_freq": -1}),
     ({"trainer.val_before_train": "false"}, {"trainer.val_before_train": False}),
-    ({"trainer.save_freq": "20"}, {"trainer.save_freq": 20}),
+    ({"trainer.save_freq": "1"}, {"trainer.save_freq": 1}),
     ({"trainer.save_freq": "0"}, {"trainer.save_freq": -1}),
-    ({"trainer.save_limit": "3"}, {"trainer.save_limit": 3}),
+    ({"trainer.save_limit": "1"}, {"trainer.save_limit": 1}),
     ({"trainer.save_limit": "0"}, {"trainer.save_limit": -1}),
     ({"trainer.save_model_only": "true"}, {"trainer.save_model_only": True}),
     ({"trainer.save_checkpoint_path": "/big/easy_r1/demo"}, {"trainer.runs_dir": "/big"}),
@@ -293,6 +293,9 @@ def test_warmup_dynamic_batches_and_shaping_say_how_they_differ(tmp_path: Path) 
 
     assert "step k of the 12 has k/12 of the rate here, and (k-1)/12 there" in differs(
         {"worker.actor.optim.lr_warmup_steps": "12"}, "worker.actor.optim.lr_warmup_steps"
+    )
+    assert "step k of the 1 has" in differs(
+        {"worker.actor.optim.lr_warmup_steps": "1"}, "worker.actor.optim.lr_warmup_steps"
     )
     assert "not 16 rows of full length" in differs({}, "worker.actor.dynamic_batching")
     assert differs({"worker.actor.dynamic_batching": "false"}, "worker.actor.dynamic_batching") == ""

@@ -36,6 +36,7 @@ SCRIPTS = {
     "and then": "X=5\ntrue && python3 -m verl.trainer.main a=$X",
     "into a log": "python3 -m verl.trainer.main a=1 2>&1 | cat",
     "with a redirection": "python3 -m verl.trainer.main a=1 2>/dev/null b=2",
+    "short names of files": "echo >e; python3 -m verl.trainer.main a=1 2>f b=2 >g c=3",
     "a dollar": 'python3 -m verl.trainer.main a=1$ b="$" c=$.x',
     "a prefix that is not set": "$NOT_SET_HERE python3 -m verl.trainer.main a=1",
     "a declaration behind it": "$NOT_SET_HERE export X=1\npython3 -m verl.trainer.main a=$X",
@@ -80,6 +81,7 @@ def test_the_environment_has_what_the_script_does_not_set() -> None:
     [
         ("if true; then\nX=1\nfi\n", "x.sh, line 1: 'if' is not read"),
         ("A=1\nfor x in 1 2; do\n", "line 2: 'for' is not read"),
+        ("\nif true; then\n", "line 2: 'if' is not read"),
         ("f() {\n}\n", "line 1: '(' is not read"),
         ("{ A=1; }", "'{' is not read"),
         ("A=(1 2)\n", "A=(, an array, is not read"),

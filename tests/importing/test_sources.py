@@ -67,6 +67,12 @@ def test_what_theirs_cannot_be_is_a_problem(tmp_path: Path, text: str, override:
     assert said.startswith(problem.replace("FILE", str(tmp_path / "theirs.yaml")))
 
 
+def test_a_long_value_is_cut_in_a_message(tmp_path: Path) -> None:
+    for length, shown in ((80, "x" * 80), (81, "x" * 77 + "...")):
+        (problem,) = read(tmp_path, f"data: {{seed: {'x' * length}}}").problems
+        assert problem.startswith(f"data.seed = {shown} (")
+
+
 def test_all_problems_are_collected(tmp_path: Path) -> None:
     found = read(tmp_path, "data: {a: 1, seed: x}\nother: 2", "b=3")
     assert [problem.split()[0] for problem in found.problems] == ["data.a", "data.seed", "other", "b"]

@@ -61,7 +61,8 @@ def test_paths_are_found_above_the_source_and_then_above_here(tmp_path: Path, mo
         return found.read_text() if found else None
 
     assert content("one") == "theirs/examples/scripts/one"
-    assert content("two") == "theirs/two"
+    assert content("two") == "theirs/two", "not that of the folder in which the command runs"
+    assert folders.find("two") == tmp_path / "theirs" / "two", "without '..' in it"
     assert content("./three") == "ours/deep/three"
     assert content("four") == "ours/four"
     assert content("five") is None and content("") is None
