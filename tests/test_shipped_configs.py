@@ -1,12 +1,13 @@
 """Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem.
 
 Those of examples/slurm/ come with the batch script that `vppo slurm` writes for them, and a layout that `vppo plan`
-says fits.
+says fits. Those of examples/recipes/ are each a model and a method.
 """
 
 from __future__ import annotations
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,18 @@ from megatron_vppo.setup.by_machine import by_machine
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-CONFIGS = sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")])
+RECIPES = EXAMPLES / "recipes"
+CONFIGS = [
+    path for path in sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")]) if path.parent.name != "methods"
+]
+METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo")
+MODELS = {
+    "qwen2_5_vl_3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 1),
+    "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 1),
+    "qwen2_5_vl_32b": ("Qwen/Qwen2.5-VL-32B-Instruct", 4),
+    "qwen3_vl_8b": ("Qwen/Qwen3-VL-8B-Instruct", 1),
+}
+"""The recipes: their model on the hub, and their nodes of 8 GPUs."""
 READY = {
     "qwen2_5_vl_7b_8gpus": ("Qwen/Qwen2.5-VL-7B-Instruct", 8),
     "qwen3_vl_8b_8gpus": ("Qwen/Qwen3-VL-8B-Instruct", 8),
@@ -48,10 +60,9 @@ def test_shipped_config_loads(path: Path) -> None:
 def test_a_shipped_config_sets_nothing_twice_the_same(path: Path) -> None:
     """A file over a base is a small diff: it repeats no value that the base has already."""
     own = yaml.safe_load(path.read_text()) or {}
-    if "base" not in own:
-        return
-    base = yaml.safe_load((path.parent / own.pop("base")).read_text()) or {}
-    assert repeated(own, base) == []
+    bases = own.pop("base", [])
+    for base in [bases] if isinstance(bases, str) else bases:
+        assert repeated(own, yaml.safe_load((path.parent / base).read_text()) or {}) == []
 
 
 def repeated(own: dict, base: dict, prefix: str = "") -> list[str]:
@@ -152,3 +163,72 @@ def test_a_ready_run_has_the_settings_of_the_paper(name: str) -> None:
 
 def size_of(name: str) -> str:
     return name.partition("_vl_")[2][:2]
+
+
+# --- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_model_has_every_method() -> None:
+    folders = {path.name for path in RECIPES.iterdir() if path.is_dir()} - {"methods"}
+    assert folders == MODELS.keys()
+    for model in MODELS:
+        assert {path.stem for path in (RECIPES / model).iterdir()} == set(METHODS)
+    assert {path.stem for path in (RECIPES / "methods").iterdir()} == set(METHODS) - {"vppo"}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_methods_differ_in_the_algorithm_alone(model: str) -> None:
+    """And in what the preset 'reference' says of rollouts. No two runs share a folder."""
+    by_method = {method: load_config(RECIPES / model / f"{method}.yaml").model_dump() for method in METHODS}
+    assert {settings["trainer"].pop("experiment_name") for settings in by_method.values()} == {
+        f"{model}_{method}" for method in METHODS
+    }
+    ours = by_method["vppo"]
+    assert ours["model"]["path"] == MODELS[model][0]
+    for method, settings in by_method.items():
+        other = {section for section in ours if settings[section] != ours[section]} - {"algorithm"}
+        assert other == ({"rollout"} if method == "reference" else set())
+        algorithm = settings["algorithm"]
+        assert (
+            algorithm["use_vppo_on_perception"]
+            == algorithm["use_advantage_shaping"]
+            == (method in ("vppo", "reference"))
+        )
+        assert algorithm["use_entropy_penalty"] == (method not in ("dapo", "grpo"))
+        assert algorithm["online_filtering"] == (method != "grpo")
+        assert algorithm["clip_ratio_high"] == (0.2 if method == "grpo" else 0.28)
+
+
+@pytest.mark.parametrize(
+    ("model", "method"),
+    [
+        pytest.param(model, method, marks=[] if (model, method) == ("qwen2_5_vl_3b", "vppo") else pytest.mark.extended)
+        for model in MODELS
+        for method in METHODS
+    ],
+)
+@pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
+def test_a_recipe_fits_by_its_dry_run(
+    model: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    nodes = MODELS[model][1]
+    words = ["train", "--config", f"examples/recipes/{model}/{method}.yaml", "--dry-run", "--nodes", str(nodes)]
+    settings = [f"trainer.runs_dir={tmp_path}"]
+    assert main([*words, "--gpus-per-node", "8", "--gpu-memory", str(GPU_GIB), *settings]) == 0
+    assert "It fits. Nothing was started." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["local.sh", "submit.sh"])
+def test_a_script_passes_recipe_and_settings_on(script: str, tmp_path: Path) -> None:
+    (tmp_path / "vppo").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "vppo").chmod(0o755)
+    done = subprocess.run(
+        [RECIPES / script, "qwen2_5_vl_32b/grpo", "trainer.seed=2"], capture_output=True, text=True, check=True,
+        cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+    )  # fmt: skip
+    words = done.stdout.split()
+    assert words[1:3] == ["--config", "examples/recipes/qwen2_5_vl_32b/grpo.yaml"] and words[-1] == "trainer.seed=2"
+    assert words[0] == ("train" if script == "local.sh" else "slurm")
+    assert script == "local.sh" or words[words.index("--nodes") + 1] == "4"

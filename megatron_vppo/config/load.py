@@ -1,6 +1,7 @@
 """A reader of configurations, from a YAML file, its base files and dotted overrides; and a writer for the run folder.
 
-    base: vppo.yaml          # optional; another file, relative to this one, that this one is laid over
+    base: vppo.yaml          # optional; another file, relative to this one, that this one is laid over; or a list, of
+                             # which each is laid over those before it
     rollout:
       n: 8
 
@@ -100,9 +101,12 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[str, Ma
     if not isinstance(mapping, dict):
         raise ValueError(f"{path} holds {_shown(content)}; it should hold sections such as 'data:' and 'model:'")
     base = mapping.pop(BASE_KEY, None)
-    if base is not None and not isinstance(base, str):
-        raise ValueError(f"'{BASE_KEY}' in {path} is {_shown(base)}; set it to the path of one YAML file")
-    lower = _file_layers(path.parent / base, (*above, path)) if base is not None else []
+    bases = [] if base is None else [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(one, str) for one in bases):
+        raise ValueError(
+            f"'{BASE_KEY}' in {path} is {_shown(base)}; set it to the path of a YAML file, or a list of them"
+        )
+    lower = [layer for one in bases for layer in _file_layers(path.parent / one, (*above, path))]
     return [*lower, (str(path), mapping)]
 
 

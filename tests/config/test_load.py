@@ -76,6 +76,13 @@ def test_file_is_laid_over_its_base_which_lies_relative_to_it(write: Write) -> N
     assert config.data.train_files == "train.jsonl"  # paths stay as written
 
 
+def test_of_several_bases_each_is_laid_over_those_before_it(write: Write) -> None:
+    write(MINIMAL + "rollout: {n: 4, top_k: 5}\ntrainer: {seed: 3}\n", "model.yaml")
+    write("rollout: {n: 6}\ntrainer: {seed: 4}\n", "method.yaml")
+    config = load_config(write("base: [model.yaml, method.yaml]\ntrainer: {seed: 5}\n", "run.yaml"))
+    assert (config.rollout.n, config.rollout.top_k, config.trainer.seed) == (6, 5, 5)
+
+
 def test_base_circle_and_missing_base_are_named(write: Write, tmp_path: Path) -> None:
     a = write("base: b.yaml\n", "a.yaml")
     write("base: a.yaml\n", "b.yaml")
@@ -173,7 +180,8 @@ def test_malformed_override(write: Write, override: str) -> None:
         ("data: [unclosed\n", "is not valid YAML"),
         ("- a\n- b\n", "it should hold sections"),
         ("0\n", "it should hold sections"),
-        ("base: [a, b]\n", "'base' in"),
+        ("base: [a, 3]\n", "'base' in"),
+        ("base: {a: b}\n", "'base' in"),
     ],
 )
 def test_malformed_file(write: Write, text: str, words: str) -> None:
