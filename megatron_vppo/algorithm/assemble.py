@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.advantages import advantages
 from megatron_vppo.algorithm.dependency import k3_sampled
+from megatron_vppo.algorithm.kl import kl_estimate
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
 from megatron_vppo.algorithm.reference_split import emulated_split
@@ -91,6 +93,8 @@ def assemble(
     width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
     reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
+    if settings.kl_coef and settings.kl_in == "reward":
+        reward_B = reward_B - settings.kl_coef * _reference_kl(scores, mask_BT, settings).sum(1).cpu()
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
     # Over the whole step, so that a mini-batch boundary within a group does not change the group's baseline.
     advantage_B = advantages(reward_B, group_B, kind=settings.advantage).to(device)
@@ -101,8 +105,7 @@ def assemble(
         minibatches.append(
             _assemble_rows(
                 responses[rows],
-                scores.old_logp_BT[rows],
-                scores.entropy_BT[rows],
+                scores.rows(rows),
                 mask_BT[rows],
                 advantage_B[rows],
                 None if dependency_BT is None else dependency_BT[rows],
@@ -142,8 +145,7 @@ def visual_dependency(
 
 def _assemble_rows(
     responses: tuple[Response, ...],
-    old_logp_BT: Tensor,
-    entropy_BT: Tensor,
+    scores: Scores,
     mask_BT: Tensor,
     advantage_B: Tensor,
     dependency_BT: Tensor | None,
@@ -154,34 +156,30 @@ def _assemble_rows(
     longest_response: int,
 ) -> Minibatch:
     trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
-    weight_BT = gradient_weights(responses, dependency_BT, entropy_BT, mask_BT, settings=settings)
+    weight_BT = gradient_weights(responses, dependency_BT, scores.entropy_BT, mask_BT, settings=settings)
     token_mask_BT = (weight_BT > 0).float()
     dependency_mean_B = None if dependency_BT is None else dependency_means(dependency_BT, mask_BT)
     scale = _scale(
         responses, dependency_mean_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size
     )
     shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
-    pg_weight_BT = policy_gradient_weight(
-        weight_BT,
-        trained_BT,
-        denominator=settings.loss_denominator,
-        average=settings.loss_avg_mode,
-        fixed_length=longest_response,
-    )
+    average = partial(policy_gradient_weight, average=settings.loss_avg_mode, fixed_length=longest_response)
+    pg_weight_BT = average(weight_BT, trained_BT, denominator=settings.loss_denominator)
     correction_BT = None
     if settings.rollout_correction_cap is not None:
         rollout_logp_BT = _rollout_logps(responses, width=mask_BT.shape[1]).to(mask_BT.device)
         correction_BT = rollout_correction(
-            old_logp_BT,
+            scores.old_logp_BT,
             rollout_logp_BT,
             mask_BT,
             cap=settings.rollout_correction_cap,
             kind=settings.rollout_correction,
         )
         pg_weight_BT = pg_weight_BT * correction_BT
+    kl_in_loss = settings.kl_coef > 0 and settings.kl_in == "loss"
     batch = TrainBatch(
         responses=responses,
-        old_logp_BT=old_logp_BT,
+        old_logp_BT=scores.old_logp_BT,
         advantage_BT=shaped_B[:, None] * mask_BT,
         pg_weight_BT=pg_weight_BT,
         entropy_weight_BT=entropy_penalty_weight(
@@ -196,16 +194,29 @@ def _assemble_rows(
             clip_ratio_high=settings.clip_ratio_high,
             clip_ratio_dual=settings.clip_ratio_dual,
             entropy_kind=settings.entropy_kind,
+            kl_kind=settings.kl_kind,
             policy_loss=settings.policy_loss,
             sapo_tau_positive=settings.sapo_tau_positive,
             sapo_tau_negative=settings.sapo_tau_negative,
         ),
+        reference_logp_BT=scores.reference_logp_BT if kl_in_loss else None,
+        kl_weight_BT=settings.kl_coef * average(mask_BT, trained_BT, denominator="all") if kl_in_loss else None,
     )
     record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(
         dependency_BT, token_mask_BT, trained_BT, mask_BT, dependency_mean_B, scale, correction_BT=correction_BT
     )
+    if settings.kl_coef:
+        metrics["actor/reference_kl"] = (_reference_kl(scores, mask_BT, settings).sum() / mask_BT.sum()).item()
     return Minibatch(batch, record, {**metrics, **advantage_metrics(batch.advantage_BT, trained_BT)})
+
+
+def _reference_kl(scores: Scores, mask_BT: Tensor, settings: VppoSettings) -> Tensor:
+    """Estimates the old policy's divergence from the reference model: [B, T] nats; 0.0 where padded."""
+    if scores.reference_logp_BT is None:
+        raise ValueError("kl_coef needs reference_logp_BT: score the responses by a reference model too")
+    divergence_BT = kl_estimate(scores.old_logp_BT, scores.reference_logp_BT, kind=settings.kl_kind)
+    return torch.where(mask_BT.bool(), divergence_BT, 0.0)
 
 
 def _scale(
@@ -259,6 +270,8 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
     if len(responses) == 0:
         raise ValueError("no responses to train on; skip the step instead")
     wanted = {"old_logp_BT": scores.old_logp_BT}
+    if settings.kl_coef and scores.reference_logp_BT is not None:
+        wanted["reference_logp_BT"] = scores.reference_logp_BT
     if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.perturbed_logp_BT is not None:
         wanted["perturbed_logp_BT"] = scores.perturbed_logp_BT
     if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:

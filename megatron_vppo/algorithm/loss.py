@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_vppo.algorithm.kl import kl_estimate
 from megatron_vppo.algorithm.surrogates import (
     Surrogate,
     cispo_surrogate,
@@ -36,7 +37,8 @@ class LossSums:
 def surrogate_loss(
     new_logp_N: Tensor, terms: TokenTerms, *, spec: LossSpec, entropy_N: Tensor | None = None
 ) -> LossSums:
-    """Computes the loss of a micro-batch's tokens: sum(pg_weight * surrogate) + sum(entropy_weight * entropy term).
+    """Computes the loss of a micro-batch's tokens: sum(pg_weight * surrogate) + sum(entropy_weight * entropy term), and
+    with a reference model + sum(kl_weight * divergence).
 
     The weights hold masks, denominators and coefficients (see token_weights.py), so the losses of the micro-batches add
     up to the loss of the mini-batch, and so do their gradients.
@@ -59,11 +61,13 @@ def surrogate_loss(
     if entropy_N is not None:
         token_sums["actor/entropy"] = entropy_N.detach().sum()
     loss = pg_loss + penalty
-    weighted_sums = {
-        "actor/pg_loss": pg_loss.detach(),
-        "actor/entropy_penalty": penalty.detach(),
-        "actor/loss": loss.detach(),
-    }
+    weighted_sums = {"actor/pg_loss": pg_loss.detach(), "actor/entropy_penalty": penalty.detach()}
+    if terms.reference_logp_N is not None and terms.kl_weight_N is not None:
+        divergence_N = kl_estimate(new_logp_N, terms.reference_logp_N, kind=spec.kl_kind)
+        kl_loss = (terms.kl_weight_N * divergence_N).sum()
+        loss = loss + kl_loss
+        weighted_sums["actor/kl_loss"] = kl_loss.detach()
+    weighted_sums["actor/loss"] = loss.detach()
     return LossSums(loss=loss, weighted_sums=weighted_sums, token_sums=token_sums)
 
 

@@ -12,6 +12,8 @@ from megatron_vppo.config.choices import (
     DependencyKind,
     Divergence,
     EntropyKind,
+    KlKind,
+    KlPlace,
     LossAverage,
     NegativeAdvantages,
     PolicyLoss,
@@ -32,6 +34,9 @@ class VppoSettings:
     policy_loss: PolicyLoss
     sapo_tau_positive: float
     sapo_tau_negative: float
+    kl_coef: float
+    kl_kind: KlKind
+    kl_in: KlPlace
     use_vppo_on_perception: bool
     token_scores: TokenScores
     token_weighting: TokenWeighting

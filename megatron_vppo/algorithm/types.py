@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_vppo.config.choices import PerturbUnit, PolicyLoss
+from megatron_vppo.config.choices import KlKind, PerturbUnit, PolicyLoss
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,22 @@ class Scores:
     """Nats; log-probs given the perturbed image. None if the perturbed view was not scored."""
     divergence_BT: Tensor | None
     """Nats; kl_full or jsd between the two views. None for k3_sampled, which needs log-probs alone."""
+    reference_logp_BT: Tensor | None = None
+    """Nats; log-probs of the reference model, given the original image. None if there is none."""
+
+    def rows(self, which: slice) -> Scores:
+        """Selects some responses."""
+
+        def of(value_BT: Tensor | None) -> Tensor | None:
+            return None if value_BT is None else value_BT[which]
+
+        return Scores(
+            self.old_logp_BT[which],
+            self.entropy_BT[which],
+            of(self.perturbed_logp_BT),
+            of(self.divergence_BT),
+            of(self.reference_logp_BT),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +159,7 @@ class LossSpec:
     """The bound on the ratio of tokens with a negative advantage."""
     entropy_kind: str
     """'nll' (the authors': -log pi of the sampled token) or 'entropy' (of the full distribution)."""
+    kl_kind: KlKind
     policy_loss: PolicyLoss
     sapo_tau_positive: float
     sapo_tau_negative: float
@@ -169,6 +186,10 @@ class TrainBatch:
     response_mask_BT: Tensor
     """fp32; 1.0 on response tokens. Metrics are means over it."""
     loss: LossSpec
+    reference_logp_BT: Tensor | None = None
+    """fp32 nats; log-probs under the reference model. None if its divergence is no part of the loss."""
+    kl_weight_BT: Tensor | None = None
+    """fp32; the coefficient of that divergence divided by its denominator; 0.0 where unused."""
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each, row after row."""
@@ -176,7 +197,13 @@ class TrainBatch:
         if self.loss.policy_loss == "gspo":
             length_B = torch.unique_consecutive(at[0], return_counts=True)[1]
         return TokenTerms(
-            self.old_logp_BT[at], self.advantage_BT[at], self.pg_weight_BT[at], self.entropy_weight_BT[at], length_B
+            self.old_logp_BT[at],
+            self.advantage_BT[at],
+            self.pg_weight_BT[at],
+            self.entropy_weight_BT[at],
+            length_B,
+            None if self.reference_logp_BT is None else self.reference_logp_BT[at],
+            None if self.kl_weight_BT is None else self.kl_weight_BT[at],
         )
 
 
@@ -190,3 +217,5 @@ class TokenTerms:
     entropy_weight_N: Tensor
     length_B: Tensor | None = None
     """int64; the number of these tokens in each of their rows, for a loss that needs it."""
+    reference_logp_N: Tensor | None = None
+    kl_weight_N: Tensor | None = None

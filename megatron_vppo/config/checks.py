@@ -280,6 +280,16 @@ def check_policy_loss(config: RunConfig) -> None:
             "algorithm.loss_denominator 'selected' has no effect with loss_avg_mode 'fixed_length', which divides by "
             "data.max_response_length; leave it out"
         )
+    changed = [
+        f"{name} '{getattr(algorithm, name)}'"
+        for name in ("kl_kind", "kl_in")
+        if getattr(algorithm, name) != type(algorithm).model_fields[name].default
+    ]
+    if changed and not algorithm.kl_coef:
+        raise ValueError(
+            f"algorithm.{' and '.join(changed)}: no effect without a reference model; set algorithm.kl_coef (0.01 is "
+            "usual), or leave it out"
+        )
     if algorithm.rollout_correction != "token" and algorithm.rollout_correction_cap is None:
         raise ValueError(
             f"algorithm.rollout_correction '{algorithm.rollout_correction}' has no effect without a cap; set "

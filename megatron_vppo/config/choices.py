@@ -79,6 +79,12 @@ TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "random"
 TokenWeighting = Literal["mask", "soft", "pgpo"]
 """The weights that tokens get from their scores."""
 
+KlKind = Literal["k1", "abs", "k2", "k3"]
+"""The estimators of the divergence from the reference model."""
+
+KlPlace = Literal["loss", "reward"]
+"""The side of the advantage on which that divergence counts."""
+
 CorrectionKind = Literal["token", "sequence_mask", "geometric_mask"]
 """The unit that the rollout correction weighs, and what becomes of it beyond the cap."""
 

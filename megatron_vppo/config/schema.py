@@ -23,6 +23,8 @@ from megatron_vppo.config.choices import (
     EntropyKind,
     Fp8Phase,
     Fp8Recipe,
+    KlKind,
+    KlPlace,
     LoggerService,
     LossAverage,
     LrScheduleKind,
@@ -225,6 +227,13 @@ class AlgorithmConfig(Section):
     sapo_tau_positive: Positive = 1.0
     sapo_tau_negative: Positive = 1.05
     """Steepness of SAPO's gate, where the advantage is positive and elsewhere."""
+    kl_coef: PositiveOrZero = 0.0
+    """Weight of the divergence from the start model, which is then scored too. 0: there is no reference model."""
+    kl_kind: KlKind = "k3"
+    """Estimator of that divergence from the sampled tokens."""
+    kl_in: KlPlace = "loss"
+    """'loss': added to the loss, averaged as loss_avg_mode says. 'reward': its sum over a response is taken from the
+    reward."""
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
     token_scores: TokenScores = "dependency"

@@ -123,6 +123,8 @@ class HostBytes:
 
     offloaded: int
     """Weights and optimizer state of its ranks, pinned; gradients are freed and not copied."""
+    reference: int
+    """The weights of a reference model, pinned."""
     engine_weights: int
     """The weights of its engines, which wait in host memory during a checkpoint."""
     buffers: int
@@ -130,7 +132,7 @@ class HostBytes:
 
     @property
     def total(self) -> int:
-        return self.offloaded + self.engine_weights + self.buffers
+        return self.offloaded + self.reference + self.engine_weights + self.buffers
 
 
 def fullest_host(
@@ -150,6 +152,7 @@ def fullest_host(
     """
     copied = [part for part in MEMORY_PARTS if part in config.actor.offload and part != "grads"]
     of_stage = [sum(_sizes(stage.state)[part] for part in copied) for stage in stages]
+    reference = [stage.state.weights if config.algorithm.kl_coef else 0 for stage in stages]
     # A checkpoint brings back what it writes, so engines make room; if nothing was away, they stay awake.
     waits = engine.sleeps and bool(set(HOLDINGS[WRITE].trainer).intersection(copied))
     hosts = []
@@ -159,6 +162,7 @@ def fullest_host(
         hosts.append(
             HostBytes(
                 offloaded=sum(of_stage[stage] for stage in ranks),
+                reference=sum(reference[stage] for stage in ranks),
                 engine_weights=engines * whole if waits else 0,
                 buffers=0 if engine.on_gpu else engines * engine.buffers,
             )

@@ -2,11 +2,14 @@
 
 Every rank holds the records of all rows and calls every method. Each works on its data-parallel share of the rows, and
 results come back whole on every rank.
+
+Shape suffix legend: B = responses; T = response tokens, right-padded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,6 +18,7 @@ from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.parallel.batching import Pixels
 from megatron_vppo.parallel.layout import Layout
+from megatron_vppo.parallel.reference import ReferenceWeights
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.score_chunks import Boundary
 from megatron_vppo.parallel.scorer import Scorer, Views
@@ -34,12 +38,15 @@ class MegatronPolicy:
         layout: Layout,
         settings: PolicySettings,
         pixels: Pixels,
+        reference: ReferenceWeights | None = None,
     ) -> None:
+        """`reference`: the weights by which responses are scored a second time; None: there is no reference model."""
         runner = ScheduleRunner(trainable.stages, hf_config=hf_config, layout=layout, settings=settings, pixels=pixels)
         self.trainable = trainable
         self.layout = layout
         self.settings = settings
         self._scorer = Scorer(runner)
+        self._reference = reference
         self._updater = Updater(trainable, runner)
 
     def score(
@@ -51,8 +58,13 @@ class MegatronPolicy:
         divergence: Divergence | None = None,
         boundary: Boundary | None = None,
     ) -> Scores:
-        """See Scorer.score."""
-        return self._scorer.score(responses, step=step, views=views, divergence=divergence, boundary=boundary)
+        """Scores every response token, by the reference model too if there is one; see Scorer.score."""
+        scores = self._scorer.score(responses, step=step, views=views, divergence=divergence, boundary=boundary)
+        if self._reference is None:
+            return scores
+        with self._reference.in_place():
+            by_reference = self._scorer.score(responses, step=step, views="original", boundary=boundary)
+        return replace(scores, reference_logp_BT=by_reference.old_logp_BT)
 
     def update(self, batch: TrainBatch) -> dict[str, float]:
         """See Updater.update."""

@@ -17,6 +17,7 @@ from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.reference import ReferenceWeights
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
@@ -33,7 +34,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def make_policy(
     config: RunConfig, layout: Layout, source: Path, inputs: RunInputs, *, total_steps: int
 ) -> MegatronPolicy:
-    """Loads the model of the folder `source`, with an optimizer."""
+    """Loads the model of the folder `source`, with an optimizer. It is the reference model too, if there is one."""
     options = model_options(config, on_gpu=layout.device.type == "cuda")
     trainable = make_trainable(
         _load_stages(config, layout, source, inputs, options),
@@ -48,6 +49,7 @@ def make_policy(
         layout=layout,
         settings=policy_settings(config, inputs.hf_config, options, on_gpu=layout.device.type == "cuda"),
         pixels=inputs.images,
+        reference=ReferenceWeights(trainable.stages) if config.algorithm.kl_coef else None,
     )
 
 

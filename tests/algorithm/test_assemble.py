@@ -154,7 +154,26 @@ def test_without_filter_and_shaping_no_second_view_is_needed() -> None:
         ("clip_ratio_dual", 2.0),
         ("truncated_responses", "mask"),
         ("rollout_correction_cap", 1.5),
+        ("rollout_correction", "sequence_mask"),
+        ("rollout_correction", "geometric_mask"),
         ("reference_devices", 4),
+        ("advantage", "dr_grpo"),
+        ("advantage", "reinforce_pp"),
+        ("policy_loss", "gspo"),
+        ("sapo_tau_positive", 2.0),
+        ("sapo_tau_negative", 2.0),
+        ("loss_avg_mode", "fixed_length"),
+        ("token_scores", "entropy"),
+        ("token_scores", "dependency_or_entropy"),
+        ("token_scores", "random"),
+        ("token_weighting", "soft"),
+        ("token_weighting", "pgpo"),
+        ("pgpo_tau", 0.2),
+        ("pgpo_beta", 1.0),
+        ("advantage_scaling_max", 1.05),
+        ("kl_coef", 0.1),
+        ("kl_kind", "k1"),
+        ("kl_in", "reward"),
     ],
 )
 def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
@@ -170,10 +189,21 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
     old_BT = torch.full((8, 70), -1.0)
     steps_BT = torch.randint(0, 4, (8, 70), generator=generator)
     perturbed_BT = old_BT - torch.tensor([0.0, 1e-4, 3e-4, 1.0])[steps_BT] * torch.arange(1, 9)[:, None] / 4
-    inputs = scores(old_BT, perturbed_BT, divergence_BT=torch.rand(8, 70, generator=generator))
+    inputs = dataclasses.replace(
+        scores(old_BT, perturbed_BT, divergence_BT=torch.rand(8, 70, generator=generator)),
+        entropy_BT=torch.rand(8, 70, generator=generator),
+        reference_logp_BT=old_BT - torch.rand(8, 70, generator=generator),
+    )
     base: dict[str, Any] = {"top_p_perception_tokens": 0.3, "text_only_rows": "bypass"}
-    if name == "reference_devices":
-        base["shaping_min_scope"] = "device_minibatch"
+    needed: dict[str, dict[str, Any]] = {
+        "reference_devices": {"shaping_min_scope": "device_minibatch"},
+        "rollout_correction": {"rollout_correction_cap": 1.5},
+        "pgpo_tau": {"token_weighting": "pgpo"},
+        "pgpo_beta": {"token_weighting": "pgpo"},
+        "kl_kind": {"kl_coef": 0.1},
+        "kl_in": {"kl_coef": 0.1},
+    }
+    base |= needed.get(name, {})
 
     def run(**changes: Any) -> Any:
         (minibatch,) = assemble(
@@ -183,14 +213,19 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
             responses_per_minibatch=8,
             data_parallel_size=2,
             micro_batch_size=2,
+            longest_response=80,
         )
         return minibatch.batch
 
     before, again, after = run(), run(), run(**{name: value})
     tensors = [field.name for field in dataclasses.fields(before) if field.name.endswith("_BT")]
-    assert all(torch.equal(getattr(before, t), getattr(again, t)) for t in tensors)
-    same = all(torch.equal(getattr(before, t), getattr(after, t)) for t in tensors) and before.loss == after.loss
-    assert not same
+
+    def same(one: Any, other: Any) -> bool:
+        pairs = [(getattr(one, name), getattr(other, name)) for name in tensors]
+        return one.loss == other.loss and all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+    assert same(before, again)
+    assert not same(before, after)
 
 
 def test_text_only_rows_are_bypassed_or_ranked() -> None:
@@ -326,6 +361,36 @@ def test_rollout_correction_weights_the_policy_gradient_only() -> None:
             settings=settings(rollout_correction_cap=3.0, **arguments),
             responses_per_minibatch=2,
         )
+
+
+def test_the_divergence_from_a_reference_model_in_the_loss_or_in_the_reward() -> None:
+    """Three responses of 1 and 2 tokens, each 0.5 nats above the reference; k1, coefficient 0.2."""
+    rows = [response(n, sample=i) for i, n in enumerate((1, 2, 2))]
+    inputs = dataclasses.replace(scores(torch.full((3, 2), -1.0), None), reference_logp_BT=torch.full((3, 2), -1.5))
+    arguments = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "kl_coef": 0.2, "kl_kind": "k1"}
+
+    def run(**changes: Any) -> Minibatch:
+        (found,) = assemble(
+            graded(rows, [1.0, 0.0, 0.5]),
+            inputs,
+            settings=settings(**{**arguments, **changes}),
+            responses_per_minibatch=3,
+        )
+        return found
+
+    in_loss = run()
+    weight_BT = in_loss.batch.kl_weight_BT
+    assert weight_BT is not None
+    torch.testing.assert_close(weight_BT, torch.tensor([[0.2, 0.0], [0.2, 0.2], [0.2, 0.2]]) / 5)
+    assert in_loss.metrics["actor/reference_kl"] == pytest.approx(0.5)
+    in_reward = run(kl_in="reward", advantage="dr_grpo")
+    assert in_reward.batch.kl_weight_BT is None and in_reward.batch.reference_logp_BT is None
+    # Rewards less 0.2 x 0.5 for each token: 0.9, -0.2 and 0.3, whose mean is 1/3.
+    expected = [0.9 - 1 / 3, -0.2 - 1 / 3, 0.3 - 1 / 3]
+    assert in_reward.batch.advantage_BT[:, 0].tolist() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="kl_coef needs reference_logp_BT"):
+        inputs = dataclasses.replace(inputs, reference_logp_BT=None)
+        run(kl_in="reward")
 
 
 def test_minibatches_take_rows_in_order_and_keep_the_step_baseline() -> None:

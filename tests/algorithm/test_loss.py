@@ -21,6 +21,7 @@ def test_entropy_term_by_kind() -> None:
             clip_ratio_high=0.28,
             clip_ratio_dual=3.0,
             entropy_kind=kind,
+            kl_kind="k3",
             policy_loss="clip",
             sapo_tau_positive=1.0,
             sapo_tau_negative=1.05,
@@ -43,6 +44,7 @@ def test_token_sums_of_two_tokens() -> None:
         clip_ratio_high=0.28,
         clip_ratio_dual=3.0,
         entropy_kind="nll",
+        kl_kind="k3",
         policy_loss="clip",
         sapo_tau_positive=1.0,
         sapo_tau_negative=1.05,
@@ -69,8 +71,8 @@ def test_the_surrogate_is_that_of_the_kind() -> None:
 
     def loss(kind: str) -> float:
         spec = LossSpec(
-            clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll", policy_loss=kind,
-            sapo_tau_positive=1.0, sapo_tau_negative=2.0,
+            clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_dual=3.0, entropy_kind="nll", kl_kind="k3",
+            policy_loss=kind, sapo_tau_positive=1.0, sapo_tau_negative=2.0,
         )  # fmt: skip
         return surrogate_loss(new_logp_N, terms, spec=spec).loss.item()
 

@@ -81,7 +81,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (
         (-0.001, LARGEST_FLOAT * 1.1),
         (0, 100, LARGEST_FLOAT),
-        "algorithm.entropy_penalty_coef algorithm.pgpo_beta actor.optim.weight_decay",
+        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.pgpo_beta actor.optim.weight_decay",
     ),
     ((1, LARGEST_FLOAT * 1.1), (1.001, LARGEST_FLOAT), "algorithm.clip_ratio_dual"),
     ((0, -1.0, 2**14 + 1), (0.1, 2**14), "algorithm.perturb.blur_radius"),

@@ -78,24 +78,25 @@ def test_an_engine_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offload", "sleeps", "on_gpu", "expected"),
+    ("offload", "kl_coef", "sleeps", "on_gpu", "expected"),
     [
-        (ALL, True, True, HostBytes(18 + 18 + 18 + 18, 2 * 30, 0)),
-        (["params"], True, False, HostBytes(8 + 8 + 8 + 8, 2 * 30, 2 * 2)),
-        (["grads"], True, True, HostBytes(0, 0, 0)),
-        ([], False, False, HostBytes(0, 0, 2 * 2)),
+        (ALL, 0.0, True, True, HostBytes(18 + 18 + 18 + 18, 0, 2 * 30, 0)),
+        (["params"], 0.0, True, False, HostBytes(8 + 8 + 8 + 8, 0, 2 * 30, 2 * 2)),
+        (["grads"], 0.0, True, True, HostBytes(0, 0, 0, 0)),
+        ([], 0.01, False, False, HostBytes(0, 8 + 8 + 8 + 8, 0, 2 * 2)),
     ],
 )
-def test_hosts_by_hand(offload: list[str], sleeps: bool, on_gpu: bool, expected: HostBytes) -> None:
+def test_hosts_by_hand(offload: list[str], kl_coef: float, sleeps: bool, on_gpu: bool, expected: HostBytes) -> None:
     """Two hosts of four ranks, one for each stage, with two engines of two GPUs each; gradients are freed."""
     engine = EngineBytes(15 * GIB, 40 * GIB, sleeps=sleeps, buffers=2 * GIB, on_gpu=on_gpu, sequences=9)
     host = fullest_host(
-        run_config(actor={"offload": offload}, rollout={"tensor_parallel_size": 2}),
+        run_config(actor={"offload": offload}, rollout={"tensor_parallel_size": 2}, algorithm={"kl_coef": kl_coef}),
         STAGES,
         engine,
         stage_of_rank=[0, 0, 0, 0, 1, 1, 1, 1],
         engines_of_host=[2, 2],
         ranks_per_host=4,
     )
-    assert host == HostBytes(expected.offloaded * GIB, expected.engine_weights * GIB, expected.buffers * GIB)
-    assert host.total == (expected.offloaded + expected.engine_weights + expected.buffers) * GIB
+    parts = (expected.offloaded, expected.reference, expected.engine_weights, expected.buffers)
+    assert host == HostBytes(*(part * GIB for part in parts))
+    assert host.total == sum(parts) * GIB

@@ -29,6 +29,7 @@ from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 from megatron_vppo.parallel.policy import MegatronPolicy
+from megatron_vppo.parallel.reference import ReferenceWeights
 from megatron_vppo.parallel.schedule import PolicySettings, ScheduleRunner
 from megatron_vppo.parallel.scorer import Scorer
 from megatron_vppo.parallel.training import OptimSettings, make_trainable
@@ -127,6 +128,7 @@ def make_batch(responses: list[Response], entropy_kind: str, *, policy_loss: Pol
             clip_ratio_high=50.0,
             clip_ratio_dual=60.0,
             entropy_kind=entropy_kind,
+            kl_kind="k3",
             policy_loss=policy_loss,
             sapo_tau_positive=1.0,
             sapo_tau_negative=1.05,
@@ -306,16 +308,19 @@ def make_policy(
     dtype: torch.dtype = torch.float32,
     token_alignment: int = 1,
     fp8_scope: frozenset[Fp8Phase] = frozenset(),
+    with_reference: bool = False,
 ) -> MegatronPolicy:
     """`rows`: per micro-batch."""
     stages = make_stages(folder, layout, options=options, dtype=dtype)
     frozen = options.frozen if options else frozenset()
+    trainable = make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=frozen)
     return MegatronPolicy(
-        make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=frozen),
+        trainable,
         hf_config=AutoConfig.from_pretrained(folder),
         layout=layout,
         settings=make_settings(rows=rows, token_alignment=token_alignment, fp8_scope=fp8_scope),
         pixels=PIXELS,
+        reference=ReferenceWeights(trainable.stages) if with_reference else None,
     )
 
 

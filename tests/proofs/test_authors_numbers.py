@@ -22,6 +22,7 @@ CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_dual": 3.0}
 SPEC = LossSpec(
     **CLIP,
     entropy_kind="nll",
+    kl_kind="k3",
     policy_loss="clip",
     sapo_tau_positive=1.0,
     sapo_tau_negative=1.05,
@@ -344,7 +345,12 @@ def test_expected_penalty_gradient_is_zero_for_nll_but_not_for_entropy() -> None
         logp_V[:1],
         TokenTerms(zero_N, zero_N, zero_N, zero_N + 1),
         spec=LossSpec(
-            **CLIP, entropy_kind="entropy", policy_loss="clip", sapo_tau_positive=1.0, sapo_tau_negative=1.05
+            **CLIP,
+            entropy_kind="entropy",
+            kl_kind="k3",
+            policy_loss="clip",
+            sapo_tau_positive=1.0,
+            sapo_tau_negative=1.05,
         ),
         entropy_N=entropy_N,
     )

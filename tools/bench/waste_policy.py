@@ -103,7 +103,7 @@ def train_batch(responses: list[Response]) -> TrainBatch:
         entropy_weight_BT=0 * ones_BT, response_mask_BT=ones_BT,
         loss=LossSpec(
             clip_ratio_low=0.2, clip_ratio_high=0.2, clip_ratio_dual=3.0, entropy_kind="nll",
-            policy_loss="clip", sapo_tau_positive=1.0, sapo_tau_negative=1.05,
+            kl_kind="k3", policy_loss="clip", sapo_tau_positive=1.0, sapo_tau_negative=1.05,
         ),
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ CLIP = LossSpec(
     clip_ratio_high=0.28,
     clip_ratio_dual=3.0,
     entropy_kind="nll",
+    kl_kind="k3",
     policy_loss="clip",
     sapo_tau_positive=1.0,
     sapo_tau_negative=1.05,
