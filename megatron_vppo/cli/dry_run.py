@@ -205,7 +205,8 @@ def _notes(found: DryRun, width: int) -> Iterator[str]:
         "running layer, the vocabulary head and the reserves are estimates (docs/plan.md)",
         f"memory of a host: {host.total / GIB:.0f} GiB: {host.offloaded / GIB:.0f} of offloaded state, "
         f"{host.reference / GIB:.0f} of a reference model, {host.engine_weights / GIB:.0f} of engines' weights during "
-        f"a checkpoint, {host.buffers / GIB:.0f} of transfer buffers; processes, images, responses and the page cache come on top",
+        f"a checkpoint, {host.buffers / GIB:.0f} of transfer buffers; processes, images, responses and the page cache "
+        "come on top",
         f"disk: a checkpoint takes {disk.checkpoint / GIB:.0f} GiB, {_checkpoints(found)}, the exported model "
         f"{disk.export / GIB:.0f}; {disk.free / GIB:.0f} are free in trainer.runs_dir "
         f"({found.config.trainer.runs_dir})",
