@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_vppo.config.yaml_text import write_yaml_value
-from megatron_vppo.importing.actor_keys import NO_CRITIC, NO_REFERENCE
+from megatron_vppo.importing.actor_keys import NO_CRITIC, REFERENCE_MODEL
 from megatron_vppo.importing.easyr1_keys import PROGRAM, SET_BY_PROGRAM, SETTABLE
 from megatron_vppo.importing.rules import Dropped, Fixed, TheirKey
 
@@ -22,7 +22,7 @@ def table() -> str:
     lines += [row(key) for key in SETTABLE if key.rule is not NO_CRITIC and not is_of_reference(key)]
     for name, keys, note in (
         ("worker.critic.\\*", [key for key in SETTABLE if key.rule is NO_CRITIC], NO_CRITIC.note),
-        ("worker.ref.\\*", [key for key in SETTABLE if is_of_reference(key)], NO_REFERENCE.note),
+        ("worker.ref.\\*", [key for key in SETTABLE if is_of_reference(key)], REFERENCE_MODEL.note),
         (", ".join(key.name for key in PROGRAM), PROGRAM, SET_BY_PROGRAM.note),
     ):
         lines.append(f"| {name} ({len(keys)} keys) | | | dropped: {note} |")
@@ -31,7 +31,7 @@ def table() -> str:
 
 def is_of_reference(key: TheirKey) -> bool:
     """Returns True for the keys below worker.ref. Those of the KL term stand under algorithm."""
-    return key.rule is NO_REFERENCE and key.name.startswith("worker.ref.")
+    return key.rule is REFERENCE_MODEL and key.name.startswith("worker.ref.")
 
 
 def row(key: TheirKey) -> str:

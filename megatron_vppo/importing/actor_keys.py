@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_vppo.importing import input_rules as inputs
+from megatron_vppo.importing import objective_rules as objective
 from megatron_vppo.importing import training_rules as training
 from megatron_vppo.importing.rules import Computed, Dropped, Fixed, Rule, Same, keys_of
 from megatron_vppo.importing.their_values import COUNT, FLAG, MAPPING, NUMBER, PAIR, TEXT
 
 FSDP = Dropped("FSDP's own; Megatron shards otherwise")
 NO_CRITIC = Dropped("no critic with grpo, the only estimator here")
-NO_REFERENCE = Dropped("no reference model while algorithm.disable_kl is true")
+REFERENCE_MODEL = Dropped("the reference model is the start model, on the ranks of the trainer")
 OVERWRITTEN = Dropped("their program overwrites it by the same key under algorithm", matters=True)
 OFFLOAD = Computed(("actor.offload",), training.offload, "parameters go with their gradients")
 
@@ -102,7 +103,7 @@ ACTOR = keys_of(
     ("clip_ratio_high", NUMBER, 0.3, Same("algorithm.clip_ratio_high")),
     ("clip_ratio_dual", NUMBER, 3.0, Same("algorithm.clip_ratio_dual")),
     ("loss_avg_mode", TEXT, "token", Same("algorithm.loss_avg_mode")),
-    ("loss_type", TEXT, "default", Fixed(("default",), "the clipped loss is the only one here; set default")),
+    ("loss_type", TEXT, "default", Computed(("algorithm.policy_loss",), objective.policy_loss, "default is clip")),
     ("ppo_epochs", COUNT, 1, Same("actor.ppo_epochs")),
     ("padding_free", FLAG, True, Dropped("rows are always packed without padding")),
     (
@@ -133,6 +134,6 @@ CRITIC = keys_of(
 )
 REFERENCE = keys_of(
     "worker.ref",
-    ("strategy", TEXT, "fsdp", NO_REFERENCE),
-    *((name, *field, NO_REFERENCE) for name, field in FSDP_FIELDS.items()),
+    ("strategy", TEXT, "fsdp", REFERENCE_MODEL),
+    *((name, *field, REFERENCE_MODEL) for name, field in FSDP_FIELDS.items()),
 )

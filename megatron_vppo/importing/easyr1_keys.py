@@ -6,11 +6,13 @@ docs/import.md has the same table, which tools/import_table.py writes from this 
 from __future__ import annotations
 
 from megatron_vppo.importing import input_rules as inputs
+from megatron_vppo.importing import objective_rules as objective
 from megatron_vppo.importing import training_rules as training
-from megatron_vppo.importing.actor_keys import ACTOR, CRITIC, NO_REFERENCE, REFERENCE, VPPO_FIELDS
+from megatron_vppo.importing.actor_keys import ACTOR, CRITIC, REFERENCE, VPPO_FIELDS
 from megatron_vppo.importing.rules import Computed, Dropped, Fixed, Same, TheirKey, keys_of
 from megatron_vppo.importing.their_values import COUNT, FLAG, MAPPING, NUMBER, TEXT, TEXTS
 
+ADAPTIVE = Dropped("of an adaptive kl_type, which is refused")
 NO_GAE = Dropped("of the estimator gae, which is refused")
 SET_BY_PROGRAM = Dropped("their program sets it, whatever is written")
 DEVICES = Computed(
@@ -106,7 +108,7 @@ MOST_DRAWS = Computed(
 )  # fmt: skip
 ALGORITHM_RULES = {
     "use_vppo_on_entropy": (
-        Fixed((False,), "the mask by entropy is not built; set algorithm.use_vppo_on_entropy=false"),
+        Fixed((False,), "one score ranks tokens here; set it to false, and algorithm.token_scores in our file"),
     ),
     "top_p_entropy_tokens": (Dropped("of use_vppo_on_entropy"),),
     "use_vppo_on_perception": (Same(PERCEPTION),),
@@ -124,17 +126,14 @@ ALGORITHM = keys_of(
     "algorithm",
     ("gamma", NUMBER, 1.0, NO_GAE),
     ("lam", NUMBER, 1.0, NO_GAE),
-    ("adv_estimator", TEXT, "grpo", Fixed(("grpo",), "grpo is the only estimator here; set grpo")),
-    (
-        "disable_kl", FLAG, False,
-        Fixed((True,), "there is no reference model here, so no KL; set algorithm.disable_kl=true, as the authors do"),
-    ),
-    ("use_kl_loss", FLAG, False, NO_REFERENCE),
-    ("kl_penalty", TEXT, "kl", NO_REFERENCE),
-    ("kl_coef", NUMBER, 1e-3, NO_REFERENCE),
-    ("kl_type", TEXT, "fixed", NO_REFERENCE),
-    ("kl_horizon", NUMBER, 10000.0, NO_REFERENCE),
-    ("kl_target", NUMBER, 0.1, NO_REFERENCE),
+    ("adv_estimator", TEXT, "grpo", Computed(("algorithm.advantage",), objective.advantage, "grpo and rloo")),
+    ("disable_kl", FLAG, False, Dropped("true: kl_coef is 0 here")),
+    ("use_kl_loss", FLAG, False, Computed(("algorithm.kl_in",), objective.kl_in, "true: loss; false: reward")),
+    ("kl_penalty", TEXT, "kl", Computed(("algorithm.kl_kind",), objective.kl_kind, "k1, abs, k2, k3; not full")),
+    ("kl_coef", NUMBER, 1e-3, Computed(("algorithm.kl_coef",), objective.kl_coef, "0 with disable_kl")),
+    ("kl_type", TEXT, "fixed", Computed((), objective.kl_type, "fixed alone")),
+    ("kl_horizon", NUMBER, 10000.0, ADAPTIVE),
+    ("kl_target", NUMBER, 0.1, ADAPTIVE),
     ("online_filtering", FLAG, False, Same(FILTERING)),
     (
         "filter_key", TEXT, "overall",

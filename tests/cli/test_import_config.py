@@ -33,7 +33,7 @@ def test_a_script_becomes_a_file_that_loads(imports, capsys: pytest.CaptureFixtu
     assert Path(str(config.data.format_prompt)).is_file()
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "run.yaml: 70 keys translated, 130 without a setting here"
+    assert lines[0] == "run.yaml: 73 keys translated, 127 without a setting here"
     assert lines[1].endswith("/VPPO-RL/examples/configs/config.yaml") and lines[3] == "--verbose lists them"
     assert lines[2].startswith("algorithm: preset 'reference', which computes what the authors' code computes")
     assert "  trainer.val_generations_to_log = 3: responses of validation are not recorded here\n" in out
@@ -86,7 +86,7 @@ def test_a_file_that_is_there_is_not_written_over(imports, capsys: pytest.Captur
     ("words", "message"),
     [
         (
-            ["worker.rollout.seed=7", "algorithm.adv_estimator=rloo"],
+            ["worker.rollout.seed=7", "algorithm.adv_estimator=gae"],
             "2 keys cannot be imported; nothing is written\n  - ",
         ),
         (["worker.rollout.sed=7"], "worker.rollout.sed (override 'worker.rollout.sed=7') is no key of VPPO-RL"),

@@ -25,8 +25,19 @@ def name_of(case: tuple[dict[str, str], object]) -> str:
     return "=".join(next(iter(case[0].items())))
 
 
+WITH_KL = {"algorithm.disable_kl": "false"}
 # key, value of theirs, what our settings are; further keys that it needs are with it
 TRANSLATED: list[tuple[dict[str, str], dict[str, Any]]] = [
+    ({"algorithm.adv_estimator": "rloo"}, {"algorithm.advantage": "rloo"}),
+    ({"worker.actor.loss_type": "gspo_token"}, {"algorithm.policy_loss": "gspo"}),
+    ({"worker.actor.loss_type": "cispo"}, {"algorithm.policy_loss": "cispo"}),
+    ({"algorithm.kl_coef": "1e-2"}, {"algorithm.kl_coef": 0.0}),
+    (WITH_KL, {"algorithm.kl_coef": 1e-3, "algorithm.kl_kind": "k1", "algorithm.kl_in": "reward"}),
+    ({"algorithm.kl_coef": "0.04"} | WITH_KL, {"algorithm.kl_coef": 0.04}),
+    ({"algorithm.kl_coef": "0.0", "algorithm.kl_penalty": "abs"} | WITH_KL, {"algorithm.kl_coef": 0.0}),
+    ({"algorithm.use_kl_loss": "true", "algorithm.kl_penalty": "low_var_kl"} | WITH_KL,
+     {"algorithm.kl_in": "loss", "algorithm.kl_kind": "k3"}),
+    ({"algorithm.kl_penalty": "mse"} | WITH_KL, {"algorithm.kl_kind": "k2"}),
     ({"data.train_files": "owner/rows@train[:100]"}, {"data.train_files": "owner/rows@train[:100]"}),
     ({"data.val_files": "owner/rows@test"}, {"data.val_files": "owner/rows@test"}),
     ({"data.val_files": "null"}, {"data.val_files": None}),
@@ -159,7 +170,11 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"data.max_pixels": "null"}, "a number is needed here"),
     ({"data.filter_overlong_prompts": "false"}, "never cut, which would cut images"),
     ({"worker.hybrid_engine": "false"}, "engines share the trainer's GPUs"),
-    ({"worker.actor.loss_type": "gspo"}, "the clipped loss is the only one here"),
+    ({"worker.actor.loss_type": "dppo"}, "set default, gspo, gspo_token, cispo"),
+    (
+        {"worker.actor.loss_type": "gspo", "worker.actor.ulysses_size": "2"},
+        "it needs whole responses on a rank here; set worker.actor.ulysses_size=1",
+    ),
     ({"worker.actor.model.model_path": "null"}, "set worker.actor.model.model_path"),
     ({"worker.actor.model.tokenizer_path": "other/model"}, "the tokenizer is that of model.path"),
     ({"worker.actor.model.override_config.num_hidden_layers": "2"}, "the model's config.json holds"),
@@ -181,11 +196,12 @@ REFUSED: list[tuple[dict[str, str], str]] = [
     ({"worker.rollout.top_k": "40"}, "validation has no top_k here, and 40 there"),
     ({"worker.rollout.val_override_config.presence_penalty": "1"}, "presence_penalty: validation has n, temperature"),
     ({"worker.rollout.val_override_config.n": "many"}, "should be a whole number"),
-    ({"algorithm.adv_estimator": "gae"}, "grpo is the only estimator here"),
-    ({"algorithm.adv_estimator": "rloo"}, "grpo is the only estimator here"),
-    ({"algorithm.disable_kl": "false"}, "there is no reference model here"),
+    ({"algorithm.adv_estimator": "gae"}, "set grpo or rloo"),
+    ({"algorithm.adv_estimator": "reinforce_plus_plus"}, "over tokens there, and over responses here"),
+    ({"algorithm.kl_penalty": "full"} | WITH_KL, "it needs all log-probs of the vocabulary"),
+    ({"algorithm.kl_type": "adaptive"} | WITH_KL, "the weight is fixed here"),
     ({"algorithm.filter_key": "format"} | VPPO, "groups are kept by the 'accuracy'"),
-    ({"algorithm.use_vppo_on_entropy": "true"}, "the mask by entropy is not built"),
+    ({"algorithm.use_vppo_on_entropy": "true"}, "one score ranks tokens here"),
     ({"trainer.logger": "[console,mlflow]"}, "mlflow is no logger here; set wandb or swanlab"),
     ({"trainer.critic_warmup": "5"}, "there the actor waits for these steps"),
     ({"trainer.val_only": "true"}, "no command only validates"),
@@ -226,7 +242,7 @@ DROPPED: dict[str, str] = {
     "worker.reward.num_cpus": "4", "worker.rollout.enable_chunked_prefill": "true",
     "worker.rollout.max_num_batched_tokens": "12289", "worker.rollout.disable_log_stats": "false",
     "worker.rollout.disable_tqdm": "true", "algorithm.gamma": "0.9", "algorithm.lam": "0.9",
-    "algorithm.use_kl_loss": "true", "algorithm.kl_penalty": "low_var_kl", "algorithm.kl_coef": "1e-2",
+    "algorithm.use_kl_loss": "true", "algorithm.kl_penalty": "low_var_kl",
     "algorithm.kl_type": "adaptive", "algorithm.kl_horizon": "1", "algorithm.kl_target": "1",
     "algorithm.top_p_entropy_tokens": "0.5", "trainer.val_generations_to_log": "3", "trainer.ray_timeline": "x.json",
 }  # fmt: skip

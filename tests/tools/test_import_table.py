@@ -33,7 +33,8 @@ def test_rows_say_what_becomes_of_a_key() -> None:
     for line in (
         "| worker.rollout.n | 1 | `rollout.n` | at least 2 |",
         "| data.prompt_key | prompt | `data.prompt_key` | the same |",
-        "| algorithm.adv_estimator | grpo |  | only grpo: grpo is the only estimator here; set grpo |",
+        "| algorithm.adv_estimator | grpo | `algorithm.advantage` | grpo and rloo |",
+        "| worker.rollout.name | vllm |  | only vllm: vLLM is the only engine; set vllm |",
         "| data.video_fps | 2.0 |  | dropped: of videos |",
         "| algorithm.filter_low | 0.01 | `algorithm.filter_low` | only with algorithm.online_filtering |",
         "| trainer.logger | [console, wandb] | `trainer.loggers` | console, tensorboard, file: always on; mlflow is "
