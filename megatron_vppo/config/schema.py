@@ -181,6 +181,10 @@ class ParallelConfig(Section):
     """'selective': attention runs again in the backward pass; 'full': language and vision layers keep only their inputs
     and run again."""
     use_distributed_optimizer: bool = True
+    overlap_grad_reduce: bool | None = None
+    """Data- and context-parallel ranks begin to sum up gradients while the backward pass of a mini-batch's last
+    micro-batch runs, not after it. The sums are the same, with more than two ranks up to rounding. With one such rank
+    it has no effect. None: on GPUs."""
     threads_per_rank: Workers = 1
     """CPU threads of a trainer rank on a machine without GPUs."""
     collective_timeout_seconds: Wait = 1800.0

@@ -79,7 +79,7 @@ def report_stage(
         trainable = make_trainable(
             build_stages(config, layout, hf_config, options, device=META),
             layout=layout,
-            settings=optim_settings(config, total_steps=1),
+            settings=optim_settings(config, total_steps=1, on_gpu=True),
             dtype=DTYPES[config.model.dtype],
             frozen=options.frozen,
         )

@@ -142,11 +142,13 @@ class QwenVLModel(MegatronModule):
 
     def _embed(self, batch: StageInput, pixels_PD: Tensor | None) -> tuple[Tensor, Deepstack | None]:
         """Embeds this rank's tokens, [S, 1, h], puts the images in, and prepares deepstack's features."""
-        hidden_C1h = self.language.embed(batch.token_ids_C)
         tokens, deepstack_Jh = batch.image_tokens, []
-        if tokens is not None:
+        # The backward pass takes what was made last first. So the gradient of the embedding, a large one, is complete
+        # before the tower begins, and is reduced meanwhile.
+        features = None if tokens is None else self._features(batch, pixels_PD)
+        hidden_C1h = self.language.embed(batch.token_ids_C)
+        if tokens is not None and features is not None:
             # As embeddings, whose backward pass sums repeated rows in the same order every time (see ResponseTokens).
-            features = self._features(batch, pixels_PD)
             hidden_C1h = hidden_C1h.index_copy(
                 0, tokens.index_J, F.embedding(tokens.feature_J, features.merged_Mh)[:, None, :]
             )

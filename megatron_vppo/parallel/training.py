@@ -3,6 +3,8 @@
 The loss of a mini-batch arrives already divided by its global denominators (see TrainBatch), so neither the schedule
 nor the wrapper may divide again. `calculate_per_token_loss` makes both of them sum, and they are told of no tokens to
 divide by.
+
+Shape suffix legend: V = this rank's vocabulary rows; h = hidden size.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_vppo.config.choices import ModelPart
 from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel.gradient_reduction import GradientReduction
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.lr_schedule import LrSchedule
 
@@ -31,6 +35,8 @@ class OptimSettings:
     weight_decay: float
     max_grad_norm: float
     use_distributed_optimizer: bool
+    overlap_grad_reduce: bool
+    """Gradients are reduced while the backward pass of the last micro-batch runs. One replica has nothing to reduce."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Trainable:
     """The bare modules: the pipeline stages that this rank holds, in the order of the model."""
     ddps: tuple[DistributedDataParallel, ...]
     """The stages in Megatron's data-parallel wrappers, which hold the gradients."""
+    reduction: GradientReduction
     optimizer: MegatronOptimizer
     settings: OptimSettings
     frozen: frozenset[ModelPart]
@@ -93,6 +100,7 @@ def make_trainable(
 ) -> Trainable:
     """Wraps stages and makes their optimizer, which copies the weights to fp32: they must be loaded before."""
     config = stages[0].config
+    overlap = settings.overlap_grad_reduce and layout.groups.dp_cp.size() > 1
     ddps = []
     for stage in stages:
         stage.config.calculate_per_token_loss = True
@@ -100,7 +108,9 @@ def make_trainable(
             DistributedDataParallel(
                 config=stage.config,
                 ddp_config=DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True, use_distributed_optimizer=settings.use_distributed_optimizer
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=settings.use_distributed_optimizer,
+                    overlap_grad_reduce=overlap,
                 ),
                 module=stage,
                 pg_collection=layout.groups,
@@ -122,15 +132,33 @@ def make_trainable(
         ),
         ddps,
     )
-    config.finalize_model_grads_func = _sum_gradients
+    reduction = GradientReduction(ddps if overlap else (), head_weight=_weight_of_head_alone(stages[-1]))
+    config.finalize_model_grads_func = partial(_sum_gradients, reduction)
     config.grad_scale_func = optimizer.scale_loss
-    config.no_sync_func = [ddp.no_sync for ddp in ddps] if len(ddps) > 1 else ddps[0].no_sync
-    return Trainable(stages=tuple(stages), ddps=tuple(ddps), optimizer=optimizer, settings=settings, frozen=frozen)
+    config.no_sync_func = reduction.not_last
+    return Trainable(
+        stages=tuple(stages),
+        ddps=tuple(ddps),
+        reduction=reduction,
+        optimizer=optimizer,
+        settings=settings,
+        frozen=frozen,
+    )
+
+
+def _weight_of_head_alone(stage: QwenVLModel) -> torch.nn.Parameter | None:
+    """Returns the output weight, unless this stage has none or reads it as embedding too."""
+    tied = stage.share_embeddings_and_output_weights and stage.pre_process
+    return stage.head_weight_Vh() if stage.post_process and not tied else None
 
 
 def _sum_gradients(
-    model: Sequence[DistributedDataParallel], num_tokens: torch.Tensor | None = None, **kwargs: object
+    reduction: GradientReduction,
+    model: Sequence[DistributedDataParallel],
+    num_tokens: torch.Tensor | None = None,
+    **kwargs: object,
 ) -> None:
+    reduction.start_rest()
     finalize_model_grads(list(model), None, **kwargs)  # type: ignore[arg-type]
     for ddp in model:
         _sum_whole_tower(ddp.module)

@@ -49,16 +49,16 @@ class Updater:
 
     def accumulate_gradients(self, batch: TrainBatch) -> dict[str, float]:
         """Leaves the gradient of the mini-batch's loss in the parameters' `main_grad`; returns the loss's metrics."""
-        runner = self._runner
+        runner, reduction = self._runner, self._trainable.reduction
         head = functools.cache(partial(runner.vocab_head, trained=True))  # only the last stage has one
         with_entropy = batch.loss.entropy_kind == "entropy"
         weighted: dict[str, Tensor] = {}
         per_token: dict[str, Tensor] = {}
 
         def loss_of(tokens: ResponseTokens, terms: TokenTerms, hidden_C1h: Tensor) -> Tensor:
-            new_logp_N, entropy_N = head().token_logps(
-                tokens.predicting(hidden_C1h), tokens.target_N, with_entropy=with_entropy
-            )
+            hidden_Nh = tokens.predicting(hidden_C1h)
+            reduction.after_head(hidden_Nh)
+            new_logp_N, entropy_N = head().token_logps(hidden_Nh, tokens.target_N, with_entropy=with_entropy)
             sums = surrogate_loss(new_logp_N, terms, spec=batch.loss, entropy_N=entropy_N)
             _accumulate(weighted, sums.weighted_sums)
             _accumulate(per_token, sums.token_sums)
@@ -67,7 +67,8 @@ class Updater:
         self._trainable.zero_gradients()
         micro_batches = runner.update_micro_batches(batch.responses)
         views = [[View(row, None) for row in rows] for rows in micro_batches]
-        runner.forward_backward(batch, views, loss_of, models=self._trainable.ddps)
+        with reduction.of_mini_batch():
+            runner.forward_backward(batch, views, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())
         return self._sum_over_ranks({**weighted, **{name: sums / response_tokens for name, sums in per_token.items()}})
 

@@ -84,7 +84,8 @@ class VocabHead:
     one."""
     weight_grad_Vh: Tensor | None = None
     """A buffer to which the backward pass adds the gradient of the weight, such as Megatron's `main_grad`; float32
-    (float64 for a float64 weight). If there is no buffer, the backward pass returns the gradient to autograd."""
+    (float64 for a float64 weight). Autograd then does not know of the weight, and the hidden states must require a
+    gradient. If there is no buffer, the backward pass returns the gradient to autograd."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are not positive and for a gradient that does not fit the weight."""
@@ -120,7 +121,8 @@ class VocabHead:
             ValueError: shapes that do not fit.
         """
         self._check(hidden_Nh)
-        logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, self.weight_Vh, target_N, self)
+        weight_Vh = self.weight_Vh if self.weight_grad_Vh is None else self.weight_Vh.detach()
+        logp_N, entropy_N = _TokenLogps.apply(hidden_Nh, weight_Vh, target_N, self)
         return logp_N, entropy_N if with_entropy else None
 
     @torch.no_grad()
@@ -247,8 +249,8 @@ class _TokenLogps(torch.autograd.Function):
         rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
         local_N, owned_N = head.local_targets(target_N)
         grad_hidden_Nh = torch.zeros_like(hidden_Nh) if wants_hidden else None
-        sum_Vh = head.weight_grad_Vh if wants_weight else None
-        if wants_weight and sum_Vh is None:
+        sum_Vh = head.weight_grad_Vh
+        if wants_weight:
             # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
             sum_Vh = weight_Vh.new_zeros(weight_Vh.shape, dtype=stat_dtype(hidden_Nh.dtype))
         for chunk in _chunks(len(hidden_Nh) if len(rows_Vh) else 0, head.chunk_tokens):
@@ -269,7 +271,7 @@ class _TokenLogps(torch.autograd.Function):
             del grad_UV  # before the next chunk's logits are made
         if grad_hidden_Nh is not None:
             grad_hidden_Nh = _all_reduce(grad_hidden_Nh, head.group)
-        returned_Vh = sum_Vh.to(weight_Vh.dtype) if sum_Vh is not None and head.weight_grad_Vh is None else None
+        returned_Vh = sum_Vh.to(weight_Vh.dtype) if sum_Vh is not None and wants_weight else None
         return grad_hidden_Nh, returned_Vh, None, None
 
 

@@ -22,7 +22,9 @@ class StageValues:
 
     buckets: tuple[tuple[int, ...], ...]
     """The size of each trained parameter, grouped as in Megatron's gradient buffer: one bucket. A tied weight that two
-    stages hold is a bucket of its own between the others."""
+    stages hold is a bucket of its own between the others. With parallel.overlap_grad_reduce Megatron cuts the first
+    stage's further, one for 40 million values or more. What pads those, less than 128 values for each replica, is not
+    counted."""
     frozen: int
     """The size of all parameters that are not trained."""
 

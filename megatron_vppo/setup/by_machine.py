@@ -12,6 +12,7 @@ class ByMachine:
     """The settings with their values, under their own names."""
 
     sequence_parallel: bool
+    overlap_grad_reduce: bool
     head_chunk_tokens: int
     max_num_seqs: int
     enforce_eager: bool
@@ -20,23 +21,27 @@ class ByMachine:
 
 ON_CPU = ByMachine(
     sequence_parallel=False,
+    overlap_grad_reduce=False,
     head_chunk_tokens=1024,
     max_num_seqs=256,
     enforce_eager=True,
     async_checkpoints=False,
 )
-"""Chunks that fit a cache, no graphs, since there are none, and cores that are not shared with writers."""
+"""Chunks that fit a cache, no graphs, since there are none, and cores that are not shared with sums of gradients or
+writers."""
 ON_GPU = ByMachine(
     sequence_parallel=True,
+    overlap_grad_reduce=True,
     head_chunk_tokens=4096,
     max_num_seqs=1024,
     enforce_eager=False,
     async_checkpoints=True,
 )
-"""Products large enough for a GPU, vLLM's own number of sequences on one of 70 GiB or more, CUDA graphs, and
-checkpoints that are written while the GPUs go on."""
+"""Gradients that travel while the GPUs compute, products large enough for one, vLLM's own number of sequences on one of
+70 GiB or more, CUDA graphs, and checkpoints that are written while the GPUs go on."""
 SECTIONS = {
     "sequence_parallel": "parallel",
+    "overlap_grad_reduce": "parallel",
     "head_chunk_tokens": "actor",
     "max_num_seqs": "rollout",
     "enforce_eager": "rollout",

@@ -39,7 +39,7 @@ def make_policy(
     trainable = make_trainable(
         _load_stages(config, layout, source, inputs, options),
         layout=layout,
-        settings=optim_settings(config, total_steps=total_steps),
+        settings=optim_settings(config, total_steps=total_steps, on_gpu=layout.device.type == "cuda"),
         dtype=DTYPES[config.model.dtype],
         frozen=options.frozen,
     )
@@ -124,7 +124,7 @@ def build_stages(
     ]
 
 
-def optim_settings(config: RunConfig, *, total_steps: int) -> OptimSettings:
+def optim_settings(config: RunConfig, *, total_steps: int, on_gpu: bool) -> OptimSettings:
     """Collects the settings of the optimizer."""
     optim = config.actor.optim
     return OptimSettings(
@@ -140,4 +140,5 @@ def optim_settings(config: RunConfig, *, total_steps: int) -> OptimSettings:
         weight_decay=optim.weight_decay,
         max_grad_norm=config.actor.max_grad_norm,
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_grad_reduce=by_machine(config, on_gpu=on_gpu).overlap_grad_reduce,
     )

@@ -63,7 +63,7 @@ def test_adam_is_torchs_whatever_is_installed(monkeypatch: pytest.MonkeyPatch) -
     config = run_config()
     with fake_rank(config.parallel, rank=0, world_size=2) as layout, meta_device():
         stages = build_stages(config, layout, four_layers(), ModelOptions(), device=META)
-        settings = optim_settings(config, total_steps=1)
+        settings = optim_settings(config, total_steps=1, on_gpu=True)
         trainable = make_trainable(stages, layout=layout, settings=settings, dtype=torch.bfloat16)
     assert isinstance(trainable.optimizer.chained_optimizers[0].optimizer, torch.optim.AdamW)
     assert not megatron_optimizer.USING_PYTORCH_OPTIMIZER

@@ -55,21 +55,44 @@ def report(config: RunConfig, hf_config: HfConfig, *, rank: int, world_size: int
 # --- The 32B on 32 GPUs -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
-def test_a_32b_by_hand() -> None:
-    """TP 4, PP 2, DP 4: 7.95, 15.90 and 11.93 GiB on a rank of the first stage; 7.63, 15.26 and 11.44 on the second."""
-    hf_config = published_config("qwen2.5-vl-32b")
-    config = run_config(
+def thirty_two(*, overlap_grad_reduce: bool) -> RunConfig:
+    return run_config(
         data={"max_prompt_length": 4096, "max_response_length": 2048, "max_pixels": 1003520, "rollout_batch_size": 16},
         parallel={
             "tensor_model_parallel_size": 4,
             "pipeline_model_parallel_size": 2,
             "sequence_parallel": True,
+            "overlap_grad_reduce": overlap_grad_reduce,
             "recompute": "full",
         },
         actor={"global_batch_size": 16, "micro_batch_size_per_device_for_update": 4},
         rollout={"n": 8},
     )
+
+
+@pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
+def test_buckets_pad_by_nearly_nothing() -> None:
+    """Buckets of at least 40 million values, each padded by less than 128 values for each of four replicas, on the
+    first stage; one on the second."""
+    hf_config = published_config("qwen2.5-vl-32b")
+    for rank in (0, 16):
+        one, cut = (
+            report(
+                hf_config=hf_config, config=thirty_two(overlap_grad_reduce=overlap), rank=rank, world_size=32, data=4
+            )
+            for overlap in (False, True)
+        )
+        buckets = one.state.weights // 2 // 40_000_000
+        more = (cut.state.weights - one.state.weights) // 2
+        assert (0 < more < 128 * 4 * buckets) if rank == 0 else more == 0
+        assert cut.state.gradients - one.state.gradients == 4 * more
+        assert (cut.step, cut.update) == (one.step, one.update)
+
+
+@pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
+def test_a_32b_by_hand() -> None:
+    """TP 4, PP 2, DP 4: 7.95, 15.90 and 11.93 GiB on a rank of the first stage; 7.63, 15.26 and 11.44 on the second."""
+    hf_config, config = published_config("qwen2.5-vl-32b"), thirty_two(overlap_grad_reduce=False)
     hidden, ffn, vocabulary, tensor = 5120, 27648, 152064, 4
     heads, keys = 40 * 128, 8 * 128
     layer = (heads + 2 * keys) * (hidden + 1) // tensor + heads * hidden // tensor + 3 * hidden * ffn // tensor
@@ -229,7 +252,7 @@ def _trainable(config: RunConfig, layout: Layout, hf_config: HfConfig, *, device
     return make_trainable(
         stages,
         layout=layout,
-        settings=optim_settings(config, total_steps=1),
+        settings=optim_settings(config, total_steps=1, on_gpu=True),
         dtype=DTYPES[config.model.dtype],
         frozen=options_of(config).frozen,
     )

@@ -18,6 +18,8 @@ class Case:
     data: int = 1
     options: ModelOptions = PLAIN
     token_alignment: int = 1
+    overlap: bool = False
+    """Gradients are reduced in the backward pass."""
 
     @property
     def ranks(self) -> int:

@@ -8,12 +8,15 @@ and an error in the gradient shows in proportion.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -24,6 +27,7 @@ from megatron_vppo.config.choices import Fp8Phase, PerturbUnit, PolicyLoss
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.parallel import training
 from megatron_vppo.parallel.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps
 from megatron_vppo.parallel.layout import Layout
@@ -52,9 +56,11 @@ def constant(rate: float) -> LrSchedule:
 OPTIM = OptimSettings(
     lr=constant(LEARNING_RATE),
     betas=(0.9, 0.999), eps=1.0, weight_decay=0.01, max_grad_norm=1e9,
-    use_distributed_optimizer=True,
+    use_distributed_optimizer=True, overlap_grad_reduce=False,
 )  # fmt: skip
 RESUMED_OPTIM = dataclasses.replace(OPTIM, lr=constant(1e-2), eps=1e-8)
+SMALL_BUCKETS = functools.partial(DistributedDataParallelConfig, bucket_size=20_000)
+"""Buckets of gradients of a tiny model. Megatron's own hold 40 million values; without overlap it makes but one."""
 RESPONSE_LENGTH = 4
 STEP = 3
 BANNED = (1, 281)
@@ -313,7 +319,8 @@ def make_policy(
     """`rows`: per micro-batch."""
     stages = make_stages(folder, layout, options=options, dtype=dtype)
     frozen = options.frozen if options else frozenset()
-    trainable = make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=frozen)
+    with patch.object(training, "DistributedDataParallelConfig", SMALL_BUCKETS):
+        trainable = make_trainable(stages, layout=layout, settings=optim, dtype=dtype, frozen=frozen)
     return MegatronPolicy(
         trainable,
         hf_config=AutoConfig.from_pretrained(folder),

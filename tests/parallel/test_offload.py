@@ -65,7 +65,7 @@ def _rank(
     rank: int, world: int, folder: Path, scratch: Path, dtype: torch.dtype, distributed: bool, options: ModelOptions
 ) -> None:
     layout = init_layout(tensor=1, pipeline=2 if options.pipeline_layers else 1, timeout_seconds=300)
-    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed)
+    optim = dataclasses.replace(RESUMED_OPTIM, use_distributed_optimizer=distributed, overlap_grad_reduce=distributed)
     still, moved = (make_policy(folder, layout, rows=2, optim=optim, dtype=dtype, options=options) for _ in range(2))
     responses = make_responses()
     batch = make_batch(responses, "nll")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from megatron_vppo.parallel.vocab_head import VocabHead, check_targets
 from tests.gloo import run_gloo
@@ -106,16 +107,22 @@ def test_float32_stays_near_float64() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weight_gradient_is_added_where_the_optimizer_sums(dtype: torch.dtype) -> None:
-    """Two micro-batches into one float32 sum, as into Megatron's main_grad: autograd gets no gradient of the weight."""
+    """Two micro-batches into one float32 sum, as into Megatron's main_grad: autograd does not reach the weight, where
+    Megatron's hook would ask for a gradient."""
     p = make_problem()
-    hidden_Nh, weight_Vh = p.hidden_Nh.to(dtype), padded(p.weight_Vh, 40).to(dtype).requires_grad_()
+    hidden_Nh = p.hidden_Nh.to(dtype, copy=True).requires_grad_()
+    weight_Vh = padded(p.weight_Vh, 40).to(dtype).requires_grad_()
+    leaf, reached = get_gradient_edge(weight_Vh).node, []
+    leaf.register_hook(lambda *_: reached.append(True))
     sum_Vh = torch.ones(40, HIDDEN_SIZE)
     head = make_head(weight_Vh, weight_grad_Vh=sum_Vh)
     for half in (slice(0, 6), slice(6, NUM_TOKENS)):
         logp_N, entropy_N = head.token_logps(hidden_Nh[half], p.targets_N[half], with_entropy=True)
         ((logp_N * p.grad_logp_N[half]).sum() + (entropy_N * p.grad_entropy_N[half]).sum()).backward()
-    assert weight_Vh.grad is None
-    exact = dataclasses.replace(p, hidden_Nh=hidden_Nh.double(), weight_Vh=weight_Vh.detach()[:VOCAB_SIZE].double())
+    assert weight_Vh.grad is None and not reached
+    exact = dataclasses.replace(
+        p, hidden_Nh=hidden_Nh.detach().double(), weight_Vh=weight_Vh.detach()[:VOCAB_SIZE].double()
+    )
     expected_Vh = 1 + padded(reference(exact)[3], 40)
     expected_Vh[VOCAB_SIZE:] = 1
     tolerance = 5e-6 if dtype == torch.float32 else 0.1  # the gradient of the logits has three digits

@@ -87,6 +87,7 @@ def _measure(case: Case, layout: Layout) -> RankState:
             weight_decay=0.0,
             max_grad_norm=1.0,
             use_distributed_optimizer=case.distributed,
+            overlap_grad_reduce=True,
         ),
         dtype=case.dtype,
         frozen=case.frozen,

@@ -48,7 +48,7 @@ LAYOUTS = {
     "one rank": (BOTH, Case()),
     "TP 2, sequence parallel": (QWEN25, Case(tensor=2, options=ModelOptions(sequence_parallel=True))),
     "TP 2, sequence parallel, images shared out": (QWEN3, Case(tensor=2, options=IMAGES)),
-    "CP 2, recomputed": (QWEN3, Case(context=2, options=ModelOptions(recompute="full"))),
+    "CP 2, recomputed, overlapped": (QWEN3, Case(context=2, options=ModelOptions(recompute="full"), overlap=True)),
     "PP 2": (BOTH, Case(pipeline=2, options=STAGES)),
     "PP 2, recomputed": (QWEN3, Case(pipeline=2, options=dataclasses.replace(STAGES, recompute="full"))),
 }
@@ -114,9 +114,11 @@ Results = dict[tuple[str, str, frozenset[ModelPart]], Found]
 
 def _rank(rank: int, world: int, layouts: list[str], folders: dict[str, Path]) -> Results:
     found = {}
-    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False, weight_decay=0.0)
     for name in layouts:
         models, case = LAYOUTS[name]
+        optim = dataclasses.replace(
+            OPTIM, use_distributed_optimizer=False, weight_decay=0.0, overlap_grad_reduce=case.overlap
+        )
         layout = case.open()
         for model in models:
             for frozen in FROZEN:

@@ -69,6 +69,7 @@ LAYOUTS = {
     "PP 2, uneven": Case(pipeline=2, options=UNEVEN),
     "PP 2, interleaved": Case(pipeline=2, options=INTERLEAVED),
     "DP 2": Case(data=2),
+    "DP 2, overlapped": Case(data=2, overlap=True),
     "TP 2 x CP 2, sequence parallel": Case(tensor=2, context=2, options=SP),
     "TP 2 x CP 2, sequence parallel, images shared out": Case(tensor=2, context=2, options=SP_IMAGES),
     "TP 2 x PP 2, sequence parallel, interleaved, recomputed": Case(
@@ -82,12 +83,16 @@ LAYOUTS = {
     ),
     "CP 2 x PP 2, uneven": Case(context=2, pipeline=2, options=UNEVEN),
     "CP 2 x PP 2, interleaved": Case(context=2, pipeline=2, options=INTERLEAVED),
+    "CP 2 x PP 2, interleaved, overlapped": Case(context=2, pipeline=2, options=INTERLEAVED, overlap=True),
     "CP 3": Case(context=3),
     "PP 3": Case(pipeline=3, options=ModelOptions(pipeline_layers=(2, 2, 1))),
     "CP 4": Case(context=4),
     "CP 2, padded as FP8 wants": Case(context=2, token_alignment=128),
     "TP 2, sequence parallel, padded as FP8 wants": Case(tensor=2, options=SP, token_alignment=32),
     "CP 2 x DP 2": Case(context=2, data=2),
+    "TP 2 x DP 2, sequence parallel, images shared out, overlapped": Case(
+        tensor=2, data=2, options=SP_IMAGES, overlap=True
+    ),
     "TP 2 x CP 2 x PP 2, sequence parallel, images shared out": Case(
         tensor=2, context=2, pipeline=2, options=dataclasses.replace(SP_IMAGES, pipeline_layers=(4, 1))
     ),
@@ -174,12 +179,13 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
     for name in names:
         case = LAYOUTS[name]
         layout = case.open()
-        whole = dataclasses.replace(OPTIM, use_distributed_optimizer=False)  # whose ranks have all of each gradient
+        optim = dataclasses.replace(OPTIM, overlap_grad_reduce=case.overlap)
+        whole = dataclasses.replace(optim, use_distributed_optimizer=False)  # whose ranks have all of each gradient
         for model, (folder, expected) in models.items():
             make = functools.partial(
                 make_policy, folder, layout, options=case.options, token_alignment=case.token_alignment
             )
-            changes = _changes(make(rows=4, optim=OPTIM), folder)
+            changes = _changes(make(rows=4, optim=optim), folder)
             change = _worst("change", changes, _minus_start(expected.weights.items(), folder))
             for rows in ROWS_EACH:
                 policy = make(rows=rows, optim=whole)

@@ -57,15 +57,15 @@ SETTINGS = {
     "TP 2 PP 2 interleaved": Setting(Case(tensor=2, pipeline=2, options=INTERLEAVED)),
     "TP 2 CP 2 images": Setting(Case(tensor=2, context=2, options=IMAGES)),
     "PP 2 uneven DP 2": Setting(Case(pipeline=2, options=UNEVEN)),
-    "DP 4": Setting(Case()),
+    "DP 4": Setting(Case(overlap=True)),
     "DP 4 ordinary": Setting(Case(), distributed=False),
     "TP 2 DP 2 ordinary": Setting(Case(tensor=2), distributed=False),
     "PP 2 interleaved DP 2 ordinary": Setting(
-        Case(pipeline=2, options=ModelOptions(virtual_stages=2)), distributed=False
+        Case(pipeline=2, options=ModelOptions(virtual_stages=2), overlap=True), distributed=False
     ),
     "CP 2 DP 2 frozen": Setting(Case(context=2, options=FROZEN)),
     "TP 2 PP 2 frozen": Setting(Case(tensor=2, pipeline=2, options=FROZEN)),
-    "PP 2 DP 2 tower only": Setting(Case(pipeline=2, options=TOWER_ONLY)),
+    "PP 2 DP 2 tower only": Setting(Case(pipeline=2, options=TOWER_ONLY, overlap=True)),
     "TP 2 DP 2 tower only ordinary": Setting(Case(tensor=2, options=TOWER_ONLY), distributed=False),
     "TP 2 PP 2 interleaved bf16": Setting(Case(tensor=2, pipeline=2, options=INTERLEAVED), dtype=BF16),
     "TP 2 CP 2 images bf16": Setting(Case(tensor=2, context=2, options=IMAGES), dtype=BF16),
@@ -93,7 +93,9 @@ class Straight:
 
 
 def _policy(folder: Path, layout: Layout, setting: Setting) -> MegatronPolicy:
-    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=setting.distributed)
+    optim = dataclasses.replace(
+        OPTIM, use_distributed_optimizer=setting.distributed, overlap_grad_reduce=setting.case.overlap
+    )
     return make_policy(folder, layout, rows=2, optim=optim, options=setting.case.options, dtype=setting.dtype)
 
 

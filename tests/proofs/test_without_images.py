@@ -37,6 +37,7 @@ LAYOUTS = {
     "CP 2": Case(context=2),
     "PP 2, interleaved": Case(pipeline=2, options=ModelOptions(virtual_stages=2, pipeline_layers=(2, 1, 1, 1))),
     "DP 2": Case(data=2),
+    "CP 2, overlapped": Case(context=2, overlap=True),
 }
 
 
@@ -55,9 +56,9 @@ class Found:
 
 def _rank(rank: int, world: int, folders: dict[str, Path]) -> dict[tuple[str, str], Found]:
     found = {}
-    optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False)
     for name, case in LAYOUTS.items():
         layout = case.open()
+        optim = dataclasses.replace(OPTIM, use_distributed_optimizer=False, overlap_grad_reduce=case.overlap)
         for model, folder in folders.items():
             policy = make_policy(folder, layout, rows=1, optim=optim, options=case.options)
             scores = policy.score(text_only(), step=STEP, views="both")

@@ -25,6 +25,7 @@ from megatron_vppo.parallel.training import OptimSettings, make_trainable
 OPTIM = OptimSettings(
     lr=LrSchedule(peak=1e-6, kind="constant", warmup_steps=0, total_steps=1, min_ratio=0.0),
     betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, max_grad_norm=1.0, use_distributed_optimizer=True,
+    overlap_grad_reduce=False,
 )  # fmt: skip
 STEP = 1
 
