@@ -2,7 +2,8 @@
 
 Both phases add up: products of the language model and of the vision tower at a share of the fastest product, exchanges
 between tensor, context and pipeline ranks, which nothing hides, and what of the host's packing takes longer than the
-device's work. All stages of a pipeline count as equal.
+device's work. All stages of a pipeline count as equal. Of the data-parallel collectives only the sum of gradients runs
+behind something.
 """
 
 from __future__ import annotations
@@ -83,15 +84,17 @@ def update_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, mac
     # A rank has an image of the update in memory if it scored it, which is chance: rows are divided over ranks again.
     new_images = groups * work.images * (1 - 1 / layout.data)
     read = new_images * (machine.assumed.host.decode_image + machine.assumed.host.process_image)
-    return _phase(
+    phase = _phase(
         model,
         layout,
         machine,
         done,
         pipelines=work.minibatches,
         packing=read + _packing(work, done, machine),
-        optimizer=work.minibatches * optimizer_seconds(model, layout, machine),
     )
+    backward = BACKWARD / (1 + BACKWARD) * (phase.language + phase.vision) / done.micro_batches
+    step = optimizer_seconds(model, layout, machine, backward=backward)
+    return replace(phase, optimizer=work.minibatches * step)
 
 
 def _as_packed(work: StepWork, layout: TrainerLayout) -> StepWork:
@@ -99,18 +102,23 @@ def _as_packed(work: StepWork, layout: TrainerLayout) -> StepWork:
     return replace(work, shared_prefix=work.shared_prefix and layout.context == 1)
 
 
-def optimizer_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine) -> float:
+def optimizer_seconds(model: SpeedModel, layout: TrainerLayout, machine: Machine, *, backward: float) -> float:
     """Returns the seconds of one optimizer step: gradients in fp32 are summed and scattered over data and context
     ranks, each rank updates its share, and the weights in bfloat16 are gathered.
+
+    Args:
+        backward: seconds of the backward pass of a micro-batch, behind which gradients are summed.
     """
     shard = model.parameters / (layout.tensor * layout.pipeline)
     replicas = layout.data * layout.context
     # A replica's neighbours lie tensor x context apart.
     link = machine.link(layout.tensor * replicas, node_gpus=layout.node_gpus)
-    collectives = (replicas - 1) / replicas * shard * (FLOAT32 + BFLOAT16) / link
-    collectives *= 1 - machine.assumed.shares.hidden_gradients
+    moved = (replicas - 1) / replicas * shard / link
+    summing, gathering = moved * FLOAT32, moved * BFLOAT16
+    hidden = min(machine.assumed.shares.hidden_gradients * summing, backward)
     host = machine.assumed.host
-    return collectives + host.optimizer_step + shard / replicas * host.optimizer_bytes / machine.gpu.memory
+    own = host.optimizer_step + shard / replicas * host.optimizer_bytes / machine.gpu.memory
+    return summing - hidden + gathering + own
 
 
 def _phase(
@@ -121,7 +129,6 @@ def _phase(
     *,
     pipelines: int,
     packing: float,
-    optimizer: float = 0.0,
 ) -> PhaseSeconds:
     """
     Args:
@@ -143,7 +150,6 @@ def _phase(
         exchange=exchange_and_messages,
         bubble=bubble * (language + vision + exchange),
         host=first * packing + (1 - first) * max(0.0, packing - device),
-        optimizer=optimizer,
     )
 
 

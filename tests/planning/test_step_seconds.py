@@ -34,8 +34,11 @@ SEVEN_ENGINE = EngineLayout(tensor=1, kv_tokens=404_000, max_sequences=256, eage
 
 
 GUESSED = Reached(product=0.728, memory=0.9)
-GUESSES = Assumptions(replace(LIKELY.shares, training=0.72, vision=0.40), replace(LIKELY.host, bundle_bytes=2**28))
-"""The numbers of the other model, made before any GPU had measured some of them."""
+GUESSES = Assumptions(
+    replace(LIKELY.shares, training=0.72, vision=0.40, hidden_gradients=0.0), replace(LIKELY.host, bundle_bytes=2**28)
+)
+"""The numbers of the other model, made before any GPU had measured some of them, and before gradients were summed
+during the backward pass."""
 
 
 def guessed(name: str, assumed: Assumptions = GUESSES) -> Machine:

@@ -98,16 +98,23 @@ def test_a_tower_with_little_to_do_waits_for_its_launches() -> None:
 
 def test_the_optimizer_by_hand() -> None:
     """1,000 parameters over two tensor ranks: 500 x 6 bytes, of which 3/4 move between four data ranks. The eight GPUs
-    of one host have 50 bytes/s, of two hosts 10."""
+    of one host have 50 bytes/s, of two hosts 10. Gradients are 4 of the 6 bytes."""
     host = replace(NO_HOST, optimizer_step=2.0, optimizer_bytes=20.0)
     machine = Machine(UNIT, Assumptions(replace(ALL, hidden_gradients=0.0), host))
     layout = replace(ONE, tensor=2, data=4)
     own = 2.0 + 500 / 4 * 20 / 100
-    assert optimizer_seconds(MODEL, layout, machine) == pytest.approx(own + 0.75 * 3000 / 50)
-    assert optimizer_seconds(MODEL, replace(layout, node_gpus=4), machine) == pytest.approx(own + 0.75 * 3000 / 10)
+    assert optimizer_seconds(MODEL, layout, machine, backward=9.0) == pytest.approx(own + 0.75 * 3000 / 50)
+    two_hosts = replace(layout, node_gpus=4)
+    assert optimizer_seconds(MODEL, two_hosts, machine, backward=9.0) == pytest.approx(own + 0.75 * 3000 / 10)
     half = Machine(UNIT, Assumptions(replace(ALL, hidden_gradients=0.5), host))
-    assert optimizer_seconds(MODEL, layout, half) == pytest.approx(own + 0.75 * 1500 / 50)
+    assert optimizer_seconds(MODEL, layout, half, backward=99.0) == pytest.approx(own + 0.75 * 2000 / 50)
+    assert optimizer_seconds(MODEL, layout, half, backward=9.0) == pytest.approx(own + 0.75 * 3000 / 50 - 9)
     # Two mini-batches are two steps; context ranks share the optimizer, too.
     work = replace(WORK, prompts=8)
     update = update_seconds(MODEL, work, replace(layout, data=2, context=2), machine)
     assert update.optimizer == pytest.approx(2 * (own + 0.75 * 3000 / 50))
+    # Of eight micro-batches each mini-batch has a last one, and two thirds of its products are backward.
+    behind = update_seconds(MODEL, work, replace(layout, data=2, context=2), half)
+    hidden = 2 / 3 * (update.language + update.vision) / 8
+    assert hidden < 0.5 * 0.75 * 2000 / 50
+    assert behind.optimizer == pytest.approx(update.optimizer - 2 * hidden)
