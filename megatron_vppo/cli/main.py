@@ -17,6 +17,7 @@ from typing import TypeAlias
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.convert import add_commands as add_convert_commands
+from megatron_vppo.cli.data_check import add_data_check_options, run_data_check
 from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
 from megatron_vppo.cli.errors import DO_NOT_RESTART, MISTAKE, STOPPED, error_text, is_mistake, mistake_status
 from megatron_vppo.cli.import_config import add_import_options, run_import
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         _add_train,
         _add_slurm,
         _add_import_config,
+        _add_data,
         _add_plan,
         _add_doctor,
         _add_convert,
@@ -175,6 +177,20 @@ def _add_import_config(commands: Commands) -> None:
     )
     add_import_options(importing)
     importing.set_defaults(run=run_import)
+
+
+def _add_data(commands: Commands) -> None:
+    data = commands.add_parser("data", help="look at a data set", description="Looks at data sets.")
+    subcommands = data.add_subparsers(required=True, metavar="COMMAND")
+    check = subcommands.add_parser(
+        "check",
+        help="what is in it, what is wrong with it, and what another set has too",
+        description="Reads every row of a data set and decodes every image: broken rows with their reasons, image "
+        "sizes, rows that are there twice, and with --against those that another set has too, by content. Needs no "
+        "model. Exit status 1: some row is broken, or both sets have some row.",
+    )
+    add_data_check_options(check)
+    check.set_defaults(run=run_data_check)
 
 
 def _add_plan(commands: Commands) -> None:

@@ -1,0 +1,135 @@
+"""`vppo data check`: what a data set holds, and what it has in common with another, as text, JSON and a page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_vppo.cli.arguments import positive
+from megatron_vppo.cli.launch import quieten_libraries
+from megatron_vppo.cli.output import say
+from megatron_vppo.config.schema import DataConfig
+
+SHOWN = 10
+"""Rows of a kind that the text lists. JSON and the page have all."""
+
+
+def add_data_check_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options. Columns are named as in the settings data.prompt_key, answer_key and image_key."""
+    parser.add_argument("source", metavar="PATH", help="as data.train_files: a file, folder or hub id, @split behind")
+    parser.add_argument("--against", metavar="OTHER", help="another set, whose rows are looked for in this one")
+    for key in ("prompt_key", "answer_key", "image_key"):
+        default = DataConfig.model_fields[key].default
+        option = f"--{key.replace('_', '-')}"
+        parser.add_argument(option, default=default, metavar="COLUMN", help=f"as data.{key} (default: {default})")
+    parser.add_argument("--image-dir", metavar="FOLDER", help="as data.image_dir: where relative image paths begin")
+    parser.add_argument("--model", metavar="MODEL", help="folder or hub id of a model: count the tokens of its prompts")
+    parser.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt, for --model")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as a page")
+
+
+def run_data_check(options: argparse.Namespace) -> int:
+    """Surveys one or two data sets, and says what is wrong. Returns 1 if a row is broken, or if both have rows.
+
+    Raises ValueError for a set or a column that is not there.
+    """
+    from megatron_vppo.data.dataset import open_dataset
+    from megatron_vppo.data.survey import shared, survey
+    from megatron_vppo.observability.survey_page import write_survey_page
+    from megatron_vppo.system.whole import whole_file
+
+    builder = None if options.model is None else _builder(options.model, options.format_prompt)
+    surveys = [
+        survey(
+            open_dataset(
+                source,
+                problem_key=options.prompt_key,
+                answer_key=options.answer_key,
+                image_key=options.image_key,
+                image_dir=options.image_dir,
+            ),
+            workers=options.workers,
+            builder=builder,
+        )
+        for source in (options.source, options.against)
+        if source is not None
+    ]
+    report: dict[str, Any] = {"sets": [_facts(one) for one in surveys]}
+    if len(surveys) == 2:
+        found = shared(*surveys)
+        report["shared"] = {kind: list(map(list, getattr(found, kind))) for kind in ("same", "images", "question")}
+    if options.json is not None:
+        with whole_file(options.json) as file:
+            file.write(json.dumps(report, indent=1).encode())
+    if options.html is not None:
+        write_survey_page(report, options.html)
+    say("\n".join(_lines(report)))
+    return int(any(one["broken"] for one in report["sets"]) or bool(report.get("shared", {}).get("same")))
+
+
+def _facts(one: Any) -> dict[str, Any]:
+    """Returns a Survey as JSON holds it."""
+    from megatron_vppo.data.survey import quantiles
+
+    sizes = [size for row in one.usable for size in row.sizes]
+    return {
+        "source": one.source,
+        "rows": one.rows,
+        "usable": len(one.usable),
+        "broken": [str(error) for error in one.broken],
+        "repeated": one.repeated,
+        "images_per_row": {str(count): rows for count, rows in sorted(one.images_per_row.items())},
+        "width": quantiles([width for width, _ in sizes]),
+        "height": quantiles([height for _, height in sizes]),
+        "prompt_tokens": quantiles([row.tokens for row in one.usable if row.tokens is not None]),
+    }
+
+
+def _builder(model: str, format_prompt: str | None) -> Any:
+    """Returns the maker of a model's prompts, with the pixel budget that the settings have by default."""
+    quieten_libraries()
+    from megatron_vppo.data.geometry import ImageGeometry
+    from megatron_vppo.data.prompts import PromptBuilder, read_template
+    from megatron_vppo.models.model_files import open_without_weights
+    from megatron_vppo.setup.model_folder import model_folder
+
+    processor = open_without_weights(model_folder(model)).processor
+    low, high = (DataConfig.model_fields[name].default for name in ("min_pixels", "max_pixels"))
+    geometry = ImageGeometry.from_processor(processor.image_processor, min_pixels=low, max_pixels=high, mode="smart")
+    return PromptBuilder(processor, geometry, template=None if format_prompt is None else read_template(format_prompt))
+
+
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+
+def _lines(report: Mapping[str, Any]) -> Iterator[str]:
+    for one in report["sets"]:
+        yield f"{one['source']}: {one['usable']} of {one['rows']} rows usable"
+        images = ", ".join(f"{rows} rows with {count}" for count, rows in one["images_per_row"].items())
+        yield f"  images: {images or 'none'}"
+        for name in ("width", "height", "prompt_tokens"):
+            if one[name]:
+                values = ", ".join(f"{where} {value}" for where, value in one[name].items())
+                yield f"  {name.replace('_', ' ')}: {values}"
+        yield from _listed("broken", one["broken"])
+        yield from _listed("the same rows", [", ".join(map(str, rows)) for rows in one["repeated"]])
+    if "shared" in report:
+        found = report["shared"]
+        other = report["sets"][1]["source"]
+        yield f"in {other} as well:"
+        yield from _listed("the same question about the same images", [f"row {a} is row {b}" for a, b in found["same"]])
+        yield f"  the same images, another question: {len(found['images'])}"
+        yield f"  the same question, other images: {len(found['question'])}"
+
+
+def _listed(title: str, lines: list[str]) -> Iterator[str]:
+    yield f"  {title}: {len(lines)}"
+    yield from (f"    {line}" for line in lines[:SHOWN])
+    if len(lines) > SHOWN:
+        yield f"    ... and {len(lines) - SHOWN} more"
