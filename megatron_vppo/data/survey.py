@@ -2,7 +2,7 @@
 sets have in common.
 
 Rows are compared by content. A question counts without its image marks, capitals and runs of spaces; an image by its
-pixels, so that a PNG and a lossless WebP of one picture are the same, and a JPEG of it is another.
+pixels, so that a PNG and a lossless WebP of it are the same, and a JPEG is another.
 """
 
 from __future__ import annotations

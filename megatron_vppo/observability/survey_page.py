@@ -12,7 +12,7 @@ from megatron_vppo.observability.report.text import html_text, plain_text
 from megatron_vppo.system.whole import whole_file
 
 Report = Mapping[str, Any]
-"""What `vppo data check` writes as JSON."""
+"""The JSON of `vppo data check`."""
 
 
 def write_survey_page(report: Report, path: Path) -> None:
