@@ -24,7 +24,7 @@ def advantages(reward_B: Tensor, group_B: Tensor, *, kind: AdvantageKind) -> Ten
         reinforce_pp            (r - step mean) / (step deviation + 1e-6)         arXiv 2501.03262
         reinforce_pp_baseline   a / (step deviation of a + 1e-6), a = r - group mean; the same paper's variant
 
-    The last two take statistics over the responses of the step that are trained on, each of which counts once.
+    The last two take statistics over all responses of the step's groups, each of which counts once.
 
     Args:
         reward_B: [B] float32.

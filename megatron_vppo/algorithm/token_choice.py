@@ -44,20 +44,17 @@ def gradient_weights(
         integer_ceil=settings.integer_ceil,
     )
     if settings.token_scores == "random":
-        return keep(random_scores(responses, width=mask_BT.shape[1]).to(mask_BT.device))
-    if settings.token_scores == "entropy":
-        return _weighted(entropy_BT, mask_BT, settings) if settings.token_weighting != "mask" else keep(entropy_BT)
-    assert dependency_BT is not None, "VppoSettings.needs_dependency asks for it"
-    if settings.token_scores == "dependency_or_entropy":
-        weight_BT = torch.maximum(keep(dependency_BT), keep(entropy_BT))
-    elif settings.token_weighting == "mask":
-        weight_BT = keep(dependency_BT)
+        weight_BT = keep(random_scores(responses, width=mask_BT.shape[1]).to(mask_BT.device))
     else:
-        weight_BT = _weighted(dependency_BT, mask_BT, settings)
+        score_BT = entropy_BT if settings.token_scores == "entropy" else dependency_BT
+        assert score_BT is not None, "VppoSettings.needs_dependency asks for it"
+        weight_BT = keep(score_BT) if settings.token_weighting == "mask" else _weighted(score_BT, mask_BT, settings)
+    if settings.token_scores == "dependency_or_entropy":
+        weight_BT = torch.maximum(weight_BT, keep(entropy_BT))
     if settings.text_only_rows == "rank":
         return weight_BT
     # 'bypass': a row without an image keeps all its tokens. Its dependencies are all zero, so ranking them says
-    # nothing.
+    # nothing; other scores treat it alike, so that only the choice among tokens that see an image differs.
     return torch.where(has_image(responses).to(mask_BT.device)[:, None], weight_BT, mask_BT)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from megatron_vppo.config.choices import BUILT_IN_REWARD
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
-from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.config.schema import RunConfig, Section
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -261,7 +261,14 @@ def check_token_weights(config: RunConfig) -> None:
             f"and token_scores is '{algorithm.token_scores}'; set token_scores to dependency or entropy, or "
             "token_weighting=mask"
         )
+    idle = [name for name in ("pgpo_tau", "pgpo_beta") if _is_changed(algorithm, name)]
+    if idle and algorithm.token_weighting != "pgpo":
+        raise ValueError(f"algorithm.{' and '.join(idle)} without effect: token_weighting is not 'pgpo'; leave it out")
     low, high = algorithm.advantage_scaling_min, algorithm.advantage_scaling_max
+    if high is not None and not algorithm.use_advantage_shaping:
+        raise ValueError(
+            f"algorithm.advantage_scaling_max {high} has no effect with use_advantage_shaping=false; leave it out"
+        )
     if high is not None and high < low:
         raise ValueError(f"algorithm.advantage_scaling_max {high} is below advantage_scaling_min {low}; raise it")
 
@@ -275,16 +282,15 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.policy_loss 'gspo' needs whole responses, and parallel.context_parallel_size {context} cuts "
             "them; set it to 1, or another loss"
         )
+    idle = [name for name in ("sapo_tau_positive", "sapo_tau_negative") if _is_changed(algorithm, name)]
+    if idle and algorithm.policy_loss != "sapo":
+        raise ValueError(f"algorithm.{' and '.join(idle)} without effect: policy_loss is not 'sapo'; leave it out")
     if algorithm.loss_avg_mode == "fixed_length" and algorithm.loss_denominator == "selected":
         raise ValueError(
             "algorithm.loss_denominator 'selected' has no effect with loss_avg_mode 'fixed_length', which divides by "
             "data.max_response_length; leave it out"
         )
-    changed = [
-        f"{name} '{getattr(algorithm, name)}'"
-        for name in ("kl_kind", "kl_in")
-        if getattr(algorithm, name) != type(algorithm).model_fields[name].default
-    ]
+    changed = [f"{name} '{getattr(algorithm, name)}'" for name in ("kl_kind", "kl_in") if _is_changed(algorithm, name)]
     if changed and not algorithm.kl_coef:
         raise ValueError(
             f"algorithm.{' and '.join(changed)}: no effect without a reference model; set algorithm.kl_coef (0.01 is "
@@ -295,6 +301,10 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.rollout_correction '{algorithm.rollout_correction}' has no effect without a cap; set "
             "algorithm.rollout_correction_cap (3 is usual), or leave it out"
         )
+
+
+def _is_changed(section: Section, name: str) -> bool:
+    return bool(getattr(section, name) != type(section).model_fields[name].default)
 
 
 def check_carry(config: RunConfig) -> None:

@@ -9,9 +9,11 @@ things here have none:
 - the vision tower in a micro-batch without images;
 - the tower on a rank that has none of a micro-batch's images, where others have.
 
-So Megatron reduces, and the rule is here: a bucket starts when its last gradient is complete, and after all buckets in
-front of it. Ranks complete buckets in different orders, but the collectives of a group must come in one order on all of
-its ranks. What has not started by the end of the backward pass starts then:
+So Megatron reduces, and its rule is off: under `no_sync` no gradient is registered with it, so that it takes every
+mini-batch for its first one, whose sums it starts only where none has begun. The rule is here: a bucket starts when
+its last gradient is complete, and after all buckets in front of it. Ranks complete buckets in different orders, but
+the collectives of a group must come in one order on all of its ranks. What has not started by the end of the backward
+pass starts then:
 
     gradients, in this order          with images              without
     output weight                     bucket 0                 bucket 0

@@ -9,6 +9,8 @@ algorithm.rollout_correction_cap weighs it by how far the policy has moved since
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.rollout.records import UNFINISHED, Ask
 from megatron_vppo.rollout.seeds import continued_seed
 from megatron_vppo.system.records import Record, parse_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class SavedGroup(Record):
     """A carried group as a checkpoint keeps it."""
 
     row: int = Field(ge=0)
+    prompt: str
+    """A hash of the prompt that the tokens answer."""
     seeds: list[int | None]
     responses: list[SavedResponse]
 
@@ -106,6 +112,7 @@ class Carry:
             "groups": [
                 {
                     "row": group.prompt.row,
+                    "prompt": _prompt_hash(group.prompt),
                     "seeds": list(group.seeds),
                     "responses": [_saved(one) for one in group.responses.values()],
                 }
@@ -114,15 +121,24 @@ class Carry:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken. Raises ValueError if it is no such state, or of other data."""
-        self.groups = tuple(map(self._group, parse_record(SavedCarry, state).groups))
+        """Goes on where `state_dict` was taken, without groups whose rows make another prompt now, or none.
 
-    def _group(self, saved: SavedGroup) -> CarriedGroup:
+        Raises ValueError if it is no such state.
+        """
+        saved = parse_record(SavedCarry, state).groups
+        found = [group for one in saved if (group := self._group(one)) is not None]
+        if left := len(saved) - len(found):
+            logger.warning("%d carried groups are left behind: their rows make other prompts now, or none", left)
+        self.groups = tuple(found)
+
+    def _group(self, saved: SavedGroup) -> CarriedGroup | None:
         assert self._prompts is not None, "groups are carried on rank 0"
         try:
             prompt = self._prompts.prompt_of_row(saved.row)
         except KeyError:
-            raise ValueError(f"has the row {saved.row}, of which this run makes no prompt") from None
+            return None
+        if _prompt_hash(prompt) != saved.prompt:
+            return None
         responses = {
             one.sample: Response(
                 prompt, 0, one.sample, array("i", one.token_ids), array("d", one.logps),
@@ -131,6 +147,11 @@ class Carry:
             for one in saved.responses
         }  # fmt: skip
         return CarriedGroup(prompt, tuple(saved.seeds), responses)
+
+
+def _prompt_hash(prompt: Prompt) -> str:
+    parts = (prompt.compact_token_ids, prompt.grids_thw, prompt.answer)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
 def _saved(response: Response) -> dict[str, Any]:

@@ -128,7 +128,7 @@ class Draw:
     def is_decided(self) -> bool:
         """True if it is known which groups count."""
         enough = len(self._first_kept) if self._order == "draw" else self._kept
-        return enough >= self._wanted or len(self._verdicts) == self._most
+        return enough >= self._wanted or len(self._verdicts) >= self._most
 
     @property
     def chosen(self) -> list[int]:
@@ -173,7 +173,7 @@ class Draw:
     def _grow(self) -> None:
         """Draws more prompts where those that are not graded yet will probably not be enough."""
         missing = self._wanted - self._kept
-        if missing <= 0 or self._size == self._most:
+        if missing <= 0 or self._size >= self._most:
             return
         rate = (self._kept_before + self._kept) / (self._sampled_before + len(self._verdicts))
         open_prompts = self._size - len(self._verdicts)

@@ -106,7 +106,7 @@ class Collector:
             prompt = drawn.prompt(number)
             return sample_seeds(
                 config.rollout.seeds, n=n, run_seed=config.trainer.seed, step=step,
-                attempt=number // wanted, split=prompt.split, row=prompt.row,
+                attempt=(number - len(drawn.carried)) // wanted, split=prompt.split, row=prompt.row,
             )  # fmt: skip
 
         def ask(number: int) -> Ask:
@@ -118,13 +118,21 @@ class Collector:
 
     def _carried(self) -> tuple[CarriedGroup, ...]:
         """Returns the groups that this step goes on with. Settings may have changed since they were begun."""
-        if self.config.rollout.unfinished != "carry":
-            return ()
-        n, longest = self.config.rollout.n, self.config.data.max_response_length
-        return tuple(
-            group
-            for group in self.carry.groups
-            if len(group.seeds) == n and all(len(group.begun(sample)) < longest for sample in group.missing)
+        carries = self.config.rollout.unfinished == "carry"
+        fitting = tuple(group for group in self.carry.groups if carries and self._fits(group))
+        if left := len(self.carry.groups) - len(fitting):
+            logger.warning(
+                "%d groups of the step before do not fit rollout.unfinished, rollout.n or data.max_response_length any "
+                "more, and are left behind", left,
+            )  # fmt: skip
+        return fitting
+
+    def _fits(self, group: CarriedGroup) -> bool:
+        longest = self.config.data.max_response_length
+        return (
+            len(group.seeds) == self.config.rollout.n
+            and all(len(one.token_ids) <= longest for one in group.ended)
+            and all(len(group.begun(sample)) < longest for sample in group.missing)
         )
 
     def _end(self, step: int, drawn: DrawnPrompts, here: _Sampling, log: RunLog) -> None:

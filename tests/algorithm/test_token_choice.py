@@ -26,10 +26,11 @@ def weights(**changes: object) -> list[list[float]]:
 def test_each_kind_of_score() -> None:
     """40 % of 5, 4 and 3 tokens are 2 each. The second row has no image."""
     assert weights() == [[1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [0, 1, 1, 0, 0]]
-    assert weights(token_scores="entropy") == [[0, 0, 0, 1, 1], [1, 1, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert weights(token_scores="entropy") == [[0, 0, 0, 1, 1], [1, 1, 1, 1, 0], [1, 1, 0, 0, 0]]
     either = weights(token_scores="dependency_or_entropy")
     assert either == [[1, 1, 0, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]
     assert weights(text_only_rows="rank")[1] == [1, 1, 0, 0, 0]
+    assert weights(text_only_rows="rank", token_scores="entropy")[1] == [1, 1, 0, 0, 0]
     assert weights(use_vppo_on_perception=False) == MASK.tolist()
 
 
@@ -37,12 +38,14 @@ def test_soft_and_pgpo_weights_are_those_of_the_scores() -> None:
     soft = sigmoid_weights(DEPENDENCY, MASK, mean=0.4)
     assert weights(token_weighting="soft") == [soft[0].tolist(), MASK[1].tolist(), soft[2].tolist()]
     pgpo = pgpo_weights(ENTROPY, MASK, tau=0.3, beta=1.0)
-    assert weights(token_weighting="pgpo", token_scores="entropy", pgpo_tau=0.3, pgpo_beta=1.0) == pgpo.tolist()
+    assert weights(token_weighting="pgpo", token_scores="entropy", pgpo_tau=0.3, pgpo_beta=1.0) == [
+        pgpo[0].tolist(), MASK[1].tolist(), pgpo[2].tolist()
+    ]  # fmt: skip
 
 
 def test_random_tokens_are_as_many_and_follow_from_the_response() -> None:
     found = weights(token_scores="random")
-    assert [sum(row) for row in found] == [2, 2, 2]
+    assert [sum(row) for row in found] == [2, 4, 2]
     score_BT = random_scores(RESPONSES, width=7)
     assert torch.equal(score_BT[1:2, :4], random_scores(RESPONSES[1:2], width=4)), "whatever it lies beside"
     long = [replace(response(1000), sample=sample) for sample in range(2)]

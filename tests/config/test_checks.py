@@ -160,6 +160,12 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"algorithm": {"loss_avg_mode": "fixed_length", "loss_denominator": "selected"}},
         ["loss_denominator 'selected' has no effect"],
     ),
+    ({"algorithm": {"pgpo_beta": 1.0}}, ["algorithm.pgpo_beta without effect"]),
+    ({"algorithm": {"sapo_tau_positive": 2.0}}, ["algorithm.sapo_tau_positive without effect"]),
+    (
+        {"algorithm": {"advantage_scaling_max": 1.1, "use_advantage_shaping": False}},
+        ["advantage_scaling_max 1.1 has no effect"],
+    ),
     ({"algorithm": {"kl_in": "reward"}}, ["algorithm.kl_in 'reward': no effect without a reference model"]),
     ({"algorithm": {"rollout_correction": "geometric_mask"}}, ["'geometric_mask' has no effect without a cap"]),
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),

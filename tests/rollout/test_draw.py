@@ -142,3 +142,12 @@ def test_carried_groups_come_first_and_only_what_is_missing_of_them_is_asked() -
         draw.ended(2)
     draw.judged(2, kept=True)
     assert draw.is_decided and (draw.chosen, draw.needed, draw.reached) == ([0, 2], [0, 1, 2], 5)
+
+
+@pytest.mark.parametrize("order", ["draw", "arrival"])
+def test_more_groups_are_carried_than_may_be_sampled(order: SampleOrder) -> None:
+    """A resume with smaller settings may bring that about: all are judged, and then it is decided."""
+    draw = Draw(wanted=2, most=4, responses=1, order=order, missing=[0] * 6)
+    for number in range(6):
+        draw.judged(number, kept=False)
+    assert draw.is_decided and draw.is_idle and draw.chosen == [] and draw.size == 6

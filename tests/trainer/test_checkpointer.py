@@ -172,7 +172,9 @@ class OneRow:
         return {5: FIFTH}[row]
 
 
-def test_what_is_carried_goes_on_in_every_bit_and_may_be_missing(saved: Saved, runs: Path) -> None:
+def test_what_is_carried_goes_on_in_every_bit_and_may_be_missing(
+    saved: Saved, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = start(saved, runs)
     run.checkpointer.resume()
     assert run.checkpointer.carry.groups == (), "a checkpoint of before has none"
@@ -185,12 +187,16 @@ def test_what_is_carried_goes_on_in_every_bit_and_may_be_missing(saved: Saved, r
     again = start(saved, runs)
     assert again.checkpointer.resume().step == 6
     assert again.checkpointer.carry.groups == (group,)
-    state_with(carry={"groups": [{"row": 5, "seeds": [1]}]})(newest(runs).with_name("global_step_6"))
+    group_saved = run.checkpointer.carry.state_dict()["groups"][0]
+    state_with(carry={"groups": [{"row": 5, "prompt": "x", "seeds": [1]}]})(newest(runs).with_name("global_step_6"))
     with pytest.raises(ValueError, match=rf"'carry' in it lacks groups.0.responses.*step {NEWEST} is whole"):
         start(saved, runs).checkpointer.resume()
-    state_with(carry={"groups": [{"row": 6, "seeds": [1], "responses": []}]})(newest(runs).with_name("global_step_6"))
-    with pytest.raises(ValueError, match="has the row 6, of which this run makes no prompt"):
-        start(saved, runs).checkpointer.resume()
+    for changed in ({"row": 6}, {"prompt": "another"}):
+        state_with(carry={"groups": [{**group_saved, **changed}]})(newest(runs).with_name("global_step_6"))
+        other = start(saved, runs)
+        assert other.checkpointer.resume().step == 6 and other.checkpointer.carry.groups == ()
+        assert "1 carried groups are left behind" in caplog.text
+        caplog.clear()
 
 
 @pytest.mark.parametrize(("what", "cases"), [("empty", FILES), ("a brace", STATES)])

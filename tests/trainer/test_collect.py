@@ -18,11 +18,11 @@ from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
-from megatron_vppo.rollout.carry import Carry
+from megatron_vppo.rollout.carry import CarriedGroup, Carry
 from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.records import UNFINISHED, Ask, Completion, SamplingSettings
 from megatron_vppo.rollout.seeds import continued_seed, sample_seeds
-from megatron_vppo.trainer.collect import Collector
+from megatron_vppo.trainer.collect import Collector, DrawnPrompts
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.validate import Validator
@@ -355,7 +355,9 @@ def test_a_checkpoint_keeps_what_is_carried(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changed", ["n", "max_response_length", "unfinished"])
-def test_groups_that_do_not_fit_other_settings_are_left_behind(changed: str, tmp_path: Path) -> None:
+def test_groups_that_do_not_fit_other_settings_are_left_behind(
+    changed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run(tmp_path, MIXED, timing=1, rows=120, order="arrival", **CARRY)
     run.step(1)
     assert run.collector._carried()
@@ -364,4 +366,21 @@ def test_groups_that_do_not_fit_other_settings_are_left_behind(changed: str, tmp
     section, value = changes[changed]
     config[section][changed] = value
     other = replace(run.collector, config=RunConfig.model_validate(config))
+    assert len(other._carried()) < len(run.collector._carried())
     assert all(not any(map(group.begun, group.missing)) for group in other._carried())
+    assert "are left behind" in caplog.text
+
+
+def test_attempts_are_the_blocks_of_the_stream_behind_what_is_carried(tmp_path: Path) -> None:
+    """Within a block all rows differ, so no two prompts of a step have the same seeds, also where an epoch ends."""
+    run = Run(tmp_path, set(range(16)), rows=16, order="arrival", max_try_make_batch=6, **CARRY)
+    prompts = [Prompts()[row] for row in (3, 4)]
+    run.collector.carry.groups = tuple(CarriedGroup(prompt, (1, 2), {}) for prompt in prompts)
+    drawn = DrawnPrompts(run.stream, 4, run.collector._carried())
+    sampling = run.collector._begin(1, drawn)
+    for number in range(2, 34):
+        row = (number - 2) % 16
+        assert drawn.prompt(number).row == row
+        assert sampling.seeds(number) == sample_seeds(
+            "independent", n=2, run_seed=1, step=1, attempt=(number - 2) // 4, split="train", row=row
+        )
