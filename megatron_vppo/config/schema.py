@@ -517,6 +517,7 @@ class TrainerConfig(Section):
     in the data and the count of steps. Once the run has a checkpoint of its own, it goes on from that, so that a job
     that is started again keeps what it has done. Refused in a folder with checkpoints of a run that began otherwise."""
     save_rollouts: bool = True
+    """Record every response that was trained on, and those of validations."""
     loggers: tuple[LoggerService, ...] = ()
     """Services that metrics go to besides metrics.jsonl and TensorBoard, which are always written."""
 

@@ -1,4 +1,4 @@
-"""The process that writes the records of a step while the next step goes on.
+"""The process that writes the records of a step, or of a validation, while the run goes on.
 
 It is a process, because making JSON holds the interpreter's lock. It takes one step at a time from its stdin, pickled,
 and answers each on its stdout, with None or with the exception. It ends with the trainer, however that ends; a file
@@ -14,23 +14,24 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, TypeAlias, cast
 
-from megatron_vppo.observability.rollouts import rollout_path, write_rollouts
 from megatron_vppo.observability.step_records import StepRecords
+from megatron_vppo.observability.validations import ValidationRecords
 from megatron_vppo.system.processes import child_environment, die_with_parent
 
 _MODULE = "megatron_vppo.observability.record_writer"
+Records: TypeAlias = StepRecords | ValidationRecords
 
 
 class RecordWriter:
-    """Writes <run>/rollouts/step_N.jsonl.zst in a process of its own, one step at a time."""
+    """Writes <run>/rollouts/step_N.jsonl.zst and <run>/validation/... in a process of its own, one file at a time."""
 
     def __init__(self, run_dir: Path) -> None:
         """Starts the process."""
         self._run_dir = run_dir.absolute()
-        self._step: int | None = None
-        """The step that is being written."""
+        self._path: Path | None = None
+        """The file that is being written."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", _MODULE, str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -42,13 +43,13 @@ class RecordWriter:
         self._requests = cast(BinaryIO, self._process.stdin)
         self._answers = cast(BinaryIO, self._process.stdout)
 
-    def write(self, step: int, records: StepRecords) -> None:
-        """Hands over the records of a step, once those of the step before are on the disk.
+    def write(self, step: int, records: Records) -> None:
+        """Hands over the records of a step, once those that were handed over before are on the disk.
 
-        Raises as `wait` does, about the step before.
+        Raises as `wait` does, about those before.
         """
         self.wait()
-        self._step = step
+        self._path = records.files.path(self._run_dir, step)
         with contextlib.suppress(BrokenPipeError):  # it has ended; `wait` says so
             pickle.dump((self._run_dir, step, records), self._requests, protocol=5)
             self._requests.flush()
@@ -60,14 +61,14 @@ class RecordWriter:
             OSError: a file could not be written; it has the file's name.
             RuntimeError: the process failed or was ended.
         """
-        if self._step is None:
+        if self._path is None:
             return
-        step, self._step = self._step, None
+        path, self._path = self._path, None
         try:
             error = pickle.load(self._answers)
         except EOFError:
             error = RuntimeError(
-                f"{rollout_path(self._run_dir, step)} was not written: its process ended (exit code "
+                f"{path} was not written: its process ended (exit code "
                 f"{self._process.wait()}); -9 often means that the host ran out of memory"
             )
         if error is not None:
@@ -100,14 +101,14 @@ def main() -> None:
         del records
 
 
-def _failure(run_dir: Path, step: int, records: StepRecords) -> Exception | None:
+def _failure(run_dir: Path, step: int, records: Records) -> Exception | None:
     """Writes the records of a step. Returns the error, as it can be sent to the trainer."""
     try:
-        write_rollouts(run_dir, step, records.records())
+        records.write(run_dir, step)
     except OSError as error:
         return error
     except Exception:
-        return RuntimeError(f"{rollout_path(run_dir, step)} was not written:\n{traceback.format_exc()}")
+        return RuntimeError(f"{records.files.path(run_dir, step)} was not written:\n{traceback.format_exc()}")
     return None
 
 

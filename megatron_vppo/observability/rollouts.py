@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import base64
-import io
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-import zstandard
-
-from megatron_vppo.observability.json_lines import dump_line, parse_lines
-from megatron_vppo.system.whole import whole_file
+from megatron_vppo.observability.step_files import StepFiles, read_records
 
 
 class RolloutRecord(TypedDict, total=False):
@@ -65,8 +60,11 @@ class RolloutRecord(TypedDict, total=False):
 PER_TOKEN_FIELDS = ("token_ids", "rollout_logps", "old_logps", "masked_logps", "dependency", "kept")
 
 
-def rollout_path(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / "rollouts" / f"step_{step}.jsonl.zst"
+ROLLOUTS = StepFiles("rollouts")
+rollout_path = ROLLOUTS.path
+rollout_steps = ROLLOUTS.steps
+cut_rollouts_after = ROLLOUTS.cut_after
+read_rollouts = read_records
 
 
 def write_rollouts(run_dir: str | Path, step: int, records: Iterable[RolloutRecord]) -> Path:
@@ -75,37 +73,7 @@ def write_rollouts(run_dir: str | Path, step: int, records: Iterable[RolloutReco
     Raises:
         ValueError: the per-token lists of a record differ in length.
     """
-    path = rollout_path(run_dir, step)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file, zstandard.ZstdCompressor(level=6).stream_writer(file, closefd=False) as packed:
-        for index, record in enumerate(records):
-            _check_lengths(record, where=f"step {step}, record {index}")
-            packed.write(dump_line(record).encode())
-    return path
-
-
-def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yields the records of one file as they were written. Non-finite numbers are strings (see json_lines.py)."""
-    with open(path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as unpacked:
-        yield from parse_lines(io.TextIOWrapper(unpacked, encoding="utf-8"))
-
-
-def rollout_steps(run_dir: str | Path) -> list[int]:
-    """Lists the steps that have a file, in rising order."""
-    names = (
-        re.fullmatch(r"step_(0|[1-9][0-9]*)\.jsonl\.zst", path.name)
-        for path in (Path(run_dir) / "rollouts").glob("step_*")
-    )
-    return sorted(int(match[1]) for match in names if match)
-
-
-def cut_rollouts_after(run_dir: str | Path, step: int) -> None:
-    """Deletes the files of later steps, which a resumed run computes again, and what a killed process left."""
-    for unfinished in (Path(run_dir) / "rollouts").glob(".step_*.jsonl.zst.*.tmp"):
-        unfinished.unlink(missing_ok=True)
-    for later in rollout_steps(run_dir):
-        if later > step:
-            rollout_path(run_dir, later).unlink()
+    return ROLLOUTS.write(run_dir, step, _of_equal_lengths(records, step))
 
 
 def png_pair(original_png: bytes, perturbed_png: bytes | None) -> dict[str, str]:
@@ -116,9 +84,13 @@ def png_pair(original_png: bytes, perturbed_png: bytes | None) -> dict[str, str]
     return pair
 
 
-def _check_lengths(record: Mapping[str, Any], *, where: str) -> None:
-    tokens = record.get("tokens")
-    for name in PER_TOKEN_FIELDS:
-        values = record.get(name)
-        if tokens is not None and values is not None and len(values) != len(tokens):
-            raise ValueError(f"{where}: {len(values)} {name} for {len(tokens)} tokens")
+def _of_equal_lengths(records: Iterable[RolloutRecord], step: int) -> Iterator[RolloutRecord]:
+    """Yields the records. Raises ValueError at one whose lists of tokens differ in length."""
+    for index, record in enumerate(records):
+        fields: Mapping[str, Any] = record
+        tokens = fields.get("tokens")
+        for name in PER_TOKEN_FIELDS:
+            values = fields.get(name)
+            if tokens is not None and values is not None and len(values) != len(tokens):
+                raise ValueError(f"step {step}, record {index}: {len(values)} {name} for {len(tokens)} tokens")
+        yield record

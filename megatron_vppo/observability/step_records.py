@@ -8,12 +8,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
-from megatron_vppo.observability.rollouts import RolloutRecord, png_pair
+from megatron_vppo.observability.rollouts import ROLLOUTS, RolloutRecord, png_pair, write_rollouts
+from megatron_vppo.observability.step_files import StepFiles
 
 DECIMALS = 6
 """The digits that log-probs and dependencies keep behind the point."""
@@ -23,6 +25,7 @@ DECIMALS = 6
 class StepRecords:
     """One record per response, in order. A float array holds what the record's list does before it is rounded."""
 
+    files: ClassVar[StepFiles] = ROLLOUTS
     heads: Sequence[RolloutRecord]
     """[B]; the fields that are no lists of tokens, without images."""
     lengths: Sequence[int]
@@ -37,6 +40,10 @@ class StepRecords:
     """int8; 1 for a token that carries policy gradient."""
     images: Mapping[int, Sequence[tuple[Image.Image, Image.Image | None]]] = field(default_factory=dict)
     """The images of some responses, by their number, as (original, perturbed)."""
+
+    def write(self, run_dir: Path, step: int) -> Path:
+        """Writes the file of the step, completely or not at all."""
+        return write_rollouts(run_dir, step, self.records())
 
     def records(self) -> Iterator[RolloutRecord]:
         """Yields the records as `write_rollouts` takes them."""

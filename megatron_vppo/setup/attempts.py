@@ -12,6 +12,8 @@ from megatron_vppo.system.attempt import attempt_name
 from megatron_vppo.system.slurm import job_id, restart_count
 
 FILE = "attempts.jsonl"
+ENDED_ON_REQUEST = "on request"
+FINISHED = "finished"
 
 
 def begin_attempt(run_folder: Path, start_step: int, *, most_without_progress: int) -> None:
@@ -33,10 +35,16 @@ def begin_attempt(run_folder: Path, start_step: int, *, most_without_progress: i
     _append(path, {**line, "host": socket.gethostname()})
 
 
-def end_on_request(run_folder: Path) -> None:
-    """Writes down that this attempt ended because it was asked to, which is no failure. Rank 0 calls it."""
-    line = {"attempt": attempt_name(), "job": job_id(), "restart": restart_count(), "ended": "on request"}
+def end_attempt(run_folder: Path, ended: str) -> None:
+    """Writes down that this attempt ended without a failure, FINISHED or ENDED_ON_REQUEST. Rank 0 calls it."""
+    line = {"attempt": attempt_name(), "job": job_id(), "restart": restart_count(), "ended": ended}
     _append(run_folder / FILE, line)
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Returns True if the last attempt of the run came to its last step, and nothing began after it."""
+    lines = _lines(run_folder / FILE)
+    return bool(lines) and lines[-1].get("ended") == FINISHED
 
 
 def has_begun(run_folder: Path) -> bool:

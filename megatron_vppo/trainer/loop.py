@@ -168,7 +168,7 @@ def _validate(run: Run, validator: Validator, step: int) -> None:
     with run.log.span(VALIDATE.span), run.watchdog.watch("validation"):
         run.placement.sampling()
         try:
-            metrics = validator.run()
+            metrics = validator.run(step)
         except StopRequested as cut:
             raise ValidationCut(line) from cut
     run.log.add_all(metrics)

@@ -1,4 +1,5 @@
-"""The record of a step: what was decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it.
+"""The record of a step: what was decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it;
+and the responses of a validation, as `validation/step_N.jsonl.zst` has them.
 
 Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
@@ -21,6 +22,7 @@ from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.rollouts import RolloutRecord
 from megatron_vppo.observability.step_records import StepRecords
+from megatron_vppo.observability.validations import ValidationRecord, ValidationRecords
 from megatron_vppo.trainer.grader import Group
 
 IMAGES_PER_OUTCOME = 4
@@ -44,6 +46,11 @@ class Recorder:
         """Hands over the records of one step. Raises OSError if those of the step before could not be written."""
         if self.writer is not None:
             self.writer.write(step, self.step_records(step, minibatches, groups, scores))
+
+    def write_validation(self, step: int, graded: Sequence[GradedResponse]) -> None:
+        """Hands over the responses to the held-out prompts. Raises as `write` does."""
+        if self.writer is not None:
+            self.writer.write(step, ValidationRecords([_validated(item) for item in graded]))
 
     def wait(self) -> None:
         """Returns when the records of all steps are on the disk. Raises OSError if they could not be written."""
@@ -119,6 +126,23 @@ def _head(item: GradedResponse, advantage: float, scale: float) -> RolloutRecord
         scale=scale,
         finish_reason=response.finish_reason,
         carried_tokens=response.carried_tokens,
+    )
+
+
+def _validated(item: GradedResponse) -> ValidationRecord:
+    response, reward = item.response, item.reward
+    return ValidationRecord(
+        split=response.prompt.split,
+        row=response.prompt.row,
+        sample=response.sample,
+        problem=response.prompt.problem,
+        answer=response.prompt.answer,
+        response=item.text,
+        response_length=len(response.token_ids),
+        reward=reward.overall,
+        accuracy=reward.accuracy,
+        reward_error=reward.error,
+        finish_reason=response.finish_reason,
     )
 
 

@@ -23,6 +23,7 @@ from megatron_vppo.observability.progress import Progress
 from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.report import write_report
 from megatron_vppo.observability.rollouts import cut_rollouts_after
+from megatron_vppo.observability.validations import VALIDATIONS
 from megatron_vppo.parallel.all_reduce_speed import measure_all_reduce
 from megatron_vppo.parallel.checkpoint_folder import checkpoint_steps, set_aside_after
 from megatron_vppo.parallel.checkpoint_keep import forget_best_after
@@ -33,7 +34,7 @@ from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.rollout.carry import Carry
 from megatron_vppo.rollout.recovery import EngineRecovery
 from megatron_vppo.rollout.sampler import EngineSampler
-from megatron_vppo.setup.attempts import begin_attempt, end_on_request
+from megatron_vppo.setup.attempts import ENDED_ON_REQUEST, FINISHED, begin_attempt, end_attempt
 from megatron_vppo.setup.by_machine import by_machine, chosen_by_machine
 from megatron_vppo.setup.engines import EnginePlace, await_engines, engines_on_gpus, start_engine
 from megatron_vppo.setup.hardware import groups_cut, prompts_apart, slower_layers
@@ -111,13 +112,14 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
         ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
         dist.barrier()  # the checkpoint is in its place, and the logs are closed
         if layout.rank == 0:
-            end_on_request(folder.root)
+            end_attempt(folder.root, ENDED_ON_REQUEST)
             say(f"stopped {run.stopping.reason or 'on request'}; the same command goes on from here")
         dist.barrier()  # when the first rank has ended, srun kills the others after KillWait
         destroy_layout()
         return False
     if layout.rank == 0:
         say(f"report: {write_report(folder.root)}")
+        end_attempt(folder.root, FINISHED)
         do_not_requeue(folder.root, f"finished: step {config.trainer.total_steps or 'last'}")
     destroy_layout()
     return True
@@ -189,6 +191,8 @@ def _open_run(
         writer = RecordWriter(folder.root) if is_writer and config.trainer.save_rollouts else None
         if writer is not None:
             stack.callback(writer.close)
+        recorder = Recorder(tokenizer, images, config.algorithm.perturb.per, writer)
+        validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder)
         signals.begin_work()
         yield Run(
             config=config,
@@ -196,12 +200,12 @@ def _open_run(
             placement=placement,
             sampler=sampler,
             collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos)),
-            validator=Validator(config, held_out, sampler, grader, val_sampling(config, eos)) if held_out else None,
+            validator=validator if held_out else None,
             log=log,
             start_step=resumed.step,
             total_steps=total_steps,
             checkpointer=checkpointer,
-            recorder=Recorder(tokenizer, images, config.algorithm.perturb.per, writer),
+            recorder=recorder,
             stopping=stopping,
             unfinished_step=resumed.unfinished_step,
             watchdog=_watchdog(config),
@@ -330,6 +334,7 @@ def _open_log(
         with naming_file(folder.config):
             save_resolved(config, folder.config)
         cut_rollouts_after(folder.root, start_step)
+        VALIDATIONS.cut_after(folder.root, last_line if start_step else -1)
     return RunLog(
         folder.root,
         is_writer=is_writer,

@@ -14,6 +14,7 @@ from megatron_vppo.rollout.records import Ask, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.trainer.grader import Grader, GroupJudge
+from megatron_vppo.trainer.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,13 @@ class Validator:
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
+    recorder: Recorder
 
-    def run(self) -> dict[str, float]:
-        """Returns the means over val.n responses to each prompt.
+    def run(self, step: int) -> dict[str, float]:
+        """Returns the means over val.n responses to each prompt, and has the responses recorded.
 
-        Seeds do not depend on the step, so that two validations differ by the weights alone.
+        Seeds do not depend on the step, so that two validations differ by the weights alone. Raises OSError if the
+        records before these could not be written.
         """
         config, n = self.config, self.config.rollout.val.n
         found: list[GroupJudge] = []
@@ -48,10 +51,11 @@ class Validator:
             return Work(Draw(wanted=count, most=count, responses=n, order="draw"), ask, found[-1])
 
         self.sampler.sample(work, self.sampling)
-        return from_rank_zero(lambda: self._means(found[-1]))
+        return from_rank_zero(lambda: self._outcome(step, found[-1]))
 
-    def _means(self, judge: GroupJudge) -> dict[str, float]:
+    def _outcome(self, step: int, judge: GroupJudge) -> dict[str, float]:
         items = [item for number in range(len(self.prompts)) for item in judge.group(number)]
+        self.recorder.write_validation(step, items)
         return {
             "val/accuracy": sum(item.reward.accuracy for item in items) / len(items),
             "val/reward_score": sum(item.reward.overall for item in items) / len(items),

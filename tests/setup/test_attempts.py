@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.setup.attempts import begin_attempt, end_on_request, has_begun
+from megatron_vppo.setup.attempts import ENDED_ON_REQUEST, FINISHED, begin_attempt, end_attempt, has_begun, is_finished
 
 
 def begin(folder: Path, monkeypatch: pytest.MonkeyPatch, *, job: str, restart: int, step: int) -> None:
@@ -30,7 +30,7 @@ def test_a_job_that_gets_no_further_is_ended(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(ValueError, match="job 8 began 2 times"):
         begin(tmp_path, monkeypatch, job="8", restart=2, step=4)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    end_on_request(tmp_path)
+    end_attempt(tmp_path, ENDED_ON_REQUEST)
     begin(tmp_path, monkeypatch, job="8", restart=2, step=4)  # that one did not fail
     lines = [line for line in (tmp_path / "attempts.jsonl").read_text().splitlines() if line.endswith("}")]
     assert [(json.loads(line)["job"], json.loads(line).get("start_step")) for line in lines] == [
@@ -54,3 +54,17 @@ def test_outside_a_job_nothing_is_counted(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     for _ in range(4):
         begin_attempt(tmp_path, 0, most_without_progress=1)
+
+
+def test_a_run_is_finished_until_something_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert not is_finished(tmp_path)
+    begin_attempt(tmp_path, 0, most_without_progress=1)
+    end_attempt(tmp_path, ENDED_ON_REQUEST)
+    assert not is_finished(tmp_path)
+    begin_attempt(tmp_path, 2, most_without_progress=1)
+    end_attempt(tmp_path, FINISHED)
+    assert is_finished(tmp_path)
+    begin_attempt(tmp_path, 4, most_without_progress=1)
+    assert not is_finished(tmp_path)

@@ -46,8 +46,9 @@ def test_two_hosts_and_a_restart_equal_one_machine(cluster: Cluster, tmp_path: P
     assert done.log_text.count("stopped on request (SIGUSR2); the same command goes on from here") == 1
 
     run = tmp_path / "runs/digits_cpu/two_hosts"
-    first, ended, second = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
+    first, ended, second, last = [json.loads(line) for line in (run / "attempts.jsonl").read_text().splitlines()]
     assert first["start_step"] == 0 < second["start_step"] < 3 and ended["ended"] == "on request"
+    assert last["ended"] == "finished"
     assert (run / "do_not_requeue").read_text().startswith("finished")
     whole = train(digits, tmp_path / "runs", "one_machine", *TWO_RANKS)
     two, one = steps_of(run), steps_of(whole)

@@ -9,6 +9,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
+from megatron_vppo.observability.validations import ValidationRecords
 from megatron_vppo.rollout.carry import CarriedGroup, Carry
 from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.records import UNFINISHED, Ask, Completion, SamplingSettings
@@ -25,6 +27,7 @@ from megatron_vppo.rollout.seeds import continued_seed, sample_seeds
 from megatron_vppo.trainer.collect import Collector, DrawnPrompts
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
+from megatron_vppo.trainer.recorder import Recorder
 from megatron_vppo.trainer.validate import Validator
 
 ROWS = 22
@@ -282,10 +285,20 @@ def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded()
     sampler: Any = Sampler(3)
     prompts = [Prompts()[row] for row in range(4)]
     grader = Grader(pool, max_error_share=1.0)
-    metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4)).run()
+    written: list[tuple[int, ValidationRecords]] = []
+    writer: Any = SimpleNamespace(write=lambda step, records: written.append((step, records)))
+    recorder = Recorder(tokenizer=None, images=None, perturb_per="row", writer=writer)  # type: ignore[arg-type]
+    metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4), recorder).run(6)
     assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
     assert metrics["val/errors"] == 4.0
     assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4
+    ((step, records),) = written
+    assert step == 6
+    found = [(line["row"], line["sample"]) for line in records.responses]
+    assert found == [(row, sample) for row in range(4) for sample in range(4)]
+    assert [line["row"] for line in records.responses if line["accuracy"] == 1.0] == [0, 2]
+    assert [line["row"] for line in records.responses if line["reward_error"] is not None] == [1] * 4
+    assert {line["sample"]: line["response_length"] for line in records.responses} == {0: 1, 1: 2, 2: 3, 3: 4}
 
 
 CARRY = {"unfinished": "carry", "rollout_correction_cap": 2.0}

@@ -132,7 +132,7 @@ def make_run(
             weights.version += 1
         return {}
 
-    def validate() -> dict[str, float]:
+    def validate(step: int) -> dict[str, float]:
         sample("validate")
         return {"val/accuracy": 0.5}
 
