@@ -19,6 +19,7 @@ BASE = [
     "tensorboard>=2.21,<3",
     "psutil>=5.9,<8",  # imported by megatron-core 0.19's checkpoint writer, which does not declare it
     "zstandard>=0.25,<0.26",
+    "scipy>=1.16,<2",
     "scikit-learn>=1.9,<2",  # the digits data set and its cold-start model
 ]
 

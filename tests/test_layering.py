@@ -1,8 +1,8 @@
 """The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
     cli
-    trainer   fidelity   launching  ->  planning           wings: none imports another, but launching planning
-                         |              conversion  importing
+    trainer  fidelity  sweep  launching  ->  planning      wings: none imports another, but launching planning
+                         |               conversion  importing
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
@@ -71,9 +71,11 @@ ROOMS = {
     "launching": room(f"{GROUND} {ENGINES} setup planning", "megatron transformers"),
     # Settings of others into ours.
     "importing": room("config"),
+    # Runs are other processes, so it needs no engine.
+    "sweep": room("config observability system setup"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
-    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity planning launching conversion importing"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity sweep planning launching conversion importing"),
 }
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
@@ -258,6 +260,7 @@ PLANTED = [
     ("trainer.loop", "import vllm"),
     ("trainer.loop", "from megatron_vppo.fidelity import measure"),
     ("fidelity.measure", "from megatron_vppo.trainer.loop import Run"),
+    ("sweep.execute", "from megatron_vppo.launching.sbatch import BatchJob"),
     ("planning.layouts", "from megatron_vppo.config.schema import RunConfig"),
     ("planning.layouts", "from megatron_vppo.setup import engines"),
     ("planning.candidate", "from megatron_vppo.parallel.offload import TrainerMemory"),

@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_train,
+        _add_sweep,
         _add_slurm,
         _add_import_config,
         _add_data,
@@ -154,6 +155,24 @@ def _add_train(commands: Commands) -> None:
     train.set_defaults(run=_train)
 
 
+def _add_sweep(commands: Commands) -> None:
+    sweep = commands.add_parser(
+        "sweep",
+        help="run variants of a configuration over seeds, and compare them",
+        description="Runs every variant of a sweep file with every seed, one after the other, and compares them "
+        "question by question. Finished runs are not run again, others go on where they were. A run that fails does "
+        "not keep the next one from starting. Exit status 1: one failed. docs/sweeps.md explains file and numbers.",
+    )
+    sweep.add_argument("file", type=Path, metavar="FILE", help="YAML file of the sweep")
+    sweep.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings for all runs; they win over the file"
+    )
+    instead = sweep.add_mutually_exclusive_group()
+    instead.add_argument("--list", action="store_true", help="print the runs and how far each one is")
+    instead.add_argument("--report", action="store_true", help="print and write the results so far")
+    sweep.set_defaults(run=_sweep)
+
+
 def _add_slurm(commands: Commands) -> None:
     slurm = commands.add_parser(
         "slurm",
@@ -162,7 +181,12 @@ def _add_slurm(commands: Commands) -> None:
         "to keep and to edit. The job saves and goes back into the queue at its time limit, and after a failure that a "
         "restart may cure. Exit status 1: SLURM would not take it. docs/slurm.md explains the script.",
     )
-    _add_settings(slurm)
+    settings = slurm.add_mutually_exclusive_group(required=True)
+    settings.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the settings")
+    settings.add_argument(
+        "--sweep", type=Path, metavar="FILE", help="file of `vppo sweep`: a job array with all of its runs"
+    )
+    _add_overrides(slurm)
     add_slurm_options(slurm)
     slurm.set_defaults(run=run_slurm)
 
@@ -281,6 +305,10 @@ def _add_fp8_fidelity(commands: Commands) -> None:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, type=Path, metavar="FILE", help="YAML file with the settings")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -357,6 +385,12 @@ def _check_settings(config: RunConfig, local_ranks: int) -> None:
     from megatron_vppo.setup.preflight import check_settings
 
     check_settings(config, world_size=int(os.environ["WORLD_SIZE"]), local_ranks=local_ranks)
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from megatron_vppo.cli.sweep import run_sweep
+
+    return run_sweep(options)
 
 
 def _plan(options: argparse.Namespace) -> int:

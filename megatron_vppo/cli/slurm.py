@@ -16,6 +16,7 @@ from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.launching.sbatch import (
     LONGEST_GRACE,
     SEED_SUFFIX,
+    ArrayTask,
     BatchJob,
     Container,
     ContainerRuntime,
@@ -23,6 +24,9 @@ from megatron_vppo.launching.sbatch import (
 )
 from megatron_vppo.launching.submit import check_syntax, has_slurm, send_script, try_script, write_script
 from megatron_vppo.setup.run_folder import RunFolder
+from megatron_vppo.sweep.plan import Sweep, SweepRun, plan_sweep
+from megatron_vppo.sweep.status import check_settings, status_of
+from megatron_vppo.sweep.sweep_file import read_sweep_file
 
 
 def add_slurm_options(parser: argparse.ArgumentParser) -> None:
@@ -81,23 +85,21 @@ def run_slurm(options: argparse.Namespace) -> int:
     Raises:
         ValueError: settings that do not load or do not fit the job, or an option that cannot be.
     """
-    config = load_config(options.config, options.overrides)
-    check_training(config)
-    data = check_layout(config, options.nodes * options.gpus_per_node)
-    _check_engines(config, gpus_per_node=options.gpus_per_node)
+    sweep = None if options.sweep is None else _plan_sweep(options)
+    configs = [load_config(options.config, options.overrides)] if sweep is None else [run.config for run in sweep.runs]
+    layouts = dict.fromkeys(_layout_of(config, options) for config in configs)
+    config = configs[0]
     if options.array_seeds is not None:
         _check_name_with_seed(options, config)
-    job = _job_of(options, config)
-    path = options.output or Path(f"{options.config.stem}.sbatch")
+    array = None if sweep is None else _unfinished(sweep)
+    job = _job_of(options, config, sweep)
+    path = options.output or Path(f"{(options.sweep or options.config).stem}.sbatch")
     text = script_of(job)
     check_syntax(text)
     write_script(path, text)
-    parallel = config.parallel
     gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
-    say(
-        f"{path}: {job.nodes} x {gpus}; tensor {parallel.tensor_model_parallel_size} x context "
-        f"{parallel.context_parallel_size} x pipeline {parallel.pipeline_model_parallel_size} x data {data}"
-    )
+    runs = "" if sweep is None else f"{len(sweep.runs)} runs, each on "
+    say(f"{path}: {runs}{job.nodes} x {gpus}; {', or '.join(layouts)}")
     if config.trainer.save_limit == 1:
         say("note: trainer.save_limit=1 leaves no older checkpoint if the newest is damaged; 2 keeps one more")
     runs_dir = Path(config.trainer.runs_dir).resolve()
@@ -106,17 +108,46 @@ def run_slurm(options: argparse.Namespace) -> int:
             f"note: if the image does not see {runs_dir} (trainer.runs_dir), checkpoints are lost with the container; "
             f"--container-mounts {runs_dir}:{runs_dir} shows it"
         )
+    if array == "":
+        say("all of its runs are finished")
+        return 0
     if not has_slurm():
         say("no sbatch on this machine, so SLURM has not looked at it")
         return 1 if options.submit else 0
-    taken, answer = send_script(path) if options.submit else try_script(path)
+    taken, answer = send_script(path, array=array) if options.submit else try_script(path)
     say(answer)
     if taken and not options.submit:
-        say(f"send it: sbatch {path}")
+        say(f"send it: sbatch {'' if array is None else f'--array={array} '}{path}")
     return 0 if taken else 1
 
 
-def _job_of(options: argparse.Namespace, config: RunConfig) -> BatchJob:
+def _layout_of(config: RunConfig, options: argparse.Namespace) -> str:
+    """Checks settings against the size of the job. Returns the layout, for the user."""
+    check_training(config)
+    data = check_layout(config, options.nodes * options.gpus_per_node)
+    _check_engines(config, gpus_per_node=options.gpus_per_node)
+    parallel = config.parallel
+    return (
+        f"tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x pipeline "
+        f"{parallel.pipeline_model_parallel_size} x data {data}"
+    )
+
+
+def _plan_sweep(options: argparse.Namespace) -> Sweep:
+    if options.array_seeds is not None:
+        raise ValueError("--array-seeds is for one configuration; a sweep file has the seeds of --sweep")
+    return plan_sweep(read_sweep_file(options.sweep), options.overrides)
+
+
+def _unfinished(sweep: Sweep) -> str:
+    """Returns the numbers of the tasks whose runs are not finished, as sbatch takes them; '' if all are."""
+    states = {run.name: status_of(run) for run in sweep.runs}
+    check_settings(sweep.runs, states)
+    numbers = (number for number, run in enumerate(sweep.runs, start=1) if states[run.name].state != "finished")
+    return ",".join(map(str, numbers))
+
+
+def _job_of(options: argparse.Namespace, config: RunConfig, sweep: Sweep | None) -> BatchJob:
     container = None
     if options.container is not None:
         if not options.container:
@@ -130,22 +161,27 @@ def _job_of(options: argparse.Namespace, config: RunConfig) -> BatchJob:
         raise ValueError(f"--grace-seconds {options.grace_seconds}: sbatch takes at most {LONGEST_GRACE}")
     return BatchJob(
         command=("vppo", *(word for word in options.words if word != "--submit")),
-        job_name=options.job_name or config.trainer.experiment_name,
+        job_name=options.job_name or (config.trainer.experiment_name if sweep is None else sweep.name),
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
         time=options.time,
-        config=str(options.config),
-        overrides=tuple(options.overrides),
-        run_folder=RunFolder.of(config.trainer).root,
+        config="" if sweep is not None else str(options.config),
+        overrides=() if sweep is not None else tuple(options.overrides),
+        run_folder=RunFolder.of(config.trainer).root if sweep is None else sweep.folder,
         environment=options.environment or _own_environment(),
         partition=options.partition,
         account=options.account,
         options=tuple(options.sbatch),
         seeds=options.array_seeds,
+        tasks=() if sweep is None else tuple(map(_task_of, sweep.runs)),
         container=container,
         max_restarts=options.max_restarts,
         grace_seconds=options.grace_seconds,
     )
+
+
+def _task_of(run: SweepRun) -> ArrayTask:
+    return ArrayTask(run.name, str(run.config_file), run.overrides)
 
 
 def _check_engines(config: RunConfig, *, gpus_per_node: int) -> None:

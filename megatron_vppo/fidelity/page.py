@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.observability import report as report_of_run
 from megatron_vppo.observability.report.charts import frame_html
+from megatron_vppo.observability.report.document import document_html
 from megatron_vppo.observability.report.scales import Axis, log_axis, show, significant, value_axis
 from megatron_vppo.observability.report.text import html_text, plain_text
 from megatron_vppo.system.whole import whole_file
@@ -36,16 +35,12 @@ def write_fidelity_page(report: Report, path: Path) -> None:
 
 def render_fidelity(report: Report) -> str:
     """Writes the page as one HTML document."""
-    style = files(report_of_run).joinpath("page.css").read_text(encoding="utf-8")
     title = f"{precision(report)} against {report['baseline_dtype']}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{plain_text(title)}</title><style>{style}</style></head><body>"
+    return document_html(
+        title,
         f'<header class="page"><p class="eyebrow">{html_text(str(report["model"]))}</p><h1>{html_text(title)}</h1>'
         f'<p class="result">{html_text(subject(report))}</p>{_tiles(report)}</header>'
-        f"<main>{''.join(_sections(report))}</main></body></html>"
+        f"<main>{''.join(_sections(report))}</main>",
     )
 
 

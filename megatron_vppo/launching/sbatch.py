@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Literal
 
-from megatron_vppo.config.ranges import LARGEST_INT
+from megatron_vppo.launching.sbatch_checks import check_options, check_seeds
 
 ContainerRuntime = Literal["pyxis", "apptainer"]
 """The programs that start a container under srun."""
@@ -42,6 +42,17 @@ class Container:
 
 
 @dataclass(frozen=True)
+class ArrayTask:
+    """A run of a job array whose runs have settings of their own."""
+
+    name: str
+    """trainer.experiment_name, of letters, digits and '_', '-', '.', '+'."""
+    config: str
+    overrides: tuple[str, ...]
+    """Its name and project among them."""
+
+
+@dataclass(frozen=True)
 class BatchJob:
     """A run as a job: everything that its script says."""
 
@@ -53,11 +64,11 @@ class BatchJob:
     time: str
     """The time limit as SLURM writes it, such as 24:00:00 or 2-12."""
     config: str
-    """The YAML file, from the folder in which the job is submitted."""
+    """The YAML file, from the folder in which the job is submitted; '' if each task has its own."""
     overrides: tuple[str, ...]
     """Settings that replace those of the file, `key=value`."""
     run_folder: PurePath
-    """runs_dir/project_name/experiment_name."""
+    """runs_dir/project_name/experiment_name; without the last part if there are tasks."""
     environment: str | None = None
     """The folder of a virtual environment with vppo, from the same folder; None: vppo is in PATH."""
     partition: str | None = None
@@ -66,6 +77,8 @@ class BatchJob:
     """Further options of sbatch, each a `#SBATCH` line of its own. They come last, so they win."""
     seeds: str | None = None
     """The seeds of a job array, such as 1-3 or 1,5,9; None: one run with the seed of its settings."""
+    tasks: tuple[ArrayTask, ...] = ()
+    """The runs of a job array, numbered from 1; (): `config` and `overrides` are all."""
     container: Container | None = None
     max_restarts: int = 50
     grace_seconds: int = 600
@@ -73,17 +86,23 @@ class BatchJob:
 
     def __post_init__(self) -> None:
         texts = [*self.command, self.job_name, self.config, *self.overrides, str(self.run_folder), *self.options]
+        texts += [text for task in self.tasks for text in (task.config, *task.overrides)]
         if broken := [text for text in texts if not text.isprintable()]:
             raise ValueError(f"{broken[0]!r} would not be one line of a batch script; write it without line ends")
-        _check_options(self)
+        check_options(self.options)
         if self.seeds is not None:
-            _check_seeds(self)
+            check_seeds(self.seeds, self.overrides)
         limit = seconds_of(self.time)
         if limit is not None and limit <= self.grace_seconds:
             raise ValueError(
                 f"--time {self.time} is {limit} s, and the run would be asked to stop {self.grace_seconds} s before "
                 "its end, which is at once; raise --time, or lower --grace-seconds"
             )
+
+    @property
+    def array(self) -> str | None:
+        """The numbers of the array's tasks; None: it is no array."""
+        return f"1-{len(self.tasks)}" if self.tasks else self.seeds
 
 
 def seconds_of(time: str) -> int | None:
@@ -127,7 +146,7 @@ def _head(job: BatchJob) -> str:
 
 
 def _options(job: BatchJob) -> str:
-    named = {"--array": job.seeds, "--partition": job.partition, "--account": job.account}
+    named = {"--array": job.array, "--partition": job.partition, "--account": job.account}
     own = [f"{option}={shlex.quote(value)}" for option, value in named.items() if value is not None]
     further = "".join(f"\n#SBATCH {option}" for option in [*own, *job.options])
     return f"""\
@@ -144,22 +163,43 @@ def _options(job: BatchJob) -> str:
 # Back into the queue, by the end of this script, and by SLURM when a node fails; on in the same log.
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={"%x-%j" if job.seeds is None else "%x-%A_%a"}.out{further}"""
+#SBATCH --output={"%x-%j" if job.array is None else "%x-%A_%a"}.out{further}"""
+
+
+_ONE_OF_ARRAY = "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID of one task stands for all of them\n"
 
 
 def _names(job: BatchJob) -> str:
-    if job.seeds is None:
+    if job.tasks:
         run = (
-            f"run_folder={shlex.quote(str(job.run_folder))} # trainer.runs_dir/project_name/experiment_name\n"
-            "job=$SLURM_JOB_ID"
+            f"{_cases(job.tasks)}\n"
+            f"run_folder={shlex.quote(str(job.run_folder))}/$name # in trainer.runs_dir/project_name\n{_ONE_OF_ARRAY}"
+        )
+    elif job.seeds is not None:
+        run = (
+            f"config={shlex.quote(job.config)}\n"
+            f"name={shlex.quote(job.run_folder.name)}{SEED_SUFFIX}$SLURM_ARRAY_TASK_ID # trainer.experiment_name\n"
+            f"run_folder={shlex.quote(str(job.run_folder.parent))}/$name # in trainer.runs_dir/project_name\n"
+            f"{_ONE_OF_ARRAY}"
         )
     else:
         run = (
-            f"name={shlex.quote(job.run_folder.name)}{SEED_SUFFIX}$SLURM_ARRAY_TASK_ID # trainer.experiment_name\n"
-            f"run_folder={shlex.quote(str(job.run_folder.parent))}/$name # in trainer.runs_dir/project_name\n"
-            "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # SLURM_JOB_ID of one task stands for all of them"
+            f"config={shlex.quote(job.config)}\n"
+            f"run_folder={shlex.quote(str(job.run_folder))} # trainer.runs_dir/project_name/experiment_name\n"
+            "job=$SLURM_JOB_ID\n"
         )
-    return f"config={shlex.quote(job.config)}\n{run}\nmax_restarts={job.max_restarts}"
+    return f"{run}max_restarts={job.max_restarts}"
+
+
+def _cases(tasks: Sequence[ArrayTask]) -> str:
+    """Returns bash that sets the name, the file and the settings of the run that this task of the array is."""
+    cases = [
+        f"{number}) name={task.name} config={shlex.quote(task.config)}\n   settings=({shlex.join(task.overrides)}) ;;"
+        for number, task in enumerate(tasks, start=1)
+    ]
+    none = '*) echo "this script has no run $SLURM_ARRAY_TASK_ID" >&2; exit 2 ;;'
+    about = "# The run of each task of the array: trainer.experiment_name, its file and its settings."
+    return "\n".join([about, "case $SLURM_ARRAY_TASK_ID in", *cases, none, "esac"])
 
 
 _HUB = "# export HF_HOME=/shared/huggingface HF_HUB_OFFLINE=1 # if nodes reach no hub: fill the cache before\n"
@@ -209,6 +249,8 @@ trap - USR2 TERM"""
 
 def _run(job: BatchJob) -> str:
     lines = [*_container_lines(job.container), 'vppo train --config "$config"', *map(shlex.quote, job.overrides)]
+    if job.tasks:
+        lines.append('"${settings[@]}"')
     if job.seeds is not None:
         lines += ['trainer.seed="$SLURM_ARRAY_TASK_ID"', 'trainer.experiment_name="$name"']
     return _rule("The run") + _START + " \\\n".join(f"    {line}" for line in lines) + " &" + _WAIT_FOR_IT
@@ -265,55 +307,3 @@ exit "$status\""""
 
 def _rule(title: str) -> str:
     return f"# --- {title} ".ljust(RULE_COLUMNS, "-")
-
-
-# --- Checks -----------------------------------------------------------------------------------------------------------
-
-
-def _check_options(job: BatchJob) -> None:
-    """Refuses a further option that is none, and one that says again, or against it, what the script says itself."""
-    for option in job.options:
-        if not re.fullmatch(r"--?[A-Za-z].*", option):
-            raise ValueError(f"--sbatch '{option}' is no option of sbatch; write it as in '--sbatch=--qos=high'")
-        for name in _names_in(option):
-            if name.startswith("--container"):
-                raise ValueError(
-                    f"--sbatch '{option}' would start the batch script itself in a container; set --container, which "
-                    "is for the ranks"
-                )
-            if name in _SET_BY:
-                raise ValueError(f"--sbatch '{option}' is set by {_SET_BY[name]}; set that one")
-
-
-_SET_BY = {
-    "--nodes": "--nodes", "-N": "--nodes", "--time": "--time", "-t": "--time", "--array": "--array-seeds",
-    "-a": "--array-seeds", "--signal": "--grace-seconds", "--ntasks-per-node": "--gpus-per-node",
-    "--gpus-per-node": "--gpus-per-node",
-}  # fmt: skip
-"""The options of sbatch that the script has, and those of `vppo slurm` by which."""
-
-
-def _names_in(option: str) -> Iterator[str]:
-    """Yields the names of a line of options: `-N` of `-N4`, and both of `--qos=high --nodes 3`."""
-    try:
-        words = shlex.split(option)
-    except ValueError as error:
-        raise ValueError(f"--sbatch '{option}' cannot be read: {error}") from error
-    for word in words:
-        if word.startswith("-"):
-            yield word.partition("=")[0] if word.startswith("--") else word[:2]
-
-
-def _check_seeds(job: BatchJob) -> None:
-    """Refuses an array that sbatch would not take, and settings that each run of an array has of its own."""
-    seeds = job.seeds or ""
-    one = r"\d+(-\d+(:[1-9]\d*)?)?"
-    if not re.fullmatch(rf"{one}(,{one})*(%[1-9]\d*)?", seeds, flags=re.ASCII):
-        raise ValueError(f"--array-seeds '{seeds}' is no list of seeds; write 1-3, or 1,5,9, or 1-9%2 for two at once")
-    if max(int(number) for number in re.findall(r"\d+", seeds)) > LARGEST_INT:
-        raise ValueError(f"--array-seeds '{seeds}' has a seed of more than {LARGEST_INT}; take smaller ones")
-    if backwards := [span for span in re.findall(r"(\d+)-(\d+)", seeds) if int(span[0]) > int(span[1])]:
-        raise ValueError(f"--array-seeds '{seeds}': {'-'.join(backwards[0])} runs backwards; write the smaller first")
-    for override in job.overrides:
-        if override.startswith("trainer.seed="):
-            raise ValueError(f"--array-seeds {seeds} gives each run its trainer.seed; leave out '{override}'")

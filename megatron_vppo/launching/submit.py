@@ -41,9 +41,13 @@ def try_script(path: Path) -> tuple[bool, str]:
     return _sbatch("--test-only", path)
 
 
-def send_script(path: Path) -> tuple[bool, str]:
-    """Sends the job; returns whether SLURM took it, and what it says."""
-    return _sbatch(path)
+def send_script(path: Path, *, array: str | None = None) -> tuple[bool, str]:
+    """Sends the job; returns whether SLURM took it, and what it says.
+
+    Args:
+        array: the tasks to send in place of all that the script names; None: all.
+    """
+    return _sbatch(*([] if array is None else [f"--array={array}"]), path)
 
 
 def _sbatch(*arguments: str | Path) -> tuple[bool, str]:

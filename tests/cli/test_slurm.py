@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vppo.cli.main import main
+from megatron_vppo.sweep.plan import plan_sweep
+from megatron_vppo.sweep.sweep_file import read_sweep_file
+from tests.sweep.folders import write_run
 
 CONFIG = """
 data: {train_files: rows.jsonl}
@@ -74,6 +77,65 @@ def test_seeds_and_containers_reach_the_script(slurm, tmp_path: Path) -> None:
     assert slurm("--array-seeds", "1-3", "--container", "image.sif", "--container-runtime", "apptainer") == 0
     text = (tmp_path / "my.sbatch").read_text()
     assert "#SBATCH --array=1-3\n" in text and "apptainer exec --nv" in text and "name=first_seed$SLURM_ARR" in text
+
+
+SWEEP = """
+name: study
+config: my.yaml
+seeds: [1, 2]
+variants: {wide: [], narrow: [parallel.pipeline_model_parallel_size=1]}
+"""
+
+
+@pytest.fixture
+def sweep(slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    (tmp_path / "study.yaml").write_text(SWEEP)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    return lambda *options: main(["slurm", "--sweep", "study.yaml", *SIZE, *options])
+
+
+def test_a_sweep_is_an_array(slurm, sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("rollout.n=4") == 0
+    assert capsys.readouterr().out.splitlines()[0] == (
+        "study.sbatch: 4 runs, each on 2 x 8 GPUs; tensor 4 x context 1 x pipeline 2 x data 2, or tensor 4 x context 1 "
+        "x pipeline 1 x data 4"
+    )
+    text = (tmp_path / "study.sbatch").read_text()
+    assert "#SBATCH --job-name=study\n" in text and "#SBATCH --array=1-4\n" in text
+    assert "run_folder=results/study/$name" in text
+    assert (
+        "2) name=narrow-seed1 config=my.yaml\n   settings=(parallel.pipeline_model_parallel_size=1 rollout.n=4 "
+        "trainer.project_name=study trainer.experiment_name=narrow-seed1 trainer.seed=1) ;;\n"
+    ) in text
+
+
+def test_finished_runs_are_not_sent(slurm, sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = plan_sweep(read_sweep_file(tmp_path / "study.yaml")).runs
+    for run in (runs[0], runs[2]):
+        write_run(run, {0: [1.0]})
+    slurm(sbatch="true")
+    capsys.readouterr()
+    assert sweep("--submit") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "sbatch --array=2,4 study.sbatch"
+    assert sweep() == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "send it: sbatch --array=2,4 study.sbatch"
+    for run in runs:
+        write_run(run, {0: [1.0]})
+    assert sweep("--submit") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "all of its runs are finished"
+
+
+def test_a_sweep_that_cannot_be(sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sweep("--array-seeds", "1-3") == 2
+    assert "a sweep file has the seeds of --sweep" in capsys.readouterr().err
+    assert sweep("parallel.tensor_model_parallel_size=3") == 2
+    assert "does not divide 16 ranks" in capsys.readouterr().err
+    write_run(plan_sweep(read_sweep_file(tmp_path / "study.yaml")).runs[0], {0: [1.0]})
+    assert sweep("rollout.n=4", "--output", "x.sbatch") == 2
+    assert "made with other settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sweep("--config", "my.yaml")
+    assert not list(tmp_path.glob("*.sbatch"))
 
 
 @pytest.mark.parametrize(

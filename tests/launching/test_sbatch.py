@@ -9,7 +9,7 @@ from pathlib import PurePath
 
 import pytest
 
-from megatron_vppo.launching.sbatch import BatchJob, Container, script_of, seconds_of
+from megatron_vppo.launching.sbatch import ArrayTask, BatchJob, Container, script_of, seconds_of
 
 JOB = BatchJob(
     command=("vppo", "slurm", "--config", "my run.yaml"),
@@ -67,6 +67,26 @@ def test_each_seed_has_its_run(tmp_path) -> None:
     job = replace(JOB, seeds="1-3")
     assert words_of_srun(job, tmp_path).endswith("<trainer.seed=2><trainer.experiment_name=it's a run_seed2>")
     assert "#SBATCH --array=1-3" in lines_of(job) and "#SBATCH --output=%x-%A_%a.out" in lines_of(job)
+
+
+def test_each_task_has_its_own_file_and_settings(tmp_path) -> None:
+    tasks = (
+        ArrayTask("a-seed1", "my run.yaml", ("x=1",)),
+        ArrayTask("b-seed1", "my run.yaml", ("actor.optim.betas=[0.9, 0.95]", "y=it's")),
+    )
+    job = replace(JOB, config="", overrides=(), tasks=tasks, run_folder=PurePath("runs/a study"))
+    assert words_of_srun(job, tmp_path).endswith(
+        "<vppo><train><--config><my run.yaml><actor.optim.betas=[0.9, 0.95]><y=it's>"
+    )
+    assert (tmp_path / "runs/a study/b-seed1").is_dir(), "the run folder of task 2"
+    lines = lines_of(job)
+    assert "#SBATCH --array=1-2" in lines and "#SBATCH --output=%x-%A_%a.out" in lines
+    assert "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" in "\n".join(lines)
+    third = script_of(job).replace("case $SLURM_ARRAY_TASK_ID", "case 3")
+    done = subprocess.run(["bash", "-c", SHOW + third], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "this script has no run 2" in done.stderr
+    with pytest.raises(ValueError, match="would not be one line"):
+        replace(job, tasks=(ArrayTask("a", "x.yaml", ("x=1\n2",)),))
 
 
 def test_the_environment_comes_first_in_path() -> None:

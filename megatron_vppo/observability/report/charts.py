@@ -30,6 +30,8 @@ class Line:
     series: Series
     color: int
     """The slot of the palette in page.css, 1 to 8; 0: neutral."""
+    band: tuple[Series, Series] | None = None
+    """The lower and upper bound of the values, shaded behind the line, at the steps of `series`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,8 @@ def chart_html(chart: Chart, steps: Axis) -> str:
     if chart.scale == "stack":
         body = _stack(lines, steps, axis)
     else:
-        body = "".join(_line(line, steps, axis) for line in reversed(drawn))  # the first line is drawn last, on top
+        body = "".join(_band(line.band, line.color, steps, axis) for line in drawn if line.band is not None)
+        body += "".join(_line(line, steps, axis) for line in reversed(drawn))  # the first line is drawn last, on top
     if chart.reference is not None and axis.low <= chart.reference[1] <= axis.high:
         y = _y(axis, chart.reference[1])
         body += f'<path class="reference" d="M0 {y}H1000"/>'
@@ -96,7 +99,8 @@ def smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _value_axis(chart: Chart, lines: Sequence[Line]) -> Axis:
-    values = [value for line in lines for value in line.series.values]
+    drawn = [series for line in lines for series in (line.series, *(line.band or ()))]
+    values = [value for series in drawn for value in series.values]
     if chart.scale == "log":
         positive = [value for value in values if value > 0]
         if positive:
@@ -122,6 +126,11 @@ def _line(line: Line, steps: Axis, axis: Axis) -> str:
         dots = "".join(f"M{_x(steps, step)} {_y(axis, value)}h0" for step, value in points)
         html += f'<path class="dots" style="{color}" d="{dots}"/>'
     return html
+
+
+def _band(band: tuple[Series, Series], color: int, steps: Axis, axis: Axis) -> str:
+    low, high = (list(zip(bound.steps, bound.values, strict=True)) for bound in band)
+    return f'<path class="band" style="--c:var(--c{color})" d="{_path([*low, *reversed(high)], steps, axis)}Z"/>'
 
 
 def _stack(lines: Sequence[Line], steps: Axis, axis: Axis) -> str:

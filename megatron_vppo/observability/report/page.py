@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from megatron_vppo.observability.progress import clock
 from megatron_vppo.observability.report.charts import chart_html
 from megatron_vppo.observability.report.data import RunData, load_run
+from megatron_vppo.observability.report.document import document_html
 from megatron_vppo.observability.report.samples import pick_samples, samples_html
 from megatron_vppo.observability.report.scales import significant, step_axis
 from megatron_vppo.observability.report.sections import sections
-from megatron_vppo.observability.report.text import html_text, plain_text
+from megatron_vppo.observability.report.text import html_text
 from megatron_vppo.observability.sinks import METRICS_FILE
 from megatron_vppo.system.whole import whole_file
 
@@ -38,18 +38,9 @@ def write_report(run_dir: str | Path) -> Path:
 def render_report(run_dir: str | Path) -> str:
     """Renders the whole page as one HTML document without outside references."""
     run = load_run(run_dir)
-    folder = files(__package__)
-    style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    script = folder.joinpath("page.js").read_text(encoding="utf-8")
     project, name = _names(run)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{plain_text(name)} · {plain_text(project)}</title><style>{style}</style></head><body>"
-        f"{_header_html(run, project, name)}<main>{_body_html(run)}</main>"
-        f'<div id="tip" role="status"></div><script>{script}</script></body></html>'
-    )
+    body = f"{_header_html(run, project, name)}<main>{_body_html(run)}</main>"
+    return document_html(f"{name} · {project}", body, charts=True)
 
 
 def _body_html(run: RunData) -> str:
