@@ -30,7 +30,9 @@ MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
 TO_COME = frozenset({"evaluation/"})
 """Rooms that docs/architecture.md keeps a place for."""
-RUN_FOLDER = frozenset({"tensorboard/", "rollouts/", "validation/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"})
+RUN_FOLDER = frozenset(
+    {"tensorboard/", "rollouts/", "validation/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"}
+)
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
 
 KINDS_OF_FILES = "py|md|sh|yaml|toml|jinja|png|css|js"

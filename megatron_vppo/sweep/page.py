@@ -45,7 +45,7 @@ def render_sweep(sweep: Sweep, states: Mapping[str, RunStatus], results: SweepRe
         f'<h1>{html_text(sweep.name)}</h1><p class="result">{counts}</p></header><main>'
         f"{_section('results', 'Results', 'Is one variant better than the baseline?', _results(results))}"
         f"{_section('curves', 'Curves', 'Means over seeds; bands of one standard error.', _charts(results))}"
-        f"{_section('runs', 'Runs', 'Each has a report of its own.', _runs(sweep, states))}</main>"
+        f"{_section('runs', 'Runs', 'One that has finished has a report of its own.', _runs(sweep, states))}</main>"
     )
     return document_html(f"{sweep.name} · sweep", body, charts=True)
 

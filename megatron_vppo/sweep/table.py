@@ -9,7 +9,8 @@ from megatron_vppo.sweep.results import ACCURACY, SweepResults, VariantResults
 from megatron_vppo.sweep.statistics import CONFIDENCE, Estimate
 
 COLUMNS = (
-    "variant", "seeds", "steps", "start, %", "end, %", "difference, points", f"{CONFIDENCE:.0%} interval", "p",
+    "variant", "seeds", "steps", "start, %", "end, %", "questions", "difference, points",
+    f"{CONFIDENCE:.0%} interval", "p",
 )  # fmt: skip
 NOTHING = "–"
 
@@ -24,15 +25,16 @@ def markdown(results: SweepResults) -> str:
 
 
 def notes(results: SweepResults) -> list[str]:
-    """Says of which variants there is no difference, and which are compared at an earlier step than their end."""
-    found = []
+    """Says which variants are not compared, and which are compared at an earlier step than their end."""
+    found: dict[str, list[str]] = {}
     for variant in results.variants:
         steps = variant.curves[ACCURACY].steps
         if variant.why_not is not None:
-            found.append(f"{variant.name} is not compared with {results.baseline}: {variant.why_not}")
+            found.setdefault(f"not compared with {results.baseline}: {variant.why_not}", []).append(variant.name)
         elif variant.difference is not None and steps and variant.difference.step != steps[-1]:
-            found.append(f"{variant.name} is compared with {results.baseline} at step {variant.difference.step}")
-    return found
+            note = f"compared with {results.baseline} at step {variant.difference.step}"
+            found.setdefault(note, []).append(variant.name)
+    return [f"{', '.join(names)}: {note}" for note, names in found.items()]
 
 
 def cells(results: SweepResults, variant: VariantResults) -> tuple[str, ...]:
@@ -46,10 +48,11 @@ def cells(results: SweepResults, variant: VariantResults) -> tuple[str, ...]:
     start = percent(curve.estimates[0]) if curve.steps[:1] == (0,) else NOTHING
     end = percent(curve.estimates[-1]) if curve.steps else NOTHING
     if variant.difference is None:
-        return (name, seeds, steps, start, end, NOTHING, NOTHING, NOTHING)
+        return (name, seeds, steps, start, end, *[NOTHING] * 4)
     test = variant.difference.test
     interval = f"{points(test.low)} .. {points(test.high)}"
-    return (name, seeds, steps, start, end, points(test.difference), interval, p_value(test.p_value))
+    numbers = (f"{test.questions:,}", points(test.difference), interval, p_value(test.p_value))
+    return (name, seeds, steps, start, end, *numbers)
 
 
 def percent(found: Estimate) -> str:

@@ -77,7 +77,7 @@ def test_failed_runs_are_told_and_tried_again_and_finished_ones_are_not(
     assert main(["sweep", "sweep.yaml"]) == 0
     out = capfd.readouterr().out
     assert ran(folder) == ["dapo-seed1"]
-    assert "| vppo | 2 of 2 | 10 | 0.0 ± 0.0 | 100.0 ± 0.0 | +50.0 |" in out
+    assert "| vppo | 2 of 2 | 10 | 0.0 ± 0.0 | 100.0 ± 0.0 | 2 | +50.0 |" in out
     (folder / "ran").unlink()
     assert main(["sweep", "sweep.yaml"]) == 0
     assert not (folder / "ran").exists()
@@ -93,7 +93,7 @@ def test_the_list_and_the_report_start_nothing(folder: Path, capsys: pytest.Capt
         "dapo-seed2  not begun",
     ]  # fmt: skip
     assert main(["sweep", "sweep.yaml", "--report"]) == 0
-    assert "vppo is compared with dapo at step 0" in capsys.readouterr().out
+    assert "vppo: compared with dapo at step 0" in capsys.readouterr().out
     assert not (folder / "ran").exists()
     results = json.loads((folder / "runs/study/results.json").read_text())
     assert [variant["finished"] for variant in results["variants"]] == [[1], []]

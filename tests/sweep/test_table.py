@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vppo.sweep.results import METRICS, PairedDifference, MeanCurve, SweepResults, VariantResults
+from megatron_vppo.sweep.results import METRICS, MeanCurve, PairedDifference, SweepResults, VariantResults
 from megatron_vppo.sweep.statistics import Estimate, PairedTest
 from megatron_vppo.sweep.table import as_json, markdown
 
@@ -27,13 +27,14 @@ def results(*variants: VariantResults) -> SweepResults:
 
 
 def test_a_row_per_variant() -> None:
-    assert markdown(results(BETTER, BASE, NEW)) == (
-        "| variant | seeds | steps | start, % | end, % | difference, points | 95% interval | p |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        "| vppo | 2 of 3 | 10 | 25.0 ± 0.0 | 60.4 ± 1.3 | +2.1 | −0.5 .. +4.7 | < 0.001 |\n"
-        "| dapo (baseline) | 2 of 3 | 10 | 25.0 ± 0.0 | 60.4 ± 1.3 | – | – | – |\n"
-        "| grpo | 0 of 3 | – | – | – | – | – | – |\n"
-        "\ngrpo is not compared with dapo: no seed has begun in both\n"
+    assert markdown(results(BETTER, BASE, NEW, replace(NEW, name="other"))) == (
+        "| variant | seeds | steps | start, % | end, % | questions | difference, points | 95% interval | p |\n"
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| vppo | 2 of 3 | 10 | 25.0 ± 0.0 | 60.4 ± 1.3 | 512 | +2.1 | −0.5 .. +4.7 | < 0.001 |\n"
+        "| dapo (baseline) | 2 of 3 | 10 | 25.0 ± 0.0 | 60.4 ± 1.3 | – | – | – | – |\n"
+        "| grpo | 0 of 3 | – | – | – | – | – | – | – |\n"
+        "| other | 0 of 3 | – | – | – | – | – | – | – |\n"
+        "\ngrpo, other: not compared with dapo: no seed has begun in both\n"
     )
 
 
@@ -41,10 +42,10 @@ def test_what_is_not_finished_shows() -> None:
     curve = MeanCurve((2, 20), (Estimate(0.25, None), Estimate(0.5, None)))
     begun = replace(BETTER, finished=(), seeds=(1,), curves={**BETTER.curves, "val/accuracy": curve})
     *_, row, _, note = markdown(results(begun)).splitlines()
-    assert row == "| vppo | 0 of 3 (1 begun) | 20 | – | 50.0 | +2.1 | −0.5 .. +4.7 | < 0.001 |", (
+    assert row == "| vppo | 0 of 3 (1 begun) | 20 | – | 50.0 | 512 | +2.1 | −0.5 .. +4.7 | < 0.001 |", (
         "no validation at step 0"
     )
-    assert note == "vppo is compared with dapo at step 10"
+    assert note == "vppo: compared with dapo at step 10"
 
 
 def test_json_has_every_number() -> None:
