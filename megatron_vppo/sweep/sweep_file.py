@@ -95,13 +95,13 @@ def _as_mapping(value: Any) -> Any:
 
 
 class _WrittenVariant(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     config: str | None = None
     overrides: list[str] = []
 
 
 class _Written(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid")
     name: str | None = None
     config: str
     overrides: list[str] = []

@@ -1,16 +1,22 @@
-"""A run that cannot work ends before an engine is started, whoever has started its ranks."""
+"""A run that cannot work ends before an engine is started, whoever has started its ranks; and the folder of one that
+goes on.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_vppo.config.schema import DataConfig, ModelConfig, RolloutConfig, RunConfig, TrainerConfig
+from megatron_vppo.observability.validations import VALIDATIONS, ValidationRecords
 from megatron_vppo.parallel.layout import destroy_layout
+from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.setup.world import world_of_one
-from megatron_vppo.trainer.run import run_training
+from megatron_vppo.trainer.checkpointer import ResumePoint
+from megatron_vppo.trainer.run import _open_log, run_training
 from tests.models.whole import save_whole_folder
 
 
@@ -38,3 +44,23 @@ def test_ranks_refuse_what_cannot_work(top_k: int, weights: str, message: str, t
     finally:
         destroy_layout()
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("resumed", "kept"),
+    [
+        (ResumePoint(0), []),
+        (ResumePoint(5), [0, 5]),
+        (ResumePoint(5, unfinished_step={"values": {}, "seconds": 0.0}), [0]),  # it is validated again
+    ],
+)
+def test_validations_after_the_loaded_step_are_cut(resumed: ResumePoint, kept: list[int], tmp_path: Path) -> None:
+    config = RunConfig(
+        data=DataConfig(train_files="x"), model=ModelConfig(path="y"), trainer=TrainerConfig(runs_dir=str(tmp_path))
+    )
+    folder = RunFolder.of(config.trainer)
+    for step in (0, 5, 10):
+        ValidationRecords([]).write(folder.root, step)
+    layout: Any = SimpleNamespace(rank=0, world_size=1)
+    _open_log(config, layout, folder, resumed, total_steps=20).close()
+    assert VALIDATIONS.steps(folder.root) == kept
