@@ -200,6 +200,29 @@ def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) ->
         assert all(line.endswith(words) for line in recorded(tmp_path, f"run_seed{seed}") if line.startswith("1 "))
 
 
+def test_a_sweep_has_a_task_per_run(cluster: Cluster, write, tmp_path: Path) -> None:
+    """Each task has its own settings, its own run folder and log; sent are those that are asked for."""
+    write("0")
+    (tmp_path / "sweep.yaml").write_text(
+        "name: project\nconfig: run.yaml\nseeds: [1, 2]\nvariants: {a: [], b: ['actor.optim.betas=[0.9, 0.95]']}"
+    )
+    size = ["--nodes", "1", "--gpus-per-node", "2", "--time", "5", "--grace-seconds", "50", "--environment", "env"]
+    assert main(["slurm", "--sweep", "sweep.yaml", *size]) == 0
+    job = submit(cluster, tmp_path / "sweep.sbatch", "--array=1,4")
+    ends = [wait_for_end(cluster, f"{job}_{task}") for task in (1, 4)]
+    assert [(end.state, end.log.name) for end in ends] == [
+        ("COMPLETED", f"project-{job}_1.out"), ("COMPLETED", f"project-{job}_4.out")
+    ]  # fmt: skip
+    own = "trainer.project_name=project trainer.experiment_name="
+    for name, words in (
+        ("a-seed1", f"train --config run.yaml {own}a-seed1 trainer.seed=1"),
+        ("b-seed2", f"train --config run.yaml actor.optim.betas=[0.9, 0.95] {own}b-seed2 trainer.seed=2"),
+    ):
+        lines = recorded(tmp_path, name)
+        assert len(lines) == 2 and all(line.endswith(words) for line in lines), lines
+    assert sorted(path.name for path in (tmp_path / "runs/project").iterdir()) == ["a-seed1", "b-seed2"]
+
+
 def test_sbatch_itself_is_asked(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
