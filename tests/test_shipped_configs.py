@@ -1,4 +1,5 @@
-"""Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem.
+"""Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem; or the file
+of a sweep, all of whose runs do.
 
 Those of examples/slurm/ come with the batch script that `vppo slurm` writes for them, and a layout that `vppo plan`
 says fits. Those of examples/recipes/ are each a model and a method.
@@ -20,12 +21,17 @@ from megatron_vppo.planning.candidate import GIB, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.layouts import make_plan
 from megatron_vppo.planning.published import PUBLISHED, published_config
 from megatron_vppo.setup.by_machine import by_machine
+from megatron_vppo.sweep.plan import plan_sweep
+from megatron_vppo.sweep.sweep_file import read_sweep_file
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 RECIPES = EXAMPLES / "recipes"
+SWEEPS = sorted(EXAMPLES.rglob("sweep*.yaml"))
 CONFIGS = [
-    path for path in sorted([*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")]) if path.parent.name != "methods"
+    path
+    for path in sorted({*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")} - set(SWEEPS))
+    if path.parent.name != "methods"
 ]
 METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo")
 MODELS = {
@@ -54,6 +60,12 @@ def test_the_digits_example_ships_its_configs() -> None:
 def test_shipped_config_loads(path: Path) -> None:
     config = load_config(path)
     assert config.data.rollout_batch_size % config.actor.global_batch_size == 0
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shipped_sweep_loads(path: Path) -> None:
+    sweep = plan_sweep(read_sweep_file(path))
+    assert len(sweep.runs) == len(sweep.variants) * len(sweep.seeds) and len(sweep.seeds) > 1
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
