@@ -23,6 +23,7 @@ ALLOWED = {
     ("rollout/records.py", "temperature"): "the model's own distribution, for a log-prob check",
     ("rollout/records.py", "top_p"): "the same",
     ("rollout/records.py", "top_k"): "the same",
+    ("sweep/sweep_file.py", "seeds"): "a bound of its own: the seeds of a sweep, where rollout.seeds is a kind of seed",
 }
 """(file, name): why a default may stand there."""
 
