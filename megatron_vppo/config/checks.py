@@ -9,9 +9,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from megatron_vppo.config.choices import BUILT_IN_REWARD
+from megatron_vppo.config.choices import GRADERS
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
-from megatron_vppo.config.schema import RunConfig, Section
+from megatron_vppo.config.schema import RewardConfig, RunConfig, Section
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -431,11 +431,44 @@ def check_watchdog(config: RunConfig) -> None:
 
 
 def check_reward(config: RunConfig) -> None:
-    """Refuses a name that is neither the built-in grader's nor a function with its file."""
-    name = config.reward.reward_function
+    """Refuses a name that is neither a built-in grader's nor a function with its file, and parts that leave it out."""
+    reward = config.reward
+    name = reward.reward_function
     file, colon, function = name.rpartition(":")
-    if name != BUILT_IN_REWARD and not (colon and file and function.isidentifier()):
-        raise ValueError(f"reward.reward_function is '{name}'; set '{BUILT_IN_REWARD}' or file.py:function")
+    if name not in GRADERS and not (colon and file and function.isidentifier()):
+        raise ValueError(f"reward.reward_function is '{name}'; set file.py:function, or one of {', '.join(GRADERS)}")
+    if reward.parts and name not in GRADERS:
+        raise ValueError(
+            f"reward.parts adds up built-in graders, and reward.reward_function is '{name}'; leave reward.parts out, "
+            "and add up in your function"
+        )
+    if reward.parts and name not in reward.parts:
+        raise ValueError(
+            f"reward.parts {dict(reward.parts)} has no weight for reward.reward_function '{name}', whose accuracy "
+            "counts; add it, or set reward.reward_function to one of the parts"
+        )
+    if reward.reward_function_kwargs and name in GRADERS:
+        raise ValueError(
+            f"reward.reward_function_kwargs {reward.reward_function_kwargs} are arguments of a function of yours, and "
+            f"reward.reward_function is the built-in '{name}'; leave them out"
+        )
+
+
+def check_grader_settings(config: RunConfig) -> None:
+    """Refuses a tolerance or threshold of a grader that the run does not use."""
+    reward = config.reward
+    used = {reward.reward_function, *reward.parts}
+    for setting, grader in (
+        ("relative_tolerance", "number"),
+        ("absolute_tolerance", "number"),
+        ("iou_threshold", "iou"),
+    ):
+        value = getattr(reward, setting)
+        if grader not in used and value != RewardConfig.model_fields[setting].default:
+            raise ValueError(
+                f"reward.{setting} {value:g} is for the grader '{grader}', and the reward is of "
+                f"{', '.join(sorted(used))}; leave it out, or set reward.reward_function={grader}"
+            )
 
 
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
@@ -464,5 +497,6 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_timeouts,
     check_watchdog,
     check_reward,
+    check_grader_settings,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

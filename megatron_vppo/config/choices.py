@@ -15,11 +15,12 @@ BadRows = Literal["error", "skip"]
 ResizeMode = Literal["smart", "easyr1"]
 """The rule that brings images under the pixel budget."""
 
-RewardType = Literal["batch", "sequential"]
+RewardType = Literal["auto", "batch", "sequential"]
 """The way a user's reward function is called."""
 
-BUILT_IN_REWARD = "mathruler"
-"""The value of reward.reward_function that names the grader of `data/mathruler.py`; any other names a user's file."""
+Grader = Literal["mathruler", "math_verify", "choice", "number", "iou", "format"]
+"""The built-in graders."""
+GRADERS: tuple[Grader, ...] = get_args(Grader)
 
 # --- Model ------------------------------------------------------------------------------------------------------------
 

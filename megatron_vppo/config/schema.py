@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from megatron_vppo.config.choices import (
-    BUILT_IN_REWARD,
     AdvantageKind,
     BackendSetting,
     BadRows,
@@ -23,6 +22,7 @@ from megatron_vppo.config.choices import (
     EntropyKind,
     Fp8Phase,
     Fp8Recipe,
+    Grader,
     KlKind,
     KlPlace,
     LoggerService,
@@ -86,7 +86,8 @@ class Section(BaseModel):
     def _no_truth_value_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Refuses true and false where a number belongs; pydantic would take them for 1 and 0."""
         assert info.field_name is not None, "pydantic calls it for a field"
-        given = value if isinstance(value, list | tuple) else [value]
+        values = value.values() if isinstance(value, dict) else value
+        given = values if isinstance(value, list | tuple | dict) else [value]
         if any(isinstance(one, bool) for one in given) and holds_numbers(cls.model_fields[info.field_name].annotation):
             raise PydanticCustomError("truth_value", "Input should be a number, not true or false")
         return value
@@ -460,11 +461,24 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    reward_function: FilePath = BUILT_IN_REWARD
-    """'mathruler', or `file.py:function` of yours."""
-    reward_type: RewardType = "batch"
-    """The call of a function of yours: with a list of all responses once they are sampled, or once per response while
-    others are sampled."""
+    reward_function: FilePath = "mathruler"
+    """A built-in grader: 'mathruler' (the authors'), 'math_verify', 'choice', 'number', 'iou' or 'format'; or
+    `file.py:function` of yours."""
+    parts: dict[Grader, Positive] = {}
+    """Weights of built-in graders whose weighted sum is the reward. The accuracy is that of reward_function, which is
+    one of them. Empty: reward_function alone."""
+    relative_tolerance: Share = 1e-6
+    """The deviation from the answer that 'number' takes for right, as a share of the answer."""
+    absolute_tolerance: PositiveOrZero = 0.0
+    """The same in the unit of the answer; the larger of both holds."""
+    iou_threshold: ShareAboveZero = 0.5
+    """Intersection over union from which 'iou' takes a response for right. The reward is the overlap itself."""
+    reward_function_kwargs: dict[str, Any] = {}
+    """Further arguments of a function of yours, by name."""
+    reward_type: RewardType = "auto"
+    """The call of a function of yours: with a list of all responses once they are sampled ('batch'), or once per
+    response while others are sampled ('sequential'). 'auto': by the names of its parameters; a list if they say
+    nothing."""
     num_workers: Workers | None = None
     """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
     for a batch function of yours, which may compare all responses that it gets."""

@@ -19,14 +19,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from megatron_vppo.algorithm.types import Response, Reward
-from megatron_vppo.config.choices import BUILT_IN_REWARD, RewardType
-from megatron_vppo.data.reward_worker import Ungraded, read_message, write_request
+from megatron_vppo.data.graders.weighted import BuiltInReward
+from megatron_vppo.data.reward_worker import Ungraded, read_message, reward_to_text, write_request
 from megatron_vppo.data.text_decoder import TextDecoder
+from megatron_vppo.data.user_reward import UserReward
 from megatron_vppo.system.processes import child_environment
 from megatron_vppo.system.visible import visible
 
@@ -44,44 +44,38 @@ Job = tuple[int, ...]
 class RewardPool:
     """The workers that grade responses. They end with this process, however it ends.
 
-    A reward function gets a dict (response, response_length, ground_truth), or a list of dicts, and returns a number or
-    a dict with 'overall' for each. 'accuracy' may be in the dict as well; all other entries become metrics (EasyR1's
-    convention).
+    A reward function returns a number or a dict with 'overall' for each response. 'accuracy' may be in the dict as
+    well; all other entries become metrics. user_reward.py has the ways in which functions are called.
     """
 
     def __init__(
         self,
-        function: str,
+        reward: BuiltInReward | UserReward,
         *,
         tokenizer: str,
-        reward_type: RewardType,
         num_workers: int,
+        num_batch_workers: int,
         timeout_seconds: float,
     ) -> None:
         """
         Args:
-            function: 'mathruler', or `file.py:function`.
             tokenizer: what `describe_tokenizer` returned.
-            reward_type: 'sequential' calls the function with one response at a time, 'batch' with all of them in one
-                call, or in one call on each worker if there are several, each with a part of them in order.
-                'mathruler' is always sequential.
+            num_workers: for built-in graders, and a function that takes one response at a time.
+            num_batch_workers: for a function that takes lists. Responses are graded in one call, or in one call on each
+                worker if there are several, each with a part of them in order.
             timeout_seconds: for one response. A batch of n may take min(n, 60) times as long. If it fails or takes
                 longer, its responses are graded again one by one, so that only the culprits get zero.
 
         Raises:
             ValueError: the function cannot be loaded.
         """
-        if function != BUILT_IN_REWARD and ":" not in function:
-            raise ValueError(f"reward.reward_function={function}: use '{BUILT_IN_REWARD}' or `file.py:function`")
-        self._batch = reward_type == "batch" and function != BUILT_IN_REWARD
         self._timeout_seconds = timeout_seconds
-        file, _, name = function.rpartition(":")
-        spec = f"{Path(file).absolute()}:{name}" if file else function
         self._decoder = TextDecoder(tokenizer)
         self._tokenizer = os.fdopen(os.memfd_create("tokenizer"), "wb")
         self._tokenizer.write(tokenizer.encode())
         self._tokenizer.flush()
-        self._arguments = (spec, "batch" if self._batch else "sequential", self._tokenizer.fileno())
+        name = str(reward) if isinstance(reward, UserReward) else reward.main
+        self._arguments = (name, reward_to_text(reward), self._tokenizer.fileno())
         self._shown: set[str] = set()
         self._workers: list[_Worker] = []
         self._tickets = itertools.count()
@@ -93,7 +87,11 @@ class RewardPool:
         self._busy = selectors.DefaultSelector()
         """The answer pipes of the workers that have a job."""
         try:
-            for _ in range(num_workers):
+            first = _Worker(*self._arguments)  # it says how many it takes
+            self._workers.append(first)
+            first.wait_until_ready()
+            self.convention, self.grades_batches = first.convention, first.grades_batches
+            for _ in range(1, num_batch_workers if self.grades_batches else num_workers):
                 self._workers.append(_Worker(*self._arguments))
             for worker in self._workers:
                 worker.wait_until_ready()
@@ -102,15 +100,15 @@ class RewardPool:
             raise
 
     @property
-    def grades_batches(self) -> bool:
-        """True if the function is called with lists, and may compare the responses of one."""
-        return self._batch
+    def num_workers(self) -> int:
+        """The number of processes."""
+        return len(self._workers)
 
     def submit(self, responses: Sequence[Response]) -> list[int]:
         """Lets workers grade responses, if a batch function is used in one batch. Returns a ticket for each."""
         tickets = list(itertools.islice(self._tickets, len(responses)))
         self._ungraded.update(zip(tickets, responses, strict=True))
-        parts = _parts(len(tickets), len(self._workers) if self._batch else len(tickets))
+        parts = _parts(len(tickets), len(self._workers) if self.grades_batches else len(tickets))
         self._jobs.extend(tuple(tickets[i] for i in part) for part in parts)
         self._hand_out()
         return tickets
@@ -180,8 +178,7 @@ class RewardPool:
                 worker.wait_until_ready()
                 job = self._jobs.popleft()
                 limit_seconds = self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS)
-                ungraded = [(self._ungraded[ticket].token_ids, self._ungraded[ticket].prompt.answer) for ticket in job]
-                worker.start(job, ungraded, limit_seconds)
+                worker.start(job, [_ungraded(self._ungraded[ticket]) for ticket in job], limit_seconds)
                 self._busy.register(worker.answers, selectors.EVENT_READ, worker)
 
     def _working(self) -> list[_Worker]:
@@ -220,6 +217,11 @@ def _parts(count: int, number: int) -> list[Job]:
     return [tuple(range(count * i // number, count * (i + 1) // number)) for i in range(number)]
 
 
+def _ungraded(response: Response) -> Ungraded:
+    prompt = response.prompt
+    return Ungraded(response.token_ids, prompt.answer, prompt.split, prompt.row)
+
+
 def _reward(score: dict[str, float]) -> Reward:
     metrics = {name: value for name, value in score.items() if name not in ("overall", "accuracy")}
     return Reward(overall=score["overall"], accuracy=score["accuracy"], metrics=metrics)
@@ -228,12 +230,12 @@ def _reward(score: dict[str, float]) -> Reward:
 class _Worker:
     """A worker process, with at most one job."""
 
-    def __init__(self, spec: str, reward_type: str, tokenizer: int) -> None:
+    def __init__(self, name: str, reward: str, tokenizer: int) -> None:
         environment = {**child_environment(), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [
                 *(sys.executable, "-m", "megatron_vppo.data.reward_worker"),
-                *(str(os.getpid()), spec, reward_type, str(tokenizer)),
+                *(str(os.getpid()), reward, str(tokenizer)),
             ],
             pass_fds=(tokenizer,),
             stdin=subprocess.PIPE,
@@ -244,11 +246,15 @@ class _Worker:
         )
         self.requests = cast(BinaryIO, self.process.stdin)
         self.answers = cast(BinaryIO, self.process.stdout)
-        self._spec = spec
+        self._name = name
         self.job: Job | None = None
         self.deadline = 0.0
         self.alive = True
         self._ready = False
+        self.convention = ""
+        """The kind of function, for a person, once it is ready."""
+        self.grades_batches = False
+        """True if it takes lists, once it is ready."""
 
     def wait_until_ready(self) -> None:
         """Waits for the process to load the function.
@@ -264,7 +270,7 @@ class _Worker:
             if not selector.select(_START_SECONDS):
                 self.kill()
                 raise ValueError(
-                    f"reward.reward_function={self._spec}: not imported after {_START_SECONDS:.0f} s; its imports hang"
+                    f"reward.reward_function={self._name}: not imported after {_START_SECONDS:.0f} s; its imports hang"
                 )
         try:
             answer = read_message(self.answers)
@@ -274,12 +280,13 @@ class _Worker:
             self.kill()
             kind = ValueError if self.process.returncode >= 0 else RuntimeError
             raise kind(
-                f"reward.reward_function={self._spec}: its process ended while starting "
+                f"reward.reward_function={self._name}: its process ended while starting "
                 f"(exit code {self.process.returncode})"
             ) from None
         if "fatal" in answer:
             self.kill()
             raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
+        self.convention, self.grades_batches = answer["convention"], answer["batch"]
         self._ready = True
 
     def start(self, job: Job, ungraded: Sequence[Ungraded], limit_seconds: float) -> None:

@@ -1,39 +1,44 @@
-"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID FUNCTION TYPE TOKENIZER`, driven by
-`RewardPool`. TOKENIZER is the number of a descriptor with what `describe_tokenizer` returned.
+"""A reward worker: `python -m megatron_vppo.data.reward_worker PARENT_PID REWARD TOKENIZER`, driven by `RewardPool`.
+REWARD is what `reward_to_text` returned, TOKENIZER the number of a descriptor with what `describe_tokenizer` returned.
 
 Requests come as length-prefixed JSON on stdin, and answers leave the same way on the descriptor that was stdout;
 anything that a user's function prints goes to stderr. There is one request at a time, a list of responses, which are
-decoded to text, and which the function grades in one call ('batch') or one by one ('sequential'). Nothing here imports
-torch or transformers, so that it starts fast.
+decoded to text, and which the function grades in one call or one by one. Nothing here imports torch or transformers, so
+that it starts fast.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import inspect
 import json
-import math
 import os
-import reprlib
 import resource
 import struct
 import sys
 import traceback
 from array import array
-from collections.abc import Callable, Mapping, Sequence, Set
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
-from megatron_vppo.config.choices import BUILT_IN_REWARD
+from megatron_vppo.data.graders.weighted import BuiltInReward, load_graders, weighted_sum
 from megatron_vppo.data.text_decoder import TextDecoder
+from megatron_vppo.data.user_reward import Graded, UserReward, find_convention, grade, load_function
 from megatron_vppo.system.processes import die_with_parent
 
 _HEADER = struct.Struct("<Q")
 _TOKEN = "i"  # array.array's 32 bits
 _GRADER_MEMORY_BYTES = 4 << 30  # of the built-in grader: symbolic algebra on hostile answers can ask for any amount
 
-Ungraded = tuple[Sequence[int], str]
-"""The token ids of a response, and the ground truth."""
+
+@dataclass(frozen=True)
+class Ungraded:
+    """A response as the pool sends it."""
+
+    token_ids: Sequence[int]
+    ground_truth: str
+    split: str
+    row: int
 
 
 def write_message(stream: BinaryIO, message: Any) -> None:
@@ -56,8 +61,8 @@ def _read_whole(stream: BinaryIO, size: int) -> bytes:
 
 def write_request(stream: BinaryIO, ungraded: Sequence[Ungraded]) -> None:
     """Sends responses to be graded."""
-    data = json.dumps([(len(token_ids), answer) for token_ids, answer in ungraded]).encode()
-    tokens = [array(_TOKEN, token_ids).tobytes() for token_ids, _ in ungraded]
+    data = json.dumps([(len(one.token_ids), one.ground_truth, one.split, one.row) for one in ungraded]).encode()
+    tokens = [array(_TOKEN, one.token_ids).tobytes() for one in ungraded]
     stream.write(b"".join([_HEADER.pack(len(data)), data, *tokens]))
     stream.flush()
 
@@ -65,109 +70,50 @@ def write_request(stream: BinaryIO, ungraded: Sequence[Ungraded]) -> None:
 def read_request(stream: BinaryIO) -> list[Ungraded]:
     """Reads what `write_request` has sent. Raises EOFError if the other side is gone."""
     ungraded: list[Ungraded] = []
-    for length, answer in read_message(stream):
+    for length, ground_truth, split, row in read_message(stream):
         token_ids = array(_TOKEN)
         token_ids.frombytes(_read_whole(stream, length * token_ids.itemsize))
-        ungraded.append((token_ids.tolist(), answer))
+        ungraded.append(Ungraded(token_ids.tolist(), ground_truth, split, row))
     return ungraded
 
 
-def load_function(spec: str) -> Callable[..., Any]:
-    """Loads the built-in reward function, or that of `file.py:function`. Raises ValueError if there is no such thing.
+@dataclass(frozen=True)
+class LoadedReward:
+    """A reward function that is ready to be called."""
 
-    The file's folder is not put on the import path, where a file called math.py would hide the standard library's.
-    """
-    if spec == BUILT_IN_REWARD:
-        from megatron_vppo.data.mathruler import compute_score
-
-        resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
-        return compute_score
-    file, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("_user_reward_function", file)
-    if not Path(file).is_file() or module_spec is None or module_spec.loader is None:
-        raise ValueError(f"reward.reward_function={spec}: no such Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except BaseException as error:  # sys.exit() as well
-        raise ValueError(f"reward.reward_function={spec} cannot be imported:\n{_lines_of_file(error, file)}") from error
-    function = module.__dict__.get(name)
-    if not callable(function):
-        known = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ValueError(f"reward.reward_function={spec}: no function {name!r} in that file; it has {known or 'none'}")
-    check_call(function, spec)
-    return function
+    grade: Callable[[Sequence[Graded]], list[dict[str, float]]]
+    """Returns 'overall', 'accuracy' and metrics for each response."""
+    convention: str
+    """The kind of function, for a person."""
+    batch: bool
+    """True if it is called with all responses of a request, and may compare them."""
 
 
-def _lines_of_file(error: BaseException, file: str) -> str:
-    """Formats an error with the lines of `file`, and of what it called, that led to it."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename != file:
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace, chain=False))[-2000:].strip()
+def load_reward(reward: BuiltInReward | UserReward) -> LoadedReward:
+    """Loads built-in graders, or a function of the user's. Raises ValueError if it cannot be used."""
+    if isinstance(reward, UserReward):
+        function = load_function(reward)
+        convention = find_convention(function, reward)
+        return LoadedReward(partial(grade, function, convention, reward), str(convention), convention.batch)
+    graders = load_graders(reward)
+    resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
+
+    def graded(responses: Sequence[Graded]) -> list[dict[str, float]]:
+        grades = [{name: one(r.response, r.ground_truth) for name, one in graders.items()} for r in responses]
+        return [weighted_sum(one, reward.weights, reward.main) for one in grades]
+
+    return LoadedReward(graded, "built-in", batch=False)
 
 
-def check_call(function: Callable[..., Any], spec: str) -> None:
-    """Refuses a function that cannot be called as reward functions are: with one argument, and not awaited."""
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(f"reward.reward_function={spec} is an async function; make it an ordinary one")
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some functions of compiled modules have none
-        return
-    try:
-        signature.bind(None)
-    except TypeError as error:
-        raise ValueError(
-            f"reward.reward_function={spec} is {getattr(function, '__name__', 'it')}{signature}, but it is called with "
-            "one argument: a dict with 'response', 'response_length' and 'ground_truth', or a list of them, by "
-            "reward.reward_type"
-        ) from error
+def reward_to_text(reward: BuiltInReward | UserReward) -> str:
+    """Returns what `reward_from_text` reads, for the command line of a worker."""
+    return json.dumps({"built_in": isinstance(reward, BuiltInReward), **asdict(reward)})
 
 
-def checked_score(value: Any) -> dict[str, float]:
-    """Turns a number, or a mapping with 'overall', into finite floats with 'overall' and 'accuracy'.
-
-    If there is no accuracy, it is the overall reward clipped to [0, 1]. Raises TypeError, ValueError.
-    """
-    if not isinstance(value, Mapping):
-        value = {"overall": value}
-    if "overall" not in value:
-        raise ValueError(f"the reward function returned no 'overall', only {sorted(map(str, value))}")
-    score: dict[str, float] = {}
-    for name, number in value.items():
-        if isinstance(number, str):
-            raise TypeError(f"the reward function returned text for {name!r}: {number[:40]!r}")
-        refusal = f"the reward function returned {reprlib.repr(number)} for {name!r}, which is no number"
-        if isinstance(number, bytes | bytearray):  # float() reads b"1.0"
-            raise TypeError(refusal)
-        try:
-            score[str(name)] = float(number)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # the last is torch's
-            raise TypeError(refusal) from error
-        if not math.isfinite(score[str(name)]):
-            raise ValueError(f"the reward function returned {score[str(name)]} for {name!r}")
-    score.setdefault("accuracy", min(1.0, max(0.0, score["overall"])))
-    if not 0.0 <= score["accuracy"] <= 1.0:
-        raise ValueError(f"the reward function returned an accuracy of {score['accuracy']}, outside [0, 1]")
-    return score
-
-
-def grade(function: Callable[..., Any], inputs: list[dict[str, Any]], *, batch: bool) -> list[dict[str, float]]:
-    """Returns one checked result per input. Raises whatever the function raises."""
-    count = len(inputs)  # the function may change the list
-    results = function(inputs) if batch else [function(item) for item in inputs]
-    # A set has no order, and iterating a dictionary or a text would give its keys or letters.
-    if isinstance(results, Mapping | Set | str | bytes) or not hasattr(results, "__iter__"):
-        raise TypeError(
-            f"the reward function returned a {type(results).__name__}, and it should return a list with a reward for "
-            "each response (reward.reward_type=batch)"
-        )
-    results = list(results)
-    if len(results) != count:
-        raise ValueError(f"the reward function returned {len(results)} scores for {count} responses")
-    return [checked_score(result) for result in results]
+def reward_from_text(text: str) -> BuiltInReward | UserReward:
+    """Reads what `reward_to_text` wrote."""
+    fields = json.loads(text)
+    return BuiltInReward(**fields) if fields.pop("built_in") else UserReward(**fields)
 
 
 def _describe(error: BaseException) -> dict[str, str]:
@@ -182,7 +128,7 @@ def _describe(error: BaseException) -> dict[str, str]:
 
 
 def main() -> None:
-    parent_pid, spec, reward_type, tokenizer = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+    parent_pid, reward, tokenizer = int(sys.argv[1]), reward_from_text(sys.argv[2]), int(sys.argv[3])
     die_with_parent(parent_pid)
     decoder = TextDecoder(_description(tokenizer))
     requests = os.fdopen(os.dup(0), "rb")
@@ -190,24 +136,23 @@ def main() -> None:
     os.dup2(2, 1)  # the function's output must not get between the messages,
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # and the function must not read them
     try:
-        function = load_function(spec)
+        loaded = load_reward(reward)
     except ValueError as error:
         write_message(answers, {"fatal": str(error)})
         return
-    write_message(answers, {"ready": True})
+    write_message(answers, {"convention": loaded.convention, "batch": loaded.batch})
     while True:
         try:
             ungraded = read_request(requests)
         except EOFError:
             return
         try:
-            texts = [decoder.decode(token_ids) for token_ids, _ in ungraded]
-            inputs = [
-                {"response": text, "response_length": len(token_ids), "ground_truth": answer}
-                for text, (token_ids, answer) in zip(texts, ungraded, strict=True)
+            texts = [decoder.decode(one.token_ids) for one in ungraded]
+            responses = [
+                Graded(text, len(one.token_ids), one.ground_truth, one.split, one.row)
+                for text, one in zip(texts, ungraded, strict=True)
             ]
-            scores = grade(function, inputs, batch=reward_type == "batch")
-            write_message(answers, {"scores": scores, "texts": texts})
+            write_message(answers, {"scores": loaded.grade(responses), "texts": texts})
         except BaseException as error:  # sys.exit() as well
             write_message(answers, _describe(error))
 

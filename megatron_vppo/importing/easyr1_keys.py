@@ -60,10 +60,7 @@ REWARD = keys_of(
         Computed(("reward.reward_function",), inputs.reward_function,
                  "math.py:compute_score_wo_format is mathruler; another file must exist; without a name :main"),
     ),
-    (
-        "reward_function_kwargs", MAPPING, {},
-        Fixed(({},), "a reward function gets no arguments here; write them into it, and leave this out"),
-    ),
+    ("reward_function_kwargs", MAPPING, {}, Same("reward.reward_function_kwargs", "of a function of yours")),
     ("skip_special_tokens", FLAG, True, Fixed((True,), "responses are graded without special tokens; set true")),
     ("num_cpus", COUNT, 1, Dropped("Ray's reservation; reward.num_workers follows the cores")),
 )  # fmt: skip

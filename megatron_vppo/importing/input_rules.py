@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_vppo.config.choices import BUILT_IN_REWARD
+from megatron_vppo.config.choices import Grader
 from megatron_vppo.config.schema import RolloutConfig
 from megatron_vppo.importing.rules import Outcome, becomes
 from megatron_vppo.importing.their_values import COUNT, NUMBER, TheirValues, path_as_written
@@ -17,6 +17,7 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "examples" / "format_prompt"
 """The prompt templates that come with this project. One of them is the authors'."""
 AUTHORS_GRADER = ("reward_function/math.py", "compute_score_wo_format")
 """The end of the path and the name of the function that 'mathruler' is."""
+AUTHORS_GRADER_HERE: Grader = "mathruler"
 
 # --- Data and model ---------------------------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ def reward_function(value: str | None, theirs: TheirValues) -> Outcome:
         file, function = value, "main"
     ending, name = AUTHORS_GRADER
     if function == name and f"/{file}".endswith(f"/{ending}"):
-        return becomes("reward.reward_function", BUILT_IN_REWARD, comment=f"theirs, as published: {name}")
+        return becomes("reward.reward_function", AUTHORS_GRADER_HERE, comment=f"theirs, as published: {name}")
     found = theirs.folders.find(file)
     if found is None:
         return Outcome(refused=f"there is no file {file}")
@@ -196,6 +197,6 @@ def reward_function(value: str | None, theirs: TheirValues) -> Outcome:
 
 def reward_type(value: str, theirs: TheirValues) -> Outcome:
     """Takes the way a function of the user's is called."""
-    if BUILT_IN_REWARD in reward_function(theirs["worker.reward.reward_function"], theirs).settings.values():
+    if AUTHORS_GRADER_HERE in reward_function(theirs["worker.reward.reward_function"], theirs).settings.values():
         return Outcome(dropped="the built-in grader takes one response at a time")
     return becomes("reward.reward_type", value)

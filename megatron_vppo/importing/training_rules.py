@@ -9,8 +9,8 @@ import math
 from pathlib import Path
 from typing import get_args
 
-from megatron_vppo.config.choices import BUILT_IN_REWARD, LoggerService
-from megatron_vppo.importing.input_rules import reward_function
+from megatron_vppo.config.choices import LoggerService
+from megatron_vppo.importing.input_rules import AUTHORS_GRADER_HERE, reward_function
 from megatron_vppo.importing.rules import Outcome, becomes
 from megatron_vppo.importing.their_values import TheirValues, path_as_written
 
@@ -103,7 +103,7 @@ def _warmup(steps: int, *, comment: str = "") -> Outcome:
 def filter_key(value: str, theirs: TheirValues) -> Outcome:
     """Takes the accuracy, which 'overall' is, too, with the built-in grader."""
     built_in = reward_function(theirs["worker.reward.reward_function"], theirs).settings.get("reward.reward_function")
-    if value == "accuracy" or (value == "overall" and built_in == BUILT_IN_REWARD):
+    if value == "accuracy" or (value == "overall" and built_in == AUTHORS_GRADER_HERE):
         return Outcome(dropped="groups are kept by accuracy")
     return Outcome(
         refused="groups are kept by the 'accuracy' of the reward function; set algorithm.filter_key=accuracy, and have "

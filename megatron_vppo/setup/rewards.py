@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
-from megatron_vppo.config.choices import BUILT_IN_REWARD
-from megatron_vppo.config.schema import RewardConfig
+from megatron_vppo.config.choices import GRADERS, Grader
+from megatron_vppo.config.schema import DataConfig, RewardConfig
+from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.text_decoder import describe_tokenizer
+from megatron_vppo.data.user_reward import UserReward
 from megatron_vppo.setup.places import Place
 
 MOST_WORKERS = 32
@@ -16,33 +19,52 @@ MOST_WORKERS = 32
 
 
 def open_reward_pool(
-    config: RewardConfig, tokenizer: Any, places: Sequence[Place], *, say: Callable[[str], None]
+    config: RewardConfig, data: DataConfig, tokenizer: Any, places: Sequence[Place], *, say: Callable[[str], None]
 ) -> RewardPool:
-    """Starts the reward workers of rank 0, which calls this, and says how many they are where none is set.
+    """Starts the reward workers of rank 0, which calls this. Says the kind of a user's function and their number.
 
     Args:
         tokenizer: the model's, of transformers.
     """
-    num_workers = config.num_workers
-    if num_workers is None:
-        num_workers = fair_workers(config, places)
-        say(f"reward workers: {num_workers} (reward.num_workers)")
-    return RewardPool(
-        config.reward_function,
+    pool = RewardPool(
+        reward_of(config, data),
         tokenizer=describe_tokenizer(tokenizer),
-        reward_type=config.reward_type,
-        num_workers=num_workers,
+        num_workers=config.num_workers or fair_workers(places),
+        # A function that takes lists may compare all responses that it gets.
+        num_batch_workers=config.num_workers or 1,
         timeout_seconds=config.timeout_seconds,
+    )
+    if config.reward_function not in GRADERS:
+        say(f"reward function: {config.reward_function} is called with {pool.convention}")
+    if config.num_workers is None:
+        say(f"reward workers: {pool.num_workers} (reward.num_workers)")
+    return pool
+
+
+def reward_of(config: RewardConfig, data: DataConfig) -> BuiltInReward | UserReward:
+    """Returns the reward that the settings ask for."""
+    if config.reward_function in GRADERS:
+        main = cast(Grader, config.reward_function)
+        return BuiltInReward(
+            main=main,
+            weights=config.parts or {main: 1.0},
+            relative_tolerance=config.relative_tolerance,
+            absolute_tolerance=config.absolute_tolerance,
+            iou_threshold=config.iou_threshold,
+        )
+    file, _, name = config.reward_function.rpartition(":")
+    sources = {"train": data.train_files, "val": data.val_files}
+    return UserReward(
+        file=str(Path(file).absolute()),
+        name=name,
+        arguments=config.reward_function_kwargs,
+        reward_type=config.reward_type,
+        data_sources={split: source.partition("@")[0] for split, source in sources.items() if source is not None},
     )
 
 
-def fair_workers(config: RewardConfig, places: Sequence[Place]) -> int:
-    """Returns the number of workers where none is set: one per core of rank 0's fair share, up to MOST_WORKERS.
-
-    A batch function has one: it may compare all responses that it gets.
-    """
-    if config.reward_function != BUILT_IN_REWARD and config.reward_type == "batch":
-        return 1
+def fair_workers(places: Sequence[Place]) -> int:
+    """Returns the number of workers where none is set: one per core of rank 0's fair share, up to MOST_WORKERS."""
     mine = places[0]
     sharing = sum(place.host == mine.host and bool({*place.cores} & {*mine.cores}) for place in places)
     return min(MOST_WORKERS, max(1, len(mine.cores) // sharing))

@@ -273,7 +273,9 @@ def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> St
 
 
 def _grader(config: RunConfig, tokenizer: Any, world: World, say: Say) -> Grader:
-    pool = open_reward_pool(config.reward, tokenizer, world.places, say=say) if world.rank == 0 else None
+    pool = None
+    if world.rank == 0:
+        pool = open_reward_pool(config.reward, config.data, tokenizer, world.places, say=say)
     return Grader(pool, max_error_share=config.reward.max_error_share)
 
 

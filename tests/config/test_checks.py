@@ -199,6 +199,21 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ),
     ({"reward": {"reward_function": "mathruller"}}, ["reward_function is 'mathruller'", "file.py:function"]),
     ({"reward": {"reward_function": "file.py:"}}, ["reward_function is 'file.py:'"]),
+    (
+        {"reward": {"reward_function": "file.py:f", "parts": {"format": 1}}},
+        ["reward.parts adds up built-in graders", "'file.py:f'", "add up in your function"],
+    ),
+    (
+        {"reward": {"reward_function": "choice", "parts": {"number": 0.9, "format": 0.1}}},
+        ["reward.parts {'number': 0.9, 'format': 0.1} has no weight for reward.reward_function 'choice'"],
+    ),
+    (
+        {"reward": {"reward_function_kwargs": {"scale": 2}}},
+        ["reward.reward_function_kwargs {'scale': 2} are arguments", "the built-in 'mathruler'"],
+    ),
+    ({"reward": {"relative_tolerance": 0.05}}, ["relative_tolerance 0.05 is for the grader 'number'", "of mathruler;"]),
+    ({"reward": {"absolute_tolerance": 1}}, ["absolute_tolerance 1 is for the grader 'number'"]),
+    ({"reward": {"reward_function": "f.py:g", "iou_threshold": 0.7}}, ["set reward.reward_function=iou"]),
 ]
 
 
@@ -234,7 +249,10 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3}},
     {"model": {"freeze": ["vision_tower", "projector"]}},
     {"data": {"rollout_batch_size": 48}, "actor": {"global_batch_size": 48}},
-    {"reward": {"reward_function": "my/grader.py:score"}},
+    {"reward": {"reward_function": "my/grader.py:score", "reward_function_kwargs": {"scale": 2}}},
+    {"reward": {"reward_function": "choice", "parts": {"choice": 0.9, "format": 0.1}}},
+    {"reward": {"reward_function": "iou", "iou_threshold": 0.7}},
+    {"reward": {"parts": {"mathruler": 0.5, "number": 0.5}, "relative_tolerance": 0.05}},
 ]
 
 

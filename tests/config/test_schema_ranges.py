@@ -62,13 +62,14 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (
         (-0.001, 1.001),
         (0, 0.5, 1),
-        "algorithm.perturb.probability algorithm.filter_low algorithm.filter_high actor.optim.min_lr_ratio",
+        "algorithm.perturb.probability algorithm.filter_low algorithm.filter_high actor.optim.min_lr_ratio "
+        "reward.relative_tolerance",
     ),
     (
         (0, 1.001),
         (1e-6, 1),
         "algorithm.top_p_perception_tokens algorithm.advantage_scaling_min rollout.top_p rollout.val.top_p "
-        "reward.max_error_share",
+        "reward.max_error_share reward.iou_threshold",
     ),
     ((0, 1), (0.001, 0.999), "algorithm.clip_ratio_low algorithm.pgpo_tau rollout.gpu_memory_utilization"),
     (
@@ -81,7 +82,13 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (
         (-0.001, LARGEST_FLOAT * 1.1),
         (0, 100, LARGEST_FLOAT),
-        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.pgpo_beta actor.optim.weight_decay",
+        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.pgpo_beta actor.optim.weight_decay "
+        "reward.absolute_tolerance",
+    ),
+    (
+        ({"format": 0}, {"format": -1}, {"format": LARGEST_FLOAT * 1.1}),
+        ({"format": 1e-6}, {"mathruler": 0.9, "format": 100}),
+        "reward.parts",
     ),
     ((1, LARGEST_FLOAT * 1.1), (1.001, LARGEST_FLOAT), "algorithm.clip_ratio_dual"),
     ((0, -1.0, 2**14 + 1), (0.1, 2**14), "algorithm.perturb.blur_radius"),
@@ -116,8 +123,9 @@ def number_declarations(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str,
             spec = schema["$defs"][spec["$ref"].rpartition("/")[2]]
         for choice in (*spec.get("anyOf", ()), *spec.get("allOf", ()), *spec.get("prefixItems", ())):
             yield from walk(choice, name)
-        if isinstance(spec.get("items"), dict):
-            yield from walk(spec["items"], name)
+        for inner in (spec.get("items"), spec.get("additionalProperties")):
+            if isinstance(inner, dict):
+                yield from walk(inner, name)
         for key, inner in spec.get("properties", {}).items():
             yield from walk(inner, f"{name}.{key}" if name else key)
         if spec.get("type") in ("integer", "number"):
@@ -184,7 +192,11 @@ def test_a_value_inside_is_accepted(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_true_is_no_number(tmp_path: Path, name: str) -> None:
-    value = {"actor.optim.betas": [True, 0.9], "parallel.pipeline_layers": [True]}.get(name, True)
+    value = {
+        "actor.optim.betas": [True, 0.9],
+        "parallel.pipeline_layers": [True],
+        "reward.parts": {"format": True},
+    }.get(name, True)
     message = refusal(tmp_path, name, value)
     assert f"{name} = " in message and "should be a number, not true or false" in message
 

@@ -70,7 +70,7 @@ def test_a_batch_function_may_empty_its_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("def f(a, b): ...", "is f(a, b), but it is called with one argument"),
+        ("def f(a, b): ...", "is f(a, b), which cannot be called (missing a required argument: 'b'). Known are"),
         ("async def f(item): ...", "is an async function"),
         ("g = 1", "no function 'f' in that file"),
     ],

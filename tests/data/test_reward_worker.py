@@ -6,14 +6,35 @@ import io
 
 import pytest
 
-from megatron_vppo.data.reward_worker import read_message, read_request, write_message, write_request
+from megatron_vppo.data.graders.weighted import BuiltInReward
+from megatron_vppo.data.reward_worker import (
+    Ungraded,
+    read_message,
+    read_request,
+    reward_from_text,
+    reward_to_text,
+    write_message,
+    write_request,
+)
+from megatron_vppo.data.user_reward import UserReward
 
 
 def test_a_request_comes_back_as_it_was_sent() -> None:
     stream = io.BytesIO()
-    write_request(stream, [((1, 2, 3), "42"), ((), "\u00e9")])
+    write_request(stream, [Ungraded((1, 2, 3), "42", "train", 7), Ungraded((), "\u00e9", "val", 0)])
     stream.seek(0)
-    assert read_request(stream) == [([1, 2, 3], "42"), ([], "\u00e9")]
+    assert read_request(stream) == [Ungraded([1, 2, 3], "42", "train", 7), Ungraded([], "\u00e9", "val", 0)]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        BuiltInReward("number", {"number": 0.9, "format": 0.1}, 0.05, 1e-9, 0.5),
+        UserReward("/a/b.py", "f", {"weights": [1, 0.5], "mode": None}, "auto", {"train": "lab/sh\u00e4pes"}),
+    ],
+)
+def test_a_reward_comes_back_from_the_command_line(reward: BuiltInReward | UserReward) -> None:
+    assert reward_from_text(reward_to_text(reward)) == reward
 
 
 @pytest.mark.parametrize("kept", [0, 5, 8, 20, -1])

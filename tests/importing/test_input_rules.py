@@ -77,6 +77,14 @@ def test_a_reward_function_of_the_users_is_taken(tmp_path: Path) -> None:
         reward_of({"reward_function": "r1v.py:f"}, tmp_path)
 
 
+def test_arguments_of_a_reward_function_are_taken(tmp_path: Path) -> None:
+    write(tmp_path / "dapo.py")
+    config = reward_of({"reward_function": "dapo.py:f", "reward_function_kwargs.max_length": "9"}, tmp_path).config
+    assert config.reward.reward_function_kwargs == {"max_length": 9}
+    with pytest.raises(ValueError, match=r"reward_function_kwargs {'format_weight': 0\.1} are arguments of a function"):
+        reward_of({"reward_function_kwargs.format_weight": "0.1"}, tmp_path)
+
+
 def test_groups_are_kept_by_overall_only_where_it_is_the_accuracy(tmp_path: Path) -> None:
     filtering = {"algorithm.online_filtering": "true"}
     import_keys(filtering, tmp_path)

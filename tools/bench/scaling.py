@@ -33,12 +33,12 @@ from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.mismatch import rollout_mismatch
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.types import Response
-from megatron_vppo.config.choices import BUILT_IN_REWARD
-from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.config.schema import DataConfig, RewardConfig, RunConfig
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.text_decoder import describe_tokenizer
 from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.observability.rollouts import write_rollouts
+from megatron_vppo.setup.rewards import reward_of
 from megatron_vppo.setup.settings import vppo_settings
 from megatron_vppo.system.processes import children_of
 from megatron_vppo.trainer.recorder import Recorder
@@ -160,10 +160,18 @@ def _graded(step: Step, workers: Sequence[int]) -> dict[str, dict[str, float]]:
     found = {}
     words = describe_tokenizer(tokenizer())
     with tempfile.TemporaryDirectory() as folder:
-        for name, function in {"mathruler": BUILT_IN_REWARD, "batch function": reward_file(Path(folder))}.items():
+        rewards = {
+            "mathruler": RewardConfig(reward_function="mathruler"),
+            "batch function": RewardConfig(reward_function=reward_file(Path(folder))),
+        }
+        for name, config in rewards.items():
             for count in workers:
                 with RewardPool(
-                    function, tokenizer=words, reward_type="batch", num_workers=count, timeout_seconds=60
+                    reward_of(config, DataConfig(train_files="none")),
+                    tokenizer=words,
+                    num_workers=count,
+                    num_batch_workers=count,
+                    timeout_seconds=60,
                 ) as pool:
                     _grade(pool, step.responses[: WARMUP * count])  # symbolic algebra loads late
                     before = {pid: _cpu_of(pid) for pid in children_of(os.getpid())}

@@ -84,7 +84,7 @@ def reward_file(folder: Path) -> str:
     """Writes a batch function that does what 'mathruler' does. Returns it as reward.reward_function."""
     file = folder / "grade_all.py"
     file.write_text(
-        "from megatron_vppo.data.mathruler import compute_score\n\n\n"
-        "def grade(items):\n    return [compute_score(item) for item in items]\n"
+        "from megatron_vppo.data.graders.mathruler import boxed_accuracy\n\n\n"
+        "def grade(items):\n    return [boxed_accuracy(item['response'], item['ground_truth']) for item in items]\n"
     )
     return f"{file}:grade"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from mathruler.grader import grade_answer
 
-from megatron_vppo.data.mathruler import compute_score
+from megatron_vppo.data.graders.grade import Grade
+from megatron_vppo.data.graders.mathruler import grade
 
 GOLDEN = [
     (r"\boxed{4} then \boxed{5}", "5", 1),
@@ -35,12 +36,11 @@ GOLDEN = [
 
 @pytest.mark.parametrize("response, ground_truth, reward", GOLDEN)
 def test_golden_table(response: str, ground_truth: str, reward: int) -> None:
-    score = compute_score({"response": response, "response_length": 10, "ground_truth": ground_truth})
-    assert score == {"overall": reward, "accuracy": reward}
+    assert grade(response, ground_truth) == Grade(reward=reward, accuracy=reward)
 
 
 def test_spaces_around_signs_are_removed_before_the_box_is_read() -> None:
     """MathRuler alone does not see through the tabs: it finds these unequal."""
     response, ground_truth = "\\boxed{A\t<\tB}", "A<B"
     assert not grade_answer("A\t<\tB", ground_truth)
-    assert compute_score({"response": response, "response_length": 1, "ground_truth": ground_truth})["overall"] == 1.0
+    assert grade(response, ground_truth).reward == 1.0
