@@ -21,6 +21,7 @@ _REWRITES = (
     (r"\\(?:left|right|text|textbf|mathrm|mathbf|displaystyle)(?![A-Za-z])", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![A-Za-z])", "\u00b0"),
     (r"\\(?:times|cdot)(?![A-Za-z])|\*", "\u00d7"),
+    (r"(?<![\w.\u00d7])(?<!\u00d7 )10\s*\^", "1\u00d710^"),  # a power of ten alone
     (r"\\approx(?![A-Za-z])|\u2248", "="),
     (r"\\([%$])", r"\1"),
     (r"\\[,;:! ]|~", " "),
