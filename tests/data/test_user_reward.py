@@ -123,6 +123,7 @@ def test_a_single_parameter_of_another_name_is_called_by_the_reward_type() -> No
     assert find_convention(any_name, user_reward("batch", scale=2)).batch
     assert not find_convention(any_name, user_reward("sequential")).batch
     assert find_convention(lambda *things: [1.0], user_reward()).batch
+    assert find_convention(lambda predict_str: [1.0], user_reward()).origin == "EasyR1's with a list of dictionaries"
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ UNBOXED = [
     ("Option A is right", "A"),
     ("the B-side, A_1 and \\C say nothing", None),
     ("b", None),
+    ("Answer: b", None),
     ("", None),
 ]
 

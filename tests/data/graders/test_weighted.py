@@ -14,9 +14,9 @@ EVERY = BuiltInReward("number", dict.fromkeys(GRADERS, 1.0), 1 / 64, 0.25, 0.25)
 
 
 def test_a_sum_has_the_accuracy_and_details_of_its_main_part() -> None:
-    grades = {"iou": Grade(0.5, 1.0, {"answered": 1.0}), "format": Grade(0.25, 0.25, {"other": 1.0})}
+    grades = {"iou": Grade(0.5, 0.0, {"answered": 1.0}), "format": Grade(0.25, 1.0, {"other": 1.0})}
     assert weighted_sum(grades, {"iou": 0.75, "format": 0.5}, "iou") == {
-        "overall": 0.5, "accuracy": 1.0, "iou": 0.5, "format": 0.25, "answered": 1.0
+        "overall": 0.5, "accuracy": 0.0, "iou": 0.5, "format": 0.25, "answered": 1.0
     }  # fmt: skip
 
 
