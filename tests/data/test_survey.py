@@ -71,6 +71,7 @@ def test_rows_are_compared_by_pixels_and_words(folder: Path) -> None:
     assert shared(other, one).same == ((1, 0), (3, 5)), "the first of those that are the same"
 
 
+@pytest.mark.extended
 def test_workers_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey_module, "_LEAST_ROWS_PER_WORKER", 1)
     monkeypatch.setattr(survey_module, "_ROWS_PER_CHUNK", 2)

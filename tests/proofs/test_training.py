@@ -47,4 +47,7 @@ def _check_names_of_metrics(lines: list[dict[str, float]]) -> None:
     logged = {name for line in lines for name in line} - {"step", "time"}
     placeholders = {"timing_s/...", ".../max", "..._max", ".../min", "..._min", "reward/<name>"}
     assert logged <= documented, logged - documented
-    assert documented - logged - placeholders == {"actor/rollout_correction_mean"}
+    assert documented - logged - placeholders == {
+        "actor/rollout_correction_mean", "actor/kl_loss", "actor/reference_kl", "rollout/carried_groups",
+        "rollout/carried_share",
+    }, "of settings that this run has not"  # fmt: skip

@@ -91,7 +91,9 @@ class YesMan:
 
     def receive(self, **waiting: Any) -> tuple[str, Any]:
         first, self.is_first = self.is_first, False
-        return "done", [WEIGHTS] if first else None
+        if first:
+            return "done", [WEIGHTS]
+        return "done", [] if self.requests[-1][0] == "end of sampling" else None
 
     def close(self, **kwargs: Any) -> None:
         pass

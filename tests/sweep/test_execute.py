@@ -67,10 +67,20 @@ time.sleep(60)
 """
 
 
-def start(folder: Path, line: str = RUN, **options: object) -> subprocess.Popen[str]:
+def signals_of_a_terminal() -> None:
+    """Tests may run in the background or under nohup, where some are ignored or blocked."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(
+    folder: Path, line: str = RUN, preexec_fn: Callable[[], object] = signals_of_a_terminal, **options: object
+) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", PROGRAM, str(folder), line], stdout=subprocess.PIPE, text=True,
-        env={**child_environment(), "VPPO_TEST_MARK": f"mark of {folder}"}, **options,  # type: ignore[call-overload]
+        env={**child_environment(), "VPPO_TEST_MARK": f"mark of {folder}"}, preexec_fn=preexec_fn,
+        **options,  # type: ignore[call-overload]
     )  # fmt: skip
     assert process.stdout is not None
     assert "vppo-seed1 (1 of 4)" in process.stdout.readline()
