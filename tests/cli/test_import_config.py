@@ -33,7 +33,7 @@ def test_a_script_becomes_a_file_that_loads(imports, capsys: pytest.CaptureFixtu
     assert Path(str(config.data.format_prompt)).is_file()
     out = capsys.readouterr().out
     lines = out.splitlines()
-    assert lines[0] == "run.yaml: 73 keys translated, 127 without a setting here"
+    assert lines[0] == "run.yaml: 74 keys translated, 126 without a setting here"
     assert lines[1].endswith("/VPPO-RL/examples/configs/config.yaml") and lines[3] == "--verbose lists them"
     assert lines[2].startswith("algorithm: preset 'reference', which computes what the authors' code computes")
     assert "  trainer.val_generations_to_log = 3: responses of validation are not recorded here\n" in out
@@ -112,6 +112,7 @@ def test_a_value_of_several_lines_stays_in_the_head(imports) -> None:
     assert load_config("run.yaml").rollout.n == 4
 
 
+@pytest.mark.extended
 @pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
 def test_a_dry_run_takes_the_7b(imports, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Their FSDP has no tensor parallelism; with it the run fits the authors' eight GPUs of 80 GiB."""

@@ -43,6 +43,7 @@ def _rank(rank: int, world: int, folder: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_the_reference_of_pipeline_stages(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, tiny_config(tied=True, vocab=299))
     run_gloo(_rank, 2, tmp_path, timeout_seconds=300)

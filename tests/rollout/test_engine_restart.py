@@ -27,6 +27,7 @@ from tests.rollout.tiny_model import build_config, build_model, build_tokenizer,
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_a_new_process_samples_what_the_old_one_would_have(tmp_path: Path) -> None:
     """The engine is stopped, which looks like a hang: it neither answers nor reads."""
     folder = save_model_folder(tmp_path / "model", tied=True)

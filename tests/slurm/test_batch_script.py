@@ -200,6 +200,7 @@ def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) ->
         assert all(line.endswith(words) for line in recorded(tmp_path, f"run_seed{seed}") if line.startswith("1 "))
 
 
+@pytest.mark.extended
 def test_a_sweep_has_a_task_per_run(cluster: Cluster, write, tmp_path: Path) -> None:
     """Each task has its own settings, its own run folder and log; sent are those that are asked for."""
     write("0")
