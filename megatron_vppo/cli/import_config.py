@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_vppo.cli.output import say
 from megatron_vppo.importing.import_config import ImportedConfig, import_config
 from megatron_vppo.importing.sources import TheirConfig, read_source
-from megatron_vppo.system.whole import whole_file
+from megatron_vppo.system.whole import write_new_text
 
 WIDTH = 100
 """The characters of a line of the report."""
@@ -47,23 +47,9 @@ def run_import(options: argparse.Namespace) -> int:
     source = read_source(options.source, options.overrides, environment=os.environ)
     imported = import_config(source, name=str(options.source))
     command = "\n# ".join(shlex.join(["vppo", *options.words]).splitlines())
-    _write_new(out, f"# Written by: {command}\n{imported.text}")
+    write_new_text(out, f"# Written by: {command}\n{imported.text}", option="--out")
     say("\n".join(_report(out, source, imported, verbose=options.verbose)))
     return 0
-
-
-def _write_new(path: Path, text: str) -> None:
-    """Writes a file whole; one that is there and says the same stays, and one that says something else is refused."""
-    if path.exists():
-        if path.read_text(encoding="utf-8") == text:
-            return
-        raise ValueError(
-            f"{path} is there already and says something else, which you may have written; remove it, or set --out"
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"--out {path}: there is no folder {path.parent}; make it, or set another --out")
-    with whole_file(path) as file:
-        file.write(text.encode())
 
 
 # --- The report -------------------------------------------------------------------------------------------------------

@@ -22,11 +22,12 @@ from megatron_vppo.launching.sbatch import (
     ContainerRuntime,
     script_of,
 )
-from megatron_vppo.launching.submit import check_syntax, has_slurm, send_script, try_script, write_script
+from megatron_vppo.launching.submit import check_syntax, has_slurm, send_script, try_script
 from megatron_vppo.setup.run_folder import RunFolder
 from megatron_vppo.sweep.plan import Sweep, SweepRun, plan_sweep
 from megatron_vppo.sweep.status import check_settings, status_of
 from megatron_vppo.sweep.sweep_file import read_sweep_file
+from megatron_vppo.system.whole import write_new_text
 
 
 def add_slurm_options(parser: argparse.ArgumentParser) -> None:
@@ -96,7 +97,7 @@ def run_slurm(options: argparse.Namespace) -> int:
     path = options.output or Path(f"{(options.sweep or options.config).stem}.sbatch")
     text = script_of(job)
     check_syntax(text)
-    write_script(path, text)
+    write_new_text(path, text, option="--output")
     gpus = "1 GPU" if job.gpus_per_node == 1 else f"{job.gpus_per_node} GPUs"
     runs = "" if sweep is None else f"{len(sweep.runs)} runs, each on "
     say(f"{path}: {runs}{job.nodes} x {gpus}; {', or '.join(layouts)}")

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import multiprocessing
-import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from megatron_vppo.config.choices import BadRows
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.row_cache import CheckedRows, Grids, RowCache, TokenIds
-from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.data.row_workers import of_rows
 from megatron_vppo.system.visible import visible
 
 IMAGE_MARK = "<image>"
@@ -267,19 +264,22 @@ def _check_all(
     too_long: list[int] = []
     bad: list[RowError] = []
     transparent = 0
-    for chunk in _chunks(dataset, builder, num_workers):
-        for row, outcome in chunk:
-            if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
-                outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
-            if isinstance(outcome, RowError):
-                if on_bad_row == "error":
-                    raise dataset.error(row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip")
-                bad.append(outcome)
-            elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
-                too_long.append(row)
-            else:
-                usable.append((row, outcome.compact_ids, outcome.grids))
-                transparent += outcome.is_transparent
+    workers = min(num_workers, len(dataset) // _MIN_ROWS_PER_WORKER)
+    # No name holds the iterator: an error of a row then ends the workers at once, not when its traceback is let go.
+    for row, outcome in enumerate(
+        of_rows(_check_row, (dataset, builder), rows=len(dataset), workers=workers, rows_per_chunk=_ROWS_PER_CHUNK)
+    ):
+        if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
+            outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
+        if isinstance(outcome, RowError):
+            if on_bad_row == "error":
+                raise dataset.error(row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip")
+            bad.append(outcome)
+        elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
+            too_long.append(row)
+        else:
+            usable.append((row, outcome.compact_ids, outcome.grids))
+            transparent += outcome.is_transparent
     return CheckedRows(usable=usable, too_long=tuple(too_long), bad=tuple(bad), transparent=transparent)
 
 
@@ -294,42 +294,6 @@ class _UsableRow:
 
 
 Outcome = _UsableRow | RowError
-
-
-def _chunks(dataset: VisionDataset, builder: PromptBuilder, num_workers: int) -> Iterator[list[tuple[int, Outcome]]]:
-    ranges = [range(i, min(i + _ROWS_PER_CHUNK, len(dataset))) for i in range(0, len(dataset), _ROWS_PER_CHUNK)]
-    num_workers = min(num_workers, len(dataset) // _MIN_ROWS_PER_WORKER)
-    if num_workers < 2:
-        yield from (_check_rows(dataset, builder, rows) for rows in ranges)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),  # a fork would copy threads and process groups of the trainer
-        initializer=_start_worker,
-        initargs=(os.getpid(), dataset, builder),
-    )
-    try:
-        yield from pool.map(_check_rows_here, ranges)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_job: tuple[VisionDataset, PromptBuilder] | None = None
-
-
-def _start_worker(parent_pid: int, dataset: VisionDataset, builder: PromptBuilder) -> None:
-    global _worker_job
-    die_with_parent(parent_pid)
-    _worker_job = (dataset, builder)
-
-
-def _check_rows_here(rows: range) -> list[tuple[int, Outcome]]:
-    assert _worker_job is not None
-    return _check_rows(*_worker_job, rows)
-
-
-def _check_rows(dataset: VisionDataset, builder: PromptBuilder, rows: range) -> list[tuple[int, Outcome]]:
-    return [(row, _check_row(dataset, builder, row)) for row in rows]
 
 
 def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outcome:

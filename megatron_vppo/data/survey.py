@@ -8,18 +8,15 @@ pixels, so that a PNG and a lossless WebP of it are the same, and a JPEG is anot
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.prompts import IMAGE_MARK, PromptBuilder
-from megatron_vppo.system.processes import die_with_parent
+from megatron_vppo.data.row_workers import of_rows
 
 _ROWS_PER_CHUNK = 64
 _LEAST_ROWS_PER_WORKER = 500
@@ -82,12 +79,14 @@ def survey(dataset: VisionDataset, *, workers: int, builder: PromptBuilder | Non
     """
     usable: list[RowPrint] = []
     broken: list[RowError] = []
-    for chunk in _chunks(dataset, builder, workers):
-        for outcome in chunk:
-            if isinstance(outcome, RowError):
-                broken.append(outcome)
-            else:
-                usable.append(outcome)
+    workers = min(workers, len(dataset) // _LEAST_ROWS_PER_WORKER)
+    for outcome in of_rows(
+        _read_row, (dataset, builder), rows=len(dataset), workers=workers, rows_per_chunk=_ROWS_PER_CHUNK
+    ):
+        if isinstance(outcome, RowError):
+            broken.append(outcome)
+        else:
+            usable.append(outcome)
     return Survey(dataset.source, len(dataset), tuple(usable), tuple(broken))
 
 
@@ -124,42 +123,6 @@ def _grouped(rows: Sequence[RowPrint]) -> dict[tuple[bytes, tuple[bytes, ...]], 
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
-
-
-def _chunks(dataset: VisionDataset, builder: PromptBuilder | None, workers: int) -> Iterator[list[RowPrint | RowError]]:
-    ranges = [range(i, min(i + _ROWS_PER_CHUNK, len(dataset))) for i in range(0, len(dataset), _ROWS_PER_CHUNK)]
-    workers = min(workers, len(dataset) // _LEAST_ROWS_PER_WORKER)
-    if workers < 2:
-        yield from (_read_rows(dataset, builder, rows) for rows in ranges)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(os.getpid(), dataset, builder),
-    )
-    try:
-        yield from pool.map(_read_rows_here, ranges)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_worker_job: tuple[VisionDataset, PromptBuilder | None] | None = None
-
-
-def _start_worker(parent_pid: int, dataset: VisionDataset, builder: PromptBuilder | None) -> None:
-    global _worker_job
-    die_with_parent(parent_pid)
-    _worker_job = (dataset, builder)
-
-
-def _read_rows_here(rows: range) -> list[RowPrint | RowError]:
-    assert _worker_job is not None
-    return _read_rows(*_worker_job, rows)
-
-
-def _read_rows(dataset: VisionDataset, builder: PromptBuilder | None, rows: range) -> list[RowPrint | RowError]:
-    return [_read_row(dataset, builder, row) for row in rows]
 
 
 def _read_row(dataset: VisionDataset, builder: PromptBuilder | None, row: int) -> RowPrint | RowError:

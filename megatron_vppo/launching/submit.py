@@ -1,4 +1,4 @@
-"""A batch script on its way to SLURM: written, looked at by bash and sbatch, sent. Only where their programs are."""
+"""A batch script on its way to SLURM: looked at by bash and sbatch, sent. Only where their programs are."""
 
 from __future__ import annotations
 
@@ -17,23 +17,6 @@ def check_syntax(text: str) -> None:
     looked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     if looked.returncode:
         raise ValueError(f"bash cannot read the script, so it is not written: {looked.stderr.strip()}")
-
-
-def write_script(path: Path, text: str) -> None:
-    """Writes a new script; one that is there and says the same stays as it is.
-
-    Raises:
-        ValueError: there is another one, which somebody may have edited, or no folder for it.
-    """
-    if path.exists():
-        if path.read_text(encoding="utf-8") == text:
-            return
-        raise ValueError(
-            f"{path} is there already and says something else, which you may have written; remove it, or set --output"
-        )
-    if not path.parent.is_dir():
-        raise ValueError(f"--output {path}: there is no folder {path.parent}; make it, or set another --output")
-    path.write_text(text, encoding="utf-8")
 
 
 def try_script(path: Path) -> tuple[bool, str]:

@@ -56,6 +56,27 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     _flush_entry(path.parent)
 
 
+def write_new_text(path: Path, text: str, *, option: str) -> None:
+    """Writes a new file whole; one that is there and says the same stays as it is.
+
+    Args:
+        option: the option of the command line that names the file, for messages.
+
+    Raises:
+        ValueError: there is another one, which somebody may have edited, or no folder for it.
+    """
+    if path.exists():
+        if path.read_text(encoding="utf-8") == text:
+            return
+        raise ValueError(
+            f"{path} is there already and says something else, which you may have written; remove it, or set {option}"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it, or set another {option}")
+    with whole_file(path) as file:
+        file.write(text.encode("utf-8"))
+
+
 @contextmanager
 def naming_file(path: str | Path) -> Iterator[None]:
     """Gives an OSError of the block the name of its file, which one of a write lacks."""

@@ -1,4 +1,4 @@
-"""A script on its way: never over one that somebody has edited, never one that bash cannot read."""
+"""A script on its way: never one that bash cannot read."""
 
 from __future__ import annotations
 
@@ -6,22 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.launching.submit import check_syntax, send_script, try_script, write_script
-
-
-def test_an_edited_script_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "run.sbatch"
-    write_script(path, "one\n")
-    write_script(path, "one\n")
-    path.write_text("mine\n")
-    with pytest.raises(ValueError, match=r"run\.sbatch is there already and says something else"):
-        write_script(path, "one\n")
-    assert path.read_text() == "mine\n"
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"there is no folder .*nowhere; make it"):
-        write_script(tmp_path / "nowhere/run.sbatch", "one\n")
+from megatron_vppo.launching.submit import check_syntax, send_script, try_script
 
 
 def test_a_script_that_bash_cannot_read(tmp_path: Path) -> None:

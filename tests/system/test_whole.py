@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder
+from megatron_vppo.system.whole import remove_folder, unfinished_folder, whole_file, whole_folder, write_new_text
 
 WRITER = """
 import sys, time
@@ -243,3 +243,18 @@ def test_the_free_space_is_asked_for_first(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         whole_folder(tmp_path / "target", num_bytes=10**18).__enter__()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_edited_file_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "run.sbatch"
+    write_new_text(path, "one\n", option="--output")
+    write_new_text(path, "one\n", option="--output")
+    path.write_text("mine\n")
+    with pytest.raises(ValueError, match=r"run\.sbatch is there already and says something else.* set --output"):
+        write_new_text(path, "one\n", option="--output")
+    assert path.read_text() == "mine\n"
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--output .*: there is no folder .*nowhere; make it"):
+        write_new_text(tmp_path / "nowhere/run.sbatch", "one\n", option="--output")
