@@ -43,10 +43,10 @@ def inputs_of(config: RunConfig, model: Path) -> RunInputs:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every chunk of rows that is really checked."""
+    """One entry for every time that rows are really checked."""
     calls: list[int] = []
-    real = prompts._check_rows
-    monkeypatch.setattr(prompts, "_check_rows", lambda *job: calls.append(1) or real(*job))
+    real = prompts.of_rows
+    monkeypatch.setattr(prompts, "of_rows", lambda *job, **shares: calls.append(1) or real(*job, **shares))
     return calls
 
 
