@@ -185,7 +185,7 @@ def test_every_model_has_every_method() -> None:
     assert folders == MODELS.keys()
     for model in MODELS:
         assert {path.stem for path in (RECIPES / model).iterdir()} == set(METHODS)
-    assert {path.stem for path in (RECIPES / "methods").iterdir()} == set(METHODS) - {"vppo"}
+    assert {path.stem for path in (RECIPES / "methods").iterdir()} == set(METHODS)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -196,7 +196,7 @@ def test_methods_differ_in_the_algorithm_alone(model: str) -> None:
         f"{model}_{method}" for method in METHODS
     }
     ours = by_method["vppo"]
-    assert ours["model"]["path"] == MODELS[model][0]
+    assert ours["model"]["path"] == MODELS[model][0] and ours["reward"]["reward_function"] == "math_verify"
     for method, settings in by_method.items():
         other = {section for section in ours if settings[section] != ours[section]} - {"algorithm"}
         assert other == ({"rollout"} if method == "reference" else set())
