@@ -130,9 +130,15 @@ class Scores:
     perturbed_logp_BT: Tensor | None
     """Nats; log-probs given the perturbed image. None if the perturbed view was not scored."""
     divergence_BT: Tensor | None
-    """Nats; kl_full or jsd between the two views. None for k3_sampled, which needs log-probs alone."""
+    """Nats; kl_full or jsd between the two views; or the difference of two probabilities, top1_drop. None for
+    k3_sampled, which needs log-probs alone."""
     reference_logp_BT: Tensor | None = None
     """Nats; log-probs of the reference model, given the original image. None if there is none."""
+    perturbed_entropy_BT: Tensor | None = None
+    """Nats; the entropy given the perturbed image, 0.0 in rows without one. None without a divergence."""
+    visual_focus_BT: Tensor | None = None
+    """In [-1, 1]; the cosine of the hidden state of each token and the mean of those of the image's tokens, 0.0 in rows
+    without an image. None if nothing asked for it."""
 
     def rows(self, which: slice) -> Scores:
         """Selects some responses."""
@@ -146,6 +152,8 @@ class Scores:
             of(self.perturbed_logp_BT),
             of(self.divergence_BT),
             of(self.reference_logp_BT),
+            of(self.perturbed_entropy_BT),
+            of(self.visual_focus_BT),
         )
 
 

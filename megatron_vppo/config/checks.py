@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Callable
 
 from megatron_vppo.config.choices import GRADERS
+from megatron_vppo.config.method_checks import check_overlong, check_shaping, check_token_scores, is_changed
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
-from megatron_vppo.config.schema import RewardConfig, RunConfig, Section
+from megatron_vppo.config.schema import RewardConfig, RunConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -261,7 +262,7 @@ def check_token_weights(config: RunConfig) -> None:
             f"and token_scores is '{algorithm.token_scores}'; set token_scores to dependency or entropy, or "
             "token_weighting=mask"
         )
-    idle = [name for name in ("pgpo_tau", "pgpo_beta") if _is_changed(algorithm, name)]
+    idle = [name for name in ("pgpo_tau", "pgpo_beta") if is_changed(algorithm, name)]
     if idle and algorithm.token_weighting != "pgpo":
         raise ValueError(f"algorithm.{' and '.join(idle)} without effect: token_weighting is not 'pgpo'; leave it out")
     low, high = algorithm.advantage_scaling_min, algorithm.advantage_scaling_max
@@ -282,7 +283,7 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.policy_loss 'gspo' needs whole responses, and parallel.context_parallel_size {context} cuts "
             "them; set it to 1, or another loss"
         )
-    idle = [name for name in ("sapo_tau_positive", "sapo_tau_negative") if _is_changed(algorithm, name)]
+    idle = [name for name in ("sapo_tau_positive", "sapo_tau_negative") if is_changed(algorithm, name)]
     if idle and algorithm.policy_loss != "sapo":
         raise ValueError(f"algorithm.{' and '.join(idle)} without effect: policy_loss is not 'sapo'; leave it out")
     if algorithm.loss_avg_mode == "fixed_length" and algorithm.loss_denominator == "selected":
@@ -290,7 +291,7 @@ def check_policy_loss(config: RunConfig) -> None:
             "algorithm.loss_denominator 'selected' has no effect with loss_avg_mode 'fixed_length', which divides by "
             "data.max_response_length; leave it out"
         )
-    changed = [f"{name} '{getattr(algorithm, name)}'" for name in ("kl_kind", "kl_in") if _is_changed(algorithm, name)]
+    changed = [f"{name} '{getattr(algorithm, name)}'" for name in ("kl_kind", "kl_in") if is_changed(algorithm, name)]
     if changed and not algorithm.kl_coef:
         raise ValueError(
             f"algorithm.{' and '.join(changed)}: no effect without a reference model; set algorithm.kl_coef (0.01 is "
@@ -301,10 +302,6 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.rollout_correction '{algorithm.rollout_correction}' has no effect without a cap; set "
             "algorithm.rollout_correction_cap (3 is usual), or leave it out"
         )
-
-
-def _is_changed(section: Section, name: str) -> bool:
-    return bool(getattr(section, name) != type(section).model_fields[name].default)
 
 
 def check_carry(config: RunConfig) -> None:
@@ -486,6 +483,8 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_order,
     check_carry,
     check_token_weights,
+    check_token_scores,
+    check_shaping,
     check_policy_loss,
     check_keys,
     check_pixels,
@@ -497,6 +496,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_timeouts,
     check_watchdog,
     check_reward,
+    check_overlong,
     check_grader_settings,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

@@ -50,11 +50,17 @@ Fp8Phase = Literal["scoring", "update"]
 Preset = Literal["global", "reference"]
 """The named sets of algorithm settings."""
 
-DependencyKind = Literal["k3_sampled", "kl_full", "jsd"]
+DependencyKind = Literal["k3_sampled", "kl_full", "jsd", "top1_drop", "visual_focus"]
 """The measures of a token's visual dependency."""
 
-Divergence = Literal["kl_full", "jsd"]
+Divergence = Literal["kl_full", "jsd", "top1_drop"]
 """The measures of visual dependency that need both distributions over the whole vocabulary."""
+
+ShapingKind = Literal["vppo", "vgpo"]
+"""The scales that responses get from their dependency."""
+
+ShapingPlace = Literal["advantage", "reward"]
+"""The side of the group's baseline on which that scale counts."""
 
 ShapingMinScope = Literal["minibatch", "device_minibatch"]
 """The rows over which advantage shaping takes its minimum."""
@@ -74,10 +80,10 @@ AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp
 PolicyLoss = Literal["clip", "gspo", "cispo", "sapo"]
 """The surrogate losses of the policy."""
 
-TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "random"]
+TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "vepo", "random"]
 """The numbers by which the token filter ranks tokens."""
 
-TokenWeighting = Literal["mask", "soft", "pgpo"]
+TokenWeighting = Literal["mask", "soft", "pgpo", "vgpo"]
 """The weights that tokens get from their scores."""
 
 KlKind = Literal["k1", "abs", "k2", "k3"]

@@ -42,8 +42,10 @@ from megatron_vppo.config.choices import (
     RewardType,
     SampleOrder,
     SeedKind,
+    ShapingKind,
     ShapingMeanScope,
     ShapingMinScope,
+    ShapingPlace,
     TextOnlyRows,
     TokenScores,
     TokenWeighting,
@@ -243,16 +245,29 @@ class AlgorithmConfig(Section):
     """Token gradient filtering (paper Eq. 4)."""
     token_scores: TokenScores = "dependency"
     """Numbers by which the filter ranks tokens: visual dependency, entropy, or random numbers (the paper's ablations).
-    'dependency_or_entropy' keeps the top share by either (ToR)."""
+    'dependency_or_entropy' keeps the top share by either (ToR); 'vepo' ranks by VEPO's product of both."""
+    vepo_alpha: Share = 0.7
+    """VEPO's weight of the divergence against the change of entropy."""
     token_weighting: TokenWeighting = "mask"
     """Weights of the policy gradient: one for kept tokens and zero for others; 'soft': sigmoid of the score, with the
-    kept share as their mean (the paper's ablation); 'pgpo': PGPO's, which keeps all tokens."""
+    kept share as their mean (the paper's ablation); 'pgpo' and 'vgpo': those of these methods, which keep all
+    tokens."""
     pgpo_tau: float = Field(default=0.4, gt=0, lt=1)
     """Relative dependency below which PGPO lowers a token's weight."""
     pgpo_beta: PositiveOrZero = 2.0
     """Weight that PGPO adds to the token of largest dependency, before weights are made one on average."""
+    vgpo_strength: PositiveOrZero = 0.3
+    """Share by which VGPO raises the score of a token at the end of a response, in proportion to its place."""
+    vgpo_tail: ShareAboveZero = 0.5
+    """Part of each response, at its end, in which VGPO raises scores."""
+    vgpo_top: ShareAboveZero = 0.2
+    """Share of the tokens of that part that are raised, those of largest score."""
     use_advantage_shaping: bool = True
     """Trajectory advantage shaping (paper Eq. 5)."""
+    shaping_kind: ShapingKind = "vppo"
+    """Scale of a response: VPPO's alpha, or VGPO's, which compares the responses to a prompt."""
+    shaping_in: ShapingPlace = "advantage"
+    """The scale multiplies the advantage, or the reward before the advantage is taken (the paper's ablation)."""
     use_entropy_penalty: bool = True
     top_p_perception_tokens: ShareAboveZero = 0.4
     """Share of each response's tokens that receive policy gradient."""
@@ -262,8 +277,9 @@ class AlgorithmConfig(Section):
     """beta_max, if it is to be fixed (the paper's ablation); the mean scale is then what comes of it."""
     entropy_penalty_coef: PositiveOrZero = 0.06
     dependency: DependencyKind = "k3_sampled"
-    """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or the
-    Jensen-Shannon divergence."""
+    """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, the
+    Jensen-Shannon divergence, or the drop of the top token's probability. 'visual_focus' is VGPO's: the similarity of a
+    token's hidden state to those of the image, for which no perturbed view is scored."""
     dependency_expm1: bool = True
     """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. (Preset.)"""
     stable_ranking: bool = True
@@ -473,6 +489,11 @@ class RewardConfig(Section):
     """The same in the unit of the answer; the larger of both holds."""
     iou_threshold: ShareAboveZero = 0.5
     """Intersection over union from which 'iou' takes a response for right. The reward is the overlap itself."""
+    overlong_buffer_tokens: CountOrZero = 0
+    """Last tokens before data.max_response_length over which a penalty on the reward grows from zero to
+    overlong_penalty (DAPO's soft punishment). 0: none."""
+    overlong_penalty: Positive = 1.0
+    """Taken from the reward of a response that reaches the limit."""
     reward_function_kwargs: dict[str, Any] = {}
     """Further arguments of a function of yours, by name."""
     reward_type: RewardType = "auto"

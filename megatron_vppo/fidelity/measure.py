@@ -213,7 +213,13 @@ def _scorer_and_responses(
 
 def _score(scorer: Scorer, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
-    return scorer.score(responses, step=STEP, views="both", divergence=divergence_of(kind))
+    return scorer.score(
+        responses,
+        step=STEP,
+        views="both",
+        divergence=divergence_of(kind),
+        with_visual_focus=kind == "visual_focus",
+    )
 
 
 def _score_with_own_model(config: RunConfig, model: _Model, responses: Sequence[Response]) -> Scores:

@@ -43,7 +43,7 @@ class Batches:
 
 def perturbed_per(config: RunConfig) -> PerturbUnit | None:
     """Returns the rows that have a perturbed view in common; None: no perturbed view is scored."""
-    return config.algorithm.perturb.per if vppo_settings(config).needs_dependency else None
+    return config.algorithm.perturb.per if vppo_settings(config).needs_perturbed_view else None
 
 
 def divide_step(config: RunConfig, *, data: int) -> Batches:

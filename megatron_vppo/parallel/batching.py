@@ -20,6 +20,7 @@ from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, TokenTerms
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.stage_input import StageInput
+from megatron_vppo.parallel.visual_focus import VisualTokens
 
 
 class Pixels(Protocol):
@@ -50,6 +51,8 @@ class View:
     counted: bool = True
     """False for a stand-in, from which no response token is read: the view that a rank without micro-batches of its own
     runs to take part in the collectives of the others."""
+    to_end: bool = False
+    """True if the last token of the response is read, too. It predicts nothing, but has a hidden state of its own."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class ResponseTokens:
     num_perturbed: int
     """The number of tokens of views with perturbed images, which are the last ones. Just before them lie the tokens of
     the same rows' original views, in the same order."""
+    visual: VisualTokens | None = None
+    """The hidden states that are compared with those of the images; None if no view is read to its end."""
 
     def predicting(self, hidden_C1h: Tensor) -> Tensor:
         """Returns [N, h]: the hidden state that predicts each token; that of a shared prompt's end several times.

@@ -28,6 +28,8 @@ class Reading:
     """The rows that have a perturbed view in common; None: only original images are read."""
     patch_work: float
     """The work of the vision tower on a patch over that of the language model on a token."""
+    to_end: bool = False
+    """True if the last tokens of responses are read, too, in the original views."""
 
     @property
     def views(self) -> int:
@@ -37,11 +39,12 @@ class Reading:
     def tokens(self, rows: Sequence[Response]) -> int:
         """Counts the tokens of some responses to one prompt that are packed together.
 
-        The last token of a response predicts nothing and is not read.
+        The last token of a response predicts nothing, and is read only if its own hidden state is asked for.
         """
         prompt, read = len(rows[0].prompt.token_ids), sum(len(row.token_ids) - 1 for row in rows)
         views = [1, *self._perturbations(rows)]  # for each view, how often the prompt is shown differently
-        return sum((count if self.shares_prompts else len(rows)) * prompt + read for count in views)
+        ends = len(rows) if self.to_end else 0
+        return sum((count if self.shares_prompts else len(rows)) * prompt + read for count in views) + ends
 
     def work(self, rows: Sequence[Response]) -> float:
         """Returns the work on some responses to one prompt, in tokens of the language model."""

@@ -121,9 +121,12 @@ class ScheduleRunner:
         """Divides this rank's rows into micro-batches: by tokens if there is a limit for them, else by rows."""
         return self._micro_batches(responses, self.settings.rows_per_update, self.reading(both_views=False))
 
-    def scoring_micro_batches(self, responses: Sequence[Response], *, both_views: bool) -> list[Rows]:
-        """Divides them for a scoring pass, which reads the original view or both."""
-        return self._micro_batches(responses, self.settings.rows_per_experience, self.reading(both_views=both_views))
+    def scoring_micro_batches(
+        self, responses: Sequence[Response], *, both_views: bool, to_end: bool = False
+    ) -> list[Rows]:
+        """Divides them for a scoring pass, which reads the original view or both; `to_end`: see View."""
+        reading = replace(self.reading(both_views=both_views), to_end=to_end)
+        return self._micro_batches(responses, self.settings.rows_per_experience, reading)
 
     def _micro_batches(self, responses: Sequence[Response], rows_each: int, reading: Reading) -> list[Rows]:
         groups = groups_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data, reading=reading)

@@ -31,6 +31,7 @@ from megatron_vppo.parallel.head_chunk import (
     chunk_sums,
     stat_dtype,
 )
+from megatron_vppo.parallel.top_token import top_token_drop
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class TwoViews:
     """The entropy given the original image."""
     perturbed_logp_N: Tensor
     divergence_N: Tensor
-    """Never negative, except for rounding."""
+    """Never negative, except for rounding. With top1_drop a difference of probabilities, of either sign."""
+    perturbed_entropy_N: Tensor
+    """The entropy given the perturbed image."""
 
 
 def check_targets(token_ids: Sequence[int], *, vocab_size: int, banned_ids: Sequence[int]) -> None:
@@ -134,7 +137,8 @@ class VocabHead:
         Args:
             hidden_Nh, perturbed_hidden_Nh: [N, h], the same tokens in the two views.
             target_N: as in token_logps.
-            kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
+            kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), Jensen-Shannon, or the drop of the
+                top token's probability.
 
         Raises:
             ValueError: as in token_logps, or an unknown kind.
@@ -142,11 +146,11 @@ class VocabHead:
         self._check(hidden_Nh)
         if hidden_Nh.shape != perturbed_hidden_Nh.shape:
             raise ValueError(f"the two views have shapes {list(hidden_Nh.shape)} and {list(perturbed_hidden_Nh.shape)}")
-        if kind not in DIVERGENCES:
-            raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
+        if kind != "top1_drop" and kind not in DIVERGENCES:
+            raise ValueError(f"kind is {kind!r}; set it to 'kl_full', 'jsd' or 'top1_drop'")
         rows_Vh, banned_rows = self.rows_Vh, self.banned_rows
         local_N, owned_N = self.local_targets(target_N)
-        result_4N = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
+        result_5N = hidden_Nh.new_zeros(5, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
         # One turn takes U positions of both views, so that 2U <= chunk_tokens rows of logits exist (U is at least 1):
         #
         #     hidden_Nh[chunk]    perturbed_hidden_Nh[chunk]
@@ -166,14 +170,19 @@ class VocabHead:
                 for logits_UV in logits
             ]
             both = _join_slices(torch.cat(sums, dim=1), self.group)  # of 2U positions, the original ones first
-            (logp_U, perturbed_logp_U), (entropy_U, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
-            result_4N[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
-            if len(rows_Vh):
-                logsumexps = both.logsumexp_N.chunk(2)
-                result_4N[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
+            (logp_U, perturbed_logp_U), (entropy_U, perturbed_entropy_U) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
+            result_5N[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
+            result_5N[4, chunk] = perturbed_entropy_U
+            logsumexps = both.logsumexp_N.chunk(2)
+            if kind == "top1_drop":
+                result_5N[3, chunk] = top_token_drop(
+                    *logits, *logsumexps, temperature=self.temperature, vocab_start=self.vocab_start, group=self.group
+                )
+            elif len(rows_Vh):
+                result_5N[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
         # A divergence is a sum over the vocabulary, so the slices' parts of all chunks are added at the end, at once.
-        _all_reduce(result_4N[3], self.group)
-        return TwoViews(*result_4N)
+        _all_reduce(result_5N[3], self.group)
+        return TwoViews(*result_5N)
 
     # --- This rank's slice --------------------------------------------------------------------------------------------
 

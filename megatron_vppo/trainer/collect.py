@@ -9,7 +9,8 @@ from itertools import chain
 from typing import Any
 
 from megatron_vppo.algorithm.grouping import keep_group
-from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.algorithm.overlong import overlong_reward
+from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.observability.metrics import RunLog
@@ -99,8 +100,10 @@ class Collector:
             missing=[len(group.missing) for group in drawn.carried],
         )
         judge = self.grader.judge(
-            drawn.prompt, size=n, keeps=self._keeps, least=wanted * n, carried=dict(enumerate(drawn.carried))
-        )
+            drawn.prompt, size=n, keeps=self._keeps, least=wanted * n,
+            change=self._with_length if config.reward.overlong_buffer_tokens else None,
+            carried=dict(enumerate(drawn.carried)),
+        )  # fmt: skip
 
         def seeds(number: int) -> tuple[int | None, ...]:
             prompt = drawn.prompt(number)
@@ -115,6 +118,18 @@ class Collector:
             return Ask(drawn.prompt(number), seeds(number))
 
         return _Sampling(judge, Work(draw, ask, judge), seeds)
+
+    def _with_length(self, response: Response, reward: Reward) -> Reward:
+        """Takes the penalty on an overlong response from its reward. A reward that failed stays zero."""
+        if reward.error is not None:
+            return reward
+        config = self.config
+        added = config.reward.overlong_penalty * overlong_reward(
+            len(response.token_ids),
+            most=config.data.max_response_length,
+            buffer=config.reward.overlong_buffer_tokens,
+        )
+        return replace(reward, overall=reward.overall + added, metrics={**reward.metrics, "overlong": added})
 
     def _carried(self) -> tuple[CarriedGroup, ...]:
         """Returns the groups that this step goes on with. Settings may have changed since they were begun."""

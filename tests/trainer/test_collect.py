@@ -129,13 +129,16 @@ def world() -> Any:
 
 
 def make_config(**algorithm: Any) -> RunConfig:
+    longest = algorithm.pop("max_response_length", 2048)
     rollout = {name: algorithm.pop(name) for name in ("order", "unfinished") if name in algorithm}
+    reward = {name: algorithm.pop(name) for name in ("overlong_buffer_tokens", "overlong_penalty") if name in algorithm}
     return RunConfig.model_validate(
         {
-            "data": {"train_files": "x", "rollout_batch_size": 4},
+            "data": {"train_files": "x", "rollout_batch_size": 4, "max_response_length": longest},
             "model": {"path": "y"},
             "actor": {"global_batch_size": 4},
             "rollout": {"n": 2, **rollout},
+            "reward": reward,
             "algorithm": algorithm,
         }
     )
@@ -184,6 +187,25 @@ def test_a_step_trains_on_the_first_kept_groups_and_gives_back_the_rest(tmp_path
     assert (first["rollout/attempts"], second["rollout/attempts"]) == (2, 2)
     assert first["reward/accuracy"] == 4 / 14, "over the groups that the step needed"
     assert run.collector.keep_rate.seen == (4 / 2 + 4, 7 / 2 + 6)
+
+
+def test_overlong_responses_lose_reward_and_not_accuracy(tmp_path: Path) -> None:
+    """The last two tokens of three are the buffer: a response of one loses nothing, and one of two half of 4."""
+    run = Run(tmp_path, set(range(ROWS)), overlong_buffer_tokens=2, overlong_penalty=4.0, max_response_length=3)
+    assert run.step(1) == [0, 1, 2, 3]
+    assert [[item.reward.overall for item in group] for group in run.groups] == [[1.0, -2.0]] * 4
+    assert [[item.reward.accuracy for item in group] for group in run.groups] == [[1.0, 0.0]] * 4
+    (line,) = run.lines()
+    assert line["reward/overlong"] == -1.0 and line["critic/score/min"] == -2.0 and line["reward/accuracy"] == 0.5
+
+
+def test_a_reward_that_failed_stays_zero(tmp_path: Path) -> None:
+    run = Run(tmp_path, {0, 1, 2, 3}, overlong_buffer_tokens=2, max_response_length=3, online_filtering=False)
+    pool: Any = Pool({0}, broken=1)
+    run.collector = replace(run.collector, grader=Grader(pool, max_error_share=1.0))
+    run.step(1)
+    assert [item.reward.overall for item in run.groups[1]] == [0.0, 0.0]
+    assert [item.reward.overall for item in run.groups[0]] == [1.0, -0.5]
 
 
 @pytest.mark.parametrize("filtering", [True, False])

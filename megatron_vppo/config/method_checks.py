@@ -1,0 +1,70 @@
+"""Combinations of settings of single methods that cannot work, refused as in checks.py, which calls them."""
+
+from __future__ import annotations
+
+from megatron_vppo.config.schema import RunConfig, Section
+
+
+def is_changed(section: Section, name: str) -> bool:
+    """Returns True if a setting has another value than its default."""
+    return bool(getattr(section, name) != type(section).model_fields[name].default)
+
+
+def check_token_scores(config: RunConfig) -> None:
+    """Refuses scores without what they are made of, and settings of scores and weights that are not computed."""
+    algorithm = config.algorithm
+    if algorithm.token_scores == "vepo" and algorithm.dependency not in ("jsd", "kl_full"):
+        raise ValueError(
+            f"algorithm.token_scores 'vepo' combines a divergence of the two views with their entropies, and "
+            f"dependency is '{algorithm.dependency}'; set algorithm.dependency=jsd (the paper's) or kl_full"
+        )
+    if algorithm.token_scores != "vepo" and is_changed(algorithm, "vepo_alpha"):
+        raise ValueError("algorithm.vepo_alpha without effect: token_scores is not 'vepo'; leave it out")
+    idle = [name for name in ("vgpo_strength", "vgpo_tail", "vgpo_top") if is_changed(algorithm, name)]
+    weighs = algorithm.use_vppo_on_perception and algorithm.token_weighting == "vgpo"
+    if idle and not weighs and not (algorithm.use_advantage_shaping and algorithm.shaping_kind == "vgpo"):
+        raise ValueError(
+            f"algorithm.{' and '.join(idle)} without effect: neither token_weighting nor shaping_kind is 'vgpo'; leave "
+            "it out"
+        )
+
+
+def check_shaping(config: RunConfig) -> None:
+    """Refuses settings of a scale that is not computed, or that its kind or place does not read."""
+    algorithm = config.algorithm
+    changed = [
+        f"algorithm.{name} '{getattr(algorithm, name)}'"
+        for name in ("shaping_kind", "shaping_in")
+        if is_changed(algorithm, name)
+    ]
+    if changed and not algorithm.use_advantage_shaping:
+        raise ValueError(
+            f"{' and '.join(changed)}: no effect with algorithm.use_advantage_shaping=false; leave it out, or set "
+            "use_advantage_shaping=true"
+        )
+    of_vppo = [name for name in ("advantage_scaling_min", "advantage_scaling_max") if is_changed(algorithm, name)]
+    if of_vppo and algorithm.shaping_kind == "vgpo":
+        raise ValueError(
+            f"algorithm.{' and '.join(of_vppo)} without effect with shaping_kind 'vgpo', whose scales follow from the "
+            "group; leave it out"
+        )
+    if algorithm.shaping_in == "reward" and algorithm.negative_advantages != "same":
+        raise ValueError(
+            f"algorithm.negative_advantages '{algorithm.negative_advantages}' has no effect with shaping_in 'reward', "
+            "where the scale is part of the reward before an advantage has a sign; leave it out"
+        )
+
+
+def check_overlong(config: RunConfig) -> None:
+    """Refuses a penalty on overlong responses that is never taken, or that starts before the first token."""
+    reward, longest = config.reward, config.data.max_response_length
+    if reward.overlong_buffer_tokens > longest:
+        raise ValueError(
+            f"reward.overlong_buffer_tokens {reward.overlong_buffer_tokens} is more than data.max_response_length "
+            f"{longest}: a penalty over the last tokens before the limit; set it to at most {longest}"
+        )
+    if not reward.overlong_buffer_tokens and is_changed(reward, "overlong_penalty"):
+        raise ValueError(
+            f"reward.overlong_penalty {reward.overlong_penalty:g} has no effect without a buffer; set "
+            "reward.overlong_buffer_tokens, or leave it out"
+        )
