@@ -180,6 +180,7 @@ def _assemble_rows(
         shaped_B = shape_advantages(advantage_B, scale_B, negative=settings.negative_advantages)
     average = partial(policy_gradient_weight, average=settings.loss_avg_mode, fixed_length=longest_response)
     pg_weight_BT = average(weight_BT, trained_BT, denominator=settings.loss_denominator)
+    centering_weight_BT = pg_weight_BT if settings.score_centering_tokens else None
     correction_BT = None
     if settings.rollout_correction_cap is not None:
         rollout_logp_BT = _rollout_logps(responses, width=mask_BT.shape[1]).to(mask_BT.device)
@@ -191,6 +192,8 @@ def _assemble_rows(
             kind=settings.rollout_correction,
         )
         pg_weight_BT = pg_weight_BT * correction_BT
+        if centering_weight_BT is not None and settings.rollout_correction != "token":
+            centering_weight_BT = pg_weight_BT
     kl_in_loss = settings.kl_coef > 0 and settings.kl_in == "loss"
     batch = TrainBatch(
         responses=responses,
@@ -213,9 +216,11 @@ def _assemble_rows(
             policy_loss=settings.policy_loss,
             sapo_tau_positive=settings.sapo_tau_positive,
             sapo_tau_negative=settings.sapo_tau_negative,
+            centering_cap=settings.rollout_correction_cap if settings.rollout_correction == "token" else None,
         ),
         reference_logp_BT=scores.reference_logp_BT if kl_in_loss else None,
         kl_weight_BT=settings.kl_coef * average(mask_BT, trained_BT, denominator="all") if kl_in_loss else None,
+        centering_weight_BT=centering_weight_BT,
     )
     record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(

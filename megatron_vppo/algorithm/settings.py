@@ -74,6 +74,7 @@ class VppoSettings:
     truncated_responses: TruncatedResponses
     rollout_correction_cap: float | None
     rollout_correction: CorrectionKind
+    score_centering_tokens: int
     reference_devices: int | None
 
     def __post_init__(self) -> None:

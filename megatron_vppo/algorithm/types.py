@@ -4,7 +4,8 @@ Records are built once, when every field is known, and never edited. They are li
 images; never pixels), so every rank holds all of them, and every rank computes the algorithm's statistics on the same
 rows.
 
-Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat; R = statistics per
+position, one for each of the engine's likeliest tokens.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class Response:
     """The optimizer step whose weights sampled it, or the end of it."""
     carried_tokens: int = 0
     """The tokens at its beginning that an earlier step sampled, with older weights; see rollout/carry.py."""
+    likeliest_ids: Sequence[int] = ()
+    likeliest_logps: Sequence[float] = ()
+    """The engine's likeliest tokens at each position and their log-probs, as many for each, one position after the
+    other. Empty unless they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,8 @@ class LossSpec:
     sapo_tau_positive: float
     sapo_tau_negative: float
     """The steepness of SAPO's gate, where the advantage is positive and elsewhere."""
+    centering_cap: float | None = None
+    """The cap of the weights that score centering counts on; None: tokens are not weighted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +205,9 @@ class TrainBatch:
     """fp32 nats; log-probs under the reference model. None if its divergence is no part of the loss."""
     kl_weight_BT: Tensor | None = None
     """fp32; the coefficient of that divergence divided by its denominator; 0.0 where unused."""
+    centering_weight_BT: Tensor | None = None
+    """fp32; the weight of score centering: that of the policy gradient, without the importance weights of tokens. None
+    without centering."""
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each, row after row."""
@@ -212,7 +222,21 @@ class TrainBatch:
             length_B,
             None if self.reference_logp_BT is None else self.reference_logp_BT[at],
             None if self.kl_weight_BT is None else self.kl_weight_BT[at],
+            None if self.centering_weight_BT is None else self._likeliest_at(at, self.centering_weight_BT[at]),
         )
+
+    def _likeliest_at(self, at: tuple[Tensor, ...], weight_N: Tensor) -> LikeliestTerms:
+        ids, logps, done = [], [], 0
+        rows, counts = torch.unique_consecutive(at[0], return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            response, columns = self.responses[row], at[1][done : done + count]
+            ids.append(torch.tensor(response.likeliest_ids).view(len(response.token_ids), -1)[columns])
+            logps.append(torch.tensor(response.likeliest_logps).view(len(response.token_ids), -1)[columns])
+            done += count
+        if not ids:
+            none_NR = weight_N.new_zeros(0, 1)
+            return LikeliestTerms(none_NR.long(), none_NR, weight_N)
+        return LikeliestTerms(torch.cat(ids).long(), torch.cat(logps).float(), weight_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,3 +251,16 @@ class TokenTerms:
     """int64; the number of these tokens in each of their rows, for a loss that needs it."""
     reference_logp_N: Tensor | None = None
     kl_weight_N: Tensor | None = None
+    likeliest: LikeliestTerms | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LikeliestTerms:
+    """The engine's likeliest tokens at some positions, by which the policy gradient is centred."""
+
+    ids_NR: Tensor
+    """int64."""
+    rollout_logp_NR: Tensor
+    """fp32 nats; as the engine reports them."""
+    weight_N: Tensor
+    """fp32."""

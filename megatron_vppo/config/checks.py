@@ -10,7 +10,13 @@ import itertools
 from collections.abc import Callable
 
 from megatron_vppo.config.choices import GRADERS
-from megatron_vppo.config.method_checks import check_overlong, check_shaping, check_token_scores, is_changed
+from megatron_vppo.config.method_checks import (
+    check_overlong,
+    check_score_centering,
+    check_shaping,
+    check_token_scores,
+    is_changed,
+)
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
 from megatron_vppo.config.schema import RewardConfig, RunConfig
 
@@ -486,6 +492,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_token_scores,
     check_shaping,
     check_policy_loss,
+    check_score_centering,
     check_keys,
     check_pixels,
     check_background,

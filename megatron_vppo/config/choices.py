@@ -77,7 +77,7 @@ TextOnlyRows = Literal["bypass", "rank"]
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 """The baseline and the scale of rewards."""
 
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "reinforce"]
 """The surrogate losses of the policy."""
 
 TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "vepo", "random"]

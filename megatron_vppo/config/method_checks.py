@@ -68,3 +68,31 @@ def check_overlong(config: RunConfig) -> None:
             f"reward.overlong_penalty {reward.overlong_penalty:g} has no effect without a buffer; set "
             "reward.overlong_buffer_tokens, or leave it out"
         )
+
+
+def check_score_centering(config: RunConfig) -> None:
+    """Refuses score centering with what its formula has no place for."""
+    algorithm, rollout = config.algorithm, config.rollout
+    if not algorithm.score_centering_tokens:
+        return
+    name = f"algorithm.score_centering_tokens {algorithm.score_centering_tokens}"
+    if algorithm.policy_loss != "reinforce":
+        raise ValueError(
+            f"{name} takes a mean score out of a gradient without ratio and clip, and policy_loss is "
+            f"'{algorithm.policy_loss}'; set algorithm.policy_loss=reinforce, or leave it out"
+        )
+    if algorithm.rollout_correction == "sequence_mask":
+        raise ValueError(
+            f"{name} weighs tokens one by one, and rollout_correction 'sequence_mask' all of a response alike; set "
+            "algorithm.rollout_correction to token or geometric_mask, or leave it out"
+        )
+    if rollout.top_p < 1 or rollout.top_k != -1:
+        raise ValueError(
+            f"{name} compares the trainer's full distribution with a sampler cut by top_p {rollout.top_p} and top_k "
+            f"{rollout.top_k}; set rollout.top_p=1 rollout.top_k=-1, or leave it out"
+        )
+    if rollout.unfinished == "carry":
+        raise ValueError(
+            f"{name} needs the engine's likeliest tokens at every position, which are not carried from step to step; "
+            "set rollout.unfinished=drop, or leave it out"
+        )

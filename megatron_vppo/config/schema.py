@@ -230,7 +230,7 @@ class AlgorithmConfig(Section):
     REINFORCE++, which divide by the deviation of the whole step."""
     policy_loss: PolicyLoss = "clip"
     """Surrogate loss: PPO's with DAPO's two bounds and a dual clip, GSPO's (set the bounds to 3e-4 and 4e-4), CISPO's,
-    or SAPO's."""
+    SAPO's, or REINFORCE's, without a ratio."""
     sapo_tau_positive: Positive = 1.0
     sapo_tau_negative: Positive = 1.05
     """Steepness of SAPO's gate, where the advantage is positive and elsewhere."""
@@ -326,6 +326,9 @@ class AlgorithmConfig(Section):
     """'token': as above. 'sequence_mask': all tokens of a response by the product of their ratios, or zero if that is
     above the cap. 'geometric_mask': by one, or zero if the geometric mean of the ratios is above the cap or below one
     over it."""
+    score_centering_tokens: int = Field(default=0, ge=0, le=20)
+    """Likeliest tokens whose probabilities engines report at each position, by which the drift towards the engine is
+    taken out of the gradient (score centering; policy_loss 'reinforce'). At most 20, vLLM's bound; 0: no centering."""
     reference_devices: Count | None = None
     """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
     perturb: PerturbConfig = PerturbConfig()

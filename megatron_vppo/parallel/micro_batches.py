@@ -29,7 +29,7 @@ class Reading:
     patch_work: float
     """The work of the vision tower on a patch over that of the language model on a token."""
     to_end: bool = False
-    """True if the last tokens of responses are read, too, in the original views."""
+    """True if the last tokens of responses are read, too."""
 
     @property
     def views(self) -> int:
@@ -41,10 +41,10 @@ class Reading:
 
         The last token of a response predicts nothing, and is read only if its own hidden state is asked for.
         """
-        prompt, read = len(rows[0].prompt.token_ids), sum(len(row.token_ids) - 1 for row in rows)
+        unread = 0 if self.to_end else 1
+        prompt, read = len(rows[0].prompt.token_ids), sum(len(row.token_ids) - unread for row in rows)
         views = [1, *self._perturbations(rows)]  # for each view, how often the prompt is shown differently
-        ends = len(rows) if self.to_end else 0
-        return sum((count if self.shares_prompts else len(rows)) * prompt + read for count in views) + ends
+        return sum((count if self.shares_prompts else len(rows)) * prompt + read for count in views)
 
     def work(self, rows: Sequence[Response]) -> float:
         """Returns the work on some responses to one prompt, in tokens of the language model."""

@@ -253,7 +253,7 @@ def _response_tokens(
         predicting = np.arange(first, first + length)
         if with_rest is not None:
             predicting[1:] = packing.starts[with_rest] + np.arange(length - 1)
-        if view.to_end:
+        if view.to_end and view.perturb is None:
             read_to_end.append(_read_tokens(response, view.row, with_prompt, with_rest, packing, image_token_id))
         count = length if view.counted else 0
         index.append(predicting[:count])

@@ -102,7 +102,7 @@ class Scorer:
         return [
             *(View(row, None, to_end=to_end) for row in rows if not perturbed[row]),
             *(View(row, None, to_end=to_end) for row in paired),
-            *(View(row, PerturbKey.of(responses[row], step, per=per)) for row in paired),
+            *(View(row, PerturbKey.of(responses[row], step, per=per), to_end=to_end) for row in paired),
         ]
 
 

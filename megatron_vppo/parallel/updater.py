@@ -1,7 +1,8 @@
 """Updates: the gradient of a mini-batch's loss, and the optimizer's step.
 
 Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch,
-flat; C = tokens of this context-parallel rank; h = hidden size.
+flat; R = statistics per position, one for each of the engine's likeliest tokens; C = tokens of this context-parallel
+rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.loss import surrogate_loss
 from megatron_vppo.algorithm.types import TokenTerms, TrainBatch
 from megatron_vppo.parallel.batching import ResponseTokens, View
+from megatron_vppo.parallel.chosen_logps import chosen_logps
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
 
@@ -59,7 +61,12 @@ class Updater:
             hidden_Nh = tokens.predicting(hidden_C1h)
             reduction.after_head(hidden_Nh)
             new_logp_N, entropy_N = head().token_logps(hidden_Nh, tokens.target_N, with_entropy=with_entropy)
-            sums = surrogate_loss(new_logp_N, terms, spec=batch.loss, entropy_N=entropy_N)
+            likeliest_logp_NR = None
+            if terms.likeliest is not None:
+                likeliest_logp_NR = chosen_logps(head(), hidden_Nh, terms.likeliest.ids_NR)
+            sums = surrogate_loss(
+                new_logp_N, terms, spec=batch.loss, entropy_N=entropy_N, likeliest_logp_NR=likeliest_logp_NR
+            )
             _accumulate(weighted, sums.weighted_sums)
             _accumulate(per_token, sums.token_sums)
             return sums.loss

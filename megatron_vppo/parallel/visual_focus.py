@@ -4,9 +4,9 @@ The prototype of an image is the mean of the hidden states of its tokens, after 
 images of a prompt, the mean over the tokens of all of them. The score of a response token is the cosine of its hidden
 state, the one that the model has after it has read the token, and of the prototype.
 
-Shape suffix legend: N = response tokens whose hidden state this context-parallel rank holds, flat; C = tokens of this
-context-parallel rank; Q = prompts with images in a micro-batch; I = tokens of one prompt's images on this rank; h =
-hidden size; K = all packed tokens of a micro-batch.
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens whose hidden state this
+context-parallel rank holds, flat; U = those of one chunk; C = tokens of this context-parallel rank; J = image tokens of
+one prompt among them; Z = packed sequences that begin with a prompt that has images; h = hidden size.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class VisualTokens:
     """The hidden states of a micro-batch that are compared, on this context-parallel rank."""
 
     image_index: tuple[Tensor, ...]
-    """int64 [I] for each prompt; indices among this rank's tokens (C)."""
+    """int64 [J] for each prompt; indices among this rank's tokens (C)."""
     own_index_N: Tensor
     """int64; the indices of the response tokens among this rank's."""
     prompt_N: Tensor
-    """int64; the number of each token's prompt, in [0, Q)."""
+    """int64; the number of each token's prompt, in [0, Z)."""
     at: tuple[Tensor, Tensor]
     """int64 [N] each; row and column of each token in [B, T] tensors."""
 
@@ -91,17 +91,17 @@ def visual_focus(hidden_Ch: Tensor, tokens: VisualTokens, *, group: dist.Process
     if not tokens.image_index:
         return hidden_Ch.new_zeros(0, dtype=dtype)
     # One sum after the other rather than index_add, which adds in any order on a GPU.
-    sums = [_sum(hidden_Ch, index_I, dtype=dtype, chunk_tokens=chunk_tokens) for index_I in tokens.image_index]
-    prototype_Qh = torch.stack(sums)
+    sums = [_sum(hidden_Ch, index_J, dtype=dtype, chunk_tokens=chunk_tokens) for index_J in tokens.image_index]
+    prototype_Zh = torch.stack(sums)
     if dist.get_world_size(group) > 1:
-        dist.all_reduce(prototype_Qh, group=group)
-    prototype_Qh = torch.nn.functional.normalize(prototype_Qh, dim=1)  # a cosine knows no length: no need to divide
+        dist.all_reduce(prototype_Zh, group=group)
+    prototype_Zh = torch.nn.functional.normalize(prototype_Zh, dim=1)  # a cosine knows no length: no need to divide
     found = [hidden_Ch.new_zeros(0, dtype=dtype)]
     for own_U, prompt_U in zip(
         tokens.own_index_N.split(chunk_tokens), tokens.prompt_N.split(chunk_tokens), strict=True
     ):
         own_Uh = torch.nn.functional.normalize(hidden_Ch[own_U].to(dtype), dim=1)
-        found.append((own_Uh * prototype_Qh[prompt_U]).sum(1))
+        found.append((own_Uh * prototype_Zh[prompt_U]).sum(1))
     return torch.cat(found)
 
 
@@ -109,8 +109,8 @@ def _held(index: Ints) -> Ints:
     return index[index >= 0]
 
 
-def _sum(hidden_Ch: Tensor, index_I: Tensor, *, dtype: torch.dtype, chunk_tokens: int) -> Tensor:
+def _sum(hidden_Ch: Tensor, index_J: Tensor, *, dtype: torch.dtype, chunk_tokens: int) -> Tensor:
     total_h = hidden_Ch.new_zeros(hidden_Ch.shape[1], dtype=dtype)
-    for part_I in index_I.split(chunk_tokens):
-        total_h += hidden_Ch[part_I].sum(0, dtype=dtype)
+    for part_J in index_J.split(chunk_tokens):
+        total_h += hidden_Ch[part_J].sum(0, dtype=dtype)
     return total_h

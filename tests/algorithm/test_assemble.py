@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from typing import Any
 
 import pytest
@@ -463,6 +464,39 @@ def test_a_divergence_that_rounds_below_zero_counts_as_zero() -> None:
     inputs = scores(torch.full((2, 2), -1.0), None, torch.tensor([[-1e-7, 0.5], [0.25, -1e-9]]))
     (minibatch,) = assemble(rows, inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=2)
     assert minibatch.record.dependency_BT.tolist() == [[0.0, 0.5], [0.25, 0.0]]
+
+
+def test_score_centering_has_the_weight_without_importance_weights() -> None:
+    """Ratios e^0.5 and e^-0.5 of two responses of two tokens. A mask of responses counts for both, token weights do
+    not. The terms of some tokens are theirs of the engine's likeliest ones.
+    """
+    rows = [
+        dataclasses.replace(
+            response(2, sample=i, rollout_logps=[rollout] * 2),
+            likeliest_ids=array("i", [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]),
+            likeliest_logps=array("d", [-0.1, -0.2, -0.3, -0.4]),
+        )
+        for i, rollout in enumerate((-1.5, -0.5))
+    ]
+    arguments = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "policy_loss": "reinforce"}
+
+    def run(**changes: Any) -> Any:
+        inputs = scores(torch.full((2, 2), -1.0), None)
+        arguments_now = settings(**arguments, **{"score_centering_tokens": 2, **changes})
+        return assemble(graded(rows, [1.0, 0.0]), inputs, settings=arguments_now, responses_per_minibatch=2)[0].batch
+
+    batch = run(rollout_correction_cap=1.2)
+    assert batch.centering_weight_BT.tolist() == [[0.25] * 2] * 2 and batch.loss.centering_cap == 1.2
+    assert batch.pg_weight_BT[0].tolist() == pytest.approx([0.3] * 2)
+    of_whole = run(rollout_correction_cap=1.2, rollout_correction="geometric_mask")
+    assert of_whole.centering_weight_BT.tolist() == [[0.0] * 2] * 2 and of_whole.loss.centering_cap is None
+    assert run(score_centering_tokens=0).centering_weight_BT is None
+    terms = batch.terms_at((torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]))).likeliest
+    assert terms.ids_NR.tolist() == [[2, 3], [4, 5], [6, 7]]
+    torch.testing.assert_close(terms.rollout_logp_NR, torch.tensor([[-0.3, -0.4], [-0.1, -0.2], [-0.3, -0.4]]))
+    assert terms.weight_N.tolist() == [0.25] * 3
+    none = torch.zeros(0, dtype=torch.int64)
+    assert batch.terms_at((none, none)).likeliest.ids_NR.shape[0] == 0
 
 
 def test_a_drop_may_be_negative() -> None:

@@ -10,6 +10,7 @@ from megatron_vppo.config.checks import problems_of
 from tests.config.test_checks import config_of
 
 VGPO = {"dependency": "visual_focus", "token_weighting": "vgpo", "shaping_kind": "vgpo"}
+CENTRED = {"policy_loss": "reinforce", "score_centering_tokens": 20}
 POSSIBLE: list[dict[str, Any]] = [
     {"algorithm": {**VGPO, "vgpo_strength": 0.5, "vgpo_tail": 1.0, "vgpo_top": 0.1}},
     {"algorithm": {"shaping_kind": "vgpo", "vgpo_top": 0.1}},
@@ -17,6 +18,8 @@ POSSIBLE: list[dict[str, Any]] = [
     {"algorithm": {"token_scores": "vepo", "dependency": "kl_full", "token_weighting": "soft"}},
     {"algorithm": {"shaping_in": "reward", "advantage_scaling_min": 0.8}},
     {"reward": {"overlong_buffer_tokens": 2048, "overlong_penalty": 0.5}},
+    {"algorithm": {**CENTRED, "rollout_correction_cap": 2}},
+    {"algorithm": {**CENTRED, "rollout_correction_cap": 2, "rollout_correction": "geometric_mask"}},
 ]
 
 
@@ -50,6 +53,19 @@ def test_possible_combination(sections: dict[str, dict[str, Any]]) -> None:
         (
             {"reward": {"overlong_buffer_tokens": 2049}},
             ["overlong_buffer_tokens 2049 is more than data.max_response_length 2048"],
+        ),
+        (
+            {"algorithm": {"score_centering_tokens": 4}},
+            ["score_centering_tokens 4", "policy_loss is 'clip'", "policy_loss=reinforce"],
+        ),
+        (
+            {"algorithm": {**CENTRED, "rollout_correction_cap": 3, "rollout_correction": "sequence_mask"}},
+            ["weighs tokens one by one, and rollout_correction 'sequence_mask'"],
+        ),
+        ({"algorithm": CENTRED, "rollout": {"top_k": 50}}, ["a sampler cut by top_p 1.0 and top_k 50"]),
+        (
+            {"algorithm": {**CENTRED, "rollout_correction_cap": 3}, "rollout": {"unfinished": "carry"}},
+            ["not carried from step to step"],
         ),
         ({"reward": {"overlong_penalty": 0.5}}, ["overlong_penalty 0.5 has no effect without a buffer"]),
     ],

@@ -52,6 +52,7 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     ((-1, 1025), (0, 1024), "data.num_workers"),
     ((0, 2**14 + 1), (1, 2**14), "algorithm.perturb.patch_size"),
     ((-1, 256), (0, 255), "algorithm.perturb.grey_level"),
+    ((-1, 21), (0, 20), "algorithm.score_centering_tokens"),
     ((0, -1, "group"), (1, LARGEST_INT, "row"), "algorithm.perturb.per"),
     ((1, 2**16 + 1), (2, 2**16), "rollout.n"),
     ((0, 2**16 + 1), (1, 2**16), "rollout.val.n"),
