@@ -1,7 +1,7 @@
 """Log-probs of several chosen tokens at each position, differentiable, over slices of the vocabulary.
 
-Shape suffix legend: N = response tokens of a micro-batch, flat; U = positions of one chunk; R = statistics per position, one for each
-chosen token; V = this rank's vocabulary rows; h = hidden size.
+Shape suffix legend: N = response tokens of a micro-batch, flat; U = positions of one chunk; R = statistics per
+position, one for each chosen token; V = this rank's vocabulary rows; h = hidden size.
 """
 
 from __future__ import annotations
