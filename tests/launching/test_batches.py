@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_vppo.launching.batches import RankShare, divide_step, in_flight, pipeline_bubble
+from megatron_vppo.launching.batches import RankShare, divide_step, in_flight, perturbed_per, pipeline_bubble
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
@@ -28,6 +28,13 @@ def test_a_step_over_three_ranks_by_hand() -> None:
     # Eight groups: three, three and two; nine rows are three micro-batches of three.
     assert batches.score == RankShare(rows=9, micro_batches=3, idle=(), load=pytest.approx(24 / 27))
     assert batches.bubble == 0
+
+
+def test_one_view_suffices_where_nothing_is_perturbed() -> None:
+    unfiltered = {"use_vppo_on_perception": False, "use_advantage_shaping": False}
+    assert perturbed_per(run_config(algorithm={"perturb": {"per": "row"}})) == "row"
+    assert perturbed_per(run_config(algorithm={"dependency": "visual_focus"})) is None
+    assert perturbed_per(run_config(algorithm=unfiltered)) is None
 
 
 def test_more_ranks_than_groups_leave_the_last_ones_idle() -> None:
