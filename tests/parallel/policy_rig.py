@@ -246,7 +246,9 @@ def expected_update(model: Any, batch: TrainBatch, optim: OptimSettings) -> Expe
         logp_N = logp_NV.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         at = (torch.full((len(logp_N),), row), torch.arange(len(logp_N)))
-        found = surrogate_loss(logp_N, batch.terms_at(at), spec=batch.loss, entropy_N=entropy_N)
+        terms = batch.terms_at(at)
+        likeliest = None if terms.likeliest is None else logp_NV.gather(1, terms.likeliest.ids_NR)
+        found = surrogate_loss(logp_N, terms, spec=batch.loss, entropy_N=entropy_N, likeliest_logp_NR=likeliest)
         found.loss.backward()
         for name, value in found.weighted_sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
