@@ -20,6 +20,7 @@ from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.kl import kl_estimate
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
+from megatron_vppo.algorithm.perception import perception_terms
 from megatron_vppo.algorithm.reference_split import emulated_split
 from megatron_vppo.algorithm.settings import VppoSettings
 from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages, trajectory_scale
@@ -201,6 +202,7 @@ def _assemble_rows(
         ),
         reference_logp_BT=scores.reference_logp_BT if kl_in_loss else None,
         kl_weight_BT=settings.kl_coef * average(mask_BT, trained_BT, denominator="all") if kl_in_loss else None,
+        perception=perception_terms(responses, scores, trained_BT, settings=settings, fixed_length=longest_response),
     )
     record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(
@@ -272,7 +274,7 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
     wanted = {"old_logp_BT": scores.old_logp_BT}
     if settings.kl_coef and scores.reference_logp_BT is not None:
         wanted["reference_logp_BT"] = scores.reference_logp_BT
-    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.perturbed_logp_BT is not None:
+    if settings.needs_dependency and scores.perturbed_logp_BT is not None:
         wanted["perturbed_logp_BT"] = scores.perturbed_logp_BT
     if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:
         wanted["divergence_BT"] = scores.divergence_BT

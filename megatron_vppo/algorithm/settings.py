@@ -16,6 +16,7 @@ from megatron_vppo.config.choices import (
     KlPlace,
     LossAverage,
     NegativeAdvantages,
+    PerceptionGradient,
     PolicyLoss,
     ShapingMeanScope,
     ShapingMinScope,
@@ -37,6 +38,9 @@ class VppoSettings:
     kl_coef: float
     kl_kind: KlKind
     kl_in: KlPlace
+    perception_loss_coef: float
+    perception_gradient: PerceptionGradient
+    perturbed_entropy_coef: float
     use_vppo_on_perception: bool
     token_scores: TokenScores
     token_weighting: TokenWeighting
@@ -78,7 +82,13 @@ class VppoSettings:
     def needs_dependency(self) -> bool:
         """True if the perturbed view has to be scored at all."""
         filter_reads_it = self.token_scores in ("dependency", "dependency_or_entropy")
-        return (self.use_vppo_on_perception and filter_reads_it) or self.use_advantage_shaping
+        constant_in_loss = self.perception_loss_coef > 0 and self.perception_gradient == "original_view"
+        return (self.use_vppo_on_perception and filter_reads_it) or self.use_advantage_shaping or constant_in_loss
+
+    @property
+    def updates_both_views(self) -> bool:
+        """True if the update reads the perturbed view, too, with a gradient."""
+        return self.perception_loss_coef > 0 and self.perception_gradient == "both_views"
 
     @property
     def divergence(self) -> Divergence | None:

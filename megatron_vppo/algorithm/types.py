@@ -133,6 +133,8 @@ class Scores:
     """Nats; kl_full or jsd between the two views. None for k3_sampled, which needs log-probs alone."""
     reference_logp_BT: Tensor | None = None
     """Nats; log-probs of the reference model, given the original image. None if there is none."""
+    perturb_keys: tuple[PerturbKey | None, ...] = ()
+    """The perturbation of each response's images in this step; None for one without images."""
 
     def rows(self, which: slice) -> Scores:
         """Selects some responses."""
@@ -146,6 +148,7 @@ class Scores:
             of(self.perturbed_logp_BT),
             of(self.divergence_BT),
             of(self.reference_logp_BT),
+            self.perturb_keys[which],
         )
 
 
@@ -167,10 +170,45 @@ class LossSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class TrainBatch:
-    """One optimizer mini-batch. The loss is sum_BT(pg_weight * surrogate) + sum_BT(entropy_weight * entropy term).
+class PerceptionTerms:
+    """PAPO's part of a mini-batch's loss: sum_BT(entropy_weight * entropy term of the perturbed view) -
+    sum_BT(weight * divergence between the views). See perception.py.
+    """
 
-    Masks, denominators and coefficients are inside the two weights. They are final before the first micro-batch is
+    weight_BT: Tensor
+    """fp32; the coefficient divided by its denominator; 0.0 where padded and for rows without an image."""
+    entropy_weight_BT: Tensor | None
+    """fp32; the same of the entropy term. None if the perturbed views are constant, and so would be the term."""
+    perturb_keys: tuple[PerturbKey | None, ...] | None
+    """The perturbed view that the update reads of each response; None for one without an image. None for all if these
+    views are constant in the loss."""
+    perturbed_logp_BT: Tensor | None
+    """fp32 nats; log-probs given the perturbed image, under the policy that was scored, if they are constant."""
+
+    def terms_at(self, at: tuple[Tensor, ...]) -> TokenPerception:
+        """Returns the terms of some tokens, as TrainBatch.terms_at."""
+        return TokenPerception(
+            self.weight_BT[at],
+            None if self.entropy_weight_BT is None else self.entropy_weight_BT[at],
+            None if self.perturbed_logp_BT is None else self.perturbed_logp_BT[at],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPerception:
+    """PerceptionTerms at some response tokens. [N] fp32 each."""
+
+    weight_N: Tensor
+    entropy_weight_N: Tensor | None
+    perturbed_logp_N: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """One optimizer mini-batch. The loss is sum_BT(pg_weight * surrogate) + sum_BT(entropy_weight * entropy term), and
+    what `perception` and the reference model add.
+
+    Masks, denominators and coefficients are inside the weights. They are final before the first micro-batch is
     formed, so no split into devices, micro-batches or packed sequences can change loss or gradient.
     """
 
@@ -190,6 +228,8 @@ class TrainBatch:
     """fp32 nats; log-probs under the reference model. None if its divergence is no part of the loss."""
     kl_weight_BT: Tensor | None = None
     """fp32; the coefficient of that divergence divided by its denominator; 0.0 where unused."""
+    perception: PerceptionTerms | None = None
+    """The perception loss; None if there is none."""
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each, row after row."""
@@ -204,6 +244,7 @@ class TrainBatch:
             length_B,
             None if self.reference_logp_BT is None else self.reference_logp_BT[at],
             None if self.kl_weight_BT is None else self.kl_weight_BT[at],
+            None if self.perception is None else self.perception.terms_at(at),
         )
 
 
@@ -219,3 +260,4 @@ class TokenTerms:
     """int64; the number of these tokens in each of their rows, for a loss that needs it."""
     reference_logp_N: Tensor | None = None
     kl_weight_N: Tensor | None = None
+    perception: TokenPerception | None = None

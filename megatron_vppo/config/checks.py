@@ -161,6 +161,12 @@ def check_micro_batch_tokens(config: RunConfig) -> None:
     """Refuses micro-batches that the longest row would not fit."""
     most, data = config.actor.max_tokens_per_micro_batch, config.data
     longest = data.max_prompt_length + data.max_response_length - 1  # the last token is not read
+    if most is not None and longest <= most < 2 * longest and _updates_both_views(config):
+        raise ValueError(
+            f"actor.max_tokens_per_micro_batch is {most}, and both views of the longest row, which the perception loss "
+            f"reads at once, have 2 x {longest} tokens; set at least {2 * longest}, or "
+            "algorithm.perception_gradient=original_view"
+        )
     if most is not None and most < longest:
         raise ValueError(
             f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {longest} tokens "
@@ -301,6 +307,28 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.rollout_correction '{algorithm.rollout_correction}' has no effect without a cap; set "
             "algorithm.rollout_correction_cap (3 is usual), or leave it out"
         )
+
+
+def check_perception_loss(config: RunConfig) -> None:
+    """Refuses parts of the perception loss without it, and an entropy term that would be constant."""
+    algorithm = config.algorithm
+    names = [name for name in ("perception_gradient", "perturbed_entropy_coef") if _is_changed(algorithm, name)]
+    if names and not algorithm.perception_loss_coef:
+        changed = [f"{name} {getattr(algorithm, name)}" for name in names]
+        raise ValueError(
+            f"algorithm.{' and '.join(changed)}: no effect without the perception loss; set "
+            "algorithm.perception_loss_coef (PAPO: 0.01 to 0.02), or leave it out"
+        )
+    if algorithm.perturbed_entropy_coef and algorithm.perception_gradient == "original_view":
+        raise ValueError(
+            f"algorithm.perturbed_entropy_coef {algorithm.perturbed_entropy_coef} has no effect with "
+            "perception_gradient 'original_view', by which the perturbed view is constant; leave it out, or set "
+            "perception_gradient=both_views"
+        )
+
+
+def _updates_both_views(config: RunConfig) -> bool:
+    return config.algorithm.perception_loss_coef > 0 and config.algorithm.perception_gradient == "both_views"
 
 
 def _is_changed(section: Section, name: str) -> bool:
@@ -487,6 +515,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_carry,
     check_token_weights,
     check_policy_loss,
+    check_perception_loss,
     check_keys,
     check_pixels,
     check_background,

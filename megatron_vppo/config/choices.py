@@ -86,6 +86,9 @@ KlKind = Literal["k1", "abs", "k2", "k3"]
 KlPlace = Literal["loss", "reward"]
 """The side of the advantage on which that divergence counts."""
 
+PerceptionGradient = Literal["both_views", "original_view"]
+"""The views through which the perception loss has a gradient."""
+
 CorrectionKind = Literal["token", "sequence_mask", "geometric_mask"]
 """The unit that the rollout correction weighs, and what becomes of it beyond the cap."""
 

@@ -32,6 +32,7 @@ from megatron_vppo.config.choices import (
     ModelPart,
     NamedPerturbUnit,
     NegativeAdvantages,
+    PerceptionGradient,
     PerturbKind,
     PerturbSpace,
     PolicyLoss,
@@ -239,6 +240,13 @@ class AlgorithmConfig(Section):
     kl_in: KlPlace = "loss"
     """'loss': added to the loss, averaged as loss_avg_mode says. 'reward': its sum over a response is taken from the
     reward."""
+    perception_loss_coef: PositiveOrZero = 0.0
+    """Weight of PAPO's perception loss (its gamma): the divergence between the two views, which training raises."""
+    perception_gradient: PerceptionGradient = "both_views"
+    """'both_views': the update reads both views, and the perception loss has a gradient through either (PAPO's paper).
+    'original_view': the perturbed view is scored once and constant (PAPO's code by default)."""
+    perturbed_entropy_coef: PositiveOrZero = 0.0
+    """Weight of the entropy term of the perturbed view in that loss (PAPO's eta_2; eta_1 is entropy_penalty_coef)."""
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
     token_scores: TokenScores = "dependency"
@@ -381,10 +389,10 @@ class ActorConfig(Section):
     micro_batch_size_per_device_for_experience: Count = 8
     """Responses per micro-batch of scoring."""
     max_tokens_per_micro_batch: Count | None = None
-    """Tokens that the model reads in a micro-batch of the update, filled with whole groups; in scoring, as many for
-    each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few different numbers
-    of tokens. Padding for FP8 and sequence parallelism comes on top. None: micro-batches have as many responses as the
-    two settings above say, which else have no effect."""
+    """Tokens that the model reads in a micro-batch of the update, in all views, filled with whole groups; in scoring,
+    as many for each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few
+    different numbers of tokens. Padding for FP8 and sequence parallelism comes on top. None: micro-batches have as many
+    responses as the two settings above say, which else have no effect."""
     ppo_epochs: Count = 1
     max_grad_norm: Positive = 1.0
     head_chunk_tokens: Count | None = None

@@ -9,6 +9,7 @@ images that this rank runs the vision tower on; D = values of a patch; h = hidde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,6 +51,21 @@ class View:
     counted: bool = True
     """False for a stand-in, from which no response token is read: the view that a rank without micro-batches of its own
     runs to take part in the collectives of the others."""
+
+
+def views_of(rows: Sequence[int], keys: Sequence[PerturbKey | None]) -> list[View]:
+    """Lists the views of a micro-batch's rows: the original ones, those of rows without a perturbed view first, and
+    then the perturbed views of the others, in the same order.
+
+    Args:
+        keys: the perturbed view of each row of the mini-batch; None for rows that have none.
+    """
+    paired = [row for row in rows if keys[row] is not None]
+    return [
+        *(View(row, None) for row in rows if keys[row] is None),
+        *(View(row, None) for row in paired),
+        *(View(row, keys[row]) for row in paired),
+    ]
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class PlannedBatch:
     stage: StageInput
     tokens: ResponseTokens
     terms: TokenTerms | None
-    """The other inputs of these tokens' loss; None in scoring."""
+    """The other inputs of the loss, for the tokens of original views; None in scoring."""
     patches: PatchBytes | None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import PerturbKey, Response, Scores
 from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import ResponseTokens, View
+from megatron_vppo.parallel.batching import ResponseTokens, views_of
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.score_chunks import Boundary, ScoreChunks
 from megatron_vppo.parallel.score_table import ScoreTable
@@ -55,7 +55,9 @@ class Scorer:
                 is no way out.
         """
         runner = self._runner
-        perturbed = [views == "both" and bool(response.prompt.images) for response in responses]
+        per = runner.settings.perturb_per
+        keys = [PerturbKey.of(response, step, per=per) if response.prompt.images else None for response in responses]
+        read_keys = keys if views == "both" else [None] * len(responses)
         longest = max(len(response.token_ids) for response in responses)
         table = ScoreTable(len(responses), longest, device=runner.layout.device)
         head = functools.cache(partial(runner.vocab_head, trained=False))  # only the last stage has one
@@ -67,7 +69,7 @@ class Scorer:
                 _write_divergences(table, head(), tokens, hidden_C1h, divergence)
 
         micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both")
-        micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
+        micro_views = [views_of(rows, read_keys) for rows in micro_batches]
         for chunk in self._chunks.of(micro_views, boundary):
             runner.forward(responses, chunk, read, both_views=views == "both")
         whole = table.sum_over_ranks(counts=runner.holds_results)
@@ -76,21 +78,8 @@ class Scorer:
             entropy_BT=whole.entropy_BT,
             perturbed_logp_BT=whole.perturbed_logp_BT if views == "both" else None,
             divergence_BT=whole.divergence_BT if divergence is not None else None,
+            perturb_keys=tuple(keys),
         )
-
-    def _views(
-        self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
-    ) -> list[View]:
-        """Lists the views of a micro-batch's rows: the original ones, those of rows without a perturbed view first, and
-        then the perturbed views of the others, in the same order.
-        """
-        per = self._runner.settings.perturb_per
-        paired = [row for row in rows if perturbed[row]]
-        return [
-            *(View(row, None) for row in rows if not perturbed[row]),
-            *(View(row, None) for row in paired),
-            *(View(row, PerturbKey.of(responses[row], step, per=per)) for row in paired),
-        ]
 
 
 def _write_logps(table: ScoreTable, head: VocabHead, tokens: ResponseTokens, hidden_C1h: Tensor) -> None:

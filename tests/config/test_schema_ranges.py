@@ -82,7 +82,8 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
     (
         (-0.001, LARGEST_FLOAT * 1.1),
         (0, 100, LARGEST_FLOAT),
-        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.pgpo_beta actor.optim.weight_decay "
+        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.perception_loss_coef "
+        "algorithm.perturbed_entropy_coef algorithm.pgpo_beta actor.optim.weight_decay "
         "reward.absolute_tolerance",
     ),
     (

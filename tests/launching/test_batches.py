@@ -36,6 +36,20 @@ def test_more_ranks_than_groups_leave_the_last_ones_idle() -> None:
     assert batches.score.idle == ()
 
 
+def test_both_views_in_the_update_fill_more_micro_batches() -> None:
+    """Groups of three rows are 40 + 3 x 8 = 64 tokens, in both views 128: of 256 tokens there are two groups and four.
+
+    Scoring reads the original views alone: 8 groups, four to a micro-batch.
+    """
+    papo = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "perception_loss_coef": 0.01}
+    actor = {"max_tokens_per_micro_batch": 256}
+    both = divide_step(run_config(actor=actor, algorithm=papo), data=1)
+    assert (both.update.micro_batches, both.score.micro_batches) == (2, 2)
+    constant = {**papo, "perception_gradient": "original_view"}
+    once = divide_step(run_config(actor=actor, algorithm=constant), data=1)
+    assert (once.update.micro_batches, once.score.micro_batches) == (1, 2), "both scored: twice the limit"
+
+
 @pytest.mark.parametrize(
     ("data", "two_stages", "four_stages"), [(4, 2, 4), (16, 6, 16), (32, 11, 27), (64, 20, 43), (128, 33, 60)]
 )

@@ -314,6 +314,8 @@ def make_policy(
     dtype: torch.dtype = torch.float32,
     token_alignment: int = 1,
     fp8_scope: frozenset[Fp8Phase] = frozenset(),
+    perturb_per: PerturbUnit = "row",
+    most_tokens: int | None = None,
     with_reference: bool = False,
 ) -> MegatronPolicy:
     """`rows`: per micro-batch."""
@@ -325,7 +327,13 @@ def make_policy(
         trainable,
         hf_config=AutoConfig.from_pretrained(folder),
         layout=layout,
-        settings=make_settings(rows=rows, token_alignment=token_alignment, fp8_scope=fp8_scope),
+        settings=make_settings(
+            rows=rows,
+            token_alignment=token_alignment,
+            fp8_scope=fp8_scope,
+            perturb_per=perturb_per,
+            most_tokens=most_tokens,
+        ),
         pixels=PIXELS,
         reference=ReferenceWeights(trainable.stages) if with_reference else None,
     )
