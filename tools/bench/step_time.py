@@ -186,6 +186,7 @@ def step_shape(
         perturbations=1 if per == "image" else config.rollout.n if per == "row" else min(per, config.rollout.n),
         epochs=config.actor.ppo_epochs,
         shared_prefix=config.parallel.shared_prefix and config.parallel.context_parallel_size == 1,
+        updated_views=2 if vppo_settings(config).updates_both_views else 1,
     )
 
 

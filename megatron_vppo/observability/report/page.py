@@ -173,6 +173,12 @@ def _settings(run: RunData) -> list[tuple[str, str]]:
 
 
 def _algorithm(run: RunData) -> str | None:
+    perception = run.number_setting("algorithm.perception_loss_coef")
+    base = _base_algorithm(run)
+    return f"{base}, perception loss {perception:g} (PAPO)" if perception else base
+
+
+def _base_algorithm(run: RunData) -> str | None:
     filtering = run.setting("algorithm.use_vppo_on_perception")
     shaping = run.setting("algorithm.use_advantage_shaping")
     if filtering is None and shaping is None:
