@@ -33,7 +33,7 @@ CONFIGS = [
     for path in sorted({*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")} - set(SWEEPS))
     if path.parent.name != "methods"
 ]
-METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo")
+METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo", "papo_d")
 MODELS = {
     "qwen2_5_vl_3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 1),
     "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 1),
@@ -207,6 +207,7 @@ def test_methods_differ_in_the_algorithm_alone(model: str) -> None:
             == (method in ("vppo", "reference"))
         )
         assert algorithm["use_entropy_penalty"] == (method not in ("dapo", "grpo"))
+        assert (algorithm["perception_loss_coef"] > 0) == (method == "papo_d")
         assert algorithm["online_filtering"] == (method != "grpo")
         assert algorithm["clip_ratio_high"] == (0.2 if method == "grpo" else 0.28)
 
