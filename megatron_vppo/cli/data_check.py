@@ -7,11 +7,12 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_vppo.cli.arguments import positive
 from megatron_vppo.cli.launch import quieten_libraries
 from megatron_vppo.cli.output import say
+from megatron_vppo.config.choices import ImagePlace
 from megatron_vppo.config.schema import DataConfig
 
 SHOWN = 10
@@ -26,6 +27,10 @@ def add_data_check_options(parser: argparse.ArgumentParser) -> None:
         default = DataConfig.model_fields[key].default
         option = f"--{key.replace('_', '-')}"
         parser.add_argument(option, default=default, metavar="COLUMN", help=f"as data.{key} (default: {default})")
+    parser.add_argument(
+        "--image-place", choices=get_args(ImagePlace), default=DataConfig.model_fields["image_place"].default,
+        help="as data.image_place: where images are in a problem without <image> (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--image-dir", metavar="FOLDER", help="as data.image_dir: where relative image paths begin")
     parser.add_argument("--model", metavar="MODEL", help="folder or hub id of a model: count the tokens of its prompts")
     parser.add_argument("--format-prompt", metavar="FILE", help="as data.format_prompt, for --model")
@@ -52,6 +57,7 @@ def run_data_check(options: argparse.Namespace) -> int:
                 problem_key=options.prompt_key,
                 answer_key=options.answer_key,
                 image_key=options.image_key,
+                image_place=options.image_place,
                 image_dir=options.image_dir,
             ),
             workers=options.workers,

@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Callable
 
 from megatron_vppo.config.choices import GRADERS
+from megatron_vppo.config.data_files import files_of, name_of, settings_of_files
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
 from megatron_vppo.config.schema import RewardConfig, RunConfig, Section
 
@@ -325,15 +326,40 @@ def check_carry(config: RunConfig) -> None:
         )
 
 
+def check_data_files(config: RunConfig) -> None:
+    """Refuses files of one name, weights for some files only, and weights where none are drawn by."""
+    for setting in ("train_files", "val_files"):
+        paths: dict[str, str] = {}
+        given = getattr(config.data, setting)
+        for file in given if isinstance(given, tuple) else ():
+            if (name := name_of(file)) in paths:
+                raise ValueError(
+                    f"data.{setting}: {paths[name]} and {file.path} are both called {name!r}; give one of them a name "
+                    "of its own, such as {path: ..., name: geometry}"
+                )
+            paths[name] = file.path
+    weights = [file.weight for file in files_of(config.data, "train").values()]
+    if None in weights and any(weights):
+        without = [file.path for file in files_of(config.data, "train").values() if file.weight is None]
+        raise ValueError(
+            f"data.train_files: {', '.join(without)} without a weight next to files with one; give every file a "
+            "weight, or none"
+        )
+    if any(file.weight is not None for file in files_of(config.data, "val").values()):
+        raise ValueError("data.val_files: weights have no effect, since every row is validated on; leave them out")
+
+
 def check_keys(config: RunConfig) -> None:
     """Refuses one column for two purposes: the answer would stand in the prompt."""
-    data = config.data
-    keys = {"prompt_key": data.prompt_key, "answer_key": data.answer_key, "image_key": data.image_key}
-    for (one, column), (other, same) in itertools.combinations(keys.items(), 2):
-        if column == same:
-            raise ValueError(
-                f"data.{one} and data.{other} are both '{column}'; each names a column of its own, so set one of them"
-            )
+    for setting, file in settings_of_files(config.data).items():
+        keys = {"prompt_key": file.prompt_key, "answer_key": file.answer_key, "image_key": file.image_key}
+        for (one, column), (other, same) in itertools.combinations(keys.items(), 2):
+            if column == same:
+                where = f" of {setting}" if "[" in setting else ""
+                raise ValueError(
+                    f"data.{one} and data.{other}{where} are both '{column}'; each names a column of its own, so set "
+                    "one of them"
+                )
 
 
 def check_pixels(config: RunConfig) -> None:
@@ -487,6 +513,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_carry,
     check_token_weights,
     check_policy_loss,
+    check_data_files,
     check_keys,
     check_pixels,
     check_background,

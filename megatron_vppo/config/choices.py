@@ -12,6 +12,9 @@ from typing import Literal, get_args
 BadRows = Literal["error", "skip"]
 """The treatment of data rows that cannot be used."""
 
+ImagePlace = Literal["marks", "first"]
+"""The place of a row's images where its problem has no mark of them."""
+
 ResizeMode = Literal["smart", "easyr1"]
 """The rule that brings images under the pixel budget."""
 

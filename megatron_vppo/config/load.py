@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_vppo.config.checks import problems_of
-from megatron_vppo.config.schema import RunConfig, Section
+from megatron_vppo.config.schema import DataFile, RunConfig, Section
 from megatron_vppo.config.yaml_text import read_yaml, write_yaml
 
 BASE_KEY = "base"
@@ -201,10 +201,13 @@ def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
     """Formats a pydantic error as `name = value (source): what was expected`."""
     parts = [str(part) for part in error["loc"]]
     whole = ".".join(parts)
+    inside: list[str] = []
     while parts and ".".join(parts) not in settings:
-        parts.pop()  # an index into a list
+        inside.insert(0, parts.pop())  # an index into a list, and a field of what stands there
     name = ".".join(parts)
     if name:
+        if len(inside) == 3:  # the kind, number and field of an entry of data.train_files
+            return _describe_entry(error, name, settings[name].source, number=inside[1], field=inside[2])
         too_short = error["type"] == "missing"
         expected = "too few values" if too_short else error["msg"].replace("Input should be ", "should be ")
         if error["type"] == "tuple_type":
@@ -217,6 +220,18 @@ def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
     known = _known_names(RunConfig, sections=False)
     required = [n for n in known if n == whole or (n.startswith(f"{whole}.") and _is_required(n))]
     return f"{' and '.join(required)} must be set"
+
+
+def _describe_entry(error: Any, name: str, source: str, *, number: str, field: str) -> str:
+    """Formats the error of a field in one of several entries of a setting."""
+    where = f"{name}[{number}].{field}"
+    if error["type"] == "missing":
+        return f"{where} ({source}) must be set"
+    if error["type"] == "extra_forbidden":
+        nearest = nearest_name(field, list(DataFile.model_fields))
+        hint = f"did you mean {nearest}?" if nearest else f"an entry has {', '.join(DataFile.model_fields)}"
+        return f"{where} ({source}) is no setting; {hint}"
+    return f"{where} = {_shown(error['input'])} ({source}): {error['msg'].replace('Input should be ', 'should be ')}"
 
 
 def _is_required(name: str) -> bool:

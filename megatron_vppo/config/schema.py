@@ -6,9 +6,9 @@ marked (Preset) get another one from PRESETS under `reference`. What a user sets
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_vppo.config.choices import (
@@ -23,6 +23,7 @@ from megatron_vppo.config.choices import (
     Fp8Phase,
     Fp8Recipe,
     Grader,
+    ImagePlace,
     KlKind,
     KlPlace,
     LoggerService,
@@ -102,16 +103,50 @@ class Section(BaseModel):
         return value
 
 
+class DataFile(Section):
+    """One of several data files: its path, and what is different for it. What is None is as `data` has it."""
+
+    path: FilePath
+    name: FolderName | None = None
+    """Its name in metrics and records; None: the last part of the path."""
+    weight: Positive | None = None
+    """Its share of the prompts, next to the weights of the other files; None for all: every row counts alike."""
+    prompt_key: Text | None = None
+    answer_key: Text | None = None
+    image_key: Text | None = None
+    image_dir: FilePath | None = None
+    image_place: ImagePlace | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+DataFiles = Annotated[
+    Annotated[FilePath, Tag("path")] | Annotated[tuple[DataFile, ...], Field(min_length=1), Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "path"),
+]
+"""One path, or a list of paths and DataFiles."""
+
+
 class DataConfig(Section):
-    train_files: FilePath
-    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
-    val_files: FilePath | None = None
-    """Held-out rows, same forms; None: no validation."""
+    train_files: DataFiles
+    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`; or a list of them, of
+    which each may be {path, name, weight, prompt_key, answer_key, image_key, image_dir, image_place}."""
+    val_files: DataFiles | None = None
+    """Held-out rows, same forms, without weights; None: no validation."""
     prompt_key: Text = "problem"
+    """Column of the problems: texts, or conversations of a user's turn and others. `a.b` is the field b of a column a,
+    here and in the next two."""
     answer_key: Text = "answer"
+    """Column of the answers; where there is none, the last turn of a conversation is the answer."""
     image_key: Text = "images"
     image_dir: FilePath | None = None
     """Folder that relative image paths are taken from; None: the folder of the data file."""
+    image_place: ImagePlace = "marks"
+    """'marks': images are where the problem has <image>. 'first': in a problem without it, they come before the
+    text."""
     format_prompt: FilePath | None = None
     """Jinja file that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
@@ -129,8 +164,11 @@ class DataConfig(Section):
     """Prompts per training step."""
     shuffle: bool = True
     on_bad_row: BadRows = "error"
+    plain_think_tokens: bool = False
+    """Write <think> and </think> in plain pieces of text, where the tokenizer has tokens for them that the model was
+    not trained with (Qwen3-VL Instruct). Those tokens are then not sampled."""
     max_val_rows: Count | None = None
-    """The number of rows, from the first, to validate on; None: all."""
+    """The number of rows, from the first of each file, to validate on; None: all."""
     num_workers: int = Field(default=2, ge=0, le=1024)
     """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
 

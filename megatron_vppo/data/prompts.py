@@ -18,13 +18,12 @@ import numpy as np
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.config.choices import BadRows
-from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.dataset import IMAGE_MARK, RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.row_cache import CheckedRows, Grids, RowCache, TokenIds
 from megatron_vppo.data.row_workers import of_rows
 from megatron_vppo.system.visible import visible
 
-IMAGE_MARK = "<image>"
 _ROWS_PER_CHUNK = 256
 _MIN_ROWS_PER_WORKER = 4000  # a row takes 1-2 ms, and a process about 8 s to import transformers
 _LISTED = 20
@@ -60,22 +59,37 @@ class PromptBuilder:
     template: str | None = None
     """Jinja source that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
-    """None: what the chat template puts there by itself."""
+    """None: that of the row, or else what the chat template puts there by itself."""
 
-    def text(self, problem: str) -> str:
-        """Returns the whole prompt as text, up to where the response starts; one placeholder per `<image>`."""
+    def text(self, problem: str, *, system: str | None = None) -> str:
+        """Returns the whole prompt as text, up to where the response starts; one placeholder per `<image>`.
+
+        Args:
+            system: the row's own system turn.
+
+        Raises ValueError if that is another than the system prompt of all rows.
+        """
+        if None not in (system, self.system_prompt) and system != self.system_prompt:
+            raise ValueError(
+                f"its system turn {_beginning(system)} is not data.system_prompt {_beginning(self.system_prompt)}; set "
+                "data.system_prompt=null, and each row keeps its own"
+            )
+        system = self.system_prompt if system is None else system
         content = problem if self.template is None else _compiled(self.template).render(content=problem)
         turns: list[dict[str, Any]] = []
-        if self.system_prompt is not None:
-            turns.append({"role": "system", "content": self.system_prompt})
+        if system is not None:
+            turns.append({"role": "system", "content": system})
         turns.append({"role": "user", "content": _content_list(content) if IMAGE_MARK in content else content})
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    def compact_ids(self, problem: str, *, num_images: int) -> list[int]:
-        """Returns token ids with one placeholder per image. Raises ValueError if marks and images do not match."""
+    def compact_ids(self, problem: str, *, num_images: int, system: str | None = None) -> list[int]:
+        """Returns token ids with one placeholder per image.
+
+        Raises ValueError if marks and images do not match, or as `text`.
+        """
         if (marks := problem.count(IMAGE_MARK)) != num_images:
             raise ValueError(f"the problem has {marks} {IMAGE_MARK!r} for {num_images} image(s)")
-        token_ids = list(self.processor.tokenizer(self.text(problem))["input_ids"])
+        token_ids = list(self.processor.tokenizer(self.text(problem, system=system))["input_ids"])
         if (placeholders := token_ids.count(self.processor.image_token_id)) != num_images:
             raise ValueError(
                 f"{placeholders} image placeholders in the tokenised prompt for {num_images} image(s): the problem "
@@ -100,6 +114,10 @@ class PromptBuilder:
     def num_tokens(self, compact_ids: TokenIds, grids: Grids) -> int:
         """Returns the length of what `expand` would return."""
         return len(compact_ids) + sum(self.geometry.tokens(grid) - 1 for grid in grids)
+
+
+def _beginning(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 40 else f"{text[:37]}...")
 
 
 def _content_list(content: str) -> list[dict[str, str]]:
@@ -301,7 +319,7 @@ def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outc
         problem = dataset.problem(row)
         dataset.answer(row)
         num_images = len(dataset.image_cells(row))
-        compact_ids = builder.compact_ids(problem, num_images=num_images)
+        compact_ids = builder.compact_ids(problem, num_images=num_images, system=dataset.system(row))
         grids = []
         for index in range(num_images):
             size = dataset.check_image(row, index)

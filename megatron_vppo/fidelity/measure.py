@@ -175,7 +175,7 @@ def _scorer_and_responses(
     The engine is closed again, so that scoring has the machine to itself.
     """
     layout, source, inputs = model.layout, model.source, model.inputs
-    split = "val" if "val" in inputs.datasets else "train"
+    split = "val" if config.data.val_files is not None else "train"
     with_image = (prompt for prompt in read_prompts(config, inputs, split) if prompt.images)
     prompts = list(itertools.islice(with_image, num_prompts))
     if not prompts:

@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_vppo.algorithm.grouping import keep_group
 from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.config.data_files import names_of
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.observability.metrics import RunLog
@@ -155,6 +156,7 @@ class Collector:
                 step, num_kept, wanted, len(sampled), wanted,
             )  # fmt: skip
         log.add_all(_sampling_metrics(sampled))
+        log.add_all(_metrics_of_files(names_of(self.config.data, "train"), sampled, trained=here.chosen()))
         log.add("rollout/attempts", -(-len(sampled) // wanted))
         log.add("rollout/sampled_groups", len(sampled))
         log.add("rollout/kept_groups", num_kept)
@@ -244,6 +246,20 @@ def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics |= {f"{name}/mean": _mean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
     for name in sorted({name for item in items for name in item.reward.metrics}):
         metrics[f"reward/{name}"] = _mean([item.reward.metrics[name] for item in items if name in item.reward.metrics])
+    return metrics
+
+
+def _metrics_of_files(names: Sequence[str], sampled: Sequence[Group], *, trained: Sequence[Group]) -> dict[str, float]:
+    """Returns each file's share of the groups that are trained on, and means over all that was sampled of it."""
+    metrics: dict[str, float] = {}
+    for name in names:
+        if trained:
+            of_file = sum(group[0].response.prompt.split == f"train/{name}" for group in trained)
+            metrics[f"data/{name}/trained_share"] = of_file / len(trained)
+        items = [item for item in chain(*sampled) if item.response.prompt.split == f"train/{name}"]
+        if items:
+            metrics[f"data/{name}/reward"] = _mean([item.reward.overall for item in items])
+            metrics[f"data/{name}/accuracy"] = _mean([item.reward.accuracy for item in items])
     return metrics
 
 

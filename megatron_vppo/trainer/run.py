@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.checks import check_warmup
+from megatron_vppo.config.data_files import files_of, weights_of
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
@@ -166,7 +167,7 @@ def _open_run(
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        held_out = from_rank_zero(partial(_validation_prompts, config, inputs, say))
+        held_out = _validation_prompts(config, inputs, say) if is_writer else PromptSets([])
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
 
         if is_writer:
@@ -200,7 +201,7 @@ def _open_run(
             placement=placement,
             sampler=sampler,
             collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos)),
-            validator=validator if held_out else None,
+            validator=None if config.data.val_files is None else validator,
             log=log,
             start_step=resumed.step,
             total_steps=total_steps,
@@ -237,16 +238,21 @@ def _begin_attempt(config: RunConfig, layout: Layout, folder: RunFolder) -> None
 
 def _stream(config: RunConfig, inputs: RunInputs, say: Say) -> PromptStream:
     prompts = read_prompts(config, inputs, "train")
-    say(f"train data: {prompts.report.summary()}")
-    return PromptStream(prompts, seed=config.trainer.seed, shuffle=config.data.shuffle)
+    for one in prompts.sets:
+        say(f"{one.split} data: {one.report.summary()}")
+    stream = PromptStream(
+        prompts, seed=config.trainer.seed, shuffle=config.data.shuffle, weights=weights_of(config.data)
+    )
+    if mixture := stream.describe():
+        say(mixture)
+    return stream
 
 
-def _validation_prompts(config: RunConfig, inputs: RunInputs, say: Say) -> Sequence[Prompt]:
-    if "val" not in inputs.datasets:
-        return []
+def _validation_prompts(config: RunConfig, inputs: RunInputs, say: Say) -> PromptSets:
     prompts = read_prompts(config, inputs, "val")
-    say(f"validation data: {prompts.report.summary()}")
-    return list(prompts)
+    for one in prompts.sets:
+        say(f"{one.split.replace('val', 'validation', 1)} data: {one.report.summary()}")
+    return prompts
 
 
 def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
@@ -255,8 +261,9 @@ def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
     if steps_per_epoch == 0:
         raise ValueError(
             f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
-            f"{config.data.train_files}; lower it"
+            f"{' and '.join(file.path for file in files_of(config.data, 'train').values())}; lower it"
         )
+    stream.check_draws(config.data.rollout_batch_size)
     total_steps = config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
     check_warmup(config, total_steps=total_steps)
     return total_steps

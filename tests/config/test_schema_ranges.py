@@ -216,7 +216,8 @@ def text_settings(schema: dict[str, Any]) -> set[str]:
     found = {}
     for section, spec in schema["properties"].items():
         for key, inner in schema["$defs"][spec["$ref"].rpartition("/")[2]]["properties"].items():
-            found[f"{section}.{key}"] = [inner, *inner.get("anyOf", ())]
+            choices = [inner, *inner.get("anyOf", ())]
+            found[f"{section}.{key}"] = choices + [one for choice in choices for one in choice.get("oneOf", ())]
     return {
         name
         for name, choices in found.items()

@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vppo.data.dataset import RowError, VisionDataset
-from megatron_vppo.data.rows import read_file
 from tests.data.rows import open_rows
 
 
@@ -278,15 +277,3 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             open_rows(str(tmp_path / name))
-
-
-@pytest.mark.parametrize("piece", [1, 7, 16])
-def test_lines_across_the_pieces_in_which_a_file_is_searched(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_vppo.data.rows.PIECE_BYTES", piece)
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"n": "{"x" * n}"}}\n' for n in range(20)) + '{"n": "last"}')
-    rows = read_file(path)
-    assert [rows.cell(row, "n") for row in range(len(rows))] == ["x" * n for n in range(20)] + ["last"]
-    assert [rows.place(row) for row in (0, 20)] == ["line 1", "line 21"]

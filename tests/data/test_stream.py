@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from tests.data.test_prompts import load
 
@@ -14,7 +15,7 @@ from tests.data.test_prompts import load
 def ten(processor, image_folder):
     rows = [{"problem": f"question {i}", "answer": str(i), "images": []} for i in range(10)]
     rows[4]["problem"] = "<image> without an image"
-    return load(image_folder, processor, rows, on_bad_row="skip")
+    return PromptSets([load(image_folder, processor, rows, on_bad_row="skip")])
 
 
 def drawn(stream: PromptStream, k: int) -> list[int]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.observability.validations import ValidationRecords
@@ -38,6 +39,7 @@ class Prompts:
     """Stands for a PromptSet."""
 
     dataset: Any = None
+    split = "train"
 
     def __init__(self, rows: int = ROWS) -> None:
         self.rows = rows
@@ -149,7 +151,7 @@ class Run:
         config = make_config(**algorithm)
         carries = config.rollout.unfinished == "carry"
         self.sampler = Carrying(timing) if carries else Sampler(timing)
-        self.stream = PromptStream(Prompts(rows), seed=1, shuffle=False)  # type: ignore[arg-type]
+        self.stream = PromptStream(PromptSets([Prompts(rows)]), seed=1, shuffle=False)  # type: ignore[list-item]
         pool: Any = Pool(mixed)
         sampler: Any = self.sampler
         self.collector = Collector(
