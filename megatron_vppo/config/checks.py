@@ -327,10 +327,12 @@ def check_carry(config: RunConfig) -> None:
 
 
 def check_data_files(config: RunConfig) -> None:
-    """Refuses files of one name, weights for some files only, and weights where none are drawn by."""
+    """Refuses an empty list, files of one name, weights for some files only, and weights that nothing is drawn by."""
     for setting in ("train_files", "val_files"):
         paths: dict[str, str] = {}
         given = getattr(config.data, setting)
+        if given == ():
+            raise ValueError(f"data.{setting} is a list without a file; name one, or several")
         for file in given if isinstance(given, tuple) else ():
             if (name := name_of(file)) in paths:
                 raise ValueError(

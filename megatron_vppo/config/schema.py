@@ -124,7 +124,7 @@ class DataFile(Section):
 
 
 DataFiles = Annotated[
-    Annotated[FilePath, Tag("path")] | Annotated[tuple[DataFile, ...], Field(min_length=1), Tag("list")],
+    Annotated[FilePath, Tag("path")] | Annotated[tuple[DataFile, ...], Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "path"),
 ]
 """One path, or a list of paths and DataFiles."""

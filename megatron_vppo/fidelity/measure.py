@@ -185,9 +185,7 @@ def _scorer_and_responses(
         )
     with ExitStack() as stack:
         world = world_of_one()
-        engine = start_engine(
-            config, layout, source, world=world, images=inputs.images, hf_config=inputs.hf_config, logs=logs
-        )
+        engine = start_engine(config, layout, source, world=world, inputs=inputs, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=inputs.images,
             verify=config.rollout.verify_weights, store=world.meeting.store("engines"),

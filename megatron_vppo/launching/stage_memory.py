@@ -22,7 +22,7 @@ from megatron_vppo.launching.batches import Batches, in_flight, perturbed_per
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
 from megatron_vppo.launching.longest_rows import ZeroPixels
 from megatron_vppo.launching.meta_step import StepBytes, run_step, score_views, sizes_of, update_views
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -89,7 +89,7 @@ def report_stage(
             trainable.stages,
             hf_config=hf_config,
             layout=layout,
-            settings=policy_settings(config, hf_config, options, on_gpu=True),
+            settings=policy_settings(config, hf_config, options, banned_ids=vision_token_ids(hf_config), on_gpu=True),
             pixels=ZeroPixels(hf_config, patches=grid),
         )
         step = run_step(trainable, layout, runner, responses, update_views(runner, responses))

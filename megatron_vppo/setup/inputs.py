@@ -12,8 +12,10 @@ from megatron_vppo.data.decode import Rgb, parse_color
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
+from megatron_vppo.data.plain_think import think_token_ids, with_plain_think
 from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.model_files import ModelFiles
 from megatron_vppo.setup.row_key import row_cache
 
@@ -28,6 +30,8 @@ class RunInputs:
     """The model's processor, of transformers."""
     eos_ids: tuple[int, ...]
     """The tokens at which a response ends."""
+    banned_ids: tuple[int, ...]
+    """The tokens that are never sampled: those of images, and those of the think tags where they are plain text."""
     datasets: dict[str, VisionDataset]
     """One for each file, by the names of `files_of`."""
     images: VisionInputs
@@ -37,9 +41,12 @@ class RunInputs:
 def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
     """Opens the data files, and prepares them for the model.
 
-    Raises ValueError for a file or column that is missing, and for a pixel budget that no image fits.
+    Raises ValueError for a file or column that is missing, for a pixel budget that no image fits, and as
+    `with_plain_think`.
     """
-    processor = model.processor
+    plain = config.data.plain_think_tokens
+    processor = with_plain_think(model.processor) if plain else model.processor
+    think_ids = think_token_ids(model.processor.tokenizer) if plain else ()
     geometry = ImageGeometry.from_processor(
         processor.image_processor,
         min_pixels=config.data.min_pixels,
@@ -52,6 +59,7 @@ def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
         hf_config=model.hf_config,
         processor=processor,
         eos_ids=model.eos_ids,
+        banned_ids=(*vision_token_ids(model.hf_config), *think_ids),
         datasets=datasets,
         images=VisionInputs(
             datasets,

@@ -23,6 +23,7 @@ from megatron_vppo.rollout.records import Ask, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.rollout.sharing import share_groups
+from megatron_vppo.trainer.format_share import FormatShare
 from megatron_vppo.trainer.grader import Grader, Group, GroupJudge, graded_groups, verdicts_of
 from megatron_vppo.trainer.keep_rate import KeepRate
 
@@ -43,6 +44,7 @@ class Collector:
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
+    format_share: FormatShare
 
     def place(self) -> dict[str, Any]:
         """Returns the place in the order of prompts, the keep rate and what is carried, on rank 0; {} elsewhere."""
@@ -155,6 +157,8 @@ class Collector:
                 "prompts of middle difficulty.",
                 step, num_kept, wanted, len(sampled), wanted,
             )  # fmt: skip
+        if step == 1:
+            self.format_share.look([item for group in sampled for item in group], where="of the first step")
         log.add_all(_sampling_metrics(sampled))
         log.add_all(_metrics_of_files(names_of(self.config.data, "train"), sampled, trained=here.chosen()))
         log.add("rollout/attempts", -(-len(sampled) // wanted))

@@ -16,6 +16,7 @@ from megatron_vppo.config.checks import check_warmup
 from megatron_vppo.config.data_files import files_of, weights_of
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.plain_think import THINK_TAGS, save_plain_tokenizer, think_token_ids
 from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
@@ -57,6 +58,7 @@ from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.system.whole import naming_file
 from megatron_vppo.trainer.checkpointer import Checkpointer, ResumePoint
 from megatron_vppo.trainer.collect import Collector
+from megatron_vppo.trainer.format_share import FormatShare
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.loop import Run, train
@@ -108,7 +110,8 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
             and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir))
         ):
             run.placement.writing()
-            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
+            plain = partial(save_plain_tokenizer, run.recorder.tokenizer) if config.data.plain_think_tokens else None
+            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0, finish=plain)
     if not finished:
         ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
         dist.barrier()  # the checkpoint is in its place, and the logs are closed
@@ -155,7 +158,7 @@ def _open_run(
     on_every_rank(partial(_begin_attempt, config, layout, folder))
     with ExitStack() as stack:
         logs = folder.logs / attempt_name()
-        engine = start_engine(config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=logs)
+        engine = start_engine(config, layout, source, world=world, inputs=inputs, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights, store=world.meeting.store("engines"),
@@ -193,14 +196,15 @@ def _open_run(
         if writer is not None:
             stack.callback(writer.close)
         recorder = Recorder(tokenizer, images, config.algorithm.perturb.per, writer)
-        validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder)
+        share = _format_share(config, inputs, say)
+        validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder, share)
         signals.begin_work()
         yield Run(
             config=config,
             policy=policy,
             placement=placement,
             sampler=sampler,
-            collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos)),
+            collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos), share),
             validator=None if config.data.val_files is None else validator,
             log=log,
             start_step=resumed.step,
@@ -284,6 +288,16 @@ def _grader(config: RunConfig, tokenizer: Any, world: World, say: Say) -> Grader
     if world.rank == 0:
         pool = open_reward_pool(config.reward, config.data, tokenizer, world.places, say=say)
     return Grader(pool, max_error_share=config.reward.max_error_share)
+
+
+def _format_share(config: RunConfig, inputs: RunInputs, say: Say) -> FormatShare:
+    asking = (inputs.builder.template, config.data.system_prompt)
+    return FormatShare(
+        config.reward.reward_function,
+        asks=any(THINK_TAGS[0] in text for text in asking if text is not None),
+        has_tokens=bool(think_token_ids(inputs.processor.tokenizer)),
+        say=say,
+    )
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:

@@ -16,7 +16,7 @@ from megatron_vppo.launching.longest_rows import ZeroPixels, longest_responses, 
 from megatron_vppo.launching.meta_step import update_views
 from megatron_vppo.launching.stage_memory import StageReport, report_stage, state_of
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -279,7 +279,9 @@ def _packed_tokens(config: RunConfig, layout: Layout, hf_config: HfConfig, train
         trainable.stages,
         hf_config=hf_config,
         layout=layout,
-        settings=policy_settings(config, hf_config, options_of(config), on_gpu=True),
+        settings=policy_settings(
+            config, hf_config, options_of(config), banned_ids=vision_token_ids(hf_config), on_gpu=True
+        ),
         pixels=ZeroPixels(hf_config, patches=48),
     )
     responses = longest_responses(config, hf_config)
