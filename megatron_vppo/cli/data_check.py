@@ -21,8 +21,14 @@ SHOWN = 10
 
 def add_data_check_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options. Columns are named as in the settings data.prompt_key, answer_key and image_key."""
-    parser.add_argument("source", metavar="PATH", help="as data.train_files: a file, folder or hub id, @split behind")
+    parser.add_argument(
+        "source", metavar="PATH", nargs="?", help="as data.train_files: a file, folder or hub id, @split behind"
+    )
     parser.add_argument("--against", metavar="OTHER", help="another set, whose rows are looked for in this one")
+    parser.add_argument(
+        "--config", metavar="FILE", help="the file of a run in place of PATH: all of its data files, each with its own "
+        "settings, and the rows that training and validation share",
+    )  # fmt: skip
     for key in ("prompt_key", "answer_key", "image_key"):
         default = DataConfig.model_fields[key].default
         option = f"--{key.replace('_', '-')}"
@@ -40,43 +46,73 @@ def add_data_check_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_data_check(options: argparse.Namespace) -> int:
-    """Surveys one or two data sets, and says what is wrong. Returns 1 if a row is broken, or if both have rows.
+    """Surveys data sets, and says what is wrong. Returns 1 if a row is broken, or if two sets have it.
 
-    Raises ValueError for a set or a column that is not there.
+    Raises ValueError for a set or a column that is not there, and for a source that is named twice or not at all.
     """
-    from megatron_vppo.data.dataset import open_dataset
-    from megatron_vppo.data.survey import shared, survey
+    from megatron_vppo.data.survey import survey
     from megatron_vppo.observability.survey_page import write_survey_page
     from megatron_vppo.system.whole import whole_file
 
+    if (options.source is None) == (options.config is None):
+        raise ValueError("vppo data check takes a PATH, or the file of a run by --config")
     builder = None if options.model is None else _builder(options.model, options.format_prompt)
-    surveys = [
-        survey(
-            open_dataset(
-                source,
-                problem_key=options.prompt_key,
-                answer_key=options.answer_key,
-                image_key=options.image_key,
-                image_place=options.image_place,
-                image_dir=options.image_dir,
-            ),
-            workers=options.workers,
-            builder=builder,
-        )
-        for source in (options.source, options.against)
-        if source is not None
-    ]
-    report: dict[str, Any] = {"sets": [_facts(one) for one in surveys]}
-    if len(surveys) == 2:
-        found = shared(*surveys)
-        report["shared"] = {kind: list(map(list, getattr(found, kind))) for kind in ("same", "images", "question")}
+    opened, pairs = _opened(options) if options.config is None else _opened_of_run(options.config)
+    surveys = [survey(dataset, workers=options.workers, builder=builder) for dataset in opened]
+    report: dict[str, Any] = {
+        "sets": [_facts(one) for one in surveys],
+        "shared": [_shared(surveys[one], surveys[other]) for one, other in pairs],
+    }
     if options.json is not None:
         with whole_file(options.json) as file:
             file.write(json.dumps(report, indent=1).encode())
     if options.html is not None:
         write_survey_page(report, options.html)
     say("\n".join(_lines(report)))
-    return int(any(one["broken"] for one in report["sets"]) or bool(report.get("shared", {}).get("same")))
+    return int(any(one["broken"] for one in report["sets"]) or any(found["same"] for found in report["shared"]))
+
+
+Pairs = list[tuple[int, int]]
+"""The sets that are compared, by their numbers."""
+
+
+def _opened(options: argparse.Namespace) -> tuple[list[Any], Pairs]:
+    """Opens the sets that the command names."""
+    from megatron_vppo.data.dataset import open_dataset
+
+    sources = [source for source in (options.source, options.against) if source is not None]
+    opened = [
+        open_dataset(
+            source,
+            problem_key=options.prompt_key,
+            answer_key=options.answer_key,
+            image_key=options.image_key,
+            image_place=options.image_place,
+            image_dir=options.image_dir,
+        )
+        for source in sources
+    ]
+    return opened, [(0, 1)] if len(opened) == 2 else []
+
+
+def _opened_of_run(path: str) -> tuple[list[Any], Pairs]:
+    """Opens the data files of a run: each for training is compared with those after it, and with all held-out ones."""
+    from megatron_vppo.config.load import load_config
+    from megatron_vppo.setup.inputs import open_datasets
+
+    opened = open_datasets(load_config(path))
+    names = list(opened)
+    train = [number for number, name in enumerate(names) if name.partition("/")[0] == "train"]
+    return list(opened.values()), [(one, other) for one in train for other in range(one + 1, len(names))]
+
+
+def _shared(one: Any, other: Any) -> dict[str, Any]:
+    """Returns what two Surveys have in common, as JSON holds it."""
+    from megatron_vppo.data.survey import shared
+
+    found = shared(one, other)
+    kinds = {kind: list(map(list, getattr(found, kind))) for kind in ("same", "images", "question")}
+    return {"one": one.source, "other": other.source, **kinds}
 
 
 def _facts(one: Any) -> dict[str, Any]:
@@ -125,10 +161,8 @@ def _lines(report: Mapping[str, Any]) -> Iterator[str]:
                 yield f"  {name.replace('_', ' ')}: {values}"
         yield from _listed("broken", one["broken"])
         yield from _listed("the same rows", [", ".join(map(str, rows)) for rows in one["repeated"]])
-    if "shared" in report:
-        found = report["shared"]
-        other = report["sets"][1]["source"]
-        yield f"in {other} as well:"
+    for found in report["shared"]:
+        yield f"{found['one']} and {found['other']}:"
         yield from _listed("the same question about the same images", [f"row {a} is row {b}" for a, b in found["same"]])
         yield f"  the same images, another question: {len(found['images'])}"
         yield f"  the same question, other images: {len(found['question'])}"

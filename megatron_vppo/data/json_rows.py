@@ -113,7 +113,7 @@ class JsonList(_JsonTexts):
 
 
 _JSON_MARKS = re.compile(rb'"(?:[^"\\]|\\.)*+"|[\[\]{},]', re.DOTALL)
-"""What tells the structure of JSON: texts, in which a bracket means nothing, brackets and commas."""
+"""The marks that JSON is structured by: brackets and commas, and texts, in which these mean nothing."""
 
 
 def entries_of_list(data: Any) -> Spans:

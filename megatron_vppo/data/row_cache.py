@@ -36,7 +36,7 @@ class UsableRows:
     ids: NDArray[np.int32]
     """The compact token ids of all, one prompt after the other."""
     id_ends: NDArray[np.int64]
-    """Where those of each prompt end; as many as rows."""
+    """The ends of those of each prompt; as many as rows."""
     grids: NDArray[np.int64]
     """[images, 3]: those of all, likewise."""
     grid_ends: NDArray[np.int64]

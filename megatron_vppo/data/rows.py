@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 
 from megatron_vppo.system.whole import whole_file
 
-_BATCH_ROWS = 256
+_BATCH_ROWS, _BATCH_BYTES = 256, 4 << 20
+"""The rows that are copied from parquet at once, at most, and about their bytes."""
 
 
 class BadRow(ValueError):
@@ -121,11 +122,15 @@ class ArrowRows:
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
-                source = pq.ParquetFile(path)
+                # Otherwise pyarrow keeps every part of the file that it has read until the file is closed.
+                source = pq.ParquetFile(path, pre_buffer=False, memory_map=True)
                 _refuse_doubled(source.schema_arrow.names, path)
                 with whole_file(copy) as target, pa.ipc.new_stream(target, source.schema_arrow) as writer:
-                    for batch in source.iter_batches(batch_size=_BATCH_ROWS):
+                    fitting = _BATCH_BYTES * source.metadata.num_rows // max(1, path.stat().st_size)
+                    for batch in source.iter_batches(batch_size=max(1, min(_BATCH_ROWS, fitting))):
                         writer.write_batch(batch)
+                del source
+                pa.default_memory_pool().release_unused()
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
                     raise

@@ -139,7 +139,7 @@ def test_a_rows_system_turn_is_its_system_prompt(processor, tmp_path: Path) -> N
 
 
 def verl_rows(folder: Path) -> list[dict[str, Any]]:
-    """As verl's data_preprocess/geo3k.py writes them."""
+    """Makes rows of the columns that verl's preparation of Geometry3K writes."""
     return [
         {
             "data_source": "hiyouga/geometry3k",

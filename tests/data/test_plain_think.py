@@ -85,7 +85,7 @@ def test_responses_in_pieces_are_the_same_text(released) -> None:
 
 
 def test_the_exported_folder_has_the_same_tokenizer(released, tmp_path: Path) -> None:
-    """For transformers and vLLM, which read these files; also in a folder with those of older versions."""
+    """Transformers and vLLM read these files; the folder has one of older versions besides."""
     released.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<think>": 999}')
     plain = with_plain_think(released).tokenizer

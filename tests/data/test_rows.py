@@ -277,3 +277,24 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=message):
             open_rows(str(tmp_path / name))
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_copy_of_a_parquet_file_is_made_in_parts(tmp_path: Path) -> None:
+    """Arrow's own count of what it holds: a part of a file of 32 row groups of a MiB, and nothing afterwards."""
+    schema = pa.schema({"problem": pa.string(), "answer": pa.string(), "images": pa.binary()})
+    with pq.ParquetWriter(tmp_path / "large.parquet", schema, use_dictionary=False) as writer:
+        for number in range(32):
+            row = {"problem": "p", "answer": str(number), "images": np.random.default_rng(number).bytes(1 << 20)}
+            writer.write_table(pa.Table.from_pylist([row], schema))
+    usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(counted)
+    try:
+        dataset = open_rows(str(tmp_path / "large.parquet"))
+        assert [len(dataset.image_bytes(row, 0)) for row in range(32)] == [1 << 20] * 32
+        assert counted.max_memory() < 16 << 20
+        assert counted.bytes_allocated() < 1 << 20
+    finally:
+        pa.set_memory_pool(usual)

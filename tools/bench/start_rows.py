@@ -37,7 +37,7 @@ from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 448
-PICTURES = 32
+IMAGES = 32
 PROBLEM = "<image>What is the length of the side that is marked x? Row {}."
 GROUP = 500
 MIB = 1 << 20
@@ -76,8 +76,10 @@ def measure(folder: Path, *, rows: int, kind: str, workers: int) -> dict[str, An
         "later check": lambda: kept.append(read_prompts(config, kept[0], "train")),
         "one epoch of images": lambda: _read_epoch(kept[0], PromptStream(kept[1], seed=1, shuffle=True), rows),
     }
-    before = _own_mib("RssAnon")
-    found = {name: _measured(phase) for name, phase in phases.items()}
+    before, found = _own_mib("RssAnon"), {}
+    for name, phase in phases.items():
+        found[name] = _measured(phase)
+        print(f"{name}: {found[name]}", file=sys.stderr)
     copies = sum(path.stat().st_size for path in (folder / "cache").rglob("*") if path.is_file())
     checked = sum(path.stat().st_size for path in (folder / "runs").rglob("*.npz"))
     return {
@@ -127,7 +129,7 @@ def _own_mib(field: str) -> float:
 
 def write_parquet(file: Path, rows: int) -> None:
     """Writes rows with their images in them, about 60 KB each; LLaMA-Factory's form."""
-    pictures = [picture(seed) for seed in range(PICTURES)]
+    images = [jpeg(seed) for seed in range(IMAGES)]
     schema = pa.schema(
         {
             "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
@@ -137,19 +139,19 @@ def write_parquet(file: Path, rows: int) -> None:
     with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
         for begin in range(0, rows, GROUP):
             some = [
-                {**row(number), "images": [{"bytes": pictures[number % PICTURES] + number.to_bytes(8, "big")}]}
+                {**row(number), "images": [{"bytes": images[number % IMAGES] + number.to_bytes(8, "big")}]}
                 for number in range(begin, min(begin + GROUP, rows))
             ]
             writer.write_table(pa.Table.from_pylist(some, schema))
 
 
 def write_json(file: Path, rows: int) -> None:
-    """Writes rows with paths of PICTURES images next to the file, as a list or as lines."""
-    for number in range(PICTURES):
-        (file.parent / f"{number}.jpg").write_bytes(picture(number))
+    """Writes rows with paths of IMAGES images next to the file, as a list or as lines."""
+    for number in range(IMAGES):
+        (file.parent / f"{number}.jpg").write_bytes(jpeg(number))
     with file.open("w") as out:
         for number in range(rows):
-            text = json.dumps({**row(number), "images": [f"{number % PICTURES}.jpg"]})
+            text = json.dumps({**row(number), "images": [f"{number % IMAGES}.jpg"]})
             is_list = file.suffix == ".json"
             out.write(("[" if number == 0 else ",\n") + text if is_list else text + "\n")
         out.write("]" if file.suffix == ".json" else "")
@@ -160,7 +162,7 @@ def row(number: int) -> dict[str, Any]:
     return {"messages": turns}
 
 
-def picture(seed: int) -> bytes:
+def jpeg(seed: int) -> bytes:
     """Makes a JPEG of the size of those in ViRL39K."""
     source = np.random.default_rng(seed)
     coarse = source.integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -58,7 +58,7 @@ def test_only_graders_with_a_weight_are_loaded() -> None:
     ],
 )
 def test_an_answer_of_the_data_set_in_a_box_is_what_the_box_holds(name, response: str, inside: str) -> None:
-    """As ViRL39K has them."""
+    """ViRL39K has them."""
     grader = load_graders(EVERY)[name]
     assert grader(response, f"\\boxed{{{inside}}}") == grader(response, inside)
     assert grader(response, inside).accuracy == 1.0
