@@ -11,5 +11,6 @@ def test_a_name_is_that_of_a_column_or_of_a_field_in_one() -> None:
     assert Column.of("reward_model.ground_truth", columns) == Column("reward_model", ("ground_truth",))
     assert Column.of("reward_model.a.b", columns).inside == ("a", "b")
     assert Column.of("a.b", columns) == Column("a.b"), "a column whose name has a dot"
+    assert Column.of("a.b", ("a", "a.b")) == Column("a.b"), "rather than the field of another"
     assert Column.of("gone.b", columns) == Column("gone.b"), "named whole in the message that it is missing"
     assert Column("a", ("b", "c")).name == "a.b.c"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron_vppo.config.choices import Grader
-from megatron_vppo.data.graders.answer_text import last_box
 from megatron_vppo.data.graders.grade import Grade
 
 
@@ -54,13 +53,8 @@ def load_grader(name: Grader, reward: BuiltInReward) -> Callable[[str, str], Gra
 
 
 def load_graders(reward: BuiltInReward) -> dict[Grader, Callable[[str, str], Grade]]:
-    """Imports every grader that has a weight. An answer of the data set that is in a box counts for what is in it."""
-    return {name: partial(_grade_unboxed, load_grader(name, reward)) for name in reward.weights}
-
-
-def _grade_unboxed(grader: Callable[[str, str], Grade], response: str, ground_truth: str) -> Grade:
-    box = last_box(ground_truth)
-    return grader(response, ground_truth if box is None else box)
+    """Imports every grader that has a weight."""
+    return {name: load_grader(name, reward) for name in reward.weights}
 
 
 def weighted_sum(grades: Mapping[Grader, Grade], weights: Mapping[Grader, float], main: Grader) -> dict[str, float]:
