@@ -34,6 +34,7 @@ PARTS = {
     "packing": "bench.waste_packing",
     "widths": "bench.waste_widths",
     "export": "bench.waste_export",
+    "engine": "bench.waste_engine",
 }
 """Modules with a function of the part's name, which returns bars."""
 
