@@ -189,9 +189,8 @@ def _open_run(
         placement = _placement(config, policy, engine)
         sampler.recover_with(_recovery(config, policy, placement, engine))
         writer = RecordWriter(folder.root) if is_writer and config.trainer.save_rollouts else None
-        if writer is not None:
-            stack.callback(writer.close)
         recorder = Recorder(tokenizer, images, config.algorithm.perturb.per, writer)
+        stack.callback(recorder.close)
         validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder)
         signals.begin_work()
         yield Run(
