@@ -377,9 +377,10 @@ class ActorConfig(Section):
     global_batch_size: Count = 128
     """Prompts per optimizer step (rollout.n responses each)."""
     micro_batch_size_per_device_for_update: Count = 4
-    """Responses per micro-batch of the update; they are packed, so there is no padding."""
+    """The most responses in a micro-batch of the update; they are packed, so there is no padding. Groups of rollout.n
+    responses that fit stay whole."""
     micro_batch_size_per_device_for_experience: Count = 8
-    """Responses per micro-batch of scoring."""
+    """The most responses in a micro-batch of scoring, likewise."""
     max_tokens_per_micro_batch: Count | None = None
     """Tokens that the model reads in a micro-batch of the update, filled with whole groups; in scoring, as many for
     each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few different numbers

@@ -8,7 +8,7 @@ from megatron_vppo.algorithm.types import ImageRef, Prompt, Response
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.balancing import assign_to_ranks
-from megatron_vppo.parallel.micro_batches import Reading, fill_by_tokens, groups_of_rank
+from megatron_vppo.parallel.micro_batches import Reading, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.setup.hardware import shares_prompts
 from megatron_vppo.setup.settings import vppo_settings
 
@@ -72,7 +72,7 @@ def _share(config: RunConfig, groups: int, rows_each: int, *, data: int, per: Pe
     most = config.actor.max_tokens_per_micro_batch
     return RankShare(
         rows=fullest * group_rows,
-        micro_batches=-(-fullest * group_rows // rows_each)
+        micro_batches=len(cut_by_rows([tuple(range(group_rows))] * fullest, rows_each=rows_each))
         if most is None
         else _filled(config, fullest, most, per=per),
         idle=tuple(rank for rank, mine in enumerate(groups_of_ranks) if not mine),

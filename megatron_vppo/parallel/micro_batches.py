@@ -78,9 +78,20 @@ def packed_tokens(responses: Sequence[Response], rows: Sequence[int], *, reading
 
 
 def cut_by_rows(groups: Sequence[Rows], *, rows_each: int) -> list[Rows]:
-    """Cuts rows into micro-batches of equally many. Neighbours stay together: responses to a prompt share images."""
-    rows = [row for group in groups for row in group]
-    return [tuple(rows[i : i + rows_each]) for i in range(0, len(rows), rows_each)]
+    """Cuts rows into micro-batches of at most `rows_each`.
+
+    Neighbours stay together: responses to a prompt share it and its images. A group that fits into a micro-batch is not
+    cut. Of larger ones as many rows go into each as there is room for.
+    """
+    micro_batches: list[Rows] = []
+    for group in groups:
+        room = rows_each - len(micro_batches[-1]) if micro_batches else 0
+        if room < len(group) <= rows_each:
+            room = 0
+        if room:
+            micro_batches[-1] += group[:room]
+        micro_batches += [group[start : start + rows_each] for start in range(room, len(group), rows_each)]
+    return micro_batches
 
 
 def fill_by_tokens(

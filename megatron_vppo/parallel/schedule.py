@@ -49,9 +49,9 @@ class PolicySettings:
     banned_ids: tuple[int, ...]
     """Tokens that rollouts cannot sample; the distribution leaves them out."""
     rows_per_update: int
-    """Responses per micro-batch of an update."""
+    """The most responses in a micro-batch of an update."""
     rows_per_experience: int
-    """Responses per micro-batch of a scoring pass."""
+    """The most responses in a micro-batch of a scoring pass."""
     head_chunk_tokens: int
     """Rows of logits that may exist at once."""
     perturb_per: PerturbUnit
