@@ -1,4 +1,4 @@
-"""What rank 0's main thread does between a weight sync and the next sampling: it hands over, and no more.
+"""The work of rank 0's main thread between a weight sync and the next sampling: it hands over, and no more.
 
 Recorder, record writer, draw, sampler and images are real (tools/bench/waste_between.py). Counted are the calls of
 functions, Python's and others, of the main thread. How long they take `tools/bench/waste.py --parts between` says.

@@ -201,7 +201,7 @@ class ImagesRun:
 def test_the_tower_runs_each_image_once_for_each_way_it_is_shown(
     per: PerturbUnit, perturbed: int, rows_each: int, folder: Path, layout: Layout
 ) -> None:
-    """Where a micro-batch has room for a group. One that is cut has its image in each of its parts (ADR 0022)."""
+    """A micro-batch has room for a group. One that is cut has its image in each of its parts (ADR 0022)."""
     rows = responses()
     policy = make_policy(folder, layout, per=per, shared=True, rows_each=rows_each)
     images = ImagesRun(policy)

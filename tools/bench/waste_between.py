@@ -1,4 +1,4 @@
-"""Bar 13 of waste.py: what rank 0's main thread does between a weight sync and the next sampling.
+"""Bar 13 of waste.py: the work of rank 0's main thread between a weight sync and the next sampling.
 
 That is to hand over the records of the step, and to hand out prompts until its own engine has its first requests; the
 other engines have theirs by then. Recorder, draw and sampler are real, and so are the images: JPEGs of a megapixel.

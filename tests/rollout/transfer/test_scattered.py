@@ -104,7 +104,7 @@ def test_a_view_that_ends_within_a_dimension_is_copied() -> None:
 
 @torch.inference_mode()
 def test_part_of_a_larger_parameter() -> None:
-    """As vLLM fills one part of fused layers."""
+    """vLLM fills fused layers part by part."""
     (_, _), (lying, expected), _ = tensors(KINDS["queries, keys, values"], 2)
     fused = torch.zeros(30, 5)
     fused.narrow(0, 10, 12).copy_(in_order(lying, expected.shape))
