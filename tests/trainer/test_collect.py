@@ -286,9 +286,10 @@ def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded()
     prompts = [Prompts()[row] for row in range(4)]
     grader = Grader(pool, max_error_share=1.0)
     written: list[tuple[int, ValidationRecords]] = []
-    writer: Any = SimpleNamespace(write=lambda step, records: written.append((step, records)))
+    writer: Any = SimpleNamespace(write=lambda step, records: written.append((step, records)), wait=lambda: None)
     recorder = Recorder(tokenizer=None, images=None, perturb_per="row", writer=writer)  # type: ignore[arg-type]
     metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4), recorder).run(6)
+    recorder.wait()
     assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
     assert metrics["val/errors"] == 4.0
     assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4
