@@ -27,11 +27,14 @@ import torch
 from digits.checkpoint import FAMILIES, make_config, make_model, make_processor, save_checkpoint
 from digits.cold_start import load_rows, train
 from digits.folder import STAMP, build_once
+from digits.pairs import PAIRS
+from digits.task import Task
 
 
 def write_model(
     out: Path,
     *,
+    task: Task,
     data: Path,
     family: str,
     band: tuple[float, float],
@@ -53,6 +56,7 @@ def write_model(
     reached = train(
         model,
         processor,
+        task,
         load_rows(data, "train", processor),
         load_rows(data, "val", processor),
         band=band,
@@ -75,18 +79,33 @@ def write_model(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(
+    task: Task = PAIRS,
+    *,
+    stop_at: float = 0.38,
+    batch: int = 64,
+    misread_share: float = 0.35,
+    description: str | None = __doc__,
+) -> None:
+    """Reads the command line and builds the start model of a task.
+
+    Args:
+        stop_at, batch, misread_share: the defaults of these options.
+        description: the text of `--help`.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that make_data.py wrote")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0])
     parser.add_argument(
         "--band", type=float, nargs=2, default=(0.30, 0.45), metavar=("LOW", "HIGH"), help="allowed held-out accuracy"
     )
-    parser.add_argument("--stop-at", type=float, default=0.38, help="held-out accuracy to stop at")
+    parser.add_argument("--stop-at", type=float, default=stop_at, help="held-out accuracy to stop at")
     parser.add_argument("--max-steps", type=int, default=600)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--misread-share", type=float, default=0.35, help="share of demonstrations with a wrong digit")
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument(
+        "--misread-share", type=float, default=misread_share, help="share of demonstrations with a wrong digit"
+    )
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
@@ -99,7 +118,7 @@ def main() -> None:
     result, reused = build_once(
         options.out,
         {**settings, "data": data_stamp},
-        lambda folder: write_model(folder, data=options.data, **training),
+        lambda folder: write_model(folder, task=task, data=options.data, **training),
     )
     print(json.dumps({**result, "reused": reused}))
 
