@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
-from digits.checkpoint import make_tokenizer
+from digits.checkpoint import make_config, make_model, make_processor, make_tokenizer, save_checkpoint
 from digits.cold_start import load_rows, prompt_inputs
 from digits.rows import write_data
 from sklearn.datasets import load_digits
 from tables.reads import answer_pattern, measure, token_kinds
 from tables.table import READINGS, TABLE
-from transformers import AutoProcessor
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from megatron_vppo.config.load import load_config
 from megatron_vppo.data.graders.mathruler import grade
@@ -133,33 +133,42 @@ def test_measured_by_kind():
         measure([{**record, "tokens": ["x"] * len(tokens)}])
 
 
-def build(
-    out: Path, monkeypatch: pytest.MonkeyPatch, *, data: tuple[str, ...] = (), model: tuple[str, ...] = ()
-) -> dict:
-    """Runs both programs; returns what the second one says of the model."""
-    for module, words in (
-        ("make_data", ["--out", str(out / "data"), *data]),
-        ("make_model", ["--data", str(out / "data"), "--out", str(out / "model"), *model]),
-    ):
-        monkeypatch.setattr(sys, "argv", [module, *words])
-        runpy.run_path(str(ROOT / "tools" / "tables" / f"{module}.py"), run_name="__main__")
-    return json.loads((out / "model" / "built.json").read_text())["result"]
+def run(program: str, monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", [program, *map(str, words)])
+    runpy.run_path(str(ROOT / "tools" / program), run_name="__main__")
 
 
 def test_the_programs_write_data_and_a_model(tmp_path, monkeypatch):
-    sizes = ("--train-tables", "16", "--val-tables", "2")
-    made = build(tmp_path, monkeypatch, data=sizes, model=("--band", "0", "1", "--max-steps", "2", "--batch", "4"))
-    assert made["steps"] == 2
-    assert len(json.loads((tmp_path / "data" / "labels.json").read_text())["train"]["digits"][0]) == 4
-    processor = AutoProcessor.from_pretrained(tmp_path / "model")
-    rows = load_rows(tmp_path / "data", "val", processor)
-    assert rows.images.shape == (2, 3, 112, 112)
-    inputs = prompt_inputs(processor, rows, torch.arange(2))
+    """With a learning rate of zero the model is the one that it begins with."""
+    data, start, out = (tmp_path / name for name in ("data", "start", "model"))
+    run("tables/make_data.py", monkeypatch, "--out", data, "--train-tables", 16, "--val-tables", 2)
+    assert np.shape(json.loads((data / "labels.json").read_text())["train"]["digits"]) == (16, 4)
+
+    settings = ("--band", 0, 1, "--max-steps", 2, "--batch", 4, "--lr", 0, "--threads", torch.get_num_threads())
+    model = ("--data", data, "--start", start, "--out", out, *settings)
+    with pytest.raises(SystemExit):  # no model yet
+        run("tables/make_model.py", monkeypatch, *model)
+    processor = make_processor()
+    begun = make_model(make_config(processor.tokenizer), seed=3)
+    save_checkpoint(begun, processor, start)
+    (start / "built.json").write_text(json.dumps({"arguments": {"family": "qwen2.5-vl", "seed": 3}}))
+    run("tables/make_model.py", monkeypatch, *model)
+    built = json.loads((out / "built.json").read_text())
+    assert built["result"]["steps"] == 2 and built["arguments"]["start"]["seed"] == 3
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, dtype="auto").state_dict()
+    for name, weight in begun.state_dict().items():
+        assert torch.equal(weight, loaded[name]), name
+
+    inputs = prompt_inputs(processor, load_rows(data, "val", processor), torch.arange(2))
     assert inputs["image_grid_thw"].tolist() == [[1, 8, 8]] * 2
     assert inputs["input_ids"].shape[1] <= load_config(EXAMPLE / "config.yaml").data.max_prompt_length
 
 
 @pytest.mark.extended
 def test_the_whole_build_is_right_about_some(tmp_path, monkeypatch):
-    """Minutes: the start model of the example."""
-    assert 0.3 <= build(tmp_path, monkeypatch)["accuracy"] <= 0.45
+    """Minutes: the start model of the example, and the one that it begins with."""
+    for task, start in (("digits", ()), ("tables", ("--start", tmp_path / "digits" / "model"))):
+        folder = tmp_path / task
+        run(f"{task}/make_data.py", monkeypatch, "--out", folder / "data")
+        run(f"{task}/make_model.py", monkeypatch, "--data", folder / "data", *start, "--out", folder / "model")
+        assert 0.3 <= json.loads((folder / "model" / "built.json").read_text())["result"]["accuracy"] <= 0.45
