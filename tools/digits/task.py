@@ -1,4 +1,4 @@
-"""What a task on images of digits consists of."""
+"""The parts of a task on images of digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Task:
     wordings: int
     """The number of wordings to choose from, so that the responses of a cold-started model differ."""
     choices: int
-    """How often a solution chooses one: once, or once for each digit."""
+    """The times that a solution chooses one: once, or once for each digit."""
     answer: Callable[[Sequence[int]], int]
     """A function of the digits: the right answer."""
     solution: Callable[[Sequence[int], Sequence[int]], str]
