@@ -28,8 +28,6 @@ NOT_SHIPPED = frozenset(
 """Names of a user's own files or of a model's, a script of the authors, and the one that is never to be."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
-TO_COME = frozenset({"evaluation/"})
-"""Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset(
     {"tensorboard/", "rollouts/", "validation/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"}
 )
@@ -160,7 +158,7 @@ def _paths(code: str) -> list[str]:
         if FILE.fullmatch(word):
             if word not in files and word not in NOT_SHIPPED:
                 found.append(f"file {word}")
-        elif FOLDER.fullmatch(word) and word not in folders | TO_COME:
+        elif FOLDER.fullmatch(word) and word not in folders:
             found.append(f"folder {word}")
     return found
 

@@ -145,3 +145,22 @@ Quantization = Literal["fp8"]
 
 LoggerService = Literal["wandb", "swanlab"]
 """The services that metrics can go to."""
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+BenchmarkSource = Literal[
+    "rows",
+    "sharegpt",
+    "mathverse",
+    "dynamath",
+    "mmk12",
+    "geometry3k",
+    "mathvision",
+    "we_math",
+    "logicvista",
+    "mmmu_pro",
+]
+"""The formats that benchmarks come in."""
+
+Grading = Literal["mathruler", "math_verify", "choice", "letters", "number", "text", "iou"]
+"""The rules by which responses to a benchmark are graded."""
