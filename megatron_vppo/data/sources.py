@@ -89,6 +89,17 @@ def open_source(source: str) -> OpenedSource:
     return _whole(DatasetRows(table), Path.cwd(), source)
 
 
+def splits_of(folder: Path) -> set[str]:
+    """Returns the splits that a folder says it has: those that `datasets` saved, else those that its files name.
+
+    Of the latter, train, validation and test are known.
+    """
+    if (folder / "dataset_dict.json").exists():
+        return {inside.name for inside in folder.iterdir() if inside.is_dir()}
+    paths = [str(file.relative_to(folder)) for file in _data_files(folder)]
+    return {name for path in paths for name in _splits_named_by(path)}
+
+
 def _open_file(path: Path, parsed: Source, source: str) -> OpenedSource:
     """Opens a file, which has one split: 'train', or what its own name says."""
     if parsed.split_name not in ("train", path.stem, *_splits_named_by(path.name)):

@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
 from megatron_vppo.config.choices import BenchmarkSource, Grading
 from megatron_vppo.config.ranges import FilePath, PositiveOrZero, ShareAboveZero, Text
 from megatron_vppo.config.schema import Section
-from megatron_vppo.evaluation.question import Question
+from megatron_vppo.evaluation.grading import check_answer
+from megatron_vppo.evaluation.opening import numbered, rows_of
+from megatron_vppo.evaluation.question import GradingRule, Question
+from megatron_vppo.evaluation.released import unlike_release
+from megatron_vppo.evaluation.sources import (
+    dynamath,
+    geometry3k,
+    logicvista,
+    mathverse,
+    mathvision,
+    mmk12,
+    mmmu_pro,
+    sharegpt,
+    we_math,
+)
+from megatron_vppo.evaluation.sources.own_rows import OwnRows
+from megatron_vppo.evaluation.sources.row import LeftOut, Reader, Row
+from megatron_vppo.system.visible import visible
+
+_CHOICES = ("choice", "letters")
+
+logger = logging.getLogger(__name__)
 
 
 class Benchmark(Section):
@@ -27,7 +53,7 @@ class Benchmark(Section):
     iou_threshold: ShareAboveZero = 0.5
     """The least overlap that the grader 'iou' counts as right."""
     multiple_choice_only: bool = False
-    """Leaves out questions with a free answer (MathVerse, as the authors do)."""
+    """True leaves out questions with a free answer (MathVerse, as the authors do)."""
     selection_leak: bool = False
     """True where models were chosen by these very questions (MMK12: the authors' validation set); it is reported
     apart."""
@@ -37,9 +63,66 @@ class Benchmark(Section):
     """Columns of the source 'rows'."""
 
 
-def read_questions(benchmark: Benchmark) -> list[Question]:
-    """Reads all questions of a benchmark.
+READERS: dict[BenchmarkSource, Reader] = {
+    "sharegpt": sharegpt.read,
+    "mathverse": mathverse.read,
+    "dynamath": dynamath.read,
+    "mmk12": mmk12.read,
+    "geometry3k": geometry3k.read,
+    "mathvision": mathvision.read,
+    "we_math": we_math.read,
+    "logicvista": logicvista.read,
+    "mmmu_pro": mmmu_pro.read,
+}
+"""The reader of each format but our own, whose columns have settings."""
 
-    Raises ValueError with file, row and what to do about it.
+
+def read_questions(benchmark: Benchmark) -> list[Question]:
+    """Reads the questions of a benchmark. Rows that are left out, and a number other than was released, are told.
+
+    Raises:
+        ValueError: naming the file, the row and what to do: the copy is not there or damaged, a row is not of the
+            source's form, the grader does not take an answer, or no question is left.
     """
-    raise NotImplementedError
+    rows, whole = rows_of(benchmark.name, benchmark.source, benchmark.path, benchmark.images)
+    if whole and (warning := unlike_release(benchmark.source, benchmark.path, len(rows))):
+        logger.warning("%s", visible(f"benchmark {benchmark.name!r}: {warning}"))
+    questions = _questions_of(benchmark, rows)
+    if benchmark.multiple_choice_only:
+        questions = [question for question in questions if question.rule.kind in _CHOICES]
+    if not questions:
+        raise ValueError(
+            f"benchmark {benchmark.name!r}: none of the {len(rows)} rows of {benchmark.path} is left"
+            + ("; leave out `multiple_choice_only`" if benchmark.multiple_choice_only else "")
+        )
+    if benchmark.grader is not None:
+        rule = GradingRule(
+            benchmark.grader, benchmark.relative_tolerance, benchmark.absolute_tolerance, benchmark.iou_threshold
+        )
+        questions = [replace(question, rule=rule) for question in questions]
+    for question in questions:
+        try:
+            check_answer(question.answer, rule=question.rule)
+        except ValueError as error:
+            raise ValueError(f"{question.place}: {error} of benchmark {benchmark.name!r}") from error
+    ids = numbered([question.id for question in questions])
+    return [replace(question, id=id) for question, id in zip(questions, ids, strict=True)]
+
+
+def _questions_of(benchmark: Benchmark, rows: Sequence[Row]) -> list[Question]:
+    """Reads every row, and tells how many are left out, and why."""
+    own = OwnRows(benchmark.prompt_key, benchmark.answer_key, benchmark.image_key)
+    read = own if benchmark.source == "rows" else READERS[benchmark.source]
+    questions = []
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        match read(row):
+            case LeftOut(reason):
+                reasons[reason] += 1
+            case question:
+                questions.append(question)
+    for reason, count in reasons.items():
+        logger.warning(
+            "%s", visible(f"benchmark {benchmark.name!r}: {count} of {len(rows)} rows are left out: {reason}")
+        )
+    return questions
