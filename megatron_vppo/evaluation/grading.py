@@ -3,8 +3,8 @@
 Pure functions of texts. sympy may take forever over a hostile response, so callers run them in processes with a limit.
 
 `mathruler` is PAPO-Eval's rule, and that of the authors' reward: spaces around <, > and / removed, then MathRuler's
-`extract_boxed_content` and `grade_answer` (xhguo7/PAPO-Eval, papo_eval/eval_utils.py). `number` and `text` are those of
-VLMEvalKit for DynaMath (vlmeval/dataset/dynamath.py), without its language model that looks for the answer.
+`extract_boxed_content` and `grade_answer` (xhguo7/PAPO-Eval, eval_utils). `number` and `text` are those of
+VLMEvalKit for DynaMath (its module dynamath), without its language model that looks for the answer.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from megatron_vppo.config.choices import BenchmarkSource
 from megatron_vppo.data.rows import BadRow
 from megatron_vppo.data.sources import OpenedSource, open_source, parse_source, splits_of
 from megatron_vppo.evaluation.image_places import places_of
-from megatron_vppo.evaluation.sources.row import Row
+from megatron_vppo.evaluation.sources.row import BenchmarkRow
 
 _SPLITS: dict[BenchmarkSource, str] = {
     "mmk12": "test",
@@ -49,7 +49,7 @@ class NamedRows:
         return str(self._rows[row]["key"])
 
 
-def rows_of(benchmark: str, source: BenchmarkSource, path: str, images: str | None) -> tuple[list[Row], bool]:
+def rows_of(benchmark: str, source: BenchmarkSource, path: str, images: str | None) -> tuple[list[BenchmarkRow], bool]:
     """Opens the file or folder of a benchmark.
 
     Args:
@@ -79,7 +79,7 @@ def rows_of(benchmark: str, source: BenchmarkSource, path: str, images: str | No
         except BadRow as error:
             raise ValueError(f"benchmark {benchmark!r}: {error}") from error
     places = places_of(location, images)
-    rows = [Row(benchmark, path, opened.rows, number, places) for number in opened.numbers]
+    rows = [BenchmarkRow(benchmark, path, opened.rows, number, places) for number in opened.numbers]
     return rows, len(opened.numbers) == len(opened.rows)
 
 

@@ -26,7 +26,7 @@ from megatron_vppo.evaluation.sources import (
     we_math,
 )
 from megatron_vppo.evaluation.sources.own_rows import OwnRows
-from megatron_vppo.evaluation.sources.row import LeftOut, Reader, Row
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, LeftOut, Reader
 from megatron_vppo.system.visible import visible
 
 _CHOICES = ("choice", "letters")
@@ -109,7 +109,7 @@ def read_questions(benchmark: Benchmark) -> list[Question]:
     return [replace(question, id=id) for question, id in zip(questions, ids, strict=True)]
 
 
-def _questions_of(benchmark: Benchmark, rows: Sequence[Row]) -> list[Question]:
+def _questions_of(benchmark: Benchmark, rows: Sequence[BenchmarkRow]) -> list[Question]:
     """Reads every row, and tells how many are left out, and why."""
     own = OwnRows(benchmark.prompt_key, benchmark.answer_key, benchmark.image_key)
     read = own if benchmark.source == "rows" else READERS[benchmark.source]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
-from megatron_vppo.data.sources import Source, check_source, open_source, parse_source
+from megatron_vppo.data.sources import Source, check_source, open_source, parse_source, splits_of
 
 
 def rows_of(source: object) -> VisionDataset:
@@ -165,3 +165,12 @@ def test_other_kinds_of_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=r"unknown kind of file; use one of \.parquet, \.jsonl, \.json or a folder"):
         open_source(str(tmp_path / name))
+
+
+def test_the_splits_that_a_folder_says_it_has(tmp_path: Path) -> None:
+    for name in ("data/train-00000-of-00001.parquet", "data/testing.jsonl", "other.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert splits_of(tmp_path) == {"train", "test"}
+    datasets.DatasetDict({"variant1": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk(str(tmp_path / "saved"))
+    assert splits_of(tmp_path / "saved") == {"variant1"}

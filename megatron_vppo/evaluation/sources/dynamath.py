@@ -8,15 +8,15 @@ from megatron_vppo.data.graders.number import quantity_of
 from megatron_vppo.evaluation.grading import pi_as_number
 from megatron_vppo.evaluation.question import GradingRule, Question
 from megatron_vppo.evaluation.sources.options import options_in
-from megatron_vppo.evaluation.sources.row import Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, marks_before, rule_of
 
 _VARIANT = re.compile(r"variant_?(\d+)")
 _NUMBER = GradingRule("number", absolute_tolerance=0.001)
-"""VLMEvalKit's tolerance (vlmeval/dataset/dynamath.py)."""
+"""VLMEvalKit's tolerance (its module dynamath)."""
 _TEXT = GradingRule("text")
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a variant, whose number is in the name of its file or split, such as `sample_variant3`."""
     question, answer = row.text("question"), row.text("ground_truth", "answer")
     kind = row.text("answer_type")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from megatron_vppo.evaluation.question import GradingRule, Question
-from megatron_vppo.evaluation.sources.row import Row
+from megatron_vppo.evaluation.sources.row import BenchmarkRow
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a question."""
     return row.question(row.text("problem"), row.text("answer"), GradingRule("mathruler"), images=row.images("images"))

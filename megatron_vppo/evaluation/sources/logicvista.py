@@ -1,4 +1,4 @@
-"""LogicVista: lscpku/LogicVista on the hub, or `data/dataset.json` of its repository with the images beside it.
+"""LogicVista: lscpku/LogicVista on the hub, or `data/dataset.json` of its repository with a folder of images.
 
 Answers are a letter, several letters, or a number. A row without an answer is left out: nothing could be right.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 from megatron_vppo.evaluation.grading import letters_of
 from megatron_vppo.evaluation.question import GradingRule, Question
 from megatron_vppo.evaluation.sources.options import options_in
-from megatron_vppo.evaluation.sources.row import LeftOut, Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, LeftOut, marks_before, rule_of
 
 
-def read(row: Row) -> Question | LeftOut:
+def read(row: BenchmarkRow) -> Question | LeftOut:
     """Reads a question; no column is asked for that one row spells in another way (`sourceli,nk`)."""
     answer = row.optional_text("answer")
     if not answer:

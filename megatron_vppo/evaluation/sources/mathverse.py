@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from megatron_vppo.evaluation.question import GradingRule, Question
 from megatron_vppo.evaluation.sources.options import options_in
-from megatron_vppo.evaluation.sources.row import SHOWN_QUESTION, Row, marks_before
+from megatron_vppo.evaluation.sources.row import SHOWN_QUESTION, BenchmarkRow, marks_before
 
 _KINDS = {"multi-choice": GradingRule("choice"), "free-form": GradingRule("mathruler")}
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a version of a problem. Raises RowError for an image that is missing in a version that has one."""
     version = row.text("problem_version")
     kind = row.text("question_type")

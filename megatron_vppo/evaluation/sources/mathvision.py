@@ -9,12 +9,12 @@ import re
 
 from megatron_vppo.evaluation.question import Question
 from megatron_vppo.evaluation.sources.options import LETTERS, with_options
-from megatron_vppo.evaluation.sources.row import Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, marks_before, rule_of
 
 _TAG = re.compile(r"<image(\d+)>")
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a question. The image leads; several tags become words, since options may consist of them."""
     options = row.value("options")
     options = [] if options is None else options

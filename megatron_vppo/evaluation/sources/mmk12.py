@@ -5,10 +5,10 @@ from __future__ import annotations
 from megatron_vppo.data.prompts import IMAGE_MARK
 from megatron_vppo.evaluation.question import Question
 from megatron_vppo.evaluation.sources.options import options_in
-from megatron_vppo.evaluation.sources.row import Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, marks_before, rule_of
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a question."""
     question, answer = row.text("question"), row.text("answer")
     images = row.images("image", "images")

@@ -2,7 +2,7 @@
 
 The options are a Python list in a string. `<image 2>` always means column image_2, wherever it stands in the question
 or in an option; options are shuffled, so the marks come in any order. Images that no mark names are not shown: they
-explain the solution (MMMU-Benchmark/MMMU, mmmu-pro/README.md and issue 70).
+explain the solution (MMMU-Benchmark/MMMU, the README of mmmu-pro and issue 70).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from megatron_vppo.data.prompts import IMAGE_MARK
 from megatron_vppo.evaluation.encoded import EncodedImage
 from megatron_vppo.evaluation.question import Question
 from megatron_vppo.evaluation.sources.options import with_options
-from megatron_vppo.evaluation.sources.row import SHOWN_QUESTION, Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import SHOWN_QUESTION, BenchmarkRow, marks_before, rule_of
 
 _MARK = re.compile(r"<image\s+(\d+)>")
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a question of any configuration. Raises RowError for options that are no list, and missing images."""
     options = _options(row)
     answer = row.text("answer")
@@ -42,14 +42,14 @@ def read(row: Row) -> Question:
     )
 
 
-def _image(row: Row, column: str) -> tuple[EncodedImage, ...]:
+def _image(row: BenchmarkRow, column: str) -> tuple[EncodedImage, ...]:
     images = row.images(column)
     if not images:
         raise row.error(f"column {column!r} holds no image, though the question shows it")
     return images
 
 
-def _options(row: Row) -> list[str]:
+def _options(row: BenchmarkRow) -> list[str]:
     listed = row.value("options")
     try:
         options = ast.literal_eval(listed) if isinstance(listed, str) else listed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_vppo.evaluation.question import GradingRule, Question
-from megatron_vppo.evaluation.sources.row import Row
+from megatron_vppo.evaluation.sources.row import BenchmarkRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,7 @@ class OwnRows:
     answer_key: str
     image_key: str
 
-    def __call__(self, row: Row) -> Question:
+    def __call__(self, row: BenchmarkRow) -> Question:
         """Reads a row. A file without a column of images has none."""
         images = row.images(self.image_key) if row.has(self.image_key) else ()
         rule = GradingRule("mathruler")

@@ -26,7 +26,7 @@ class LeftOut:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class BenchmarkRow:
     """One row. Every error names file and row."""
 
     benchmark: str
@@ -139,7 +139,7 @@ class Row:
         )
 
 
-Reader = Callable[[Row], Question | LeftOut]
+Reader = Callable[[BenchmarkRow], Question | LeftOut]
 """The reader of a format."""
 
 

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from megatron_vppo.evaluation.question import GradingRule, Question
-from megatron_vppo.evaluation.sources.row import Row
+from megatron_vppo.evaluation.sources.row import BenchmarkRow
 
 _INSTRUCTIONS = (
     # PAPO-Eval and VPPO-Eval, after one or two line ends or a space
@@ -29,7 +29,7 @@ _ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "ass
 """The speakers by both sets of tags that LLaMA-Factory knows: role/content and from/value."""
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a conversation. Raises RowError if a question ends with an instruction that is not known."""
     turns = row.value("messages", "conversations")
     spoken = _texts_by_speaker(row, turns)
@@ -45,7 +45,7 @@ def read(row: Row) -> Question:
     return row.question(question, spoken["assistant"], GradingRule("mathruler"), images=images, id=id)
 
 
-def _texts_by_speaker(row: Row, turns: Any) -> dict[str, str]:
+def _texts_by_speaker(row: BenchmarkRow, turns: Any) -> dict[str, str]:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise row.error(f"'messages' is no list of turns: {str(turns)[:80]!r}")
     spoken = {}

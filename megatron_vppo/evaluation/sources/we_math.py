@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from megatron_vppo.evaluation.question import Question
 from megatron_vppo.evaluation.sources.options import options_in, with_options
-from megatron_vppo.evaluation.sources.row import Row, marks_before, rule_of
+from megatron_vppo.evaluation.sources.row import BenchmarkRow, marks_before, rule_of
 
 
-def read(row: Row) -> Question:
+def read(row: BenchmarkRow) -> Question:
     """Reads a question, with one option per line. Raises RowError if the options cannot be told apart."""
     listed = row.text("option")
     options = options_in(listed)

@@ -104,7 +104,7 @@ def test_what_is_no_question_with_its_answer(copy: Path, turns: Any, message: st
 
 
 def test_parquet_of_the_hub_with_images_in_an_archive(tmp_path: Path) -> None:
-    """PAPO-Galaxy/PAPO_eval: the archive is beside the folder of parquet files, named by the split."""
+    """PAPO-Galaxy/PAPO_eval: the archive is next to the folder of parquet files, named by the split."""
     rows = [
         {**row(f"<image>Find x. {PAPO}", images=("./data/images/geo/1.png",)), "id": "geo_0"},
         {**row(f"<image>Find y. {PAPO}", images=("./data/images/geo/2.png",)), "id": "geo_1"},

@@ -1,0 +1,84 @@
+"""A benchmark's settings: our own rows, graders and their tolerances, and what is said of a wrong copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_vppo.config.choices import BenchmarkSource
+from megatron_vppo.evaluation.question import GradingRule
+from megatron_vppo.evaluation.suite import READERS, Benchmark
+from tests.evaluation.sources.copies import colors, png, questions_of, write_json
+
+ROWS = [
+    {"question": "<image>How many?", "solution": "3", "image": "red.png"},
+    {"question": "Two and two?", "solution": "4", "image": None},
+]
+KEYS: dict[str, Any] = {"prompt_key": "question", "answer_key": "solution", "image_key": "image"}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "red.png").write_bytes(png("red"))
+    write_json(tmp_path / "rows.json", ROWS)
+    return tmp_path / "rows.json"
+
+
+def test_rows_of_our_own_form(rows: Path) -> None:
+    questions = questions_of("rows", rows, images=str(rows.parent / "images"), **KEYS)
+    assert [(one.id, one.problem, one.answer) for one in questions] == [
+        ("0", "<image>How many?", "3"),
+        ("1", "Two and two?", "4"),
+    ]
+    assert [colors(question) for question in questions] == [["red"], []]
+    assert questions[0].rule == GradingRule("mathruler")
+    assert questions[0].benchmark == "tiny"
+
+
+def test_the_grader_that_is_set_wins_with_its_tolerances(rows: Path) -> None:
+    settings = {**KEYS, "images": str(rows.parent / "images"), "grader": "number", "relative_tolerance": 0.05}
+    questions = questions_of("rows", rows, **settings)
+    assert {question.rule for question in questions} == {GradingRule("number", 0.05, 0.0, 0.5)}
+
+
+def test_an_answer_that_the_grader_does_not_take_is_named_with_its_row(rows: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"rows\.json, row 0: the grader 'choice' does not take the answer '3'; set another `grader` of",
+    ):
+        questions_of("rows", rows, images=str(rows.parent / "images"), grader="choice", **KEYS)
+
+
+def test_a_copy_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"'tiny': .*/none\.parquet does not exist\. Benchmarks are read from local copies"
+    ):
+        questions_of("geometry3k", tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"hiyouga/geometry3k does not exist"):
+        questions_of("geometry3k", "hiyouga/geometry3k@test")
+
+
+def test_a_wrong_column(rows: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"rows\.json, row 0: the file has no column 'problem'; it has question, solution"
+    ):
+        questions_of("rows", rows)
+
+
+def test_a_damaged_row(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"problem": "x", "answer": "1"}\n{"problem": \n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, row 1: not valid JSON.* \[line 2\]"):
+        questions_of("rows", tmp_path / "rows.jsonl")
+
+
+def test_every_source_has_a_reader() -> None:
+    assert {"rows", *READERS} == {*get_args(BenchmarkSource)}
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(ValidationError, match="pathh"):
+        Benchmark(name="x", source="rows", path="x.json", pathh="y")  # type: ignore[call-arg]
