@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+from pydantic import model_validator
+from pydantic_core import PydanticCustomError
+
 from megatron_vppo.config.choices import BenchmarkSource, Grading
 from megatron_vppo.config.ranges import FilePath, PositiveOrZero, ShareAboveZero, Text
 from megatron_vppo.config.schema import Section
@@ -30,6 +33,7 @@ from megatron_vppo.evaluation.sources.row import BenchmarkRow, LeftOut, Reader
 from megatron_vppo.system.visible import visible
 
 _CHOICES = ("choice", "letters")
+_NATIVE_SOURCE = "a `source` that says which questions are multiple choice, such as mathverse"
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +65,44 @@ class Benchmark(Section):
     answer_key: Text = "answer"
     image_key: Text = "images"
     """Columns of the source 'rows'."""
+
+    @model_validator(mode="after")
+    def _refuse_settings_without_effect(self) -> Benchmark:
+        """Refuses a setting that this grader, or this source, does not look at."""
+        without_effect = [
+            (
+                self.relative_tolerance or self.absolute_tolerance,
+                self.grader == "number",
+                "tolerances",
+                "grader: number",
+            ),
+            ("iou_threshold" in self._changed(), self.grader == "iou", "iou_threshold", "grader: iou"),
+            (
+                self._changed() & {"prompt_key", "answer_key", "image_key"},
+                self.source == "rows",
+                "keys",
+                "source: rows",
+            ),
+            (
+                self.multiple_choice_only,
+                self.source not in ("rows", "sharegpt"),
+                "multiple_choice_only",
+                _NATIVE_SOURCE,
+            ),
+        ]
+        for is_set, is_used, setting, need in without_effect:
+            if is_set and not is_used:
+                raise PydanticCustomError(
+                    "no_effect",
+                    "{setting} would have no effect; leave it out, or set {need}",
+                    {"setting": setting, "need": need},
+                )
+        return self
+
+    def _changed(self) -> set[str]:
+        """Returns the settings that are not at their defaults. A file that was written has all of them."""
+        fields = type(self).model_fields
+        return {name for name in fields if getattr(self, name) != fields[name].default}
 
 
 READERS: dict[BenchmarkSource, Reader] = {

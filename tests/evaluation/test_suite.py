@@ -82,3 +82,23 @@ def test_every_source_has_a_reader() -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(ValidationError, match="pathh"):
         Benchmark(name="x", source="rows", path="x.json", pathh="y")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "message"),
+    [
+        ("rows", {"relative_tolerance": 0.1}, "tolerances would have no effect; leave it out, or set grader: number"),
+        ("rows", {"grader": "choice", "absolute_tolerance": 0.1}, "set grader: number"),
+        ("rows", {"grader": "number", "iou_threshold": 0.7}, "iou_threshold would have no effect"),
+        ("mmk12", {"answer_key": "solution"}, "keys would have no effect; leave it out, or set source: rows"),
+        ("sharegpt", {"multiple_choice_only": True}, "set a `source` that says which questions are multiple choice"),
+    ],
+)
+def test_settings_without_effect_are_refused(source: Any, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Benchmark(name="x", source=source, path="x.json", **settings)
+
+
+def test_a_benchmark_that_was_written_with_all_settings_can_be_read_again() -> None:
+    benchmark = Benchmark(name="x", source="mmk12", path="x.json", selection_leak=True)
+    assert Benchmark.model_validate(benchmark.model_dump(mode="json")) == benchmark

@@ -88,7 +88,7 @@ class BenchmarkRow:
         column = next(filter(self.has, columns), columns[0])
         cell = self.value(*columns)
         cells = cell if isinstance(cell, list) else [cell]
-        return tuple(self._image(one, column, index) for index, one in enumerate(cells) if one not in (None, ""))
+        return tuple(self._image(one, column, index) for index, one in enumerate(cells) if not _is_empty(one))
 
     def _image(self, cell: Any, column: str, index: int) -> EncodedImage:
         data = cell.get("bytes") if isinstance(cell, dict) else cell
@@ -137,6 +137,11 @@ class BenchmarkRow:
             categories={name: value for name, value in (categories or {}).items() if value},
             variant_of=variant_of,
         )
+
+
+def _is_empty(cell: Any) -> bool:
+    """Returns True for a cell of images without an image: nothing, an empty path, or neither bytes nor path."""
+    return not (cell.get("bytes") or cell.get("path")) if isinstance(cell, dict) else cell in (None, "")
 
 
 Reader = Callable[[BenchmarkRow], Question | LeftOut]

@@ -40,8 +40,8 @@ def test_versions_of_a_problem_are_variants_of_it(tmp_path: Path) -> None:
     assert [one.variant_of for one in questions_of("mathverse", tmp_path / "testmini.parquet")] == ["7", "7"]
 
 
-@pytest.mark.parametrize("image", ["", None])
-def test_text_only_has_no_image(tmp_path: Path, image: str | None) -> None:
+@pytest.mark.parametrize("image", ["", None, {"bytes": None, "path": ""}])
+def test_text_only_has_no_image(tmp_path: Path, image: Any) -> None:
     write_parquet(tmp_path / "testmini.parquet", [row(1, "Text Only", image=image)])
     (question,) = questions_of("mathverse", tmp_path / "testmini.parquet")
     assert question.images == ()
