@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from megatron_vppo.config.choices import BenchmarkSource
 from megatron_vppo.evaluation.question import GradingRule
-from megatron_vppo.evaluation.suite import READERS, Benchmark
-from tests.evaluation.sources.copies import colors, png, questions_of, write_json
+from megatron_vppo.evaluation.suite import READERS, Benchmark, read_questions
+from tests.evaluation.sources.copies import colors, png, questions_of, write_json, write_parquet
 
 ROWS = [
     {"question": "<image>How many?", "solution": "3", "image": "red.png"},
@@ -102,3 +104,43 @@ def test_settings_without_effect_are_refused(source: Any, settings: dict[str, An
 def test_a_benchmark_that_was_written_with_all_settings_can_be_read_again() -> None:
     benchmark = Benchmark(name="x", source="mmk12", path="x.json", selection_leak=True)
     assert Benchmark.model_validate(benchmark.model_dump(mode="json")) == benchmark
+
+
+ARCHIVES = {
+    "AI4Math_MathVerse": "AI4Math_MathVerse_images.zip",
+    "PAPO_MMK12": "PAPO_MMK12_test_images.zip",
+    "hiyouga_geometry3k": "hiyouga_geometry3k_images.zip",
+    "We_Math": "We-Math_We-Math_images.zip",
+    "lscpku_LogicVista": "lscpku_LogicVista_images.zip",
+    "MMMU_MMMU_Pro": "MMMU_MMMU_Pro_images.zip",
+}
+"""The archives of PAPO-Galaxy/PAPO_eval by split: four are named by it, two are not (prepare_data of PAPO-Eval)."""
+
+
+def test_the_suite_of_the_paper_reads_copies_as_the_hub_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = yaml.safe_load((Path(__file__).resolve().parents[2] / "examples/eval/vppo8.yaml").read_text())
+    monkeypatch.chdir(tmp_path)
+
+    def row(folder: str) -> dict[str, Any]:
+        turns = [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "3"}]
+        return {"messages": turns, "images": [f"./data/images/{folder}/1.png"]}
+
+    papo = Path("data/eval/PAPO_eval")
+    for split, archive in ARCHIVES.items():
+        write_parquet(papo / "data" / f"{split}-00000-of-00001.parquet", [row(split)])
+        with zipfile.ZipFile(papo / archive, "w") as opened:
+            opened.writestr(f"{split}/1.png", png("red"))
+    for name in ("DynaMath_DynaMath_Sample", "MathLLMs_MathVision"):
+        write_json(Path(f"data/eval/VPPO-Eval/data/vppo/{name}.json"), [row(name)])
+        image = Path(f"data/eval/VPPO-Eval/data/images/{name}/1.png")
+        image.parent.mkdir(parents=True)
+        image.write_bytes(png("blue"))
+    found = {
+        settings["name"]: [colors(question) for question in read_questions(Benchmark(**settings))]
+        for settings in suite["benchmarks"]
+    }
+    in_folders = {key: [["blue"]] for key in ("DynaMath", "MathVision")}
+    assert found == {name: in_folders.get(name, [["red"]]) for name in found}
+    assert len(found) == 8
