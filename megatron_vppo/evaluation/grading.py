@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_vppo.data.graders import choice, iou, math_verify, mathruler, number
+from megatron_vppo.data.graders import choice, mathruler, number
 from megatron_vppo.data.graders.answer_text import after_answer, last_box, tidied
 from megatron_vppo.evaluation.question import GradingRule
 
@@ -69,6 +69,8 @@ def _accuracy(response: str, answer: str, rule: GradingRule, options: Sequence[s
         case "mathruler":
             return mathruler.grade(response, answer).accuracy
         case "math_verify":
+            from megatron_vppo.data.graders import math_verify  # a worker imports only what it grades by
+
             return math_verify.grade(response, answer).accuracy
         case "choice":
             return choice.grade(_with_letter(response, options), answer).accuracy
@@ -85,6 +87,8 @@ def _accuracy(response: str, answer: str, rule: GradingRule, options: Sequence[s
         case "text":
             return float(_plain(answer) in _plain(_answer_part(response)))
         case "iou":
+            from megatron_vppo.data.graders import iou
+
             return iou.grade(response, answer, threshold=rule.iou_threshold).accuracy
 
 
@@ -98,6 +102,8 @@ def _vote(response: str, rule: GradingRule, options: Sequence[str]) -> str | Non
             found = number.quantity_in(pi_as_number(response))
             return None if found is None else _spelling(found)
         case "iou":
+            from megatron_vppo.data.graders import iou
+
             boxes = iou.boxes_in(iou.answer_of(response))
             return str(boxes) if boxes else None
         case "mathruler":

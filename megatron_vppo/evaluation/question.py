@@ -1,15 +1,20 @@
-"""The question of a benchmark, in the one form that every source gives it."""
+"""The question of a benchmark, in the one form that every source gives it.
+
+Imported by the workers that grade: at the top nothing may import `datasets` or torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_vppo.config.choices import Grading
-from megatron_vppo.data.dataset import VisionDataset
-from megatron_vppo.evaluation.encoded import EncodedImage
+
+if TYPE_CHECKING:
+    from megatron_vppo.data.dataset import VisionDataset
+    from megatron_vppo.evaluation.encoded import EncodedImage
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ def dataset_of(questions: Sequence[Question]) -> VisionDataset:
 
     Images are read when they are asked for.
     """
+    from megatron_vppo.data.dataset import VisionDataset
+
     return VisionDataset(
         _QuestionRows(questions),
         source=questions[0].benchmark,

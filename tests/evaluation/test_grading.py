@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import subprocess
+import sys
 
 import pytest
 from mathruler.grader import extract_boxed_content, grade_answer
@@ -136,3 +138,11 @@ def test_an_answer_that_the_rule_does_not_take(kind: Grading, answer: str) -> No
 def test_a_rule_and_a_grade_go_to_other_processes() -> None:
     found = grade("\\boxed{5}", "5", rule=FLOAT)
     assert pickle.loads(pickle.dumps((FLOAT, found))) == (FLOAT, found)
+
+
+def test_a_worker_that_grades_imports_little() -> None:
+    """Each of the reward workers would take seconds and memory for these."""
+    heavy = ("torch", "datasets", "transformers", "scipy", "PIL", "math_verify")
+    code = f"import sys, megatron_vppo.evaluation.grading; print([name for name in {heavy} if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
