@@ -7,8 +7,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
+from megatron_vppo.data.prompts import read_template
 from tests.evaluation.sources.copies import colors, png, questions_of, write_json, write_parquet
 
 PAPO = (
@@ -56,6 +58,15 @@ def test_the_instruction_is_taken_off(copy: Path, end: str) -> None:
     assert question.answer == "48"
     assert question.rule.kind == "mathruler"
     assert colors(question) == ["red"]
+
+
+def test_our_format_prompt_gives_the_text_that_papo_eval_has(copy: Path) -> None:
+    """The words that are taken off come back, once, by the template of the authors' training."""
+    text = f"<image>Find $x$.\n\n{PAPO}"
+    write_json(copy, [row(text)])
+    (question,) = questions_of("sharegpt", copy)
+    template = Path(__file__).resolve().parents[3] / "examples/format_prompt/math_format_perception.jinja"
+    assert jinja2.Template(read_template(str(template))).render(content=question.problem) == text
 
 
 def test_an_instruction_in_other_words_is_refused(copy: Path) -> None:
