@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_vppo.config.choices import BenchmarkSource
 
 _NATIVE: dict[BenchmarkSource, dict[str, int]] = {
@@ -45,10 +47,10 @@ def unlike_release(source: BenchmarkSource, path: str, rows: int) -> str | None:
     """Returns a warning if a copy has another number of rows than was released; None if not, or if it is not known.
 
     Args:
-        path: the file's, whose name says which set of PAPO-Eval or VPPO-Eval it is.
+        path: that of the file or folder, whose name says which set of PAPO-Eval or VPPO-Eval it is.
     """
     if source == "sharegpt":
-        name = path.rpartition("/")[2].partition("@")[0].rpartition(".")[0].partition("-00")[0]
+        name = Path(path.partition("@")[0]).stem.partition("-00")[0]
         known = {name: _SHAREGPT[name]} if name in _SHAREGPT else {}
     else:
         known = _NATIVE.get(source, {})

@@ -18,5 +18,6 @@ def test_files_of_papo_eval_are_known_by_name() -> None:
     assert unlike_release("sharegpt", path, 601) is None
     assert "has 600 rows, and 601 (hiyouga_geometry3k) were released" in (unlike_release("sharegpt", path, 600) or "")
     assert "2907" in (unlike_release("sharegpt", "MathLLMs_MathVision.json@train", 2906) or "")
+    assert "447" in (unlike_release("sharegpt", "papo/lscpku_LogicVista@test", 448) or ""), "a folder"
     assert unlike_release("sharegpt", "my_own.json", 5) is None
     assert unlike_release("rows", "my_own.json", 5) is None
