@@ -164,3 +164,6 @@ BenchmarkSource = Literal[
 
 Grading = Literal["mathruler", "math_verify", "choice", "letters", "number", "text", "iou"]
 """The rules by which responses to a benchmark are graded."""
+
+EvalPreset = Literal["paper", "papo-eval"]
+"""The named sets of settings of an evaluation."""

@@ -102,16 +102,9 @@ class Section(BaseModel):
         return value
 
 
-class DataConfig(Section):
-    train_files: FilePath
-    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
-    val_files: FilePath | None = None
-    """Held-out rows, same forms; None: no validation."""
-    prompt_key: Text = "problem"
-    answer_key: Text = "answer"
-    image_key: Text = "images"
-    image_dir: FilePath | None = None
-    """Folder that relative image paths are taken from; None: the folder of the data file."""
+class PromptConfig(Section):
+    """The settings by which an image question becomes tokens, in training and in evaluations."""
+
     format_prompt: FilePath | None = None
     """Jinja file that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
@@ -125,14 +118,26 @@ class DataConfig(Section):
     """Pixel budget per image."""
     background: str = "white"
     """Colour behind transparent pixels: a name, or '#rrggbb'. The authors' resize drops transparency instead."""
+    on_bad_row: BadRows = "error"
+    num_workers: int = Field(default=2, ge=0, le=1024)
+    """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
+
+
+class DataConfig(PromptConfig):
+    train_files: FilePath
+    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
+    val_files: FilePath | None = None
+    """Held-out rows, same forms; None: no validation."""
+    prompt_key: Text = "problem"
+    answer_key: Text = "answer"
+    image_key: Text = "images"
+    image_dir: FilePath | None = None
+    """Folder that relative image paths are taken from; None: the folder of the data file."""
     rollout_batch_size: Count = 384
     """Prompts per training step."""
     shuffle: bool = True
-    on_bad_row: BadRows = "error"
     max_val_rows: Count | None = None
     """The number of rows, from the first, to validate on; None: all."""
-    num_workers: int = Field(default=2, ge=0, le=1024)
-    """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
 
 
 class ModelConfig(Section):
@@ -404,7 +409,36 @@ class ValSamplingConfig(Section):
     top_p: ShareAboveZero = 1.0
 
 
-class RolloutConfig(Section):
+class EngineConfig(Section):
+    """The settings of vLLM's engines that an evaluation has, too. Responses depend on them by rounding alone."""
+
+    tensor_parallel_size: Count = 1
+    """Devices per vLLM engine."""
+    num_engines: Count | None = None
+    """None: one per tensor_parallel_size devices on GPUs, one on a machine without GPUs."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
+    """Share of each of its GPUs that an engine takes while it is awake."""
+    cpu_kv_cache_gib: Positive = 1.0
+    """GiB for the KV cache of an engine on CPU."""
+    threads_per_engine: Workers | None = None
+    """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
+    max_num_seqs: int | None = Field(default=None, gt=0, le=8192)
+    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB. None: 1024 on GPUs,
+    256 without."""
+    max_images_per_prompt: Count = 8
+    """The most images that one prompt may have."""
+    enforce_eager: bool | None = None
+    """Run engines without CUDA graphs. None: with them on GPUs."""
+    start_timeout_seconds: Wait = 600.0
+    """Time for an engine to load."""
+    engine_timeout_seconds: Wait = 300.0
+    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
+    started again. The default is vLLM's own bound of a forward pass."""
+    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
+    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
+
+
+class RolloutConfig(EngineConfig):
     n: int = Field(default=8, gt=1, le=MOST_RESPONSES)
     """Responses per prompt."""
     temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
@@ -421,12 +455,6 @@ class RolloutConfig(Section):
     """Groups that a step began and did not need: dropped, or carried to the next step, which goes on with their
     responses. These then have tokens of several weights, so 'carry' needs algorithm.rollout_correction_cap, and which
     groups are carried depends on time."""
-    tensor_parallel_size: Count = 1
-    """Devices per vLLM engine."""
-    num_engines: Count | None = None
-    """None: one per tensor_parallel_size trainer devices on GPUs, one on a machine without GPUs."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
-    """Share of each of its GPUs that an engine takes while it is awake."""
     free_cache_engine: bool | None = None
     """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
     them with the trainer."""
@@ -435,32 +463,25 @@ class RolloutConfig(Section):
     quantization: Quantization | None = None
     """Number format of the linear layers in the engines' language model, scaled as fp8.recipe says (block by block
     without one). Engines quantise the weights that they are sent. GPUs only."""
-    cpu_kv_cache_gib: Positive = 1.0
-    """GiB for the KV cache of an engine on CPU."""
-    threads_per_engine: Workers | None = None
-    """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
-    max_num_seqs: int | None = Field(default=None, gt=0, le=8192)
-    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB. None: 1024 on GPUs,
-    256 without."""
-    max_images_per_prompt: Count = 8
-    """The most images that one prompt may have."""
-    enforce_eager: bool | None = None
-    """Run engines without CUDA graphs. None: with them on GPUs."""
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: VerifyWeights = "first"
     """Weight syncs after which vLLM's checksums are compared with those of the weights sent to it."""
     logprob_diff_bound: Positive = 0.05
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
-    start_timeout_seconds: Wait = 600.0
-    """Time for an engine to load."""
-    engine_timeout_seconds: Wait = 300.0
-    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
-    started again. The default is vLLM's own bound of a forward pass."""
-    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
-    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
 
 
-class RewardConfig(Section):
+class GradingWorkersConfig(Section):
+    """The settings of the processes that grade responses, in training and in evaluations."""
+
+    num_workers: Workers | None = None
+    """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
+    for a batch function of yours, which may compare all responses that it gets."""
+    timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
+    """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
+    up to 60 times as long, and Linux waits no longer than 24 days."""
+
+
+class RewardConfig(GradingWorkersConfig):
     reward_function: FilePath = "mathruler"
     """A built-in grader: 'mathruler' (the authors'), 'math_verify', 'choice', 'number', 'iou' or 'format'; or
     `file.py:function` of yours."""
@@ -479,12 +500,6 @@ class RewardConfig(Section):
     """The call of a function of yours: with a list of all responses once they are sampled ('batch'), or once per
     response while others are sampled ('sequential'). 'auto': by the names of its parameters; a list if they say
     nothing."""
-    num_workers: Workers | None = None
-    """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
-    for a batch function of yours, which may compare all responses that it gets."""
-    timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
-    """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
-    up to 60 times as long, and Linux waits no longer than 24 days."""
     max_error_share: ShareAboveZero = 1.0
     """Share of the rewards of a step that may fail: if as many fail, the run ends."""
 

@@ -74,7 +74,7 @@ def see_files(config: RunConfig) -> SeenFiles:
     Raises:
         ValueError: a file that is here is damaged, or lacks a column; or a colour that is none.
     """
-    background_color(config)
+    background_color(config.data)
     findings, rows = [], None
     for split, (setting, source) in zip(("train", "val"), data_sources(config).items(), strict=False):
         finding, found = _see_rows(config, split, setting, source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from megatron_vppo.config.schema import PerturbConfig, RunConfig
+from megatron_vppo.config.schema import PerturbConfig, PromptConfig, RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
 from megatron_vppo.data.decode import Rgb, parse_color
 from megatron_vppo.data.geometry import ImageGeometry
@@ -55,7 +55,7 @@ def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
             datasets,
             processor.image_processor,
             geometry=geometry,
-            background=background_color(config),
+            background=background_color(config.data),
             perturbing=Perturbing(make_perturbation(perturb), per=perturb.per),
             run_seed=config.trainer.seed,
         ),
@@ -63,10 +63,10 @@ def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
     )
 
 
-def background_color(config: RunConfig) -> Rgb:
+def background_color(data: PromptConfig) -> Rgb:
     """Returns the colour behind transparent pixels. Raises ValueError if data.background is none."""
     try:
-        return parse_color(config.data.background)
+        return parse_color(data.background)
     except ValueError as error:
         raise ValueError(f"data.background: {error}; set a name such as white, or '#rrggbb'") from error
 

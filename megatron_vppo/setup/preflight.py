@@ -171,7 +171,7 @@ def missing_file(setting: str, path: Path) -> str | None:
 
 def _check_files(config: RunConfig) -> None:
     """Checks the files of a run and the background. Ranks would miss them only after their engines have started."""
-    background_color(config)
+    background_color(config.data)
     for source in data_sources(config).values():
         check_source(source)
     for setting, path in own_files(config).items():

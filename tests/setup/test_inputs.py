@@ -31,13 +31,13 @@ def test_each_kind_gets_its_parameters(settings: dict[str, Any], expected: Pertu
     ("text", "color"), [("white", (255, 255, 255)), ("#0a141e", (10, 20, 30)), ("hsl(0,0%,0%)", (0,) * 3)]
 )
 def test_a_background_is_a_color(text: str, color: tuple[int, int, int]) -> None:
-    assert background_color(_with_background(text)) == color
+    assert background_color(_with_background(text).data) == color
 
 
 @pytest.mark.parametrize("text", ["whitee", "#12345", "#ffffff80", ""])
 def test_other_backgrounds_are_refused_by_name(text: str) -> None:
     with pytest.raises(ValueError, match=r"^data\.background: .*set a name such as white, or '#rrggbb'$"):
-        background_color(_with_background(text))
+        background_color(_with_background(text).data)
 
 
 def _with_background(text: str) -> RunConfig:
