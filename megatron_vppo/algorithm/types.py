@@ -107,6 +107,8 @@ class Reward:
     """Everything else the reward function returned."""
     error: str | None = None
     """The reason why `overall` is zero, if the reward function raised or ran out of time."""
+    vote: str | None = None
+    """The answer that an evaluation found in the response, in the spelling by which a majority counts it."""
 
 
 @dataclass(frozen=True, slots=True)
