@@ -11,6 +11,7 @@ from megatron_vppo.config.choices import BenchmarkSource
 from megatron_vppo.data.rows import BadRow
 from megatron_vppo.data.sources import OpenedSource, open_source, parse_source, splits_of
 from megatron_vppo.evaluation.image_places import places_of
+from megatron_vppo.evaluation.released import hub_id
 from megatron_vppo.evaluation.sources.row import BenchmarkRow
 
 _SPLITS: dict[BenchmarkSource, str] = {
@@ -66,9 +67,11 @@ def rows_of(benchmark: str, source: BenchmarkSource, path: str, images: str | No
     parsed = parse_source(path)
     location = Path(parsed.location)
     if not location.exists():
+        copied = hub_id(source, path)
+        fetch = f": hf download {copied} --repo-type dataset --local-dir FOLDER" if copied else ""
         raise ValueError(
-            f"benchmark {benchmark!r}: {location.absolute()} does not exist. Benchmarks are read from local copies; "
-            "docs/evaluation.md says how to fetch them"
+            f"benchmark {benchmark!r}: {location.absolute()} does not exist. Benchmarks are read from local copies"
+            f"{fetch}; docs/evaluation.md says more"
         )
     if source == "logicvista" and location.suffix == ".json" and location.is_file():
         named = NamedRows(location)

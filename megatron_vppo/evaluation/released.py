@@ -1,4 +1,6 @@
-"""The numbers of rows that the benchmarks were released with: another number is a copy with rows missing or doubled."""
+"""The releases of the benchmarks: their hub ids, and their numbers of rows, of which another one is a copy that is not
+whole.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +8,30 @@ from pathlib import Path
 
 from megatron_vppo.config.choices import BenchmarkSource
 
+HUB_IDS: dict[BenchmarkSource, str] = {
+    "mathverse": "AI4Math/MathVerse",
+    "dynamath": "DynaMath/DynaMath_Sample",
+    "mmk12": "FanqingM/MMK12",
+    "geometry3k": "hiyouga/geometry3k",
+    "mathvision": "MathLLMs/MathVision",
+    "we_math": "We-Math/We-Math",
+    "logicvista": "lscpku/LogicVista",
+    "mmmu_pro": "MMMU/MMMU_Pro",
+}
+"""The data set on the hub that each native format is of."""
+_OF_VPPO_EVAL = ("DynaMath", "MathVision", "MathLLMs")
 _NATIVE: dict[BenchmarkSource, dict[str, int]] = {
-    # AI4Math/MathVerse; testmini without 'Text Only' is what some copies call testmini
+    # testmini without 'Text Only' is what some copies call testmini
     "mathverse": {"testmini": 3940, "text only": 788, "testmini and text only": 4728},
-    # DynaMath/DynaMath_Sample: 501 questions in ten variants
+    # 501 questions in ten variants
     "dynamath": {"ten variants": 5010, "one variant": 501},
-    # FanqingM/MMK12
     "mmk12": {"test": 2000},
-    # hiyouga/geometry3k
     "geometry3k": {"test": 601},
-    # MathLLMs/MathVision
     "mathvision": {"test": 3040, "testmini": 304},
-    # We-Math/We-Math
     "we_math": {"testmini": 1740},
-    # lscpku/LogicVista and Yijia-Xiao/LogicVista
+    # of Yijia-Xiao/LogicVista as well
     "logicvista": {"test": 448},
-    # MMMU/MMMU_Pro, each of its three configurations
+    # each of its three configurations
     "mmmu_pro": {"test": 1730},
 }
 _SHAREGPT = {
@@ -41,6 +51,17 @@ _SHAREGPT = {
     "MathLLMs_MathVision": 2907,
 }
 """By the name of the file, without its shard number and ending."""
+
+
+def hub_id(source: BenchmarkSource, path: str) -> str | None:
+    """Returns the data set on the hub that a file is a copy of; None for one's own.
+
+    Args:
+        path: the file's, whose name says whether it is of PAPO_eval or of VPPO-Eval.
+    """
+    if source == "sharegpt":
+        return "chamber111/VPPO-Eval" if any(name in path for name in _OF_VPPO_EVAL) else "PAPO-Galaxy/PAPO_eval"
+    return HUB_IDS.get(source)
 
 
 def unlike_release(source: BenchmarkSource, path: str, rows: int) -> str | None:
