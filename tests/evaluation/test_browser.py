@@ -39,14 +39,14 @@ def test_questions_of_all_kinds_come_in_turn(study: Study) -> None:
 
 
 def test_runs_that_disagree_come_first(study: Study) -> None:
-    """Benchmark two at the start: questions 1 and 2 are right in one sample. Training changed question 1 alone."""
-    trained = {**TRAINED, "two": [[1, 1], [1, 1], [1, 0]]}
+    """Benchmark two at the start: questions 1 and 2 are right in one sample. Training changed the second of them."""
+    trained = {**TRAINED, "two": [[1, 1], [0, 1], [1, 1]]}
     (study.folder / "third").mkdir(exist_ok=True)
     (study.folder / "third" / "responses" / "two.jsonl").unlink(missing_ok=True)
     (study.folder / "third" / "responses" / "one.jsonl").unlink(missing_ok=True)
     study.write("third", trained)
     shown = picked(study, "start", "third")
-    assert [q["id"] for q in shown.questions if q["benchmark"] == 1] == ["1", "0", "2"]
+    assert [q["id"] for q in shown.questions if q["benchmark"] == 1] == ["2", "0", "1"]
 
 
 def test_a_question_has_its_image_its_samples_and_those_of_the_others(study: Study) -> None:
