@@ -23,7 +23,7 @@ def add_eval_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--against", nargs="+", default=[], type=Path, metavar="OTHER",
-        help="--out folders of other evaluations, to compare question by question",
+        help="--out folders of other evaluations, to compare question by question; settings come before this option",
     )  # fmt: skip
 
 
