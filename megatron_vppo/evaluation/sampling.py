@@ -1,8 +1,7 @@
 """Sampling and grading of everything that is not recorded yet, by all engines together.
 
 The engines draw questions from one queue, and the samples of a question come from one engine, one after the other in
-its queue: vLLM's prefix cache has the prompt's keys and values from the first of them on, and its caches of images have
-what the processor and the tower made of the images. Responses are graded while others are sampled, and each is recorded
+its queue, so that vLLM's prefix cache and its caches of images can serve all but the first. Responses are graded while others are sampled, and each is recorded
 as soon as it is graded.
 """
 
