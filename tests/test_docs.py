@@ -24,14 +24,14 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs
 
 NOT_SHIPPED = frozenset(
     {"my_run.yaml", "my_reward.py", "file.py", "utils.py", "chat_template.jinja", "train_vppo_7b.sh"}
+    | {"settings.yaml", "summary.md"}
 )
-"""Names of a user's own files or of a model's, a script of the authors, and the one that is never to be."""
+"""Names of a user's own files or of a model's, a script of the authors, the one that is never to be, and files of an
+evaluation's folder."""
 MADE_LATER = ("runs/", "build/", ".venv")
 """Folders that are made by running something."""
-TO_COME = frozenset({"evaluation/"})
-"""Rooms that docs/architecture.md keeps a place for."""
 RUN_FOLDER = frozenset(
-    {"tensorboard/", "rollouts/", "validation/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/"}
+    {"tensorboard/", "rollouts/", "validation/", "logs/", "checkpoints/", "huggingface/", "dist_ckpt/", "responses/"}
 )
 IN_RUN_FOLDER = re.compile(r"(step_|global_step_|engine_)[NK\d]")
 
@@ -160,7 +160,7 @@ def _paths(code: str) -> list[str]:
         if FILE.fullmatch(word):
             if word not in files and word not in NOT_SHIPPED:
                 found.append(f"file {word}")
-        elif FOLDER.fullmatch(word) and word not in folders | TO_COME:
+        elif FOLDER.fullmatch(word) and word not in folders:
             found.append(f"folder {word}")
     return found
 

@@ -1,8 +1,9 @@
 """The borders between the rooms, read from the sources with `ast`. Standard library only, so that it runs anywhere.
 
     cli
-    trainer  fidelity  sweep  launching  ->  planning      wings: none imports another, but launching planning
-                         |               conversion  importing
+    trainer  fidelity  sweep  evaluation                   wings: none imports another, but launching planning
+                         launching  ->  planning
+                         |              conversion  importing
     setup                |                                 from settings to parts
     models <- parallel        data <- rollout              Megatron's tower and vLLM's, which never meet below `setup`
     algorithm   weights   config   observability   system  ground floor: imports at most `system`
@@ -67,6 +68,8 @@ ROOMS = {
     "trainer": room(f"{GROUND} {ENGINES} setup", "megatron transformers PIL"),
     "fidelity": room(f"{GROUND} {ENGINES} setup", "megatron transformers"),
     "planning": room("models weights", "transformers"),
+    # Engines without a trainer; benchmarks from local copies.
+    "evaluation": room("algorithm config data models rollout observability system setup", "datasets PIL transformers"),
     # From settings to a job of a cluster.
     "launching": room(f"{GROUND} {ENGINES} setup planning", "megatron transformers"),
     # Settings of others into ours.
@@ -75,7 +78,7 @@ ROOMS = {
     "sweep": room("config observability system setup"),
     # Of `parallel` only the layout of one rank; engines for the log-probs.
     "conversion": room("models weights parallel rollout observability system", "megatron transformers PIL"),
-    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity sweep planning launching conversion importing"),
+    "cli": room(f"{GROUND} {ENGINES} setup trainer fidelity sweep evaluation planning launching conversion importing"),
 }
 ALGORITHM_OUTSIDE = {"torch"}
 # "The only place that builds process groups or calls a schedule" is parallel/.
@@ -265,6 +268,9 @@ PLANTED = [
     ("planning.layouts", "from megatron_vppo.setup import engines"),
     ("planning.candidate", "from megatron_vppo.parallel.offload import TrainerMemory"),
     ("conversion.verify", "from megatron_vppo.planning.sizes import language_sizes"),
+    ("evaluation.suite", "from megatron_vppo.trainer.grader import Grader"),
+    ("evaluation.suite", "from megatron_vppo.sweep.results import VariantResults"),
+    ("evaluation.suite", "import megatron.core"),
     ("launching.dry_run", "from megatron_vppo.trainer.placement import Placement"),
     ("planning.layouts", "from megatron_vppo.launching.dry_run import DryRun"),
     ("conversion.verify", "from megatron_vppo.config.schema import RunConfig"),

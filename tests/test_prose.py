@@ -65,6 +65,8 @@ NAMES = {
 ALLOWED = {
     ("megatron_vppo/rollout/", "completion"): "vLLM's own word for what it returns for a request",
     ("megatron_vppo/conversion/logprobs.py", "completion"): "the same",
+    ("megatron_vppo/evaluation/sampling.py", "completion"): "the same",
+    ("tests/evaluation/test_sampling.py", "completion"): "the same",
     ("tests/rollout/", "completion"): "the same",
     ("tests/gpu/test_gpu_engine.py", "completion"): "the same",
     ("tests/proofs/runs.py", "completion"): "the same",
@@ -75,8 +77,8 @@ ALLOWED = {
 
 REFERENCE = re.compile(r"(?<![\w/.-])(?:[\w-]+/)*[\w-]+\.(?:py|md|sh)(?!\.?\w)|\bADR \d{4}\b")
 """A file or a decision that prose leads to. A bare name is looked for in the same room, and at the root."""
-ELSEWHERE = re.compile(r"(?:megatron|verl|common)/.*|accuracy\.md|file\.py|math\.py|perc_utils\.py")
-"""References to files of other projects, or of a user."""
+ELSEWHERE = re.compile(r"(?:megatron|verl|common)/.*|accuracy\.md|file\.py|math\.py|perc_utils\.py|summary\.md")
+"""References to files of other projects, of a user, or that a command makes."""
 
 
 # --- Reading a source -------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Every YAML file under examples/ is a run configuration, or the base of one, that loads without a problem; or the file
-of a sweep, all of whose runs do.
+of a sweep, all of whose runs do; or of a suite of benchmarks.
 
 Those of examples/slurm/ come with the batch script that `vppo slurm` writes for them, and a layout that `vppo plan`
 says fits. Those of examples/recipes/ are each a model and a method.
@@ -16,6 +16,7 @@ import yaml
 
 from megatron_vppo.cli.main import main
 from megatron_vppo.config.load import load_config
+from megatron_vppo.evaluation.settings import load_suite
 from megatron_vppo.models.hf_config import pixels_per_token
 from megatron_vppo.planning.candidate import GIB, Cluster, PlanRequest, Workload
 from megatron_vppo.planning.layouts import make_plan
@@ -28,12 +29,13 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 RECIPES = EXAMPLES / "recipes"
 SWEEPS = sorted(EXAMPLES.rglob("sweep*.yaml"))
+SUITES = sorted(EXAMPLES.glob("eval/*.yaml"))
 CONFIGS = [
     path
-    for path in sorted({*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")} - set(SWEEPS))
+    for path in sorted({*EXAMPLES.rglob("*.yaml"), *EXAMPLES.rglob("*.yml")} - {*SWEEPS, *SUITES})
     if path.parent.name != "methods"
 ]
-METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo")
+METHODS = ("vppo", "reference", "dapo", "dapo_penalty", "grpo", "papo_d")
 MODELS = {
     "qwen2_5_vl_3b": ("Qwen/Qwen2.5-VL-3B-Instruct", 1),
     "qwen2_5_vl_7b": ("Qwen/Qwen2.5-VL-7B-Instruct", 1),
@@ -54,6 +56,11 @@ GPU_GIB = 79.1
 
 def test_the_digits_example_ships_its_configs() -> None:
     assert any(path.is_relative_to(EXAMPLES / "digits_cpu") for path in CONFIGS)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
+def test_shipped_suite_loads(path: Path) -> None:
+    assert load_suite(path).benchmarks
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -207,18 +214,14 @@ def test_methods_differ_in_the_algorithm_alone(model: str) -> None:
             == (method in ("vppo", "reference"))
         )
         assert algorithm["use_entropy_penalty"] == (method not in ("dapo", "grpo"))
+        assert (algorithm["perception_loss_coef"] > 0) == (method == "papo_d")
         assert algorithm["online_filtering"] == (method != "grpo")
         assert algorithm["clip_ratio_high"] == (0.2 if method == "grpo" else 0.28)
 
 
-@pytest.mark.parametrize(
-    ("model", "method"),
-    [
-        pytest.param(model, method, marks=[] if (model, method) == ("qwen2_5_vl_3b", "vppo") else pytest.mark.extended)
-        for model in MODELS
-        for method in METHODS
-    ],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.filterwarnings("ignore:When using async grad allreduce:UserWarning")
 def test_a_recipe_fits_by_its_dry_run(
     model: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -20,9 +20,10 @@ from megatron_vppo.algorithm.dependency import k3_sampled
 from megatron_vppo.algorithm.kl import kl_estimate
 from megatron_vppo.algorithm.metrics import advantage_metrics, minibatch_metrics
 from megatron_vppo.algorithm.padding import length_mask, pad_rows
-from megatron_vppo.algorithm.reference_split import emulated_split
+from megatron_vppo.algorithm.perception import perception_terms
+from megatron_vppo.algorithm.response_scales import response_scales, trained_rows
 from megatron_vppo.algorithm.settings import VppoSettings
-from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages, trajectory_scale
+from megatron_vppo.algorithm.shaping import TrajectoryScale, dependency_means, shape_advantages
 from megatron_vppo.algorithm.token_choice import gradient_weights, has_image
 from megatron_vppo.algorithm.token_weights import entropy_penalty_weight, policy_gradient_weight, rollout_correction
 from megatron_vppo.algorithm.types import GradedResponse, LossSpec, Response, Scores, TrainBatch
@@ -92,36 +93,46 @@ def assemble(
         )
     width, device = scores.old_logp_BT.shape[1], scores.old_logp_BT.device
     mask_BT = length_mask([len(r.token_ids) for r in responses], width=width).to(device)
+    dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
+    rows_of_minibatches = [
+        slice(start, min(start + responses_per_minibatch, len(responses)))
+        for start in range(0, len(responses), responses_per_minibatch)
+    ]
+    scales = response_scales(
+        responses,
+        dependency_BT,
+        rows_of_minibatches,
+        settings=settings,
+        devices=settings.reference_devices or data_parallel_size,
+        micro_batch_size=micro_batch_size,
+    )
     reward_B = torch.tensor([item.reward.overall for item in graded], dtype=torch.float32)
+    if settings.shaping_in == "reward":
+        reward_B = reward_B * torch.cat([scale.scale_B for scale in scales]).cpu()
     if settings.kl_coef and settings.kl_in == "reward":
         reward_B = reward_B - settings.kl_coef * _reference_kl(scores, mask_BT, settings).sum(1).cpu()
     group_B = torch.tensor([r.group_id for r in responses], dtype=torch.int64)
     # Over the whole step, so that a mini-batch boundary within a group does not change the group's baseline.
     advantage_B = advantages(reward_B, group_B, kind=settings.advantage).to(device)
-    dependency_BT = visual_dependency(responses, scores, mask_BT, settings=settings)
-    minibatches = []
-    for start in range(0, len(responses), responses_per_minibatch):
-        rows = slice(start, min(start + responses_per_minibatch, len(responses)))
-        minibatches.append(
-            _assemble_rows(
-                responses[rows],
-                scores.rows(rows),
-                mask_BT[rows],
-                advantage_B[rows],
-                None if dependency_BT is None else dependency_BT[rows],
-                settings=settings,
-                devices=settings.reference_devices or data_parallel_size,
-                micro_batch_size=micro_batch_size,
-                longest_response=longest_response,
-            )
+    return [
+        _assemble_rows(
+            responses[rows],
+            scores.rows(rows),
+            mask_BT[rows],
+            advantage_B[rows],
+            None if dependency_BT is None else dependency_BT[rows],
+            scale,
+            settings=settings,
+            longest_response=longest_response,
         )
-    return minibatches
+        for rows, scale in zip(rows_of_minibatches, scales, strict=True)
+    ]
 
 
 def visual_dependency(
     responses: Sequence[Response], scores: Scores, mask_BT: Tensor, *, settings: VppoSettings
 ) -> Tensor | None:
-    """Computes the dependency [B, T] in fp32 nats, of the kind that is set; None if nothing needs it.
+    """Computes the dependency [B, T] in fp32, of the kind that is set; None if nothing needs it.
 
     Rows without an image have dependency zero: there is nothing to perturb.
     """
@@ -133,12 +144,18 @@ def visual_dependency(
         dependency_BT = k3_sampled(
             scores.old_logp_BT, scores.perturbed_logp_BT, mask_BT, expm1=settings.dependency_expm1
         )
+    elif settings.dependency == "visual_focus":
+        if scores.visual_focus_BT is None:
+            raise ValueError("dependency 'visual_focus' needs visual_focus_BT: score with visual_focus=True")
+        dependency_BT = (1.0 + scores.visual_focus_BT) / 2.0  # VGPO's Eq. 4
     else:
         if scores.divergence_BT is None:
             raise ValueError(
                 f"dependency {settings.dependency!r} needs divergence_BT: score both views with this kind of divergence"
             )
-        dependency_BT = scores.divergence_BT.clamp(min=0.0)  # it may round below zero
+        dependency_BT = scores.divergence_BT
+        if settings.dependency != "top1_drop":
+            dependency_BT = dependency_BT.clamp(min=0.0)  # it may round below zero
     has_image_B = has_image(responses).to(mask_BT.device)
     return torch.where(has_image_B[:, None] & mask_BT.bool(), dependency_BT, 0.0).float()
 
@@ -149,22 +166,22 @@ def _assemble_rows(
     mask_BT: Tensor,
     advantage_B: Tensor,
     dependency_BT: Tensor | None,
+    scale: TrajectoryScale,
     *,
     settings: VppoSettings,
-    devices: int,
-    micro_batch_size: int,
     longest_response: int,
 ) -> Minibatch:
-    trained_BT = mask_BT * _trained_rows(responses, settings).to(mask_BT.device)[:, None]
-    weight_BT = gradient_weights(responses, dependency_BT, scores.entropy_BT, mask_BT, settings=settings)
+    trained_BT = mask_BT * trained_rows(responses, settings).to(mask_BT.device)[:, None]
+    weight_BT = gradient_weights(responses, dependency_BT, scores, mask_BT, settings=settings)
     token_mask_BT = (weight_BT > 0).float()
     dependency_mean_B = None if dependency_BT is None else dependency_means(dependency_BT, mask_BT)
-    scale = _scale(
-        responses, dependency_mean_B, trained_BT, settings, devices=devices, micro_batch_size=micro_batch_size
-    )
-    shaped_B = shape_advantages(advantage_B, scale.scale_B, negative=settings.negative_advantages)
+    shaped_B = advantage_B
+    if settings.shaping_in == "advantage":
+        scale_B = scale.scale_B.to(advantage_B.device)
+        shaped_B = shape_advantages(advantage_B, scale_B, negative=settings.negative_advantages)
     average = partial(policy_gradient_weight, average=settings.loss_avg_mode, fixed_length=longest_response)
     pg_weight_BT = average(weight_BT, trained_BT, denominator=settings.loss_denominator)
+    centering_weight_BT = pg_weight_BT if settings.score_centering_tokens else None
     correction_BT = None
     if settings.rollout_correction_cap is not None:
         rollout_logp_BT = _rollout_logps(responses, width=mask_BT.shape[1]).to(mask_BT.device)
@@ -176,6 +193,8 @@ def _assemble_rows(
             kind=settings.rollout_correction,
         )
         pg_weight_BT = pg_weight_BT * correction_BT
+        if centering_weight_BT is not None and settings.rollout_correction != "token":
+            centering_weight_BT = pg_weight_BT
     kl_in_loss = settings.kl_coef > 0 and settings.kl_in == "loss"
     batch = TrainBatch(
         responses=responses,
@@ -198,9 +217,12 @@ def _assemble_rows(
             policy_loss=settings.policy_loss,
             sapo_tau_positive=settings.sapo_tau_positive,
             sapo_tau_negative=settings.sapo_tau_negative,
+            centering_cap=settings.rollout_correction_cap if settings.rollout_correction == "token" else None,
         ),
         reference_logp_BT=scores.reference_logp_BT if kl_in_loss else None,
         kl_weight_BT=settings.kl_coef * average(mask_BT, trained_BT, denominator="all") if kl_in_loss else None,
+        centering_weight_BT=centering_weight_BT,
+        perception=perception_terms(responses, scores, trained_BT, settings=settings, fixed_length=longest_response),
     )
     record = VppoRecord(dependency_BT, token_mask_BT, scale.scale_B, dependency_mean_B, advantage_B)
     metrics = minibatch_metrics(
@@ -219,43 +241,6 @@ def _reference_kl(scores: Scores, mask_BT: Tensor, settings: VppoSettings) -> Te
     return torch.where(mask_BT.bool(), divergence_BT, 0.0)
 
 
-def _scale(
-    responses: Sequence[Response],
-    dependency_mean_B: Tensor | None,
-    trained_BT: Tensor,
-    settings: VppoSettings,
-    *,
-    devices: int,
-    micro_batch_size: int,
-) -> TrajectoryScale:
-    if not settings.use_advantage_shaping or dependency_mean_B is None:
-        return TrajectoryScale(
-            scale_B=torch.ones_like(trained_BT[:, 0]), smallest_means=(), largest_means=(), target_maxima=()
-        )
-    # Only these rows enter the minimum and the mean; the others get scale 1.
-    counted_B = trained_BT.sum(1) > 0
-    if settings.text_only_rows == "bypass":
-        counted_B &= has_image(responses).to(counted_B.device)
-    device_B, micro_batch_B = (
-        number_B.to(counted_B.device)
-        for number_B in emulated_split(len(responses), devices=devices, micro_batch_size=micro_batch_size)
-    )
-    return trajectory_scale(
-        dependency_mean_B,
-        counted_B,
-        scale_min=settings.advantage_scaling_min,
-        scale_max=settings.advantage_scaling_max,
-        min_scope_B=device_B if settings.shaping_min_scope == "device_minibatch" else None,
-        mean_scope_B=micro_batch_B if settings.shaping_mean_scope == "microbatch" else None,
-    )
-
-
-def _trained_rows(responses: Sequence[Response], settings: VppoSettings) -> Tensor:
-    """Returns [B] 1.0 for responses that are trained on; truncated_responses='mask' leaves out truncated ones."""
-    masks_truncated = settings.truncated_responses == "mask"
-    return torch.tensor([0.0 if masks_truncated and r.finish_reason == "length" else 1.0 for r in responses])
-
-
 def _rollout_logps(responses: Sequence[Response], *, width: int) -> Tensor:
     for row, response in enumerate(responses):
         if len(response.rollout_logps) != len(response.token_ids):
@@ -272,10 +257,12 @@ def _check_scores(responses: Sequence[Response], scores: Scores, settings: VppoS
     wanted = {"old_logp_BT": scores.old_logp_BT}
     if settings.kl_coef and scores.reference_logp_BT is not None:
         wanted["reference_logp_BT"] = scores.reference_logp_BT
-    if settings.needs_dependency and settings.dependency == "k3_sampled" and scores.perturbed_logp_BT is not None:
+    if settings.needs_dependency and scores.perturbed_logp_BT is not None:
         wanted["perturbed_logp_BT"] = scores.perturbed_logp_BT
-    if settings.needs_dependency and settings.dependency != "k3_sampled" and scores.divergence_BT is not None:
+    if settings.divergence is not None and scores.divergence_BT is not None:
         wanted["divergence_BT"] = scores.divergence_BT
+    if settings.needs_visual_focus and scores.visual_focus_BT is not None:
+        wanted["visual_focus_BT"] = scores.visual_focus_BT
     for name, value_BT in wanted.items():
         if value_BT.dim() != 2 or value_BT.shape != scores.old_logp_BT.shape or len(value_BT) != len(responses):
             raise ValueError(

@@ -1,6 +1,7 @@
-"""The loss of the update: the policy's surrogate and the entropy term; docs/algorithm.md, "Loss".
+"""The loss of the update: the policy's surrogate, the entropy term, and what methods add; docs/algorithm.md, "Loss".
 
-Shape suffix legend: N = response tokens of any number of responses, flat, without padding; B = these responses.
+Shape suffix legend: N = response tokens of any number of responses, flat, without padding; B = these responses; R =
+statistics per position, one for each of the engine's likeliest tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron_vppo.algorithm.kl import kl_estimate
+from megatron_vppo.algorithm.perception import PerturbedView, perception_loss
+from megatron_vppo.algorithm.score_centering import score_centering
 from megatron_vppo.algorithm.surrogates import (
     Surrogate,
     cispo_surrogate,
     dual_clip_surrogate,
     gspo_surrogate,
+    reinforce_surrogate,
     sapo_surrogate,
 )
 from megatron_vppo.algorithm.types import LossSpec, TokenTerms
@@ -35,10 +39,16 @@ class LossSums:
 
 
 def surrogate_loss(
-    new_logp_N: Tensor, terms: TokenTerms, *, spec: LossSpec, entropy_N: Tensor | None = None
+    new_logp_N: Tensor,
+    terms: TokenTerms,
+    *,
+    spec: LossSpec,
+    entropy_N: Tensor | None = None,
+    likeliest_logp_NR: Tensor | None = None,
+    perturbed: PerturbedView | None = None,
 ) -> LossSums:
     """Computes the loss of a micro-batch's tokens: sum(pg_weight * surrogate) + sum(entropy_weight * entropy term), and
-    with a reference model + sum(kl_weight * divergence).
+    with a reference model + sum(kl_weight * divergence); see also perception_loss.
 
     The weights hold masks, denominators and coefficients (see token_weights.py), so the losses of the micro-batches add
     up to the loss of the mini-batch, and so do their gradients.
@@ -48,6 +58,9 @@ def surrogate_loss(
         terms: the mini-batch at these tokens.
         entropy_N: [N] nats; the entropy of the full distribution, with gradient. entropy_kind 'entropy' needs it;
             otherwise it is only reported.
+        likeliest_logp_NR: [N, R] nats, with gradient; of the engine's likeliest tokens. None without score centering.
+        perturbed: these tokens given the perturbed images, if the update reads them; `terms` has them if they are
+            constant.
     """
     surrogate = policy_surrogate(new_logp_N, terms, spec=spec)
     pg_loss = (terms.pg_weight_N * surrogate.loss_N).sum()
@@ -67,6 +80,20 @@ def surrogate_loss(
         kl_loss = (terms.kl_weight_N * divergence_N).sum()
         loss = loss + kl_loss
         weighted_sums["actor/kl_loss"] = kl_loss.detach()
+    if likeliest_logp_NR is not None:
+        assert terms.likeliest is not None, "TrainBatch.terms_at has them where centering is on"
+        centering_N = score_centering(likeliest_logp_NR, terms.likeliest.rollout_logp_NR, cap=spec.centering_cap)
+        centering = (terms.likeliest.weight_N * terms.advantage_N * centering_N).sum()
+        loss = loss + centering
+        weighted_sums["actor/score_centering"] = centering.detach()
+    if terms.perception is not None:
+        if perturbed is None:
+            assert terms.perception.perturbed_logp_N is not None, "the update reads the perturbed views"
+            perturbed = PerturbedView(terms.perception.perturbed_logp_N)
+        perception = perception_loss(new_logp_N, perturbed, terms.perception, entropy_kind=spec.entropy_kind)
+        loss = loss + perception.loss
+        weighted_sums |= perception.weighted_sums
+        token_sums |= perception.token_sums
     weighted_sums["actor/loss"] = loss.detach()
     return LossSums(loss=loss, weighted_sums=weighted_sums, token_sums=token_sums)
 
@@ -99,7 +126,9 @@ def policy_surrogate(new_logp_N: Tensor, terms: TokenTerms, *, spec: LossSpec) -
             tau_positive=spec.sapo_tau_positive,
             tau_negative=spec.sapo_tau_negative,
         )
-    raise ValueError(f"policy_loss is {spec.policy_loss!r}; set it to 'clip', 'gspo', 'cispo' or 'sapo'")
+    if spec.policy_loss == "reinforce":
+        return reinforce_surrogate(new_logp_N, advantage_N)
+    raise ValueError(f"policy_loss is {spec.policy_loss!r}; set it to 'clip', 'gspo', 'cispo', 'sapo' or 'reinforce'")
 
 
 def _entropy_term(new_logp_N: Tensor, entropy_N: Tensor | None, *, kind: str) -> Tensor:

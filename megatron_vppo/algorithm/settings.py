@@ -16,9 +16,12 @@ from megatron_vppo.config.choices import (
     KlPlace,
     LossAverage,
     NegativeAdvantages,
+    PerceptionGradient,
     PolicyLoss,
+    ShapingKind,
     ShapingMeanScope,
     ShapingMinScope,
+    ShapingPlace,
     TextOnlyRows,
     TokenScores,
     TokenWeighting,
@@ -37,12 +40,21 @@ class VppoSettings:
     kl_coef: float
     kl_kind: KlKind
     kl_in: KlPlace
+    perception_loss_coef: float
+    perception_gradient: PerceptionGradient
+    perturbed_entropy_coef: float
     use_vppo_on_perception: bool
     token_scores: TokenScores
+    vepo_alpha: float
     token_weighting: TokenWeighting
     pgpo_tau: float
     pgpo_beta: float
+    vgpo_strength: float
+    vgpo_tail: float
+    vgpo_top: float
     use_advantage_shaping: bool
+    shaping_kind: ShapingKind
+    shaping_in: ShapingPlace
     use_entropy_penalty: bool
     top_p_perception_tokens: float
     advantage_scaling_min: float
@@ -66,6 +78,7 @@ class VppoSettings:
     truncated_responses: TruncatedResponses
     rollout_correction_cap: float | None
     rollout_correction: CorrectionKind
+    score_centering_tokens: int
     reference_devices: int | None
 
     def __post_init__(self) -> None:
@@ -76,9 +89,25 @@ class VppoSettings:
 
     @property
     def needs_dependency(self) -> bool:
-        """True if the perturbed view has to be scored at all."""
-        filter_reads_it = self.token_scores in ("dependency", "dependency_or_entropy")
+        """True if something reads the tokens' dependency on the image."""
+        filter_reads_it = self.token_scores in ("dependency", "dependency_or_entropy", "vepo")
         return (self.use_vppo_on_perception and filter_reads_it) or self.use_advantage_shaping
+
+    @property
+    def updates_both_views(self) -> bool:
+        """True if the update reads the perturbed view, too, with a gradient."""
+        return self.perception_loss_coef > 0 and self.perception_gradient == "both_views"
+
+    @property
+    def needs_perturbed_view(self) -> bool:
+        """True if the perturbed view has to be scored at all."""
+        constant_in_loss = self.perception_loss_coef > 0 and self.perception_gradient == "original_view"
+        return (self.needs_dependency and not self.needs_visual_focus) or constant_in_loss
+
+    @property
+    def needs_visual_focus(self) -> bool:
+        """True if scoring has to compare hidden states with those of the images."""
+        return self.needs_dependency and self.dependency == "visual_focus"
 
     @property
     def divergence(self) -> Divergence | None:
@@ -87,5 +116,5 @@ class VppoSettings:
 
 
 def divergence_of(dependency: DependencyKind) -> Divergence | None:
-    """Returns the divergence that a measure of dependency is; None for 'k3_sampled', which needs log-probs alone."""
-    return None if dependency == "k3_sampled" else dependency
+    """Returns the measure of dependency if it takes both distributions over the vocabulary; None if not."""
+    return None if dependency == "k3_sampled" or dependency == "visual_focus" else dependency

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_vppo.algorithm.relative_scores import relative_in_response
+
 _SHIFT_BOUND = 60.0
 """No shift beyond it changes a sigmoid of z-scores, which lie within the square root of the number of tokens of zero
 and are clamped to half of it."""
@@ -59,14 +61,11 @@ def pgpo_weights(score_BT: Tensor, mask_BT: Tensor, *, tau: float, beta: float) 
     Returns:
         [B, T] float32; 0.0 where padded.
     """
-    valid_BT, mask_BT, score_BT = mask_BT.bool(), mask_BT.double(), score_BT.double()
-    low_B1 = score_BT.masked_fill(~valid_BT, torch.inf).amin(1, keepdim=True)
-    high_B1 = score_BT.masked_fill(~valid_BT, -torch.inf).amax(1, keepdim=True)
-    spread_B1 = high_B1 - low_B1
-    relative_BT = ((score_BT - low_B1) / torch.where(spread_B1 > 0, spread_B1, 1.0)).clamp(0.0, 1.0)
+    valid_BT, mask_BT, relative_BT = mask_BT.bool(), mask_BT.double(), relative_in_response(score_BT, mask_BT)
     rising_BT = 1.0 + beta * (relative_BT - tau) / (1.0 - tau)
     weight_BT = torch.where(relative_BT < tau, relative_BT / tau, rising_BT)
-    weight_BT = torch.where(valid_BT & (spread_B1 > 0), weight_BT, mask_BT)
+    some_differ_B1 = relative_BT.amax(1, keepdim=True) > 0
+    weight_BT = torch.where(valid_BT & some_differ_B1, weight_BT, mask_BT)
     mean_B1 = weight_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
     return (weight_BT / torch.where(mean_B1 > 0, mean_B1, 1.0)).float()
 

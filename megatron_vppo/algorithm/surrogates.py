@@ -146,5 +146,15 @@ def sapo_surrogate(
     )
 
 
+def reinforce_surrogate(new_logp_N: Tensor, advantage_N: Tensor) -> Surrogate:
+    """Computes REINFORCE's surrogate, -A log p_new: no ratio, and nothing is clipped.
+
+    Args:
+        new_logp_N, advantage_N: see dual_clip_surrogate.
+    """
+    none_N = torch.zeros_like(advantage_N, dtype=torch.bool)
+    return Surrogate(loss_N=-advantage_N * new_logp_N, clipped_high_N=none_N, clipped_dual_N=none_N)
+
+
 def _ratio(new_logp_N: Tensor, old_logp_N: Tensor) -> Tensor:
     return (new_logp_N - old_logp_N).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP).exp()

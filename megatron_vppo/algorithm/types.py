@@ -4,7 +4,8 @@ Records are built once, when every field is known, and never edited. They are li
 images; never pixels), so every rank holds all of them, and every rank computes the algorithm's statistics on the same
 rows.
 
-Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
+Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat; R = statistics per
+position, one for each of the engine's likeliest tokens.
 """
 
 from __future__ import annotations
@@ -93,6 +94,10 @@ class Response:
     """The optimizer step whose weights sampled it, or the end of it."""
     carried_tokens: int = 0
     """The tokens at its beginning that an earlier step sampled, with older weights; see rollout/carry.py."""
+    likeliest_ids: Sequence[int] = ()
+    likeliest_logps: Sequence[float] = ()
+    """The engine's likeliest tokens at each position and their log-probs, as many for each, one position after the
+    other. Empty unless they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,8 @@ class Reward:
     """Everything else the reward function returned."""
     error: str | None = None
     """The reason why `overall` is zero, if the reward function raised or ran out of time."""
+    vote: str | None = None
+    """The answer that an evaluation found in the response, in the spelling by which a majority counts it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +137,17 @@ class Scores:
     perturbed_logp_BT: Tensor | None
     """Nats; log-probs given the perturbed image. None if the perturbed view was not scored."""
     divergence_BT: Tensor | None
-    """Nats; kl_full or jsd between the two views. None for k3_sampled, which needs log-probs alone."""
+    """Nats; kl_full or jsd between the two views; or the difference of two probabilities, top1_drop. None for
+    k3_sampled, which needs log-probs alone."""
     reference_logp_BT: Tensor | None = None
     """Nats; log-probs of the reference model, given the original image. None if there is none."""
+    perturbed_entropy_BT: Tensor | None = None
+    """Nats; the entropy given the perturbed image, 0.0 in rows without one. None without a divergence."""
+    visual_focus_BT: Tensor | None = None
+    """In [-1, 1]; the cosine of the hidden state of each token and the mean of those of the image's tokens, 0.0 in rows
+    without an image. None if nothing asked for it."""
+    perturb_keys: tuple[PerturbKey | None, ...] = ()
+    """The perturbation of each response's images in this step; None for one without images."""
 
     def rows(self, which: slice) -> Scores:
         """Selects some responses."""
@@ -146,6 +161,9 @@ class Scores:
             of(self.perturbed_logp_BT),
             of(self.divergence_BT),
             of(self.reference_logp_BT),
+            of(self.perturbed_entropy_BT),
+            of(self.visual_focus_BT),
+            self.perturb_keys[which],
         )
 
 
@@ -164,13 +182,50 @@ class LossSpec:
     sapo_tau_positive: float
     sapo_tau_negative: float
     """The steepness of SAPO's gate, where the advantage is positive and elsewhere."""
+    centering_cap: float | None = None
+    """The cap of the weights that score centering counts on; None: tokens are not weighted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerceptionTerms:
+    """PAPO's part of a mini-batch's loss: sum_BT(entropy_weight * entropy term of the perturbed view) -
+    sum_BT(weight * divergence between the views). See perception.py.
+    """
+
+    weight_BT: Tensor
+    """fp32; the coefficient divided by its denominator; 0.0 where padded and for rows without an image."""
+    entropy_weight_BT: Tensor | None
+    """fp32; the same of the entropy term. None if the perturbed views are constant, and so would be the term."""
+    perturb_keys: tuple[PerturbKey | None, ...] | None
+    """The perturbed view that the update reads of each response; None for one without an image. None for all if these
+    views are constant in the loss."""
+    perturbed_logp_BT: Tensor | None
+    """fp32 nats; log-probs given the perturbed image, under the policy that was scored, if they are constant."""
+
+    def terms_at(self, at: tuple[Tensor, ...]) -> TokenPerception:
+        """Returns the terms of some tokens, as TrainBatch.terms_at."""
+        return TokenPerception(
+            self.weight_BT[at],
+            None if self.entropy_weight_BT is None else self.entropy_weight_BT[at],
+            None if self.perturbed_logp_BT is None else self.perturbed_logp_BT[at],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPerception:
+    """PerceptionTerms at some response tokens. [N] fp32 each."""
+
+    weight_N: Tensor
+    entropy_weight_N: Tensor | None
+    perturbed_logp_N: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
-    """One optimizer mini-batch. The loss is sum_BT(pg_weight * surrogate) + sum_BT(entropy_weight * entropy term).
+    """One optimizer mini-batch. The loss is sum_BT(pg_weight * surrogate) + sum_BT(entropy_weight * entropy term), and
+    what `perception` and the reference model add.
 
-    Masks, denominators and coefficients are inside the two weights. They are final before the first micro-batch is
+    Masks, denominators and coefficients are inside the weights. They are final before the first micro-batch is
     formed, so no split into devices, micro-batches or packed sequences can change loss or gradient.
     """
 
@@ -190,6 +245,11 @@ class TrainBatch:
     """fp32 nats; log-probs under the reference model. None if its divergence is no part of the loss."""
     kl_weight_BT: Tensor | None = None
     """fp32; the coefficient of that divergence divided by its denominator; 0.0 where unused."""
+    centering_weight_BT: Tensor | None = None
+    """fp32; the weight of score centering: that of the policy gradient, without the importance weights of tokens. None
+    without centering."""
+    perception: PerceptionTerms | None = None
+    """The perception loss; None if there is none."""
 
     def terms_at(self, at: tuple[Tensor, ...]) -> TokenTerms:
         """Returns the terms of some tokens, given their rows and columns; int64 [N] each, row after row."""
@@ -204,7 +264,22 @@ class TrainBatch:
             length_B,
             None if self.reference_logp_BT is None else self.reference_logp_BT[at],
             None if self.kl_weight_BT is None else self.kl_weight_BT[at],
+            None if self.centering_weight_BT is None else self._likeliest_at(at, self.centering_weight_BT[at]),
+            None if self.perception is None else self.perception.terms_at(at),
         )
+
+    def _likeliest_at(self, at: tuple[Tensor, ...], weight_N: Tensor) -> LikeliestTerms:
+        ids, logps, done = [], [], 0
+        rows, counts = torch.unique_consecutive(at[0], return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            response, columns = self.responses[row], at[1][done : done + count]
+            ids.append(torch.tensor(response.likeliest_ids).view(len(response.token_ids), -1)[columns])
+            logps.append(torch.tensor(response.likeliest_logps).view(len(response.token_ids), -1)[columns])
+            done += count
+        if not ids:
+            none_NR = weight_N.new_zeros(0, 1)
+            return LikeliestTerms(none_NR.long(), none_NR, weight_N)
+        return LikeliestTerms(torch.cat(ids).long(), torch.cat(logps).float(), weight_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,3 +294,17 @@ class TokenTerms:
     """int64; the number of these tokens in each of their rows, for a loss that needs it."""
     reference_logp_N: Tensor | None = None
     kl_weight_N: Tensor | None = None
+    likeliest: LikeliestTerms | None = None
+    perception: TokenPerception | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LikeliestTerms:
+    """The engine's likeliest tokens at some positions, by which the policy gradient is centred."""
+
+    ids_NR: Tensor
+    """int64."""
+    rollout_logp_NR: Tensor
+    """fp32 nats; as the engine reports them."""
+    weight_N: Tensor
+    """fp32."""

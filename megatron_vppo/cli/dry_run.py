@@ -98,7 +98,9 @@ def _settings(found: DryRun) -> Iterator[str]:
         f"algorithm: preset {algorithm.preset}; token filter "
         f"{algorithm.top_p_perception_tokens if algorithm.use_vppo_on_perception else 'off'}, advantage scale from "
         f"{algorithm.advantage_scaling_min if algorithm.use_advantage_shaping else 1}, entropy penalty "
-        f"{algorithm.entropy_penalty_coef if algorithm.use_entropy_penalty else 'off'}, lr {optim.lr:g} "
+        f"{algorithm.entropy_penalty_coef if algorithm.use_entropy_penalty else 'off'}, "
+        + (f"perception loss {algorithm.perception_loss_coef:g}, " if algorithm.perception_loss_coef else "")
+        + f"lr {optim.lr:g} "
         f"{optim.lr_scheduler_type}"
     )
     yield (

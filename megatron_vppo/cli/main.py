@@ -20,6 +20,7 @@ from megatron_vppo.cli.convert import add_commands as add_convert_commands
 from megatron_vppo.cli.data_check import add_data_check_options, run_data_check
 from megatron_vppo.cli.dry_run_options import add_dry_run_options, check_dry_run_options
 from megatron_vppo.cli.errors import DO_NOT_RESTART, MISTAKE, STOPPED, error_text, is_mistake, mistake_status
+from megatron_vppo.cli.eval import add_eval_options, run_eval
 from megatron_vppo.cli.import_config import add_import_options, run_import
 from megatron_vppo.cli.launch import (
     check_rank,
@@ -128,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     for add in (
         _add_train,
         _add_sweep,
+        _add_eval,
         _add_slurm,
         _add_import_config,
         _add_data,
@@ -171,6 +173,18 @@ def _add_sweep(commands: Commands) -> None:
     instead.add_argument("--list", action="store_true", help="print the runs and how far each one is")
     instead.add_argument("--report", action="store_true", help="print and write the results so far")
     sweep.set_defaults(run=_sweep)
+
+
+def _add_eval(commands: Commands) -> None:
+    evaluation = commands.add_parser(
+        "eval",
+        help="evaluate a model on benchmarks, and compare it with others",
+        description="Samples responses to the questions of all benchmarks of a suite with vLLM alone, grades them and "
+        "writes results and a page. An evaluation that was interrupted goes on where it was; a finished one is only "
+        "summarised again. docs/evaluation.md explains file and numbers.",
+    )
+    add_eval_options(evaluation)
+    evaluation.set_defaults(run=run_eval)
 
 
 def _add_slurm(commands: Commands) -> None:

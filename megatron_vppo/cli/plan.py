@@ -95,6 +95,8 @@ def _request(options: argparse.Namespace) -> PlanRequest:
             rows_per_micro_batch=options.rows_per_micro_batch,
             responses_per_prompt=RolloutConfig.model_fields["n"].default,
             head_chunk_tokens=ON_GPU.head_chunk_tokens,
+            scores_both_views=not options.perception_loss,
+            updates_both_views=options.perception_loss,
         ),
         rollout_tensor=options.rollout_tp,
         engine_sequences=options.answers,
@@ -114,7 +116,8 @@ def _header(model: str, plan: LayoutPlan, request: PlanRequest) -> Iterator[str]
         f"Model: {Path(model).name}{hub}, {plan.parameters / 1e9:.2f} B parameters in bfloat16",
         f"GPUs: {_count(cluster.gpus, 'GPU')} of {_size(cluster)} GiB, {cluster.node_gpus} per node",
         f"Micro-batch: {_count(rows, 'row')} of {workload.prompt_tokens} prompt and {workload.response_tokens} "
-        f"response tokens, with {_count(images, 'image')} of {workload.image_tokens} tokens per row",
+        f"response tokens, with {_count(images, 'image')} of {workload.image_tokens} tokens per row"
+        + (", in both views in the update" if workload.updates_both_views else ""),
         *(f"Not possible: {reason.partition(';')[0]}" for reason in plan.refused),
     ]
     return (textwrap.fill(line, width=WIDTH, subsequent_indent="  ") for line in lines)

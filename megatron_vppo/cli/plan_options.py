@@ -44,6 +44,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, nargs="+", choices=parts, default=[], metavar="PART", help=f"{text}; any of {', '.join(parts)}"
         )
+    parser.add_argument(
+        "--perception-loss",
+        action="store_true",
+        help="a run with PAPO's perception loss instead of VPPO: the perturbed view is read in the update, and not in "
+        "scoring",
+    )
     number("--rollout-tp", None, "GPUs of one vLLM engine (default: the fewest that fit)")
     parser.add_argument(
         "--gpu",

@@ -71,6 +71,8 @@ def speed_request(options: argparse.Namespace, request: PlanRequest) -> SpeedReq
             rows_per_scoring=workload.rows_per_micro_batch,
             perturbed_per_row=PerturbConfig.model_fields["per"].default == "row",
             shared_prefix=ParallelConfig.model_fields["shared_prefix"].default,
+            scores_both_views=workload.scores_both_views,
+            updates_both_views=workload.updates_both_views,
         ),
         machine=Machine(gpu_named(options.gpu)),
         max_sequences=ON_GPU.max_num_seqs,
@@ -104,9 +106,13 @@ def speed_header(speed: SpeedRequest, width: int) -> Iterator[str]:
         f"Ceilings: {_ceilings(speed.machine.gpu)}",
         f"Step: {work.prompts} prompts of {work.prompt_tokens} tokens, {work.responses} responses of "
         f"{work.response_tokens} each on average, {work.drawn:g} prompts sampled for each, {work.minibatches} "
-        "mini-batches, both views scored",
+        f"mini-batches, {_views_read(work)}",
     ]
     return (textwrap.fill(line, width=width, subsequent_indent="  ") for line in lines)
+
+
+def _views_read(work: StepWork) -> str:
+    return "both views " + ("scored" if work.scores_both_views else "in the update, the original ones scored")
 
 
 def _ceilings(gpu: GpuCeilings) -> str:

@@ -10,8 +10,17 @@ import itertools
 from collections.abc import Callable
 
 from megatron_vppo.config.choices import GRADERS
+from megatron_vppo.config.data_files import files_of, name_of, settings_of_files
+from megatron_vppo.config.method_checks import (
+    check_overlong,
+    check_perception_loss,
+    check_score_centering,
+    check_shaping,
+    check_token_scores,
+    is_changed,
+)
 from megatron_vppo.config.ranges import LEAST_TEMPERATURE
-from megatron_vppo.config.schema import RewardConfig, RunConfig, Section
+from megatron_vppo.config.schema import RewardConfig, RunConfig
 
 
 def problems_of(config: RunConfig) -> list[str]:
@@ -161,6 +170,12 @@ def check_micro_batch_tokens(config: RunConfig) -> None:
     """Refuses micro-batches that the longest row would not fit."""
     most, data = config.actor.max_tokens_per_micro_batch, config.data
     longest = data.max_prompt_length + data.max_response_length - 1  # the last token is not read
+    if most is not None and most < 2 * longest and _updates_both_views(config):
+        raise ValueError(
+            f"actor.max_tokens_per_micro_batch is {most}, and both views of the longest row, which the perception loss "
+            f"reads at once, have 2 x {longest} tokens; set at least {2 * longest}, or "
+            "algorithm.perception_gradient=original_view"
+        )
     if most is not None and most < longest:
         raise ValueError(
             f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {longest} tokens "
@@ -261,7 +276,7 @@ def check_token_weights(config: RunConfig) -> None:
             f"and token_scores is '{algorithm.token_scores}'; set token_scores to dependency or entropy, or "
             "token_weighting=mask"
         )
-    idle = [name for name in ("pgpo_tau", "pgpo_beta") if _is_changed(algorithm, name)]
+    idle = [name for name in ("pgpo_tau", "pgpo_beta") if is_changed(algorithm, name)]
     if idle and algorithm.token_weighting != "pgpo":
         raise ValueError(f"algorithm.{' and '.join(idle)} without effect: token_weighting is not 'pgpo'; leave it out")
     low, high = algorithm.advantage_scaling_min, algorithm.advantage_scaling_max
@@ -282,7 +297,7 @@ def check_policy_loss(config: RunConfig) -> None:
             f"algorithm.policy_loss 'gspo' needs whole responses, and parallel.context_parallel_size {context} cuts "
             "them; set it to 1, or another loss"
         )
-    idle = [name for name in ("sapo_tau_positive", "sapo_tau_negative") if _is_changed(algorithm, name)]
+    idle = [name for name in ("sapo_tau_positive", "sapo_tau_negative") if is_changed(algorithm, name)]
     if idle and algorithm.policy_loss != "sapo":
         raise ValueError(f"algorithm.{' and '.join(idle)} without effect: policy_loss is not 'sapo'; leave it out")
     if algorithm.loss_avg_mode == "fixed_length" and algorithm.loss_denominator == "selected":
@@ -290,7 +305,7 @@ def check_policy_loss(config: RunConfig) -> None:
             "algorithm.loss_denominator 'selected' has no effect with loss_avg_mode 'fixed_length', which divides by "
             "data.max_response_length; leave it out"
         )
-    changed = [f"{name} '{getattr(algorithm, name)}'" for name in ("kl_kind", "kl_in") if _is_changed(algorithm, name)]
+    changed = [f"{name} '{getattr(algorithm, name)}'" for name in ("kl_kind", "kl_in") if is_changed(algorithm, name)]
     if changed and not algorithm.kl_coef:
         raise ValueError(
             f"algorithm.{' and '.join(changed)}: no effect without a reference model; set algorithm.kl_coef (0.01 is "
@@ -303,8 +318,8 @@ def check_policy_loss(config: RunConfig) -> None:
         )
 
 
-def _is_changed(section: Section, name: str) -> bool:
-    return bool(getattr(section, name) != type(section).model_fields[name].default)
+def _updates_both_views(config: RunConfig) -> bool:
+    return config.algorithm.perception_loss_coef > 0 and config.algorithm.perception_gradient == "both_views"
 
 
 def check_carry(config: RunConfig) -> None:
@@ -325,15 +340,42 @@ def check_carry(config: RunConfig) -> None:
         )
 
 
+def check_data_files(config: RunConfig) -> None:
+    """Refuses an empty list, files of one name, weights for some files only, and weights that nothing is drawn by."""
+    for setting in ("train_files", "val_files"):
+        paths: dict[str, str] = {}
+        given = getattr(config.data, setting)
+        if given == ():
+            raise ValueError(f"data.{setting} is a list without a file; name one, or several")
+        for file in given if isinstance(given, tuple) else ():
+            if (name := name_of(file)) in paths:
+                raise ValueError(
+                    f"data.{setting}: {paths[name]} and {file.path} are both called {name!r}; give one of them a name "
+                    "of its own, such as {path: ..., name: geometry}"
+                )
+            paths[name] = file.path
+    weights = [file.weight for file in files_of(config.data, "train").values()]
+    if None in weights and any(weights):
+        without = [file.path for file in files_of(config.data, "train").values() if file.weight is None]
+        raise ValueError(
+            f"data.train_files: {', '.join(without)} without a weight next to files with one; give every file a "
+            "weight, or none"
+        )
+    if any(file.weight is not None for file in files_of(config.data, "val").values()):
+        raise ValueError("data.val_files: weights have no effect, since every row is validated on; leave them out")
+
+
 def check_keys(config: RunConfig) -> None:
     """Refuses one column for two purposes: the answer would stand in the prompt."""
-    data = config.data
-    keys = {"prompt_key": data.prompt_key, "answer_key": data.answer_key, "image_key": data.image_key}
-    for (one, column), (other, same) in itertools.combinations(keys.items(), 2):
-        if column == same:
-            raise ValueError(
-                f"data.{one} and data.{other} are both '{column}'; each names a column of its own, so set one of them"
-            )
+    for setting, file in settings_of_files(config.data).items():
+        keys = {"prompt_key": file.prompt_key, "answer_key": file.answer_key, "image_key": file.image_key}
+        for (one, column), (other, same) in itertools.combinations(keys.items(), 2):
+            if column == same:
+                where = f" of {setting}" if "[" in setting else ""
+                raise ValueError(
+                    f"data.{one} and data.{other}{where} are both '{column}'; each names a column of its own, so set "
+                    "one of them"
+                )
 
 
 def check_pixels(config: RunConfig) -> None:
@@ -486,7 +528,12 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_order,
     check_carry,
     check_token_weights,
+    check_token_scores,
+    check_shaping,
     check_policy_loss,
+    check_score_centering,
+    check_perception_loss,
+    check_data_files,
     check_keys,
     check_pixels,
     check_background,
@@ -497,6 +544,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_timeouts,
     check_watchdog,
     check_reward,
+    check_overlong,
     check_grader_settings,
 )
 """Every check that needs nothing but the config; `check_layout` and `check_device` need the machine as well."""

@@ -12,6 +12,9 @@ from typing import Literal, get_args
 BadRows = Literal["error", "skip"]
 """The treatment of data rows that cannot be used."""
 
+ImagePlace = Literal["marks", "first"]
+"""The place of a row's images where its problem has no mark of them."""
+
 ResizeMode = Literal["smart", "easyr1"]
 """The rule that brings images under the pixel budget."""
 
@@ -50,11 +53,17 @@ Fp8Phase = Literal["scoring", "update"]
 Preset = Literal["global", "reference"]
 """The named sets of algorithm settings."""
 
-DependencyKind = Literal["k3_sampled", "kl_full", "jsd"]
+DependencyKind = Literal["k3_sampled", "kl_full", "jsd", "top1_drop", "visual_focus"]
 """The measures of a token's visual dependency."""
 
-Divergence = Literal["kl_full", "jsd"]
+Divergence = Literal["kl_full", "jsd", "top1_drop"]
 """The measures of visual dependency that need both distributions over the whole vocabulary."""
+
+ShapingKind = Literal["vppo", "vgpo"]
+"""The scales that responses get from their dependency."""
+
+ShapingPlace = Literal["advantage", "reward"]
+"""The side of the group's baseline on which that scale counts."""
 
 ShapingMinScope = Literal["minibatch", "device_minibatch"]
 """The rows over which advantage shaping takes its minimum."""
@@ -71,13 +80,13 @@ TextOnlyRows = Literal["bypass", "rank"]
 AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 """The baseline and the scale of rewards."""
 
-PolicyLoss = Literal["clip", "gspo", "cispo", "sapo"]
+PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "reinforce"]
 """The surrogate losses of the policy."""
 
-TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "random"]
+TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "vepo", "random"]
 """The numbers by which the token filter ranks tokens."""
 
-TokenWeighting = Literal["mask", "soft", "pgpo"]
+TokenWeighting = Literal["mask", "soft", "pgpo", "vgpo"]
 """The weights that tokens get from their scores."""
 
 KlKind = Literal["k1", "abs", "k2", "k3"]
@@ -85,6 +94,9 @@ KlKind = Literal["k1", "abs", "k2", "k3"]
 
 KlPlace = Literal["loss", "reward"]
 """The side of the advantage on which that divergence counts."""
+
+PerceptionGradient = Literal["both_views", "original_view"]
+"""The views through which the perception loss has a gradient."""
 
 CorrectionKind = Literal["token", "sequence_mask", "geometric_mask"]
 """The unit that the rollout correction weighs, and what becomes of it beyond the cap."""
@@ -145,3 +157,25 @@ Quantization = Literal["fp8"]
 
 LoggerService = Literal["wandb", "swanlab"]
 """The services that metrics can go to."""
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+
+BenchmarkSource = Literal[
+    "rows",
+    "sharegpt",
+    "mathverse",
+    "dynamath",
+    "mmk12",
+    "geometry3k",
+    "mathvision",
+    "we_math",
+    "logicvista",
+    "mmmu_pro",
+]
+"""The formats that benchmarks come in."""
+
+Grading = Literal["mathruler", "math_verify", "choice", "letters", "number", "text", "iou"]
+"""The rules by which responses to a benchmark are graded."""
+
+EvalPreset = Literal["paper", "papo-eval"]
+"""The named sets of settings of an evaluation."""

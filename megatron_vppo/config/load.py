@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
@@ -24,6 +24,7 @@ from megatron_vppo.config.schema import RunConfig, Section
 from megatron_vppo.config.yaml_text import read_yaml, write_yaml
 
 BASE_KEY = "base"
+AnyConfig = TypeVar("AnyConfig", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         FileNotFoundError: the file or a base file does not exist.
         ValueError: naming every unknown setting (with the nearest valid name), wrong value and impossible combination.
     """
+    return load_settings(RunConfig, path, overrides, checks=problems_of)
+
+
+def load_settings(
+    kind: type[AnyConfig], path: str | Path, overrides: Sequence[str], *, checks: Callable[[AnyConfig], list[str]]
+) -> AnyConfig:
+    """Reads the settings of a kind, as `load_config` does those of a run.
+
+    Args:
+        checks: returns the messages about combinations that cannot be.
+    """
     layers = [*_file_layers(Path(path)), *(_override_layer(text) for text in overrides)]
-    return config_of(layers, name=str(path))
+    return settings_of(kind, layers, name=str(path), checks=checks)
 
 
 def config_of(layers: Sequence[tuple[str, Mapping[Any, Any]]], *, name: str) -> RunConfig:
-    """Checks nested settings, of which later layers win over earlier ones, as `load_config` does.
+    """Checks the nested settings of a run, as `settings_of` does."""
+    return settings_of(RunConfig, layers, name=name, checks=problems_of)
+
+
+def settings_of(
+    kind: type[AnyConfig],
+    layers: Sequence[tuple[str, Mapping[Any, Any]]],
+    *,
+    name: str,
+    checks: Callable[[AnyConfig], list[str]],
+) -> AnyConfig:
+    """Checks nested settings, of which later layers win over earlier ones.
 
     Args:
+        kind: the class of the whole.
         layers: (source, settings) of each; messages name the source.
         name: the configuration as a whole, for the first line of a message.
+        checks: as in `load_settings`.
 
     Raises:
         ValueError: naming every problem.
@@ -63,22 +88,22 @@ def config_of(layers: Sequence[tuple[str, Mapping[Any, Any]]], *, name: str) -> 
     settings: dict[str, Setting] = {}
     problems: list[str] = []
     for source, mapping in layers:
-        for setting, value in _leaves(mapping, RunConfig, "", source, problems):
+        for setting, value in _leaves(mapping, kind, "", source, problems, whole=kind):
             settings[setting] = Setting(value, source)
     try:
-        config = RunConfig.model_validate(_nested(settings))
+        config = kind.model_validate(_nested(settings))
     except ValidationError as error:
-        problems += [_describe(e, settings) for e in error.errors()]
+        problems += [_describe(e, settings, kind) for e in error.errors()]
     else:
-        problems += problems_of(config)
+        problems += checks(config)
         if not problems:
             return config
     heading = f"{name}: {len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration"
     raise ValueError("\n  - ".join([heading, *problems]))
 
 
-def save_resolved(config: RunConfig, path: str | Path) -> None:
-    """Writes every setting with the value in force; `load_config` of the file gives an equal config."""
+def save_resolved(config: Section, path: str | Path) -> None:
+    """Writes every setting with the value in force; loading the file gives equal settings."""
     Path(path).write_text(write_yaml(config.model_dump(mode="json")), encoding="utf-8")
 
 
@@ -131,19 +156,25 @@ def _section(model: type[Section], name: str) -> type[Section] | None:
 
 
 def _leaves(
-    mapping: Mapping[Any, Any], model: type[Section], prefix: str, source: str, problems: list[str]
+    mapping: Mapping[Any, Any],
+    model: type[Section],
+    prefix: str,
+    source: str,
+    problems: list[str],
+    *,
+    whole: type[Section],
 ) -> Iterator[tuple[str, Any]]:
     """Yields (dotted name, value) of every known setting in the mapping; the others are added to `problems`."""
     for key, value in mapping.items():
         name = f"{prefix}{key}"
         if key not in model.model_fields:
-            problems.append(f"{name} ({source}) is no setting; {_suggestion(name, isinstance(value, Mapping))}")
+            problems.append(f"{name} ({source}) is no setting; {_suggestion(name, isinstance(value, Mapping), whole)}")
             continue
         section = _section(model, key)
         if section is None:
             yield name, value
         elif isinstance(value, Mapping):
-            yield from _leaves(value, section, f"{name}.", source, problems)
+            yield from _leaves(value, section, f"{name}.", source, problems, whole=whole)
         elif value is not None:  # `section:` with nothing below it changes nothing
             inside = ", ".join(section.model_fields)
             problems.append(f"{name} = {_shown(value)} ({source}): {name} is a section; set one of {inside}")
@@ -158,14 +189,14 @@ def _known_names(model: type[Section], prefix: str = "", *, sections: bool) -> I
             yield from _known_names(section, f"{prefix}{key}.", sections=sections)
 
 
-def _suggestion(name: str, is_section: bool) -> str:
+def _suggestion(name: str, is_section: bool, kind: type[Section]) -> str:
     """Suggests the nearest valid name."""
-    candidates = list(_known_names(RunConfig, sections=is_section))
+    candidates = list(_known_names(kind, sections=is_section))
     if name in candidates:  # a key of a file that has dots
         *sections, last = name.split(".")
         return f"in a file, write '{last}' below {' and '.join(map(repr, sections))}"
     nearest = nearest_name(name, candidates)
-    return f"did you mean {nearest}?" if nearest else f"the sections are {', '.join(RunConfig.model_fields)}"
+    return f"did you mean {nearest}?" if nearest else f"the sections are {', '.join(kind.model_fields)}"
 
 
 def nearest_name(name: str, candidates: Sequence[str]) -> str | None:
@@ -197,14 +228,18 @@ def _nested(settings: Mapping[str, Setting]) -> dict[str, Any]:
 # --- Messages ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
+def _describe(error: Any, settings: Mapping[str, Setting], kind: type[Section]) -> str:
     """Formats a pydantic error as `name = value (source): what was expected`."""
     parts = [str(part) for part in error["loc"]]
     whole = ".".join(parts)
+    inside: list[str] = []
     while parts and ".".join(parts) not in settings:
-        parts.pop()  # an index into a list
+        inside.insert(0, parts.pop())  # an index into a list, and a field of what stands there
     name = ".".join(parts)
     if name:
+        if len(inside) > 1 and inside[-2].isdigit():
+            place = f"{name}[{inside[-2]}]"
+            return _describe_entry(error, place, settings[name].source, _entry_fields(kind, name))
         too_short = error["type"] == "missing"
         expected = "too few values" if too_short else error["msg"].replace("Input should be ", "should be ")
         if error["type"] == "tuple_type":
@@ -214,14 +249,43 @@ def _describe(error: Any, settings: Mapping[str, Setting]) -> str:
         return f"{name} = {_shown(settings[name].value)} ({settings[name].source}): {expected}"
     if error["type"] != "missing":
         return f"{whole} = {_shown(error['input'])}: {error['msg']}"
-    known = _known_names(RunConfig, sections=False)
-    required = [n for n in known if n == whole or (n.startswith(f"{whole}.") and _is_required(n))]
+    known = _known_names(kind, sections=False)
+    required = [n for n in known if n == whole or (n.startswith(f"{whole}.") and _is_required(n, kind))]
     return f"{' and '.join(required)} must be set"
 
 
-def _is_required(name: str) -> bool:
+def _describe_entry(error: Any, place: str, source: str, known: Sequence[str]) -> str:
+    """Formats the error of a field in one of several entries of a setting, whose fields are `known`."""
+    field = str(error["loc"][-1])
+    where = f"{place}.{field}"
+    if error["type"] == "missing":
+        return f"{where} ({source}) must be set"
+    if error["type"] == "extra_forbidden":
+        nearest = nearest_name(field, known)
+        hint = f"did you mean {nearest}?" if nearest else f"an entry has {', '.join(known)}"
+        return f"{where} ({source}) is no setting; {hint}"
+    return f"{where} = {_shown(error['input'])} ({source}): {error['msg'].replace('Input should be ', 'should be ')}"
+
+
+def _entry_fields(kind: type[Section], name: str) -> list[str]:
+    """Lists the fields of the entries of a setting that is a list of sections."""
     *sections, leaf = name.split(".")
-    model: type[Section] = RunConfig
+    for key in sections:
+        inner = _section(kind, key)
+        assert inner is not None, name
+        kind = inner
+    waiting = [kind.model_fields[leaf].annotation]
+    while waiting:
+        annotation = waiting.pop()
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return list(annotation.model_fields)
+        waiting += get_args(annotation)
+    return []
+
+
+def _is_required(name: str, kind: type[Section]) -> bool:
+    *sections, leaf = name.split(".")
+    model: type[Section] = kind
     for key in sections:
         inner = _section(model, key)
         assert inner is not None, name

@@ -6,9 +6,9 @@ marked (Preset) get another one from PRESETS under `reference`. What a user sets
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_vppo.config.choices import (
@@ -23,6 +23,7 @@ from megatron_vppo.config.choices import (
     Fp8Phase,
     Fp8Recipe,
     Grader,
+    ImagePlace,
     KlKind,
     KlPlace,
     LoggerService,
@@ -32,6 +33,7 @@ from megatron_vppo.config.choices import (
     ModelPart,
     NamedPerturbUnit,
     NegativeAdvantages,
+    PerceptionGradient,
     PerturbKind,
     PerturbSpace,
     PolicyLoss,
@@ -42,8 +44,10 @@ from megatron_vppo.config.choices import (
     RewardType,
     SampleOrder,
     SeedKind,
+    ShapingKind,
     ShapingMeanScope,
     ShapingMinScope,
+    ShapingPlace,
     TextOnlyRows,
     TokenScores,
     TokenWeighting,
@@ -102,16 +106,36 @@ class Section(BaseModel):
         return value
 
 
-class DataConfig(Section):
-    train_files: FilePath
-    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`."""
-    val_files: FilePath | None = None
-    """Held-out rows, same forms; None: no validation."""
-    prompt_key: Text = "problem"
-    answer_key: Text = "answer"
-    image_key: Text = "images"
+class DataFile(Section):
+    """One of several data files: its path, and what is different for it. What is None is as `data` has it."""
+
+    path: FilePath
+    name: FolderName | None = None
+    """Its name in metrics and records; None: the last part of the path."""
+    weight: Positive | None = None
+    """Its share of the prompts, next to the weights of the other files; None for all: every row counts alike."""
+    prompt_key: Text | None = None
+    answer_key: Text | None = None
+    image_key: Text | None = None
     image_dir: FilePath | None = None
-    """Folder that relative image paths are taken from; None: the folder of the data file."""
+    image_place: ImagePlace | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+DataFiles = Annotated[
+    Annotated[FilePath, Tag("path")] | Annotated[tuple[DataFile, ...], Tag("list")],
+    Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "path"),
+]
+"""One path, or a list of paths and DataFiles."""
+
+
+class PromptConfig(Section):
+    """The settings by which an image question becomes tokens, in training and in evaluations."""
+
     format_prompt: FilePath | None = None
     """Jinja file that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
@@ -125,14 +149,36 @@ class DataConfig(Section):
     """Pixel budget per image."""
     background: str = "white"
     """Colour behind transparent pixels: a name, or '#rrggbb'. The authors' resize drops transparency instead."""
+    on_bad_row: BadRows = "error"
+    plain_think_tokens: bool = False
+    """Write <think> and </think> in plain pieces of text, where the tokenizer has tokens for them that the model was
+    not trained with (Qwen3-VL Instruct). Those tokens are then not sampled."""
+    num_workers: int = Field(default=2, ge=0, le=1024)
+    """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
+
+
+class DataConfig(PromptConfig):
+    train_files: DataFiles
+    """Parquet or JSON-lines file, folder, or hub id, as `path`, `path@split` or `repo@split`; or a list of them, of
+    which each may be {path, name, weight, prompt_key, answer_key, image_key, image_dir, image_place}."""
+    val_files: DataFiles | None = None
+    """Held-out rows, same forms, without weights; None: no validation."""
+    prompt_key: Text = "problem"
+    """Column of the problems: texts, or conversations of a user's turn and others. `a.b` is the field b of a column a,
+    here and in the next two."""
+    answer_key: Text = "answer"
+    """Column of the answers; where there is none, the last turn of a conversation is the answer."""
+    image_key: Text = "images"
+    image_dir: FilePath | None = None
+    """Folder that relative image paths are taken from; None: the folder of the data file."""
+    image_place: ImagePlace = "marks"
+    """'marks': images are where the problem has <image>. 'first': in a problem without it, they come before the
+    text."""
     rollout_batch_size: Count = 384
     """Prompts per training step."""
     shuffle: bool = True
-    on_bad_row: BadRows = "error"
     max_val_rows: Count | None = None
-    """The number of rows, from the first, to validate on; None: all."""
-    num_workers: int = Field(default=2, ge=0, le=1024)
-    """Processes that tokenise and check the data set at start; 0: in the trainer's own process."""
+    """The number of rows, from the first of each file, to validate on; None: all."""
 
 
 class ModelConfig(Section):
@@ -228,7 +274,7 @@ class AlgorithmConfig(Section):
     REINFORCE++, which divide by the deviation of the whole step."""
     policy_loss: PolicyLoss = "clip"
     """Surrogate loss: PPO's with DAPO's two bounds and a dual clip, GSPO's (set the bounds to 3e-4 and 4e-4), CISPO's,
-    or SAPO's."""
+    SAPO's, or REINFORCE's, without a ratio."""
     sapo_tau_positive: Positive = 1.0
     sapo_tau_negative: Positive = 1.05
     """Steepness of SAPO's gate, where the advantage is positive and elsewhere."""
@@ -239,20 +285,40 @@ class AlgorithmConfig(Section):
     kl_in: KlPlace = "loss"
     """'loss': added to the loss, averaged as loss_avg_mode says. 'reward': its sum over a response is taken from the
     reward."""
+    perception_loss_coef: PositiveOrZero = 0.0
+    """Weight of PAPO's perception loss (its gamma): the divergence between the two views, which training raises."""
+    perception_gradient: PerceptionGradient = "both_views"
+    """'both_views': the update reads both views, and the perception loss has a gradient through either (PAPO's paper).
+    'original_view': the perturbed view is scored once and constant (PAPO's code by default)."""
+    perturbed_entropy_coef: PositiveOrZero = 0.0
+    """Weight of the entropy term of the perturbed view in that loss (PAPO's eta_2; eta_1 is entropy_penalty_coef)."""
     use_vppo_on_perception: bool = True
     """Token gradient filtering (paper Eq. 4)."""
     token_scores: TokenScores = "dependency"
     """Numbers by which the filter ranks tokens: visual dependency, entropy, or random numbers (the paper's ablations).
-    'dependency_or_entropy' keeps the top share by either (ToR)."""
+    'dependency_or_entropy' keeps the top share by either (ToR); 'vepo' ranks by VEPO's product of both."""
+    vepo_alpha: Share = 0.7
+    """VEPO's weight of the divergence against the change of entropy."""
     token_weighting: TokenWeighting = "mask"
     """Weights of the policy gradient: one for kept tokens and zero for others; 'soft': sigmoid of the score, with the
-    kept share as their mean (the paper's ablation); 'pgpo': PGPO's, which keeps all tokens."""
+    kept share as their mean (the paper's ablation); 'pgpo' and 'vgpo': those of these methods, which keep all
+    tokens."""
     pgpo_tau: float = Field(default=0.4, gt=0, lt=1)
     """Relative dependency below which PGPO lowers a token's weight."""
     pgpo_beta: PositiveOrZero = 2.0
     """Weight that PGPO adds to the token of largest dependency, before weights are made one on average."""
+    vgpo_strength: PositiveOrZero = 0.3
+    """Share by which VGPO raises the score of a token at the end of a response, in proportion to its place."""
+    vgpo_tail: ShareAboveZero = 0.5
+    """Part of each response, at its end, in which VGPO raises scores."""
+    vgpo_top: ShareAboveZero = 0.2
+    """Share of the tokens of that part that are raised, those of largest score."""
     use_advantage_shaping: bool = True
     """Trajectory advantage shaping (paper Eq. 5)."""
+    shaping_kind: ShapingKind = "vppo"
+    """Scale of a response: VPPO's alpha, or VGPO's, which compares the responses to a prompt."""
+    shaping_in: ShapingPlace = "advantage"
+    """The scale multiplies the advantage, or the reward before the advantage is taken (the paper's ablation)."""
     use_entropy_penalty: bool = True
     top_p_perception_tokens: ShareAboveZero = 0.4
     """Share of each response's tokens that receive policy gradient."""
@@ -262,8 +328,9 @@ class AlgorithmConfig(Section):
     """beta_max, if it is to be fixed (the paper's ablation); the mean scale is then what comes of it."""
     entropy_penalty_coef: PositiveOrZero = 0.06
     dependency: DependencyKind = "k3_sampled"
-    """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, or the
-    Jensen-Shannon divergence."""
+    """Measure of token visual dependency: the authors' one-sample estimator, the paper's full-vocabulary KL, the
+    Jensen-Shannon divergence, or the drop of the top token's probability. 'visual_focus' is VGPO's: the similarity of a
+    token's hidden state to those of the image, for which no perturbed view is scored."""
     dependency_expm1: bool = True
     """expm1(x) - x instead of exp(x) - 1 - x, which cancels in fp32 for small x. (Preset.)"""
     stable_ranking: bool = True
@@ -310,6 +377,9 @@ class AlgorithmConfig(Section):
     """'token': as above. 'sequence_mask': all tokens of a response by the product of their ratios, or zero if that is
     above the cap. 'geometric_mask': by one, or zero if the geometric mean of the ratios is above the cap or below one
     over it."""
+    score_centering_tokens: int = Field(default=0, ge=0, le=20)
+    """Likeliest tokens whose probabilities engines report at each position, by which the drift towards the engine is
+    taken out of the gradient (score centering; policy_loss 'reinforce'). At most 20, vLLM's bound; 0: no centering."""
     reference_devices: Count | None = None
     """Devices of the emulated split for scope 'device_minibatch'; None: the data-parallel size."""
     perturb: PerturbConfig = PerturbConfig()
@@ -377,14 +447,15 @@ class ActorConfig(Section):
     global_batch_size: Count = 128
     """Prompts per optimizer step (rollout.n responses each)."""
     micro_batch_size_per_device_for_update: Count = 4
-    """Responses per micro-batch of the update; they are packed, so there is no padding."""
+    """The most responses in a micro-batch of the update; they are packed, so there is no padding. Groups of rollout.n
+    responses that fit stay whole."""
     micro_batch_size_per_device_for_experience: Count = 8
-    """Responses per micro-batch of scoring."""
+    """The most responses in a micro-batch of scoring, likewise."""
     max_tokens_per_micro_batch: Count | None = None
-    """Tokens that the model reads in a micro-batch of the update, filled with whole groups; in scoring, as many for
-    each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few different numbers
-    of tokens. Padding for FP8 and sequence parallelism comes on top. None: micro-batches have as many responses as the
-    two settings above say, which else have no effect."""
+    """Tokens that the model reads in a micro-batch of the update, in all views, filled with whole groups; in scoring,
+    as many for each of the two views. Each is padded, by a tenth at most, so that a run's micro-batches have few
+    different numbers of tokens. Padding for FP8 and sequence parallelism comes on top. None: micro-batches have as many
+    responses as the two settings above say, which else have no effect."""
     ppo_epochs: Count = 1
     max_grad_norm: Positive = 1.0
     head_chunk_tokens: Count | None = None
@@ -404,7 +475,36 @@ class ValSamplingConfig(Section):
     top_p: ShareAboveZero = 1.0
 
 
-class RolloutConfig(Section):
+class EngineConfig(Section):
+    """The settings of vLLM's engines that an evaluation has, too. Responses depend on them by rounding alone."""
+
+    tensor_parallel_size: Count = 1
+    """Devices per vLLM engine."""
+    num_engines: Count | None = None
+    """None: one per tensor_parallel_size devices on GPUs, one on a machine without GPUs."""
+    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
+    """Share of each of its GPUs that an engine takes while it is awake."""
+    cpu_kv_cache_gib: Positive = 1.0
+    """GiB for the KV cache of an engine on CPU."""
+    threads_per_engine: Workers | None = None
+    """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
+    max_num_seqs: int | None = Field(default=None, gt=0, le=8192)
+    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB. None: 1024 on GPUs,
+    256 without."""
+    max_images_per_prompt: Count = 8
+    """The most images that one prompt may have."""
+    enforce_eager: bool | None = None
+    """Run engines without CUDA graphs. None: with them on GPUs."""
+    start_timeout_seconds: Wait = 600.0
+    """Time for an engine to load."""
+    engine_timeout_seconds: Wait = 300.0
+    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
+    started again. The default is vLLM's own bound of a forward pass."""
+    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
+    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
+
+
+class RolloutConfig(EngineConfig):
     n: int = Field(default=8, gt=1, le=MOST_RESPONSES)
     """Responses per prompt."""
     temperature: float = Field(default=1.0, ge=LEAST_TEMPERATURE, le=2)
@@ -421,12 +521,6 @@ class RolloutConfig(Section):
     """Groups that a step began and did not need: dropped, or carried to the next step, which goes on with their
     responses. These then have tokens of several weights, so 'carry' needs algorithm.rollout_correction_cap, and which
     groups are carried depends on time."""
-    tensor_parallel_size: Count = 1
-    """Devices per vLLM engine."""
-    num_engines: Count | None = None
-    """None: one per tensor_parallel_size trainer devices on GPUs, one on a machine without GPUs."""
-    gpu_memory_utilization: float = Field(default=0.5, gt=0, lt=1)
-    """Share of each of its GPUs that an engine takes while it is awake."""
     free_cache_engine: bool | None = None
     """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
     them with the trainer."""
@@ -435,32 +529,25 @@ class RolloutConfig(Section):
     quantization: Quantization | None = None
     """Number format of the linear layers in the engines' language model, scaled as fp8.recipe says (block by block
     without one). Engines quantise the weights that they are sent. GPUs only."""
-    cpu_kv_cache_gib: Positive = 1.0
-    """GiB for the KV cache of an engine on CPU."""
-    threads_per_engine: Workers | None = None
-    """CPU threads of an engine on a machine without GPUs; None: all cores over the number of engines."""
-    max_num_seqs: int | None = Field(default=None, gt=0, le=8192)
-    """Responses in flight in an engine. vLLM takes no more than 8192 on GPUs of less than 70 GiB. None: 1024 on GPUs,
-    256 without."""
-    max_images_per_prompt: Count = 8
-    """The most images that one prompt may have."""
-    enforce_eager: bool | None = None
-    """Run engines without CUDA graphs. None: with them on GPUs."""
     val: ValSamplingConfig = ValSamplingConfig()
     verify_weights: VerifyWeights = "first"
     """Weight syncs after which vLLM's checksums are compared with those of the weights sent to it."""
     logprob_diff_bound: Positive = 0.05
     """Nats; tokens whose rollout and trainer log-prob differ by more are counted."""
-    start_timeout_seconds: Wait = 600.0
-    """Time for an engine to load."""
-    engine_timeout_seconds: Wait = 300.0
-    """Time without progress, such as one forward pass or one buffer of weights, after which an engine hangs. It is then
-    started again. The default is vLLM's own bound of a forward pass."""
-    max_engine_restarts: int = Field(default=3, ge=0, le=1000)
-    """Restarts of each engine, after it died or hung, until the run ends; 0: none."""
 
 
-class RewardConfig(Section):
+class GradingWorkersConfig(Section):
+    """The settings of the processes that grade responses, in training and in evaluations."""
+
+    num_workers: Workers | None = None
+    """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
+    for a batch function of yours, which may compare all responses that it gets."""
+    timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
+    """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
+    up to 60 times as long, and Linux waits no longer than 24 days."""
+
+
+class RewardConfig(GradingWorkersConfig):
     reward_function: FilePath = "mathruler"
     """A built-in grader: 'mathruler' (the authors'), 'math_verify', 'choice', 'number', 'iou' or 'format'; or
     `file.py:function` of yours."""
@@ -473,18 +560,17 @@ class RewardConfig(Section):
     """The same in the unit of the answer; the larger of both holds."""
     iou_threshold: ShareAboveZero = 0.5
     """Intersection over union from which 'iou' takes a response for right. The reward is the overlap itself."""
+    overlong_buffer_tokens: CountOrZero = 0
+    """Last tokens before data.max_response_length over which a penalty on the reward grows from zero to
+    overlong_penalty (DAPO's soft punishment). 0: none."""
+    overlong_penalty: Positive = 1.0
+    """Taken from the reward of a response that reaches the limit."""
     reward_function_kwargs: dict[str, Any] = {}
     """Further arguments of a function of yours, by name."""
     reward_type: RewardType = "auto"
     """The call of a function of yours: with a list of all responses once they are sampled ('batch'), or once per
     response while others are sampled ('sequential'). 'auto': by the names of its parameters; a list if they say
     nothing."""
-    num_workers: Workers | None = None
-    """Processes that decode and grade responses. None: one per core of rank 0's fair share of its host, up to 32; but 1
-    for a batch function of yours, which may compare all responses that it gets."""
-    timeout_seconds: float = Field(default=10.0, ge=0.001, le=9 * 3600)
-    """Time for one response. One that takes longer gets the reward zero and is counted. At most 9 hours: a batch gets
-    up to 60 times as long, and Linux waits no longer than 24 days."""
     max_error_share: ShareAboveZero = 1.0
     """Share of the rewards of a step that may fail: if as many fail, the run ends."""
 

@@ -1,12 +1,15 @@
 """Image questions of a data set, by random access: files, folders, `save_to_disk` folders and hub ids.
 
-A row is (problem, answer, images). A call reads only what it needs: a text is read without image bytes, an image's size
-comes from its header, and only `image()` decodes pixels. Every fault of a row is a RowError with file and row.
+A row is (problem, answer, images), and may have a system turn of its own. A call reads only what it needs: a text is
+read without image bytes, an image's size comes from its header, and only `image()` decodes pixels. Every fault of a row
+is a RowError with file and row.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Iterator
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -14,10 +17,22 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
+from megatron_vppo.config.choices import ImagePlace
+from megatron_vppo.data.columns import Column, Columns
+from megatron_vppo.data.conversation import (
+    BadTurns,
+    Conversation,
+    TurnTags,
+    is_conversation,
+    read_turns,
+    tags_of_file,
+)
 from megatron_vppo.data.decode import check_complete, decode, has_transparent_pixels, upright_size
 from megatron_vppo.data.rows import BadRow, DataRows
 from megatron_vppo.data.sources import open_source
 
+IMAGE_MARK = "<image>"
+"""The place of an image in a problem."""
 _ROWS_LOOKED_AT = 100
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 _SHOWN = 300  # letters of a path in a message; it may be an image in base64
@@ -44,21 +59,21 @@ class VisionDataset:
         *,
         source: str,
         image_root: Path,
-        columns: tuple[str, str, str | None],
+        columns: Columns,
         numbers: range | None = None,
+        tags: TurnTags | None = None,
     ) -> None:
         """
         Args:
             source: the name of the data set in messages.
             image_root: the folder that relative image paths are taken from.
-            columns: the names of the problems, answers and images. A cell of images holds a path, encoded bytes or a
-                {'bytes', 'path'}, or a list of them. None: no row has images.
             numbers: the numbers of the rows that are used, in the file; None: all.
+            tags: the names that turns have, where problems are conversations; None: the usual ones.
         """
         self.source = source
         self._rows = rows
         self._image_root = image_root
-        self._problems, self._answers, self._images = columns
+        self._columns, self._tags = columns, tags
         self._numbers = range(len(rows)) if numbers is None else numbers
 
     def __len__(self) -> int:
@@ -67,14 +82,15 @@ class VisionDataset:
     @property
     def has_image_column(self) -> bool:
         """False if no row has images, because there is no column of them."""
-        return self._images is not None
+        return self._columns.images is not None
 
     def selection(self) -> dict[str, Any]:
         """Returns, for JSON, what of its files it uses: columns, rows, and the folder of images."""
         numbers = self._numbers
         return {
             "source": self.source,
-            "columns": [self._problems, self._answers, self._images],
+            "columns": dataclasses.asdict(self._columns),
+            "tags": None if self._tags is None else dataclasses.asdict(self._tags),
             "numbers": [numbers.start, numbers.stop, numbers.step],
             "image_root": str(self._image_root),
         }
@@ -84,18 +100,43 @@ class VisionDataset:
         return RowError(self.source, row, reason, self._rows.place(self._numbers[row]))
 
     def problem(self, row: int) -> str:
-        """Returns the problem's text. Raises RowError if it is missing, empty, not a text or not Unicode."""
-        value = self._cell(row, self._problems)
+        """Returns the problem's text: that of the cell, or the user's turn of a conversation.
+
+        Raises RowError if it is missing, empty, not a text or not Unicode, or if the turns are not one question.
+        """
+        value = self._cell(row, self._columns.problem)
+        if is_conversation(value):
+            value = self._turns(row, value).question
         if not isinstance(value, str) or not value.strip():
-            raise self.error(row, f"column {self._problems!r} holds no text: {value!r}")
-        return self._whole_text(row, self._problems, value)
+            raise self.error(row, f"column {self._columns.problem.name!r} holds no text: {value!r}")
+        if self._columns.image_place == "first" and IMAGE_MARK not in value:
+            value = IMAGE_MARK * len(self.image_cells(row)) + value
+        return self._whole_text(row, self._columns.problem.name, value)
+
+    def system(self, row: int) -> str | None:
+        """Returns the system turn of a row that is a conversation; None if it has none. Raises RowError."""
+        value = self._cell(row, self._columns.problem)
+        turn = self._turns(row, value).system if is_conversation(value) else None
+        return None if turn is None else self._whole_text(row, self._columns.problem.name, turn)
 
     def answer(self, row: int) -> str:
-        """Returns the answer as text, also if it is a number or a date. Raises RowError if it is missing or empty."""
-        value = self._cell(row, self._answers)
+        """Returns the answer as text, also if it is a number or a date. Raises RowError if it is missing or empty.
+
+        Without a column of answers it is that of the conversation, see `Conversation`.
+        """
+        column = self._columns.answer or self._columns.problem
+        value = self._cell(row, column)
+        if self._columns.answer is None and is_conversation(value):
+            value = self._turns(row, value).answer
         if not isinstance(value, str | int | float | Decimal | date | time) or not str(value).strip():
-            raise self.error(row, f"column {self._answers!r} holds no answer: {str(value)[:80]!r}")
-        return self._whole_text(row, self._answers, str(value))
+            raise self.error(row, f"column {column.name!r} holds no answer: {str(value)[:80]!r}")
+        return self._whole_text(row, column.name, str(value))
+
+    def _turns(self, row: int, cell: Any) -> Conversation:
+        try:
+            return read_turns(cell, self._tags)
+        except BadTurns as error:
+            raise self.error(row, f"column {self._columns.problem.name!r}: {error}") from error
 
     def _whole_text(self, row: int, column: str, text: str) -> str:
         """Returns the text. Raises RowError for half of a surrogate pair, which no tokenizer takes."""
@@ -107,7 +148,7 @@ class VisionDataset:
 
     def image_cells(self, row: int) -> list[Any]:
         """Returns the row's images as they are stored: paths, bytes or {'bytes', 'path'}."""
-        cell = None if self._images is None else self._cell(row, self._images)
+        cell = None if self._columns.images is None else self._cell(row, self._columns.images)
         if cell is None:
             return []
         return list(cell) if isinstance(cell, (list, tuple)) else [cell]
@@ -116,7 +157,7 @@ class VisionDataset:
         """Reads the encoded image. Raises RowError if there is none, or its file is missing or cannot be read."""
         cells = self.image_cells(row)
         if index >= len(cells):
-            raise self.error(row, f"image {index} asked for, {len(cells)} in column {self._images!r}")
+            raise self.error(row, f"image {index} asked for, there are {len(cells)}")
         cell = cells[index]
         path = cell
         if isinstance(cell, bytes):
@@ -144,9 +185,9 @@ class VisionDataset:
             reason = f"image {index} cannot be read: {why}: {str(self._image_root / path)[:_SHOWN]}"
             raise self.error(row, f"{reason} (relative paths are taken from data.image_dir)") from error
 
-    def _cell(self, row: int, column: str) -> Any:
+    def _cell(self, row: int, column: Column) -> Any:
         try:
-            return self._rows.cell(self._numbers[row], column)
+            return self._rows.cell(self._numbers[row], column.top, column.inside)
         except BadRow as error:
             raise self.error(row, str(error)) from error
 
@@ -189,13 +230,15 @@ def open_dataset(
     problem_key: str,
     answer_key: str,
     image_key: str,
+    image_place: ImagePlace,
     image_dir: str | None = None,
     max_rows: int | None = None,
 ) -> VisionDataset:
     """Opens `path`, `path@split` or `repo@split` (see `open_source`).
 
     Args:
-        problem_key, answer_key, image_key: names of the columns.
+        problem_key, answer_key, image_key: names of the columns, or of fields in them, see `Column.of`.
+        image_place: the place of images in a problem that has no mark of them.
         image_dir: the folder that relative image paths are taken from; None: that of the data file.
         max_rows: the number of rows that are used, from the first; None: all.
 
@@ -206,17 +249,34 @@ def open_dataset(
     rows = opened.rows
     if not rows.columns:
         _refuse_rows_without_columns(rows, source)
-    for key, setting in ((problem_key, "prompt_key"), (answer_key, "answer_key"), (image_key, "image_key")):
-        if key not in rows.columns and (key != image_key or _image_columns(rows, (problem_key, answer_key))):
+    problem, answer, images = (Column.of(key, rows.columns) for key in (problem_key, answer_key, image_key))
+    missing = {
+        "prompt_key": problem.top not in rows.columns,
+        "answer_key": answer.top not in rows.columns and not _are_conversations(rows, problem),
+        "image_key": images.top not in rows.columns and bool(_image_columns(rows, (problem.top, answer.top))),
+    }
+    for setting, column in (("prompt_key", problem), ("answer_key", answer), ("image_key", images)):
+        if missing[setting]:
             known = ", ".join(rows.columns)
-            raise ValueError(f"{source}: no column {key!r}; it has {known}. Set data.{setting} to one of them.")
+            raise ValueError(f"{source}: no column {column.name!r}; it has {known}. Set data.{setting} to one of them.")
     return VisionDataset(
         rows,
         source=source,
         image_root=(Path(image_dir) if image_dir is not None else opened.image_root).absolute(),
-        columns=(problem_key, answer_key, image_key if image_key in rows.columns else None),
+        columns=Columns(
+            problem,
+            answer if answer.top in rows.columns else None,
+            images if images.top in rows.columns else None,
+            image_place,
+        ),
         numbers=opened.numbers[:max_rows],
+        tags=None if opened.file is None else tags_of_file(opened.file),
     )
+
+
+def _are_conversations(rows: DataRows, column: Column) -> bool:
+    """Returns True if the first value of a column is a list of turns."""
+    return next((is_conversation(value) for value in _first_values(rows, column)), False)
 
 
 def _refuse_rows_without_columns(rows: DataRows, source: str) -> None:
@@ -235,17 +295,24 @@ def _refuse_rows_without_columns(rows: DataRows, source: str) -> None:
 def _image_columns(rows: DataRows, others: tuple[str, ...]) -> list[str]:
     """Lists the columns whose first value could be images: a list, bytes, {'bytes', 'path'}, or an image's path."""
     found = []
-    for column in rows.columns:
-        if column in others:
+    for name in rows.columns:
+        if name in others:
             continue
-        for row in range(min(len(rows), _ROWS_LOOKED_AT)):
-            try:
-                value = rows.cell(row, column)
-            except BadRow:
-                continue
-            if value is not None:
-                is_path = isinstance(value, str) and value.lower().endswith(_IMAGE_SUFFIXES)
-                if is_path or isinstance(value, list | bytes | dict):
-                    found.append(column)
-                break
+        for value in _first_values(rows, Column(name)):
+            is_path = isinstance(value, str) and value.lower().endswith(_IMAGE_SUFFIXES)
+            is_record = isinstance(value, dict) and bool({"bytes", "path"} & value.keys())
+            if is_path or is_record or isinstance(value, list | bytes):
+                found.append(name)
+            break
     return found
+
+
+def _first_values(rows: DataRows, column: Column) -> Iterator[Any]:
+    """Yields the values of the first rows that can be read and have one."""
+    for row in range(min(len(rows), _ROWS_LOOKED_AT)):
+        try:
+            value = rows.cell(row, column.top, column.inside)
+        except BadRow:
+            continue
+        if value is not None:
+            yield value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,12 @@ import numpy as np
 
 from megatron_vppo.algorithm.types import ImageRef, Prompt
 from megatron_vppo.config.choices import BadRows
-from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.dataset import IMAGE_MARK, RowError, VisionDataset
 from megatron_vppo.data.geometry import ImageGeometry
-from megatron_vppo.data.row_cache import CheckedRows, Grids, RowCache, TokenIds
+from megatron_vppo.data.row_cache import CheckedRows, Grids, RowCache, TokenIds, UsableRows
 from megatron_vppo.data.row_workers import of_rows
 from megatron_vppo.system.visible import visible
 
-IMAGE_MARK = "<image>"
 _ROWS_PER_CHUNK = 256
 _MIN_ROWS_PER_WORKER = 4000  # a row takes 1-2 ms, and a process about 8 s to import transformers
 _LISTED = 20
@@ -60,22 +59,37 @@ class PromptBuilder:
     template: str | None = None
     """Jinja source that receives `content` (the problem); None: the problem as it is."""
     system_prompt: str | None = None
-    """None: what the chat template puts there by itself."""
+    """None: that of the row, or else what the chat template puts there by itself."""
 
-    def text(self, problem: str) -> str:
-        """Returns the whole prompt as text, up to where the response starts; one placeholder per `<image>`."""
+    def text(self, problem: str, *, system: str | None = None) -> str:
+        """Returns the whole prompt as text, up to where the response starts; one placeholder per `<image>`.
+
+        Args:
+            system: the row's own system turn.
+
+        Raises ValueError if that is another than the system prompt of all rows.
+        """
+        if None not in (system, self.system_prompt) and system != self.system_prompt:
+            raise ValueError(
+                f"its system turn {_beginning(system)} is not data.system_prompt {_beginning(self.system_prompt)}; set "
+                "data.system_prompt=null, and each row keeps its own"
+            )
+        system = self.system_prompt if system is None else system
         content = problem if self.template is None else _compiled(self.template).render(content=problem)
         turns: list[dict[str, Any]] = []
-        if self.system_prompt is not None:
-            turns.append({"role": "system", "content": self.system_prompt})
+        if system is not None:
+            turns.append({"role": "system", "content": system})
         turns.append({"role": "user", "content": _content_list(content) if IMAGE_MARK in content else content})
         return self.processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
-    def compact_ids(self, problem: str, *, num_images: int) -> list[int]:
-        """Returns token ids with one placeholder per image. Raises ValueError if marks and images do not match."""
+    def compact_ids(self, problem: str, *, num_images: int, system: str | None = None) -> list[int]:
+        """Returns token ids with one placeholder per image.
+
+        Raises ValueError if marks and images do not match, or as `text`.
+        """
         if (marks := problem.count(IMAGE_MARK)) != num_images:
             raise ValueError(f"the problem has {marks} {IMAGE_MARK!r} for {num_images} image(s)")
-        token_ids = list(self.processor.tokenizer(self.text(problem))["input_ids"])
+        token_ids = list(self.processor.tokenizer(self.text(problem, system=system))["input_ids"])
         if (placeholders := token_ids.count(self.processor.image_token_id)) != num_images:
             raise ValueError(
                 f"{placeholders} image placeholders in the tokenised prompt for {num_images} image(s): the problem "
@@ -100,6 +114,10 @@ class PromptBuilder:
     def num_tokens(self, compact_ids: TokenIds, grids: Grids) -> int:
         """Returns the length of what `expand` would return."""
         return len(compact_ids) + sum(self.geometry.tokens(grid) - 1 for grid in grids)
+
+
+def _beginning(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 40 else f"{text[:37]}...")
 
 
 def _content_list(content: str) -> list[dict[str, str]]:
@@ -143,7 +161,7 @@ class PromptReport:
 class PromptSet(Sequence[Prompt]):
     """The usable prompts of a data set, in row order.
 
-    It holds compact token ids and grids; a Prompt is built when it is asked for.
+    It holds compact token ids and grids in arrays; a Prompt is built when it is asked for.
     """
 
     def __init__(
@@ -152,29 +170,24 @@ class PromptSet(Sequence[Prompt]):
         builder: PromptBuilder,
         *,
         split: str,
-        rows: Sequence[tuple[int, TokenIds, Grids]],
+        rows: UsableRows,
         report: PromptReport,
     ) -> None:
-        """`rows`: row, compact token ids and grids of each prompt."""
         self.dataset, self.report, self.split = dataset, report, split
-        self._builder = builder
-        self._rows = np.array([row for row, _, _ in rows], dtype=np.int64)
-        self._ends = np.cumsum([0] + [len(ids) for _, ids, _ in rows], dtype=np.int64)
-        self._ids = np.concatenate([np.asarray(ids, dtype=np.int32) for _, ids, _ in rows])
-        self._grids = [grids for _, _, grids in rows]
+        self._builder, self._usable = builder, rows
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._usable)
 
     @property
     def rows(self) -> tuple[int, ...]:
         """The data set row of each prompt."""
-        return tuple(self._rows.tolist())
+        return tuple(self._usable.rows.tolist())
 
     def of_row(self, row: int) -> Prompt:
         """Returns the prompt of a row of the data set. Raises KeyError if there is none."""
-        index = int(np.searchsorted(self._rows, row))
-        if index == len(self) or self._rows[index] != row:
+        index = int(np.searchsorted(self._usable.rows, row))
+        if index == len(self) or self._usable.rows[index] != row:
             raise KeyError(row)
         return self[index]
 
@@ -182,9 +195,11 @@ class PromptSet(Sequence[Prompt]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # IndexError and negative indices as for any sequence
-        row = int(self._rows[index])
-        compact_ids = tuple(self._ids[self._ends[index] : self._ends[index + 1]].tolist())
-        grids = self._grids[index]
+        row, compact_ids, grids = (
+            int(self._usable.rows[index]),
+            self._usable.ids_of(index),
+            self._usable.grids_of(index),
+        )
         return Prompt(
             split=self.split,
             row=row,
@@ -239,7 +254,7 @@ def load_prompts(
         bad_rows=checked.bad,
         transparent=checked.transparent,
     )
-    if not checked.usable:
+    if not len(checked.usable):
         raise ValueError(
             f"{dataset.source}: no usable prompt. {report.summary()}\n"
             f"If prompts are too long, raise data.max_prompt_length ({max_prompt_length} tokens) or lower "
@@ -260,27 +275,31 @@ def _check_all(
     num_workers: int,
 ) -> CheckedRows:
     """See `load_prompts`."""
-    usable: list[tuple[int, TokenIds, Grids]] = []
     too_long: list[int] = []
     bad: list[RowError] = []
-    transparent = 0
+    transparent: list[int] = []
     workers = min(num_workers, len(dataset) // _MIN_ROWS_PER_WORKER)
-    # No name holds the iterator: an error of a row then ends the workers at once, not when its traceback is let go.
-    for row, outcome in enumerate(
-        of_rows(_check_row, (dataset, builder), rows=len(dataset), workers=workers, rows_per_chunk=_ROWS_PER_CHUNK)
-    ):
-        if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
-            outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
-        if isinstance(outcome, RowError):
-            if on_bad_row == "error":
-                raise dataset.error(row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip")
-            bad.append(outcome)
-        elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
-            too_long.append(row)
-        else:
-            usable.append((row, outcome.compact_ids, outcome.grids))
-            transparent += outcome.is_transparent
-    return CheckedRows(usable=usable, too_long=tuple(too_long), bad=tuple(bad), transparent=transparent)
+
+    def usable_rows() -> Iterator[tuple[int, TokenIds, Grids]]:
+        # No name holds the iterator: an error of a row then ends the workers at once, not when its traceback is let go.
+        for row, outcome in enumerate(
+            of_rows(_check_row, (dataset, builder), rows=len(dataset), workers=workers, rows_per_chunk=_ROWS_PER_CHUNK)
+        ):
+            if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
+                outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
+            if isinstance(outcome, RowError):
+                if on_bad_row == "error":
+                    raise dataset.error(row, f"{outcome.reason}. Mend the row, or set data.on_bad_row=skip")
+                bad.append(outcome)
+            elif builder.num_tokens(outcome.compact_ids, outcome.grids) > max_prompt_length:
+                too_long.append(row)
+            else:
+                if outcome.is_transparent:
+                    transparent.append(row)
+                yield row, outcome.compact_ids, outcome.grids
+
+    usable = UsableRows.of(usable_rows())
+    return CheckedRows(usable=usable, too_long=tuple(too_long), bad=tuple(bad), transparent=len(transparent))
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +320,7 @@ def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outc
         problem = dataset.problem(row)
         dataset.answer(row)
         num_images = len(dataset.image_cells(row))
-        compact_ids = builder.compact_ids(problem, num_images=num_images)
+        compact_ids = builder.compact_ids(problem, num_images=num_images, system=dataset.system(row))
         grids = []
         for index in range(num_images):
             size = dataset.check_image(row, index)

@@ -24,9 +24,8 @@ from typing import Any, BinaryIO, cast
 
 from megatron_vppo.algorithm.types import Response, Reward
 from megatron_vppo.data.graders.weighted import BuiltInReward
-from megatron_vppo.data.reward_worker import Ungraded, read_message, reward_to_text, write_request
+from megatron_vppo.data.reward_worker import AnyReward, Ungraded, read_message, reward_to_text, write_request
 from megatron_vppo.data.text_decoder import TextDecoder
-from megatron_vppo.data.user_reward import UserReward
 from megatron_vppo.system.processes import child_environment
 from megatron_vppo.system.visible import visible
 
@@ -50,7 +49,7 @@ class RewardPool:
 
     def __init__(
         self,
-        reward: BuiltInReward | UserReward,
+        reward: AnyReward,
         *,
         tokenizer: str,
         num_workers: int,
@@ -74,7 +73,7 @@ class RewardPool:
         self._tokenizer = os.fdopen(os.memfd_create("tokenizer"), "wb")
         self._tokenizer.write(tokenizer.encode())
         self._tokenizer.flush()
-        name = str(reward) if isinstance(reward, UserReward) else reward.main
+        name = reward.main if isinstance(reward, BuiltInReward) else str(reward)
         self._arguments = (name, reward_to_text(reward), self._tokenizer.fileno())
         self._shown: set[str] = set()
         self._workers: list[_Worker] = []
@@ -222,9 +221,10 @@ def _ungraded(response: Response) -> Ungraded:
     return Ungraded(response.token_ids, prompt.answer, prompt.split, prompt.row)
 
 
-def _reward(score: dict[str, float]) -> Reward:
+def _reward(score: dict[str, Any]) -> Reward:
+    vote = score.pop("vote") if isinstance(score.get("vote"), str) else None  # a user's metric is a number
     metrics = {name: value for name, value in score.items() if name not in ("overall", "accuracy")}
-    return Reward(overall=score["overall"], accuracy=score["accuracy"], metrics=metrics)
+    return Reward(overall=score["overall"], accuracy=score["accuracy"], metrics=metrics, vote=vote)
 
 
 class _Worker:

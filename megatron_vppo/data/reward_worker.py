@@ -9,6 +9,7 @@ that it starts fast.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -19,7 +20,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from megatron_vppo.data.graders.weighted import BuiltInReward, load_graders, weighted_sum
 from megatron_vppo.data.text_decoder import TextDecoder
@@ -78,42 +79,62 @@ def read_request(stream: BinaryIO) -> list[Ungraded]:
 
 
 @dataclass(frozen=True)
+class ModuleReward:
+    """A function of this project from a response and its ground truth to a result, which may have a 'vote'."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.module}:{self.name}"
+
+
+AnyReward: TypeAlias = BuiltInReward | UserReward | ModuleReward
+_KINDS: dict[str, type[AnyReward]] = {"built_in": BuiltInReward, "user": UserReward, "module": ModuleReward}
+
+
+@dataclass(frozen=True)
 class LoadedReward:
     """A reward function that is ready to be called."""
 
-    grade: Callable[[Sequence[Graded]], list[dict[str, float]]]
-    """Returns 'overall', 'accuracy' and metrics for each response."""
+    grade: Callable[[Sequence[Graded]], list[dict[str, Any]]]
+    """Returns 'overall', 'accuracy' and metrics for each response, and its 'vote' if there is one."""
     convention: str
     """The kind of function, for a person."""
     batch: bool
     """True if it is called with all responses of a request, and may compare them."""
 
 
-def load_reward(reward: BuiltInReward | UserReward) -> LoadedReward:
-    """Loads built-in graders, or a function of the user's. Raises ValueError if it cannot be used."""
-    if isinstance(reward, UserReward):
-        function = load_function(reward)
-        convention = find_convention(function, reward)
-        return LoadedReward(partial(grade, function, convention, reward), str(convention), convention.batch)
-    graders = load_graders(reward)
+def load_reward(reward: AnyReward) -> LoadedReward:
+    """Loads graders of ours, or a function of the user's. Raises ValueError if it cannot be used."""
+    match reward:
+        case UserReward():
+            function = load_function(reward)
+            convention = find_convention(function, reward)
+            return LoadedReward(partial(grade, function, convention, reward), str(convention), convention.batch)
+        case BuiltInReward():
+            graders, weights, main = load_graders(reward), reward.weights, reward.main
+
+            def one(response: str, ground_truth: str) -> dict[str, Any]:
+                grades = {name: grader(response, ground_truth) for name, grader in graders.items()}
+                return weighted_sum(grades, weights, main)
+
+        case ModuleReward():
+            one = getattr(importlib.import_module(reward.module), reward.name)
     resource.setrlimit(resource.RLIMIT_AS, (_GRADER_MEMORY_BYTES, _GRADER_MEMORY_BYTES))
-
-    def graded(responses: Sequence[Graded]) -> list[dict[str, float]]:
-        grades = [{name: one(r.response, r.ground_truth) for name, one in graders.items()} for r in responses]
-        return [weighted_sum(one, reward.weights, reward.main) for one in grades]
-
-    return LoadedReward(graded, "built-in", batch=False)
+    return LoadedReward(lambda graded: [one(r.response, r.ground_truth) for r in graded], "built-in", batch=False)
 
 
-def reward_to_text(reward: BuiltInReward | UserReward) -> str:
+def reward_to_text(reward: AnyReward) -> str:
     """Returns what `reward_from_text` reads, for the command line of a worker."""
-    return json.dumps({"built_in": isinstance(reward, BuiltInReward), **asdict(reward)})
+    kind = next(name for name, kind in _KINDS.items() if isinstance(reward, kind))
+    return json.dumps({"kind": kind, **asdict(reward)})
 
 
-def reward_from_text(text: str) -> BuiltInReward | UserReward:
+def reward_from_text(text: str) -> AnyReward:
     """Reads what `reward_to_text` wrote."""
     fields = json.loads(text)
-    return BuiltInReward(**fields) if fields.pop("built_in") else UserReward(**fields)
+    return _KINDS[fields.pop("kind")](**fields)
 
 
 def _describe(error: BaseException) -> dict[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,16 +23,65 @@ from megatron_vppo.system.whole import whole_file
 
 Grids = tuple[tuple[int, int, int], ...]
 TokenIds = Sequence[int] | NDArray[np.int32]
-_KEPT = 8
+_KEPT = 32
 """The newest files that are kept in a folder."""
+
+
+@dataclass(frozen=True)
+class UsableRows:
+    """The rows whose prompts can be used, in flat arrays: four bytes a token, and nothing that Python counts."""
+
+    rows: NDArray[np.int64]
+    """Their numbers, rising."""
+    ids: NDArray[np.int32]
+    """The compact token ids of all, one prompt after the other."""
+    id_ends: NDArray[np.int64]
+    """The ends of those of each prompt; as many as rows."""
+    grids: NDArray[np.int64]
+    """[images, 3]: those of all, likewise."""
+    grid_ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, rows: Iterable[tuple[int, TokenIds, Grids]]) -> UsableRows:
+        """Gathers (row, compact token ids, grids) of each prompt."""
+        numbers, ids, id_ends, grids, grid_ends = array("q"), array("i"), array("q"), array("q"), array("q")
+        for row, own_ids, own_grids in rows:
+            numbers.append(row)
+            ids.extend(map(int, own_ids))
+            id_ends.append(len(ids))
+            for grid in own_grids:
+                grids.extend(grid)
+            grid_ends.append(len(grids) // 3)
+        return cls(
+            np.array(numbers, dtype=np.int64),
+            np.array(ids, dtype=np.int32),
+            np.array(id_ends, dtype=np.int64),
+            np.array(grids, dtype=np.int64).reshape(-1, 3),
+            np.array(grid_ends, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def ids_of(self, index: int) -> tuple[int, ...]:
+        """Returns the compact token ids of the prompt of this index."""
+        return tuple(self.ids[self._begin(self.id_ends, index) : self.id_ends[index]].tolist())
+
+    def grids_of(self, index: int) -> Grids:
+        """Returns the grid of each of its images."""
+        own = self.grids[self._begin(self.grid_ends, index) : self.grid_ends[index]]
+        return tuple((t, h, w) for t, h, w in own.tolist())
+
+    @staticmethod
+    def _begin(ends: NDArray[np.int64], index: int) -> int:
+        return int(ends[index - 1]) if index else 0
 
 
 @dataclass(frozen=True)
 class CheckedRows:
     """The outcome of the check of all rows of a data set."""
 
-    usable: Sequence[tuple[int, TokenIds, Grids]]
-    """Row, compact token ids and grids of each prompt that can be used."""
+    usable: UsableRows
     too_long: tuple[int, ...]
     bad: tuple[RowError, ...]
     transparent: int
@@ -87,16 +137,13 @@ def file_identity(paths: Iterable[Path]) -> list[tuple[str, int, int, int, int]]
     return found
 
 
+_USABLE = ("rows", "ids", "id_ends", "grids", "grid_ends")
+
+
 def _pack(checked: CheckedRows, key: str) -> dict[str, Any]:
-    ids = [np.asarray(ids, dtype=np.int32) for _, ids, _ in checked.usable]
-    grids = [grid for _, _, grids in checked.usable for grid in grids]
     text = {"key": key, "bad": [(error.source, error.row, error.reason, error.place) for error in checked.bad]}
     return {
-        "rows": np.array([row for row, _, _ in checked.usable], dtype=np.int64),
-        "num_ids": np.array([len(one) for one in ids], dtype=np.int64),
-        "ids": np.concatenate([*ids, np.empty(0, np.int32)]),
-        "num_grids": np.array([len(grids) for _, _, grids in checked.usable], dtype=np.int64),
-        "grids": np.array(grids, dtype=np.int64).reshape(-1, 3),
+        **{name: getattr(checked.usable, name) for name in _USABLE},
         "too_long": np.array(checked.too_long, dtype=np.int64),
         "transparent": np.array(checked.transparent, dtype=np.int64),
         "text": np.frombuffer(json.dumps(text).encode(), dtype=np.uint8),
@@ -108,15 +155,10 @@ def _unpack(stored: dict[str, NDArray[Any]], key: str) -> CheckedRows:
     text = json.loads(stored["text"].tobytes())
     if text["key"] != key:
         raise ValueError("another key")
-    num_ids, num_grids = stored["num_ids"], stored["num_grids"]
-    if not len(stored["rows"]) == len(num_ids) == len(num_grids):
-        raise ValueError("arrays of different lengths")
-    if num_ids.sum() != len(stored["ids"]) or num_grids.sum() != len(stored["grids"]):
-        raise ValueError("arrays of wrong lengths")
-    ids = np.split(stored["ids"], np.cumsum(num_ids)[:-1])
-    grids = [(int(t), int(h), int(w)) for t, h, w in stored["grids"].tolist()]
-    ends = [0, *np.cumsum(num_grids).tolist()]
-    usable = [(int(row), ids[i], tuple(grids[ends[i] : ends[i + 1]])) for i, row in enumerate(stored["rows"].tolist())]
+    usable = UsableRows(**{name: stored[name] for name in _USABLE})
+    for ends, values in ((usable.id_ends, usable.ids), (usable.grid_ends, usable.grids)):
+        if len(ends) != len(usable) or (int(ends[-1]) if len(ends) else 0) != len(values):
+            raise ValueError("arrays of wrong lengths")
     return CheckedRows(
         usable=usable,
         too_long=tuple(stored["too_long"].tolist()),

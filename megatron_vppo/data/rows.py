@@ -1,4 +1,4 @@
-"""The rows of a data file, by random access: JSON lines, JSON, parquet, and tables of `datasets`.
+"""The rows of a data file, by random access: parquet, tables of `datasets`, and several files as one.
 
 Local files are read here and not by `datasets`, which takes a path for a pattern, guesses the type of a column from its
 first values, and keeps a copy by the time of the file's last change. What is read is the file that was named, as it is
@@ -8,26 +8,20 @@ now, with its text as text.
 from __future__ import annotations
 
 import bisect
-import codecs
 import hashlib
 import itertools
-import json
-import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from megatron_vppo.system.whole import whole_file
 
-_BATCH_ROWS = 256
-PIECE_BYTES = 1 << 26
-"""The part of a file that is searched for line ends at once."""
+_BATCH_ROWS, _BATCH_BYTES = 256, 4 << 20
+"""The rows that are copied from parquet at once, at most, and about their bytes."""
 
 
 class BadRow(ValueError):
@@ -43,128 +37,15 @@ class DataRows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def cell(self, row: int, column: str) -> Any:
-        """Returns a value as Python has it; None if the row has none. Raises BadRow if the row cannot be read."""
+    def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
+        """Returns a value as Python has it; None if the row has none. Raises BadRow if the row cannot be read.
+
+        Args:
+            inside: names of fields, where the column holds records: ('a', 'b') is the field b of the field a.
+        """
 
     def place(self, row: int) -> str | None:
         """Names where the row is, for messages, if its number does not say it: 'line 3', 'b.jsonl, line 3'."""
-
-
-def read_file(path: Path) -> DataRows:
-    """Opens a parquet, JSON-lines or JSON file, by its suffix. Raises ValueError for a damaged file."""
-    if path.suffix.lower() == ".parquet":
-        return ArrowRows.of_parquet(path)
-    with path.open("rb") as file:
-        begin = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
-    return JsonRows(path) if begin.startswith(b"[") else JsonLines(path)
-
-
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def _parse(data: bytes) -> Any:
-    """Parses JSON with numbers as the text that they are written as, and NaN as no value. Raises BadRow."""
-    try:
-        return json.loads(data.decode("utf-8"), parse_int=str, parse_float=str, parse_constant=_constant)
-    except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 text: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise BadRow(f"not valid JSON: {error}") from error
-
-
-def _as_written(value: Any) -> Any:
-    """Returns a boolean as JSON writes it, and everything else as it is."""
-    return str(value).lower() if isinstance(value, bool) else value
-
-
-def _constant(name: str) -> str | None:
-    return None if name == "NaN" else name
-
-
-class JsonLines:
-    """A file with one JSON object per line; blank lines are skipped. A line is parsed when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._bytes = _mapped(path)
-        newlines = _newlines(self._bytes)
-        begins = np.concatenate([[0], newlines + 1])
-        ends = np.concatenate([newlines, [len(self._bytes)]])
-        kept = [n for n, (a, b) in enumerate(zip(begins, ends, strict=True)) if self._bytes[a:b].strip()]
-        self._lines: NDArray[np.int64] = np.array(kept, dtype=np.int64)
-        self._begins, self._ends = begins[self._lines], ends[self._lines]
-        self.columns = self._names()
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def cell(self, row: int, column: str) -> Any:
-        return _as_written(self._object(row).get(column))
-
-    def place(self, row: int) -> str | None:
-        return f"line {self._lines[row] + 1}"
-
-    def _object(self, row: int) -> dict[str, Any]:
-        text = self._bytes[self._begins[row] : self._ends[row]]
-        found = _parse(text.removeprefix(codecs.BOM_UTF8) if row == 0 else text)
-        if not isinstance(found, dict):
-            raise BadRow(f"a line holds one JSON object, and this one holds {text.strip()[:40]!r}")
-        return found
-
-    def _names(self) -> tuple[str, ...]:
-        """Collects the names of all objects; damaged lines are named later, by row."""
-        names: dict[str, None] = {}
-        for row in range(len(self)):
-            try:
-                names.update(dict.fromkeys(self._object(row)))
-            except BadRow:
-                continue
-        return tuple(names)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_bytes": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._bytes = _mapped(self._path)
-
-
-class JsonRows:
-    """A JSON file that is one list of objects."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            found = _parse(path.read_bytes().removeprefix(codecs.BOM_UTF8))
-        except BadRow as error:
-            raise ValueError(f"{path} is {error}") from error
-        self._objects: list[Any] = found
-        self.columns = tuple(dict.fromkeys(name for item in found if isinstance(item, dict) for name in item))
-
-    def __len__(self) -> int:
-        return len(self._objects)
-
-    def cell(self, row: int, column: str) -> Any:
-        item = self._objects[row]
-        if not isinstance(item, dict):
-            raise BadRow(f"an entry of the list is one JSON object, and this one is {str(item)[:40]!r}")
-        return _as_written(item.get(column))
-
-    def place(self, row: int) -> str | None:
-        return None
-
-
-def _newlines(data: Any) -> NDArray[np.int64]:
-    """Finds the line ends, piece by piece: marks for all bytes of a large file would take its size in memory."""
-    values = np.frombuffer(data, dtype=np.uint8)
-    pieces = range(0, len(values), PIECE_BYTES)
-    found = [np.flatnonzero(values[low : low + PIECE_BYTES] == ord("\n")) + low for low in pieces]
-    return np.concatenate([np.empty(0, dtype=np.int64), *found])
-
-
-def _mapped(path: Path) -> Any:
-    """Maps a file into memory; an empty one cannot be mapped."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 class ChainedRows:
@@ -179,11 +60,11 @@ class ChainedRows:
     def __len__(self) -> int:
         return self._begins[-1]
 
-    def cell(self, row: int, column: str) -> Any:
+    def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
         number, within = self._find(row)
         rows = self._files[number]
         # A damaged line is reported for any column, also in a file in which no line could be read.
-        return rows.cell(within, column) if column in rows.columns or not rows.columns else None
+        return rows.cell(within, column, inside) if column in rows.columns or not rows.columns else None
 
     def place(self, row: int) -> str | None:
         number, within = self._find(row)
@@ -207,8 +88,8 @@ class ImageRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def cell(self, row: int, column: str) -> Any:
-        return self._rows.cell(row, "file_name" if column == "image" else column)
+    def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
+        return self._rows.cell(row, "file_name" if column == "image" else column, inside)
 
     def place(self, row: int) -> str | None:
         return self._rows.place(row)
@@ -241,11 +122,15 @@ class ArrowRows:
         if not copy.is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
             try:
-                source = pq.ParquetFile(path)
+                # Otherwise pyarrow keeps every part of the file that it has read until the file is closed.
+                source = pq.ParquetFile(path, pre_buffer=False, memory_map=True)
                 _refuse_doubled(source.schema_arrow.names, path)
                 with whole_file(copy) as target, pa.ipc.new_stream(target, source.schema_arrow) as writer:
-                    for batch in source.iter_batches(batch_size=_BATCH_ROWS):
+                    fitting = _BATCH_BYTES * source.metadata.num_rows // max(1, path.stat().st_size)
+                    for batch in source.iter_batches(batch_size=max(1, min(_BATCH_ROWS, fitting))):
                         writer.write_batch(batch)
+                del source
+                pa.default_memory_pool().release_unused()
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
                     raise
@@ -255,8 +140,8 @@ class ArrowRows:
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def cell(self, row: int, column: str) -> Any:
-        return plain_value(self._table.column(column)[row])
+    def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
+        return plain_value(_field_of(self._table.column(column)[row], inside))
 
     def place(self, row: int) -> str | None:
         return None
@@ -275,8 +160,8 @@ class DatasetRows:
     def __len__(self) -> int:
         return len(self._table)
 
-    def cell(self, row: int, column: str) -> Any:
-        return plain_value(self._table.select_columns([column])[row].column(0)[0])
+    def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
+        return plain_value(_field_of(self._table.select_columns([column])[row].column(0)[0], inside))
 
     def place(self, row: int) -> str | None:
         return None
@@ -286,6 +171,14 @@ def _refuse_doubled(names: Sequence[str], path: Path) -> None:
     """Raises ValueError for a name that several columns have."""
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} has several columns of the name {doubled[0]!r}; rename or drop all but one")
+
+
+def _field_of(value: pa.Scalar, inside: Sequence[str]) -> pa.Scalar:
+    """Returns a field of a record, or of one inside it; no value if there is none of that name."""
+    for name in inside:
+        has_it = isinstance(value, pa.StructScalar) and value.is_valid and value.type.get_field_index(name) >= 0
+        value = value[name] if has_it else pa.scalar(None)
+    return value
 
 
 def plain_value(value: pa.Scalar) -> Any:

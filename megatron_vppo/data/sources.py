@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import datasets
 
-from megatron_vppo.data.rows import ChainedRows, DataRows, DatasetRows, ImageRows, read_file
+from megatron_vppo.data.json_rows import JsonLines, JsonList
+from megatron_vppo.data.rows import ArrowRows, ChainedRows, DataRows, DatasetRows, ImageRows
 
 FILE_SUFFIXES = (".parquet", ".jsonl", ".json")
 _SPLIT_WORDS = {
@@ -47,6 +49,8 @@ class OpenedSource:
     """The folder that relative image paths are taken from."""
     numbers: range
     """The rows that the split expression leaves."""
+    file: Path | None = None
+    """The file that all rows are in; None if there are several, or `datasets` reads them."""
 
 
 def parse_source(text: str) -> Source:
@@ -89,6 +93,26 @@ def open_source(source: str) -> OpenedSource:
     return _whole(DatasetRows(table), Path.cwd(), source)
 
 
+def splits_of(folder: Path) -> set[str]:
+    """Returns the splits that a folder says it has: those that `datasets` saved, else those that its files name.
+
+    Of the latter, train, validation and test are known.
+    """
+    if (folder / "dataset_dict.json").exists():
+        return {inside.name for inside in folder.iterdir() if inside.is_dir()}
+    paths = [str(file.relative_to(folder)) for file in _data_files(folder)]
+    return {name for path in paths for name in _splits_named_by(path)}
+
+
+def read_file(path: Path) -> DataRows:
+    """Opens a parquet, JSON-lines or JSON file, by its suffix. Raises ValueError for a damaged file."""
+    if path.suffix.lower() == ".parquet":
+        return ArrowRows.of_parquet(path)
+    with path.open("rb") as file:
+        begin = file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()
+    return JsonList(path) if begin.startswith(b"[") else JsonLines(path)
+
+
 def _open_file(path: Path, parsed: Source, source: str) -> OpenedSource:
     """Opens a file, which has one split: 'train', or what its own name says."""
     if parsed.split_name not in ("train", path.stem, *_splits_named_by(path.name)):
@@ -101,7 +125,7 @@ def _open_file(path: Path, parsed: Source, source: str) -> OpenedSource:
     rows = read_file(path)
     if not len(rows):
         raise ValueError(f"data source {path}: the file has no rows")
-    return OpenedSource(rows, path.parent, _numbers(parsed.split, len(rows), source))
+    return OpenedSource(rows, path.parent, _numbers(parsed.split, len(rows), source), file=path)
 
 
 def _open_folder(path: Path, parsed: Source, source: str) -> OpenedSource:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_vppo.data.dataset import RowError, VisionDataset
-from megatron_vppo.data.prompts import IMAGE_MARK, PromptBuilder
+from megatron_vppo.data.dataset import IMAGE_MARK, RowError, VisionDataset
+from megatron_vppo.data.prompts import PromptBuilder
 from megatron_vppo.data.row_workers import of_rows
 
 _ROWS_PER_CHUNK = 64
@@ -133,7 +133,7 @@ def _read_row(dataset: VisionDataset, builder: PromptBuilder | None, row: int) -
         if (marks := problem.count(IMAGE_MARK)) != len(images):
             return dataset.error(row, f"the problem has {marks} {IMAGE_MARK!r} for {len(images)} image(s)")
         sizes = tuple(image.size for image in images)
-        tokens = None if builder is None else _prompt_tokens(builder, problem, sizes)
+        tokens = None if builder is None else _prompt_tokens(builder, problem, sizes, system=dataset.system(row))
     except RowError as error:
         return error
     except ValueError as error:  # of the tokenizer and of the resize
@@ -148,8 +148,10 @@ def _read_row(dataset: VisionDataset, builder: PromptBuilder | None, row: int) -
     )
 
 
-def _prompt_tokens(builder: PromptBuilder, problem: str, sizes: Sequence[tuple[int, int]]) -> int:
-    compact = np.asarray(builder.compact_ids(problem, num_images=len(sizes)), dtype=np.int32)
+def _prompt_tokens(
+    builder: PromptBuilder, problem: str, sizes: Sequence[tuple[int, int]], *, system: str | None
+) -> int:
+    compact = np.asarray(builder.compact_ids(problem, num_images=len(sizes), system=system), dtype=np.int32)
     return builder.num_tokens(compact, tuple(builder.geometry.grid(*size) for size in sizes))
 
 

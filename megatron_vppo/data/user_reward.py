@@ -155,7 +155,7 @@ def _value(one: Graded, name: str, reward: UserReward) -> Any:
         case "data_source":
             return reward.data_sources[one.split]
         case "extra_info":
-            return {"split": one.split, "index": one.row}
+            return {"split": one.split.partition("/")[0], "index": one.row}
         case "ground_truth":
             return one.ground_truth
     return one.response

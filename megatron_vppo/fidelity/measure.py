@@ -175,7 +175,7 @@ def _scorer_and_responses(
     The engine is closed again, so that scoring has the machine to itself.
     """
     layout, source, inputs = model.layout, model.source, model.inputs
-    split = "val" if "val" in inputs.datasets else "train"
+    split = "val" if config.data.val_files is not None else "train"
     with_image = (prompt for prompt in read_prompts(config, inputs, split) if prompt.images)
     prompts = list(itertools.islice(with_image, num_prompts))
     if not prompts:
@@ -185,9 +185,7 @@ def _scorer_and_responses(
         )
     with ExitStack() as stack:
         world = world_of_one()
-        engine = start_engine(
-            config, layout, source, world=world, images=inputs.images, hf_config=inputs.hf_config, logs=logs
-        )
+        engine = start_engine(config, layout, source, world=world, inputs=inputs, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=inputs.images,
             verify=config.rollout.verify_weights, store=world.meeting.store("engines"),
@@ -213,7 +211,13 @@ def _scorer_and_responses(
 
 def _score(scorer: Scorer, config: RunConfig, responses: Sequence[Response]) -> Scores:
     kind = config.algorithm.dependency
-    return scorer.score(responses, step=STEP, views="both", divergence=divergence_of(kind))
+    return scorer.score(
+        responses,
+        step=STEP,
+        views="both",
+        divergence=divergence_of(kind),
+        with_visual_focus=kind == "visual_focus",
+    )
 
 
 def _score_with_own_model(config: RunConfig, model: _Model, responses: Sequence[Response]) -> Scores:

@@ -8,7 +8,7 @@ from megatron_vppo.algorithm.types import ImageRef, Prompt, Response
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.parallel.balancing import assign_to_ranks
-from megatron_vppo.parallel.micro_batches import Reading, fill_by_tokens, groups_of_rank
+from megatron_vppo.parallel.micro_batches import Reading, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.setup.hardware import shares_prompts
 from megatron_vppo.setup.settings import vppo_settings
 
@@ -41,21 +41,40 @@ class Batches:
     """The share of an update's time in which a pipeline stage waits for others; 0 without a pipeline."""
 
 
-def perturbed_per(config: RunConfig) -> PerturbUnit | None:
+def scoring_per(config: RunConfig) -> PerturbUnit | None:
     """Returns the rows that have a perturbed view in common; None: no perturbed view is scored."""
-    return config.algorithm.perturb.per if vppo_settings(config).needs_dependency else None
+    return config.algorithm.perturb.per if vppo_settings(config).needs_perturbed_view else None
+
+
+def update_per(config: RunConfig) -> PerturbUnit | None:
+    """Returns the same of the update; None: it reads no perturbed view."""
+    return config.algorithm.perturb.per if vppo_settings(config).updates_both_views else None
 
 
 def divide_step(config: RunConfig, *, data: int) -> Batches:
     """Divides a step over `data` data-parallel ranks, as rows of equal length are."""
     rollout, actor, parallel = config.rollout, config.actor, config.parallel
-    prompts, per = config.data.rollout_batch_size, perturbed_per(config)
-    update = _share(config, actor.global_batch_size, actor.micro_batch_size_per_device_for_update, data=data)
+    prompts, per, most = config.data.rollout_batch_size, scoring_per(config), actor.max_tokens_per_micro_batch
+    update = _share(
+        config,
+        actor.global_batch_size,
+        actor.micro_batch_size_per_device_for_update,
+        data=data,
+        per=update_per(config),
+        most_tokens=most,
+    )
     return Batches(
         prompts=prompts,
         rows=prompts * rollout.n,
         mini_batches=prompts // actor.global_batch_size * actor.ppo_epochs,
-        score=_share(config, prompts, actor.micro_batch_size_per_device_for_experience, data=data, per=per),
+        score=_share(
+            config,
+            prompts,
+            actor.micro_batch_size_per_device_for_experience,
+            data=data,
+            per=per,
+            most_tokens=None if most is None else most * (1 if per is None else 2),
+        ),
         update=update,
         bubble=pipeline_bubble(
             parallel.pipeline_model_parallel_size,
@@ -65,16 +84,27 @@ def divide_step(config: RunConfig, *, data: int) -> Batches:
     )
 
 
-def _share(config: RunConfig, groups: int, rows_each: int, *, data: int, per: PerturbUnit | None = None) -> RankShare:
-    """Args: per: the rows that have a perturbed view in common; None: no perturbed view is read."""
+def _share(
+    config: RunConfig,
+    groups: int,
+    rows_each: int,
+    *,
+    data: int,
+    per: PerturbUnit | None,
+    most_tokens: int | None,
+) -> RankShare:
+    """
+    Args:
+        per: the rows that have a perturbed view in common; None: no perturbed view is read.
+        most_tokens: of a micro-batch, in all its views; None: it has `rows_each` rows.
+    """
     groups_of_ranks, group_rows = assign_to_ranks([1] * groups, num_ranks=data), config.rollout.n
     fullest = max(len(mine) for mine in groups_of_ranks)
-    most = config.actor.max_tokens_per_micro_batch
     return RankShare(
         rows=fullest * group_rows,
-        micro_batches=-(-fullest * group_rows // rows_each)
-        if most is None
-        else _filled(config, fullest, most, per=per),
+        micro_batches=len(cut_by_rows([tuple(range(group_rows))] * fullest, rows_each=rows_each))
+        if most_tokens is None
+        else _filled(config, fullest, most_tokens, per=per),
         idle=tuple(rank for rank, mine in enumerate(groups_of_ranks) if not mine),
         load=groups / data / fullest,
     )
@@ -89,7 +119,7 @@ def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUni
     samples = range(config.rollout.n)
     rows = [Response(prompt, group, sample, words, logps, "length", 0) for group in range(groups) for sample in samples]
     of_groups = groups_of_rank(rows, data_rank=0, data=1, reading=reading)
-    return len(fill_by_tokens(rows, of_groups, most_tokens=most_tokens * reading.views, reading=reading))
+    return len(fill_by_tokens(rows, of_groups, most_tokens=most_tokens, reading=reading))
 
 
 def pipeline_bubble(pipeline: int, *, micro_batches: int, virtual_stages: int) -> float:

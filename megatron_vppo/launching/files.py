@@ -8,14 +8,15 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.config.data_files import files_of
+from megatron_vppo.config.schema import DataFile, RunConfig
 from megatron_vppo.data.sources import check_source
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.model_files import open_model_files
 from megatron_vppo.planning.published import PUBLISHED, published_config
-from megatron_vppo.setup.inputs import background_color, open_split
+from megatron_vppo.setup.inputs import background_color, open_file
 from megatron_vppo.setup.model_folder import model_folder
-from megatron_vppo.setup.preflight import data_sources, missing_file, own_files
+from megatron_vppo.setup.preflight import missing_file, own_files
 
 NOT_SEEN = "this machine does not see it, and the nodes have to"
 
@@ -74,17 +75,21 @@ def see_files(config: RunConfig) -> SeenFiles:
     Raises:
         ValueError: a file that is here is damaged, or lacks a column; or a colour that is none.
     """
-    background_color(config)
-    findings, rows = [], None
-    for split, (setting, source) in zip(("train", "val"), data_sources(config).items(), strict=False):
-        finding, found = _see_rows(config, split, setting, source)
-        findings.append(finding)
-        rows = found if split == "train" else rows
+    background_color(config.data)
+    findings: list[FileFinding] = []
+    train_rows: list[int | None] = []
+    for split in ("train", "val"):
+        for name, file in files_of(config.data, split).items():
+            finding, rows = _see_rows(config, name, file)
+            findings.append(finding)
+            train_rows += [rows] if split == "train" else []
     findings += _see_own_files(config)
-    return SeenFiles(tuple(findings), rows)
+    seen = [rows for rows in train_rows if rows is not None]
+    return SeenFiles(tuple(findings), sum(seen) if len(seen) == len(train_rows) else None)
 
 
-def _see_rows(config: RunConfig, split: str, setting: str, source: str) -> tuple[FileFinding, int | None]:
+def _see_rows(config: RunConfig, name: str, file: DataFile) -> tuple[FileFinding, int | None]:
+    setting, source = f"data.{name.partition('/')[0]}_files", file.path
     try:
         location = check_source(source).location
     except ValueError as error:
@@ -92,7 +97,7 @@ def _see_rows(config: RunConfig, split: str, setting: str, source: str) -> tuple
     if not Path(location).exists():
         text = f"{setting}: {source} is not on this machine; ranks read it from the hub, or from its cache"
         return FileFinding(False, text), None
-    rows = len(open_split(config, split))
+    rows = len(open_file(config, name, file))
     return FileFinding(True, f"{setting}: {source}, {rows} rows"), rows
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import PerturbKey, Response
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.launching.fake_world import META
-from megatron_vppo.parallel.batching import ResponseBatch, ResponseTokens, View
+from megatron_vppo.parallel.batching import ResponseBatch, ResponseTokens, View, views_of
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, packed_tokens
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -41,25 +41,27 @@ class StepBytes:
     """The tokens and patches of this rank; `tokens` are those of all context-parallel ranks."""
 
 
-def update_views(runner: ScheduleRunner, responses: Sequence[Response]) -> list[View]:
-    """Returns the views of this rank's largest micro-batch of an update."""
-    rows = _largest(responses, runner.update_micro_batches(responses), runner.reading(both_views=False))
-    return [View(row, None) for row in rows]
+def update_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit | None) -> list[View]:
+    """Returns the views of this rank's largest micro-batch of an update; see score_views."""
+    micro_batches = runner.update_micro_batches(responses, both_views=per is not None)
+    return _views_of_largest(runner, responses, micro_batches, per=per)
 
 
 def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit | None) -> list[View]:
     """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images.
 
     Args:
-        per: the rows that have a perturbed view in common; None: no perturbed view is scored.
+        per: the rows that have a perturbed view in common; None: no perturbed view is read.
     """
-    both = per is not None
-    micro_batches = runner.scoring_micro_batches(responses, both_views=both)
-    rows = _largest(responses, micro_batches, runner.reading(both_views=both))
-    views = [View(row, None) for row in rows]
-    if per is None:
-        return views
-    return views + [View(row, PerturbKey.of(responses[row], 1, per=per)) for row in rows]
+    micro_batches = runner.scoring_micro_batches(responses, both_views=per is not None)
+    return _views_of_largest(runner, responses, micro_batches, per=per)
+
+
+def _views_of_largest(
+    runner: ScheduleRunner, responses: Sequence[Response], micro_batches: Sequence[Rows], *, per: PerturbUnit | None
+) -> list[View]:
+    rows = _largest(responses, micro_batches, runner.reading(both_views=per is not None))
+    return views_of(rows, [None if per is None else PerturbKey.of(response, 1, per=per) for response in responses])
 
 
 def _largest(responses: Sequence[Response], micro_batches: Sequence[Rows], reading: Reading) -> Rows:
@@ -89,7 +91,7 @@ def run_step(
     trainable: Trainable, layout: Layout, runner: ScheduleRunner, responses: Sequence[Response], views: Sequence[View]
 ) -> StepBytes:
     """Runs the micro-batch through this rank's stages; call it within `meta_device`."""
-    batch = runner.packed(responses, views, both_views=False)
+    batch = runner.packer.pack(responses, views, limit=runner.update_limit)
     planned, pixels_PD = runner.send(runner.plan(batch))
     kept, outputs = [], []
     for stage, ddp in zip(trainable.stages, trainable.ddps, strict=True):

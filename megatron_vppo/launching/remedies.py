@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_vppo.config.choices import MEMORY_PARTS
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.launching.batches import divide_step
+from megatron_vppo.launching.batches import divide_step, scoring_per, update_per
 from megatron_vppo.launching.dry_run import DryRun, report_stages
 from megatron_vppo.launching.longest_rows import IMAGES_PER_ROW, image_tokens
 from megatron_vppo.launching.phases import EngineBytes, PhaseBytes, engine_bytes, fullest_phases
@@ -129,6 +129,8 @@ def _plan_request(found: DryRun) -> PlanRequest:
             rows_per_micro_batch=config.actor.micro_batch_size_per_device_for_update,
             responses_per_prompt=config.rollout.n,
             head_chunk_tokens=by_machine(config, on_gpu=True).head_chunk_tokens,
+            scores_both_views=scoring_per(config) is not None,
+            updates_both_views=update_per(config) is not None,
         ),
         engine_sequences=1,
         frozen=frozenset(config.model.freeze),

@@ -18,11 +18,11 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.launching.batches import Batches, in_flight, perturbed_per
+from megatron_vppo.launching.batches import Batches, in_flight, scoring_per, update_per
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
 from megatron_vppo.launching.longest_rows import ZeroPixels
 from megatron_vppo.launching.meta_step import StepBytes, run_step, score_views, sizes_of, update_views
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -89,12 +89,14 @@ def report_stage(
             trainable.stages,
             hf_config=hf_config,
             layout=layout,
-            settings=policy_settings(config, hf_config, options, on_gpu=True),
+            settings=policy_settings(config, hf_config, options, banned_ids=vision_token_ids(hf_config), on_gpu=True),
             pixels=ZeroPixels(hf_config, patches=grid),
         )
-        step = run_step(trainable, layout, runner, responses, update_views(runner, responses))
-        per = perturbed_per(config)
-        both_views = runner.packed(responses, score_views(runner, responses, per=per), both_views=per is not None)
+        updated = update_views(runner, responses, per=update_per(config))
+        step = run_step(trainable, layout, runner, responses, updated)
+        per = scoring_per(config)
+        limit = runner.scoring_limit(both_views=per is not None)
+        in_scoring = runner.packer.pack(responses, score_views(runner, responses, per=per), limit=limit)
         flight = in_flight(
             layout.pipeline,
             rank=layout.pipeline_rank,
@@ -108,7 +110,7 @@ def report_stage(
             step=step,
             in_flight=flight,
             update=_update_activations(config, hf_config, layout, step, flight),
-            score=_score_activations(config, hf_config, layout, sizes_of(both_views, layout)),
+            score=_score_activations(config, hf_config, layout, sizes_of(in_scoring, layout)),
         )
 
 

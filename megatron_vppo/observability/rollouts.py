@@ -37,7 +37,7 @@ class RolloutRecord(TypedDict, total=False):
     masked_logps: list[float] | None
     """The same, given the perturbed images."""
     dependency: list[float] | None
-    """The visual dependency, in nats."""
+    """The visual dependency, in the unit of its kind: nats, except for visual_focus and top1_drop."""
     kept: list[int] | None
     """1 for a token that carries policy gradient, otherwise 0."""
     reward: float
@@ -46,9 +46,9 @@ class RolloutRecord(TypedDict, total=False):
     reward_error: str | None
     reward_metrics: dict[str, float]
     advantage: float | None
-    """The advantage within the group, before `scale`."""
+    """The advantage within the group, before `scale`, which with shaping_in 'reward' is part of it already."""
     scale: float | None
-    """The factor of the advantage, from the mean dependency of the response."""
+    """The factor of the advantage or of the reward (shaping_in), from the dependency of the response."""
     finish_reason: str
     """'stop' or 'length'."""
     carried_tokens: int

@@ -31,7 +31,8 @@ def render_survey(report: Report) -> str:
         '<meta name="color-scheme" content="light dark">'
         f"<title>{plain_text(title)}</title><style>{style}</style></head><body>"
         f'<header class="page"><p class="eyebrow">vppo data check</p><h1>{html_text(title)}</h1></header>'
-        f"<main>{''.join(_set_html(one) for one in report['sets'])}{_shared_html(report)}</main></body></html>"
+        f"<main>{''.join(_set_html(one) for one in report['sets'])}"
+        f"{''.join(_shared_html(one) for one in report['shared'])}</main></body></html>"
     )
 
 
@@ -52,11 +53,7 @@ def _set_html(one: Report) -> str:
     return _section(str(one["source"]), "".join(html))
 
 
-def _shared_html(report: Report) -> str:
-    if "shared" not in report:
-        return ""
-    one, other = (str(of["source"]) for of in report["sets"])
-    found = report["shared"]
+def _shared_html(found: Report) -> str:
     facts = [
         ("the same question about the same images", len(found["same"])),
         ("the same images, another question", len(found["images"])),
@@ -64,7 +61,7 @@ def _shared_html(report: Report) -> str:
     ]
     pairs = [f"row {a} is row {b} of the other" for a, b in found["same"]]
     html = _table(("", "rows"), facts) + (f"<h3>The same rows</h3>{_list(pairs)}" if pairs else "")
-    return _section(f"Rows of {one} that {other} has too", html)
+    return _section(f"Rows of {found['one']} that {found['other']} has too", html)
 
 
 def _section(title: str, content: str) -> str:

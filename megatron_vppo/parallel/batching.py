@@ -9,6 +9,7 @@ images that this rank runs the vision tower on; D = values of a patch; h = hidde
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, TokenTerms
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.stage_input import StageInput
+from megatron_vppo.parallel.visual_focus import VisualTokens
 
 
 class Pixels(Protocol):
@@ -50,6 +52,24 @@ class View:
     counted: bool = True
     """False for a stand-in, from which no response token is read: the view that a rank without micro-batches of its own
     runs to take part in the collectives of the others."""
+    to_end: bool = False
+    """True if the last token of the response is read, too. It predicts nothing, but has a hidden state of its own."""
+
+
+def views_of(rows: Sequence[int], keys: Sequence[PerturbKey | None], *, to_end: bool = False) -> list[View]:
+    """Lists the views of a micro-batch's rows: the original ones, those of rows without a perturbed view first, and
+    then the perturbed views of the others, in the same order.
+
+    Args:
+        keys: the perturbed view of each row of the mini-batch; None for rows that have none.
+        to_end: see View.
+    """
+    paired = [row for row in rows if keys[row] is not None]
+    return [
+        *(View(row, None, to_end=to_end) for row in rows if keys[row] is None),
+        *(View(row, None, to_end=to_end) for row in paired),
+        *(View(row, keys[row], to_end=to_end) for row in paired),
+    ]
 
 
 @dataclass(frozen=True)
@@ -66,6 +86,8 @@ class ResponseTokens:
     num_perturbed: int
     """The number of tokens of views with perturbed images, which are the last ones. Just before them lie the tokens of
     the same rows' original views, in the same order."""
+    visual: VisualTokens | None = None
+    """The hidden states that are compared with those of the images; None if no view is read to its end."""
 
     def predicting(self, hidden_C1h: Tensor) -> Tensor:
         """Returns [N, h]: the hidden state that predicts each token; that of a shared prompt's end several times.
@@ -138,7 +160,7 @@ class PlannedBatch:
     stage: StageInput
     tokens: ResponseTokens
     terms: TokenTerms | None
-    """The other inputs of these tokens' loss; None in scoring."""
+    """The other inputs of the loss, for the tokens of original views; None in scoring."""
     patches: PatchBytes | None
 
 

@@ -28,6 +28,8 @@ class Reading:
     """The rows that have a perturbed view in common; None: only original images are read."""
     patch_work: float
     """The work of the vision tower on a patch over that of the language model on a token."""
+    to_end: bool = False
+    """True if the last tokens of responses are read, too."""
 
     @property
     def views(self) -> int:
@@ -37,9 +39,10 @@ class Reading:
     def tokens(self, rows: Sequence[Response]) -> int:
         """Counts the tokens of some responses to one prompt that are packed together.
 
-        The last token of a response predicts nothing and is not read.
+        The last token of a response predicts nothing, and is read only if its own hidden state is asked for.
         """
-        prompt, read = len(rows[0].prompt.token_ids), sum(len(row.token_ids) - 1 for row in rows)
+        unread = 0 if self.to_end else 1
+        prompt, read = len(rows[0].prompt.token_ids), sum(len(row.token_ids) - unread for row in rows)
         views = [1, *self._perturbations(rows)]  # for each view, how often the prompt is shown differently
         return sum((count if self.shares_prompts else len(rows)) * prompt + read for count in views)
 
@@ -78,9 +81,20 @@ def packed_tokens(responses: Sequence[Response], rows: Sequence[int], *, reading
 
 
 def cut_by_rows(groups: Sequence[Rows], *, rows_each: int) -> list[Rows]:
-    """Cuts rows into micro-batches of equally many. Neighbours stay together: responses to a prompt share images."""
-    rows = [row for group in groups for row in group]
-    return [tuple(rows[i : i + rows_each]) for i in range(0, len(rows), rows_each)]
+    """Cuts rows into micro-batches of at most `rows_each`.
+
+    Neighbours stay together: responses to a prompt share it and its images. A group that fits into a micro-batch is not
+    cut. Of larger ones as many rows go into each as there is room for.
+    """
+    micro_batches: list[Rows] = []
+    for group in groups:
+        room = rows_each - len(micro_batches[-1]) if micro_batches else 0
+        if room < len(group) <= rows_each:
+            room = 0
+        if room:
+            micro_batches[-1] += group[:room]
+        micro_batches += [group[start : start + rows_each] for start in range(room, len(group), rows_each)]
+    return micro_batches
 
 
 def fill_by_tokens(

@@ -5,7 +5,7 @@ packed tokens of a micro-batch; C = tokens of this context-parallel rank; I = im
 the images that this rank runs the vision tower on; D = values of a patch, as bytes.
 
 Three views of two prompts, p q and x y z; the responses to the first are a b c and d e. The last token of a response is
-not read, since it predicts nothing:
+not read, since it predicts nothing, unless its own hidden state is asked for:
 
     tokens     p  q | x  y  z  f  g | a  b | d |
     sequence   0      1               2      3       2 and 3 go on from 0, their prefix (see Packing)
@@ -37,6 +37,7 @@ from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.batching import BatchSplit, PatchBytes, Pixels, ResponseBatch, ResponseTokens, View
 from megatron_vppo.parallel.token_counts import padded_tokens
+from megatron_vppo.parallel.visual_focus import ReadTokens, visual_tokens
 
 Ints = NDArray[np.int64]
 
@@ -101,7 +102,7 @@ class Packer:
                 grids_thw=tuple(images.grids),
                 images_of_ranks=images_of_ranks,
             ),
-            tokens=_response_tokens(responses, views, of_views, packing, self.split),
+            tokens=_response_tokens(responses, views, of_views, packing, self.split, self.image_token_id),
             patches=self._patches_of([images.keys[number] for number in images_of_ranks[self.split.image_rank]]),
         )
 
@@ -121,7 +122,7 @@ class Packer:
         of_views: list[tuple[int, int | None]] = []
         number_of: dict[_Shown, int] = {}
         for view, of_view in zip(views, shown, strict=True):
-            prompt, read = responses[view.row].prompt, tuple(responses[view.row].token_ids[:-1])
+            prompt, read = responses[view.row].prompt, _read(responses[view.row], view)
             if counts[of_view] < 2:
                 of_views.append((len(whole), None))
                 whole.append(_Sequence(prompt, view.perturb, prompt.token_ids + read))
@@ -208,6 +209,11 @@ def _shown(prompt: Prompt, view: View) -> _Shown:
     return prompt.token_ids, prompt.images, prompt.grids_thw, view.perturb
 
 
+def _read(response: Response, view: View) -> tuple[int, ...]:
+    """Returns the tokens of a response that the model reads."""
+    return tuple(response.token_ids if view.to_end else response.token_ids[:-1])
+
+
 def _padded_tokens(sequences: Sequence[_Sequence], packing: Packing) -> Ints:
     """Returns the tokens of all sequences. Padding comes last, and attention is causal: no real token sees it."""
     token_ids_K = np.full(packing.num_tokens, _PADDING_TOKEN)
@@ -226,6 +232,7 @@ def _response_tokens(
     of_views: Sequence[tuple[int, int | None]],
     packing: Packing,
     split: BatchSplit,
+    image_token_id: int,
 ) -> ResponseTokens:
     """Finds the response tokens whose predicting hidden states this context-parallel rank holds."""
     # A token is predicted by the hidden state before it. Say there are two sequences of eight tokens. The second has
@@ -239,13 +246,15 @@ def _response_tokens(
     #     index in C of 1   -  -  4  5  6  7  -  -     0 to 3 are of the first sequence
     #
     # Rank 1 predicts all three: hidden_index_N = 4 5 6, target_N = a b c, columns 0 1 2. Rank 0 predicts none.
-    index, targets, rows, columns, perturbed = [], [], [], [], []
+    index, targets, rows, columns, perturbed, read_to_end = [], [], [], [], [], []
     for view, (with_prompt, with_rest) in zip(views, of_views, strict=True):
         response = responses[view.row]
         first, length = packing.starts[with_prompt] + len(response.prompt.token_ids) - 1, len(response.token_ids)
         predicting = np.arange(first, first + length)
         if with_rest is not None:
             predicting[1:] = packing.starts[with_rest] + np.arange(length - 1)
+        if view.to_end and view.perturb is None:
+            read_to_end.append(_read_tokens(response, view.row, with_prompt, with_rest, packing, image_token_id))
         count = length if view.counted else 0
         index.append(predicting[:count])
         targets.append(np.asarray(response.token_ids[:count], dtype=np.int64))
@@ -262,6 +271,22 @@ def _response_tokens(
         target_N=torch.from_numpy(np.concatenate(targets)[here]),
         at=(torch.from_numpy(np.concatenate(rows)[here]), torch.from_numpy(np.concatenate(columns)[here])),
         num_perturbed=int(np.concatenate(perturbed)[here].sum()),
+        visual=visual_tokens(read_to_end, index_in_C_K) if read_to_end else None,
+    )
+
+
+def _read_tokens(
+    response: Response, row: int, with_prompt: int, with_rest: int | None, packing: Packing, image_token_id: int
+) -> ReadTokens:
+    """Finds the image tokens of a view's prompt, and the tokens of its response, among all packed ones."""
+    prompt = np.asarray(response.prompt.token_ids)
+    start = packing.starts[with_prompt]
+    first = start + len(prompt) if with_rest is None else packing.starts[with_rest]
+    return ReadTokens(
+        prompt=with_prompt,
+        image_index=start + np.flatnonzero(prompt == image_token_id),
+        own_index=first + np.arange(len(response.token_ids)),
+        row=row,
     )
 
 

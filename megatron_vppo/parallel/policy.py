@@ -56,10 +56,18 @@ class MegatronPolicy:
         step: int,
         views: Views,
         divergence: Divergence | None = None,
+        with_visual_focus: bool = False,
         boundary: Boundary | None = None,
     ) -> Scores:
         """Scores every response token, by the reference model too if there is one; see Scorer.score."""
-        scores = self._scorer.score(responses, step=step, views=views, divergence=divergence, boundary=boundary)
+        scores = self._scorer.score(
+            responses,
+            step=step,
+            views=views,
+            divergence=divergence,
+            with_visual_focus=with_visual_focus,
+            boundary=boundary,
+        )
         if self._reference is None:
             return scores
         with self._reference.in_place():

@@ -37,7 +37,7 @@ LossOf = Callable[[ResponseTokens, TokenTerms, Tensor], Tensor]
 """(tokens, their terms, hidden states as above) -> the micro-batch's loss, a scalar with gradient; called on the last
 stage."""
 TermsAt = Callable[[tuple[Tensor, Tensor]], TokenTerms]
-"""(rows and columns of tokens) -> their terms, on the host."""
+"""(rows and columns of tokens in their original views) -> their terms, on the host."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class PolicySettings:
     banned_ids: tuple[int, ...]
     """Tokens that rollouts cannot sample; the distribution leaves them out."""
     rows_per_update: int
-    """Responses per micro-batch of an update."""
+    """The most responses in a micro-batch of an update."""
     rows_per_experience: int
-    """Responses per micro-batch of a scoring pass."""
+    """The most responses in a micro-batch of a scoring pass."""
     head_chunk_tokens: int
     """Rows of logits that may exist at once."""
     perturb_per: PerturbUnit
@@ -59,7 +59,8 @@ class PolicySettings:
     """True if a prompt that several views of a micro-batch show runs once for all of them; not under context
     parallelism."""
     max_tokens_per_micro_batch: int | None = None
-    """Tokens of a micro-batch in each view that is read. None: micro-batches have equally many rows."""
+    """Tokens of a micro-batch of an update, in all views that it reads; in scoring, as many in each view. None:
+    micro-batches have equally many rows."""
     patch_work: float = 0.0
     """The work of the vision tower on a patch over that of the language model on a token; ranks are balanced by it."""
     fp8_scope: frozenset[Fp8Phase] = frozenset()
@@ -117,20 +118,40 @@ class ScheduleRunner:
         """
         return self.layout.is_last_stage and self.layout.tensor_rank == 0
 
-    def update_micro_batches(self, responses: Sequence[Response]) -> list[Rows]:
-        """Divides this rank's rows into micro-batches: by tokens if there is a limit for them, else by rows."""
-        return self._micro_batches(responses, self.settings.rows_per_update, self.reading(both_views=False))
+    def update_micro_batches(self, responses: Sequence[Response], *, both_views: bool = False) -> list[Rows]:
+        """Divides this rank's rows into micro-batches: by tokens if there is a limit for them, else by rows.
 
-    def scoring_micro_batches(self, responses: Sequence[Response], *, both_views: bool) -> list[Rows]:
-        """Divides them for a scoring pass, which reads the original view or both."""
-        return self._micro_batches(responses, self.settings.rows_per_experience, self.reading(both_views=both_views))
+        Args:
+            both_views: the update reads the perturbed view, too.
+        """
+        reading = self.reading(both_views=both_views)
+        return self._micro_batches(responses, self.settings.rows_per_update, reading, limit=self.update_limit)
 
-    def _micro_batches(self, responses: Sequence[Response], rows_each: int, reading: Reading) -> list[Rows]:
+    def scoring_micro_batches(
+        self, responses: Sequence[Response], *, both_views: bool, to_end: bool = False
+    ) -> list[Rows]:
+        """Divides them for a scoring pass, which reads the original view or both; `to_end`: see View."""
+        reading = replace(self.reading(both_views=both_views), to_end=to_end)
+        limit = self.scoring_limit(both_views=both_views)
+        return self._micro_batches(responses, self.settings.rows_per_experience, reading, limit=limit)
+
+    def _micro_batches(
+        self, responses: Sequence[Response], rows_each: int, reading: Reading, *, limit: int | None
+    ) -> list[Rows]:
         groups = groups_of_rank(responses, data_rank=self.layout.data_rank, data=self.layout.data, reading=reading)
-        most = self.settings.max_tokens_per_micro_batch
-        if most is None:
+        if limit is None:
             return cut_by_rows(groups, rows_each=rows_each)
-        return fill_by_tokens(responses, groups, most_tokens=most * reading.views, reading=reading)
+        return fill_by_tokens(responses, groups, most_tokens=limit, reading=reading)
+
+    @property
+    def update_limit(self) -> int | None:
+        """The tokens of a micro-batch of an update, in all views together: they bound what its backward pass keeps."""
+        return self.settings.max_tokens_per_micro_batch
+
+    def scoring_limit(self, *, both_views: bool) -> int | None:
+        """Returns the tokens of a micro-batch of scoring, which keeps nothing: as many in each view."""
+        most = self.settings.max_tokens_per_micro_batch
+        return None if most is None else most * self.reading(both_views=both_views).views
 
     def reading(self, *, both_views: bool) -> Reading:
         """Returns the way in which rows are read, which says what they cost."""
@@ -170,7 +191,7 @@ class ScheduleRunner:
         """Runs the micro-batches forward through the bare stages, without dropout and gradient; changes no state.
 
         Args:
-            both_views: see `packed`.
+            both_views: micro-batches were filled for two views of each row, whether one has an image or not.
         """
 
         def collect(batch: PlannedBatch, hidden_C1h: Tensor, *, non_loss_data: bool) -> None:
@@ -179,7 +200,7 @@ class ScheduleRunner:
         for stage in self.stages:
             stage.eval()
         with torch.no_grad(), amaxes_untouched(self.stages):
-            pack = partial(self.pack, responses, both_views=both_views)
+            pack = partial(self.pack, responses, limit=self.scoring_limit(both_views=both_views))
             self._run(pack, micro_views, collect, models=self.stages, phase="scoring")
         for stage in self.stages:
             stage.train()
@@ -203,7 +224,7 @@ class ScheduleRunner:
             assert micro_batch.terms is not None
             return loss_of(micro_batch.tokens, micro_batch.terms, hidden_C1h), no_tokens, {}
 
-        pack = partial(self.pack, batch.responses, terms_at=batch.terms_at)
+        pack = partial(self.pack, batch.responses, limit=self.update_limit, terms_at=batch.terms_at)
         self._run(pack, micro_views, loss, models=models, phase="update")
 
     def pack(
@@ -211,32 +232,26 @@ class ScheduleRunner:
         responses: Sequence[Response],
         views: Sequence[View],
         *,
-        both_views: bool = False,
+        limit: int | None,
         terms_at: TermsAt | None = None,
     ) -> Staged[PlannedBatch]:
         """Packs a micro-batch whose response tokens the vocabulary head can score; see check_targets. Touches the host
         alone.
+
+        Args:
+            limit: as in Packer.pack.
+            terms_at: the terms of the tokens of original views; None in scoring.
         """
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.plan(self.packed(responses, views, both_views=both_views), terms_at=terms_at)
-
-    def packed(self, responses: Sequence[Response], views: Sequence[View], *, both_views: bool) -> ResponseBatch:
-        """Packs a micro-batch, padded to one of a few numbers of tokens if micro-batches are filled by tokens.
-
-        Args:
-            both_views: micro-batches were filled for two views of each row, whether this one has an image or not.
-        """
-        most = self.settings.max_tokens_per_micro_batch
-        limit = None if most is None else most * self.reading(both_views=both_views).views
-        return self.packer.pack(responses, views, limit=limit)
+        return self.plan(self.packer.pack(responses, views, limit=limit), terms_at=terms_at)
 
     def plan(self, batch: ResponseBatch, *, terms_at: TermsAt | None = None) -> Staged[PlannedBatch]:
         """Works out what this rank's stages read of a packed micro-batch, still on the host."""
         tokens, terms = batch.tokens, None
         if terms_at is not None and tokens.at is not None:
-            terms = terms_at(tokens.at)
+            terms = terms_at((tokens.at[0][tokens.originals], tokens.at[1][tokens.originals]))
             tokens = replace(tokens, at=None)
         return self._stager.pack(PlannedBatch(self.stages[0].plan(batch.packed), tokens, terms, batch.patches))
 

@@ -16,10 +16,11 @@ from torch import Tensor
 from megatron_vppo.algorithm.types import PerturbKey, Response, Scores
 from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.qwen_vl import QwenVLModel
-from megatron_vppo.parallel.batching import ResponseTokens, View
+from megatron_vppo.parallel.batching import ResponseTokens, views_of
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.score_chunks import Boundary, ScoreChunks
 from megatron_vppo.parallel.score_table import ScoreTable
+from megatron_vppo.parallel.visual_focus import visual_focus
 from megatron_vppo.parallel.vocab_head import VocabHead
 
 Views = Literal["original", "both"]
@@ -43,6 +44,7 @@ class Scorer:
         step: int,
         views: Views,
         divergence: Divergence | None = None,
+        with_visual_focus: bool = False,
         boundary: Boundary | None = None,
     ) -> Scores:
         """Scores every response token. A collective: every rank passes all responses and gets all scores.
@@ -51,11 +53,14 @@ class Scorer:
             step: training step; with the response, it seeds the perturbation.
             views: 'both' also scores the perturbed image, in the same forward pass.
             divergence: the full-vocabulary divergence between the two views. None: none is computed.
+            with_visual_focus: also compare the tokens' hidden states with those of the images (see visual_focus.py).
             boundary: called between chunks of micro-batches; what it raises ends the scoring on every rank. None: there
                 is no way out.
         """
         runner = self._runner
-        perturbed = [views == "both" and bool(response.prompt.images) for response in responses]
+        per = runner.settings.perturb_per
+        keys = [PerturbKey.of(response, step, per=per) if response.prompt.images else None for response in responses]
+        read_keys = keys if views == "both" else [None] * len(responses)
         longest = max(len(response.token_ids) for response in responses)
         table = ScoreTable(len(responses), longest, device=runner.layout.device)
         head = functools.cache(partial(runner.vocab_head, trained=False))  # only the last stage has one
@@ -65,9 +70,17 @@ class Scorer:
                 _write_logps(table, head(), tokens, hidden_C1h)
             else:
                 _write_divergences(table, head(), tokens, hidden_C1h, divergence)
+            if tokens.visual is not None:
+                focus_N = visual_focus(
+                    hidden_C1h[:, 0],
+                    tokens.visual,
+                    group=runner.layout.groups.cp,
+                    chunk_tokens=runner.settings.head_chunk_tokens,
+                )
+                table.write_visual_focus(tokens.visual.at, focus_N)
 
-        micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both")
-        micro_views = [self._views(rows, responses, step, perturbed) for rows in micro_batches]
+        micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both", to_end=with_visual_focus)
+        micro_views = [views_of(rows, read_keys, to_end=with_visual_focus) for rows in micro_batches]
         for chunk in self._chunks.of(micro_views, boundary):
             runner.forward(responses, chunk, read, both_views=views == "both")
         whole = table.sum_over_ranks(counts=runner.holds_results)
@@ -76,21 +89,10 @@ class Scorer:
             entropy_BT=whole.entropy_BT,
             perturbed_logp_BT=whole.perturbed_logp_BT if views == "both" else None,
             divergence_BT=whole.divergence_BT if divergence is not None else None,
+            perturbed_entropy_BT=whole.perturbed_entropy_BT if divergence is not None else None,
+            visual_focus_BT=whole.visual_focus_BT if with_visual_focus else None,
+            perturb_keys=tuple(keys),
         )
-
-    def _views(
-        self, rows: Sequence[int], responses: Sequence[Response], step: int, perturbed: Sequence[bool]
-    ) -> list[View]:
-        """Lists the views of a micro-batch's rows: the original ones, those of rows without a perturbed view first, and
-        then the perturbed views of the others, in the same order.
-        """
-        per = self._runner.settings.perturb_per
-        paired = [row for row in rows if perturbed[row]]
-        return [
-            *(View(row, None) for row in rows if not perturbed[row]),
-            *(View(row, None) for row in paired),
-            *(View(row, PerturbKey.of(responses[row], step, per=per)) for row in paired),
-        ]
 
 
 def _write_logps(table: ScoreTable, head: VocabHead, tokens: ResponseTokens, hidden_C1h: Tensor) -> None:

@@ -10,6 +10,12 @@ together. Three micro-batches have to hold them. The least that three counts can
     count 15    9  6         full
     count 15    8  4  3      full
     count 10    5  4  1      full
+
+A rank's mini-batch has to fill several micro-batches for that. Two of four counts make ten sums, which have to cover a
+factor of two: at best they lie 7 % apart, and mini-batches that fill two micro-batches are padded by 2 to 4.4 %. It is
+less than 3 % with a limit of 1.1 times the half of what such a mini-batch has. One that fills a single micro-batch has
+four sizes to be padded to. For realistic groups of eight even the best four, chosen afterwards, add 7.2 % to three
+groups, 5.8 % to four and 4.9 % to six; here it stays near 4 to 5 %, with more than four numbers of tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Updates: the gradient of a mini-batch's loss, and the optimizer's step.
 
 Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens of a micro-batch,
-flat; C = tokens of this context-parallel rank; h = hidden size.
+flat; R = statistics per position, one for each of the engine's likeliest tokens; C = tokens of this context-parallel
+rank; h = hidden size.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vppo.algorithm.loss import surrogate_loss
+from megatron_vppo.algorithm.perception import PerturbedView
 from megatron_vppo.algorithm.types import TokenTerms, TrainBatch
-from megatron_vppo.parallel.batching import ResponseTokens, View
+from megatron_vppo.parallel.batching import ResponseTokens, views_of
+from megatron_vppo.parallel.chosen_logps import chosen_logps
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
 
@@ -52,21 +55,32 @@ class Updater:
         runner, reduction = self._runner, self._trainable.reduction
         head = functools.cache(partial(runner.vocab_head, trained=True))  # only the last stage has one
         with_entropy = batch.loss.entropy_kind == "entropy"
+        keys = None if batch.perception is None else batch.perception.perturb_keys
         weighted: dict[str, Tensor] = {}
         per_token: dict[str, Tensor] = {}
 
         def loss_of(tokens: ResponseTokens, terms: TokenTerms, hidden_C1h: Tensor) -> Tensor:
             hidden_Nh = tokens.predicting(hidden_C1h)
             reduction.after_head(hidden_Nh)
-            new_logp_N, entropy_N = head().token_logps(hidden_Nh, tokens.target_N, with_entropy=with_entropy)
-            sums = surrogate_loss(new_logp_N, terms, spec=batch.loss, entropy_N=entropy_N)
+            logp_N, entropy_N = head().token_logps(hidden_Nh, tokens.target_N, with_entropy=with_entropy)
+            likeliest_logp_NR = None
+            if terms.likeliest is not None:
+                likeliest_logp_NR = chosen_logps(head(), hidden_Nh[tokens.originals], terms.likeliest.ids_NR)
+            sums = surrogate_loss(
+                logp_N[tokens.originals],
+                terms,
+                spec=batch.loss,
+                entropy_N=None if entropy_N is None else entropy_N[tokens.originals],
+                likeliest_logp_NR=likeliest_logp_NR,
+                perturbed=None if keys is None else _perturbed_view(tokens, logp_N, entropy_N),
+            )
             _accumulate(weighted, sums.weighted_sums)
             _accumulate(per_token, sums.token_sums)
             return sums.loss
 
         self._trainable.zero_gradients()
-        micro_batches = runner.update_micro_batches(batch.responses)
-        views = [[View(row, None) for row in rows] for rows in micro_batches]
+        micro_batches = runner.update_micro_batches(batch.responses, both_views=keys is not None)
+        views = [views_of(rows, keys or [None] * len(batch.responses)) for rows in micro_batches]
         with reduction.of_mini_batch():
             runner.forward_backward(batch, views, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())
@@ -77,6 +91,17 @@ class Updater:
         dist.all_gather_object(gathered, _read(sums) if self._runner.holds_results else {})
         names = dict.fromkeys(name for of_rank in gathered for name in of_rank)
         return {name: sum(of_rank.get(name, 0.0) for of_rank in gathered) for name in names}
+
+
+def _perturbed_view(tokens: ResponseTokens, logp_N: Tensor, entropy_N: Tensor | None) -> PerturbedView:
+    """Picks the perturbed views of a micro-batch's tokens. The original view of a row without an image stands for both,
+    as in scoring.
+    """
+
+    def picked(value_N: Tensor) -> Tensor:
+        return torch.cat([value_N[tokens.single].detach(), value_N[tokens.perturbed]])
+
+    return PerturbedView(picked(logp_N), None if entropy_N is None else picked(entropy_N))
 
 
 def _accumulate(sums: dict[str, Tensor], terms: Mapping[str, Tensor]) -> None:

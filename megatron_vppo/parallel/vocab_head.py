@@ -31,6 +31,7 @@ from megatron_vppo.parallel.head_chunk import (
     chunk_sums,
     stat_dtype,
 )
+from megatron_vppo.parallel.top_token import top_token_drop
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class TwoViews:
     """The entropy given the original image."""
     perturbed_logp_N: Tensor
     divergence_N: Tensor
-    """Never negative, except for rounding."""
+    """Never negative, except for rounding. With top1_drop a difference of probabilities, of either sign."""
+    perturbed_entropy_N: Tensor
+    """The entropy given the perturbed image."""
 
 
 def check_targets(token_ids: Sequence[int], *, vocab_size: int, banned_ids: Sequence[int]) -> None:
@@ -134,7 +137,8 @@ class VocabHead:
         Args:
             hidden_Nh, perturbed_hidden_Nh: [N, h], the same tokens in the two views.
             target_N: as in token_logps.
-            kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), or Jensen-Shannon.
+            kind: KL(original || perturbed) over the whole vocabulary (paper Eq. 3), Jensen-Shannon, or the drop of the
+                top token's probability.
 
         Raises:
             ValueError: as in token_logps, or an unknown kind.
@@ -142,11 +146,11 @@ class VocabHead:
         self._check(hidden_Nh)
         if hidden_Nh.shape != perturbed_hidden_Nh.shape:
             raise ValueError(f"the two views have shapes {list(hidden_Nh.shape)} and {list(perturbed_hidden_Nh.shape)}")
-        if kind not in DIVERGENCES:
-            raise ValueError(f"kind is {kind!r}; set it to 'kl_full' or 'jsd'")
+        if kind != "top1_drop" and kind not in DIVERGENCES:
+            raise ValueError(f"kind is {kind!r}; set it to 'kl_full', 'jsd' or 'top1_drop'")
         rows_Vh, banned_rows = self.rows_Vh, self.banned_rows
         local_N, owned_N = self.local_targets(target_N)
-        result_4N = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
+        result_5N = hidden_Nh.new_zeros(5, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
         # One turn takes U positions of both views, so that 2U <= chunk_tokens rows of logits exist (U is at least 1):
         #
         #     hidden_Nh[chunk]    perturbed_hidden_Nh[chunk]
@@ -157,7 +161,7 @@ class VocabHead:
         #           '----- cat to [R, 2U] -----'   one all-reduce over the slices of the vocabulary serves both
         #           |                     |
         #     logp, entropy        perturbed logp  and two log-sum-exps, with which the logits give the divergence
-        for chunk in _chunks(len(hidden_Nh), max(1, self.chunk_tokens // 2)):
+        for chunk in chunks(len(hidden_Nh), max(1, self.chunk_tokens // 2)):
             logits = [
                 chunk_logits(view_Nh[chunk], rows_Vh, banned_rows) for view_Nh in (hidden_Nh, perturbed_hidden_Nh)
             ]
@@ -165,15 +169,20 @@ class VocabHead:
                 chunk_sums(logits_UV, local_U=local_N[chunk], owned_U=owned_N[chunk], temperature=self.temperature)
                 for logits_UV in logits
             ]
-            both = _join_slices(torch.cat(sums, dim=1), self.group)  # of 2U positions, the original ones first
-            (logp_U, perturbed_logp_U), (entropy_U, _) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
-            result_4N[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
-            if len(rows_Vh):
-                logsumexps = both.logsumexp_N.chunk(2)
-                result_4N[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
+            both = join_slices(torch.cat(sums, dim=1), self.group)  # of 2U positions, the original ones first
+            (logp_U, perturbed_logp_U), (entropy_U, perturbed_entropy_U) = both.logp_N.chunk(2), both.entropy_N.chunk(2)
+            result_5N[:3, chunk] = torch.stack([logp_U, entropy_U, perturbed_logp_U])
+            result_5N[4, chunk] = perturbed_entropy_U
+            logsumexps = both.logsumexp_N.chunk(2)
+            if kind == "top1_drop":
+                result_5N[3, chunk] = top_token_drop(
+                    *logits, *logsumexps, temperature=self.temperature, vocab_start=self.vocab_start, group=self.group
+                )
+            elif len(rows_Vh):
+                result_5N[3, chunk] = chunk_divergence(*logits, *logsumexps, kind=kind, temperature=self.temperature)
         # A divergence is a sum over the vocabulary, so the slices' parts of all chunks are added at the end, at once.
-        _all_reduce(result_4N[3], self.group)
-        return TwoViews(*result_4N)
+        all_reduce(result_5N[3], self.group)
+        return TwoViews(*result_5N)
 
     # --- This rank's slice --------------------------------------------------------------------------------------------
 
@@ -221,13 +230,13 @@ class _TokenLogps(torch.autograd.Function):
         rows_Vh, banned_rows = head.rows_Vh, head.banned_rows
         local_N, owned_N = head.local_targets(target_N)
         sums_RN = hidden_Nh.new_zeros(4, len(hidden_Nh), dtype=stat_dtype(hidden_Nh.dtype))
-        for chunk in _chunks(len(hidden_Nh), head.chunk_tokens):
+        for chunk in chunks(len(hidden_Nh), head.chunk_tokens):
             logits_UV = chunk_logits(hidden_Nh[chunk], rows_Vh, banned_rows)
             sums_RN[:, chunk] = chunk_sums(
                 logits_UV, local_U=local_N[chunk], owned_U=owned_N[chunk], temperature=head.temperature
             )
             del logits_UV  # before the next chunk's are made
-        joined = _join_slices(sums_RN, head.group)
+        joined = join_slices(sums_RN, head.group)
         ctx.save_for_backward(hidden_Nh, weight_Vh, target_N, joined.logsumexp_N, joined.entropy_N)
         ctx.head = head
         ctx.set_materialize_grads(False)
@@ -253,7 +262,7 @@ class _TokenLogps(torch.autograd.Function):
         if wants_weight:
             # Summed over chunks in float32 or better: bfloat16 would lose what each further chunk adds.
             sum_Vh = weight_Vh.new_zeros(weight_Vh.shape, dtype=stat_dtype(hidden_Nh.dtype))
-        for chunk in _chunks(len(hidden_Nh) if len(rows_Vh) else 0, head.chunk_tokens):
+        for chunk in chunks(len(hidden_Nh) if len(rows_Vh) else 0, head.chunk_tokens):
             grad_UV = chunk_gradient(
                 chunk_logits(hidden_Nh[chunk], rows_Vh, banned_rows),
                 logsumexp_N[chunk],
@@ -270,12 +279,13 @@ class _TokenLogps(torch.autograd.Function):
                 add_product(sum_Vh[: len(rows_Vh)], grad_UV.T, hidden_Nh[chunk])
             del grad_UV  # before the next chunk's logits are made
         if grad_hidden_Nh is not None:
-            grad_hidden_Nh = _all_reduce(grad_hidden_Nh, head.group)
+            grad_hidden_Nh = all_reduce(grad_hidden_Nh, head.group)
         returned_Vh = sum_Vh.to(weight_Vh.dtype) if sum_Vh is not None and wants_weight else None
         return grad_hidden_Nh, returned_Vh, None, None
 
 
-def _chunks(num_positions: int, size: int) -> Iterator[slice]:
+def chunks(num_positions: int, size: int) -> Iterator[slice]:
+    """Yields slices of at most `size` positions, which cover all."""
     for start in range(0, num_positions, size):
         yield slice(start, min(start + size, num_positions))
 
@@ -288,7 +298,7 @@ def _cut(value_N: Tensor | None, chunk: slice) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Joined:
+class Joined:
     """Statistics over the whole vocabulary; nats."""
 
     logp_N: Tensor
@@ -296,7 +306,7 @@ class _Joined:
     logsumexp_N: Tensor
 
 
-def _join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Joined:
+def join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> Joined:
     """Joins the ranks' sums: peak, sum of e^x, sum of x e^x, target logit (see chunk_sums).
 
     x is a logit less the peak of its rank. To add sums of different ranks, each x is first moved to the peak of all
@@ -304,21 +314,21 @@ def _join_slices(sums_RN: Tensor, group: dist.ProcessGroup | None) -> _Joined:
     e^s (x e^x + s e^x).
     """
     peak_N = sums_RN[0]
-    top_N = _all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
+    top_N = all_reduce(peak_N.clone(), group, dist.ReduceOp.MAX)
     shift_N = peak_N - top_N
     shrink_N = shift_N.exp()
-    total_N, weighted_N, target_N = _all_reduce(
+    total_N, weighted_N, target_N = all_reduce(
         torch.stack([shrink_N * sums_RN[1], shrink_N * (sums_RN[2] + shift_N * sums_RN[1]), sums_RN[3]]), group
     )
     log_total_N = total_N.log()
-    return _Joined(
+    return Joined(
         logp_N=(target_N - top_N) - log_total_N,
         entropy_N=log_total_N - weighted_N / total_N,
         logsumexp_N=top_N + log_total_N,
     )
 
 
-def _all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(value: Tensor, group: dist.ProcessGroup | None, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Reduces in place; every rank of the group gets the result. Without a group the value is already whole."""
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(value, op=op, group=group)

@@ -34,8 +34,11 @@ class Workload:
     rows_per_micro_batch: int
     """Responses of a micro-batch, in the update and in scoring."""
     responses_per_prompt: int
-    """Rows of a group are neighbours and share their images. In scoring, each row has a perturbed image of its own."""
+    """Rows of a group are neighbours and share their images. In the perturbed view, each row has images of its own."""
     head_chunk_tokens: int
+    scores_both_views: bool = True
+    updates_both_views: bool = False
+    """True if the perturbed view is read in scoring, and in the update: algorithm.perception_loss_coef."""
 
     def __post_init__(self) -> None:
         tokens = self.images_per_row * self.image_tokens
@@ -55,7 +58,7 @@ class Workload:
         Args:
             merge: `spatial_merge_size`: an image token stands for merge x merge patches.
             context: context-parallel ranks. They share out the images; the patches are those of the rank with the most.
-            both_views: the rows stand twice in it, with original and with perturbed images, as in scoring.
+            both_views: the rows stand twice in it, with original and with perturbed images.
         """
         rows = self.rows_per_micro_batch
         # The most groups that neighbouring rows can touch: the first row may be the last of its group.

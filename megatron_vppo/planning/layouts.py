@@ -175,7 +175,7 @@ class _Model:
         update = update_activations(
             self.language,
             self.vision,
-            workload.micro_batch(merge=self.merge, context=split.context, both_views=False),
+            workload.micro_batch(merge=self.merge, context=split.context, both_views=workload.updates_both_views),
             stage_layers=layers,
             recompute=recompute,
             frozen=self.frozen,
@@ -184,7 +184,7 @@ class _Model:
         score = score_activations(
             self.language,
             self.vision,
-            workload.micro_batch(merge=self.merge, context=split.context, both_views=True),
+            workload.micro_batch(merge=self.merge, context=split.context, both_views=workload.scores_both_views),
             stages=len(layers),
             **shared,
         )

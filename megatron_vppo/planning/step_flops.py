@@ -42,6 +42,9 @@ class StepWork:
     shared_prefix: bool = False
     """True if the responses of a group that lie in one micro-batch share their prompt in each view that all of them
     show alike."""
+    scores_both_views: bool = True
+    updates_both_views: bool = False
+    """True if the perturbed view is read in scoring, and in the update."""
 
     @property
     def rows(self) -> int:
@@ -73,17 +76,15 @@ def images_flops(cost: ModelCost, work: StepWork) -> float:
 
 
 def scoring_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
-    """Counts both views of a group. Each micro-batch that holds a part of the group reads its original images."""
+    """Counts the views of a group. Each micro-batch that holds a part of the group reads its original images."""
     parts = micro_batches_of_group(work.responses, work.rows_per_scoring)
-    original = _View(images=parts, prompts=parts if work.shared_prefix else work.responses)
-    perturbed = _View(work.responses, work.responses) if work.perturbed_per_row else original
-    return _packed(cost, work, original, perturbed)
+    return _packed(cost, work, *_views(work, parts, both=work.scores_both_views))
 
 
 def update_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
     """Counts one forward pass of a group. Each micro-batch that holds a part of the group reads its images."""
     parts = micro_batches_of_group(work.responses, work.rows_per_update)
-    return _packed(cost, work, _View(images=parts, prompts=parts if work.shared_prefix else work.responses))
+    return _packed(cost, work, *_views(work, parts, both=work.updates_both_views))
 
 
 def micro_batches_of_group(responses: int, rows_each: int) -> int:
@@ -97,6 +98,13 @@ class _View:
     """The times that the images of the prompt go through the tower."""
     prompts: int
     """The times that the prompt goes through the language model. All responses go through it once."""
+
+
+def _views(work: StepWork, parts: int, *, both: bool) -> list[_View]:
+    """Lists the views of a group that lies in `parts` micro-batches: the original one, or both."""
+    original = _View(images=parts, prompts=parts if work.shared_prefix else work.responses)
+    perturbed = _View(work.responses, work.responses) if work.perturbed_per_row else original
+    return [original, perturbed] if both else [original]
 
 
 def _packed(cost: ModelCost, work: StepWork, original: _View, perturbed: _View | None = None) -> GroupFlops:
@@ -118,9 +126,9 @@ def _packed(cost: ModelCost, work: StepWork, original: _View, perturbed: _View |
 def least_update(cost: ModelCost, work: StepWork) -> float:
     """Counts the update's FLOPs with nothing computed twice and each image read once: the numerator of MFU.
 
-    A prompt counts once if responses share it, else for each of them.
+    A prompt counts once if responses share it, else for each of them; in the perturbed view, too, if it is read.
     """
-    once = _packed(cost, work, _View(images=1, prompts=1 if work.shared_prefix else work.responses))
+    once = _packed(cost, work, *_views(work, 1, both=work.updates_both_views))
     return (1 + BACKWARD) * work.prompts * (once.language + once.head + once.tower)
 
 

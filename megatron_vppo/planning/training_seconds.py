@@ -58,7 +58,7 @@ class _Pass:
 
 
 def scoring_seconds(model: SpeedModel, work: StepWork, layout: TrainerLayout, machine: Machine) -> PhaseSeconds:
-    """Returns the seconds in which both views of all rows are scored."""
+    """Returns the seconds in which all rows are scored."""
     host, work = machine.assumed.host, _as_packed(work, layout)
     groups = math.ceil(work.prompts / layout.data)
     done = _Pass(

@@ -74,6 +74,8 @@ class SavedResponse(Record):
 class SavedGroup(Record):
     """A carried group as a checkpoint keeps it."""
 
+    split: str = "train"
+    """The name of its data file; checkpoints from before there could be several lack it."""
     row: int = Field(ge=0)
     prompt: str
     """A hash of the prompt that the tokens answer."""
@@ -92,10 +94,10 @@ NOTHING_CARRIED: dict[str, Any] = {"groups": []}
 
 
 class PromptsByRow(Protocol):
-    """The prompts of a data set."""
+    """The prompts of a run."""
 
-    def prompt_of_row(self, row: int) -> Prompt:
-        """Returns the prompt of a row. Raises KeyError if there is none."""
+    def prompt_of_row(self, split: str, row: int) -> Prompt:
+        """Returns the prompt of a row of a data file. Raises KeyError if there is none."""
 
 
 class Carry:
@@ -111,6 +113,7 @@ class Carry:
         return {
             "groups": [
                 {
+                    "split": group.prompt.split,
                     "row": group.prompt.row,
                     "prompt": _prompt_hash(group.prompt),
                     "seeds": list(group.seeds),
@@ -134,7 +137,7 @@ class Carry:
     def _group(self, saved: SavedGroup) -> CarriedGroup | None:
         assert self._prompts is not None, "groups are carried on rank 0"
         try:
-            prompt = self._prompts.prompt_of_row(saved.row)
+            prompt = self._prompts.prompt_of_row(saved.split, saved.row)
         except KeyError:
             return None
         if _prompt_hash(prompt) != saved.prompt:

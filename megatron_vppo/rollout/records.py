@@ -131,6 +131,8 @@ class SamplingSettings:
     """-1: off."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a completion, which then includes the token. Besides them only max_tokens ends one."""
+    likeliest_tokens: int = 0
+    """The likeliest tokens that are reported at each position, besides the sampled one; vLLM reports 20 at most."""
     keeps_unfinished: bool = False
     """True: what is unfinished when sampling ends is given back. False: it is dropped."""
 
@@ -147,6 +149,10 @@ class Completion:
     """'stop' or 'length'; or UNFINISHED."""
     weight_version: int
     """The version given to the last `send_weights` before sampling; -1 for the weights of the checkpoint."""
+    likeliest_ids: Sequence[int] = ()
+    likeliest_logps: Sequence[float] = ()
+    """The likeliest tokens of each position, as many as are asked for, one position after the other; with their
+    log-probs in the same distribution."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch.distributed as dist
 from torch import Tensor
@@ -23,6 +24,8 @@ from megatron_vppo.rollout.transfer.bundle import drain
 from megatron_vppo.system.agreement import any_rank
 from megatron_vppo.system.stop_signals import StopRequested
 
+IMAGE_THREADS = 8
+"""Threads of a rank that read the images of new requests."""
 _ENDED = "ended"
 """The key that rank 0 sets when it has sampled."""
 _LOOK_SECONDS = 0.2
@@ -164,15 +167,18 @@ class EngineSampler:
         return share_groups(lambda: [tries[-1].responses(number) for number in range(len(prompts))])
 
     def _requests(self, asks: Mapping[int, Ask]) -> dict[int, SampleRequest]:
-        return {
-            number: SampleRequest(
-                token_ids=ask.prompt.compact_token_ids,
-                images=tuple(self._images.image(ref) for ref in ask.prompt.images),
-                seeds=ask.seeds,
-                begun=ask.begun,
-            )
-            for number, ask in asks.items()
-        }
+        """Makes what the engine is asked. It waits for all images, so threads read them: decoding needs no lock."""
+        with ThreadPoolExecutor(IMAGE_THREADS, thread_name_prefix="images") as threads:
+            images = [threads.map(self._images.image, ask.prompt.images) for ask in asks.values()]
+            return {
+                number: SampleRequest(
+                    token_ids=ask.prompt.compact_token_ids,
+                    images=tuple(of_prompt),
+                    seeds=ask.seeds,
+                    begun=ask.begun,
+                )
+                for (number, ask), of_prompt in zip(asks.items(), images, strict=True)
+            }
 
     def send_weights(
         self, weights: Iterator[tuple[str, Tensor]], *, version: int, kept: Collection[str] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -90,7 +91,7 @@ class SamplingLoop:
             (rendered,) = self._llm.renderer.render_cmpl([prompt])
             name = f"{number}/{sample}"
             self._llm.llm_engine.add_request(name, rendered, params)
-            self._running[name] = _Running(number, sample)
+            self._running[name] = _Running(number, sample, self._settings.likeliest_tokens)
 
     def _sampling_params(self, seed: int | None, *, max_tokens: int) -> Any:
         from vllm import SamplingParams
@@ -108,7 +109,7 @@ class SamplingLoop:
             ignore_eos=True,  # only stop_token_ids end a response
             # Minus infinity, so that the probability is exactly zero; vLLM's own helper would clamp it to -100.
             logit_bias=self._banned,
-            logprobs=0,  # of the sampled token alone
+            logprobs=settings.likeliest_tokens,  # and of the sampled token
             detokenize=False,
             # In pieces only where they may be wanted before the end: each piece takes time.
             output_kind=RequestOutputKind.DELTA if settings.keeps_unfinished else RequestOutputKind.FINAL_ONLY,
@@ -121,15 +122,33 @@ class _Running:
 
     number: int
     sample: int
+    likeliest_tokens: int = 0
     token_ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    likeliest_ids: array[int] = field(default_factory=lambda: array("i"))
+    likeliest_logps: array[float] = field(default_factory=lambda: array("f"))  # float32, as vLLM has them
 
     def add(self, piece: Any) -> None:
         """Takes a CompletionOutput of vLLM, which has all tokens or those since the last one."""
         self.token_ids += piece.token_ids
         self.logps += [step[token].logprob for token, step in zip(piece.token_ids, piece.logprobs, strict=True)]
+        if self.likeliest_tokens:
+            for step in piece.logprobs:
+                # The sampled token is among them or comes besides: it goes if it is not as likely as the others.
+                likeliest = sorted(step.items(), key=lambda item: -item[1].logprob)[: self.likeliest_tokens]
+                self.likeliest_ids.extend(token for token, _ in likeliest)
+                self.likeliest_logps.extend(found.logprob for _, found in likeliest)
 
     def sampled(self, finish_reason: str, version: int) -> Sampled:
         return Sampled(
-            self.number, self.sample, Completion(tuple(self.token_ids), tuple(self.logps), finish_reason, version)
+            self.number,
+            self.sample,
+            Completion(
+                tuple(self.token_ids),
+                tuple(self.logps),
+                finish_reason,
+                version,
+                self.likeliest_ids,
+                self.likeliest_logps,
+            ),
         )

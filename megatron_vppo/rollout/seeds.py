@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 from megatron_vppo.config.choices import SeedKind
 
@@ -18,6 +19,17 @@ def sample_seed(*, run_seed: int, step: int, attempt: int, split: str, row: int,
     """
     text = f"{run_seed}/{step}/{attempt}/{split}/{row}/{sample}"
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"vppo-seed").digest()
+    return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
+
+
+def question_seed(*, run_seed: int, benchmark: str, question: str, sample: int) -> int:
+    """Returns the seed of one response of an evaluation, in [0, 2**63).
+
+    It depends on the names of the benchmark and the question alone: a subset of a benchmark, or another order, gives
+    each question the same seeds.
+    """
+    text = json.dumps([run_seed, benchmark, question, sample])
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"vppo-evaluation").digest()
     return int.from_bytes(digest, "little") >> (64 - SEED_BITS)
 
 

@@ -71,7 +71,8 @@ class SampledGroups:
         reason, version = completion.finish_reason, completion.weight_version
         group = self._carried.get(number)
         if group is None:
-            return Response(prompt, number, place, tokens, logps, reason, version)
+            ids, of_them = array("i", completion.likeliest_ids), array("f", completion.likeliest_logps)
+            return Response(prompt, number, place, tokens, logps, reason, version, 0, ids, of_them)
         sample = group.missing[place]
         begun = group.responses.get(sample)
         if begun is not None:
@@ -145,6 +146,8 @@ class _Share:
     finish_reasons: list[str]
     weight_versions: list[int]
     carried_tokens: list[int]
+    likeliest_ids: _Rows
+    likeliest_logps: _Rows
 
     @classmethod
     def of(cls, groups: Sequence[Sequence[Response]]) -> _Share:
@@ -158,11 +161,14 @@ class _Share:
             finish_reasons=[one.finish_reason for one in responses],
             weight_versions=[one.weight_version for one in responses],
             carried_tokens=[one.carried_tokens for one in responses],
+            likeliest_ids=_Rows.of([one.likeliest_ids for one in responses], "i"),
+            likeliest_logps=_Rows.of([one.likeliest_logps for one in responses], "f"),
         )
 
     def groups(self) -> Iterator[list[Response]]:
         sampled = zip(
             self.token_ids.split(), self.logps.split(), self.finish_reasons, self.weight_versions, self.carried_tokens,
+            self.likeliest_ids.split(), self.likeliest_logps.split(),
             strict=True,
         )  # fmt: skip
         for number, prompt, size in zip(self.numbers, self.prompts, self.sizes, strict=True):

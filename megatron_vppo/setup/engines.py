@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
 from megatron_vppo.config.checks import check_device
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.data.images import VisionInputs
 from megatron_vppo.models.config_checks import engine_overrides
-from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.rollout.engine import RolloutEngine
 from megatron_vppo.rollout.records import EngineSettings, WeightTransfer
 from megatron_vppo.setup.by_machine import by_machine
+from megatron_vppo.setup.inputs import RunInputs
 from megatron_vppo.setup.places import engine_devices, engine_threads
 from megatron_vppo.setup.world import World, engine_seats
 
@@ -95,7 +93,7 @@ def unquantized_layers(config: RunConfig, *, language_layers: int) -> tuple[str,
 
 
 def start_engine(
-    config: RunConfig, layout: Layout, source: Path, *, world: World, images: VisionInputs, hf_config: Any, logs: Path
+    config: RunConfig, layout: Layout, source: Path, *, world: World, inputs: RunInputs, logs: Path
 ) -> EnginePlace:
     """Starts this rank's engine, if it leads one, without waiting for it to load."""
     on_cpu = layout.device.type == "cpu"
@@ -105,9 +103,7 @@ def start_engine(
     if layout.rank not in leaders:
         return EnginePlace(None, None, len(leaders), sleeps, at_once)
     index = leaders.index(layout.rank)
-    settings = _engine_settings(
-        config, source, world=world, images=images, hf_config=hf_config, index=index, on_cpu=on_cpu
-    )
+    settings = _engine_settings(config, source, world=world, inputs=inputs, index=index, on_cpu=on_cpu)
     client = RolloutEngine(
         settings, log_path=logs / f"engine_{index}.log", silence_seconds=config.rollout.engine_timeout_seconds
     )
@@ -115,7 +111,7 @@ def start_engine(
 
 
 def _engine_settings(
-    config: RunConfig, source: Path, *, world: World, images: VisionInputs, hf_config: Any, index: int, on_cpu: bool
+    config: RunConfig, source: Path, *, world: World, inputs: RunInputs, index: int, on_cpu: bool
 ) -> EngineSettings:
     """Collects the settings of engine `index`, for the model of the folder `source`."""
     rollout, values = config.rollout, by_machine(config, on_gpu=not on_cpu)
@@ -136,13 +132,13 @@ def _engine_settings(
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         enforce_eager=values.enforce_eager,
         load_format="empty",
-        mm_processor_kwargs=images.mm_processor_kwargs,
-        hf_overrides=engine_overrides(hf_config),
+        mm_processor_kwargs=inputs.images.mm_processor_kwargs,
+        hf_overrides=engine_overrides(inputs.hf_config),
         can_sleep=engines_sleep(config, on_cpu=on_cpu),
         weight_transfer=weight_transfer(config, on_cpu=on_cpu),
         quantization=None if rollout.quantization is None else VLLM_FP8[config.fp8.recipe],
-        unquantized_layers=unquantized_layers(config, language_layers=hf_config.text_config.num_hidden_layers),
-        banned_token_ids=vision_token_ids(hf_config),
+        unquantized_layers=unquantized_layers(config, language_layers=inputs.hf_config.text_config.num_hidden_layers),
+        banned_token_ids=inputs.banned_ids,
     )
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, assert_never
 
-from megatron_vppo.config.schema import PerturbConfig, RunConfig
+from megatron_vppo.config.data_files import files_of
+from megatron_vppo.config.schema import DataFile, PerturbConfig, PromptConfig, RunConfig
 from megatron_vppo.data.dataset import VisionDataset, open_dataset
 from megatron_vppo.data.decode import Rgb, parse_color
 from megatron_vppo.data.geometry import ImageGeometry
 from megatron_vppo.data.images import Perturbing, VisionInputs
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
+from megatron_vppo.data.plain_think import think_token_ids, with_plain_think
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
+from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.model_files import ModelFiles
 from megatron_vppo.setup.row_key import row_cache
 
@@ -26,8 +30,10 @@ class RunInputs:
     """The model's processor, of transformers."""
     eos_ids: tuple[int, ...]
     """The tokens at which a response ends."""
+    banned_ids: tuple[int, ...]
+    """The tokens that are never sampled: those of images, and those of the think tags where they are plain text."""
     datasets: dict[str, VisionDataset]
-    """'train', and 'val' where there is one."""
+    """One for each file, by the names of `files_of`."""
     images: VisionInputs
     builder: PromptBuilder
 
@@ -35,9 +41,10 @@ class RunInputs:
 def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
     """Opens the data files, and prepares them for the model.
 
-    Raises ValueError for a file or column that is missing, and for a pixel budget that no image fits.
+    Raises ValueError for a file or column that is missing, for a pixel budget that no image fits, and as
+    `with_plain_think`.
     """
-    processor = model.processor
+    processor, banned_ids = processor_and_bans(config.data, model)
     geometry = ImageGeometry.from_processor(
         processor.image_processor,
         min_pixels=config.data.min_pixels,
@@ -50,12 +57,13 @@ def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
         hf_config=model.hf_config,
         processor=processor,
         eos_ids=model.eos_ids,
+        banned_ids=banned_ids,
         datasets=datasets,
         images=VisionInputs(
             datasets,
             processor.image_processor,
             geometry=geometry,
-            background=background_color(config),
+            background=background_color(config.data),
             perturbing=Perturbing(make_perturbation(perturb), per=perturb.per),
             run_seed=config.trainer.seed,
         ),
@@ -63,10 +71,21 @@ def open_inputs(config: RunConfig, model: ModelFiles) -> RunInputs:
     )
 
 
-def background_color(config: RunConfig) -> Rgb:
+def processor_and_bans(data: PromptConfig, model: ModelFiles) -> tuple[Any, tuple[int, ...]]:
+    """Returns the processor that prompts are tokenised with, and the tokens that are never sampled.
+
+    Raises ValueError as `with_plain_think`.
+    """
+    vision_ids = vision_token_ids(model.hf_config)
+    if not data.plain_think_tokens:
+        return model.processor, vision_ids
+    return with_plain_think(model.processor), (*vision_ids, *think_token_ids(model.processor.tokenizer))
+
+
+def background_color(data: PromptConfig) -> Rgb:
     """Returns the colour behind transparent pixels. Raises ValueError if data.background is none."""
     try:
-        return parse_color(config.data.background)
+        return parse_color(data.background)
     except ValueError as error:
         raise ValueError(f"data.background: {error}; set a name such as white, or '#rrggbb'") from error
 
@@ -88,26 +107,28 @@ def make_perturbation(config: PerturbConfig) -> Perturbation:
 
 
 def open_datasets(config: RunConfig) -> dict[str, VisionDataset]:
-    """Opens the data of the run: 'train', and 'val' where there is one.
+    """Opens the data of the run, file by file, under the names of `files_of`.
 
     Raises ValueError for a file, split or column that is missing.
     """
-    splits = ("train",) if config.data.val_files is None else ("train", "val")
-    return {split: open_split(config, split) for split in splits}
+    return {
+        name: open_file(config, name, file)
+        for split in ("train", "val")
+        for name, file in files_of(config.data, split).items()
+    }
 
 
-def open_split(config: RunConfig, split: str) -> VisionDataset:
-    """Opens the rows of 'train' or 'val'. Raises ValueError as `open_datasets`."""
-    data = config.data
-    source = data.train_files if split == "train" else data.val_files
-    assert source is not None, "there is validation data"
+def open_file(config: RunConfig, name: str, file: DataFile) -> VisionDataset:
+    """Opens the rows of one file, one of `files_of`. Raises ValueError as `open_datasets`."""
+    assert file.prompt_key and file.answer_key and file.image_key and file.image_place, "files_of fills them in"
     return open_dataset(
-        source,
-        problem_key=data.prompt_key,
-        answer_key=data.answer_key,
-        image_key=data.image_key,
-        image_dir=data.image_dir,
-        max_rows=data.max_val_rows if split == "val" else None,
+        file.path,
+        problem_key=file.prompt_key,
+        answer_key=file.answer_key,
+        image_key=file.image_key,
+        image_dir=file.image_dir,
+        image_place=file.image_place,
+        max_rows=config.data.max_val_rows if name.partition("/")[0] == "val" else None,
     )
 
 
@@ -115,13 +136,17 @@ def _template(config: RunConfig) -> str | None:
     return None if config.data.format_prompt is None else read_template(config.data.format_prompt)
 
 
-def read_prompts(config: RunConfig, inputs: RunInputs, split: str) -> PromptSet:
+def read_prompts(config: RunConfig, inputs: RunInputs, split: str) -> PromptSets:
     """Tokenises the rows of 'train' or 'val', or reads what an earlier start has kept; returns the usable prompts."""
-    dataset = inputs.datasets[split]
+    return PromptSets([_read_file(config, inputs, name) for name in files_of(config.data, split)])
+
+
+def _read_file(config: RunConfig, inputs: RunInputs, name: str) -> PromptSet:
+    dataset = inputs.datasets[name]
     return load_prompts(
         dataset,
         inputs.builder,
-        split=split,
+        split=name,
         max_prompt_length=config.data.max_prompt_length,
         max_images=config.rollout.max_images_per_prompt,
         on_bad_row=config.data.on_bad_row,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_vppo.config.data_files import settings_of_files
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.setup.hosts import MISSING, HostReport, free_disk, look_of, own_driver, own_versions
 from megatron_vppo.setup.places import Place, device_number, ranks_by_host
@@ -97,13 +98,11 @@ def _looks(config: RunConfig) -> dict[str, str]:
     """Describes the local files that every host has to have; what is on the hub is left out."""
     from megatron_vppo.data.sources import parse_source  # it imports `datasets`, for which no refusal has to wait
 
-    data = config.data
     looks: dict[str, str] = {}
-    for setting, source in (("data.train_files", data.train_files), ("data.val_files", data.val_files)):
-        if source is not None:
-            path = Path(parse_source(source).location)
-            looks[f"{setting}={source}"] = look_of(path)
+    for setting, file in settings_of_files(config.data).items():
+        looks[f"{setting}={file.path}"] = look_of(Path(parse_source(file.path).location))
+        if file.image_dir is not None:
+            place = "data.image_dir" if file.image_dir == config.data.image_dir else f"{setting}.image_dir"
+            looks[f"{place}={file.image_dir}"] = "there" if Path(file.image_dir).is_dir() else MISSING
     looks[f"model.path={config.model.path}"] = look_of(Path(config.model.path))
-    if data.image_dir is not None:
-        looks[f"data.image_dir={data.image_dir}"] = "there" if Path(data.image_dir).is_dir() else MISSING
     return looks

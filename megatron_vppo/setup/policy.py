@@ -9,7 +9,7 @@ import torch
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.flops import model_cost
-from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
+from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.models.layers.te_probe import check_fused_attention
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.precision import TOKEN_ALIGNMENT
@@ -47,7 +47,9 @@ def make_policy(
         trainable,
         hf_config=inputs.hf_config,
         layout=layout,
-        settings=policy_settings(config, inputs.hf_config, options, on_gpu=layout.device.type == "cuda"),
+        settings=policy_settings(
+            config, inputs.hf_config, options, banned_ids=inputs.banned_ids, on_gpu=layout.device.type == "cuda"
+        ),
         pixels=inputs.images,
         reference=ReferenceWeights(trainable.stages) if config.algorithm.kl_coef else None,
     )
@@ -60,18 +62,22 @@ def make_scorer(config: RunConfig, layout: Layout, source: Path, inputs: RunInpu
         _load_stages(config, layout, source, inputs, options),
         hf_config=inputs.hf_config,
         layout=layout,
-        settings=policy_settings(config, inputs.hf_config, options, on_gpu=layout.device.type == "cuda"),
+        settings=policy_settings(
+            config, inputs.hf_config, options, banned_ids=inputs.banned_ids, on_gpu=layout.device.type == "cuda"
+        ),
         pixels=inputs.images,
     )
     return Scorer(runner)
 
 
-def policy_settings(config: RunConfig, hf_config: HfConfig, options: ModelOptions, *, on_gpu: bool) -> PolicySettings:
-    """Collects the settings of scoring and updating."""
+def policy_settings(
+    config: RunConfig, hf_config: HfConfig, options: ModelOptions, *, banned_ids: tuple[int, ...], on_gpu: bool
+) -> PolicySettings:
+    """Collects the settings of scoring and updating. `banned_ids`: the tokens that are never sampled."""
     cost = model_cost(hf_config)
     return PolicySettings(
         temperature=config.rollout.temperature,
-        banned_ids=() if config.algorithm.score_banned_tokens else vision_token_ids(hf_config),
+        banned_ids=() if config.algorithm.score_banned_tokens else banned_ids,
         rows_per_update=config.actor.micro_batch_size_per_device_for_update,
         rows_per_experience=config.actor.micro_batch_size_per_device_for_experience,
         head_chunk_tokens=by_machine(config, on_gpu=on_gpu).head_chunk_tokens,

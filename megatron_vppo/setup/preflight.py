@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_vppo.config.checks import check_device, check_layout, ranks_per_copy
+from megatron_vppo.config.data_files import settings_of_files
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.sources import check_source
 from megatron_vppo.models.families import family_of
@@ -148,8 +149,7 @@ def _check_trainer(config: RunConfig, hf_config: HfConfig, options_of: Callable[
 
 def data_sources(config: RunConfig) -> dict[str, str]:
     """Returns the sources of rows that are set, by the names of their settings."""
-    sources = {"data.train_files": config.data.train_files, "data.val_files": config.data.val_files}
-    return {setting: source for setting, source in sources.items() if source is not None}
+    return {setting: file.path for setting, file in settings_of_files(config.data).items()}
 
 
 def own_files(config: RunConfig) -> dict[str, Path]:
@@ -159,19 +159,22 @@ def own_files(config: RunConfig) -> dict[str, Path]:
         "data.format_prompt": config.data.format_prompt,
         "reward.reward_function": config.reward.reward_function.rpartition(":")[0] or None,
     }
+    for setting, file in settings_of_files(config.data).items():
+        if file.image_dir != config.data.image_dir:
+            paths[f"{setting}.image_dir"] = file.image_dir
     return {setting: Path(path) for setting, path in paths.items() if path is not None}
 
 
 def missing_file(setting: str, path: Path) -> str | None:
     """Returns the message about one of `own_files` that is not there; None: it is."""
-    if setting == "data.image_dir":
+    if setting.endswith("image_dir"):
         return None if path.is_dir() else f"{setting}: there is no folder {path.absolute()}"
     return None if path.is_file() else f"{setting}: there is no file {path.absolute()}"
 
 
 def _check_files(config: RunConfig) -> None:
     """Checks the files of a run and the background. Ranks would miss them only after their engines have started."""
-    background_color(config)
+    background_color(config.data)
     for source in data_sources(config).values():
         check_source(source)
     for setting, path in own_files(config).items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from megatron_vppo.config.choices import GRADERS, Grader
+from megatron_vppo.config.data_files import files_of
 from megatron_vppo.config.schema import DataConfig, RewardConfig
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_pool import RewardPool
@@ -53,13 +54,13 @@ def reward_of(config: RewardConfig, data: DataConfig) -> BuiltInReward | UserRew
             iou_threshold=config.iou_threshold,
         )
     file, _, name = config.reward_function.rpartition(":")
-    sources = {"train": data.train_files, "val": data.val_files}
+    files = {**files_of(data, "train"), **files_of(data, "val")}
     return UserReward(
         file=str(Path(file).absolute()),
         name=name,
         arguments=config.reward_function_kwargs,
         reward_type=config.reward_type,
-        data_sources={split: source.partition("@")[0] for split, source in sources.items() if source is not None},
+        data_sources={name: file.path.partition("@")[0] for name, file in files.items()},
     )
 
 

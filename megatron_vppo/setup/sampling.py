@@ -15,6 +15,7 @@ def train_sampling(config: RunConfig, eos: tuple[int, ...]) -> SamplingSettings:
         top_k=rollout.top_k,
         max_tokens=config.data.max_response_length,
         stop_token_ids=eos,
+        likeliest_tokens=config.algorithm.score_centering_tokens,
         keeps_unfinished=rollout.unfinished == "carry",
     )
 

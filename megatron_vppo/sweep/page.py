@@ -11,9 +11,9 @@ from megatron_vppo.observability.report.data import Series
 from megatron_vppo.observability.report.document import document_html
 from megatron_vppo.observability.report.scales import step_axis
 from megatron_vppo.observability.report.text import html_text, plain_text
+from megatron_vppo.observability.statistics import CONFIDENCE
 from megatron_vppo.sweep.plan import Sweep
 from megatron_vppo.sweep.results import ACCURACY, MeanCurve, SweepResults
-from megatron_vppo.sweep.statistics import CONFIDENCE
 from megatron_vppo.sweep.status import RunStatus
 from megatron_vppo.sweep.table import COLUMNS, cells, notes
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vppo.observability.metrics import read_metrics
+from megatron_vppo.observability.statistics import Estimate, PairedTest, estimate, paired_test
 from megatron_vppo.sweep.answers import accuracies, steps_of_all
 from megatron_vppo.sweep.plan import Sweep
-from megatron_vppo.sweep.statistics import Estimate, PairedTest, estimate, paired_test
 from megatron_vppo.sweep.status import RunStatus
 
 ACCURACY = "val/accuracy"

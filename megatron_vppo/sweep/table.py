@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from megatron_vppo.observability.statistics import CONFIDENCE, Estimate
 from megatron_vppo.sweep.results import ACCURACY, SweepResults, VariantResults
-from megatron_vppo.sweep.statistics import CONFIDENCE, Estimate
 
 COLUMNS = (
     "variant", "seeds", "steps", "start, %", "end, %", "questions", "difference, points",

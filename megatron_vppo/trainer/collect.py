@@ -9,7 +9,9 @@ from itertools import chain
 from typing import Any
 
 from megatron_vppo.algorithm.grouping import keep_group
-from megatron_vppo.algorithm.types import Prompt, Response
+from megatron_vppo.algorithm.overlong import overlong_reward
+from megatron_vppo.algorithm.types import Prompt, Response, Reward
+from megatron_vppo.config.data_files import names_of
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.observability.metrics import RunLog
@@ -22,6 +24,7 @@ from megatron_vppo.rollout.records import Ask, SamplingSettings
 from megatron_vppo.rollout.sampler import EngineSampler
 from megatron_vppo.rollout.seeds import sample_seeds
 from megatron_vppo.rollout.sharing import share_groups
+from megatron_vppo.trainer.format_share import FormatShare
 from megatron_vppo.trainer.grader import Grader, Group, GroupJudge, graded_groups, verdicts_of
 from megatron_vppo.trainer.keep_rate import KeepRate
 
@@ -42,6 +45,7 @@ class Collector:
     sampler: EngineSampler
     grader: Grader
     sampling: SamplingSettings
+    format_share: FormatShare
 
     def place(self) -> dict[str, Any]:
         """Returns the place in the order of prompts, the keep rate and what is carried, on rank 0; {} elsewhere."""
@@ -99,8 +103,10 @@ class Collector:
             missing=[len(group.missing) for group in drawn.carried],
         )
         judge = self.grader.judge(
-            drawn.prompt, size=n, keeps=self._keeps, least=wanted * n, carried=dict(enumerate(drawn.carried))
-        )
+            drawn.prompt, size=n, keeps=self._keeps, least=wanted * n,
+            change=self._with_length if config.reward.overlong_buffer_tokens else None,
+            carried=dict(enumerate(drawn.carried)),
+        )  # fmt: skip
 
         def seeds(number: int) -> tuple[int | None, ...]:
             prompt = drawn.prompt(number)
@@ -115,6 +121,18 @@ class Collector:
             return Ask(drawn.prompt(number), seeds(number))
 
         return _Sampling(judge, Work(draw, ask, judge), seeds)
+
+    def _with_length(self, response: Response, reward: Reward) -> Reward:
+        """Takes the penalty on an overlong response from its reward. A reward that failed stays zero."""
+        if reward.error is not None:
+            return reward
+        config = self.config
+        added = config.reward.overlong_penalty * overlong_reward(
+            len(response.token_ids),
+            most=config.data.max_response_length,
+            buffer=config.reward.overlong_buffer_tokens,
+        )
+        return replace(reward, overall=reward.overall + added, metrics={**reward.metrics, "overlong": added})
 
     def _carried(self) -> tuple[CarriedGroup, ...]:
         """Returns the groups that this step goes on with. Settings may have changed since they were begun."""
@@ -154,7 +172,10 @@ class Collector:
                 "prompts of middle difficulty.",
                 step, num_kept, wanted, len(sampled), wanted,
             )  # fmt: skip
+        if step == 1:
+            self.format_share.look([item for group in sampled for item in group], where="of the first step")
         log.add_all(_sampling_metrics(sampled))
+        log.add_all(_metrics_of_files(names_of(self.config.data, "train"), sampled, trained=here.chosen()))
         log.add("rollout/attempts", -(-len(sampled) // wanted))
         log.add("rollout/sampled_groups", len(sampled))
         log.add("rollout/kept_groups", num_kept)
@@ -244,6 +265,20 @@ def _sampling_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics |= {f"{name}/mean": _mean(values), f"{name}/max": max(values), f"{name}/min": min(values)}
     for name in sorted({name for item in items for name in item.reward.metrics}):
         metrics[f"reward/{name}"] = _mean([item.reward.metrics[name] for item in items if name in item.reward.metrics])
+    return metrics
+
+
+def _metrics_of_files(names: Sequence[str], sampled: Sequence[Group], *, trained: Sequence[Group]) -> dict[str, float]:
+    """Returns each file's share of the groups that are trained on, and means over all that was sampled of it."""
+    metrics: dict[str, float] = {}
+    for name in names:
+        if trained:
+            of_file = sum(group[0].response.prompt.split == f"train/{name}" for group in trained)
+            metrics[f"data/{name}/trained_share"] = of_file / len(trained)
+        items = [item for item in chain(*sampled) if item.response.prompt.split == f"train/{name}"]
+        if items:
+            metrics[f"data/{name}/reward"] = _mean([item.reward.overall for item in items])
+            metrics[f"data/{name}/accuracy"] = _mean([item.reward.accuracy for item in items])
     return metrics
 
 

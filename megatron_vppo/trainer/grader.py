@@ -15,6 +15,8 @@ from megatron_vppo.rollout.sharing import SampledGroups
 Group = list[GradedResponse]
 Keeps = Callable[[Group], bool]
 """Returns True for a group that can be trained on."""
+Change = Callable[[Response, Reward], Reward]
+"""Returns the reward of a response with what does not come from the reward workers."""
 
 
 class Grader:
@@ -36,6 +38,7 @@ class Grader:
         size: int,
         keeps: Keeps,
         least: int,
+        change: Change | None = None,
         carried: Mapping[int, CarriedGroup] = MappingProxyType({}),
     ) -> GroupJudge:
         """Returns the judge of one draw; on rank 0.
@@ -45,12 +48,13 @@ class Grader:
             size: the responses of a group.
             keeps: decides whether a graded group is kept.
             least: graded responses from which on failures are counted.
+            change: applied to every reward; None: rewards stay as they are.
             carried: the groups that an earlier step began, by their numbers.
         """
         assert self._pool is not None, "rewards are computed on rank 0"
         judge = GroupJudge(
             self._pool, prompt, size=size, keeps=keeps, max_error_share=self._max_error_share, least=least,
-            carried=carried,
+            change=change, carried=carried,
         )  # fmt: skip
         judge.take_carried()
         return judge
@@ -76,11 +80,12 @@ class GroupJudge(SampledGroups):
         keeps: Keeps,
         max_error_share: float,
         least: int,
+        change: Change | None,
         carried: Mapping[int, CarriedGroup],
     ) -> None:
         super().__init__(prompt, size=size, carried=carried)
         pool.forget()
-        self._pool, self._keeps = pool, keeps
+        self._pool, self._keeps, self._change = pool, keeps, change
         self._max_error_share, self._least = max_error_share, least
         self._submitted: dict[int, Response] = {}
         """By the pool's ticket."""
@@ -110,6 +115,8 @@ class GroupJudge(SampledGroups):
         for ticket, (text, reward) in self._pool.take().items():
             if (response := self._submitted.pop(ticket, None)) is None:
                 continue  # of a draw before, which was decided without it
+            if self._change is not None:
+                reward = self._change(response, reward)
             group = self._graded.setdefault(response.group_id, {})
             group[response.sample] = GradedResponse(response=response, text=text, reward=reward)
             if reward.error is not None:

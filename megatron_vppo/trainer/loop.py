@@ -112,7 +112,7 @@ def take_step(run: Run, step: int) -> None:
     config, policy, placement, sampler = run.config, run.policy, run.placement, run.sampler
     log, stopping = run.log, run.stopping
     settings = vppo_settings(config)
-    views: Views = "both" if settings.needs_dependency else "original"
+    views: Views = "both" if settings.needs_perturbed_view else "original"
 
     # 1-3. Sample groups of responses, grade them, keep the groups with right and wrong ones.
     with log.span(SAMPLE.span):
@@ -128,7 +128,12 @@ def take_step(run: Run, step: int) -> None:
             placement.scoring()
             responses = [item.response for item in graded]
             scores = policy.score(
-                responses, step=step, views=views, divergence=settings.divergence, boundary=stopping.at_scoring
+                responses,
+                step=step,
+                views=views,
+                divergence=settings.divergence,
+                with_visual_focus=settings.needs_visual_focus,
+                boundary=stopping.at_scoring,
             )
         log.add_all(rollout_mismatch(responses, scores, bound=config.rollout.logprob_diff_bound))
 

@@ -1,12 +1,16 @@
 """The record of a step: what was decided about every response, as the report and `rollouts/step_N.jsonl.zst` show it;
 and the responses of a validation, as `validation/step_N.jsonl.zst` has them.
 
+All that the loop does for it is to keep what the record is made of. A thread gathers the arrays and reads images, and
+sends them to a process of its own, which makes the JSON (observability/record_writer.py).
+
 Shape suffix legend: B = responses; T = response tokens, right-padded; N = response tokens, flat.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +23,7 @@ from megatron_vppo.algorithm.padding import length_mask
 from megatron_vppo.algorithm.types import GradedResponse, PerturbKey, Response, Scores
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.data.images import VisionInputs
-from megatron_vppo.observability.record_writer import RecordWriter
+from megatron_vppo.observability.record_writer import Records, RecordWriter
 from megatron_vppo.observability.rollouts import RolloutRecord
 from megatron_vppo.observability.step_records import StepRecords
 from megatron_vppo.observability.validations import ValidationRecord, ValidationRecords
@@ -41,21 +45,40 @@ class Recorder:
     """On the rank that writes, if the run keeps records at all. On the others nothing happens."""
     known_texts: dict[int, str] = field(default_factory=dict)
     """The texts of the tokens of earlier steps."""
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="records"))
+    _handed_over: list[Future[None]] = field(default_factory=list)
+    """The records that the thread has not been seen to hand over."""
 
     def write(self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores) -> None:
-        """Hands over the records of one step. Raises OSError if those of the step before could not be written."""
-        if self.writer is not None:
-            self.writer.write(step, self.step_records(step, minibatches, groups, scores))
+        """Has the records of one step written. Raises OSError if those of the step before could not be written."""
+        self._hand_over(step, lambda: self.step_records(step, minibatches, groups, scores))
 
     def write_validation(self, step: int, graded: Sequence[GradedResponse]) -> None:
-        """Hands over the responses to the held-out prompts. Raises as `write` does."""
-        if self.writer is not None:
-            self.writer.write(step, ValidationRecords([_validated(item) for item in graded]))
+        """Has the responses to the held-out prompts written. Raises as `write` does."""
+        self._hand_over(step, lambda: ValidationRecords([_validated(item) for item in graded]))
+
+    def _hand_over(self, step: int, make: Callable[[], Records]) -> None:
+        writer = self.writer
+        if writer is None:
+            return
+        self.wait()
+        self._handed_over.append(self._thread.submit(lambda: writer.write(step, make())))
 
     def wait(self) -> None:
         """Returns when the records of all steps are on the disk. Raises OSError if they could not be written."""
+        while self._handed_over:
+            self._handed_over.pop().result()
         if self.writer is not None:
             self.writer.wait()
+
+    def close(self) -> None:
+        """Waits for the records, and ends what writes them. Raises as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self.writer is not None:
+                self.writer.close()
 
     def step_records(
         self, step: int, minibatches: Sequence[Minibatch], groups: Sequence[Group], scores: Scores
@@ -69,7 +92,8 @@ class Recorder:
         advantages = [number for record in decided for number in record.group_advantage_B.tolist()]
         scales = [number for record in decided for number in record.scale_B.tolist()]
         with_images = _pick(groups)
-        perturbed = scores.perturbed_logp_BT is not None
+        in_update = any(m.batch.perception and m.batch.perception.perturb_keys for m in minibatches)
+        perturbed = scores.perturbed_logp_BT is not None or in_update
         return StepRecords(
             heads=[_head(*parts) for parts in zip(graded, advantages, scales, strict=True)],
             lengths=lengths,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vppo.algorithm.types import Prompt
 from megatron_vppo.config.checks import check_warmup
+from megatron_vppo.config.data_files import files_of, weights_of
 from megatron_vppo.config.load import save_resolved
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.plain_think import THINK_TAGS, save_plain_tokenizer, think_token_ids
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.models.model_files import ModelFiles, check_weight_names, open_without_weights
 from megatron_vppo.observability.metrics import RunLog
@@ -56,6 +58,7 @@ from megatron_vppo.system.watchdog import Watchdog
 from megatron_vppo.system.whole import naming_file
 from megatron_vppo.trainer.checkpointer import Checkpointer, ResumePoint
 from megatron_vppo.trainer.collect import Collector
+from megatron_vppo.trainer.format_share import FormatShare
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.loop import Run, train
@@ -107,7 +110,8 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
             and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir))
         ):
             run.placement.writing()
-            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0)
+            plain = partial(save_plain_tokenizer, run.recorder.tokenizer) if config.data.plain_think_tokens else None
+            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0, finish=plain)
     if not finished:
         ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
         dist.barrier()  # the checkpoint is in its place, and the logs are closed
@@ -154,7 +158,7 @@ def _open_run(
     on_every_rank(partial(_begin_attempt, config, layout, folder))
     with ExitStack() as stack:
         logs = folder.logs / attempt_name()
-        engine = start_engine(config, layout, source, world=world, images=images, hf_config=inputs.hf_config, logs=logs)
+        engine = start_engine(config, layout, source, world=world, inputs=inputs, logs=logs)
         sampler = EngineSampler(
             engine.client, engine_index=engine.index, num_engines=engine.count, images=images,
             verify=config.rollout.verify_weights, store=world.meeting.store("engines"),
@@ -166,7 +170,7 @@ def _open_run(
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:
             await_engines(engine, timeout_seconds=config.rollout.start_timeout_seconds)
-        held_out = from_rank_zero(partial(_validation_prompts, config, inputs, say))
+        held_out = _validation_prompts(config, inputs, say) if is_writer else PromptSets([])
         total_steps = from_rank_zero(partial(_total_steps, config, stream))
 
         if is_writer:
@@ -189,18 +193,18 @@ def _open_run(
         placement = _placement(config, policy, engine)
         sampler.recover_with(_recovery(config, policy, placement, engine))
         writer = RecordWriter(folder.root) if is_writer and config.trainer.save_rollouts else None
-        if writer is not None:
-            stack.callback(writer.close)
         recorder = Recorder(tokenizer, images, config.algorithm.perturb.per, writer)
-        validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder)
+        stack.callback(recorder.close)
+        share = _format_share(config, inputs, say)
+        validator = Validator(config, held_out, sampler, grader, val_sampling(config, eos), recorder, share)
         signals.begin_work()
         yield Run(
             config=config,
             policy=policy,
             placement=placement,
             sampler=sampler,
-            collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos)),
-            validator=validator if held_out else None,
+            collector=Collector(config, stream, keep_rate, carry, sampler, grader, train_sampling(config, eos), share),
+            validator=None if config.data.val_files is None else validator,
             log=log,
             start_step=resumed.step,
             total_steps=total_steps,
@@ -237,16 +241,21 @@ def _begin_attempt(config: RunConfig, layout: Layout, folder: RunFolder) -> None
 
 def _stream(config: RunConfig, inputs: RunInputs, say: Say) -> PromptStream:
     prompts = read_prompts(config, inputs, "train")
-    say(f"train data: {prompts.report.summary()}")
-    return PromptStream(prompts, seed=config.trainer.seed, shuffle=config.data.shuffle)
+    for one in prompts.sets:
+        say(f"{one.split} data: {one.report.summary()}")
+    stream = PromptStream(
+        prompts, seed=config.trainer.seed, shuffle=config.data.shuffle, weights=weights_of(config.data)
+    )
+    if mixture := stream.describe():
+        say(mixture)
+    return stream
 
 
-def _validation_prompts(config: RunConfig, inputs: RunInputs, say: Say) -> Sequence[Prompt]:
-    if "val" not in inputs.datasets:
-        return []
+def _validation_prompts(config: RunConfig, inputs: RunInputs, say: Say) -> PromptSets:
     prompts = read_prompts(config, inputs, "val")
-    say(f"validation data: {prompts.report.summary()}")
-    return list(prompts)
+    for one in prompts.sets:
+        say(f"{one.split.replace('val', 'validation', 1)} data: {one.report.summary()}")
+    return prompts
 
 
 def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
@@ -255,8 +264,9 @@ def _total_steps(config: RunConfig, stream: PromptStream | None) -> int:
     if steps_per_epoch == 0:
         raise ValueError(
             f"data.rollout_batch_size={config.data.rollout_batch_size} is more than the usable prompts of "
-            f"{config.data.train_files}; lower it"
+            f"{' and '.join(file.path for file in files_of(config.data, 'train').values())}; lower it"
         )
+    stream.check_draws(config.data.rollout_batch_size)
     total_steps = config.trainer.total_steps or config.trainer.total_epochs * steps_per_epoch
     check_warmup(config, total_steps=total_steps)
     return total_steps
@@ -277,6 +287,16 @@ def _grader(config: RunConfig, tokenizer: Any, world: World, say: Say) -> Grader
     if world.rank == 0:
         pool = open_reward_pool(config.reward, config.data, tokenizer, world.places, say=say)
     return Grader(pool, max_error_share=config.reward.max_error_share)
+
+
+def _format_share(config: RunConfig, inputs: RunInputs, say: Say) -> FormatShare:
+    asking = (inputs.builder.template, config.data.system_prompt)
+    return FormatShare(
+        config.reward.reward_function,
+        asks=any(THINK_TAGS[0] in text for text in asking if text is not None),
+        has_tokens=bool(think_token_ids(inputs.processor.tokenizer)),
+        say=say,
+    )
 
 
 def _placement(config: RunConfig, policy: MegatronPolicy, engine: EnginePlace) -> Placement:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -179,7 +179,13 @@ def hf_weights(stages: Sequence[MappedModel], *, without: Collection[ModelPart] 
 
 
 def save_hf(
-    weights: Iterator[tuple[str, Tensor]], folder: Path, *, source: Path, is_writer: bool, shard_bytes: int = 2 << 30
+    weights: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    source: Path,
+    is_writer: bool,
+    shard_bytes: int = 2 << 30,
+    finish: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load: the weights, and all other files of the source folder.
 
@@ -190,6 +196,7 @@ def save_hf(
         source: the folder that training started from: config, tokenizer, processor, chat template.
         is_writer: True on the rank that writes.
         shard_bytes: the size of a file's weights; the writer holds as much in memory.
+        finish: writes what is to be different from the source, before the folder gets its name.
 
     Raises:
         ValueError: the folder cannot be made, is being written by another process, or the disk is full.
@@ -201,6 +208,8 @@ def save_hf(
     with whole_folder(folder, replace=True) as unfinished:
         copy_config_files(source, unfinished)
         _write_files(weights, unfinished, shard_bytes=shard_bytes)
+        if finish is not None:
+            finish(unfinished)
 
 
 def _write_files(weights: Iterator[tuple[str, Tensor]], folder: Path, *, shard_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from typing import Any
 
 import pytest
@@ -174,6 +175,16 @@ def test_without_filter_and_shaping_no_second_view_is_needed() -> None:
         ("kl_coef", 0.1),
         ("kl_kind", "k1"),
         ("kl_in", "reward"),
+        ("dependency", "top1_drop"),
+        ("dependency", "visual_focus"),
+        ("token_scores", "vepo"),
+        ("vepo_alpha", 0.2),
+        ("token_weighting", "vgpo"),
+        ("shaping_kind", "vgpo"),
+        ("vgpo_strength", 0.9),
+        ("vgpo_tail", 0.8),
+        ("vgpo_top", 0.6),
+        ("shaping_in", "reward"),
     ],
 )
 def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
@@ -193,6 +204,8 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
         scores(old_BT, perturbed_BT, divergence_BT=torch.rand(8, 70, generator=generator)),
         entropy_BT=torch.rand(8, 70, generator=generator),
         reference_logp_BT=old_BT - torch.rand(8, 70, generator=generator),
+        perturbed_entropy_BT=torch.rand(8, 70, generator=generator),
+        visual_focus_BT=2 * torch.rand(8, 70, generator=generator) - 1,
     )
     base: dict[str, Any] = {"top_p_perception_tokens": 0.3, "text_only_rows": "bypass"}
     needed: dict[str, dict[str, Any]] = {
@@ -202,6 +215,10 @@ def test_every_setting_changes_the_minibatch(name: str, value: Any) -> None:
         "pgpo_beta": {"token_weighting": "pgpo"},
         "kl_kind": {"kl_coef": 0.1},
         "kl_in": {"kl_coef": 0.1},
+        "vepo_alpha": {"dependency": "jsd", "token_scores": "vepo"},
+        "vgpo_strength": {"shaping_kind": "vgpo"},
+        "vgpo_tail": {"token_weighting": "vgpo"},
+        "vgpo_top": {"token_weighting": "vgpo"},
     }
     base |= needed.get(name, {})
 
@@ -447,6 +464,80 @@ def test_a_divergence_that_rounds_below_zero_counts_as_zero() -> None:
     inputs = scores(torch.full((2, 2), -1.0), None, torch.tensor([[-1e-7, 0.5], [0.25, -1e-9]]))
     (minibatch,) = assemble(rows, inputs, settings=settings(dependency="kl_full"), responses_per_minibatch=2)
     assert minibatch.record.dependency_BT.tolist() == [[0.0, 0.5], [0.25, 0.0]]
+
+
+def test_score_centering_has_the_weight_without_importance_weights() -> None:
+    """Ratios e^0.5 and e^-0.5 of two responses of two tokens. A mask of responses counts for both, token weights do
+    not. The terms of some tokens are theirs of the engine's likeliest ones.
+    """
+    rows = [
+        dataclasses.replace(
+            response(2, sample=i, rollout_logps=[rollout] * 2),
+            likeliest_ids=array("i", [4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3]),
+            likeliest_logps=array("d", [-0.1, -0.2, -0.3, -0.4]),
+        )
+        for i, rollout in enumerate((-1.5, -0.5))
+    ]
+    arguments = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "policy_loss": "reinforce"}
+
+    def run(**changes: Any) -> Any:
+        inputs = scores(torch.full((2, 2), -1.0), None)
+        arguments_now = settings(**arguments, **{"score_centering_tokens": 2, **changes})
+        return assemble(graded(rows, [1.0, 0.0]), inputs, settings=arguments_now, responses_per_minibatch=2)[0].batch
+
+    batch = run(rollout_correction_cap=1.2)
+    assert batch.centering_weight_BT.tolist() == [[0.25] * 2] * 2 and batch.loss.centering_cap == 1.2
+    assert batch.pg_weight_BT[0].tolist() == pytest.approx([0.3] * 2)
+    of_whole = run(rollout_correction_cap=1.2, rollout_correction="geometric_mask")
+    assert of_whole.centering_weight_BT.tolist() == [[0.0] * 2] * 2 and of_whole.loss.centering_cap is None
+    assert run(score_centering_tokens=0).centering_weight_BT is None
+    terms = batch.terms_at((torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1]))).likeliest
+    assert terms.ids_NR.tolist() == [[2, 3], [4, 5], [6, 7]]
+    torch.testing.assert_close(terms.rollout_logp_NR, torch.tensor([[-0.3, -0.4], [-0.1, -0.2], [-0.3, -0.4]]))
+    assert terms.weight_N.tolist() == [0.25] * 3
+    none = torch.zeros(0, dtype=torch.int64)
+    assert batch.terms_at((none, none)).likeliest.ids_NR.shape[0] == 0
+
+
+def test_a_drop_may_be_negative() -> None:
+    """The top token may become likelier without the image: the response depends less than one of zero."""
+    rows = graded([response(2, sample=i) for i in range(2)], [1.0, 0.0])
+    inputs = scores(torch.full((2, 2), -1.0), None, torch.tensor([[-0.5, 0.25], [0.25, -0.125]]))
+    (minibatch,) = assemble(rows, inputs, settings=settings(dependency="top1_drop"), responses_per_minibatch=2)
+    assert minibatch.record.dependency_BT.tolist() == [[-0.5, 0.25], [0.25, -0.125]]
+    assert minibatch.record.token_mask_BT.tolist() == [[0, 1], [1, 0]]
+    assert minibatch.record.scale_B.tolist() == pytest.approx([0.9, 1.1], abs=1e-6)
+
+
+def test_the_visual_focus_is_a_dependency_from_zero_to_one() -> None:
+    """(1 + cosine) / 2; zero in a row without an image and where padded. No perturbed view is there."""
+    rows = graded([response(2), response(1, sample=1), response(2, sample=2, image=False)], [1.0, 0.0, 1.0])
+    cosine_BT = torch.tensor([[-0.5, 0.75], [1.0, 0.0], [0.0, 0.0]])
+    inputs = dataclasses.replace(scores(torch.full((3, 2), -1.0), None), visual_focus_BT=cosine_BT)
+    (minibatch,) = assemble(rows, inputs, settings=settings(dependency="visual_focus"), responses_per_minibatch=3)
+    assert minibatch.record.dependency_BT.tolist() == [[0.25, 0.875], [1.0, 0.0], [0.0, 0.0]]
+    with pytest.raises(ValueError, match="needs visual_focus_BT"):
+        assemble(
+            rows, scores(torch.full((3, 2), -1.0), None), settings=settings(dependency="visual_focus"),
+            responses_per_minibatch=3,
+        )  # fmt: skip
+
+
+def test_the_scale_in_the_reward() -> None:
+    """Scales 0.9, 1.1 and 1.0 of the rewards 1, 1 and 0: 0.9, 1.1 and 0 have the mean 2/3. A reward of zero stays."""
+    rows = graded([response(1, sample=i) for i in range(3)], [1.0, 1.0, 0.0])
+    inputs = scores(torch.full((3, 1), -1.0), None, torch.tensor([[0.1], [0.5], [0.3]]))
+    arguments = {"dependency": "kl_full", "advantage": "dr_grpo"}
+    in_reward, in_advantage = (
+        assemble(rows, inputs, settings=settings(shaping_in=place, **arguments), responses_per_minibatch=3)[0]
+        for place in ("reward", "advantage")
+    )
+    assert in_reward.record.scale_B.tolist() == pytest.approx([0.9, 1.1, 1.0], abs=1e-6)
+    expected = [0.9 - 2 / 3, 1.1 - 2 / 3, -2 / 3]
+    assert in_reward.batch.advantage_BT[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert in_reward.record.group_advantage_B.tolist() == pytest.approx(expected, abs=1e-6)
+    expected = [0.9 * (1 / 3), 1.1 * (1 / 3), -2 / 3]
+    assert in_advantage.batch.advantage_BT[:, 0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_errors_name_the_fix() -> None:

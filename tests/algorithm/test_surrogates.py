@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vppo.algorithm.surrogates import cispo_surrogate, dual_clip_surrogate, gspo_surrogate, sapo_surrogate
+from megatron_vppo.algorithm.surrogates import (
+    cispo_surrogate,
+    dual_clip_surrogate,
+    gspo_surrogate,
+    reinforce_surrogate,
+    sapo_surrogate,
+)
 
 LENGTHS = (3, 1, 4)
 OLD = torch.tensor([-1.0, -2.0, -0.5, -1.5, -0.7, -3.0, -1.1, -0.2], dtype=torch.float64)
@@ -127,6 +133,13 @@ def test_sapo_is_the_objective_of_its_paper() -> None:
     assert loss == pytest.approx((-gate_N * 4 / tau_N * ADVANTAGE_N).sum().item(), rel=1e-6)
 
 
+def test_reinforce_has_no_ratio() -> None:
+    loss, found_N = gradient(lambda new: reinforce_surrogate(new, ADVANTAGE_N).loss_N.sum())
+    assert torch.equal(found_N, -ADVANTAGE_N) and loss == pytest.approx(-(ADVANTAGE_N * NEW).sum().item())
+    found = reinforce_surrogate(NEW, ADVANTAGE_N)
+    assert not found.clipped_high_N.any() and not found.clipped_dual_N.any()
+
+
 def test_all_have_the_same_gradient_where_the_policy_has_not_moved() -> None:
     bounds = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28}
     length_B = torch.tensor(LENGTHS)
@@ -135,6 +148,7 @@ def test_all_have_the_same_gradient_where_the_policy_has_not_moved() -> None:
         lambda new: gspo_surrogate(new, NEW, ADVANTAGE_N, length_B, **bounds),
         lambda new: cispo_surrogate(new, NEW, ADVANTAGE_N, **bounds),
         lambda new: sapo_surrogate(new, NEW, ADVANTAGE_N, tau_positive=1.0, tau_negative=1.05),
+        lambda new: reinforce_surrogate(new, ADVANTAGE_N),
     ):
         _, found_N = gradient(lambda new, surrogate=surrogate: surrogate(new).loss_N.sum())
         torch.testing.assert_close(found_N, -ADVANTAGE_N, rtol=1e-6, atol=0)

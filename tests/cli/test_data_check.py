@@ -39,10 +39,11 @@ def test_rows_of_a_test_set_in_the_training_set_are_found(rows: Path, capsys: py
     words = ["data", "check", "test.jsonl", "--against", "train.jsonl", "--workers", "1"]
     assert main([*words, "--json", "out.json", "--html", "out.html"]) == 1
     out = capsys.readouterr().out
-    assert "in train.jsonl as well:\n  the same question about the same images: 1\n    row 0 is row 0\n" in out
+    assert "test.jsonl and train.jsonl:\n  the same question about the same images: 1\n    row 0 is row 0\n" in out
     assert "the same images, another question: 1" in out
     report = json.loads(Path("out.json").read_text())
-    assert report["shared"] == {"same": [[0, 0]], "images": [[1, 1]], "question": []}
+    found = {"same": [[0, 0]], "images": [[1, 1]], "question": []}
+    assert report["shared"] == [{"one": "test.jsonl", "other": "train.jsonl", **found}]
     assert "row 0 is row 0 of the other" in Path("out.html").read_text()
 
 
@@ -51,3 +52,30 @@ def test_broken_rows_are_named_and_end_with_status_one(rows: Path, capsys: pytes
     assert "    broken.jsonl, row 0: image 0 cannot be read: No such file" in capsys.readouterr().out
     assert main(["data", "check", "nowhere.jsonl"]) == 2
     assert "nowhere.jsonl" in capsys.readouterr().err
+
+
+def test_all_files_of_a_run_with_their_own_settings(rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A mixture, one of whose files is LLaMA-Factory's, and whose validation has a row of each."""
+    turns = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": "3"}]
+    (rows / "talk.json").write_text(json.dumps([{"messages": turns, "image": "2.png"}]))
+    talk = "{path: talk.json, weight: 3, prompt_key: messages, image_key: image, image_place: first}"
+    (rows / "run.yaml").write_text(
+        f"model: {{path: none}}\ndata:\n  train_files: [{{path: train.jsonl, weight: 1}}, {talk}]\n"
+        "  val_files: test.jsonl\n"
+    )
+    assert main(["data", "check", "--config", "run.yaml", "--workers", "1", "--json", "out.json"]) == 1
+    report = json.loads(Path("out.json").read_text())
+    assert [(one["source"], one["usable"]) for one in report["sets"]] == [
+        ("train.jsonl", 3), ("talk.json", 1), ("test.jsonl", 2),
+    ]  # fmt: skip
+    assert [(one["one"], one["other"], one["same"]) for one in report["shared"]] == [
+        ("train.jsonl", "talk.json", []),
+        ("train.jsonl", "test.jsonl", [[0, 0]]),
+        ("talk.json", "test.jsonl", [[0, 1]]),
+    ]
+    assert "talk.json and test.jsonl:\n  the same question about the same images: 1" in capsys.readouterr().out
+    for words in (["data", "check"], ["data", "check", "train.jsonl", "--config", "run.yaml"]):
+        assert main(words) == 2
+        assert "takes a PATH, or the file of a run by --config" in capsys.readouterr().err
+    assert main(["data", "check", "--config", "run.yaml", "--against", "test.jsonl", "--image-key", "image"]) == 2
+    assert "--config takes no --image-key and --against: the file of the run" in capsys.readouterr().err

@@ -73,7 +73,10 @@ RELEASED = [
 ]
 
 
-@pytest.mark.parametrize(("model", "parallel", "engine", "nodes", "state"), RELEASED)
+@pytest.mark.parametrize(
+    ("model", "parallel", "engine", "nodes", "state"),
+    [RELEASED[0], *(pytest.param(*released, marks=pytest.mark.extended) for released in RELEASED[1:])],
+)
 def test_released_models_fit_their_clusters(
     model: str,
     parallel: dict[str, Any],
@@ -135,6 +138,7 @@ def test_a_run_that_does_not_fit(capsys: pytest.CaptureFixture[str], tmp_path: P
     assert "What would fit: rollout.gpu_memory_utilization=0.52\n" in out
 
 
+@pytest.mark.extended
 def test_narrow_terminals(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     path = run_file(tmp_path, "Qwen/Qwen3-VL-2B-Instruct", data={"max_prompt_length": 1500, "max_response_length": 100})

@@ -27,7 +27,7 @@ def test_a_script_becomes_a_file_that_loads(imports, capsys: pytest.CaptureFixtu
     assert imports("../VPPO-RL/train_vppo_7b.sh", "trainer.total_epochs=3", "--out", "run.yaml") == 0
     text = Path("run.yaml").read_text()
     first = "# Written by: vppo import-config ../VPPO-RL/train_vppo_7b.sh trainer.total_epochs=3 --out run.yaml\n"
-    assert text.startswith(f"{first}data:\n  train_files: chamber111/VPPO_ViRL39K_train\n")
+    assert text.startswith(f"{first}data:\n") and "\n  train_files: chamber111/VPPO_ViRL39K_train\n" in text
     config = load_config("run.yaml")
     assert (config.trainer.total_epochs, config.rollout.n, config.algorithm.preset) == (3, 8, "reference")
     assert Path(str(config.data.format_prompt)).is_file()

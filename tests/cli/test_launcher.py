@@ -100,6 +100,7 @@ def test_a_step_that_hangs_leaves_the_stacks_of_every_rank(tmp_path: Path) -> No
 
 
 @pytest.mark.distributed
+@pytest.mark.extended
 def test_logs_keep_every_attempt(tmp_path: Path) -> None:
     (logs_of(tmp_path).parent).mkdir(parents=True)
     old = logs_of(tmp_path).parent / "trainer_rank_1.log"

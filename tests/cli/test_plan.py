@@ -240,6 +240,24 @@ def test_lengths_that_change_the_seconds(capsys: pytest.CaptureFixture[str]) -> 
     assert seconds_of(out)[0][0] > base
 
 
+def test_a_plan_for_the_perception_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    """The update reads twice the views, and scoring half of them."""
+    command = ["plan", "--model", "qwen2.5-vl-7b", "--gpus", "8", "--gpu-memory", "80", "--gpu", "h100"]
+    plain, out = printed(capsys, *command), printed(capsys, *command, "--perception-loss")
+    assert "both views in the update, the original ones scored" in " ".join(out.split())
+    assert "both views scored" in " ".join(plain.split())
+    assert "in both views in the update" in " ".join(out.split())
+    ours, theirs = (
+        {tuple(row[:5]): times for row, times in zip(rows_of(text.split("Modelled")[0]), seconds_of(text), strict=True)}
+        for text in (plain, out)
+    )
+    both = [(ours[layout], theirs[layout]) for layout in ours.keys() & theirs.keys()]
+    assert len(both) > 3
+    for (_, _, scoring, update, *_), (_, _, scoring_then, update_then, *_) in both:
+        assert 0.45 * scoring < scoring_then < 0.8 * scoring, "launches, messages and packing do not halve"
+        assert 1.3 * update < update_then < 2.0 * update, "nor do collectives and the optimizer double"
+
+
 def test_every_recomputation_that_can_be_set_is_looked_at() -> None:
     assert set(typing.get_args(ParallelConfig.model_fields["recompute"].annotation)) == set(RECOMPUTES)
 

@@ -166,6 +166,28 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         {"algorithm": {"advantage_scaling_max": 1.1, "use_advantage_shaping": False}},
         ["advantage_scaling_max 1.1 has no effect"],
     ),
+    (
+        {"algorithm": {"perception_gradient": "original_view", "perturbed_entropy_coef": 0.03}},
+        ["perception_gradient original_view and perturbed_entropy_coef 0.03: no effect", "perception_loss_coef"],
+    ),
+    (
+        {
+            "algorithm": {
+                "perception_loss_coef": 0.01,
+                "perception_gradient": "original_view",
+                "perturbed_entropy_coef": 0.03,
+            }
+        },
+        ["perturbed_entropy_coef 0.03 has no effect", "'original_view'", "perception_gradient=both_views"],
+    ),
+    (
+        {
+            "algorithm": {"perception_loss_coef": 0.01},
+            "data": {"max_prompt_length": 40, "max_response_length": 11},
+            "actor": {"max_tokens_per_micro_batch": 99},
+        },
+        ["max_tokens_per_micro_batch is 99", "2 x 50 tokens", "at least 100", "perception_gradient=original_view"],
+    ),
     ({"algorithm": {"kl_in": "reward"}}, ["algorithm.kl_in 'reward': no effect without a reference model"]),
     ({"algorithm": {"rollout_correction": "geometric_mask"}}, ["'geometric_mask' has no effect without a cap"]),
     ({"data": {"min_pixels": 9, "max_pixels": 4}}, ["min_pixels 9 is more than data.max_pixels 4"]),
@@ -240,6 +262,13 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
     {"algorithm": {"kl_coef": 0.01, "kl_in": "reward", "kl_kind": "k1"}},
     {"algorithm": {"rollout_correction_cap": 3, "rollout_correction": "sequence_mask"}},
     {"algorithm": {"token_scores": "entropy", "token_weighting": "soft", "advantage_scaling_max": 1.1}},
+    {"algorithm": {"perception_loss_coef": 0.01, "perturbed_entropy_coef": 0.03}},
+    {"algorithm": {"perception_loss_coef": 0.01, "perception_gradient": "original_view"}},
+    {
+        "algorithm": {"perception_loss_coef": 0.01},
+        "data": {"max_prompt_length": 40, "max_response_length": 11},
+        "actor": {"max_tokens_per_micro_batch": 100},
+    },
     {"algorithm": {"policy_loss": "gspo", "loss_avg_mode": "fixed_length", "advantage": "dr_grpo"}},
     {"rollout": {"val": {"temperature": 0}}},
     {"trainer": {"save_freq": -1, "val_freq": -1}},

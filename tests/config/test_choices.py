@@ -43,7 +43,8 @@ def test_a_second_copy_is_found() -> None:
 def test_every_choice_is_one_of_a_setting() -> None:
     choices = ast.parse((PACKAGE / "config" / "choices.py").read_text(encoding="utf-8"))
     names = {target.id for node in choices.body if isinstance(node, ast.Assign) for target in node.targets}
-    schema = ast.parse((PACKAGE / "config" / "schema.py").read_text(encoding="utf-8"))
-    used = {node.id for node in ast.walk(schema) if isinstance(node, ast.Name)}
+    schemas = [PACKAGE / "config" / "schema.py", PACKAGE / "config" / "evaluation.py", *PACKAGE.glob("evaluation/*.py")]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in schemas]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
     # The part of DependencyKind that names two whole distributions; NamedPerturbUnit or a number, with its range there.
     assert names - used == {"Divergence", "PerturbUnit"}

@@ -129,7 +129,7 @@ def test_nothing_near_lists_the_sections(write: Write) -> None:
         ("rollout.n=2.5", "rollout.n = 2.5 (override 'rollout.n=2.5'): should be a valid integer"),
         ("rollout.n=1", "rollout.n = 1 (override 'rollout.n=1'): should be greater than 1"),
         ("actor.optim.lr=.inf", "actor.optim.lr = inf (override 'actor.optim.lr=.inf'): should be a finite number"),
-        ("algorithm.dependency=kl", "should be 'k3_sampled', 'kl_full' or 'jsd'"),
+        ("algorithm.dependency=kl", "should be 'k3_sampled', 'kl_full', 'jsd', 'top1_drop' or"),
         ("algorithm.preset=[a]", "algorithm.preset = ['a'] (override 'algorithm.preset=[a]'): should be 'global'"),
         ("actor.optim.betas=[0.9]", "actor.optim.betas = [0.9] (override 'actor.optim.betas=[0.9]')"),
         ("actor.optim.betas=[0.9, x]", "actor.optim.betas = [0.9, 'x'] (override"),

@@ -24,6 +24,18 @@ ALLOWED = {
     ("rollout/records.py", "top_p"): "the same",
     ("rollout/records.py", "top_k"): "the same",
     ("sweep/sweep_file.py", "seeds"): "a bound of its own: the seeds of a sweep, where rollout.seeds is a kind of seed",
+    **{
+        ("evaluation/suite.py", name): "a setting of a benchmark, with a default of its own"
+        for name in (
+            *("prompt_key", "answer_key", "image_key"),
+            *("relative_tolerance", "absolute_tolerance", "iou_threshold"),
+        )
+    },
+    **{
+        ("evaluation/question.py", name): "of a rule whose grader has no such setting"
+        for name in ("relative_tolerance", "absolute_tolerance", "iou_threshold")
+    },
+    ("evaluation/settings.py", "seed"): "of an evaluation, which has no trainer",
 }
 """(file, name): why a default may stand there."""
 

@@ -43,11 +43,16 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         "trainer.max_attempts_without_progress",
     ),
     ((0, 2**27 + 1), (1, 2**27), "data.min_pixels data.max_pixels"),
-    ((-1, LARGEST_INT + 1), (0, 1, LARGEST_INT), "fp8.bf16_layers_at_ends actor.optim.lr_warmup_steps"),
+    (
+        (-1, LARGEST_INT + 1),
+        (0, 1, LARGEST_INT),
+        "fp8.bf16_layers_at_ends actor.optim.lr_warmup_steps reward.overlong_buffer_tokens",
+    ),
     ((0, 1025), (1, 1024), "parallel.threads_per_rank rollout.threads_per_engine reward.num_workers"),
     ((-1, 1025), (0, 1024), "data.num_workers"),
     ((0, 2**14 + 1), (1, 2**14), "algorithm.perturb.patch_size"),
     ((-1, 256), (0, 255), "algorithm.perturb.grey_level"),
+    ((-1, 21), (0, 20), "algorithm.score_centering_tokens"),
     ((0, -1, "group"), (1, LARGEST_INT, "row"), "algorithm.perturb.per"),
     ((1, 2**16 + 1), (2, 2**16), "rollout.n"),
     ((0, 2**16 + 1), (1, 2**16), "rollout.val.n"),
@@ -63,13 +68,13 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         (-0.001, 1.001),
         (0, 0.5, 1),
         "algorithm.perturb.probability algorithm.filter_low algorithm.filter_high actor.optim.min_lr_ratio "
-        "reward.relative_tolerance",
+        "reward.relative_tolerance algorithm.vepo_alpha",
     ),
     (
         (0, 1.001),
         (1e-6, 1),
         "algorithm.top_p_perception_tokens algorithm.advantage_scaling_min rollout.top_p rollout.val.top_p "
-        "reward.max_error_share reward.iou_threshold",
+        "reward.max_error_share reward.iou_threshold algorithm.vgpo_tail algorithm.vgpo_top",
     ),
     ((0, 1), (0.001, 0.999), "algorithm.clip_ratio_low algorithm.pgpo_tau rollout.gpu_memory_utilization"),
     (
@@ -77,13 +82,14 @@ RANGES: tuple[tuple[tuple[Any, ...], tuple[Any, ...], str], ...] = (
         (1e-6, 100, LARGEST_FLOAT),
         "algorithm.clip_ratio_high algorithm.rollout_correction_cap algorithm.perturb.noise_std actor.max_grad_norm "
         "algorithm.advantage_scaling_max algorithm.sapo_tau_positive algorithm.sapo_tau_negative "
-        "rollout.cpu_kv_cache_gib rollout.logprob_diff_bound",
+        "rollout.cpu_kv_cache_gib rollout.logprob_diff_bound reward.overlong_penalty",
     ),
     (
         (-0.001, LARGEST_FLOAT * 1.1),
         (0, 100, LARGEST_FLOAT),
-        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.pgpo_beta actor.optim.weight_decay "
-        "reward.absolute_tolerance",
+        "algorithm.entropy_penalty_coef algorithm.kl_coef algorithm.perception_loss_coef "
+        "algorithm.perturbed_entropy_coef algorithm.pgpo_beta actor.optim.weight_decay "
+        "reward.absolute_tolerance algorithm.vgpo_strength",
     ),
     (
         ({"format": 0}, {"format": -1}, {"format": LARGEST_FLOAT * 1.1}),
@@ -216,7 +222,8 @@ def text_settings(schema: dict[str, Any]) -> set[str]:
     found = {}
     for section, spec in schema["properties"].items():
         for key, inner in schema["$defs"][spec["$ref"].rpartition("/")[2]]["properties"].items():
-            found[f"{section}.{key}"] = [inner, *inner.get("anyOf", ())]
+            choices = [inner, *inner.get("anyOf", ())]
+            found[f"{section}.{key}"] = choices + [one for choice in choices for one in choice.get("oneOf", ())]
     return {
         name
         for name, choices in found.items()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from megatron_vppo.data.columns import Column, Columns
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.rows import DatasetRows
 from tests.data.images import noise_image
@@ -188,7 +189,7 @@ def test_broken_image_is_named(name: str, image_folder: Path) -> None:
             ROWS[2] | {"images": [{"bytes": data}]},
         ]
     )
-    columns = ("problem", "answer", "images")
+    columns = Columns(Column("problem"), Column("answer"), Column("images"), "marks")
     dataset = VisionDataset(DatasetRows(table), source="mine.parquet", image_root=image_folder, columns=columns)
     assert dataset.check_image(0, 0) == (90, 60)
     why = {"no image": r"of no type that can be read, it begins with b'<html>not found", "empty file": "empty"}

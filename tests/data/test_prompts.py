@@ -169,6 +169,7 @@ def test_transparency_that_the_authors_resize_drops_is_reported(processor, image
         assert len(said) == expected
 
 
+@pytest.mark.extended
 def test_number_of_workers_changes_nothing(processor, image_folder, monkeypatch) -> None:
     monkeypatch.setattr("megatron_vppo.data.prompts._MIN_ROWS_PER_WORKER", 1)
     monkeypatch.setattr("megatron_vppo.data.prompts._ROWS_PER_CHUNK", 2)

@@ -8,6 +8,8 @@ import pytest
 
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_worker import (
+    AnyReward,
+    ModuleReward,
     Ungraded,
     read_message,
     read_request,
@@ -31,9 +33,10 @@ def test_a_request_comes_back_as_it_was_sent() -> None:
     [
         BuiltInReward("number", {"number": 0.9, "format": 0.1}, 0.05, 1e-9, 0.5),
         UserReward("/a/b.py", "f", {"weights": [1, 0.5], "mode": None}, "auto", {"train": "lab/sh\u00e4pes"}),
+        ModuleReward("package.module", "function"),
     ],
 )
-def test_a_reward_comes_back_from_the_command_line(reward: BuiltInReward | UserReward) -> None:
+def test_a_reward_comes_back_from_the_command_line(reward: AnyReward) -> None:
     assert reward_from_text(reward_to_text(reward)) == reward
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_vppo.data.dataset import RowError
-from megatron_vppo.data.row_cache import CheckedRows, RowCache, file_identity, fingerprint_of
+from megatron_vppo.data.row_cache import CheckedRows, RowCache, UsableRows, file_identity, fingerprint_of
 
 CHECKED = CheckedRows(
-    usable=[(0, [5, 6, 7], ((1, 2, 4),)), (2, [8], ()), (5, [9, 9], ((1, 2, 2), (1, 6, 4)))],
+    usable=UsableRows.of([(0, [5, 6, 7], ((1, 2, 4),)), (2, [8], ()), (5, [9, 9], ((1, 2, 2), (1, 6, 4)))]),
     too_long=(1, 4),
     bad=(RowError("rows.jsonl", 3, "image 0 is unreadable", "line 4"), RowError("rows.jsonl", 6, "no text", None)),
     transparent=2,
@@ -23,7 +23,8 @@ CHECKED = CheckedRows(
 
 def plain(checked: CheckedRows | None) -> Any:
     assert checked is not None
-    usable = [(row, np.asarray(ids).tolist(), grids) for row, ids, grids in checked.usable]
+    rows = checked.usable.rows.tolist()
+    usable = [(row, checked.usable.ids_of(i), checked.usable.grids_of(i)) for i, row in enumerate(rows)]
     return usable, checked.too_long, [(e.source, e.row, e.reason, e.place) for e in checked.bad], checked.transparent
 
 
@@ -34,9 +35,23 @@ def test_what_is_kept_comes_back(tmp_path: Path) -> None:
     assert plain(cache.load()) == plain(CHECKED)
     assert str(cache.load().bad[0]) == "rows.jsonl, row 3: image 0 is unreadable [line 4]"  # type: ignore[union-attr]
     assert [path.suffix for path in (tmp_path / "kept").iterdir()] == [".npz"]
-    nothing = CheckedRows(usable=[], too_long=(0,), bad=(), transparent=0)
+    nothing = CheckedRows(usable=UsableRows.of([]), too_long=(0,), bad=(), transparent=0)
     RowCache(tmp_path / "kept", "b" * 64).save(nothing)
     assert plain(RowCache(tmp_path / "kept", "b" * 64).load()) == plain(nothing)
+
+
+def test_rows_in_arrays_are_those_that_were_gathered() -> None:
+    """Four bytes a token and eight for each other number, whatever Python takes for a tuple."""
+    usable = CHECKED.usable
+    assert (usable.rows.tolist(), usable.ids.tolist(), usable.id_ends.tolist()) == (
+        [0, 2, 5],
+        [5, 6, 7, 8, 9, 9],
+        [3, 4, 6],
+    )
+    assert [usable.ids_of(index) for index in range(3)] == [(5, 6, 7), (8,), (9, 9)]
+    assert [usable.grids_of(index) for index in range(3)] == [((1, 2, 4),), (), ((1, 2, 2), (1, 6, 4))]
+    held = (usable.rows, usable.ids, usable.id_ends, usable.grids, usable.grid_ends)
+    assert sum(array.nbytes for array in held) == 6 * 4 + (3 + 3 + 3 * 3 + 3) * 8
 
 
 def test_another_key_finds_nothing(tmp_path: Path) -> None:
@@ -59,7 +74,7 @@ def test_a_damaged_file_counts_as_none(tmp_path: Path) -> None:
         path.write_bytes(data)
         found = cache.load()
         assert found is None or plain(found) == plain(CHECKED), "a bit that no reader looks at"
-    for name in ("rows", "num_ids", "ids", "num_grids", "grids"):
+    for name in ("rows", "ids", "id_ends", "grids", "grid_ends"):
         np.savez(path, **{**stored, name: stored[name][:-1]})
         assert cache.load() is None, name
 
@@ -70,10 +85,10 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
-    for number in range(10):
+    for number in range(34):
         RowCache(tmp_path, f"{number:064d}"[::-1]).save(CHECKED)
-    assert len(list(tmp_path.iterdir())) == 8
-    assert RowCache(tmp_path, f"{9:064d}"[::-1]).load() is not None
+    assert len(list(tmp_path.iterdir())) == 32
+    assert RowCache(tmp_path, f"{33:064d}"[::-1]).load() is not None
 
 
 def test_a_file_is_known_by_more_than_its_date(tmp_path: Path) -> None:

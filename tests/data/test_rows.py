@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vppo.data.dataset import RowError, VisionDataset
-from megatron_vppo.data.rows import read_file
 from tests.data.rows import open_rows
 
 
@@ -280,13 +279,22 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
             open_rows(str(tmp_path / name))
 
 
-@pytest.mark.parametrize("piece", [1, 7, 16])
-def test_lines_across_the_pieces_in_which_a_file_is_searched(
-    piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_vppo.data.rows.PIECE_BYTES", piece)
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(f'{{"n": "{"x" * n}"}}\n' for n in range(20)) + '{"n": "last"}')
-    rows = read_file(path)
-    assert [rows.cell(row, "n") for row in range(len(rows))] == ["x" * n for n in range(20)] + ["last"]
-    assert [rows.place(row) for row in (0, 20)] == ["line 1", "line 21"]
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_copy_of_a_parquet_file_is_made_in_parts(tmp_path: Path) -> None:
+    """Arrow's own count of what it holds: a part of a file of 32 row groups of a MiB, and nothing afterwards."""
+    schema = pa.schema({"problem": pa.string(), "answer": pa.string(), "images": pa.binary()})
+    with pq.ParquetWriter(tmp_path / "large.parquet", schema, use_dictionary=False) as writer:
+        for number in range(32):
+            row = {"problem": "p", "answer": str(number), "images": np.random.default_rng(number).bytes(1 << 20)}
+            writer.write_table(pa.Table.from_pylist([row], schema))
+    usual, counted = pa.default_memory_pool(), pa.proxy_memory_pool(pa.system_memory_pool())
+    pa.set_memory_pool(counted)
+    try:
+        dataset = open_rows(str(tmp_path / "large.parquet"))
+        assert [len(dataset.image_bytes(row, 0)) for row in range(32)] == [1 << 20] * 32
+        assert counted.max_memory() < 16 << 20
+        assert counted.bytes_allocated() < 1 << 20
+    finally:
+        pa.set_memory_pool(usual)

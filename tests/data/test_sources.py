@@ -9,12 +9,13 @@ import datasets
 import pytest
 from PIL import Image
 
-from megatron_vppo.data.dataset import RowError, VisionDataset, open_dataset
-from megatron_vppo.data.sources import Source, check_source, open_source, parse_source
+from megatron_vppo.data.dataset import RowError, VisionDataset
+from megatron_vppo.data.sources import Source, check_source, open_source, parse_source, splits_of
+from tests.data.rows import open_rows
 
 
 def rows_of(source: object) -> VisionDataset:
-    return open_dataset(str(source), problem_key="problem", answer_key="answer", image_key="images")
+    return open_rows(str(source))
 
 
 def answers(source: object) -> list[str]:
@@ -126,13 +127,13 @@ def test_a_folder_of_images_keeps_the_text_of_its_answers(tmp_path: Path) -> Non
     for n in range(len(texts)):
         Image.new("RGB", (40 + n, 30)).save(tmp_path / f"test_{n}.png")
     (tmp_path / "metadata.jsonl").write_text("".join(lines) + "{\n")
-    rows = open_dataset(str(tmp_path), problem_key="problem", answer_key="answer", image_key="image")
+    rows = open_rows(str(tmp_path), image_key="image")
     expected = ["2024-01-02", "1.50", "12", "007", "true", "1e5"]
     assert [rows.answer(n) for n in range(6)] == expected
     assert [rows.check_image(n, 0) for n in range(6)] == [(40 + n, 30) for n in range(6)]
     with pytest.raises(RowError, match=r"row 6: not valid JSON: .*\[line 7\]"):
         rows.answer(6)
-    part = open_dataset(f"{tmp_path}@train[4:6]", problem_key="problem", answer_key="answer", image_key="image")
+    part = open_rows(f"{tmp_path}@train[4:6]", image_key="image")
     assert [part.answer(n) for n in range(2)] == ["true", "1e5"]
 
 
@@ -143,7 +144,7 @@ def test_folders_of_images_by_split(tmp_path: Path) -> None:
         row = {"file_name": "a.png", "problem": "<image>p", "answer": split}
         (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row))
     for n, split in enumerate(("train", "test")):
-        rows = open_dataset(f"{tmp_path}@{split}", problem_key="problem", answer_key="answer", image_key="image")
+        rows = open_rows(f"{tmp_path}@{split}", image_key="image")
         assert (len(rows), rows.answer(0), rows.check_image(0, 0)) == (1, split, (40 + n, 30))
 
 
@@ -165,3 +166,12 @@ def test_other_kinds_of_files(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=r"unknown kind of file; use one of \.parquet, \.jsonl, \.json or a folder"):
         open_source(str(tmp_path / name))
+
+
+def test_the_splits_that_a_folder_says_it_has(tmp_path: Path) -> None:
+    for name in ("data/train-00000-of-00001.parquet", "data/testing.jsonl", "other.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert splits_of(tmp_path) == {"train", "test"}
+    datasets.DatasetDict({"variant1": datasets.Dataset.from_dict({"a": [1]})}).save_to_disk(str(tmp_path / "saved"))
+    assert splits_of(tmp_path / "saved") == {"variant1"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_vppo.launching.batches import RankShare, divide_step, in_flight, pipeline_bubble
+from megatron_vppo.launching.batches import RankShare, divide_step, in_flight, pipeline_bubble, scoring_per
 from megatron_vppo.models.build import build_model
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
@@ -30,10 +30,31 @@ def test_a_step_over_three_ranks_by_hand() -> None:
     assert batches.bubble == 0
 
 
+def test_one_view_suffices_where_nothing_is_perturbed() -> None:
+    unfiltered = {"use_vppo_on_perception": False, "use_advantage_shaping": False}
+    assert scoring_per(run_config(algorithm={"perturb": {"per": "row"}})) == "row"
+    assert scoring_per(run_config(algorithm={"dependency": "visual_focus"})) is None
+    assert scoring_per(run_config(algorithm=unfiltered)) is None
+
+
 def test_more_ranks_than_groups_leave_the_last_ones_idle() -> None:
     batches = divide_step(run_config(), data=6)
     assert batches.update == RankShare(rows=3, micro_batches=2, idle=(4, 5), load=pytest.approx(4 / 6))
     assert batches.score.idle == ()
+
+
+def test_both_views_in_the_update_fill_more_micro_batches() -> None:
+    """Groups of three rows are 40 + 3 x 8 = 64 tokens, in both views 128: of 256 tokens there are two groups and four.
+
+    Scoring reads the original views alone: 8 groups, four to a micro-batch.
+    """
+    papo = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "perception_loss_coef": 0.01}
+    actor = {"max_tokens_per_micro_batch": 256}
+    both = divide_step(run_config(actor=actor, algorithm=papo), data=1)
+    assert (both.update.micro_batches, both.score.micro_batches) == (2, 2)
+    constant = {**papo, "perception_gradient": "original_view"}
+    once = divide_step(run_config(actor=actor, algorithm=constant), data=1)
+    assert (once.update.micro_batches, once.score.micro_batches) == (1, 2), "both scored: twice the limit"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from megatron_vppo.launching.longest_rows import ZeroPixels, longest_responses, 
 from megatron_vppo.launching.meta_step import update_views
 from megatron_vppo.launching.stage_memory import StageReport, report_stage, state_of
 from megatron_vppo.models.families import family_of, weight_map
-from megatron_vppo.models.hf_config import HfConfig
+from megatron_vppo.models.hf_config import HfConfig, vision_token_ids
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.parallel.schedule import ScheduleRunner
@@ -176,6 +176,26 @@ def test_kept_bytes_equal_the_formulas(family: str, recompute: Any, shared: bool
     assert found.step.kept[0] == pytest.approx(formula, rel=0.05 if recompute == "full" else 0.01)
 
 
+def test_both_views_in_the_update_are_kept() -> None:
+    """Two rows of 256 tokens in two views, and their image as it is and perturbed. Scoring reads half of that."""
+    hf_config = small_config("qwen2_5_vl")
+    papo = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "perception_loss_coef": 0.01}
+    config = run_config(
+        data={"max_prompt_length": 200, "max_response_length": 57, "max_pixels": 96 * 28 * 28},
+        actor={"micro_batch_size_per_device_for_experience": 2},
+        parallel={"shared_prefix": False},
+        rollout={"n": 2},
+        algorithm=papo,
+    )
+    constant = run_config(**{**config.model_dump(), "algorithm": {**papo, "perception_gradient": "original_view"}})
+    both, once = (report(each, hf_config, rank=0, world_size=1, data=1) for each in (config, constant))
+    batch = both.step.batch
+    assert (batch.tokens, batch.response_tokens, batch.patches) == (4 * 256, 4 * 57, 2 * 4 * 96)
+    assert once.step.batch.tokens == 2 * 256
+    assert both.step.kept[0] == pytest.approx(2 * once.step.kept[0], rel=0.01)
+    assert both.score.total == pytest.approx(once.score.total / 2, rel=0.01)
+
+
 def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
     """640 tokens: two groups of 200 + 2 x 56 tokens, padded to 640; or four prompts of an image of 96 and three more
     tokens, padded to ten sixteenths."""
@@ -279,11 +299,13 @@ def _packed_tokens(config: RunConfig, layout: Layout, hf_config: HfConfig, train
         trainable.stages,
         hf_config=hf_config,
         layout=layout,
-        settings=policy_settings(config, hf_config, options_of(config), on_gpu=True),
+        settings=policy_settings(
+            config, hf_config, options_of(config), banned_ids=vision_token_ids(hf_config), on_gpu=True
+        ),
         pixels=ZeroPixels(hf_config, patches=48),
     )
     responses = longest_responses(config, hf_config)
-    batch = runner.packer.pack(responses, update_views(runner, responses))
+    batch = runner.packer.pack(responses, update_views(runner, responses, per=None))
     return batch.packed.token_ids_K.numel()
 
 

@@ -17,14 +17,16 @@ def one_set(source: str, **changes: Any) -> dict[str, Any]:
 
 
 def test_numbers_and_lists(tmp_path: Path) -> None:
-    report = {"sets": [one_set("a<b"), one_set("c")], "shared": {"same": [[5, 8]], "images": [], "question": [[1, 2]]}}
+    shared = {"one": "a<b", "other": "c", "same": [[5, 8]], "images": [], "question": [[1, 2]]}
+    report = {"sets": [one_set("a<b"), one_set("c")], "shared": [shared]}
     html = render_survey(report)
     for text in (
         "<h1>a&lt;b</h1>", "row 4: &lt;script&gt;", "<li>1, 2, 6</li>", "<td>that repeat another row</td><td>2</td>",
         "<td>with 1 image</td><td>5</td>", "<td>with 0 images</td><td>2</td>", "row 5 is row 8 of the other",
+        "<h2>Rows of a&lt;b that c has too",
         "<td>width</td><td>1</td><td>2</td><td>3</td><td>4</td><td>5</td>",
     ):  # fmt: skip
         assert text in html
     assert "<script>" not in html and "prompt_tokens" not in html
-    write_survey_page({"sets": [one_set("a")]}, tmp_path / "page.html")
+    write_survey_page({"sets": [one_set("a")], "shared": []}, tmp_path / "page.html")
     assert "has too" not in (tmp_path / "page.html").read_text()

@@ -153,6 +153,8 @@ class Outcome:
     """The gradients of the loss, under Hugging Face names."""
     weights: dict[str, Tensor]
     """The weights after the update."""
+    visual_focus_BT: Tensor | None = None
+    perturbed_entropy_BT: Tensor | None = None
 
 
 # --- Transformers' answers --------------------------------------------------------------------------------------------
@@ -170,17 +172,31 @@ def _released(name: str, model_type: str) -> str:
 
 def hf_logits(model: Any, response: Response, perturb: PerturbKey | None) -> Tensor:
     """[N, V] of the response tokens, on the model's device."""
-    ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]], device=model.device)
-    images = {}
-    if response.prompt.images:
-        images = {
-            "pixel_values": torch.cat([PIXELS.shown(ref, perturb) for ref in response.prompt.images]).to(model.device),
-            "image_grid_thw": torch.tensor(response.prompt.grids_thw, device=model.device),
-            "mm_token_type_ids": (ids == IMAGE).int(),
-        }
-    out = model.model(input_ids=ids, **images).last_hidden_state[0]
+    out = model.model(**_hf_inputs(model, response, perturb)).last_hidden_state[0]
     logits = model.lm_head(out[-len(response.token_ids) - 1 : -1]) / TEMPERATURE
     return logits.index_fill(1, torch.tensor(BANNED, device=model.device), -1e30)
+
+
+def hf_visual_focus(model: Any, response: Response) -> Tensor:
+    """[N] of the response tokens: cosines with the mean of the image tokens, zeros without an image."""
+    if not response.prompt.images:
+        return torch.zeros(len(response.token_ids))
+    inputs = _hf_inputs(model, response, None)
+    hidden = model.model(**inputs, output_hidden_states=True).hidden_states[-1][0].float().cpu()
+    image = hidden[inputs["input_ids"][0].cpu() == IMAGE].mean(0)
+    return torch.cosine_similarity(hidden[-len(response.token_ids) :], image[None])
+
+
+def _hf_inputs(model: Any, response: Response, perturb: PerturbKey | None) -> dict[str, Tensor]:
+    ids = torch.tensor([[*response.prompt.token_ids, *response.token_ids]], device=model.device)
+    if not response.prompt.images:
+        return {"input_ids": ids}
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.cat([PIXELS.shown(ref, perturb) for ref in response.prompt.images]).to(model.device),
+        "image_grid_thw": torch.tensor(response.prompt.grids_thw, device=model.device),
+        "mm_token_type_ids": (ids == IMAGE).int(),
+    }
 
 
 @dataclass(frozen=True)
@@ -189,25 +205,30 @@ class ExpectedScores:
     perturbed_logp_BT: Tensor
     entropy_BT: Tensor
     kl_BT: Tensor
+    perturbed_entropy_BT: Tensor
+    """0.0 in rows without an image."""
+    visual_focus_BT: Tensor
 
 
 @torch.no_grad()
 def expected_scores(model: Any, responses: list[Response], *, per: PerturbUnit = "row") -> ExpectedScores:
     """Both views of every response; a response without an image has the same one twice."""
-    table_4BT = torch.zeros(4, len(responses), RESPONSE_LENGTH)
+    table_6BT = torch.zeros(6, len(responses), RESPONSE_LENGTH)
     for row, response in enumerate(responses):
         key = PerturbKey.of(response, STEP, per=per) if response.prompt.images else None
         logp_NV, perturbed_NV = (hf_logits(model, response, of).float().cpu().log_softmax(-1) for of in (None, key))
         targets = torch.tensor(response.token_ids)[:, None]
-        table_4BT[:, row, : len(response.token_ids)] = torch.stack(
+        table_6BT[:, row, : len(response.token_ids)] = torch.stack(
             [
                 logp_NV.gather(1, targets)[:, 0],
                 perturbed_NV.gather(1, targets)[:, 0],
                 -(logp_NV.exp() * logp_NV).sum(-1),
                 (logp_NV.exp() * (logp_NV - perturbed_NV)).sum(-1),
+                -(perturbed_NV.exp() * perturbed_NV).sum(-1) * bool(response.prompt.images),
+                hf_visual_focus(model, response),
             ]
         )
-    return ExpectedScores(*table_4BT)
+    return ExpectedScores(*table_6BT)
 
 
 @dataclass(frozen=True)
@@ -225,7 +246,9 @@ def expected_update(model: Any, batch: TrainBatch, optim: OptimSettings) -> Expe
         logp_N = logp_NV.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
         entropy_N = -(logp_NV.exp() * logp_NV).sum(-1)
         at = (torch.full((len(logp_N),), row), torch.arange(len(logp_N)))
-        found = surrogate_loss(logp_N, batch.terms_at(at), spec=batch.loss, entropy_N=entropy_N)
+        terms = batch.terms_at(at)
+        likeliest = None if terms.likeliest is None else logp_NV.gather(1, terms.likeliest.ids_NR)
+        found = surrogate_loss(logp_N, terms, spec=batch.loss, entropy_N=entropy_N, likeliest_logp_NR=likeliest)
         found.loss.backward()
         for name, value in found.weighted_sums.items():
             sums[name] = sums.get(name, 0.0) + float(value)
@@ -261,7 +284,7 @@ def expected_outcome(
     update = expected_update(model, make_batch(responses, entropy_kind), optim)
     return Outcome(
         scores.logp_BT, scores.perturbed_logp_BT, scores.entropy_BT, scores.kl_BT,
-        update.metrics, update.gradients, update.weights,
+        update.metrics, update.gradients, update.weights, scores.visual_focus_BT, scores.perturbed_entropy_BT,
     )  # fmt: skip
 
 
@@ -314,6 +337,8 @@ def make_policy(
     dtype: torch.dtype = torch.float32,
     token_alignment: int = 1,
     fp8_scope: frozenset[Fp8Phase] = frozenset(),
+    perturb_per: PerturbUnit = "row",
+    most_tokens: int | None = None,
     with_reference: bool = False,
 ) -> MegatronPolicy:
     """`rows`: per micro-batch."""
@@ -325,7 +350,13 @@ def make_policy(
         trainable,
         hf_config=AutoConfig.from_pretrained(folder),
         layout=layout,
-        settings=make_settings(rows=rows, token_alignment=token_alignment, fp8_scope=fp8_scope),
+        settings=make_settings(
+            rows=rows,
+            token_alignment=token_alignment,
+            fp8_scope=fp8_scope,
+            perturb_per=perturb_per,
+            most_tokens=most_tokens,
+        ),
         pixels=PIXELS,
         reference=ReferenceWeights(trainable.stages) if with_reference else None,
     )

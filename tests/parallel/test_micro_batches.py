@@ -83,9 +83,18 @@ def test_a_rank_without_a_group() -> None:
     assert [groups_of_rank([respond([1], [2])], data_rank=n, data=2, reading=APART) for n in (0, 1)] == [[(0,)], []]
 
 
-def test_rows_are_cut_across_groups() -> None:
-    assert cut_by_rows([(0, 2), (1, 3, 4)], rows_each=2) == [(0, 2), (1, 3), (4,)]
+def test_groups_that_fit_stay_whole() -> None:
+    assert cut_by_rows([(0, 2), (1, 3, 4), (5,)], rows_each=4) == [(0, 2), (1, 3, 4, 5)]
+    assert cut_by_rows([(0, 2), (1, 3, 4), (5,)], rows_each=6) == [(0, 2, 1, 3, 4, 5)]
+    assert cut_by_rows([(0,), (1,), (2,)], rows_each=2) == [(0, 1), (2,)]
     assert cut_by_rows([], rows_each=2) == []
+
+
+def test_rows_of_larger_groups_fill_micro_batches() -> None:
+    assert cut_by_rows([(0, 2), (1, 3, 4)], rows_each=2) == [(0, 2), (1, 3), (4,)]
+    assert cut_by_rows([(0, 2, 1), (3, 4, 5)], rows_each=2) == [(0, 2), (1, 3), (4, 5)]
+    assert cut_by_rows([tuple(range(5)), (5, 6)], rows_each=4) == [(0, 1, 2, 3), (4, 5, 6)]
+    assert cut_by_rows([(0, 2, 1)], rows_each=1) == [(0,), (2,), (1,)]
 
 
 def test_groups_fill_micro_batches_whole() -> None:

@@ -35,7 +35,11 @@ def unequal_fields(left: Scores, right: Scores) -> list[str]:
     pairs = {
         field.name: (getattr(left, field.name), getattr(right, field.name)) for field in dataclasses.fields(Scores)
     }
-    return [name for name, (a, b) in pairs.items() if (a is not b) and not torch.equal(a, b)]
+    return [
+        name
+        for name, (a, b) in pairs.items()
+        if not (torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b)
+    ]
 
 
 def _rank(rank: int, world: int, folders: dict[str, Path]) -> dict[tuple[str, str, str | None], list[str]]:

@@ -88,10 +88,12 @@ def layout() -> Iterator[Layout]:
         yield made
 
 
-def make_policy(folder: Path, layout: Layout, *, per: PerturbUnit, shared: bool) -> MegatronPolicy:
+def make_policy(
+    folder: Path, layout: Layout, *, per: PerturbUnit, shared: bool, rows_each: int = len(LENGTHS)
+) -> MegatronPolicy:
     """Micro-batches are one group each."""
     settings = PolicySettings(
-        temperature=1.0, banned_ids=(), rows_per_update=len(LENGTHS), rows_per_experience=len(LENGTHS),
+        temperature=1.0, banned_ids=(), rows_per_update=rows_each, rows_per_experience=rows_each,
         head_chunk_tokens=4096, perturb_per=per, shared_prefix=shared,
     )  # fmt: skip
     trainable = make_trainable(make_stages(folder, layout), layout=layout, settings=OPTIM, dtype=torch.float32)
@@ -194,13 +196,14 @@ class ImagesRun:
         return self._count
 
 
+@pytest.mark.parametrize("rows_each", [len(LENGTHS), len(LENGTHS) * 3 // 2])
 @pytest.mark.parametrize(("per", "perturbed"), [("image", 1), (3, 3), ("row", len(LENGTHS))])
 def test_the_tower_runs_each_image_once_for_each_way_it_is_shown(
-    per: PerturbUnit, perturbed: int, folder: Path, layout: Layout
+    per: PerturbUnit, perturbed: int, rows_each: int, folder: Path, layout: Layout
 ) -> None:
-    """In whole groups: a group that is cut has its image in each of its micro-batches."""
+    """A micro-batch has room for a group. One that is cut has its image in each of its parts (ADR 0022)."""
     rows = responses()
-    policy = make_policy(folder, layout, per=per, shared=True)
+    policy = make_policy(folder, layout, per=per, shared=True, rows_each=rows_each)
     images = ImagesRun(policy)
     assert images.of(lambda: policy.score(rows, step=1, views="original")) == GROUPS
     assert images.of(lambda: policy.score(rows, step=1, views="both")) == GROUPS * (1 + perturbed)

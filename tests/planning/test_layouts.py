@@ -241,6 +241,26 @@ def test_the_update_or_scoring_whichever_needs_more(tensor: int) -> None:
     assert [stage.activations for stage in c.stages] == [update[0], score[1], score[2]]
 
 
+def test_a_perturbed_view_in_the_update_is_kept_for_its_backward_pass() -> None:
+    """One stage of 28 layers, and then scoring needs less: both views of four rows of one image."""
+    config = published_config("qwen2.5-vl-7b")
+    workload = replace(WORKLOAD, rows_per_micro_batch=4, scores_both_views=False, updates_both_views=True)
+    expected = update_activations(
+        language_sizes(config),
+        vision_sizes(config),
+        MicroBatch(8 * 6143, 8 * 2048, 8 * 1280, 6 * 5120),
+        stage=0,
+        stage_layers=(28,),
+        recompute="full",
+        split=LayerSplit(2, 1, sequence_parallel=True),
+        kernels=Kernels(2, fused_rms_norm=True),
+        chunk=1024,
+    )
+    (c,) = (c for c in plan_of("qwen2.5-vl-7b", workload=workload).fitting if sizes_of(c) == (2, 1, 1, 4))
+    assert c.recompute == "full"
+    assert [stage.activations for stage in c.stages] == [expected]
+
+
 def test_engines_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"^--rollout-tp 3: 8 GPUs do not divide into engines of 3"):
         plan_of("qwen2.5-vl-7b", rollout_tensor=3)

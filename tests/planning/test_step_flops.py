@@ -129,6 +129,18 @@ def test_a_group_that_shares_its_prompt_by_hand() -> None:
     assert (update.tower, scoring.tower, by_image.tower) == (2 * 136, 9 * 136, 2 * 136)
 
 
+def test_the_perturbed_view_in_the_update_by_hand() -> None:
+    """With as many rows to a micro-batch, it reads what scoring of both views reads."""
+    both = replace(WORK, rows_per_scoring=4, scores_both_views=False, updates_both_views=True)
+    update, scoring = update_of_group(COST, both), scoring_of_group(COST, both)
+    assert update == scoring_of_group(COST, replace(WORK, rows_per_scoring=4))
+    assert scoring == update_of_group(COST, WORK)
+    assert (update.language, update.tower, update.perturbed) == (16 * 1200, 10 * 136, 16)
+    assert least_update(COST, both) == 3 * 4 * (16 * (1200 + 250) + 9 * 136)
+    shared = replace(both, shared_prefix=True, perturbed_per_row=False)
+    assert least_update(COST, shared) == 3 * 4 * 2 * (672 + 8 * (528 + 250) + 136)
+
+
 def test_images_shared_by_a_group_and_split_groups() -> None:
     by_image = replace(WORK, perturbed_per_row=False)
     assert scoring_of_group(COST, by_image).tower == 2 * 136

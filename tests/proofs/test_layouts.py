@@ -36,6 +36,7 @@ from tests.parallel.policy_rig import (
 )
 
 LOGP_TOLERANCE = 1e-5
+FOCUS_TOLERANCE = 1e-5
 KL_TOLERANCE = 5e-5
 NORM_TOLERANCE = 1e-5
 """Relative."""
@@ -122,6 +123,8 @@ class Found:
     logp: float
     """Largest difference of log-probs (either view) and entropies, in nats."""
     kl: float
+    focus: float
+    """Largest difference of the cosines of hidden states."""
     norm: float
     """Relative difference of the norm of all gradients together, as the optimizer sees it."""
     gradient: float
@@ -189,19 +192,25 @@ def _rank(rank: int, world: int, names: list[str], folders: dict[str, Path]) -> 
             change = _worst("change", changes, _minus_start(expected.weights.items(), folder))
             for rows in ROWS_EACH:
                 policy = make(rows=rows, optim=whole)
-                scores = policy.score(make_responses(), step=STEP, views="both", divergence="kl_full")
+                scores = policy.score(
+                    make_responses(), step=STEP, views="both", divergence="kl_full", with_visual_focus=True
+                )
                 policy.accumulate_gradients(make_batch(make_responses(), "entropy"))
                 policy.trainable.optimizer.prepare_grads()
                 norm = float(policy.trainable.optimizer.get_grad_norm())
                 assert scores.perturbed_logp_BT is not None and scores.divergence_BT is not None
+                assert scores.perturbed_entropy_BT is not None and expected.perturbed_entropy_BT is not None
+                assert scores.visual_focus_BT is not None and expected.visual_focus_BT is not None
                 pairs = (
                     (scores.old_logp_BT, expected.logp_BT),
                     (scores.perturbed_logp_BT, expected.perturbed_logp_BT),
                     (scores.entropy_BT, expected.entropy_BT),
+                    (scores.perturbed_entropy_BT, expected.perturbed_entropy_BT),
                 )
                 found[name, model, rows] = Found(
                     logp=max(float((mine - right).abs().max()) for mine, right in pairs),
                     kl=float((scores.divergence_BT - expected.kl_BT).abs().max()),
+                    focus=float((scores.visual_focus_BT - expected.visual_focus_BT).abs().max()),
                     norm=abs(norm / expected.metrics["actor/grad_norm"] - 1.0),
                     **_worst("gradient", hf_gradients(policy), expected.gradients),
                     **change,
@@ -242,6 +251,7 @@ def test_equals_transformers(
         where = f"{name}, {model}, {rows} rows a micro-batch"
         assert found.logp < LOGP_TOLERANCE, f"{where}: log-probs off by {found.logp:.1e}"
         assert found.kl < KL_TOLERANCE, f"{where}: divergence off by {found.kl:.1e}"
+        assert found.focus < FOCUS_TOLERANCE, f"{where}: visual focus off by {found.focus:.1e}"
         assert found.norm < NORM_TOLERANCE, f"{where}: norm of all gradients off by {found.norm:.1e}"
         off = f"{found.gradient:.1e} of its norm"
         assert found.gradient < GRADIENT_TOLERANCE, f"{where}: gradient of {found.gradient_of} off by {off}"

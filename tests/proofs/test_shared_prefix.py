@@ -20,6 +20,7 @@ from tests.models.tiny import save_tiny_model, tiny_config, tiny_qwen3_config
 from tests.parallel.policy_rig import STEP, expected_scores, make_responses, make_scorer
 
 LOGP_TOLERANCE = 1e-5
+FOCUS_TOLERANCE = 1e-5
 KL_TOLERANCE = 5e-5
 CONFIGS = {
     "Qwen2.5-VL": tiny_config(tied=False, vocab=301),
@@ -35,7 +36,7 @@ def layout() -> Any:
 
 @pytest.mark.parametrize(
     ("rows", "most_tokens", "per", "continuations"),
-    [(3, None, "image", [4, 2, 0]), (8, None, "image", [10]), (8, None, 2, [8]), (1, 60, 2, [2, 0, 0, 2, 0])],
+    [(3, None, "image", [4, 2, 4]), (8, None, "image", [10]), (8, None, 2, [8]), (1, 60, 2, [2, 0, 0, 2, 0])],
 )
 @pytest.mark.parametrize("model", CONFIGS)
 def test_both_views_share_their_prompts(
@@ -50,7 +51,7 @@ def test_both_views_share_their_prompts(
 ) -> None:
     """Groups of responses of 4, 1, 3 | 3, 4 (text) | 4, 2 | 4 tokens; one of a single token has no continuation.
 
-    Micro-batches of three rows tear groups: of the first all share, of the others some, some are alone. Two
+    Micro-batches of three rows: of the first all share, of the others some; a text and the last are alone. Two
     perturbations for a group of three responses are those of the first and third, and of the second. 60 tokens for
     each view hold some groups and parts of others.
     """
@@ -79,3 +80,8 @@ def test_both_views_share_their_prompts(
     assert (scores.divergence_BT - expected.kl_BT).abs().max() < KL_TOLERANCE
     assert (scores.perturbed_logp_BT - scores.old_logp_BT).abs().max() > 0.01, "two different views"
     assert [len(packing.prefixes) for packing in packings] == continuations
+    scores = scorer.score(responses, step=STEP, views="original", with_visual_focus=True)
+    assert scores.visual_focus_BT is not None
+    assert (scores.old_logp_BT - expected.logp_BT).abs().max() < LOGP_TOLERANCE
+    assert (scores.visual_focus_BT - expected.visual_focus_BT).abs().max() < FOCUS_TOLERANCE
+    assert expected.visual_focus_BT.unique().numel() > 10, "cosines that differ"

@@ -45,9 +45,13 @@ def _check_names_of_metrics(lines: list[dict[str, float]]) -> None:
             whole = not ending.startswith(("/", "_"))
             documented.add(ending if whole else first.rpartition(ending[0])[0] + ending)
     logged = {name for line in lines for name in line} - {"step", "time"}
-    placeholders = {"timing_s/...", ".../max", "..._max", ".../min", "..._min", "reward/<name>"}
+    placeholders = {
+        "timing_s/...", ".../max", "..._max", ".../min", "..._min", "reward/<name>", "val/reward/<name>",
+        "val/<name>/accuracy", "data/<name>/trained_share", "data/<name>/reward", "data/<name>/accuracy",
+    }  # fmt: skip
     assert logged <= documented, logged - documented
     assert documented - logged - placeholders == {
         "actor/rollout_correction_mean", "actor/kl_loss", "actor/reference_kl", "rollout/carried_groups",
-        "rollout/carried_share",
+        "rollout/carried_share", "actor/perception_loss", "actor/perturbed_entropy_penalty", "actor/kl_prcp_loss",
+        "actor/aug_entropy_loss", "actor/score_centering", "reward/overlong",
     }, "of settings that this run has not"  # fmt: skip

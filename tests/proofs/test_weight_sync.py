@@ -4,11 +4,13 @@ have read from an export of the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch import Tensor
 from transformers import AutoConfig
 
 from megatron_vppo.models.build import build_model
@@ -58,7 +60,9 @@ def _rank(
     for layout in LAYOUTS:
         stage = _stage(folder, layout, pipeline_layers)
         for other in (True, False):  # other weights in between, or a load that does nothing would pass
-            stream = ((name, -tensor if other else tensor) for name, tensor in hf_weights([stage]))
+            stream: Iterator[tuple[str, Tensor]] = hf_weights([stage])
+            if other:
+                stream = ((name, -tensor) for name, tensor in stream)
             if engine is None:
                 for _ in stream:
                     pass

@@ -26,6 +26,8 @@ from tests.gloo import run_gloo
 from tests.rollout.stand_in import StandIn
 
 PROMPTS = [Prompt("train", i, "q", "a", (1, i), (1, i), (), ()) for i in range(4)]
+NO_IMAGES: Any = SimpleNamespace(image=None)
+"""The images of these prompts, which have none."""
 
 
 class Engine(StandIn):
@@ -91,7 +93,7 @@ class Trainer:
 def make_sampler(rank: int, engine: Engine | None, port: int, **options: Any) -> EngineSampler:
     return EngineSampler(
         engine,  # type: ignore[arg-type]
-        engine_index={0: 0, 2: 1}.get(rank), num_engines=2, images=SimpleNamespace(),  # type: ignore[arg-type]
+        engine_index={0: 0, 2: 1}.get(rank), num_engines=2, images=NO_IMAGES,
         store=dist.TCPStore("localhost", port, is_master=False), max_num_seqs=100, **options,
     )  # fmt: skip
 
@@ -219,9 +221,8 @@ def test_without_restarts_the_error_is_the_engines_own(monkeypatch: pytest.Monke
 
 def test_without_a_recovery_a_lost_engine_ends_the_run() -> None:
     engine: Any = Engine({"send": [1]})
-    images: Any = SimpleNamespace()
     sampler = EngineSampler(
-        engine, engine_index=0, num_engines=1, images=images, verify="never", store=dist.HashStore(), max_num_seqs=1
+        engine, engine_index=0, num_engines=1, images=NO_IMAGES, verify="never", store=dist.HashStore(), max_num_seqs=1
     )
     with pytest.raises(EngineLost, match="lost in send"):
         sampler.send_weights(iter([("tower", torch.ones(1)), ("head", torch.ones(1))]), version=0)

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 
-from megatron_vppo.rollout.seeds import continued_seed, sample_seed, sample_seeds
+from megatron_vppo.rollout.seeds import continued_seed, question_seed, sample_seed, sample_seeds
 
 PLACE = {"run_seed": 1, "step": 2, "attempt": 0, "split": "train", "row": 17}
 
@@ -42,3 +42,14 @@ def test_a_response_that_goes_on_has_a_seed_of_its_own() -> None:
     assert continued_seed(5, tokens=40) == int.from_bytes(hashed, "little") >> 1
     assert continued_seed(5, tokens=0) == 5 and continued_seed(None, tokens=40) is None
     assert len({continued_seed(seed, tokens=tokens) for seed in (1, 2) for tokens in (0, 1, 2)}) == 6
+
+
+def test_seeds_of_an_evaluation_follow_the_documented_hash_and_differ_in_every_argument() -> None:
+    hashed = hashlib.blake2b(b'[1, "Geo3K", "7", 2]', digest_size=8, person=b"vppo-evaluation").digest()
+    expected = int.from_bytes(hashed, "little") >> 1
+    assert question_seed(run_seed=1, benchmark="Geo3K", question="7", sample=2) == expected
+    seeds = [
+        question_seed(run_seed=run, benchmark=benchmark, question=question, sample=sample)
+        for run, benchmark, question, sample in itertools.product((1, 11), ("a", "b"), ("1", "11"), range(12))
+    ]
+    assert len({seed % 2**32 for seed in seeds}) == len(seeds)

@@ -19,7 +19,9 @@ from tests.gloo import run_gloo
 def _made(seed: int, length: int, *, finish_reason: str = "stop") -> Completion:
     draw = np.random.default_rng(seed)
     logps = (-draw.random(length)).tolist()  # of 53 bits, more than a float32 holds
-    return Completion(tuple(draw.integers(0, 2**31, length).tolist()), tuple(logps), finish_reason, seed)
+    ids, likeliest = draw.integers(0, 2**31, length).tolist(), draw.integers(0, 2**31, 2 * length).tolist()
+    of_them = (-draw.random(2 * length, dtype=np.float32)).tolist()
+    return Completion(tuple(ids), tuple(logps), finish_reason, seed, tuple(likeliest), tuple(of_them))
 
 
 ODD = Completion((0, 2**31 - 1), (-0.0, -math.inf), "length", -1)
@@ -56,6 +58,8 @@ def _rank(rank: int, world: int) -> Any:
                     one.logps,
                     one.finish_reason,
                     one.weight_version,
+                    likeliest_ids=one.likeliest_ids,
+                    likeliest_logps=one.likeliest_logps,
                 )
                 for sample, one in enumerate(group)
             ]
@@ -78,6 +82,8 @@ def _rank(rank: int, world: int) -> Any:
                         _bits(r.rollout_logps),
                         r.finish_reason,
                         r.weight_version,
+                        tuple(r.likeliest_ids),
+                        _bits(r.likeliest_logps),
                     )
                     for r in group
                 ]
@@ -101,6 +107,8 @@ def test_every_rank_gets_what_all_have_sampled() -> None:
                     _bits(one.logps),
                     one.finish_reason,
                     one.weight_version,
+                    one.likeliest_ids,
+                    _bits(one.likeliest_logps),
                 )
                 for sample, one in enumerate(sampled[prompt])
             ]
@@ -124,4 +132,7 @@ def test_a_response_that_comes_twice_counts_once() -> None:
     assert [(r.prompt.row, r.group_id, r.sample) for r in responses] == [(5, 5, 0), (5, 5, 1)]
     assert [(tuple(r.token_ids), tuple(r.rollout_logps)) for r in responses] == [
         (first.token_ids, first.logps), (second.token_ids, second.logps),
+    ]  # fmt: skip
+    assert [(tuple(r.likeliest_ids), tuple(r.likeliest_logps)) for r in responses] == [
+        (first.likeliest_ids, first.likeliest_logps), (second.likeliest_ids, second.likeliest_logps),
     ]  # fmt: skip

@@ -119,11 +119,11 @@ def test_prompts_are_read_apart_under_context_parallelism() -> None:
 def test_groups_that_are_cut() -> None:
     note = groups_cut(config_with(rollout={"n": 8}))
     assert note is not None and note.startswith("actor.micro_batch_size_per_device_for_update=4: cuts groups of ")
-    both = {"micro_batch_size_per_device_for_update": 12, "micro_batch_size_per_device_for_experience": 12}
+    both = {"micro_batch_size_per_device_for_update": 6, "micro_batch_size_per_device_for_experience": 6}
     note = groups_cut(config_with(actor=both))
-    assert note is not None and "update=12 and actor.micro_batch_size_per_device_for_experience=12: " in note
+    assert note is not None and "update=6 and actor.micro_batch_size_per_device_for_experience=6: " in note
     for sections in (
-        {"actor": {"micro_batch_size_per_device_for_update": 16}},
+        {"actor": {"micro_batch_size_per_device_for_update": 12}},
         {"rollout": {"n": 4}},
         {"actor": {"max_tokens_per_micro_batch": 9000}},
         {"parallel": {"shared_prefix": False}},

@@ -53,7 +53,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_second_start_reads_what_the_first_has_found(tmp_path: Path, model: Path, counted: list[int]) -> None:
     write_rows(tmp_path / "rows.jsonl", "a question", "", "a question " * 200)
     config = config_of(tmp_path, model, data={"max_prompt_length": 300})
-    first, second = (read_prompts(config, inputs_of(config, model), "train") for _ in range(2))
+    first, second = (read_prompts(config, inputs_of(config, model), "train").sets[0] for _ in range(2))
     assert len(counted) == 1
     assert list(first) == list(second) and first.rows == second.rows == (0,)
     assert first.report.summary() == second.report.summary()

@@ -179,6 +179,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, write, tmp_path: Path
     assert got == {"waits", "TERM", "saved"}  # from SLURM; a request of the script's own would be a second one
 
 
+@pytest.mark.extended
 def test_an_array_has_a_run_per_seed(cluster: Cluster, write, tmp_path: Path) -> None:
     """The last task of an array has the array's own number as SLURM_JOB_ID: what it does must not reach the others."""
     job = submit(cluster, write("wait 0.5, 0", "--array-seeds", "1-2"))

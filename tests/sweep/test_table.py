@@ -6,8 +6,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_vppo.observability.statistics import Estimate, PairedTest
 from megatron_vppo.sweep.results import METRICS, MeanCurve, PairedDifference, SweepResults, VariantResults
-from megatron_vppo.sweep.statistics import Estimate, PairedTest
 from megatron_vppo.sweep.table import as_json, markdown
 
 NONE = MeanCurve((), ())

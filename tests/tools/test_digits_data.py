@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 from datasets import load_dataset
 from digits.folder import build_once
-from digits.make_data import write_data
-from digits.pairs import draw_pairs, split_scans
+from digits.pairs import PAIRS
+from digits.rows import write_data
+from digits.scans import draw_scans, split_scans
 from sklearn.datasets import load_digits
 
-ARGUMENTS = {"train_pairs": 60, "val_pairs": 20, "held_out": 0.25, "seed": 5}
+ARGUMENTS = {"train": 60, "val": 20, "held_out": 0.25, "seed": 5}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "data"
-    build_once(out, ARGUMENTS, lambda partial: write_data(partial, **ARGUMENTS))
+    build_once(out, ARGUMENTS, lambda partial: write_data(partial, PAIRS, **ARGUMENTS))
     return out
 
 
@@ -55,16 +56,16 @@ def test_training_and_held_out_scans_are_disjoint(folder):
 
 
 def test_pairs_are_all_different():
-    pairs = draw_pairs(np.arange(4), count=12, seed=0)
-    assert len(set(pairs)) == 12 and all(p.left != p.right for p in pairs)
-    with pytest.raises(ValueError, match="13 different pairs wanted, but 4 scans make only 12"):
-        draw_pairs(np.arange(4), count=13, seed=0)
+    pairs = draw_scans(np.arange(4), each=2, count=12, seed=0)
+    assert len(set(pairs)) == 12 and all(left != right for left, right in pairs)
+    with pytest.raises(ValueError, match="13 different choices of 2 wanted, but 4 scans make only 12"):
+        draw_scans(np.arange(4), each=2, count=13, seed=0)
 
 
 def test_a_seed_gives_the_same_bytes_and_another_seed_others(folder, tmp_path):
     for name, seed in (("again", 5), ("other", 6)):
         (tmp_path / name).mkdir()
-        write_data(tmp_path / name, **{**ARGUMENTS, "seed": seed})
+        write_data(tmp_path / name, PAIRS, **{**ARGUMENTS, "seed": seed})
     for file in ("train.parquet", "val.parquet", "labels.json"):
         assert (tmp_path / "again" / file).read_bytes() == (folder / file).read_bytes()
         assert (tmp_path / "other" / file).read_bytes() != (folder / file).read_bytes()

@@ -15,8 +15,8 @@ from digits.cold_start import (
     train,
     with_responses,
 )
-from digits.make_data import write_data
-from digits.pairs import SOLUTIONS, solution
+from digits.pairs import PAIRS
+from digits.rows import write_data
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
@@ -26,7 +26,7 @@ MESSAGES = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "te
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_data(folder, train_pairs=16, val_pairs=4, held_out=0.25, seed=5)
+    write_data(folder, PAIRS, train=16, val=4, held_out=0.25, seed=5)
     return folder
 
 
@@ -34,7 +34,7 @@ def trained(data: Path):
     processor = make_processor()
     model = make_model(make_config(processor.tokenizer), seed=3)
     reached = train(
-        model, processor, load_rows(data, "train", processor), load_rows(data, "val", processor),
+        model, processor, PAIRS, load_rows(data, "train", processor), load_rows(data, "val", processor),
         band=(0, 1), stop_at=0.5, max_steps=2, batch=8, misread_share=0.5, lr=1e-3, seed=4, report=lambda line: None,
     )  # fmt: skip
     return model, processor, reached
@@ -129,17 +129,17 @@ def test_the_same_seed_trains_the_same_weights(saved, data):
 
 
 def test_misread_demonstrations_have_one_wrong_digit():
-    digits_B2 = torch.randint(10, (20_000, 2), generator=torch.Generator().manual_seed(1))
-    told_B2 = misread(digits_B2, share=0.3, generator=torch.Generator().manual_seed(2))
-    wrong_B2 = told_B2 != digits_B2
-    assert told_B2.min() == 0 and told_B2.max() == 9
-    assert not wrong_B2.all(dim=1).any(), "never both digits"
-    assert wrong_B2.float().mean(dim=0).tolist() == pytest.approx([0.15, 0.15], abs=0.01)  # 4 standard errors
-    offsets = ((told_B2 - digits_B2) % 10)[wrong_B2]
+    digits = torch.randint(10, (20_000, 2), generator=torch.Generator().manual_seed(1))
+    told = misread(digits, share=0.3, generator=torch.Generator().manual_seed(2))
+    wrong = told != digits
+    assert told.min() == 0 and told.max() == 9
+    assert not wrong.all(dim=1).any(), "never both digits"
+    assert wrong.float().mean(dim=0).tolist() == pytest.approx([0.15, 0.15], abs=0.01)  # 4 standard errors
+    offsets = ((told - digits) % 10)[wrong]
     assert offsets.bincount(minlength=10)[1:].float().div(len(offsets)).tolist() == pytest.approx(
         [1 / 9] * 9, abs=0.017
     )
-    assert torch.equal(misread(digits_B2, share=0.0, generator=torch.Generator()), digits_B2)
+    assert torch.equal(misread(digits, share=0.0, generator=torch.Generator()), digits)
 
 
 def test_a_model_outside_the_band_is_refused(data):
@@ -148,7 +148,7 @@ def test_a_model_outside_the_band_is_refused(data):
     model = make_model(make_config(processor.tokenizer), seed=3)
     with pytest.raises(RuntimeError, match=r"held-out accuracy is 0\.000 after 1 steps, outside 0\.3 \.\. 0\.45"):
         train(
-            model, processor, rows, rows,
+            model, processor, PAIRS, rows, rows,
             band=(0.3, 0.45), stop_at=0.36, max_steps=1, batch=2, misread_share=0.0, lr=1e-3, seed=4,
             report=lambda line: None,
         )  # fmt: skip
@@ -159,7 +159,7 @@ def test_accuracy_counts_right_sums(data, monkeypatch):
     processor = make_processor()
     rows = load_rows(data, "val", processor)
     model = make_model(make_config(processor.tokenizer), seed=3)
-    sums = rows.digits_B2.sum(dim=1).tolist()
+    sums = rows.digits.sum(dim=1).tolist()
     texts = [rf"\boxed{{{sums[0]}}}", rf"\boxed{{{sums[1] + 1}}}", rf"\boxed{{99}} \boxed{{{sums[2]}}}", str(sums[3])]
     responses = [[*processor.tokenizer(text)["input_ids"], processor.tokenizer.eos_token_id] for text in texts]
 
@@ -168,12 +168,12 @@ def test_accuracy_counts_right_sums(data, monkeypatch):
         return with_responses(kept, responses, pad=processor.tokenizer.pad_token_id)[0]["input_ids"]
 
     monkeypatch.setattr(model, "generate", generate)
-    assert accuracy(model, processor, rows, samples=0) == 0.5
+    assert accuracy(model, processor, PAIRS, rows, samples=0) == 0.5
 
 
 def test_solutions_box_the_sum_and_name_both_digits():
-    for wording in range(len(SOLUTIONS)):
-        text = solution(8, 9, wording=wording)
+    for wording in range(PAIRS.wordings):
+        text = PAIRS.solution((8, 9), (wording,))
         assert boxed_number(text) == 17
         assert text.index("8") < text.index("9") < text.index("17")
     assert boxed_number("17") is None

@@ -41,6 +41,7 @@ def test_flops_of_the_toy_by_hand() -> None:
     assert update_flops([group, group], cost) == 2 * 3 * (rows + image)
 
 
+@pytest.mark.extended
 def test_every_case_is_measured_and_reported() -> None:
     report = measure(_parser().parse_args(["--small", "--seconds-per-case", "0.1"]))
     assert report["dtype"] == "float32" and report["ceilings"]["product_tflops"] > 0

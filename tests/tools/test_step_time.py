@@ -77,6 +77,10 @@ def test_flops_of_each_phase_by_hand() -> None:
     assert shared["update_actor"] == 3 * (2 * prompt + 8 * rest)
     two = phase_flops(shape(shared_prefix=True, perturbations=2), cost)
     assert two["score"] == 6 * prompt + 16 * rest
+    # An update of both views reads what scoring of both reads, three times over.
+    for both in (shape(updated_views=2), shape(updated_views=2, shared_prefix=True, perturbations=2)):
+        assert phase_flops(both, cost)["update_actor"] == 3 * phase_flops(both, cost)["score"]
+        assert both.phase_tokens()["update_actor"] == 240
 
 
 def test_floor_compares_with_the_better_of_two_ceilings() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.schema import TrainerConfig
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream, StreamPosition
 from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, set_aside_after
 from megatron_vppo.parallel.checkpoint_keep import BEST
@@ -106,7 +107,7 @@ def start(saved: Saved, runs: Path, *, seed: int = 1, **settings: object) -> Res
     )
     policy = make_policy(saved.model, saved.layout, rows=2)
     prompts: Any = range(PLACE["num_prompts"])  # only their number counts
-    stream = PromptStream(prompts, seed=seed, shuffle=True)
+    stream = PromptStream(PromptSets([prompts]), seed=seed, shuffle=True)
     said: list[str] = []
     made = Checkpointer(
         config,
@@ -168,8 +169,8 @@ FIFTH = Prompt("train", 5, "q", "a", (1, 2), (1, 2), (), ())
 class OneRow:
     """A data set of which one row makes a prompt."""
 
-    def prompt_of_row(self, row: int) -> Prompt:
-        return {5: FIFTH}[row]
+    def prompt_of_row(self, split: str, row: int) -> Prompt:
+        return {("train", 5): FIFTH}[split, row]
 
 
 def test_what_is_carried_goes_on_in_every_bit_and_may_be_missing(

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.observability.metrics import RunLog, read_metrics
 from megatron_vppo.observability.validations import ValidationRecords
@@ -25,6 +26,7 @@ from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.records import UNFINISHED, Ask, Completion, SamplingSettings
 from megatron_vppo.rollout.seeds import continued_seed, sample_seeds
 from megatron_vppo.trainer.collect import Collector, DrawnPrompts
+from megatron_vppo.trainer.format_share import FormatShare
 from megatron_vppo.trainer.grader import Grader
 from megatron_vppo.trainer.keep_rate import KeepRate
 from megatron_vppo.trainer.recorder import Recorder
@@ -38,6 +40,7 @@ class Prompts:
     """Stands for a PromptSet."""
 
     dataset: Any = None
+    split = "train"
 
     def __init__(self, rows: int = ROWS) -> None:
         self.rows = rows
@@ -129,16 +132,22 @@ def world() -> Any:
 
 
 def make_config(**algorithm: Any) -> RunConfig:
+    longest = algorithm.pop("max_response_length", 2048)
     rollout = {name: algorithm.pop(name) for name in ("order", "unfinished") if name in algorithm}
+    reward = {name: algorithm.pop(name) for name in ("overlong_buffer_tokens", "overlong_penalty") if name in algorithm}
     return RunConfig.model_validate(
         {
-            "data": {"train_files": "x", "rollout_batch_size": 4},
+            "data": {"train_files": "x", "rollout_batch_size": 4, "max_response_length": longest},
             "model": {"path": "y"},
             "actor": {"global_batch_size": 4},
             "rollout": {"n": 2, **rollout},
+            "reward": reward,
             "algorithm": algorithm,
         }
     )
+
+
+SILENT = FormatShare("mathruler", asks=False, has_tokens=False, say=lambda line: None)
 
 
 class Run:
@@ -149,12 +158,12 @@ class Run:
         config = make_config(**algorithm)
         carries = config.rollout.unfinished == "carry"
         self.sampler = Carrying(timing) if carries else Sampler(timing)
-        self.stream = PromptStream(Prompts(rows), seed=1, shuffle=False)  # type: ignore[arg-type]
+        self.stream = PromptStream(PromptSets([Prompts(rows)]), seed=1, shuffle=False)  # type: ignore[list-item]
         pool: Any = Pool(mixed)
         sampler: Any = self.sampler
         self.collector = Collector(
             config, self.stream, KeepRate(), Carry(self.stream), sampler,
-            Grader(pool, max_error_share=1.0), SamplingSettings(max_tokens=4, keeps_unfinished=carries),
+            Grader(pool, max_error_share=1.0), SamplingSettings(max_tokens=4, keeps_unfinished=carries), SILENT,
         )  # fmt: skip
         self.log = RunLog(folder)
 
@@ -184,6 +193,25 @@ def test_a_step_trains_on_the_first_kept_groups_and_gives_back_the_rest(tmp_path
     assert (first["rollout/attempts"], second["rollout/attempts"]) == (2, 2)
     assert first["reward/accuracy"] == 4 / 14, "over the groups that the step needed"
     assert run.collector.keep_rate.seen == (4 / 2 + 4, 7 / 2 + 6)
+
+
+def test_overlong_responses_lose_reward_and_not_accuracy(tmp_path: Path) -> None:
+    """The last two tokens of three are the buffer: a response of one loses nothing, and one of two half of 4."""
+    run = Run(tmp_path, set(range(ROWS)), overlong_buffer_tokens=2, overlong_penalty=4.0, max_response_length=3)
+    assert run.step(1) == [0, 1, 2, 3]
+    assert [[item.reward.overall for item in group] for group in run.groups] == [[1.0, -2.0]] * 4
+    assert [[item.reward.accuracy for item in group] for group in run.groups] == [[1.0, 0.0]] * 4
+    (line,) = run.lines()
+    assert line["reward/overlong"] == -1.0 and line["critic/score/min"] == -2.0 and line["reward/accuracy"] == 0.5
+
+
+def test_a_reward_that_failed_stays_zero(tmp_path: Path) -> None:
+    run = Run(tmp_path, {0, 1, 2, 3}, overlong_buffer_tokens=2, max_response_length=3, online_filtering=False)
+    pool: Any = Pool({0}, broken=1)
+    run.collector = replace(run.collector, grader=Grader(pool, max_error_share=1.0))
+    run.step(1)
+    assert [item.reward.overall for item in run.groups[1]] == [0.0, 0.0]
+    assert [item.reward.overall for item in run.groups[0]] == [1.0, -0.5]
 
 
 @pytest.mark.parametrize("filtering", [True, False])
@@ -286,9 +314,10 @@ def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded()
     prompts = [Prompts()[row] for row in range(4)]
     grader = Grader(pool, max_error_share=1.0)
     written: list[tuple[int, ValidationRecords]] = []
-    writer: Any = SimpleNamespace(write=lambda step, records: written.append((step, records)))
+    writer: Any = SimpleNamespace(write=lambda step, records: written.append((step, records)), wait=lambda: None)
     recorder = Recorder(tokenizer=None, images=None, perturb_per="row", writer=writer)  # type: ignore[arg-type]
-    metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4), recorder).run(6)
+    metrics = Validator(config, prompts, sampler, grader, SamplingSettings(max_tokens=4), recorder, SILENT).run(6)
+    recorder.wait()
     assert metrics["val/accuracy"] == 2 / 16  # rows 0 and 2, one sample in four
     assert metrics["val/errors"] == 4.0
     assert metrics["val/response_length"] == (1 + 2 + 3 + 4) / 4
@@ -299,6 +328,66 @@ def test_validation_is_a_mean_over_samples_and_counts_what_could_not_be_graded()
     assert [line["row"] for line in records.responses if line["accuracy"] == 1.0] == [0, 2]
     assert [line["row"] for line in records.responses if line["reward_error"] is not None] == [1] * 4
     assert {line["sample"]: line["response_length"] for line in records.responses} == {0: 1, 1: 2, 2: 3, 3: 4}
+
+
+class TwoFiles(Prompts):
+    """Stands for the PromptSet of one of two files."""
+
+    def __init__(self, name: str, rows: int) -> None:
+        super().__init__(rows)
+        self.split = name
+
+    def __getitem__(self, row: int) -> Prompt:
+        return Prompt(self.split, row, "q", "a", (1, 2), (1, 2), (), ())
+
+
+def test_the_share_and_the_rewards_of_each_file_are_logged(tmp_path: Path) -> None:
+    """Files alternate one to three, so that of ten prompts the shares are known; row 0 of either is never right."""
+    run = Run(tmp_path, {1, 2, 3, 4, 5, 6, 7})
+    files = [
+        {"path": "geo.parquet", "weight": 1},
+        {"path": "k12.parquet", "weight": 3},
+        {"path": "none", "weight": 1e-9},
+    ]
+    data = {"train_files": files, "rollout_batch_size": 4}
+    config = RunConfig.model_validate({**run.collector.config.model_dump(exclude_unset=True), "data": data})
+    sets: Any = [TwoFiles("train/geo", 8), TwoFiles("train/k12", 24), TwoFiles("train/none", 8)]
+    stream = PromptStream(PromptSets(sets), seed=1, shuffle=False, weights=(1.0, 3.0, 1e-9))
+    run.collector = replace(run.collector, config=config, stream=stream)
+    run.step(1)
+    trained = [(group[0].response.prompt.split, group[0].response.prompt.row) for group in run.groups]
+    # The order is k12 0, (geo 0 and k12 1 are due together), k12 2, k12 3, geo 1: of these geo 0 and k12 0 are wrong.
+    assert trained == [("train/k12", 1), ("train/k12", 2), ("train/k12", 3), ("train/geo", 1)]
+    (line,) = run.lines()
+    assert (line["data/geo/trained_share"], line["data/k12/trained_share"]) == (0.25, 0.75)
+    assert (line["data/geo/accuracy"], line["data/k12/reward"]) == (1 / 4, 3 / 8), "2 and 4 groups of two, all sampled"
+    assert line["data/none/trained_share"] == 0 and "data/none/reward" not in line
+
+
+def test_validation_has_an_accuracy_for_each_file_and_each_part_of_the_reward() -> None:
+    data = {"train_files": "x", "val_files": ["geo.parquet", "k12.parquet"]}
+    config = RunConfig.model_validate({"data": data, "model": {"path": "y"}, "rollout": {"val": {"n": 2}}})
+    pool: Any = Pool({0, 1, 2})
+    pool.submit_plain = pool.submit
+    pool.submit = lambda responses: _with_format(pool, responses)
+    sampler: Any = Sampler(3)
+    prompts = [TwoFiles("val/geo", 9)[0], TwoFiles("val/k12", 9)[1], TwoFiles("val/k12", 9)[5]]
+    recorder: Any = SimpleNamespace(write_validation=lambda step, items: None)
+    grader, sampling, said = Grader(pool, max_error_share=1.0), SamplingSettings(max_tokens=4), list[str]()
+    share = FormatShare("mathruler", asks=False, has_tokens=False, say=said.append)
+    validator = Validator(config, prompts, sampler, grader, sampling, recorder, share)
+    metrics = validator.run(0)
+    assert (metrics["val/geo/accuracy"], metrics["val/k12/accuracy"]) == (1 / 2, 1 / 4)
+    assert (metrics["val/accuracy"], metrics["val/reward/format"]) == (2 / 6, 0.5)
+    assert said == ["format: 50.0% of 6 responses of the validation before training keep it"]
+
+
+def _with_format(pool: Any, responses: Sequence[Response]) -> list[int]:
+    tickets: list[int] = pool.submit_plain(responses)
+    for ticket, one in zip(tickets, responses, strict=True):
+        text, reward = pool.graded[ticket]
+        pool.graded[ticket] = text, replace(reward, metrics={"format": float(one.sample)})
+    return tickets
 
 
 CARRY = {"unfinished": "carry", "rollout_correction_cap": 2.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +42,9 @@ class AtOnce:
     def write(self, step: int, records: StepRecords) -> None:
         write_rollouts(self.folder, step, records.records())
 
+    def wait(self) -> None:
+        """Has nothing to wait for."""
+
 
 def recorder(writer: Any, *, keys: list[PerturbKey] | None = None) -> Recorder:
     def perturbed_image(ref: Any, key: PerturbKey) -> Image.Image:
@@ -55,8 +59,13 @@ def recorder(writer: Any, *, keys: list[PerturbKey] | None = None) -> Recorder:
     return Recorder(tokenizer, images, perturb_per="row", writer=writer)
 
 
+def written(recorder: Recorder, number: int, *step: Any) -> None:
+    recorder.write(number, *step)
+    recorder.wait()
+
+
 def test_every_trained_response_is_recorded_in_order(tmp_path: Path, step: tuple[Any, ...]) -> None:
-    recorder(AtOnce(tmp_path)).write(7, *step)
+    written(recorder(AtOnce(tmp_path)), 7, *step)
     records = list(read_rollouts(rollout_path(tmp_path, 7)))
     assert [(record["row"], record["sample"]) for record in records] == [(g, s) for g in range(GROUPS) for s in (0, 1)]
     assert records[5]["old_logps"] == [-1.5, -1.6, -1.7]
@@ -77,7 +86,7 @@ def test_a_row_has_the_decisions_of_its_own_mini_batch(tmp_path: Path) -> None:
     old_BT, perturbed_BT = (-torch.rand(8, 6, generator=generator) for _ in range(2))
     found = scores(old_BT, perturbed_BT)
     minibatches = assemble(items, found, settings=settings(), responses_per_minibatch=4)
-    recorder(AtOnce(tmp_path)).write(1, minibatches, [items[i : i + 2] for i in range(0, 8, 2)], found)
+    written(recorder(AtOnce(tmp_path)), 1, minibatches, [items[i : i + 2] for i in range(0, 8, 2)], found)
     for row, record in enumerate(read_rollouts(rollout_path(tmp_path, 1))):
         decided, local, length = minibatches[row // 4].record, row % 4, lengths[row]
         assert record["token_ids"] == list(range(length))
@@ -100,15 +109,26 @@ def test_what_was_not_computed_is_none(tmp_path: Path) -> None:
     found = scores(-torch.ones(2, 2), None)
     plain = settings(use_vppo_on_perception=False, use_advantage_shaping=False)
     minibatches = assemble(items, found, settings=plain, responses_per_minibatch=2)
-    recorder(AtOnce(tmp_path)).write(1, minibatches, [items], found)
+    written(recorder(AtOnce(tmp_path)), 1, minibatches, [items], found)
     for record in read_rollouts(rollout_path(tmp_path, 1)):
         assert record["masked_logps"] is None and record["dependency"] is None
         assert all("masked" not in image for image in record.get("images", []))
 
 
+def test_perturbed_images_that_the_update_alone_reads_are_shown(tmp_path: Path) -> None:
+    items = graded([response(2, sample=sample) for sample in (0, 1)], [1.0, 0.0])
+    read = tuple(PerturbKey.of(item.response, 1, per="row") for item in items)
+    found = replace(scores(-torch.ones(2, 2), None), perturb_keys=read)
+    papo = settings(use_vppo_on_perception=False, use_advantage_shaping=False, perception_loss_coef=0.01)
+    keys: list[PerturbKey] = []
+    minibatches = assemble(items, found, settings=papo, responses_per_minibatch=2)
+    written(recorder(AtOnce(tmp_path), keys=keys), 1, minibatches, [items], found)
+    assert set(keys) <= set(read) and keys
+
+
 def test_images_stay_with_a_few_right_and_wrong_ones_of_different_groups(tmp_path: Path, step: tuple[Any, ...]) -> None:
     keys: list[PerturbKey] = []
-    recorder(AtOnce(tmp_path), keys=keys).write(7, *step)
+    written(recorder(AtOnce(tmp_path), keys=keys), 7, *step)
     kept = [record for record in read_rollouts(rollout_path(tmp_path, 7)) if "images" in record]
     assert [record["accuracy"] for record in kept] == [1.0] * IMAGES_PER_OUTCOME + [0.0] * IMAGES_PER_OUTCOME
     assert [record["row"] for record in kept] == list(range(2 * IMAGES_PER_OUTCOME)), "each of another prompt"
@@ -134,3 +154,25 @@ def test_a_rank_without_a_writer_does_nothing(step: tuple[Any, ...]) -> None:
     silent.write(7, *step)
     silent.wait()
     assert silent.known_texts == {}
+
+
+def test_the_loop_waits_for_neither_images_nor_files(step: tuple[Any, ...]) -> None:
+    """The writer is stopped while the loop goes on; the error of a step is raised when the next one is written."""
+    go_on, threads = threading.Event(), list[int]()
+
+    class Stopped:
+        def write(self, step: int, records: StepRecords) -> None:
+            threads.append(threading.get_ident())
+            assert go_on.wait(5)
+            raise OSError("no space")
+
+        def wait(self) -> None:
+            """Has nothing to wait for."""
+
+    ours = recorder(Stopped())
+    ours.write(1, *step)
+    go_on.set()
+    with pytest.raises(OSError, match="no space"):
+        ours.write(2, *step)
+    ours.wait()
+    assert threads != [threading.get_ident()] and len(threads) == 1

@@ -31,6 +31,8 @@ class StepShape:
     epochs: int
     shared_prefix: bool
     """True if the responses of a group share their prompt in every view that they have in common."""
+    updated_views: int = 1
+    """The number of views of each response that the update reads."""
 
     @property
     def sequence_tokens(self) -> float:
@@ -46,7 +48,7 @@ class StepShape:
         return {
             "gen": self.sampled_groups * self.responses_per_group * self.response_tokens,
             "score": self.views * self.trained_responses * self.sequence_tokens,
-            "update_actor": self.epochs * self.trained_responses * self.sequence_tokens,
+            "update_actor": self.epochs * self.updated_views * self.trained_responses * self.sequence_tokens,
         }
 
 
@@ -54,8 +56,8 @@ def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
     """Counts the least FLOPs of each phase of a step, over all ranks.
 
     gen: a group's prompt and image are read once. score: a group's image counts once, and each perturbed image once.
-    update_actor: a group's image counts once per epoch, and nothing is recomputed. Without shared prompts each response
-    is read with its own in score and update_actor.
+    update_actor: the same once per epoch, and nothing is recomputed. Without shared prompts each response is read with
+    its own in score and update_actor.
     """
     image = cost.image(shape.patches_per_prompt)
     prompt = cost.sequence(shape.prompt_tokens)
@@ -69,10 +71,13 @@ def phase_flops(shape: StepShape, cost: ModelCost) -> dict[str, float]:
         prompts = kinds if shape.shared_prefix else shape.responses_per_group
         return prompts * prompt + kinds * image + continuations
 
+    def read(views: int) -> float:
+        return view(1) + (views - 1) * view(shape.perturbations)
+
     return {
         "gen": shape.sampled_groups * (prompt + image + continuations),
-        "score": shape.trained_groups * (view(1) + (shape.views - 1) * view(shape.perturbations)),
-        "update_actor": shape.epochs * (1 + BACKWARD) * shape.trained_groups * view(1),
+        "score": shape.trained_groups * read(shape.views),
+        "update_actor": shape.epochs * (1 + BACKWARD) * shape.trained_groups * read(shape.updated_views),
     }
 
 

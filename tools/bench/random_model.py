@@ -22,7 +22,7 @@ os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 from digits.checkpoint import MERGE, SPECIAL_TOKENS, make_model, make_processor, save_checkpoint
 from digits.folder import build_once
-from digits.pairs import draw_image, draw_pairs, load_scans
+from digits.scans import draw_image, draw_scans, load_scans
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
@@ -109,11 +109,11 @@ def write_rows(path: Path, *, rows: int, seed: int) -> None:
     from datasets import Image as ImageFeature
 
     scans = load_scans()
-    pairs = draw_pairs(range(len(scans.digits)), count=rows, seed=seed)
+    pairs = draw_scans(range(len(scans.digits)), each=2, count=rows, seed=seed)
     columns = {
         "problem": [QUESTION] * rows,
-        "answer": [str(scans.digits[p.left] + scans.digits[p.right]) for p in pairs],
-        "images": [[draw_image(scans, p).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)] for p in pairs],
+        "answer": [str(scans.digits[list(pair)].sum()) for pair in pairs],
+        "images": [[draw_image(scans, pair, columns=2).resize(IMAGE_SIZE, Image.Resampling.BICUBIC)] for pair in pairs],
     }
     features = Features({"problem": Value("string"), "answer": Value("string"), "images": List(ImageFeature())})
     Dataset.from_dict(columns, features=features).to_parquet(str(path))

@@ -145,11 +145,11 @@ def _recorded(step: Step) -> dict[str, Seconds]:
         recorder = Recorder(tokenizer(), images, perturb_per="row", writer=writer)
         recorder.write(1, minibatches, step.groups, step.scores)  # decodes the tokens, which a run does once
         recorder.wait()
-        found["records, handed over"] = timed(lambda: recorder.write(2, minibatches, step.groups, step.scores))
-        began = time.perf_counter()
-        recorder.wait()
-        found["records, in their own process meanwhile"] = (0.0, time.perf_counter() - began)
-        writer.close()
+        _, waited = timed(lambda: recorder.write(2, minibatches, step.groups, step.scores))
+        cpu, meanwhile = timed(recorder.wait)
+        found["records, handed over"] = (cpu, waited)
+        found["records, in their own process meanwhile"] = (0.0, meanwhile)
+        recorder.close()
         records = recorder.step_records(3, minibatches, step.groups, step.scores)
         found["records, if rank 0 wrote them"] = timed(lambda: write_rollouts(folder, 3, records.records()))
     return found

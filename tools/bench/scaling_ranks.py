@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _rank(rank: int, world: int, folder: str, responses: int, tokens: int, sende
         for row in range(rank, len(prompts), world)  # the draw deals as cards are dealt
     }
     engine: Any = FakeEngine(made)
-    images: Any = None  # the prompts have none
+    images: Any = SimpleNamespace(image=None)  # is not called, since the prompts have none
     verdicts = [_verdict(number, tokens) for number in range(len(prompts) * GROUP)]
     sampler = EngineSampler(
         engine, engine_index=rank, num_engines=world, images=images, verify="never", store=store,

@@ -186,6 +186,7 @@ def step_shape(
         perturbations=1 if per == "image" else config.rollout.n if per == "row" else min(per, config.rollout.n),
         epochs=config.actor.ppo_epochs,
         shared_prefix=config.parallel.shared_prefix and config.parallel.context_parallel_size == 1,
+        updated_views=2 if vppo_settings(config).updates_both_views else 1,
     )
 
 
@@ -198,6 +199,7 @@ def patches_per_prompt(config: RunConfig) -> float:
         answer_key=data.answer_key,
         image_key=data.image_key,
         image_dir=data.image_dir,
+        image_place=data.image_place,
         max_rows=ROWS_LOOKED_AT,
     )
     geometry = ImageGeometry.from_processor(

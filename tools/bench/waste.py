@@ -3,7 +3,7 @@
     python tools/bench/waste.py > waste.json
     python tools/bench/waste.py --parts waits flops
 
-All numbers but one are counted, not timed: they are the same on every machine, idle or not. tools/bench/README.md
+All numbers but two are counted, not timed: they are the same on every machine, idle or not. tools/bench/README.md
 explains them. Each part runs in a process of its own, since their process groups differ.
 """
 
@@ -34,6 +34,8 @@ PARTS = {
     "packing": "bench.waste_packing",
     "widths": "bench.waste_widths",
     "export": "bench.waste_export",
+    "engine": "bench.waste_engine",
+    "between": "bench.waste_between",
 }
 """Modules with a function of the part's name, which returns bars."""
 

@@ -1,6 +1,6 @@
 """Bar 10 of waste.py: bytes that the trainer writes to send its weights, and the round trips to an engine.
 
-The sender is real; behind it there is no engine. What an engine writes is not counted.
+The sender is real; behind it there is no engine. What an engine writes is counted by waste_engine.py.
 """
 
 from __future__ import annotations

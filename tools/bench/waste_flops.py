@@ -89,7 +89,12 @@ def _tower_passes(family: FamilyName, layout: Layout) -> list[Case]:
     """Counts in micro-batches that hold whole groups, and in some that cut them."""
     rows = make_responses(GROUPS)
     cases = []
-    for rows_each, cut in ((len(LENGTHS), "whole groups"), (len(LENGTHS) // 2, "half groups")):
+    one = len(LENGTHS)
+    for rows_each, cut in (
+        (one, "whole groups"),
+        (3 * one // 2, "room for a group and a half"),
+        (one // 2, "half groups"),
+    ):
         for per, perturbed in (("image", 1), ("row", len(LENGTHS))):
             policy = make_policy(small_config(family), layout, per=per, images=Images(), rows_each=rows_each)
             found = _images_run(policy, lambda policy=policy: policy.score(rows, step=1, views="both"))

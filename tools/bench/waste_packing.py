@@ -140,7 +140,8 @@ def _pack(runner: ScheduleRunner, rows: Sequence[Response], members: Rows, *, bo
     views = [View(row, None) for row in members]
     if both_views:
         views += [View(row, PerturbKey.of(rows[row], 1, per="image")) for row in members]
-    tokens = len(runner.packed(rows, views, both_views=both_views).packed.token_ids_K)
+    limit = runner.scoring_limit(both_views=True) if both_views else runner.update_limit
+    tokens = len(runner.packer.pack(rows, views, limit=limit).packed.token_ids_K)
     return Packed(tokens, tokens - packed_tokens(rows, members, reading=runner.reading(both_views=both_views)))
 
 

@@ -77,7 +77,7 @@ def odd_widths(config: HfConfig, *, tensor: int) -> list[int]:
         responses = [_response(config)]
         products = _Products()
         with products:
-            run_step(trainable, layout, runner, responses, update_views(runner, responses))
+            run_step(trainable, layout, runner, responses, update_views(runner, responses, per=None))
     assert products.row_distances, "no product was seen"
     return sorted(distance for distance in products.row_distances if distance % MULTIPLE)
 

@@ -21,10 +21,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from digits.checkpoint import Processor
-from digits.pairs import SOLUTIONS, solution
+from digits.task import Task
 
-MAX_RESPONSE_TOKENS = 40
-"""Enough for the longest worded solution; a response that runs longer counts as wrong."""
 WARMUP_STEPS = 20
 LANDING_AT = 0.12
 """The mean probability of a demonstration's digits at which about a quarter of the responses are right."""
@@ -43,15 +41,15 @@ class Rows:
     prompt: str
     """The problem after the processor's chat template, one image token in it; the same for every row."""
     images: torch.Tensor
-    """uint8 [rows, 3, 56, 112]."""
-    digits_B2: torch.Tensor
-    """int64 [B, 2]; left and right."""
+    """uint8 [rows, 3, height, width]."""
+    digits: torch.Tensor
+    """int64 [rows, digits of an image], in reading order."""
 
     def __len__(self) -> int:
-        return len(self.digits_B2)
+        return len(self.digits)
 
     def first(self, count: int) -> Rows:
-        return Rows(self.prompt, self.images[:count], self.digits_B2[:count])
+        return Rows(self.prompt, self.images[:count], self.digits[:count])
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def load_rows(folder: Path, split: str, processor: Processor) -> Rows:
     return Rows(
         prompt=processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True),
         images=torch.from_numpy(images).permute(0, 3, 1, 2),
-        digits_B2=torch.tensor(json.loads((folder / "labels.json").read_text())[split]["digits"]),
+        digits=torch.tensor(json.loads((folder / "labels.json").read_text())[split]["digits"]),
     )
 
 
@@ -129,6 +127,7 @@ def boxed_number(text: str) -> int | None:
 def accuracy(
     model: PreTrainedModel,
     processor: Processor,
+    task: Task,
     rows: Rows,
     *,
     samples: int,
@@ -148,16 +147,17 @@ def accuracy(
     right = 0
     for index_B in torch.arange(len(rows)).split(max(1, batch // max(1, samples))):
         inputs = prompt_inputs(processor, rows, index_B)
-        out = model.generate(**inputs, **choice, max_new_tokens=MAX_RESPONSE_TOKENS, suppress_tokens=banned)
+        out = model.generate(**inputs, **choice, max_new_tokens=task.longest_solution, suppress_tokens=banned)
         texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        sums = rows.digits_B2[index_B].sum(dim=1).repeat_interleave(max(1, samples)).tolist()
-        right += sum(boxed_number(text) == s for text, s in zip(texts, sums, strict=True))
+        answers = [task.answer(digits) for digits in rows.digits[index_B].tolist() for _ in range(max(1, samples))]
+        right += sum(boxed_number(text) == answer for text, answer in zip(texts, answers, strict=True))
     return right / (len(rows) * max(1, samples))
 
 
 def train(
     model: PreTrainedModel,
     processor: Processor,
+    task: Task,
     train_rows: Rows,
     val_rows: Rows,
     *,
@@ -180,7 +180,7 @@ def train(
         band: the held-out accuracies, sampled, that the finished model may have.
         stop_at: the accuracy to stop at, inside the band.
         max_steps: the number of steps after which to give up.
-        misread_share: the share of demonstrations in which one of the two digits is misread, as by a weak teacher. The
+        misread_share: the share of demonstrations in which one of the digits is misread, as by a weak teacher. The
             model learns to look and, with that, to doubt its reading. Rewards can remove this doubt.
         report: a function that receives a line now and then.
 
@@ -199,45 +199,45 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr * (LANDING_LR if landing else min(1.0, step / WARMUP_STEPS))
         loss, digits = _supervised_step(
-            model, processor, train_rows, optimizer, batch=batch, misread_share=misread_share, generator=generator
+            model, processor, task, train_rows, optimizer, batch=batch, misread_share=misread_share, generator=generator
         )
         likely = 0.7 * likely + 0.3 * digits
         line = f"step {step:4d}  loss {loss:.3f}  digits {likely:.2f}"
         if landing and landing % STEPS_BETWEEN_CHECKS == 0:
-            quick = accuracy(model, processor, val_rows.first(ROWS_PER_CHECK), samples=1)
+            quick = accuracy(model, processor, task, val_rows.first(ROWS_PER_CHECK), samples=1)
             line += f"  held-out accuracy {quick:.3f}"
             if quick >= stop_at:
-                sampled = accuracy(model, processor, val_rows, samples=2)
+                sampled = accuracy(model, processor, task, val_rows, samples=2)
                 line += f", on all rows {sampled:.3f}"
         if step % 10 == 0 or "accuracy" in line:
             report(f"{line}  {time.perf_counter() - begin:.0f} s")
     if sampled is None:
-        sampled = accuracy(model, processor, val_rows, samples=2)
+        sampled = accuracy(model, processor, task, val_rows, samples=2)
     if not band[0] <= sampled <= band[1]:
         raise RuntimeError(
             f"held-out accuracy is {sampled:.3f} after {step} steps, outside {band[0]} .. {band[1]}; "
             "set more --max-steps, another --stop-at or another --seed"
         )
-    return Accuracy(sampled=sampled, greedy=accuracy(model, processor, val_rows, samples=0), steps=step)
+    return Accuracy(sampled=sampled, greedy=accuracy(model, processor, task, val_rows, samples=0), steps=step)
 
 
-def misread(digits_B2: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Copies the digits and replaces one of the two by another digit in about `share` of the rows.
+def misread(digits: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Copies the digits and replaces one of a row by another digit in about `share` of the rows.
 
     Args:
-        digits_B2: int64 [B, 2], each 0 to 9.
+        digits: int64 [rows, digits of an image], each 0 to 9.
     """
-    rows = len(digits_B2)
-    wrong_B = torch.rand(rows, generator=generator) < share
-    side_B = torch.randint(2, (rows,), generator=generator)
-    off_by_B = torch.randint(1, 10, (rows,), generator=generator)
-    off_by_B2 = F.one_hot(side_B, 2) * (wrong_B * off_by_B)[:, None]
-    return (digits_B2 + off_by_B2) % 10
+    rows, places = digits.shape
+    wrong = torch.rand(rows, generator=generator) < share
+    place = torch.randint(places, (rows,), generator=generator)
+    off_by = torch.randint(1, 10, (rows,), generator=generator)
+    return (digits + F.one_hot(place, places) * (wrong * off_by)[:, None]) % 10
 
 
 def _supervised_step(
     model: PreTrainedModel,
     processor: Processor,
+    task: Task,
     rows: Rows,
     optimizer: torch.optim.Optimizer,
     *,
@@ -245,16 +245,16 @@ def _supervised_step(
     misread_share: float,
     generator: torch.Generator,
 ) -> tuple[float, float]:
-    """Takes one optimizer step on `batch` random rows, each in a random wording, some of them misread.
+    """Takes one optimizer step on `batch` random rows in random wordings, some of them misread.
 
     Returns:
         The mean loss per response token before the step, and the mean over rows of the probability of all their digits.
     """
     tokenizer = processor.tokenizer
     index_B = torch.randint(len(rows), (batch,), generator=generator)
-    wording_B = torch.randint(len(SOLUTIONS), (batch,), generator=generator)
-    told_B2 = misread(rows.digits_B2[index_B], share=misread_share, generator=generator)
-    texts = [solution(int(a), int(b), wording=int(w)) for (a, b), w in zip(told_B2, wording_B, strict=True)]
+    wordings = torch.randint(task.wordings, (batch, task.choices), generator=generator)
+    told = misread(rows.digits[index_B], share=misread_share, generator=generator)
+    texts = [task.solution(*pair) for pair in zip(told.tolist(), wordings.tolist(), strict=True)]
     responses = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
     inputs, labels_BL = with_responses(prompt_inputs(processor, rows, index_B), responses, pad=tokenizer.pad_token_id)
     model.train()

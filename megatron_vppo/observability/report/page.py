@@ -149,6 +149,11 @@ def _tiles(run: RunData) -> list[tuple[str, str, str, str]]:
     return tiles
 
 
+def _paths(files: Any) -> list[Any]:
+    """Lists the paths of data.train_files, which is one path or several files with their settings."""
+    return [file["path"] for file in files] if isinstance(files, list) else [files]
+
+
 def _settings(run: RunData) -> list[tuple[str, str]]:
     """Lists the settings that tell this run from others. Settings missing in config.yaml are left out."""
     get = run.setting
@@ -156,7 +161,7 @@ def _settings(run: RunData) -> list[tuple[str, str]]:
         ("Model", [("", get("model.path")), ("", get("model.dtype"))]),
         ("Algorithm", [("", _algorithm(run)), ("preset", get("algorithm.preset"))]),
         ("Dependency", [("", get("algorithm.dependency")), ("", get("algorithm.perturb.kind"))]),
-        ("Data", [("", get("data.train_files"))]),
+        ("Data", [("", path) for path in _paths(get("data.train_files"))]),
         ("Batch", [("", _times(get("data.rollout_batch_size"), get("rollout.n"), "prompts", "responses"))]),
         ("Layout", [("TP", get("parallel.tensor_model_parallel_size")),
                     ("PP", get("parallel.pipeline_model_parallel_size")),
@@ -173,6 +178,12 @@ def _settings(run: RunData) -> list[tuple[str, str]]:
 
 
 def _algorithm(run: RunData) -> str | None:
+    perception = run.number_setting("algorithm.perception_loss_coef")
+    base = _base_algorithm(run)
+    return f"{base}, perception loss {perception:g} (PAPO)" if perception else base
+
+
+def _base_algorithm(run: RunData) -> str | None:
     filtering = run.setting("algorithm.use_vppo_on_perception")
     shaping = run.setting("algorithm.use_advantage_shaping")
     if filtering is None and shaping is None:

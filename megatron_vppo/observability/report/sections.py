@@ -111,6 +111,8 @@ def _update(run: RunData) -> tuple[Chart, ...]:
             (
                 Line("policy gradient", run.series("actor/pg_loss"), 1),
                 Line("entropy term", run.series("actor/entropy_penalty"), 4),
+                Line("perception loss", run.series("actor/perception_loss"), 5),
+                Line("entropy term, perturbed view", run.series("actor/perturbed_entropy_penalty"), 3),
                 Line("sum", run.series("actor/loss"), 2),
             ),
         ),

@@ -1,7 +1,8 @@
 """The tensors that go to an engine together: one transfer buffer, filled piece by piece, and its description.
 
 Pieces are gathered into the buffer as the ranks hold them, and copied nowhere before. So a tensor may lie in it in
-strides, the rows of one shard after those of another. The engine is told how, and puts it in order as it reads.
+strides, the rows of one shard after those of another. The engine is told how, and puts it in order as it reads
+(`scattered.py`).
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from megatron_vppo.rollout.records import WeightTransfer
 from megatron_vppo.rollout.transfer.device_buffer import DeviceBufferReader, Handle
+from megatron_vppo.rollout.transfer.scattered import Scattered, in_order
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBufferReader
 
 BACKENDS: dict[WeightTransfer, str] = {"shm": "shm", "ipc": "vppo_ipc"}
@@ -126,7 +127,7 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
         self.reader.close()
 
     def _tensors(self, info: UpdateInfo, memory: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields views of the buffer; copies only of tensors that lie in pieces, or on another device."""
+        """Yields the tensors where they lie; vLLM's loaders copy from there, each worker its share."""
         for number, name in enumerate(info.names):
             view = strided_view(
                 memory,
@@ -135,7 +136,7 @@ class PackedTransferEngine(WeightTransferEngine[NoInitInfo, UpdateInfo]):
                 sizes=info.sizes[number],
                 strides=info.strides[number],
             )
-            yield name, view.reshape(info.shapes[number]).to(self.device)
+            yield name, in_order(view, info.shapes[number])
 
 
 class ShmTransferEngine(PackedTransferEngine[ShmUpdateInfo]):
@@ -187,7 +188,8 @@ def keep_waiting_tensors(model: torch.nn.Module, memory: torch.Tensor) -> None:
     for layer in model.modules():
         for _, bound in get_layerwise_info(layer).loaded_weights:
             for name, value in bound.arguments.items():
-                if isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() == buffer:
+                lying = value.lying if isinstance(value, Scattered) else value
+                if isinstance(lying, torch.Tensor) and lying.untyped_storage().data_ptr() == buffer:
                     bound.arguments[name] = value.clone()
 
 

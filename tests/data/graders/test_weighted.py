@@ -45,3 +45,20 @@ def test_every_grader_is_the_one_of_its_name(name, response: str, ground_truth: 
 
 def test_only_graders_with_a_weight_are_loaded() -> None:
     assert list(load_graders(replace(EVERY, weights={"choice": 0.9, "format": 0.1}))) == ["choice", "format"]
+
+
+@pytest.mark.parametrize(
+    ("name", "response", "inside"),
+    [
+        ("mathruler", r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        ("math_verify", r"\boxed{0.5}", r"\frac{1}{2}"),
+        ("choice", "The answer is B", "B"),
+        ("number", r"\boxed{64}", "64"),
+        ("iou", "[0, 0, 1, 1]", "[0, 0, 1, 1]"),
+    ],
+)
+def test_an_answer_of_the_data_set_in_a_box_is_what_the_box_holds(name, response: str, inside: str) -> None:
+    """ViRL39K has them."""
+    grader = load_graders(EVERY)[name]
+    assert grader(response, f"\\boxed{{{inside}}}") == grader(response, inside)
+    assert grader(response, inside).accuracy == 1.0

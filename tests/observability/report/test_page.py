@@ -134,6 +134,16 @@ def test_nan_is_counted_and_missing_metrics_say_no_data(tmp_path: Path) -> None:
     assert "no data" in chart(html, "Entropy") and "no data" not in chart(html, "Gradient norm")
 
 
+def test_the_perception_loss_is_named(tmp_path: Path) -> None:
+    write_metrics(tmp_path, [{"step": 1, "val/accuracy": 0.5}])
+    algorithm = {"use_vppo_on_perception": False, "use_advantage_shaping": False, "online_filtering": True}
+    named = []
+    for loss in ({}, {"perception_loss_coef": 0.02}):
+        (tmp_path / "config.yaml").write_text(json.dumps({"algorithm": {**algorithm, **loss}}))
+        named.append("DAPO, perception loss 0.02 (PAPO)" in render_report(tmp_path))
+    assert named == [False, True]
+
+
 def test_foreign_text_stays_text(tmp_path: Path) -> None:
     write_metrics(tmp_path, [{"step": 1, "val/accuracy": 0.5}])
     (tmp_path / "config.yaml").write_text(

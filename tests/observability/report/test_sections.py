@@ -38,8 +38,11 @@ def test_the_parts_of_the_loss_add_up(tmp_path: Path) -> None:
         "actor/pg_loss": 0.25,
         "actor/entropy_penalty": 0.5,
         "actor/entropy_loss": 9.0,
-        "actor/loss": 0.75,
+        "actor/perception_loss": -0.125,
+        "actor/kl_prcp_loss": -9.0,
+        "actor/perturbed_entropy_penalty": 0.0625,
+        "actor/loss": 0.6875,
     }
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step) + "\n")
     (loss,) = [chart for section in sections(load_run(tmp_path)) for chart in section.charts if chart.title == "Loss"]
-    assert [line.series.values for line in loss.lines] == [(0.25,), (0.5,), (0.75,)]
+    assert [line.series.values for line in loss.lines] == [(0.25,), (0.5,), (-0.125,), (0.0625,), (0.6875,)]

@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.reload import record_metadata_for_reloadin
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from megatron_vppo.rollout.transfer import weight_receiver
-from megatron_vppo.rollout.transfer.bundle import Bundle, WholeTensor
+from megatron_vppo.rollout.transfer.bundle import Bundle, Packable, WholeTensor
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 
 
@@ -59,6 +59,19 @@ class Written(TorchDispatchMode):
         return out
 
 
+class Columns:
+    """A matrix whose columns two ranks hold, as they are gathered: see Packable."""
+
+    def __init__(self, name: str, matrix: Tensor) -> None:
+        self.names: tuple[str, ...] = (name,)
+        self.shapes: tuple[tuple[int, ...], ...] = (tuple(matrix.shape),)
+        self.dtype, self.num_values = matrix.dtype, matrix.numel()
+        self._shards = torch.stack(matrix.chunk(2, dim=1))
+
+    def gather(self, room: Tensor) -> list[Tensor]:
+        return [room.view(self._shards.shape).copy_(self._shards).movedim(0, 1)]
+
+
 def session(model: SmallModel) -> Any:
     config: Any = SimpleNamespace(parallel_config=None, model_config=SimpleNamespace(dtype=torch.float32))
     engine = weight_receiver.ShmTransferEngine(None, config, torch.device("cpu"), model)
@@ -81,13 +94,18 @@ def buffer() -> Iterator[SharedBuffer]:
     made.close()
 
 
+def _piece(name: str, tensor: Tensor, *, apart: bool) -> Packable:
+    return Columns(name, tensor) if apart and tensor.ndim == 2 else WholeTensor(name, tensor)
+
+
+@pytest.mark.parametrize("apart", [False, True])
 @torch.no_grad()
-def test_every_byte_is_written_at_most_twice(buffer: SharedBuffer) -> None:
+def test_every_byte_is_written_at_most_twice(apart: bool, buffer: SharedBuffer) -> None:
     """vLLM fills a layer of its own and copies it into the one that is in use. It writes biases a third time."""
     model = SmallModel()
     sent = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     engine = session(model)
-    pieces = [WholeTensor(name, tensor) for name, tensor in sent.items()]
+    pieces = [_piece(name, tensor, apart=apart) for name, tensor in sent.items()]
     with Written() as written:
         send(engine, buffer, pieces)
         engine.finish_weight_update()
@@ -97,14 +115,15 @@ def test_every_byte_is_written_at_most_twice(buffer: SharedBuffer) -> None:
     assert written.num_bytes - whole == 2 * whole + biases, "besides what was packed"
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @torch.no_grad()
-def test_what_waits_for_the_rest_of_its_layer_outlives_the_buffer(buffer: SharedBuffer) -> None:
+def test_what_waits_for_the_rest_of_its_layer_outlives_the_buffer(apart: bool, buffer: SharedBuffer) -> None:
     model = SmallModel()
     sent = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     engine = session(model)
     names = ["second.bias", "first.weight", "second.weight", "first.bias"]
     for pair in (names[:2], names[2:]):
-        send(engine, buffer, [WholeTensor(name, sent[name]) for name in pair])
+        send(engine, buffer, [_piece(name, sent[name], apart=apart) for name in pair])
         buffer.room(0, buffer.capacity, torch.uint8).fill_(255)
     engine.finish_weight_update()
     assert all(torch.equal(parameter, sent[name]) for name, parameter in model.named_parameters())

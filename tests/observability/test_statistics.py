@@ -9,7 +9,7 @@ import statistics
 import numpy as np
 import pytest
 
-from megatron_vppo.sweep.statistics import PairedTest, estimate, paired_test
+from megatron_vppo.observability.statistics import PairedTest, estimate, paired_test
 
 EXACT = 1e-12
 """The same few additions in another order."""
