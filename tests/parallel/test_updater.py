@@ -125,7 +125,8 @@ def expected_gradients(folder: Path, batch: TrainBatch) -> Expected:
         perception = -(of_row(terms.weight_BT) * divergence_N).sum()
         loss = loss + perception
         sums["perception_loss"] += perception.item()
-        sums["kl_prcp_loss"] -= divergence_N.sum().item()
+        if response.prompt.images:
+            sums["kl_prcp_loss"] -= divergence_N.sum().item()
         sums["aug_entropy_loss"] -= perturbed_N.sum().item()
         if perturbed_entropy_N is not None and terms.entropy_weight_BT is not None:
             penalty = (of_row(terms.entropy_weight_BT) * perturbed_entropy_N).sum()
