@@ -13,12 +13,13 @@ from bench import waste
 from bench.counted_flops import Floor, count_flops
 from bench.pretended_memory import Moment, Tally
 from bench.waste_bars import Bar, Case
-from bench.waste_export import WRITTEN, _round_trips, _Written, live_weights
+from bench.waste_export import WRITTEN, _round_trips, live_weights
 from bench.waste_packing import draw_responses
 from bench.waste_policy import GRID, LENGTHS, PATCH_SIDE, distinct_image_bytes, make_responses, small_config
 from bench.waste_waits import SMALL_PATCH, Counted, _pixel_bytes
 from bench.waste_widths import odd_widths, row_distance
 from bench.workload import with_layers
+from bench.written_bytes import WrittenBytes
 
 from megatron_vppo.models.flops import ModelCost
 from megatron_vppo.planning.published import PUBLISHED, published_config
@@ -125,7 +126,7 @@ def test_models_of_both_families_are_cut(name: str) -> None:
 
 def test_written_bytes() -> None:
     x = torch.zeros(10, 4)
-    with _Written() as written:
+    with WrittenBytes() as written:
         x.view(40)[:8].clone()  # 32 bytes
         torch.empty(1000).unsqueeze(0)
         x[:, 1].copy_(x[:, 0])  # 40 bytes

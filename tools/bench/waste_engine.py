@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from digits.checkpoint import make_processor
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench.random_model import make_config
 from bench.waste_bars import Bar, Case
+from bench.written_bytes import WrittenBytes
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.models.hf_config import HfConfig
 from megatron_vppo.rollout.transfer.bundle import Bundle, Shape
-from megatron_vppo.rollout.transfer.scattered import Scattered
 from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.weights.entries import Entry, stream_entries
 
@@ -31,7 +28,6 @@ TRAINER_RANKS = (1, 2, 4)
 WRITTEN = 2.01
 """vLLM fills a layer of its own and copies it into the one that is in use. It writes biases a third time."""
 CPU_BLOCK_SIZE = 32
-_WRITES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view"}
 
 
 def engine() -> list[Bar]:
@@ -84,7 +80,7 @@ def _written(llm: Any, config: HfConfig, ranks: int) -> float:
     for piece in pieces:
         bundle.pack(piece)
     llm.start_weight_update()
-    with _Written() as written:
+    with WrittenBytes() as written:
         llm.update_weights({"update_info": bundle.update_info()})
         llm.finish_weight_update(f"from {ranks}")
     buffer.close()
@@ -112,20 +108,3 @@ class Gathered:
             return list(self._kind.views(shards))
         parts = room.split([torch.Size(shape).numel() for shape in self.shapes])  # one rank copies its tensors in order
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
-
-
-class _Written(TorchDispatchMode):
-    """Counts the bytes of every result that is no view and has memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        results = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in _WRITES_NOTHING:
-            made = [leaf for leaf in tree_leaves(results) if isinstance(leaf, Tensor)]
-            self.bytes += sum(leaf.nbytes for leaf in made if not (leaf.is_meta or isinstance(leaf, Scattered)))
-        return results

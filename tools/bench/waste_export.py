@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bench.waste_bars import Bar, Case
 from bench.waste_policy import FAMILIES, FamilyName, make_stage, small_config
+from bench.written_bytes import WrittenBytes
 from megatron_vppo.models.families import family_of, weight_map
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.published import PUBLISHED, published_config
@@ -37,7 +36,6 @@ WRITTEN = {1: 1.05, 2: 1.1}
 """The limits of the bytes written over those of the model, by the number of tensor-parallel ranks."""
 BYTES_OF_TRIP = 2 << 30
 SMALL_BUFFER = 8 << 20
-_WRITES_NOTHING = {"empty", "empty_like", "new_empty", "empty_strided", "_unsafe_view"}
 
 
 def export() -> list[Bar]:
@@ -147,27 +145,11 @@ def _written_share(family: FamilyName, layout: Layout) -> Case:
     stage = make_stage(small_config(family), layout)
     names = [name for entry in stream_entries(stage.weight_map) for name in entry.hf_names]
     sender = _sender(names, (SharedBuffer(), SharedBuffer()), buffer_bytes=SMALL_BUFFER)
-    with _Written() as written:
+    with WrittenBytes() as written:
         report = sender.send(hf_weights([stage]), version=0, verify=False)
     sender.close()
     ranks = layout.tensor
     return Case(f"bytes, {family}, {ranks} tensor-parallel ranks", written.bytes / report.num_bytes, WRITTEN[ranks])
-
-
-class _Written(TorchDispatchMode):
-    """Counts the bytes of every result that is no view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        results = func(*args, **(kwargs or {}))
-        if not func.is_view and func.overloadpacket.__name__ not in _WRITES_NOTHING:
-            self.bytes += sum(leaf.nbytes for leaf in tree_leaves(results) if isinstance(leaf, Tensor))
-        return results
 
 
 # --- Round trips ------------------------------------------------------------------------------------------------------
