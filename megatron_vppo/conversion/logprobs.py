@@ -25,6 +25,7 @@ from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.model_files import open_without_weights
+from megatron_vppo.models.vision.tower_run import TowerRun
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.staging import Stager
 from megatron_vppo.rollout.engine import RolloutEngine
@@ -206,7 +207,7 @@ def _megatron_logps(
             packing=Packing((len(ids),)),
             image_token_index_I=image_tokens_I,
             image_feature_index_I=torch.arange(len(image_tokens_I)),
-            grids_thw=grids,
+            runs=(TowerRun(grids),) if grids else (),
         )
         pixels_PD = None if row.pixels_PD is None else row.pixels_PD.to(layout.device)
         logits_KV = model(stager.send(stager.pack(model.plan(batch))), pixels_PD)[:, 0] @ model.head_weight_Vh().T

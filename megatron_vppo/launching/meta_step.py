@@ -77,13 +77,16 @@ def _largest(responses: Sequence[Response], micro_batches: Sequence[Rows], readi
 def sizes_of(batch: ResponseBatch, layout: Layout) -> MicroBatch:
     """Counts the tokens of a packed micro-batch, and the patches of the images that this rank runs the tower on."""
     packed = batch.packed
-    assert packed.images_of_ranks is not None, "the packer assigns images"
-    own_images = packed.images_of_ranks[layout.vision_groups.images.rank()] if layout.is_first_stage else ()
+    patches = 0
+    for run in packed.runs if layout.is_first_stage else ():
+        assert run.images_of_ranks is not None, "the packer assigns images"
+        own_images = run.images_of_ranks[layout.vision_groups.images.rank()]
+        patches += sum(math.prod(run.grids_thw[image]) for image in own_images)
     return MicroBatch(
         tokens=packed.token_ids_K.numel(),
         response_tokens=batch.tokens.target_N.numel(),
         image_tokens=packed.image_token_index_I.numel(),
-        patches=sum(math.prod(packed.grids_thw[image]) for image in own_images),
+        patches=patches,
     )
 
 

@@ -33,8 +33,14 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.parts import LayerParts
 from megatron_vppo.models.layers.sequences import Deepstack, PackedSequences
 from megatron_vppo.models.stage_input import StageInput, image_tokens_of_rank
-from megatron_vppo.models.vision.image_parallel import VisionGroups, image_parallel_features, plan_images
-from megatron_vppo.models.vision.tower import VisionFeatures
+from megatron_vppo.models.vision.image_parallel import (
+    ImageWork,
+    VisionGroups,
+    image_parallel_features,
+    plan_images,
+    split_pixels,
+)
+from megatron_vppo.models.vision.tower import VisionFeatures, join_features
 from megatron_vppo.weights.entries import Entry, stage_entries
 from megatron_vppo.weights.padding import without_padding
 
@@ -100,25 +106,27 @@ class QwenVLModel(MegatronModule):
 
         The stages of a rank read the same; ask the first of them.
         """
-        context, images = self.groups.cp, None
+        context, shared_by = self.groups.cp, self.vision_groups.images
         own_C = tokens_of_rank(batch.packing, rank=context.rank(), size=context.size())
-        if self.vision is not None and batch.image_token_index_I.numel():
-            shared_by = self.vision_groups.images
-            images = plan_images(self.vision, batch, rank=shared_by.rank(), ranks=shared_by.size())
         sequence_group = self.groups.tp if self.config.sequence_parallel else None
-        return StageInput(
-            token_ids_C=batch.token_ids_K[own_C],
-            positions_3C=batch.positions_3K[:, own_C],
-            plan=self.parts.plan(batch.packing, causal=True, rank=context.rank(), size=context.size()),
-            image_tokens=None
-            if images is None
-            else image_tokens_of_rank(
+        image_tokens = None
+        images: tuple[ImageWork, ...] = ()
+        if self.vision is not None and batch.image_token_index_I.numel():
+            image_tokens = image_tokens_of_rank(
                 batch,
                 own_C,
                 sequence_rank=0 if sequence_group is None else sequence_group.rank(),
                 sequence_ranks=1 if sequence_group is None else sequence_group.size(),
-            ),
+            )
+            ranks = {"rank": shared_by.rank(), "ranks": shared_by.size()}
+            images = tuple(plan_images(self.vision, run, **ranks) for run in batch.runs)
+        return StageInput(
+            token_ids_C=batch.token_ids_K[own_C],
+            positions_3C=batch.positions_3K[:, own_C],
+            plan=self.parts.plan(batch.packing, causal=True, rank=context.rank(), size=context.size()),
+            image_tokens=image_tokens,
             images=images,
+            earlier=() if image_tokens is None else batch.earlier,
         )
 
     def forward(self, batch: StageInput, pixels_PD: Tensor | None = None) -> Tensor:
@@ -171,14 +179,22 @@ class QwenVLModel(MegatronModule):
         )
 
     def _features(self, batch: StageInput, pixels_PD: Tensor | None) -> VisionFeatures:
-        assert self.vision is not None and batch.images is not None and batch.image_tokens is not None
+        """Reads the features of earlier runs of the tower, and runs it on the images that are new."""
+        assert self.vision is not None and batch.image_tokens is not None
         if pixels_PD is None:
             raise ValueError(
                 f"{len(batch.image_tokens.index_J)} image tokens but no pixels on the first pipeline stage"
             )
-        return image_parallel_features(
-            self.vision, batch.images, pixels_PD, groups=self.vision_groups, width=self.config.hidden_size
-        )
+        found = [kept.read() for kept in batch.earlier]
+        for work, own_PD in zip(batch.images, split_pixels(batch.images, pixels_PD), strict=True):
+            features = image_parallel_features(
+                self.vision, work, own_PD, groups=self.vision_groups, width=self.config.hidden_size
+            )
+            if work.kept is not None:
+                work.kept.put(features)
+                features = work.kept.read()
+            found.append(features)
+        return join_features(found)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().sharded_state_dict(*args, **kwargs)

@@ -29,6 +29,7 @@ from torch import Tensor
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.sequences import AttentionPlan
 from megatron_vppo.models.vision.image_parallel import ImageWork
+from megatron_vppo.models.vision.tower_run import KeptFeatures
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,10 @@ class StageInput:
     plan: AttentionPlan
     image_tokens: ImageTokens | None
     """None if no sequence shows an image, and on all stages but the first."""
-    images: ImageWork | None
-    """None as above."""
+    images: tuple[ImageWork, ...] = ()
+    """The work on each run of the tower in this micro-batch; none on all stages but the first."""
+    earlier: tuple[KeptFeatures, ...] = ()
+    """The features of runs before, which come first in the numbers of features; none as above."""
 
 
 def image_tokens_of_rank(batch: PackedBatch, own_C: Tensor, *, sequence_rank: int, sequence_ranks: int) -> ImageTokens:

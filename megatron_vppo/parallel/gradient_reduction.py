@@ -39,12 +39,15 @@ from torch.nn import Parameter
 class GradientReduction:
     """Starts the reduction of each bucket of gradients on this rank as early as it is right."""
 
-    def __init__(self, ddps: Sequence[DistributedDataParallel], *, head_weight: Parameter | None) -> None:
+    def __init__(
+        self, ddps: Sequence[DistributedDataParallel], *, head_weight: Parameter | None, tower: Sequence[Parameter]
+    ) -> None:
         """
         Args:
             ddps: the stages of this rank, made with `overlap_grad_reduce`. None of them: Megatron reduces by itself
                 when the last micro-batch has run.
             head_weight: the output weight if it has no gradient but that of the vocabulary head.
+            tower: the parameters of the vision tower.
         """
         self._ddps = tuple(ddps)
         # Of several stages on a rank, the last is the first to have all its gradients.
@@ -53,6 +56,9 @@ class GradientReduction:
             parameter: number for number, bucket in enumerate(self._buckets) for parameter in bucket.params
         }
         self._head_weight = head_weight if head_weight in self._bucket_of else None
+        self._tower = frozenset(tower)
+        self._comes_again: frozenset[Parameter] = frozenset()
+        """The parameters whose gradient may come several times in the last micro-batch."""
         self._incomplete: list[set[Parameter]] = []
         """The parameters of each bucket whose gradient is still to come."""
         self._started = 0
@@ -64,8 +70,14 @@ class GradientReduction:
             get_gradient_edge(parameter).node.register_hook(self._hook(parameter))
 
     @contextmanager
-    def of_mini_batch(self) -> Iterator[None]:
-        """Has gradients reduced that the micro-batches within the block make; `start_rest` belongs to their end."""
+    def of_mini_batch(self, *, tower_again: bool) -> Iterator[None]:
+        """Has gradients reduced that the micro-batches within the block make; `start_rest` belongs to their end.
+
+        Args:
+            tower_again: the last micro-batch reads several runs of the tower, and a recomputed layer makes a gradient
+                for each of them. Those of the tower start at the end then.
+        """
+        self._comes_again = self._tower if tower_again else frozenset()
         self._incomplete = [set(bucket.params) for bucket in self._buckets]
         self._started, self._is_last = 0, True
         try:
@@ -101,7 +113,7 @@ class GradientReduction:
     def _complete(self, parameter: Parameter) -> None:
         bucket = self._bucket_of[parameter]
         assert bucket >= self._started, f"a gradient came after the reduction of its bucket, {bucket}, had begun"
-        if not self._is_last:
+        if not self._is_last or parameter in self._comes_again:
             return
         self._incomplete[bucket].discard(parameter)
         while self._started < len(self._buckets) and not self._incomplete[self._started]:

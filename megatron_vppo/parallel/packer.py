@@ -20,7 +20,7 @@ its responses.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,8 +34,8 @@ from megatron_vppo.models.family import PositionFn
 from megatron_vppo.models.layers.context_parallel import padded_packing, tokens_of_rank
 from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
-from megatron_vppo.models.vision.image_parallel import assign_images
 from megatron_vppo.parallel.batching import BatchSplit, PatchBytes, Pixels, ResponseBatch, ResponseTokens, View
+from megatron_vppo.parallel.image_runs import ImageRuns, ShownImage, runs_of
 from megatron_vppo.parallel.token_counts import padded_tokens
 from megatron_vppo.parallel.visual_focus import ReadTokens, visual_tokens
 
@@ -45,8 +45,6 @@ _PADDING_TOKEN = 0
 _Shown = tuple[tuple[int, ...], tuple[ImageRef, ...], tuple[tuple[int, int, int], ...], PerturbKey | None]
 """A prompt as a view shows it: token ids, images, their grids and their perturbation. Views in which all four are equal
 have the same hidden states up to the end of the prompt."""
-
-_ShownImage = tuple[ImageRef, PerturbKey | None]
 
 _Prompted = tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]
 """The source of rotary positions: the token ids of a prompt, and the grids of its images."""
@@ -67,7 +65,14 @@ class Packer:
     shares_prompts: bool = False
     """True if views that show the same prompt share its tokens. Context parallelism takes whole sequences alone."""
 
-    def pack(self, responses: Sequence[Response], views: Sequence[View], *, limit: int | None = None) -> ResponseBatch:
+    def pack(
+        self,
+        responses: Sequence[Response],
+        views: Sequence[View],
+        *,
+        limit: int | None = None,
+        runs: ImageRuns | None = None,
+    ) -> ResponseBatch:
         """Packs one micro-batch; the response tokens are in the order of the views.
 
         Views with perturbed images come last, and just before them the original views of the same rows.
@@ -75,11 +80,12 @@ class Packer:
         Args:
             limit: the tokens that micro-batches are filled up to; they are padded to a few numbers of tokens then. None
                 pads no more than ranks need.
+            runs: the runs of the tower that its images come from. None: no other micro-batch shows them.
 
         Raises ValueError for views in another order.
         """
         _check_order(views)
-        images = _Images(self.merge_size)
+        runs = runs or runs_of(responses, views)
         sequences, of_views = self._lay_out(responses, views)
         packing = padded_packing(
             [len(sequence.token_ids) for sequence in sequences],
@@ -90,20 +96,21 @@ class Packer:
             round_up=int if limit is None else partial(padded_tokens, limit=limit),
         )
         token_ids_K = _padded_tokens(sequences, packing)
-        feature_index_I = images.feature_index_of(sequences)
-        images_of_ranks = assign_images(tuple(images.grids), ranks=self.split.image_ranks)
+        ranks, rank = self.split.image_ranks, self.split.image_rank
         return ResponseBatch(
             packed=PackedBatch(
                 token_ids_K=torch.from_numpy(token_ids_K),
                 positions_3K=torch.from_numpy(self._positions_3K(sequences, packing)),
                 packing=packing,
                 image_token_index_I=torch.from_numpy(np.flatnonzero(token_ids_K == self.image_token_id)),
-                image_feature_index_I=torch.from_numpy(feature_index_I),
-                grids_thw=tuple(images.grids),
-                images_of_ranks=images_of_ranks,
+                image_feature_index_I=torch.from_numpy(
+                    _feature_index_I(sequences, runs.features(merge_size=self.merge_size))
+                ),
+                runs=tuple(run.of_tower(ranks) for run in runs.own),
+                earlier=tuple(run.kept for run in runs.earlier if run.kept is not None),
             ),
             tokens=_response_tokens(responses, views, of_views, packing, self.split, self.image_token_id),
-            patches=self._patches_of([images.keys[number] for number in images_of_ranks[self.split.image_rank]]),
+            patches=self._patches_of([image for run in runs.own for image in run.on_ranks(ranks)[rank]]),
         )
 
     def _lay_out(
@@ -153,7 +160,7 @@ class Packer:
             positions.append(np.broadcast_to(np.arange(packing.lengths[-1]), (3, packing.lengths[-1])))
         return np.concatenate(positions, axis=1)
 
-    def _patches_of(self, keys: Sequence[_ShownImage]) -> PatchBytes | None:
+    def _patches_of(self, keys: Sequence[ShownImage]) -> PatchBytes | None:
         """Asks for the patches of the images that this rank runs the tower on."""
         if self.pixels is None or not keys:
             return None
@@ -222,6 +229,17 @@ def _padded_tokens(sequences: Sequence[_Sequence], packing: Packing) -> Ints:
     return token_ids_K
 
 
+def _feature_index_I(sequences: Sequence[_Sequence], features: Mapping[ShownImage, range]) -> Ints:
+    """Returns int64 [I]: the merged feature of each image token."""
+    indices = [
+        np.asarray(features[image, sequence.perturb])
+        for sequence in sequences
+        if sequence.prefix is None
+        for image in sequence.prompt.images
+    ]
+    return np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
+
+
 def _hidden(patches: Patches) -> NDArray[np.bool_]:
     return np.zeros(len(patches.bytes_PD), dtype=bool) if patches.hidden_P is None else patches.hidden_P.numpy()
 
@@ -288,39 +306,3 @@ def _read_tokens(
         own_index=first + np.arange(len(response.token_ids)),
         row=row,
     )
-
-
-class _Images:
-    """The distinct images of a micro-batch. The same image under the same perturbation goes through the tower once."""
-
-    def __init__(self, merge_size: int) -> None:
-        self._merge_area = merge_size * merge_size
-        self._first_feature: dict[_ShownImage, int] = {}
-        self._num_features = 0
-        self.grids: list[tuple[int, int, int]] = []
-
-    @property
-    def keys(self) -> list[_ShownImage]:
-        """Image and perturbation, in the order of `grids`."""
-        return list(self._first_feature)
-
-    def feature_index_of(self, sequences: Sequence[_Sequence]) -> Ints:
-        """Returns int64 [I]: the merged feature of each image token, and adds images that are new."""
-        indices = [
-            self._feature_index(ref, sequence.perturb, grid)
-            for sequence in sequences
-            if sequence.prefix is None
-            for ref, grid in zip(sequence.prompt.images, sequence.prompt.grids_thw, strict=True)
-        ]
-        return np.concatenate(indices) if indices else np.zeros(0, dtype=np.int64)
-
-    def _feature_index(self, ref: ImageRef, perturb: PerturbKey | None, grid: tuple[int, int, int]) -> Ints:
-        """Returns the indices of the image's merged features among those of all images, and adds it if it is new."""
-        count = grid[0] * grid[1] * grid[2] // self._merge_area
-        key = (ref, perturb)
-        if key not in self._first_feature:
-            self._first_feature[key] = self._num_features
-            self._num_features += count
-            self.grids.append(grid)
-        first = self._first_feature[key]
-        return np.arange(first, first + count)

@@ -25,6 +25,7 @@ from megatron_vppo.models.precision import language_precision
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.ahead import made_ahead, read_by_all
 from megatron_vppo.parallel.batching import BatchSplit, Pixels, PlannedBatch, ResponseBatch, ResponseTokens, View
+from megatron_vppo.parallel.image_runs import Showing
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.parallel.micro_batches import Reading, Rows, cut_by_rows, fill_by_tokens, groups_of_rank
 from megatron_vppo.parallel.packer import Packer
@@ -143,6 +144,16 @@ class ScheduleRunner:
             return cut_by_rows(groups, rows_each=rows_each)
         return fill_by_tokens(responses, groups, most_tokens=limit, reading=reading)
 
+    def filled_up(self, micro_batches: Sequence[Showing]) -> list[Showing]:
+        """Returns as many micro-batches as Megatron's schedule takes.
+
+        Every rank must run it, so a rank without rows runs a row that counts for nothing. With several stages per rank,
+        it takes a multiple of the pipeline size.
+        """
+        multiple = self.layout.pipeline if len(self.stages) > 1 else 1
+        missing = math.ceil(max(1, len(micro_batches)) / multiple) * multiple - len(micro_batches)
+        return [*micro_batches, *[Showing([View(0, None, counted=False)])] * missing]
+
     @property
     def update_limit(self) -> int | None:
         """The tokens of a micro-batch of an update, in all views together: they bound what its backward pass keeps."""
@@ -183,7 +194,7 @@ class ScheduleRunner:
     def forward(
         self,
         responses: Sequence[Response],
-        micro_views: Sequence[Sequence[View]],
+        micro_batches: Sequence[Showing],
         read: ReadHidden,
         *,
         both_views: bool = False,
@@ -201,14 +212,14 @@ class ScheduleRunner:
             stage.eval()
         with torch.no_grad(), amaxes_untouched(self.stages):
             pack = partial(self.pack, responses, limit=self.scoring_limit(both_views=both_views))
-            self._run(pack, micro_views, collect, models=self.stages, phase="scoring")
+            self._run(pack, micro_batches, collect, models=self.stages, phase="scoring")
         for stage in self.stages:
             stage.train()
 
     def forward_backward(
         self,
         batch: TrainBatch,
-        micro_views: Sequence[Sequence[View]],
+        micro_batches: Sequence[Showing],
         loss_of: LossOf,
         *,
         models: Sequence[torch.nn.Module],
@@ -225,12 +236,12 @@ class ScheduleRunner:
             return loss_of(micro_batch.tokens, micro_batch.terms, hidden_C1h), no_tokens, {}
 
         pack = partial(self.pack, batch.responses, limit=self.update_limit, terms_at=batch.terms_at)
-        self._run(pack, micro_views, loss, models=models, phase="update")
+        self._run(pack, micro_batches, loss, models=models, phase="update")
 
     def pack(
         self,
         responses: Sequence[Response],
-        views: Sequence[View],
+        micro_batch: Showing,
         *,
         limit: int | None,
         terms_at: TermsAt | None = None,
@@ -242,10 +253,12 @@ class ScheduleRunner:
             limit: as in Packer.pack.
             terms_at: the terms of the tokens of original views; None in scoring.
         """
+        views = micro_batch.views
         rows = dict.fromkeys(view.row for view in views)
         targets = list(itertools.chain.from_iterable(responses[row].token_ids for row in rows))
         check_targets(targets, vocab_size=self._vocab_size, banned_ids=self.settings.banned_ids)
-        return self.plan(self.packer.pack(responses, views, limit=limit), terms_at=terms_at)
+        packed = self.packer.pack(responses, views, limit=limit, runs=micro_batch.runs)
+        return self.plan(packed, terms_at=terms_at)
 
     def plan(self, batch: ResponseBatch, *, terms_at: TermsAt | None = None) -> Staged[PlannedBatch]:
         """Works out what this rank's stages read of a packed micro-batch, still on the host."""
@@ -264,21 +277,15 @@ class ScheduleRunner:
 
     def _run(
         self,
-        pack: Callable[[Sequence[View]], Staged[PlannedBatch]],
-        micro_views: Sequence[Sequence[View]],
+        pack: Callable[[Showing], Staged[PlannedBatch]],
+        micro_batches: Sequence[Showing],
         on_hidden: Callable[..., object],
         *,
         models: Sequence[torch.nn.Module],
         phase: Fp8Phase,
     ) -> None:
-        """Runs the schedule, which calls `on_hidden(batch, hidden)` on the last stage.
-
-        Every rank must run it, so a rank without rows runs a row that counts for nothing. With several stages per rank,
-        Megatron's schedule takes a multiple of the pipeline size.
-        """
-        multiple = self.layout.pipeline if len(models) > 1 else 1
-        num_micro_batches = math.ceil(max(1, len(micro_views)) / multiple) * multiple
-        idle = [[View(0, None, counted=False)]] * (num_micro_batches - len(micro_views))
+        """Runs the schedule, which calls `on_hidden(batch, hidden)` on the last stage."""
+        micro_batches = self.filled_up(micro_batches)
 
         def forward_step(
             batches: Iterator[tuple[PlannedBatch, Tensor]], model: torch.nn.Module
@@ -288,14 +295,14 @@ class ScheduleRunner:
 
         # The images of a micro-batch are read and packed while the one before runs. Every stage of this rank asks for
         # it once, so they share it.
-        packed = made_ahead(pack, [*micro_views, *idle], device=self.layout.device)
+        packed = made_ahead(pack, micro_batches, device=self.layout.device)
         iterators = read_by_all(map(self.send, packed), readers=len(models))
         with language_precision(self.stages, fp8=phase in self.settings.fp8_scope):
             get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators if len(models) > 1 else iterators[0],
                 model=list(models),
-                num_microbatches=num_micro_batches,
+                num_microbatches=len(micro_batches),
                 seq_length=1,  # the real lengths travel with the tensors (variable_seq_lengths)
                 micro_batch_size=1,
                 forward_only=phase == "scoring",

@@ -10,17 +10,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
-from megatron_vppo.parallel.batching import View
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.system.agreement import gathered
 
 Boundary = Callable[[], None]
 """Called on every rank at the same place; raises an exception on all of them if they are to leave there."""
-MicroViews = Sequence[Sequence[View]]
-"""The views of each micro-batch of a rank."""
+MicroBatch = TypeVar("MicroBatch")
 
 FIRST_PER_STAGE = 4
 """The micro-batches of a chunk per pipeline stage, until it is known how long one takes."""
@@ -35,7 +34,7 @@ class ScoreChunks:
         self._chunk_seconds = seconds
         self._micro_batch_seconds = 0.0
 
-    def of(self, micro_views: MicroViews, boundary: Boundary | None) -> Iterator[MicroViews]:
+    def of(self, micro_batches: Sequence[MicroBatch], boundary: Boundary | None) -> Iterator[Sequence[MicroBatch]]:
         """Yields the chunks of this rank's micro-batches, and calls `boundary` between them; a collective.
 
         All ranks get the same number of chunks, though some may have fewer micro-batches: data-parallel ranks share
@@ -45,15 +44,15 @@ class ScoreChunks:
             boundary: None: nobody asks, and everything is one chunk.
         """
         if boundary is None:
-            yield micro_views
+            yield micro_batches
             return
-        most = max(gathered(len(micro_views)))
+        most = max(gathered(len(micro_batches)))
         done = 0
         while done < most:
             if done:
                 boundary()
             size = self._size(most - done)
-            chunk = micro_views[done : done + size]
+            chunk = micro_batches[done : done + size]
             began = time.monotonic()
             yield chunk
             if self._layout.device.type == "cuda":

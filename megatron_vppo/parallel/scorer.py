@@ -17,6 +17,7 @@ from megatron_vppo.algorithm.types import PerturbKey, Response, Scores
 from megatron_vppo.config.choices import Divergence
 from megatron_vppo.models.qwen_vl import QwenVLModel
 from megatron_vppo.parallel.batching import ResponseTokens, views_of
+from megatron_vppo.parallel.image_runs import showings
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.score_chunks import Boundary, ScoreChunks
 from megatron_vppo.parallel.score_table import ScoreTable
@@ -81,7 +82,7 @@ class Scorer:
 
         micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both", to_end=with_visual_focus)
         micro_views = [views_of(rows, read_keys, to_end=with_visual_focus) for rows in micro_batches]
-        for chunk in self._chunks.of(micro_views, boundary):
+        for chunk in self._chunks.of(showings(responses, micro_views), boundary):
             runner.forward(responses, chunk, read, both_views=views == "both")
         whole = table.sum_over_ranks(counts=runner.holds_results)
         return Scores(

@@ -132,7 +132,12 @@ def make_trainable(
         ),
         ddps,
     )
-    reduction = GradientReduction(ddps if overlap else (), head_weight=_weight_of_head_alone(stages[-1]))
+    tower = stages[0].vision
+    reduction = GradientReduction(
+        ddps if overlap else (),
+        head_weight=_weight_of_head_alone(stages[-1]),
+        tower=() if tower is None else tuple(tower.parameters()),
+    )
     config.finalize_model_grads_func = partial(_sum_gradients, reduction)
     config.grad_scale_func = optimizer.scale_loss
     config.no_sync_func = reduction.not_last

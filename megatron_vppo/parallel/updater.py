@@ -21,6 +21,7 @@ from megatron_vppo.algorithm.perception import PerturbedView
 from megatron_vppo.algorithm.types import TokenTerms, TrainBatch
 from megatron_vppo.parallel.batching import ResponseTokens, views_of
 from megatron_vppo.parallel.chosen_logps import chosen_logps
+from megatron_vppo.parallel.image_runs import showings
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from megatron_vppo.parallel.training import Trainable
 
@@ -81,8 +82,9 @@ class Updater:
         self._trainable.zero_gradients()
         micro_batches = runner.update_micro_batches(batch.responses, both_views=keys is not None)
         views = [views_of(rows, keys or [None] * len(batch.responses)) for rows in micro_batches]
-        with reduction.of_mini_batch():
-            runner.forward_backward(batch, views, loss_of, models=self._trainable.ddps)
+        showing = runner.filled_up(showings(batch.responses, views))
+        with reduction.of_mini_batch(tower_again=showing[-1].reads_several_runs):
+            runner.forward_backward(batch, showing, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())
         return self._sum_over_ranks({**weighted, **{name: sums / response_tokens for name, sums in per_token.items()}})
 

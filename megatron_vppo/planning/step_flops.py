@@ -76,13 +76,15 @@ def images_flops(cost: ModelCost, work: StepWork) -> float:
 
 
 def scoring_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
-    """Counts the views of a group. Each micro-batch that holds a part of the group reads its original images."""
+    """Counts the views of a group. Each micro-batch that holds a part of the group reads its prompt; the tower runs on
+    an image in the first of them.
+    """
     parts = micro_batches_of_group(work.responses, work.rows_per_scoring)
     return _packed(cost, work, *_views(work, parts, both=work.scores_both_views))
 
 
 def update_of_group(cost: ModelCost, work: StepWork) -> GroupFlops:
-    """Counts one forward pass of a group. Each micro-batch that holds a part of the group reads its images."""
+    """Counts one forward pass of a group, in parts as in scoring."""
     parts = micro_batches_of_group(work.responses, work.rows_per_update)
     return _packed(cost, work, *_views(work, parts, both=work.updates_both_views))
 
@@ -102,7 +104,7 @@ class _View:
 
 def _views(work: StepWork, parts: int, *, both: bool) -> list[_View]:
     """Lists the views of a group that lies in `parts` micro-batches: the original one, or both."""
-    original = _View(images=parts, prompts=parts if work.shared_prefix else work.responses)
+    original = _View(images=1, prompts=parts if work.shared_prefix else work.responses)
     perturbed = _View(work.responses, work.responses) if work.perturbed_per_row else original
     return [original, perturbed] if both else [original]
 

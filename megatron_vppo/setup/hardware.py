@@ -163,15 +163,15 @@ def prompts_apart(config: RunConfig) -> str | None:
 
 
 def groups_cut(config: RunConfig) -> str | None:
-    """Returns a note for a run whose micro-batches hold parts of groups, which each read prompt and images again."""
+    """Returns a note for a run whose micro-batches hold parts of groups, which each read the prompt again."""
     actor, n = config.actor, config.rollout.n
     names = ("micro_batch_size_per_device_for_update", "micro_batch_size_per_device_for_experience")
     cut = [f"actor.{name}={getattr(actor, name)}" for name in names if getattr(actor, name) < n]
     if not shares_prompts(config) or actor.max_tokens_per_micro_batch is not None or not cut:
         return None
     return (
-        f"{' and '.join(cut)}: cuts groups of rollout.n={n} responses, and each part reads the prompt and its images "
-        f"again; set {n} or more, or fill micro-batches by tokens (actor.max_tokens_per_micro_batch)"
+        f"{' and '.join(cut)}: cuts groups of rollout.n={n} responses, and the language model reads the prompt "
+        f"again for each part; set {n} or more, or fill micro-batches by tokens (actor.max_tokens_per_micro_batch)"
     )
 
 

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from megatron_vppo.algorithm.types import Response
 from megatron_vppo.models.options import ModelOptions
+from megatron_vppo.models.stage_input import StageInput
 from megatron_vppo.parallel.checkpoint import load_checkpoint, save_checkpoint
 from megatron_vppo.parallel.gradient_reduction import GradientReduction
 from megatron_vppo.parallel.layout import Layout
@@ -66,7 +67,9 @@ class Watch:
     started_before_waiting: int = 0
     """The buckets whose reduction has begun when Megatron first waits for one."""
     shows_image: bool = False
-    """True if the tower ran here for the last micro-batch."""
+    """True if the tower ran backward here in the last micro-batch."""
+    tower_runs: int = 0
+    """The runs of the tower that the last micro-batch reads."""
     _finishes: bool = False
 
     def __post_init__(self) -> None:
@@ -80,8 +83,10 @@ class Watch:
         trainable.ddps[0].finish_grad_sync = self._finish(trainable.ddps[0].finish_grad_sync)
         first = trainable.stages[0]
         if first.vision is not None:
-            first.register_forward_pre_hook(lambda *_: setattr(self, "shows_image", False))
-            first.vision.register_forward_hook(lambda *_: setattr(self, "shows_image", True))
+            first.register_forward_pre_hook(self._count_runs)
+            # The gradient of what leaves the stage is the first of its backward pass.
+            first.register_forward_hook(lambda *passed: self._note(passed[-1], False))
+            first.vision.register_forward_hook(lambda *passed: self._note(passed[-1].merged_Mh, True))
 
     def update(self, responses: list[Response]) -> Seen:
         self.starts, self.gradients, self._finishes = [], 0, False
@@ -100,10 +105,16 @@ class Watch:
     def complete_in_backward(self) -> int:
         """The number of buckets that have all gradients by the end of the last micro-batch's backward pass."""
         vision = self.policy.trainable.stages[0].vision
-        if vision is None or self.shows_image:
+        if vision is None or (self.shows_image and self.tower_runs == 1):
             return len(self.buckets)
         tower = {parameter for parameter in vision.parameters() if parameter.requires_grad}
         return next((n for n, bucket in enumerate(self.buckets) if tower & bucket.params), len(self.buckets))
+
+    def _count_runs(self, stage: nn.Module, passed: tuple[StageInput, Tensor]) -> None:
+        self.tower_runs = len(passed[0].images) + len(passed[0].earlier)
+
+    def _note(self, output: Tensor, shows_image: bool) -> None:
+        output.register_hook(lambda _: setattr(self, "shows_image", shows_image))
 
     def _watched(self, number: int, bucket: Any, start: Any) -> Any:
         def watched(**kwargs: Any) -> None:
@@ -234,7 +245,7 @@ def _reduced() -> tuple[GradientReduction, list[DistributedDataParallel]]:
         )
         for width in (3, 30)
     ]
-    return GradientReduction(ddps, head_weight=None), ddps
+    return GradientReduction(ddps, head_weight=None, tower=[ddps[-1].module.second.weight]), ddps
 
 
 def _add(layer: nn.Linear, gradient: float) -> None:
@@ -262,7 +273,7 @@ def _some_layers(rank: int, world: int) -> list[list[float]]:
     for left_out in LEFT_OUT:
         for ddp in ddps:
             ddp.zero_grad_buffer()
-        with reduction.of_mini_batch():
+        with reduction.of_mini_batch(tower_again=False):
             with reduction.not_last():
                 _add(layers[0], 1.0)
             for number in reversed(range(4)):
@@ -292,7 +303,7 @@ def test_ranks_that_complete_different_buckets() -> None:
 def _too_late(rank: int, world: int) -> str:
     reduction, ddps = _reduced()
     first_bucket = ddps[-1].module.second
-    with reduction.of_mini_batch():
+    with reduction.of_mini_batch(tower_again=False):
         _add(first_bucket, 1.0)
         with pytest.raises(AssertionError) as error:
             _add(first_bucket, 1.0)
@@ -308,3 +319,23 @@ def test_a_gradient_that_comes_too_late_ends_the_run() -> None:
     """It would be added to a sum that other ranks are reading."""
     message = "a gradient came after the reduction of its bucket, 0, had begun"
     assert run_gloo(_too_late, 2, timeout_seconds=60) == [message] * 2
+
+
+def _tower_again(rank: int, world: int) -> tuple[bool, float]:
+    """Returns if the reduction of the tower's weight began with its first gradient, and the sum of all."""
+    reduction, ddps = _reduced()
+    tower = ddps[-1].module.second
+    with reduction.of_mini_batch(tower_again=True):
+        _add(tower, 1.0)
+        began = ddps[-1].bucket_groups[0].grad_reduce_handle is not None
+        _add(tower, 10.0)
+        reduction.start_rest()
+        for ddp in ddps:
+            ddp.finish_grad_sync()
+    parallel_state.destroy_model_parallel()
+    return began, float(tower.weight.main_grad.unique())
+
+
+@pytest.mark.distributed
+def test_a_tower_that_runs_backward_twice_is_reduced_at_the_end() -> None:
+    assert run_gloo(_tower_again, 2, timeout_seconds=60) == [(False, 22.0)] * 2

@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, PerturbKey, Response
 from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.vision.tower_run import TowerRun
 from megatron_vppo.parallel.batching import BatchSplit, ResponseBatch, View
 from megatron_vppo.parallel.packer import Packer
 from tests.parallel.responses import LARGE, SMALL, respond
@@ -108,7 +109,7 @@ def test_an_image_goes_through_the_tower_once_per_perturbation() -> None:
     views = [View(1, None), View(0, None), View(0, NOISE)]
     packed = pack(responses, views)
     batch = packed.packed
-    assert batch.grids_thw == (LARGE, SMALL, LARGE) and batch.images_of_ranks == ((0, 1, 2),)
+    assert batch.runs == (TowerRun((LARGE, SMALL, LARGE), ((0, 1, 2),)),)
     assert batch.image_token_index_I.tolist() == [0, 1, 2, 3, 5, 6, 8, 9, 10, 11, 13, 14, 15, 16]
     assert batch.image_feature_index_I.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 6, 7, 8, 9]
     assert packed.patches is not None and packed.patches.shown == (0, 1, 0), "its bytes are sent once"
@@ -122,7 +123,7 @@ def test_ranks_share_out_the_images(image_rank: int, pixels: list[float]) -> Non
     split = dataclasses.replace(WHOLE, image_ranks=3, image_rank=image_rank)
     responses = [respond([IMAGE] * 2 + [5] + [IMAGE] * 4, [11], images=[0, 1])]
     batch = pack(responses, [View(0, None)], split)
-    assert batch.packed.images_of_ranks == ((1,), (0,), ()) and shown(batch) == pixels
+    assert batch.packed.runs[0].images_of_ranks == ((1,), (0,), ()) and shown(batch) == pixels
     assert batch.patches is None or batch.patches.hidden_P is None
     assert pack(responses, [View(0, None)], split, with_tower=False).patches is None
 
@@ -160,7 +161,7 @@ def test_views_of_a_prompt_share_it() -> None:
     assert packed.positions_3K[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 3, 4], "each goes on from the prompt"
     assert packed.positions_3K[2].tolist() == [1, 1, 1, 0, 0, 0, 1, 1, 1, 1], "images of the prompt are known"
     assert packed.image_token_index_I.tolist() == [0, 1] and packed.image_feature_index_I.tolist() == [0, 1]
-    assert shown(batch) == [1.0] * 8 and packed.grids_thw == (SMALL,)
+    assert shown(batch) == [1.0] * 8 and packed.runs[0].grids_thw == (SMALL,)
     assert tokens.target_N.tolist() == [11, 12, 13, 21, 22, 31, 41, 42]
     assert tokens.hidden_index_N.tolist() == [2, 6, 7, 4, 5, 2, 2, 8]
     assert places(batch) == ([0, 0, 0, 1, 1, 2, 3, 3], [0, 1, 2, 0, 1, 0, 0, 1])

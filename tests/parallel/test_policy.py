@@ -40,6 +40,9 @@ CHANGE_TOLERANCE = 1e-4
 """Relative, of the norm of each tensor's change."""
 NORM_TOLERANCE = 1e-5
 """Relative."""
+LOSS_TOLERANCE = 2e-5
+"""Relative, of a sum of terms of both signs."""
+OTHER_SIZE_OPTIM = dataclasses.replace(RESUMED_OPTIM, eps=1e-5)
 
 CONFIGS = {
     "tied": tiny_config(tied=True, vocab=299),
@@ -192,7 +195,7 @@ def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, w
         difference = (getattr(outcome, field) - getattr(expected, field)).abs().max()
         assert difference < LOGP_TOLERANCE * (5 if field == "kl_BT" else 1), f"{where}: {field} off by {difference}"
     for name, value in expected.metrics.items():
-        assert outcome.metrics[name] == pytest.approx(value, rel=NORM_TOLERANCE), f"{where}: {name}"
+        assert outcome.metrics[name] == pytest.approx(value, rel=LOSS_TOLERANCE), f"{where}: {name}"
     assert outcome.weights.keys() == expected.weights.keys(), where
     for name, weight in expected.weights.items():
         change = weight - start[name]
@@ -203,14 +206,14 @@ def _compare(outcome: Outcome, expected: Outcome, start: dict[str, Tensor], *, w
 
 def _save_after_one_update(rank: int, world: int, folder: Path, checkpoints: Path) -> None:
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
-    policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM)
+    policy = make_policy(folder, layout, rows=2, optim=OTHER_SIZE_OPTIM)
     policy.update(make_batch(make_responses(), "nll"))
     save_checkpoint(checkpoints, step=1, trainable=policy.trainable, layout=layout, state={}, keep=1)
 
 
 def _second_update(rank: int, world: int, folder: Path, checkpoints: Path) -> dict[str, Tensor]:
     layout = init_layout(tensor=1, pipeline=1, timeout_seconds=300)
-    policy = make_policy(folder, layout, rows=2, optim=RESUMED_OPTIM)
+    policy = make_policy(folder, layout, rows=2, optim=OTHER_SIZE_OPTIM)
     load_checkpoint(checkpoints, step=1, trainable=policy.trainable, layout=layout)
     policy.update(make_batch(make_responses(), "nll"))
     return {name: tensor.clone() for name, tensor in policy.hf_weights()}
@@ -223,7 +226,7 @@ def test_resume_under_another_data_parallel_size(
     written: int, read: int, models: dict[str, tuple[Path, Outcome, dict[str, Tensor]]], tmp_path: Path
 ) -> None:
     """Weights after a second update, against those of a run that kept its size. Adam divides by the root of what it
-    summed, so the rounding of a sum over ranks is not bounded by that of the gradients: the change is compared."""
+    summed. Its eps keeps the rounding of a gradient that is nearly zero from becoming a whole step."""
     folder, _, start = models["tied"]
     run_gloo(_save_after_one_update, written, folder, tmp_path, timeout_seconds=300)
     kept, changed = (

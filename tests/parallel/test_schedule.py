@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from megatron_vppo.algorithm.types import PerturbKey
 from megatron_vppo.parallel.batching import ResponseTokens, View
+from megatron_vppo.parallel.image_runs import Showing, showings
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.schedule import ScheduleRunner
 from tests.models.tiny import save_tiny_model, tiny_config
@@ -73,7 +74,7 @@ def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None
         read.append((sorted(set(tokens.at[0].tolist())), len(hidden_C1h)))
 
     views = [[View(0, None), View(1, None)], [View(2, None)]]
-    runner.forward(make_responses(), views, collect)
+    runner.forward(make_responses(), showings(make_responses(), views), collect)
     rows = make_responses()
     prompts, answers = [len(row.prompt.token_ids) for row in rows], [len(row.token_ids) - 1 for row in rows]
     assert read == [([0, 1], prompts[0] + sum(answers[:2])), ([2], prompts[2] + answers[2])], "0 and 1 share a prompt"
@@ -94,7 +95,9 @@ def test_a_forward_pass_leaves_the_amaxes_of_fp8_alone(runner: ScheduleRunner, m
         seen.append(history[0].item())
 
     with layer.register_forward_pre_hook(note):
-        runner.forward(make_responses(), [[View(0, None)], [View(1, None)]], lambda batch, hidden_C1h: None)
+        runner.forward(
+            make_responses(), [Showing([View(0, None)]), Showing([View(1, None)])], lambda batch, hidden_C1h: None
+        )
     assert len(seen) == 2 and seen[0] > 0 and history.tolist() == [[0.0]] * 3
 
 
@@ -104,4 +107,4 @@ def test_a_token_that_the_head_cannot_score_is_refused(runner: ScheduleRunner, t
     responses[1] = dataclasses.replace(responses[1], token_ids=(5, token, 6))
     views = [[View(0, None), View(1, None), View(1, PerturbKey(1, 1))]]
     with pytest.raises(ValueError, match=f"^1 of 7 target tokens .*{reason}"):
-        runner.forward(responses, views, lambda batch, hidden: None)
+        runner.forward(responses, [Showing(view) for view in views], lambda batch, hidden: None)

@@ -20,7 +20,7 @@ from megatron_vppo.algorithm.patches import Patches, PatchValues
 from megatron_vppo.algorithm.types import ImageRef, LossSpec, PerturbKey, Prompt, Response, TrainBatch
 from megatron_vppo.config.choices import PerturbUnit
 from megatron_vppo.models.flops import ModelCost, model_cost
-from megatron_vppo.models.vision.tower import TowerPlan
+from megatron_vppo.models.vision.tower import TowerPlan, VisionFeatures
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
 from megatron_vppo.parallel.schedule import PolicySettings
@@ -179,32 +179,38 @@ def test_two_tensor_parallel_ranks_execute_little_more_than_the_floor(folder: Pa
 
 
 class ImagesRun:
-    """Counts the images that go through the tower of a policy."""
+    """Counts the images that go through the tower of a policy, forward and backward."""
 
     def __init__(self, policy: MegatronPolicy) -> None:
-        self._count = 0
+        self._forward = self._backward = 0
         tower = policy.trainable.stages[0].vision
         assert tower is not None
-        tower.register_forward_pre_hook(self._add)
+        tower.register_forward_hook(self._add)
 
-    def _add(self, tower: object, inputs: tuple[Tensor, TowerPlan]) -> None:
-        self._count += len(inputs[1].grids_thw)
+    def _add(self, tower: object, inputs: tuple[Tensor, TowerPlan], features: VisionFeatures) -> None:
+        images = len(inputs[1].grids_thw)
+        self._forward += images
+        if features.merged_Mh.requires_grad:
+            features.merged_Mh.register_hook(lambda _: self._add_backward(images))
 
-    def of(self, work: Callable[[], object]) -> int:
-        self._count = 0
+    def _add_backward(self, images: int) -> None:
+        self._backward += images
+
+    def of(self, work: Callable[[], object]) -> tuple[int, int]:
+        self._forward = self._backward = 0
         work()
-        return self._count
+        return self._forward, self._backward
 
 
-@pytest.mark.parametrize("rows_each", [len(LENGTHS), len(LENGTHS) * 3 // 2])
+@pytest.mark.parametrize("rows_each", [3, len(LENGTHS) // 2, len(LENGTHS), len(LENGTHS) * 3 // 2])
 @pytest.mark.parametrize(("per", "perturbed"), [("image", 1), (3, 3), ("row", len(LENGTHS))])
 def test_the_tower_runs_each_image_once_for_each_way_it_is_shown(
     per: PerturbUnit, perturbed: int, rows_each: int, folder: Path, layout: Layout
 ) -> None:
-    """A micro-batch has room for a group. One that is cut has its image in each of its parts (ADR 0022)."""
+    """Also where a group is cut: with three rows to a micro-batch, one has rows of two groups."""
     rows = responses()
     policy = make_policy(folder, layout, per=per, shared=True, rows_each=rows_each)
     images = ImagesRun(policy)
-    assert images.of(lambda: policy.score(rows, step=1, views="original")) == GROUPS
-    assert images.of(lambda: policy.score(rows, step=1, views="both")) == GROUPS * (1 + perturbed)
-    assert images.of(lambda: policy.accumulate_gradients(batch_of(rows))) == GROUPS
+    assert images.of(lambda: policy.score(rows, step=1, views="original")) == (GROUPS, 0)
+    assert images.of(lambda: policy.score(rows, step=1, views="both")) == (GROUPS * (1 + perturbed), 0)
+    assert images.of(lambda: policy.accumulate_gradients(batch_of(rows))) == (GROUPS, GROUPS)

@@ -23,6 +23,7 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.models.vision.tower_run import TowerRun
 from megatron_vppo.parallel.layout import Layout, init_layout
 from megatron_vppo.planning.activations import (
     Kernels,
@@ -137,8 +138,7 @@ def two_rows_of_one_image(*, ranks: int) -> PackedBatch:
         packing=Packing((ROW_TOKENS,) * ROWS),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.arange(image_tokens).repeat(ROWS),
-        grids_thw=(GRID,),
-        images_of_ranks=((0,), *((),) * (ranks - 1)),
+        runs=(TowerRun((GRID,), ((0,), *((),) * (ranks - 1))),),
     )
 
 

@@ -21,7 +21,7 @@ def test_products_by_hand() -> None:
     assert scoring.language == pytest.approx(4 * 2 * (9600 + 2000) / 1000)
     assert scoring.vision == pytest.approx(4 * 18 * 68 / 1000)
     assert update.language == pytest.approx(4 * (3 * 9600 + 4 * 2000) / 1000), "the head's logits are made twice"
-    assert update.vision == pytest.approx(4 * 3 * 4 * 68 / 1000)
+    assert update.vision == pytest.approx(4 * 3 * 2 * 68 / 1000)
     assert scoring.exchange == update.exchange == scoring.bubble == update.bubble == 0
     assert scoring.total == scoring.language + scoring.vision and scoring.host == 0
     for recompute, again, tower in (("selective", 1600, 3), ("full", 9600, 4)):
@@ -29,7 +29,7 @@ def test_products_by_hand() -> None:
         assert scoring_seconds(MODEL, WORK, layout, MACHINE) == scoring
         more = update_seconds(MODEL, WORK, layout, MACHINE)
         assert more.language == pytest.approx(4 * (3 * 9600 + 4 * 2000 + again) / 1000)
-        assert more.vision == pytest.approx(4 * tower * 4 * 68 / 1000)
+        assert more.vision == pytest.approx(4 * tower * 2 * 68 / 1000)
 
 
 def test_ranks_divide_the_products() -> None:

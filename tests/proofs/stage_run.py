@@ -24,6 +24,7 @@ from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.layers.packing import Packing
 from megatron_vppo.models.options import ModelOptions
 from megatron_vppo.models.qwen_vl import QwenVLModel
+from megatron_vppo.models.vision.tower_run import TowerRun
 from megatron_vppo.parallel.layout import Layout
 from megatron_vppo.weights.entries import stage_entries
 from megatron_vppo.weights.load_hf import load_hf_weights
@@ -63,7 +64,7 @@ def pack(rows: list[Row], pixels: dict[str, Tensor]) -> tuple[PackedBatch, Tenso
         packing=Packing(tuple(len(row.token_ids) for row in rows)),
         image_token_index_I=(ids == IMAGE).nonzero()[:, 0],
         image_feature_index_I=torch.cat(filled) if filled else torch.zeros(0, dtype=torch.int64),
-        grids_thw=tuple(GRIDS[name] for name in names),
+        runs=(TowerRun(tuple(GRIDS[name] for name in names)),) if names else (),
     )
     return batch, torch.cat([pixels[name] for name in names]) if names else None
 

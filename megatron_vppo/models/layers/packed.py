@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_vppo.models.layers.packing import Packing
+from megatron_vppo.models.vision.tower_run import KeptFeatures, TowerRun
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,11 @@ class PackedBatch:
     """int64; the places of the image tokens in K."""
     image_feature_index_I: Tensor
     """int64; the merged vision feature that fills each image token. Sequences that show the same image may point to the
-    same features; its vision forward then runs once."""
-    grids_thw: tuple[tuple[int, int, int], ...] = ()
-    """(frames, rows, columns) of each distinct image, in patches."""
-    images_of_ranks: tuple[tuple[int, ...], ...] | None = None
-    """The numbers of the images that each rank runs through the vision tower, from `assign_images` in
-    image_parallel.py. None: a single rank runs all."""
+    same features. They are numbered in the order of `earlier` and then `runs`."""
+    runs: tuple[TowerRun, ...] = ()
+    """The images that the vision tower runs on in this micro-batch."""
+    earlier: tuple[KeptFeatures, ...] = ()
+    """The features of runs in micro-batches before."""
 
     def __post_init__(self) -> None:
         tokens = self.token_ids_K.shape[0]

@@ -15,6 +15,8 @@ Three images with 4, 1 and 2 merged features on two ranks, `assign_images(...) =
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,8 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_vppo.models.layers.packed import PackedBatch
 from megatron_vppo.models.vision.tower import Grid, TowerPlan, VisionFeatures, VisionTower
+from megatron_vppo.models.vision.tower_run import KeptFeatures, TowerRun
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int
 
 @dataclass(frozen=True)
 class FeatureShares:
-    """The way of the features of a micro-batch from the ranks that share its images, to all of these ranks."""
+    """The way of the features of a run from the ranks that share its images, to all of these ranks."""
 
     rows: int
     """The features that each rank sends, padding included."""
@@ -70,46 +72,59 @@ class FeatureShares:
 
 @dataclass(frozen=True)
 class ImageWork:
-    """The images that this rank runs the tower on, and the way of their features to the other ranks."""
+    """The images of a run that this rank takes, and the way of their features to the other ranks."""
 
     tower: TowerPlan | None
     """None: this rank has no image."""
     shares: FeatureShares | None
     """None: no other rank shares the images."""
+    kept: KeptFeatures | None
+    """See TowerRun."""
+
+    @property
+    def patches(self) -> int:
+        """The patches that this rank runs the tower on."""
+        return 0 if self.tower is None else sum(math.prod(grid) for grid in self.tower.grids_thw)
 
 
-def plan_images(tower: VisionTower, batch: PackedBatch, *, rank: int, ranks: int) -> ImageWork:
-    """Plans the work on the images of a micro-batch.
+def plan_images(tower: VisionTower, run: TowerRun, *, rank: int, ranks: int) -> ImageWork:
+    """Plans the work on the images of a run of the tower.
 
     Args:
         rank: this rank's number among the `ranks` that share the images.
     """
-    images_of_ranks = batch.images_of_ranks or (tuple(range(len(batch.grids_thw))),)
+    images_of_ranks = run.images_of_ranks or (tuple(range(len(run.grids_thw))),)
     assert len(images_of_ranks) == ranks, "images are assigned to the ranks that share them"
-    own_grids = tuple(batch.grids_thw[image] for image in images_of_ranks[rank])
+    own_grids = tuple(run.grids_thw[image] for image in images_of_ranks[rank])
     shares = None
     if ranks > 1:
-        counts = [_merged_counts(batch.grids_thw, images, tower.merge) for images in images_of_ranks]
+        counts = [_merged_counts(run.grids_thw, images, tower.merge) for images in images_of_ranks]
         shares = FeatureShares(max(sum(c) for c in counts), _rows_by_image(images_of_ranks, counts))
-    return ImageWork(tower.plan(own_grids) if own_grids else None, shares)
+    return ImageWork(tower.plan(own_grids) if own_grids else None, shares, run.kept)
+
+
+def split_pixels(works: Sequence[ImageWork], pixels_PD: Tensor) -> tuple[Tensor, ...]:
+    """Cuts the patches of this rank into those of each run of the tower.
+
+    Raises:
+        ValueError: they are not those of this rank's images.
+    """
+    patches = [work.patches for work in works]
+    if sum(patches) != len(pixels_PD):
+        grids = [() if work.tower is None else work.tower.grids_thw for work in works]
+        raise ValueError(f"the grids {grids} have {sum(patches)} patches but pixels hold {len(pixels_PD)}")
+    return pixels_PD.split(patches)
 
 
 def image_parallel_features(
     tower: VisionTower, work: ImageWork, pixels_PD: Tensor, *, groups: VisionGroups, width: int
 ) -> VisionFeatures:
-    """Brings the features of all images of a micro-batch to every rank; the tower runs on this rank's images alone.
+    """Brings the features of all images of a run to every rank; the tower runs on this rank's images alone.
 
     Args:
         pixels_PD: patches of this rank's images, in the images' order; no rows where it has none.
         width: hidden size of the language model.
-
-    Raises:
-        ValueError: the pixels are not those of this rank's images.
     """
-    own_grids = () if work.tower is None else work.tower.grids_thw
-    patches = sum(frames * rows * columns for frames, rows, columns in own_grids)
-    if patches != len(pixels_PD):
-        raise ValueError(f"the grids {own_grids} have {patches} patches but pixels hold {len(pixels_PD)}")
     features = None if work.tower is None else tower(pixels_PD, work.tower)
     if work.shares is None:
         assert features is not None, "a rank that shares with no other has all images"

@@ -8,6 +8,7 @@ axis; M = merged vision features (merge x merge patches each); h = hidden size; 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,14 @@ class VisionFeatures:
     """They replace the embeddings of the image tokens."""
     deepstack_Mh: tuple[Tensor, ...] = ()
     """They are added after the first language layers, one after each."""
+
+
+def join_features(parts: Sequence[VisionFeatures]) -> VisionFeatures:
+    """Puts the features of several runs of the tower one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    taps = zip(*(part.deepstack_Mh for part in parts), strict=True)
+    return VisionFeatures(torch.cat([part.merged_Mh for part in parts]), tuple(torch.cat(tap) for tap in taps))
 
 
 class VisionTower(MegatronModule):

@@ -1,0 +1,76 @@
+"""Runs of the vision tower, and features that several micro-batches read.
+
+An image that neighbouring micro-batches show goes through the tower once, forward and backward:
+
+    micro-batch        0                       1                 2
+    forward pass       tower; reads            reads             reads
+    backward pass      its gradient waits      waits             all gradients; tower
+
+Pipeline schedules run the backward passes of a stage in the order of its forward passes, so the last reader's comes
+last.
+
+Shape suffix legend: M = merged vision features; h = hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vppo.models.vision.tower import Grid, VisionFeatures
+
+
+class KeptFeatures:
+    """The features of a run of the tower, kept for some micro-batches. Each of them reads once, in their order."""
+
+    def __init__(self, readers: int) -> None:
+        """`readers`: the micro-batches that read them, that of the run included."""
+        self._left = readers
+        self._features: tuple[Tensor, ...] = ()
+        self._waiting: tuple[Tensor, ...] = ()
+        """The same values as leaves of autograd, in whose `grad` the gradients of all readers but the last add up."""
+
+    def put(self, features: VisionFeatures) -> None:
+        """Takes the features of the run, with the tower's graph behind them unless nothing of it is trained."""
+        self._features = (features.merged_Mh, *features.deepstack_Mh)
+        self._waiting = tuple(one_Mh.detach().requires_grad_(one_Mh.requires_grad) for one_Mh in self._features)
+
+    def read(self) -> VisionFeatures:
+        """Returns the features. The graph of the tower is behind those of the last reader alone."""
+        self._left -= 1
+        if self._left:
+            return VisionFeatures(self._waiting[0], self._waiting[1:])
+        pairs = zip(self._features, self._waiting, strict=True)
+        merged_Mh, *deepstack_Mh = (_AddWaiting.apply(one_Mh, waiting_Mh) for one_Mh, waiting_Mh in pairs)
+        self._features, self._waiting = (), ()
+        return VisionFeatures(merged_Mh, tuple(deepstack_Mh))
+
+
+@dataclass(frozen=True)
+class TowerRun:
+    """Images that go through the vision tower together, in one micro-batch."""
+
+    grids_thw: tuple[Grid, ...]
+    """Each image once."""
+    images_of_ranks: tuple[tuple[int, ...], ...] | None = None
+    """The numbers of the images that each rank takes, from `assign_images` in image_parallel.py. None: a single rank
+    takes all."""
+    kept: KeptFeatures | None = None
+    """The place of the features for the micro-batches that follow. None: no other one reads them."""
+
+
+class _AddWaiting(torch.autograd.Function):
+    """Features as they are. Backward: the gradients that wait in `waiting_Mh` are added."""
+
+    @staticmethod
+    def forward(ctx: Any, features_Mh: Tensor, waiting_Mh: Tensor) -> Tensor:
+        ctx.waiting_Mh = waiting_Mh
+        return features_Mh.view_as(features_Mh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        waiting_Mh = ctx.waiting_Mh.grad
+        return grads[0] if waiting_Mh is None else grads[0] + waiting_Mh, None
