@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import get_args, get_type_hints
 
 from megatron_vppo.config.choices import (
+    DEPENDENCY_SCORES,
     AdvantageKind,
     CorrectionKind,
     CountedTokens,
@@ -90,7 +91,7 @@ class VppoSettings:
     @property
     def needs_dependency(self) -> bool:
         """True if something reads the tokens' dependency on the image."""
-        filter_reads_it = self.token_scores in ("dependency", "dependency_or_entropy", "vepo")
+        filter_reads_it = self.token_scores in DEPENDENCY_SCORES
         return (self.use_vppo_on_perception and filter_reads_it) or self.use_advantage_shaping
 
     @property

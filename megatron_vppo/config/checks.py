@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-from megatron_vppo.config.choices import GRADERS
+from megatron_vppo.config.choices import DEPENDENCY_SCORES, GRADERS
 from megatron_vppo.config.data_files import files_of, name_of, settings_of_files
 from megatron_vppo.config.method_checks import (
     check_overlong,
@@ -169,18 +169,21 @@ def check_batches(config: RunConfig) -> None:
 def check_micro_batch_tokens(config: RunConfig) -> None:
     """Refuses micro-batches that the longest row would not fit."""
     most, data = config.actor.max_tokens_per_micro_batch, config.data
-    longest = data.max_prompt_length + data.max_response_length - 1  # the last token is not read
+    longest = data.max_prompt_length + data.max_response_length - 1  # an update does not read the last token
     if most is not None and most < 2 * longest and _updates_both_views(config):
         raise ValueError(
             f"actor.max_tokens_per_micro_batch is {most}, and both views of the longest row, which the perception loss "
             f"reads at once, have 2 x {longest} tokens; set at least {2 * longest}, or "
             "algorithm.perception_gradient=original_view"
         )
-    if most is not None and most < longest:
+    in_scoring, counted = longest, " - 1"
+    if _reads_to_end(config):
+        in_scoring, counted = longest + 1, ", all of which algorithm.dependency 'visual_focus' reads"
+    if most is not None and most < in_scoring:
         raise ValueError(
-            f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {longest} tokens "
-            f"(data.max_prompt_length {data.max_prompt_length} + data.max_response_length {data.max_response_length} - "
-            f"1); set at least {longest}"
+            f"actor.max_tokens_per_micro_batch is {most}, and the longest row has {in_scoring} tokens "
+            f"(data.max_prompt_length {data.max_prompt_length} + data.max_response_length {data.max_response_length}"
+            f"{counted}); set at least {in_scoring}"
         )
 
 
@@ -320,6 +323,13 @@ def check_policy_loss(config: RunConfig) -> None:
 
 def _updates_both_views(config: RunConfig) -> bool:
     return config.algorithm.perception_loss_coef > 0 and config.algorithm.perception_gradient == "both_views"
+
+
+def _reads_to_end(config: RunConfig) -> bool:
+    """Returns True if scoring reads the last tokens of responses, too: visual_focus compares their hidden states."""
+    algorithm = config.algorithm
+    filters = algorithm.use_vppo_on_perception and algorithm.token_scores in DEPENDENCY_SCORES
+    return algorithm.dependency == "visual_focus" and (filters or algorithm.use_advantage_shaping)
 
 
 def check_carry(config: RunConfig) -> None:

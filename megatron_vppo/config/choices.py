@@ -86,6 +86,9 @@ PolicyLoss = Literal["clip", "gspo", "cispo", "sapo", "reinforce"]
 TokenScores = Literal["dependency", "entropy", "dependency_or_entropy", "vepo", "random"]
 """The numbers by which the token filter ranks tokens."""
 
+DEPENDENCY_SCORES = frozenset[TokenScores]({"dependency", "dependency_or_entropy", "vepo"})
+"""Those that are made of the tokens' dependency."""
+
 TokenWeighting = Literal["mask", "soft", "pgpo", "vgpo"]
 """The weights that tokens get from their scores."""
 

@@ -51,6 +51,11 @@ def update_per(config: RunConfig) -> PerturbUnit | None:
     return config.algorithm.perturb.per if vppo_settings(config).updates_both_views else None
 
 
+def scores_to_end(config: RunConfig) -> bool:
+    """Returns True if scoring reads the last tokens of responses, too."""
+    return vppo_settings(config).needs_visual_focus
+
+
 def divide_step(config: RunConfig, *, data: int) -> Batches:
     """Divides a step over `data` data-parallel ranks, as rows of equal length are."""
     rollout, actor, parallel = config.rollout, config.actor, config.parallel
@@ -74,6 +79,7 @@ def divide_step(config: RunConfig, *, data: int) -> Batches:
             data=data,
             per=per,
             most_tokens=None if most is None else most * (1 if per is None else 2),
+            to_end=scores_to_end(config),
         ),
         update=update,
         bubble=pipeline_bubble(
@@ -92,11 +98,13 @@ def _share(
     data: int,
     per: PerturbUnit | None,
     most_tokens: int | None,
+    to_end: bool = False,
 ) -> RankShare:
     """
     Args:
         per: the rows that have a perturbed view in common; None: no perturbed view is read.
         most_tokens: of a micro-batch, in all its views; None: it has `rows_each` rows.
+        to_end: the last tokens of responses are read, too.
     """
     groups_of_ranks, group_rows = assign_to_ranks([1] * groups, num_ranks=data), config.rollout.n
     fullest = max(len(mine) for mine in groups_of_ranks)
@@ -104,16 +112,16 @@ def _share(
         rows=fullest * group_rows,
         micro_batches=len(cut_by_rows([tuple(range(group_rows))] * fullest, rows_each=rows_each))
         if most_tokens is None
-        else _filled(config, fullest, most_tokens, per=per),
+        else _filled(config, fullest, most_tokens, per=per, to_end=to_end),
         idle=tuple(rank for rank, mine in enumerate(groups_of_ranks) if not mine),
         load=groups / data / fullest,
     )
 
 
-def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUnit | None) -> int:
+def _filled(config: RunConfig, groups: int, most_tokens: int, *, per: PerturbUnit | None, to_end: bool) -> int:
     """Counts the micro-batches that groups of the longest rows fill."""
     data = config.data
-    reading = Reading(shares_prompts(config), per, patch_work=0.0)
+    reading = Reading(shares_prompts(config), per, patch_work=0.0, to_end=to_end)
     prompt = Prompt("train", 0, "", "", (0,) * data.max_prompt_length, (), (ImageRef("train", 0, 0),), ((1, 1, 1),))
     words, logps = (0,) * data.max_response_length, (0.0,) * data.max_response_length
     samples = range(config.rollout.n)

@@ -47,21 +47,30 @@ def update_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: 
     return _views_of_largest(runner, responses, micro_batches, per=per)
 
 
-def score_views(runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit | None) -> list[View]:
+def score_views(
+    runner: ScheduleRunner, responses: Sequence[Response], *, per: PerturbUnit | None, to_end: bool
+) -> list[View]:
     """Returns the views of this rank's largest micro-batch of scoring: its rows, and the rows with perturbed images.
 
     Args:
         per: the rows that have a perturbed view in common; None: no perturbed view is read.
+        to_end: see View.
     """
-    micro_batches = runner.scoring_micro_batches(responses, both_views=per is not None)
-    return _views_of_largest(runner, responses, micro_batches, per=per)
+    micro_batches = runner.scoring_micro_batches(responses, both_views=per is not None, to_end=to_end)
+    return _views_of_largest(runner, responses, micro_batches, per=per, to_end=to_end)
 
 
 def _views_of_largest(
-    runner: ScheduleRunner, responses: Sequence[Response], micro_batches: Sequence[Rows], *, per: PerturbUnit | None
+    runner: ScheduleRunner,
+    responses: Sequence[Response],
+    micro_batches: Sequence[Rows],
+    *,
+    per: PerturbUnit | None,
+    to_end: bool = False,
 ) -> list[View]:
     rows = _largest(responses, micro_batches, runner.reading(both_views=per is not None))
-    return views_of(rows, [None if per is None else PerturbKey.of(response, 1, per=per) for response in responses])
+    keys = [None if per is None else PerturbKey.of(response, 1, per=per) for response in responses]
+    return views_of(rows, keys, to_end=to_end)
 
 
 def _largest(responses: Sequence[Response], micro_batches: Sequence[Rows], reading: Reading) -> Rows:

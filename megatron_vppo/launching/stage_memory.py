@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vppo.algorithm.types import Response
 from megatron_vppo.config.schema import RunConfig
-from megatron_vppo.launching.batches import Batches, in_flight, scoring_per, update_per
+from megatron_vppo.launching.batches import Batches, in_flight, scores_to_end, scoring_per, update_per
 from megatron_vppo.launching.fake_world import META, fake_rank, meta_device
 from megatron_vppo.launching.longest_rows import ZeroPixels
 from megatron_vppo.launching.meta_step import StepBytes, run_step, score_views, sizes_of, update_views
@@ -96,7 +96,8 @@ def report_stage(
         step = run_step(trainable, layout, runner, responses, updated)
         per = scoring_per(config)
         limit = runner.scoring_limit(both_views=per is not None)
-        in_scoring = runner.packer.pack(responses, score_views(runner, responses, per=per), limit=limit)
+        views = score_views(runner, responses, per=per, to_end=scores_to_end(config))
+        in_scoring = runner.packer.pack(responses, views, limit=limit)
         flight = in_flight(
             layout.pipeline,
             rank=layout.pipeline_rank,

@@ -107,6 +107,14 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
         },
         ["max_tokens_per_micro_batch is 4094", "row has 4095 tokens", "2048 - 1", "set at least 4095"],
     ),
+    (
+        {
+            "algorithm": {"dependency": "visual_focus"},
+            "actor": {"max_tokens_per_micro_batch": 4095},
+            "data": {"max_prompt_length": 2048, "max_response_length": 2048},
+        },
+        ["max_tokens_per_micro_batch is 4095", "row has 4096 tokens", "'visual_focus' reads", "set at least 4096"],
+    ),
     ({"rollout": {"top_k": 0}}, ["rollout.top_k is 0", "-1 (off)"]),
     ({"rollout": {"val": {"temperature": 0, "n": 4}}}, ["val.temperature is 0", "all 4", "rollout.val.n=1"]),
     ({"rollout": {"top_p": 0.9}, "algorithm": {"rollout_correction_cap": 2}}, ["cap 2.0", "top_p 0.9", "top_p=1"]),
@@ -268,6 +276,20 @@ POSSIBLE: list[dict[str, dict[str, Any]]] = [
         "algorithm": {"perception_loss_coef": 0.01},
         "data": {"max_prompt_length": 40, "max_response_length": 11},
         "actor": {"max_tokens_per_micro_batch": 100},
+    },
+    {
+        "algorithm": {"dependency": "visual_focus"},
+        "data": {"max_prompt_length": 40, "max_response_length": 11},
+        "actor": {"max_tokens_per_micro_batch": 51},
+    },
+    {  # nothing reads the dependency
+        "algorithm": {
+            "dependency": "visual_focus",
+            "use_advantage_shaping": False,
+            "token_scores": "entropy",
+        },
+        "data": {"max_prompt_length": 40, "max_response_length": 11},
+        "actor": {"max_tokens_per_micro_batch": 50},
     },
     {"algorithm": {"policy_loss": "gspo", "loss_avg_mode": "fixed_length", "advantage": "dr_grpo"}},
     {"rollout": {"val": {"temperature": 0}}},

@@ -57,6 +57,13 @@ def test_both_views_in_the_update_fill_more_micro_batches() -> None:
     assert (once.update.micro_batches, once.score.micro_batches) == (1, 2), "both scored: twice the limit"
 
 
+def test_scoring_that_reads_the_last_tokens_fills_more_micro_batches() -> None:
+    """With them a group is 40 + 3 x 9 = 67 tokens: three, not four, to 256 tokens. The update goes without."""
+    config = run_config(actor={"max_tokens_per_micro_batch": 256}, algorithm={"dependency": "visual_focus"})
+    batches = divide_step(config, data=1)
+    assert (batches.update.micro_batches, batches.score.micro_batches) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("data", "two_stages", "four_stages"), [(4, 2, 4), (16, 6, 16), (32, 11, 27), (64, 20, 43), (128, 33, 60)]
 )

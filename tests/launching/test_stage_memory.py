@@ -196,6 +196,22 @@ def test_both_views_in_the_update_are_kept() -> None:
     assert both.score.total == pytest.approx(once.score.total / 2, rel=0.01)
 
 
+def test_scoring_that_reads_the_last_tokens_takes_as_much_more() -> None:
+    """One row has 257 tokens rather than 256 where the hidden state of its last token is compared."""
+    shape: dict[str, Any] = {
+        "data": {"max_prompt_length": 200, "max_response_length": 57, "max_pixels": 4 * 28 * 28},
+        "actor": {"micro_batch_size_per_device_for_experience": 1},
+        "rollout": {"n": 2},
+    }
+    unread = {"use_vppo_on_perception": False, "use_advantage_shaping": False}
+    usual, to_end = (
+        report(run_config(**shape, algorithm=algorithm), small_config("qwen2_5_vl"), rank=0, world_size=1, data=1)
+        for algorithm in (unread, {"dependency": "visual_focus"})
+    )
+    assert to_end.score.layers == pytest.approx(usual.score.layers * 257 / 256, rel=1e-4)
+    assert to_end.step == usual.step
+
+
 def test_micro_batches_of_tokens_hold_long_rows_or_many_images() -> None:
     """640 tokens: two groups of 200 + 2 x 56 tokens, padded to 640; or four prompts of an image of 96 and three more
     tokens, padded to ten sixteenths."""
