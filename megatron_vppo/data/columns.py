@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_vppo.config.choices import ImagePlace
 
@@ -39,3 +41,35 @@ class Columns:
     images: Column | None
     """Each cell holds a path, encoded bytes or a {'bytes', 'path'}, or a list of them. None: no row has images."""
     image_place: ImagePlace
+
+
+DATA_SOURCE, EXTRA_INFO = "data_source", "extra_info"
+"""The columns that verl's reward functions receive."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowExtras:
+    """The further columns of a row that reward functions receive, as they are stored; None where it has no value."""
+
+    data_source: Any = None
+    extra_info: Any = None
+
+    def to_bytes(self) -> bytes:
+        """Returns what `from_bytes` reads. A pickle, because dates and bytes of parquet are not for JSON.
+
+        Raises ValueError for values that are too deep.
+        """
+        try:
+            return pickle.dumps((self.data_source, self.extra_info))
+        except RecursionError as error:
+            raise ValueError(
+                f"columns {DATA_SOURCE!r} and {EXTRA_INFO!r} hold records too deep for a reward worker: {error}"
+            ) from error
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> RowExtras:
+        """Reads what `to_bytes` returned, in a process that this one trusts."""
+        return cls(*pickle.loads(data))
+
+
+NO_EXTRAS = RowExtras()

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from megatron_vppo.config.choices import ImagePlace
-from megatron_vppo.data.columns import Column, Columns
+from megatron_vppo.data.columns import DATA_SOURCE, EXTRA_INFO, Column, Columns, RowExtras
 from megatron_vppo.data.conversation import (
     BadTurns,
     Conversation,
@@ -131,6 +131,18 @@ class VisionDataset:
         if not isinstance(value, str | int | float | Decimal | date | time) or not str(value).strip():
             raise self.error(row, f"column {column.name!r} holds no answer: {str(value)[:80]!r}")
         return self._whole_text(row, column.name, str(value))
+
+    def extras(self, row: int) -> RowExtras:
+        """Returns what the row has for reward functions, in columns of verl's names. Raises RowError."""
+        return RowExtras(*(self._stored(row, name) for name in (DATA_SOURCE, EXTRA_INFO)))
+
+    def _stored(self, row: int, name: str) -> Any:
+        if name not in self._rows.columns:
+            return None
+        try:
+            return self._rows.as_stored(self._numbers[row], name)
+        except BadRow as error:
+            raise self.error(row, f"column {name!r}: {error}") from error
 
     def _turns(self, row: int, cell: Any) -> Conversation:
         try:

@@ -43,14 +43,17 @@ class _JsonTexts:
         return len(self._begins)
 
     def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
-        value = self._object(row).get(column)
+        value = self._object(row, _loads_as_written).get(column)
         for name in inside:
             value = value.get(name) if isinstance(value, dict) else None
         return _as_written(value)
 
-    def _object(self, row: int) -> dict[str, Any]:
+    def as_stored(self, row: int, column: str) -> Any:
+        return self._object(row, json.loads).get(column)
+
+    def _object(self, row: int, loads: Callable[[str], Any]) -> dict[str, Any]:
         text = self._bytes[self._begins[row] : self._ends[row]]
-        found = _parse(text.removeprefix(codecs.BOM_UTF8) if row == 0 else text)
+        found = _parse(text.removeprefix(codecs.BOM_UTF8) if row == 0 else text, loads)
         if not isinstance(found, dict):
             raise BadRow(f"{self.piece} holds one JSON object, and this one holds {text.strip()[:40]!r}")
         return found
@@ -60,7 +63,7 @@ class _JsonTexts:
         names: dict[str, None] = {}
         for row in range(len(self)):
             try:
-                names.update(dict.fromkeys(self._object(row)))
+                names.update(dict.fromkeys(self._object(row, _loads_as_written)))
             except BadRow:
                 continue
         return tuple(names)
@@ -162,10 +165,10 @@ def _mapped(path: Path) -> Any:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
-def _parse(data: bytes) -> Any:
-    """Parses JSON with numbers as the text that they are written as, and NaN as no value. Raises BadRow."""
+def _parse(data: bytes, loads: Callable[[str], Any]) -> Any:
+    """Parses JSON. Raises BadRow."""
     try:
-        return json.loads(data.decode("utf-8"), parse_int=str, parse_float=str, parse_constant=_constant)
+        return loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadRow(f"not UTF-8 text: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -175,6 +178,11 @@ def _parse(data: bytes) -> Any:
 def _as_written(value: Any) -> Any:
     """Returns a boolean as JSON writes it, and everything else as it is."""
     return str(value).lower() if isinstance(value, bool) else value
+
+
+def _loads_as_written(text: str) -> Any:
+    """Parses JSON with numbers as the text that they are written as, and NaN as no value."""
+    return json.loads(text, parse_int=str, parse_float=str, parse_constant=_constant)
 
 
 def _constant(name: str) -> str | None:

@@ -221,6 +221,7 @@ def load_prompts(
     max_images: int,
     on_bad_row: BadRows,
     num_workers: int,
+    with_extras: bool = False,
     cache: RowCache | None = None,
 ) -> PromptSet:
     """Checks and tokenises every row. Prompts that are too long are left out, counted and reported.
@@ -229,6 +230,7 @@ def load_prompts(
         max_images: a row with more is a bad one, since the rollout engine takes no more.
         on_bad_row: 'error' raises, 'skip' leaves the row out.
         num_workers: processes that share the work if there are enough rows; the result does not depend on it.
+        with_extras: a row is a bad one, too, if a reward function could not get its extras.
         cache: where the outcome of an earlier check may be, and where that of this one goes.
 
     Raises:
@@ -244,6 +246,7 @@ def load_prompts(
             max_images=max_images,
             on_bad_row=on_bad_row,
             num_workers=num_workers,
+            with_extras=with_extras,
         )
         if cache is not None:
             cache.save(checked)
@@ -273,6 +276,7 @@ def _check_all(
     max_images: int,
     on_bad_row: BadRows,
     num_workers: int,
+    with_extras: bool,
 ) -> CheckedRows:
     """See `load_prompts`."""
     too_long: list[int] = []
@@ -283,7 +287,13 @@ def _check_all(
     def usable_rows() -> Iterator[tuple[int, TokenIds, Grids]]:
         # No name holds the iterator: an error of a row then ends the workers at once, not when its traceback is let go.
         for row, outcome in enumerate(
-            of_rows(_check_row, (dataset, builder), rows=len(dataset), workers=workers, rows_per_chunk=_ROWS_PER_CHUNK)
+            of_rows(
+                _check_row,
+                (dataset, builder, with_extras),
+                rows=len(dataset),
+                workers=workers,
+                rows_per_chunk=_ROWS_PER_CHUNK,
+            )
         ):
             if isinstance(outcome, _UsableRow) and (images := len(outcome.grids)) > max_images:
                 outcome = dataset.error(row, f"{images} images; rollout.max_images_per_prompt is {max_images}")
@@ -315,10 +325,12 @@ class _UsableRow:
 Outcome = _UsableRow | RowError
 
 
-def _check_row(dataset: VisionDataset, builder: PromptBuilder, row: int) -> Outcome:
+def _check_row(dataset: VisionDataset, builder: PromptBuilder, with_extras: bool, row: int) -> Outcome:
     try:
         problem = dataset.problem(row)
         dataset.answer(row)
+        if with_extras:
+            dataset.extras(row).to_bytes()
         num_images = len(dataset.image_cells(row))
         compact_ids = builder.compact_ids(problem, num_images=num_images, system=dataset.system(row))
         grids = []

@@ -18,11 +18,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, BinaryIO, cast
 
 from megatron_vppo.algorithm.types import Response, Reward
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_worker import AnyReward, Ungraded, read_message, reward_to_text, write_request
 from megatron_vppo.data.text_decoder import TextDecoder
@@ -55,6 +56,7 @@ class RewardPool:
         num_workers: int,
         num_batch_workers: int,
         timeout_seconds: float,
+        extras: Callable[[str, int], RowExtras] | None = None,
     ) -> None:
         """
         Args:
@@ -64,11 +66,14 @@ class RewardPool:
                 worker if there are several, each with a part of them in order.
             timeout_seconds: for one response. A batch of n may take min(n, 60) times as long. If it fails or takes
                 longer, its responses are graded again one by one, so that only the culprits get zero.
+            extras: reads what a row, of a split and a number, has for reward functions besides its answer. It is called
+                when a response goes to a worker, and only for functions that get it.
 
         Raises:
             ValueError: the function cannot be loaded.
         """
         self._timeout_seconds = timeout_seconds
+        self._extras = extras
         self._decoder = TextDecoder(tokenizer)
         self._tokenizer = os.fdopen(os.memfd_create("tokenizer"), "wb")
         self._tokenizer.write(tokenizer.encode())
@@ -90,6 +95,7 @@ class RewardPool:
             self._workers.append(first)
             first.wait_until_ready()
             self.convention, self.grades_batches = first.convention, first.grades_batches
+            self._reads_extras = first.reads_extras
             for _ in range(1, num_batch_workers if self.grades_batches else num_workers):
                 self._workers.append(_Worker(*self._arguments))
             for worker in self._workers:
@@ -177,8 +183,19 @@ class RewardPool:
                 worker.wait_until_ready()
                 job = self._jobs.popleft()
                 limit_seconds = self._timeout_seconds * min(len(job), _MAX_BATCH_TIMEOUTS)
-                worker.start(job, [_ungraded(self._ungraded[ticket]) for ticket in job], limit_seconds)
+                worker.start(job, self._request(job), limit_seconds)
                 self._busy.register(worker.answers, selectors.EVENT_READ, worker)
+
+    def _request(self, job: Job) -> list[Ungraded]:
+        responses = [self._ungraded[ticket] for ticket in job]
+        rows = [(one.prompt.split, one.prompt.row) for one in responses]
+        extras: dict[tuple[str, int], bytes] = {}
+        if self._reads_extras and self._extras is not None:
+            extras = {row: self._extras(*row).to_bytes() for row in dict.fromkeys(rows)}
+        return [
+            Ungraded(one.token_ids, one.prompt.answer, *row, extras.get(row, b""))
+            for one, row in zip(responses, rows, strict=True)
+        ]
 
     def _working(self) -> list[_Worker]:
         return [key.data for key in self._busy.get_map().values()]
@@ -216,11 +233,6 @@ def _parts(count: int, number: int) -> list[Job]:
     return [tuple(range(count * i // number, count * (i + 1) // number)) for i in range(number)]
 
 
-def _ungraded(response: Response) -> Ungraded:
-    prompt = response.prompt
-    return Ungraded(response.token_ids, prompt.answer, prompt.split, prompt.row)
-
-
 def _reward(score: dict[str, Any]) -> Reward:
     vote = score.pop("vote") if isinstance(score.get("vote"), str) else None  # a user's metric is a number
     metrics = {name: value for name, value in score.items() if name not in ("overall", "accuracy")}
@@ -255,6 +267,8 @@ class _Worker:
         """The kind of function, for a person, once it is ready."""
         self.grades_batches = False
         """True if it takes lists, once it is ready."""
+        self.reads_extras = False
+        """True if it takes what rows have besides their answers, once it is ready."""
 
     def wait_until_ready(self) -> None:
         """Waits for the process to load the function.
@@ -287,6 +301,7 @@ class _Worker:
             self.kill()
             raise ValueError(f"the reward function cannot be loaded:\n{answer['fatal']}")
         self.convention, self.grades_batches = answer["convention"], answer["batch"]
+        self.reads_extras = answer["reads_extras"]
         self._ready = True
 
     def start(self, job: Job, ungraded: Sequence[Ungraded], limit_seconds: float) -> None:

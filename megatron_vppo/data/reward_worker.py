@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, BinaryIO, TypeAlias
 
+from megatron_vppo.data.columns import NO_EXTRAS, RowExtras
 from megatron_vppo.data.graders.weighted import BuiltInReward, load_graders, weighted_sum
 from megatron_vppo.data.text_decoder import TextDecoder
-from megatron_vppo.data.user_reward import Graded, UserReward, find_convention, grade, load_function
+from megatron_vppo.data.user_reward import Graded, UserReward, find_convention, grade, load_function, reads_extras
 from megatron_vppo.system.processes import die_with_parent
 
 _HEADER = struct.Struct("<Q")
@@ -40,6 +41,8 @@ class Ungraded:
     ground_truth: str
     split: str
     row: int
+    extras: bytes = b""
+    """The row's `RowExtras` as bytes; none if the function does not read them."""
 
 
 def write_message(stream: BinaryIO, message: Any) -> None:
@@ -61,20 +64,24 @@ def _read_whole(stream: BinaryIO, size: int) -> bytes:
 
 
 def write_request(stream: BinaryIO, ungraded: Sequence[Ungraded]) -> None:
-    """Sends responses to be graded."""
-    data = json.dumps([(len(one.token_ids), one.ground_truth, one.split, one.row) for one in ungraded]).encode()
+    """Sends responses to be graded. Extras go once for all responses that have the same."""
+    extras = {data: number for number, data in enumerate(dict.fromkeys(one.extras for one in ungraded))}
+    rows = [(len(one.token_ids), one.ground_truth, one.split, one.row, extras[one.extras]) for one in ungraded]
+    data = json.dumps({"extras": [len(one) for one in extras], "responses": rows}).encode()
     tokens = [array(_TOKEN, one.token_ids).tobytes() for one in ungraded]
-    stream.write(b"".join([_HEADER.pack(len(data)), data, *tokens]))
+    stream.write(b"".join([_HEADER.pack(len(data)), data, *extras, *tokens]))
     stream.flush()
 
 
 def read_request(stream: BinaryIO) -> list[Ungraded]:
     """Reads what `write_request` has sent. Raises EOFError if the other side is gone."""
     ungraded: list[Ungraded] = []
-    for length, ground_truth, split, row in read_message(stream):
+    request = read_message(stream)
+    extras = [_read_whole(stream, size) for size in request["extras"]]
+    for length, ground_truth, split, row, own in request["responses"]:
         token_ids = array(_TOKEN)
         token_ids.frombytes(_read_whole(stream, length * token_ids.itemsize))
-        ungraded.append(Ungraded(token_ids.tolist(), ground_truth, split, row))
+        ungraded.append(Ungraded(token_ids.tolist(), ground_truth, split, row, extras[own]))
     return ungraded
 
 
@@ -103,6 +110,7 @@ class LoadedReward:
     """The kind of function, for a person."""
     batch: bool
     """True if it is called with all responses of a request, and may compare them."""
+    reads_extras: bool = False
 
 
 def load_reward(reward: AnyReward) -> LoadedReward:
@@ -111,7 +119,12 @@ def load_reward(reward: AnyReward) -> LoadedReward:
         case UserReward():
             function = load_function(reward)
             convention = find_convention(function, reward)
-            return LoadedReward(partial(grade, function, convention, reward), str(convention), convention.batch)
+            return LoadedReward(
+                partial(grade, function, convention, reward),
+                str(convention),
+                convention.batch,
+                reads_extras(function, convention, reward),
+            )
         case BuiltInReward():
             graders, weights, main = load_graders(reward), reward.weights, reward.main
 
@@ -161,7 +174,9 @@ def main() -> None:
     except ValueError as error:
         write_message(answers, {"fatal": str(error)})
         return
-    write_message(answers, {"convention": loaded.convention, "batch": loaded.batch})
+    write_message(
+        answers, {"convention": loaded.convention, "batch": loaded.batch, "reads_extras": loaded.reads_extras}
+    )
     while True:
         try:
             ungraded = read_request(requests)
@@ -170,12 +185,16 @@ def main() -> None:
         try:
             texts = [decoder.decode(one.token_ids) for one in ungraded]
             responses = [
-                Graded(text, len(one.token_ids), one.ground_truth, one.split, one.row)
+                Graded(text, len(one.token_ids), one.ground_truth, one.split, one.row, _extras_of(one))
                 for text, one in zip(texts, ungraded, strict=True)
             ]
             write_message(answers, {"scores": loaded.grade(responses), "texts": texts})
         except BaseException as error:  # sys.exit() as well
             write_message(answers, _describe(error))
+
+
+def _extras_of(one: Ungraded) -> RowExtras:
+    return RowExtras.from_bytes(one.extras) if one.extras else NO_EXTRAS
 
 
 def _description(descriptor: int) -> str:

@@ -44,6 +44,9 @@ class DataRows(Protocol):
             inside: names of fields, where the column holds records: ('a', 'b') is the field b of the field a.
         """
 
+    def as_stored(self, row: int, column: str) -> Any:
+        """Returns a value with its numbers as numbers; None if the row has none. Raises BadRow as `cell` does."""
+
     def place(self, row: int) -> str | None:
         """Names where the row is, for messages, if its number does not say it: 'line 3', 'b.jsonl, line 3'."""
 
@@ -65,6 +68,11 @@ class ChainedRows:
         rows = self._files[number]
         # A damaged line is reported for any column, also in a file in which no line could be read.
         return rows.cell(within, column, inside) if column in rows.columns or not rows.columns else None
+
+    def as_stored(self, row: int, column: str) -> Any:
+        number, within = self._find(row)
+        rows = self._files[number]
+        return rows.as_stored(within, column) if column in rows.columns else None
 
     def place(self, row: int) -> str | None:
         number, within = self._find(row)
@@ -90,6 +98,9 @@ class ImageRows:
 
     def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
         return self._rows.cell(row, "file_name" if column == "image" else column, inside)
+
+    def as_stored(self, row: int, column: str) -> Any:
+        return self._rows.as_stored(row, column)
 
     def place(self, row: int) -> str | None:
         return self._rows.place(row)
@@ -143,6 +154,9 @@ class ArrowRows:
     def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
         return plain_value(_field_of(self._table.column(column)[row], inside))
 
+    def as_stored(self, row: int, column: str) -> Any:
+        return _stored_value(self._table.column(column)[row])
+
     def place(self, row: int) -> str | None:
         return None
 
@@ -161,7 +175,13 @@ class DatasetRows:
         return len(self._table)
 
     def cell(self, row: int, column: str, inside: Sequence[str] = ()) -> Any:
-        return plain_value(_field_of(self._table.select_columns([column])[row].column(0)[0], inside))
+        return plain_value(_field_of(self._value(row, column), inside))
+
+    def as_stored(self, row: int, column: str) -> Any:
+        return _stored_value(self._value(row, column))
+
+    def _value(self, row: int, column: str) -> pa.Scalar:
+        return self._table.select_columns([column])[row].column(0)[0]
 
     def place(self, row: int) -> str | None:
         return None
@@ -181,18 +201,25 @@ def _field_of(value: pa.Scalar, inside: Sequence[str]) -> pa.Scalar:
     return value
 
 
+def _stored_value(value: pa.Scalar) -> Any:
+    """Returns an Arrow value as Python has it. Raises BadRow for one that Python does not have."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 text: {error}") from error
+    except (ValueError, OverflowError) as error:  # two fields of a name, a date out of range
+        raise BadRow(f"a value that cannot be read: {error}") from error
+
+
 def plain_value(value: pa.Scalar) -> Any:
     """Returns an Arrow value as Python has it; a floating-point number as the shortest text that its type reads back.
 
     A float32 0.1 is '0.1', where Python's float would be 0.10000000149011612. A whole number is written without a
     fraction, because integers next to a missing value are stored as floating point.
 
-    Raises BadRow for text that is not UTF-8.
+    Raises BadRow for a value that Python does not have, such as text that is not UTF-8.
     """
-    try:
-        found = value.as_py()
-    except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 text: {error}") from error
+    found = _stored_value(value)
     if found is None or not pa.types.is_floating(value.type):
         return found
     if found != found:  # NaN, as pandas writes a missing number

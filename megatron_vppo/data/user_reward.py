@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vppo.config.choices import RewardType
+from megatron_vppo.data.columns import DATA_SOURCE, EXTRA_INFO, NO_EXTRAS, RowExtras
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class UserReward:
     """By name, the same in every call."""
     reward_type: RewardType
     data_sources: Mapping[str, str]
-    """The data set that rows of a split come from, by split, for functions of verl."""
+    """The data set that rows of a split come from, by split, for functions of verl and rows that name none."""
 
     def __str__(self) -> str:
         return f"{self.file}:{self.name}"
@@ -48,6 +49,8 @@ class Graded:
     """The answer of the data set row."""
     split: str
     row: int
+    extras: RowExtras = NO_EXTRAS
+    """This response's own copy: a function may change it."""
 
 
 # --- Conventions ------------------------------------------------------------------------------------------------------
@@ -138,10 +141,23 @@ def call(function: Callable[..., Any], convention: Convention, reward: UserRewar
             for one in graded
         ]
         return function(items if convention.batch else items[0], **reward.arguments)
-    names = convention.required + tuple(name for name in convention.optional if _takes(function, name))
+    names = _given(function, convention)
     columns = {name: [_value(one, name.removesuffix("s"), reward) for one in graded] for name in names}
     values = columns if convention.batch else {name: column[0] for name, column in columns.items()}
     return function(**{**values, **reward.arguments})
+
+
+def reads_extras(function: Callable[..., Any], convention: Convention, reward: UserReward) -> bool:
+    """Returns True if a function is called with what its rows have besides the answer."""
+    if convention not in BY_NAME:
+        return False
+    given = {name.removesuffix("s") for name in _given(function, convention) if name not in reward.arguments}
+    return not given.isdisjoint((DATA_SOURCE, EXTRA_INFO))
+
+
+def _given(function: Callable[..., Any], convention: Convention) -> tuple[str, ...]:
+    """Returns the names of the parameters that a call of a function gives it by a convention."""
+    return convention.required + tuple(name for name in convention.optional if _takes(function, name))
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
@@ -153,12 +169,25 @@ def _value(one: Graded, name: str, reward: UserReward) -> Any:
     """Returns the value of a parameter; that of lists has its name with an s."""
     match name:
         case "data_source":
-            return reward.data_sources[one.split]
+            own = one.extras.data_source
+            return reward.data_sources[one.split] if own is None else own
         case "extra_info":
-            return {"split": one.split.partition("/")[0], "index": one.row}
+            return _extra_info(one)
         case "ground_truth":
             return one.ground_truth
     return one.response
+
+
+def _extra_info(one: Graded) -> Any:
+    """Returns the row's own, with the entries that verl adds where it has none of that name.
+
+    A row without one gets the two entries that verl's own data sets have in theirs.
+    """
+    own = one.extras.extra_info
+    if own is None:
+        own = {"split": one.split.partition("/")[0], "index": one.row}
+    # Two turns: the question and the response.
+    return {"num_turns": 2, "rollout_reward_scores": {}, **own} if isinstance(own, dict) else own
 
 
 # --- Results ----------------------------------------------------------------------------------------------------------

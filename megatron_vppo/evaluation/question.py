@@ -71,6 +71,9 @@ class _QuestionRows:
             return [image.read() for image in question.images]
         return getattr(question, column)
 
+    def as_stored(self, row: int, column: str) -> Any:
+        return self.cell(row, column)
+
     def place(self, row: int) -> str:
         question = self._questions[row]
         return f"question {question.id}, {question.place}"

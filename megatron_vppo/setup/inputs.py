@@ -17,6 +17,7 @@ from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.prompts import PromptBuilder, PromptSet, load_prompts, read_template
 from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.model_files import ModelFiles
+from megatron_vppo.setup.rewards import has_user_function
 from megatron_vppo.setup.row_key import row_cache
 
 
@@ -151,5 +152,6 @@ def _read_file(config: RunConfig, inputs: RunInputs, name: str) -> PromptSet:
         max_images=config.rollout.max_images_per_prompt,
         on_bad_row=config.data.on_bad_row,
         num_workers=config.data.num_workers,
+        with_extras=has_user_function(config.reward),
         cache=row_cache(config, dataset, inputs.builder),
     )

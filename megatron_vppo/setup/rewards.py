@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from megatron_vppo.config.choices import GRADERS, Grader
 from megatron_vppo.config.data_files import files_of
 from megatron_vppo.config.schema import DataConfig, RewardConfig
+from megatron_vppo.data.dataset import VisionDataset
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.data.text_decoder import describe_tokenizer
@@ -20,11 +21,18 @@ MOST_WORKERS = 32
 
 
 def open_reward_pool(
-    config: RewardConfig, data: DataConfig, tokenizer: Any, places: Sequence[Place], *, say: Callable[[str], None]
+    config: RewardConfig,
+    data: DataConfig,
+    datasets: Mapping[str, VisionDataset],
+    tokenizer: Any,
+    places: Sequence[Place],
+    *,
+    say: Callable[[str], None],
 ) -> RewardPool:
     """Starts the reward workers of rank 0, which calls this. Says the kind of a user's function and their number.
 
     Args:
+        datasets: those of `data`, by the names of `files_of`.
         tokenizer: the model's, of transformers.
     """
     pool = RewardPool(
@@ -34,17 +42,23 @@ def open_reward_pool(
         # A function that takes lists may compare all responses that it gets.
         num_batch_workers=config.num_workers or 1,
         timeout_seconds=config.timeout_seconds,
+        extras=lambda split, row: datasets[split].extras(row),
     )
-    if config.reward_function not in GRADERS:
+    if has_user_function(config):
         say(f"reward function: {config.reward_function} is called with {pool.convention}")
     if config.num_workers is None:
         say(f"reward workers: {pool.num_workers} (reward.num_workers)")
     return pool
 
 
+def has_user_function(config: RewardConfig) -> bool:
+    """Returns True if rewards come from a function of the user's, not from a grader of ours."""
+    return config.reward_function not in GRADERS
+
+
 def reward_of(config: RewardConfig, data: DataConfig) -> BuiltInReward | UserReward:
     """Returns the reward that the settings ask for."""
-    if config.reward_function in GRADERS:
+    if not has_user_function(config):
         main = cast(Grader, config.reward_function)
         return BuiltInReward(
             main=main,

@@ -18,6 +18,7 @@ from megatron_vppo.data.prompts import PromptBuilder
 from megatron_vppo.data.row_cache import RowCache, file_identity, fingerprint_of
 from megatron_vppo.data.sources import parse_source
 from megatron_vppo.setup.hosts import own_versions
+from megatron_vppo.setup.rewards import has_user_function
 
 FOLDER = ".checked_rows"
 _LIBRARIES = ("tokenizers", "jinja2", "pillow", "pyarrow", "datasets")
@@ -49,6 +50,7 @@ def key_parts(config: RunConfig, dataset: VisionDataset, builder: PromptBuilder)
         "max_prompt_length": config.data.max_prompt_length,
         "max_images": config.rollout.max_images_per_prompt,
         "on_bad_row": config.data.on_bad_row,
+        "with_extras": has_user_function(config.reward),
         "versions": {**own_versions(), **{name: metadata.version(name) for name in _LIBRARIES}},
     }
 

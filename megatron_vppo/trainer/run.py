@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -165,7 +164,7 @@ def _open_run(
             max_num_seqs=engine.max_num_seqs, stop_wanted=stopping.wanted,
         )  # fmt: skip
         stack.callback(sampler.close)
-        grader = _grader(config, tokenizer, world, say)
+        grader = _grader(config, inputs, world, say)
         stack.callback(grader.close)
         stream = _stream(config, inputs, say) if is_writer else None
         if on_gpus:
@@ -282,10 +281,10 @@ def _stopping(config: RunConfig, signals: StopSignals, *, is_writer: bool) -> St
     )
 
 
-def _grader(config: RunConfig, tokenizer: Any, world: World, say: Say) -> Grader:
-    pool = None
+def _grader(config: RunConfig, inputs: RunInputs, world: World, say: Say) -> Grader:
+    pool, tokenizer = None, inputs.processor.tokenizer
     if world.rank == 0:
-        pool = open_reward_pool(config.reward, config.data, tokenizer, world.places, say=say)
+        pool = open_reward_pool(config.reward, config.data, inputs.datasets, tokenizer, world.places, say=say)
     return Grader(pool, max_error_share=config.reward.max_error_share)
 
 

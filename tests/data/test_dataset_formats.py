@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from megatron_vppo.data.prompts import load_prompts
 from tests.data.rows import open_rows
@@ -162,6 +163,25 @@ def test_verl_parquet(image_folder: Path, tmp_path: Path) -> None:
         ("<image>Find a.png.", "2 \\sqrt { 221 }", None, [(90, 60)]),
         ("<image>Find c.jpg.", "007", None, [(100, 80)]),
     ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "json"])
+def test_verl_rows_for_reward_functions(image_folder: Path, tmp_path: Path, kind: str) -> None:
+    """The source and the further information of a row, with numbers as numbers."""
+    rows: list[dict[str, Any]] = [{**row, "images": ["images/a.png"]} for row in verl_rows(image_folder)]
+    rows[0]["extra_info"] |= {"level": 2.5, "is_new": True, "box": [[1, 2], [3, 4]], "of": {"book": "Elements"}}
+    rows[1]["extra_info"] |= {"level": 0.1, "is_new": False, "box": [], "of": {"book": None}}
+    rows.append({**rows[0], "extra_info": None, "data_source": None})
+    path = tmp_path / f"train.{kind}"
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    dataset = open_rows(f"{path}@train[:3]", **VERL)
+    assert [dataset.extras(row) for row in range(2)] == [
+        RowExtras("hiyouga/geometry3k", row["extra_info"]) for row in rows[:2]
+    ]
+    assert dataset.extras(2) == RowExtras(None, None)
 
 
 def test_verl_numbers_paths_and_rows_without_images(image_folder: Path, tmp_path: Path) -> None:

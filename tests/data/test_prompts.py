@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -132,6 +133,18 @@ def test_a_bad_row_stops_the_run_with_its_name(processor, with_strip, reason) ->
         load(with_strip, processor, [ROWS[0], BAD_ROWS[reason]])
     assert "rows.jsonl, row 1: " in str(caught.value) and reason in str(caught.value)
     assert "data.on_bad_row=skip" in str(caught.value)
+
+
+def test_a_row_whose_extras_cannot_be_sent_is_a_bad_one_where_they_are_read(processor, image_folder) -> None:
+    deep: Any = "end"
+    for _ in range(900):
+        deep = {"in": deep}
+    rows = [ROWS[2], {**ROWS[2], "extra_info": deep}]
+    assert len(load(image_folder, processor, rows)) == 2
+    with pytest.raises(RowError, match=r"row 1: columns 'data_source' and 'extra_info' hold records too deep"):
+        load(image_folder, processor, rows, with_extras=True)
+    kept = load(image_folder, processor, rows, with_extras=True, on_bad_row="skip")
+    assert kept.rows == (0,)
 
 
 def test_bad_rows_are_skipped_counted_and_listed(processor, with_strip, caplog) -> None:

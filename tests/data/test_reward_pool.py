@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from megatron_vppo.algorithm.types import Prompt, Response, Reward
 from megatron_vppo.config.schema import DataConfig, RewardConfig
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.reward_pool import RewardPool
 from megatron_vppo.setup.rewards import reward_of
+from tests.data.rows import open_rows
 
 pytestmark = pytest.mark.distributed
 
@@ -93,7 +97,12 @@ def responses(texts: list[str], answer: str = "42") -> list[Response]:
 
 
 def make_pool(
-    function: str = "mathruler", *, num_workers: int = 1, timeout_seconds: float = 10.0, **settings: Any
+    function: str = "mathruler",
+    *,
+    num_workers: int = 1,
+    timeout_seconds: float = 10.0,
+    extras: Callable[[str, int], RowExtras] | None = None,
+    **settings: Any,
 ) -> RewardPool:
     """Opens a pool as a run does, with as many workers for every kind of function."""
     return RewardPool(
@@ -105,6 +114,7 @@ def make_pool(
         num_workers=num_workers,
         num_batch_workers=num_workers,
         timeout_seconds=timeout_seconds,
+        extras=extras,
     )
 
 
@@ -152,7 +162,8 @@ def test_functions_of_verl_get_the_data_set_and_the_row(tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text(
         "def one(data_source, solution_str, ground_truth, extra_info=None, scale=1):\n"
         "    known = (data_source, solution_str, ground_truth, extra_info)\n"
-        "    return {'score': scale, 'acc': known == ('lab/shapes', 'x', '42', {'split': 'train', 'index': 100})}\n"
+        "    info = {'split': 'train', 'index': 100, 'num_turns': 2, 'rollout_reward_scores': {}}\n"
+        "    return {'score': scale, 'acc': known == ('lab/shapes', 'x', '42', info)}\n"
         "def lists(data_sources, solution_strs, ground_truths, extra_infos):\n"
         "    rows = zip(data_sources, solution_strs, ground_truths, extra_infos, strict=True)\n"
         "    return [one(*row) for row in rows]\n"
@@ -165,6 +176,40 @@ def test_functions_of_verl_get_the_data_set_and_the_row(tmp_path: Path) -> None:
     with make_pool(f"{tmp_path}/score.py:lists") as pool:
         assert pool.grades_batches
         assert [reward.accuracy for reward in grade(pool, ["x", "y"])] == [1.0, 0.0]
+
+
+def test_functions_of_verl_get_the_columns_of_their_rows(tmp_path: Path) -> None:
+    """They are read from the file for the responses that go to a worker, each row once, and not for other functions."""
+    (tmp_path / "score.py").write_text(
+        "def one(data_source, solution_str, ground_truth, extra_info):\n"
+        "    bonus = extra_info['shape'].pop('sides')\n"  # a copy of its own
+        "    return {'score': bonus[extra_info['index'] % 2], 'acc': data_source == 'geo'}\n"
+        "def lists(data_sources, solution_strs, ground_truths, extra_infos):\n"
+        "    return [one(*row) for row in zip(data_sources, solution_strs, ground_truths, extra_infos)]\n"
+        "def easyr1(reward_inputs):\n"
+        "    return [float('extra_info' in one) for one in reward_inputs]\n"
+    )
+    rows = [
+        {"problem": "?", "answer": "42", "data_source": "geo", "extra_info": {"index": n, "shape": {"sides": [0.5, n]}}}
+        for n in range(110)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset, read = open_rows(str(tmp_path / "rows.jsonl")), list[tuple[str, int]]()
+
+    def extras(split: str, row: int) -> RowExtras:
+        read.append((split, row))
+        return dataset.extras(row)
+
+    twice = [one for one in responses(["x", "y"]) for _ in range(2)]  # rows 100 and 101
+    found = {}
+    for name in ("one", "lists", "easyr1"):
+        read.clear()
+        with make_pool(f"{tmp_path}/score.py:{name}", extras=extras) as pool:
+            found[name] = [(reward.overall, reward.accuracy) for _, reward in grade_all(pool, twice)], list(read)
+    told = [(0.5, 1.0)] * 2 + [(101.0, 1.0)] * 2
+    assert found["one"] == (told, [("train", 100)] * 2 + [("train", 101)] * 2)
+    assert found["lists"] == (told, [("train", 100), ("train", 101)])
+    assert found["easyr1"] == ([(0.0, 0.0)] * 4, [])
 
 
 def test_functions_are_called_with_text_without_special_tokens(functions: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 
 import pytest
 
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.reward_worker import (
     AnyReward,
@@ -26,6 +28,20 @@ def test_a_request_comes_back_as_it_was_sent() -> None:
     write_request(stream, [Ungraded((1, 2, 3), "42", "train", 7), Ungraded((), "\u00e9", "val", 0)])
     stream.seek(0)
     assert read_request(stream) == [Ungraded([1, 2, 3], "42", "train", 7), Ungraded([], "\u00e9", "val", 0)]
+
+
+def test_what_rows_hold_is_sent_once_for_each_row() -> None:
+    """Dates and bytes of parquet included; each response then gets a copy of its own."""
+    value = RowExtras("geo", {"index": 3, "day": datetime.date(2026, 11, 30), "image": bytes(5000), "nan": None})
+    sent = [Ungraded((1,), "42", "train", 7, value.to_bytes())] * 8 + [Ungraded((1,), "43", "train", 8)]
+    stream = io.BytesIO()
+    write_request(stream, sent)
+    assert len(stream.getvalue()) < 2 * 5000
+    stream.seek(0)
+    received = read_request(stream)
+    assert [one.extras for one in received] == [one.extras for one in sent]
+    first, second = (RowExtras.from_bytes(one.extras) for one in received[:2])
+    assert first == second == value and first.extra_info is not second.extra_info
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.dataset import RowError, VisionDataset
 from tests.data.rows import open_rows
 
@@ -103,6 +104,33 @@ def test_json_answers_are_the_text_of_the_file(tmp_path: Path) -> None:
     for name in ("d.json", "d.jsonl"):  # a list of objects, whatever the file is called
         (tmp_path / name).write_text('[{"problem": "p", "answer": true}, {"problem": "p", "answer": Infinity}]')
         assert answers(open_rows(str(tmp_path / name))) == ["true", "Infinity"]
+
+
+def test_extras_are_as_they_are_stored(tmp_path: Path) -> None:
+    """Dates, bytes and single precision of parquet; a file of a folder without such a column has none."""
+    info = {"day": [datetime.date(2026, 11, 30)], "image": [b"\x89PNG"], "level": pa.array([0.1], pa.float32())}
+    extra = pa.StructArray.from_arrays([pa.array(values) for values in info.values()], list(info))
+    parquet(tmp_path / "a.parquet", problem=["p"], answer=["1"], extra_info=extra, data_source=info["level"])
+    lines(tmp_path / "b.jsonl", {"problem": "p", "answer": "1", "data_source": "geo"})
+    dataset = open_rows(str(tmp_path))
+    single = float(np.float32(0.1))
+    day = datetime.date(2026, 11, 30)
+    assert dataset.extras(0) == RowExtras(single, {"day": day, "image": b"\x89PNG", "level": single})
+    assert dataset.extras(1) == RowExtras("geo", None)
+    saved = datasets.Dataset.from_dict({"problem": ["p"], "answer": ["1"], "extra_info": [{"n": 3}]})
+    saved.save_to_disk(tmp_path / "saved")
+    assert open_rows(str(tmp_path / "saved")).extras(0) == RowExtras(None, {"n": 3})
+
+
+def test_extras_that_python_does_not_have(tmp_path: Path) -> None:
+    text = pa.array([b"\xff"]).cast(pa.binary()).view(pa.string())
+    doubled = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["n", "n"])
+    late = pa.array([2**62], pa.timestamp("us"))
+    unreadable = "a value that cannot be read"
+    for number, (value, reason) in enumerate(((text, "not UTF-8"), (doubled, unreadable), (late, unreadable))):
+        table = parquet(tmp_path / f"{number}.parquet", problem=["p"], answer=["1"], extra_info=value)
+        with pytest.raises(RowError, match=f"row 0: column 'extra_info': {reason}"):
+            open_rows(table).extras(0)
 
 
 def test_values_that_are_no_answer(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_vppo.config.choices import RewardType
-from megatron_vppo.data.user_reward import Graded, UserReward, checked_score, find_convention, grade
+from megatron_vppo.data.columns import RowExtras
+from megatron_vppo.data.user_reward import Graded, UserReward, checked_score, find_convention, grade, reads_extras
 
 RESPONSES = [Graded("x", 3, "42", "train", 7), Graded("yy", 5, "43", "val", 8)]
 
@@ -75,7 +76,8 @@ ITEMS = [
     {"response": "x", "response_length": 3, "ground_truth": "42"},
     {"response": "yy", "response_length": 5, "ground_truth": "43"},
 ]
-ROWS = [{"split": "train", "index": 7}, {"split": "val", "index": 8}]
+OF_VERL = {"num_turns": 2, "rollout_reward_scores": {}}
+ROWS = [{"split": "train", "index": 7, **OF_VERL}, {"split": "val", "index": 8, **OF_VERL}]
 CALLED: list[tuple[Callable[..., Any], dict[str, Any], str, bool, list[Any]]] = [
     (easyr1_batch, {}, "EasyR1", True, [(ITEMS[0], 0.1), (ITEMS[1], 0.1)]),
     (easyr1_batch, {"format_weight": 0.5}, "EasyR1", True, [(ITEMS[0], 0.5), (ITEMS[1], 0.5)]),
@@ -113,6 +115,26 @@ def test_functions_are_found_and_called_as_where_they_come_from(function, argume
     assert convention.origin.startswith(f"{origin}'s") and convention.batch is batch
     assert seen == SEEN
     assert scores == [{"overall": 0.5, "accuracy": 0.5}] * 2
+
+
+@pytest.mark.parametrize(("function", "unread"), [(verl, verl_bare), (verl_lists, easyr1_lists)])
+def test_functions_of_verl_get_what_their_rows_hold(function, unread) -> None:
+    """Entries of the row stay as they are, and what is no record is passed on as it is. EasyR1's get none of it."""
+    own = {"index": 3, "answer": None, "shape": {"sides": [3, 4.5]}, "num_turns": 1}
+    rows = [
+        Graded("x", 1, "42", "train", 7, RowExtras("geo", own)),
+        Graded("y", 1, "43", "train", 8, RowExtras(extra_info="{}")),
+        Graded("z", 1, "44", "train", 9, RowExtras(data_source=4, extra_info={})),
+    ]
+    reward = user_reward()
+    SEEN.clear()
+    grade(function, find_convention(function, reward), reward, rows)
+    assert [(seen[0], seen[3]) for seen in SEEN] == [
+        ("geo", {**own, "rollout_reward_scores": {}}), ("lab/shapes", "{}"), (4, OF_VERL)
+    ]  # fmt: skip
+    assert reads_extras(function, find_convention(function, reward), reward)
+    named = user_reward(data_source="geo") if unread is verl_bare else reward
+    assert not reads_extras(unread, find_convention(unread, named), named)
 
 
 def test_a_single_parameter_of_another_name_is_called_by_the_reward_type() -> None:

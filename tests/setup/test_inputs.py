@@ -111,3 +111,14 @@ def test_each_file_is_opened_with_its_own_settings_under_its_name(tmp_path: Path
         ("train/a", 0, "What is <think> ?"), ("train/b", 0, "What is 2?"), ("val/a", 0, "What is 3?"),
     ]  # fmt: skip
     assert len(list((tmp_path / "runs" / ".checked_rows").iterdir())) == 3, "each file's check is kept apart"
+
+
+def test_rows_have_to_hold_what_a_function_of_the_users_may_read(tmp_path: Path, model: Path) -> None:
+    config = config_of(tmp_path)
+    deep = '{"in": ' * 900 + "1" + "}" * 900
+    (tmp_path / "a.jsonl").write_text(f'{{"problem": "?", "answer": "1", "extra_info": {deep}}}')
+    inputs = open_inputs(config, open_without_weights(model))
+    assert len(read_prompts(config, inputs, "train")) == 1
+    own = RunConfig.model_validate({**config.model_dump(), "reward": {"reward_function": "r.py:f"}})
+    with pytest.raises(ValueError, match="'extra_info' hold records too deep"):
+        read_prompts(own, inputs, "train")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_vppo.config.schema import DataConfig, RewardConfig
+from megatron_vppo.data.columns import RowExtras
 from megatron_vppo.data.graders.weighted import BuiltInReward
 from megatron_vppo.data.user_reward import UserReward
 from megatron_vppo.setup import rewards
 from megatron_vppo.setup.places import Place
 from megatron_vppo.setup.rewards import fair_workers, open_reward_pool, reward_of
+from tests.data.rows import open_rows
 from tests.setup.test_places import block
 
 
@@ -49,8 +52,26 @@ def opened(kind: type[Pool], settings: dict[str, Any], monkeypatch: pytest.Monke
     monkeypatch.setattr(rewards, "describe_tokenizer", lambda tokenizer: "{}")
     lines: list[str] = []
     config = RewardConfig.model_validate(settings)
-    pool = open_reward_pool(config, DataConfig(train_files="t"), None, block(2, 4), say=lines.append)
+    pool = open_reward_pool(config, DataConfig(train_files="t"), {}, None, block(2, 4), say=lines.append)
     return pool.num_workers, lines
+
+
+def test_extras_are_those_of_the_rows_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool gets a reader of the run's data sets, by the names that prompts have."""
+    datasets = {}
+    for name in ("train/a", "val"):
+        path = tmp_path / f"{name.replace('/', '_')}.jsonl"
+        rows = [{"problem": "?", "answer": "1", "data_source": f"{name} {row}"} for row in range(2)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        datasets[name] = open_rows(str(path))
+    opened: dict[str, Any] = {}
+    monkeypatch.setattr(
+        rewards, "RewardPool", lambda reward, **settings: opened.update(settings) or Pool(reward, **settings)
+    )
+    monkeypatch.setattr(rewards, "describe_tokenizer", lambda tokenizer: "{}")
+    config = RewardConfig(reward_function="r.py:f")
+    open_reward_pool(config, DataConfig(train_files="t"), datasets, None, block(1, 1), say=print)
+    assert opened["extras"]("train/a", 1) == RowExtras("train/a 1") and opened["extras"]("val", 0) == RowExtras("val 0")
 
 
 def test_the_number_is_taken_and_said(monkeypatch: pytest.MonkeyPatch) -> None:

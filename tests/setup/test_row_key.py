@@ -102,6 +102,8 @@ def test_every_part_of_the_key_counts(tmp_path: Path, model: Path) -> None:
         keys[name] = key(other, inputs_of(other, model))
     many = config_of(tmp_path, model, rollout={"max_images_per_prompt": 3})
     keys["images"] = key(many, inputs)
+    own = config_of(tmp_path, model, reward={"reward_function": "mine.py:grade"})
+    keys["extras of rows"] = key(own, inputs)
     resize = config_of(tmp_path, model, algorithm={"resize": "easyr1"})
     keys["resize"] = key(resize, inputs_of(resize, model))
 
