@@ -8,7 +8,6 @@ now, with its text as text.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +15,8 @@ from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from megatron_vppo.system.whole import whole_file
-
-_BATCH_ROWS, _BATCH_BYTES = 256, 4 << 20
-"""The rows that are copied from parquet at once, at most, and about their bytes."""
+from megatron_vppo.data.arrow_copy import copy_of_parquet
 
 
 class BadRow(ValueError):
@@ -119,34 +114,8 @@ class ArrowRows:
 
     @classmethod
     def of_parquet(cls, path: Path) -> ArrowRows:
-        """Opens a parquet file by way of an uncompressed copy, which alone allows random access.
-
-        The copy is kept in the cache of `datasets`, under the hash of the file's content. It has Arrow's stream format,
-        since the file format takes only one dictionary for all of a column.
-
-        Raises:
-            ValueError: the file is not parquet, or is damaged.
-        """
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "blake2b").hexdigest()[:40]
-        copy = Path(datasets.config.HF_DATASETS_CACHE) / "megatron_vppo" / f"{digest}.arrows"
-        if not copy.is_file():
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # Otherwise pyarrow keeps every part of the file that it has read until the file is closed.
-                source = pq.ParquetFile(path, pre_buffer=False, memory_map=True)
-                _refuse_doubled(source.schema_arrow.names, path)
-                with whole_file(copy) as target, pa.ipc.new_stream(target, source.schema_arrow) as writer:
-                    fitting = _BATCH_BYTES * source.metadata.num_rows // max(1, path.stat().st_size)
-                    for batch in source.iter_batches(batch_size=max(1, min(_BATCH_ROWS, fitting))):
-                        writer.write_batch(batch)
-                del source
-                pa.default_memory_pool().release_unused()
-            except (pa.ArrowException, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of the file's content
-                    raise
-                raise ValueError(f"{path} is not a parquet file, or is damaged: {error}") from error
-        return cls(copy)
+        """Opens a parquet file by way of an uncompressed copy. Raises ValueError as `copy_of_parquet`."""
+        return cls(copy_of_parquet(path))
 
     def __len__(self) -> int:
         return self._table.num_rows
@@ -185,12 +154,6 @@ class DatasetRows:
 
     def place(self, row: int) -> str | None:
         return None
-
-
-def _refuse_doubled(names: Sequence[str], path: Path) -> None:
-    """Raises ValueError for a name that several columns have."""
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path} has several columns of the name {doubled[0]!r}; rename or drop all but one")
 
 
 def _field_of(value: pa.Scalar, inside: Sequence[str]) -> pa.Scalar:

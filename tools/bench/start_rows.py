@@ -32,6 +32,7 @@ from PIL import Image
 from bench.machine import commit, hardware, versions
 from bench.resident import TreeSampler
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.data.arrow_copy import SETTLED_SECONDS
 from megatron_vppo.data.stream import PromptStream
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 
@@ -76,6 +77,7 @@ def measure(folder: Path, *, rows: int, kind: str, workers: int) -> dict[str, An
         "later check": lambda: kept.append(read_prompts(config, kept[0], "train")),
         "one epoch of images": lambda: _read_epoch(kept[0], PromptStream(kept[1], seed=1, shuffle=True), rows),
     }
+    time.sleep(SETTLED_SECONDS + 0.1)  # the hash of a younger file is not kept
     before, found = _own_mib("RssAnon"), {}
     for name, phase in phases.items():
         found[name] = _measured(phase)
