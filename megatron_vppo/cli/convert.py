@@ -75,8 +75,31 @@ def _megatron_to_hf(options: argparse.Namespace) -> int:
             dtype=_dtype(options.dtype),
             shard_bytes=options.shard_size,
             processes=options.processes,
+            change=_tokenizer_of_training(options.checkpoint),
         )
     )
+
+
+def _tokenizer_of_training(checkpoint: Path) -> Callable[[Path], None] | None:
+    """Returns what gives a model's folder the tokenizer that a run was trained with; None if that is the folder's own.
+
+    The returned function raises ValueError if the folder has no such tokenizer.
+    """
+    from megatron_vppo.data.plain_think import THINK_TAGS, save_plain_tokenizer, think_token_ids, with_plain_think
+    from megatron_vppo.models.model_files import open_without_weights
+    from megatron_vppo.parallel.checkpoint_folder import saved_state
+
+    state = saved_state(checkpoint)
+    if state is None or not state.plain_think_tokens:
+        return None
+
+    def change(folder: Path) -> None:
+        processor = open_without_weights(folder).processor
+        if own := think_token_ids(processor.tokenizer):  # the folder of an earlier export has none
+            save_plain_tokenizer(with_plain_think(processor).tokenizer, folder, own_ids=own)
+        say(f"data.plain_think_tokens: the tokenizer has no tokens for {' and '.join(THINK_TAGS)}, as in training")
+
+    return change
 
 
 def _verify(options: argparse.Namespace) -> int:

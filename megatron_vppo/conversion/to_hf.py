@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ def megatron_to_hf(
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     processes: int = 1,
+    change: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a folder that transformers and vLLM load. Call it where no process groups exist.
 
@@ -37,6 +39,7 @@ def megatron_to_hf(
         dtype: the dtype of the weights; None: as stored.
         shard_bytes: the size of a file at most; a larger tensor has a file of its own.
         processes: the number of processes that share the work; each needs memory of its own.
+        change: changes the files next to the weights, before these are written.
 
     Raises:
         ValueError: the checkpoint is damaged, holds NaN or is that of another model, the target exists, or the disk is
@@ -65,6 +68,8 @@ def megatron_to_hf(
     with exit_on_sigterm(), whole_folder(target, num_bytes=total) as folder:
         copy_config_files(config_folder, folder)
         name_dtype(folder, dtypes)
+        if change is not None:
+            change(folder)
         tensors = lay_out(folder, shapes, shard_bytes=shard_bytes)
         filled = [
             EntryToFill(stored, tuple(tensors[name] for name in stored.entry.hf_names)) for stored in catalogue.entries

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 
 THINK_TAGS = ("<think>", "</think>")
 _TOKENIZER, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_GENERATION = "generation_config.json"
 
 
 def think_token_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -59,10 +61,21 @@ def with_plain_think(processor: Any) -> Any:
     return changed
 
 
-def save_plain_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Writes a tokenizer of `with_plain_think` over the one of a model's folder, for those who load that."""
+def save_plain_tokenizer(tokenizer: Any, folder: Path, *, own_ids: Sequence[int]) -> None:
+    """Writes a tokenizer of `with_plain_think` over the one of a model's folder, for those who load that.
+
+    The model can still write the tokens that it has not, so the folder's generation configuration suppresses them.
+
+    Args:
+        own_ids: those that the folder's tokenizer had for the tags.
+    """
     tokenizer.save_pretrained(folder)
     (folder / _ADDED).unlink(missing_ok=True)  # of older versions of transformers; it would bring the tokens back
+    path = folder / _GENERATION
+    if path.is_file():  # a new one would also say that nothing ends a response
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["suppress_tokens"] = sorted({*(content.get("suppress_tokens") or ()), *own_ids})
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _forget_tags(folder: Path) -> None:

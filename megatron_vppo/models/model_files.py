@@ -41,6 +41,8 @@ class ModelFiles:
     """transformers' processor: tokenizer, image processor, chat template."""
     eos_ids: tuple[int, ...]
     """The tokens at which a response ends."""
+    suppressed_ids: tuple[int, ...] = ()
+    """The tokens that its generation configuration says are never to be sampled (suppress_tokens)."""
 
 
 def open_model_files(folder: Path) -> ModelFiles:
@@ -61,7 +63,8 @@ def open_without_weights(folder: Path) -> ModelFiles:
     if problems := [*_unreadable(folder), *_missing(folder)]:
         raise ValueError(_listed(f"{folder} is not whole:", problems))
     processor = _load_processor(folder)
-    eos_ids = _eos_ids(folder, processor.tokenizer)
+    generation = _generation(folder)
+    eos_ids = _eos_ids(folder, generation, processor.tokenizer)
     problems = [
         *_tokenizer_problems(hf_config, processor, eos_ids),
         *_image_problems(hf_config, processor.image_processor),
@@ -69,7 +72,7 @@ def open_without_weights(folder: Path) -> ModelFiles:
     ]
     if problems:
         raise ValueError(_listed(f"the files of {folder} contradict one another:", problems))
-    return ModelFiles(hf_config, processor, eos_ids)
+    return ModelFiles(hf_config, processor, eos_ids, tuple(generation.suppress_tokens or ()))
 
 
 def check_what_is_there(folder: Path) -> HfConfig:
@@ -153,15 +156,20 @@ def _loads(load: Callable[..., Any], folder: Path, loading: dict[str, Any]) -> b
     return True
 
 
-def _eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def _generation(folder: Path) -> GenerationConfig:
+    """Reads the generation configuration; one that says nothing if there is none."""
+    if not (folder / GENERATION).is_file():
+        return GenerationConfig()
+    try:
+        return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # see above
+        raise ValueError(f"{folder / GENERATION}: {error}") from error
+
+
+def _eos_ids(folder: Path, generation: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
     """Returns the tokens at which the model stops, from its generation configuration, else from its tokenizer."""
-    eos: Any = tokenizer.eos_token_id
-    if (folder / GENERATION).is_file():
-        try:
-            generated = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
-            eos = eos if generated in (None, []) else generated
-        except Exception as error:  # see above
-            raise ValueError(f"{folder / GENERATION}: {error}") from error
+    generated: Any = generation.eos_token_id
+    eos = tokenizer.eos_token_id if generated in (None, []) else generated
     if eos is None:
         raise ValueError(f"{folder} names no EOS token, neither in {GENERATION} nor in the tokenizer")
     return tuple(eos) if isinstance(eos, list) else (eos,)

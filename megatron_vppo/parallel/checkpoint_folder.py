@@ -40,6 +40,8 @@ class SavedState(SavedSizes):
     """The updates that the optimizer's moments come from; unknown in older checkpoints."""
     started_from: str | None = None
     """The checkpoint of another run that the run began with, as an absolute path; None: it began with model.path."""
+    plain_think_tokens: bool = False
+    """The setting of this name: the model was trained with the tokenizer that this makes of its folder's."""
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
@@ -81,6 +83,22 @@ def read_state(folder: Path, step: int) -> dict[str, Any]:
         DamagedCheckpoint: it cannot be read, is not what was written there, or is that of another step.
     """
     path = step_folder(folder, step) / STATE
+    state, saved = _read(path)
+    if saved.step != step:
+        raise DamagedCheckpoint(f"{path} is that of step {saved.step}, its folder that of step {step}")
+    return state
+
+
+def saved_state(checkpoint: Path) -> SavedState | None:
+    """Reads STATE of a folder of whatever name; None if it has none, as a converted folder.
+
+    Raises DamagedCheckpoint as `read_state`.
+    """
+    path = checkpoint / STATE
+    return _read(path)[1] if path.exists() else None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], SavedState]:
     with naming(path):
         text = path.read_bytes()
     try:
@@ -91,10 +109,7 @@ def read_state(folder: Path, step: int) -> dict[str, Any]:
         saved = parse_record(SavedState, state)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} is damaged: it {error}") from error
-    if saved.step != step:
-        raise DamagedCheckpoint(f"{path} is that of step {saved.step}, its folder that of step {step}")
-    found: dict[str, Any] = state
-    return found
+    return state, saved
 
 
 def set_aside_after(folder: Path, step: int) -> list[Path]:

@@ -32,7 +32,8 @@ class RunInputs:
     eos_ids: tuple[int, ...]
     """The tokens at which a response ends."""
     banned_ids: tuple[int, ...]
-    """The tokens that are never sampled: those of images, and those of the think tags where they are plain text."""
+    """The tokens that are never sampled: those of images, those that the model's folder suppresses, and those of the
+    think tags where they are plain text."""
     datasets: dict[str, VisionDataset]
     """One for each file, by the names of `files_of`."""
     images: VisionInputs
@@ -78,9 +79,10 @@ def processor_and_bans(data: PromptConfig, model: ModelFiles) -> tuple[Any, tupl
     Raises ValueError as `with_plain_think`.
     """
     vision_ids = vision_token_ids(model.hf_config)
+    banned_ids = (*vision_ids, *(token for token in model.suppressed_ids if token not in vision_ids))
     if not data.plain_think_tokens:
-        return model.processor, vision_ids
-    return with_plain_think(model.processor), (*vision_ids, *think_token_ids(model.processor.tokenizer))
+        return model.processor, banned_ids
+    return with_plain_think(model.processor), (*banned_ids, *think_token_ids(model.processor.tokenizer))
 
 
 def background_color(data: PromptConfig) -> Rgb:

@@ -76,6 +76,8 @@ class Checkpointer:
     """Shows a line to the user; called on rank 0 only."""
     asynchronous: bool = False
     """True if training goes on while a checkpoint is written."""
+    plain_think_tokens: bool = False
+    """That of the run's data."""
     _started_from: str | None = field(default=None, init=False)
     """The checkpoint of another run that this one began with."""
     _accuracy: tuple[int, float] | None = field(default=None, init=False)
@@ -135,7 +137,7 @@ class Checkpointer:
         Args:
             unfinished_step: on rank 0, the numbers of the step if its validation is still to come.
         """
-        state: dict[str, Any] = {"started_from": self._started_from}
+        state: dict[str, Any] = {"started_from": self._started_from, "plain_think_tokens": self.plain_think_tokens}
         if self.stream is not None:
             state["data"] = self.stream.state_dict()
             state[KEEP_RATE] = self.keep_rate.state_dict()

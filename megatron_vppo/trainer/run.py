@@ -109,8 +109,11 @@ def run_training(config: RunConfig, world: World, *, say: Say, signals: StopSign
             and (run.start_step < run.total_steps or not from_rank_zero(target.is_dir))
         ):
             run.placement.writing()
-            plain = partial(save_plain_tokenizer, run.recorder.tokenizer) if config.data.plain_think_tokens else None
-            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0, finish=plain)
+            finish = None
+            if config.data.plain_think_tokens:
+                own = think_token_ids(files.processor.tokenizer)
+                finish = partial(save_plain_tokenizer, run.recorder.tokenizer, own_ids=own)
+            save_hf(run.policy.hf_weights(), target, source=source, is_writer=layout.rank == 0, finish=finish)
     if not finished:
         ignore_stop_signals()  # srun ends all ranks by SIGTERM when the first one has ended with this status
         dist.barrier()  # the checkpoint is in its place, and the logs are closed
@@ -180,6 +183,7 @@ def _open_run(
         checkpointer = Checkpointer(
             config.trainer, folder, layout, policy.trainable, stream, keep_rate, carry, say,
             asynchronous=by_machine(config, on_gpu=on_gpus).async_checkpoints,
+            plain_think_tokens=config.data.plain_think_tokens,
         )  # fmt: skip
         resumed = checkpointer.resume()
         _check_reached(folder, resumed.step, total_steps=total_steps)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from megatron_vppo.data.plain_think import save_plain_tokenizer, think_token_ids, with_plain_think
 from megatron_vppo.data.text_decoder import TextDecoder, describe_tokenizer
@@ -88,11 +88,17 @@ def test_the_exported_folder_has_the_same_tokenizer(released, tmp_path: Path) ->
     """Transformers and vLLM read these files; the folder has one of older versions besides."""
     released.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<think>": 999}')
-    plain = with_plain_think(released).tokenizer
-    save_plain_tokenizer(plain, tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 7, "suppress_tokens": [2]}')
+    plain, own = with_plain_think(released).tokenizer, think_token_ids(released.tokenizer)
+    save_plain_tokenizer(plain, tmp_path, own_ids=own)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded(TEXT)["input_ids"] == plain(TEXT)["input_ids"]
     assert think_token_ids(loaded) == () and loaded.get_vocab() == plain.get_vocab()
+    generation = GenerationConfig.from_pretrained(tmp_path)
+    assert (generation.eos_token_id, generation.suppress_tokens) == (7, [2, *sorted(own)])
+    (tmp_path / "generation_config.json").unlink()
+    save_plain_tokenizer(plain, tmp_path, own_ids=own)
+    assert not (tmp_path / "generation_config.json").exists()
 
 
 def test_a_setting_without_effect_or_against_the_model_is_refused(processor) -> None:

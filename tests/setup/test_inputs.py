@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 from megatron_vppo.config.schema import PerturbConfig, RunConfig
 from megatron_vppo.data.perturb import BlackPatches, BlackSquares, GaussianBlur, GaussianNoise, GreyImage, Perturbation
-from megatron_vppo.data.plain_think import THINK_TAGS, think_token_ids
+from megatron_vppo.data.plain_think import save_plain_tokenizer, think_token_ids
 from megatron_vppo.models.hf_config import vision_token_ids
 from megatron_vppo.models.model_files import open_without_weights
 from megatron_vppo.setup.hardware import model_options
 from megatron_vppo.setup.inputs import background_color, make_perturbation, open_inputs, read_prompts
 from megatron_vppo.setup.policy import policy_settings
-from tests.models.whole import save_whole_folder
+from tests.models.whole import add_think_tokens, save_whole_folder
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits model with tokens for the think tags, as Qwen3-VL Instruct has them."""
     folder = tmp_path_factory.mktemp("model") / "model"
     save_whole_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in THINK_TAGS])
-    tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["vocab_size"] = len(tokenizer)
-    (folder / "config.json").write_text(json.dumps(config))
+    add_think_tokens(folder)
     return folder
 
 
@@ -97,6 +91,20 @@ def test_plain_think_tags_are_banned_as_tokens_and_in_the_prompts_as_text(tmp_pa
         )
         assert settings.banned_ids == inputs.banned_ids
     assert own[0] in found[False] and own[0] not in found[True]
+
+
+def test_an_exported_folder_bans_what_its_run_has_banned(tmp_path: Path, model: Path) -> None:
+    """And has its prompts: an evaluation and a further run need no setting."""
+    exported = tmp_path / "exported"
+    shutil.copytree(model, exported)
+    training = open_inputs(config_of(tmp_path, plain_think_tokens=True), open_without_weights(model))
+    own = think_token_ids(open_without_weights(model).processor.tokenizer)
+    save_plain_tokenizer(training.processor.tokenizer, exported, own_ids=own)
+    config = config_of(tmp_path)
+    inputs = open_inputs(config, open_without_weights(exported))
+    assert set(inputs.banned_ids) == set(training.banned_ids)
+    assert read_prompts(config, inputs, "train")[0] == read_prompts(config, training, "train")[0]
+    assert inputs.eos_ids == training.eos_ids
 
 
 def test_each_file_is_opened_with_its_own_settings_under_its_name(tmp_path: Path, model: Path) -> None:

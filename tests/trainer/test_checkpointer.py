@@ -18,7 +18,7 @@ from megatron_vppo.algorithm.types import Prompt, Response
 from megatron_vppo.config.schema import TrainerConfig
 from megatron_vppo.data.prompt_sets import PromptSets
 from megatron_vppo.data.stream import PromptStream, StreamPosition
-from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, set_aside_after
+from megatron_vppo.parallel.checkpoint_folder import STATE, checkpoint_steps, saved_state, set_aside_after
 from megatron_vppo.parallel.checkpoint_keep import BEST
 from megatron_vppo.parallel.layout import Layout, single_rank
 from megatron_vppo.parallel.policy import MegatronPolicy
@@ -147,6 +147,16 @@ def test_model_and_place_in_the_data_are_those_of_the_step(settings: dict[str, i
     assert same(weights(run.policy), weights(saved.policy))
     assert run.stream.position == StreamPosition(PLACE["epoch"], PLACE["offset"])
     assert run.said == []
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_checkpoint_tells_of_the_tokenizer_that_it_was_trained_with(saved: Saved, runs: Path, plain: bool) -> None:
+    run = start(saved, runs)
+    run.checkpointer.plain_think_tokens = plain
+    run.checkpointer.resume()
+    run.checkpointer.save(6)
+    state = saved_state(newest(runs).with_name("global_step_6"))
+    assert state is not None and state.plain_think_tokens is plain
 
 
 def test_the_keep_rate_goes_on_and_may_be_missing(saved: Saved, runs: Path) -> None:
