@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import mmap
 import random
+import signal
 from collections import Counter
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -131,7 +135,26 @@ def test_written_bytes() -> None:
         torch.empty(1000).unsqueeze(0)
         x[:, 1].copy_(x[:, 0])  # 40 bytes
         torch.cat([x, x])  # 320 bytes
-    assert written.bytes == 392
+        x[:, 2].fill_(1.0)  # 40 bytes
+        x.view(20, 2).copy_(x.view(20, 2))
+        x[:3].copy_(x[3:6])  # 48 bytes: the same memory, but not the same place
+    assert (written.bytes, written.filled_bytes) == (480, 40)
+
+
+def _copy_into_what_is_read_only(*, onto_itself: bool) -> None:
+    faulthandler.disable()
+    page = torch.frombuffer(mmap.mmap(-1, 4096, prot=mmap.PROT_READ), dtype=torch.float32)
+    page.copy_(page.view(32, 32).view(1024) if onto_itself else torch.ones(1024))
+
+
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+@pytest.mark.parametrize("onto_itself", [True, False])
+def test_a_copy_onto_itself_writes_nothing(onto_itself: bool) -> None:
+    """The kernel ends a process that writes to a page which it may only read."""
+    process = get_context("fork").Process(target=_copy_into_what_is_read_only, kwargs={"onto_itself": onto_itself})
+    process.start()
+    process.join()
+    assert process.exitcode == (0 if onto_itself else -signal.SIGSEGV)
 
 
 def test_parameters_of_an_engine() -> None:

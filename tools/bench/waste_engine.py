@@ -25,8 +25,8 @@ from megatron_vppo.rollout.transfer.shared_buffer import SharedBuffer
 from megatron_vppo.weights.entries import Entry, stream_entries
 
 TRAINER_RANKS = (1, 2, 4)
-WRITTEN = 2.01
-"""vLLM fills a layer of its own and copies it into the one that is in use. It writes biases a third time."""
+WRITTEN = 2
+"""vLLM fills a layer of its own and copies it into the one that is in use; it loads biases in place, but twice."""
 CPU_BLOCK_SIZE = 32
 
 
@@ -72,7 +72,10 @@ def _start(folder: str) -> Any:
 
 
 def _written(llm: Any, config: HfConfig, ranks: int) -> float:
-    """Sends all weights in one buffer. Returns the bytes that are written, over those of the model."""
+    """Sends all weights in one buffer. Returns the bytes that are written, over those of the model.
+
+    The scales of attention layers are left out. They are no weights: vLLM sets them to one, 16 bytes a layer.
+    """
     pieces = [Gathered(entry, ranks) for entry in stream_entries(weight_map(config, family=family_of(config)))]
     buffer = SharedBuffer()
     bundle = Bundle(buffer)
@@ -84,7 +87,8 @@ def _written(llm: Any, config: HfConfig, ranks: int) -> float:
         llm.update_weights({"update_info": bundle.update_info()})
         llm.finish_weight_update(f"from {ranks}")
     buffer.close()
-    return written.bytes / sum(2 * torch.Size(shape).numel() for piece in pieces for shape in piece.shapes)
+    model_bytes = sum(2 * torch.Size(shape).numel() for piece in pieces for shape in piece.shapes)
+    return (written.bytes - written.filled_bytes) / model_bytes
 
 
 class Gathered:

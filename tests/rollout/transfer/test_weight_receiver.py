@@ -47,14 +47,18 @@ class SmallModel(torch.nn.Module):
 
 
 class Written(TorchDispatchMode):
-    """Counts the bytes that operations write into memory that is not new, or copy into new memory."""
+    """Counts the bytes that operations write into memory that is not new, or copy into new memory.
+
+    A copy of a tensor onto itself writes none (`test_a_copy_onto_itself_writes_nothing` of tests/tools).
+    """
 
     num_bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        if name in ("copy_", "clone", "cat", "_to_copy", "stack", "index", "fill_", "contiguous"):
+        onto_itself = name == "copy_" and out.device.type == "cpu" and out.data_ptr() == args[1].data_ptr()
+        if not onto_itself and name in ("copy_", "clone", "cat", "_to_copy", "stack", "index", "fill_", "contiguous"):
             self.num_bytes += out.nbytes if out.device.type == "cpu" else 0
         return out
 
@@ -100,8 +104,8 @@ def _piece(name: str, tensor: Tensor, *, apart: bool) -> Packable:
 
 @pytest.mark.parametrize("apart", [False, True])
 @torch.no_grad()
-def test_every_byte_is_written_at_most_twice(apart: bool, buffer: SharedBuffer) -> None:
-    """vLLM fills a layer of its own and copies it into the one that is in use. It writes biases a third time."""
+def test_every_byte_is_written_twice(apart: bool, buffer: SharedBuffer) -> None:
+    """vLLM fills a layer of its own and copies it into the one that is in use; it loads biases in place, but twice."""
     model = SmallModel()
     sent = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
     engine = session(model)
@@ -111,8 +115,7 @@ def test_every_byte_is_written_at_most_twice(apart: bool, buffer: SharedBuffer) 
         engine.finish_weight_update()
     assert all(torch.equal(parameter, sent[name]) for name, parameter in model.named_parameters())
     whole = sum(tensor.nbytes for tensor in sent.values())
-    biases = sum(tensor.nbytes for name, tensor in sent.items() if name.endswith("bias"))
-    assert written.num_bytes - whole == 2 * whole + biases, "besides what was packed"
+    assert written.num_bytes - whole == 2 * whole, "besides what was packed"
 
 
 @pytest.mark.parametrize("apart", [False, True])
