@@ -520,7 +520,7 @@ class RolloutConfig(EngineConfig):
     unfinished: Unfinished = "drop"
     """Groups that a step began and did not need: dropped, or carried to the next step, which goes on with their
     responses. These then have tokens of several weights, so 'carry' needs algorithm.rollout_correction_cap, and which
-    groups are carried depends on time."""
+    groups are carried depends on time. With 'carry' engines that have room begin prompts of the next step."""
     free_cache_engine: bool | None = None
     """Engines give their GPU memory back, weights included, while the trainer computes; None: on GPUs, where they share
     them with the trainer."""

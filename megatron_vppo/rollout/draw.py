@@ -10,6 +10,10 @@ first, and no engine more than it can have in flight.
 With the order 'draw' the first three kept groups of the draw count: 0, 2, 3. They are known here, so sampling ends. If
 four were wanted, 4 would be waited for, although 6 is kept as well. So prompts, seeds and responses decide which groups
 count, and never the time that something takes. With 'arrival' those count that were graded first.
+
+Where the next step goes on with what this one does not need (carry.py), engines that have room begin prompts behind
+those: at most as many as had to wait for room, of the prompts that a step is expected to need. Where all are sampled at
+once, the longest response decides the time, and to begin more would only make their tokens older.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ class Draw:
         order: SampleOrder,
         seen: tuple[float, float] = (0.0, 0.0),
         missing: Sequence[int] = (),
+        ahead: bool = False,
     ) -> None:
         """
         Args:
@@ -45,9 +50,10 @@ class Draw:
             responses: to each prompt.
             seen: groups that were kept, and sampled, in the steps before; they weigh as much as those of this step.
             missing: of the first prompts, whose groups are carried, the responses that are still to be sampled.
+            ahead: begin prompts that this step does not need, where engines have room.
         """
         self._wanted, self._most, self._responses, self._order = wanted, most, responses, order
-        self._missing = missing
+        self._missing, self._ahead = missing, ahead
         self._kept_before, self._sampled_before = seen if seen[1] else (wanted * OPTIMISM, wanted * OPTIMISM)
         self._size = len(missing)
         self._waiting = [number for number in range(self._size) if missing[number]]
@@ -77,11 +83,12 @@ class Draw:
         """
         self._in_flight = dict.fromkeys(engines, 0)
         self._capacity = capacity
+        self._grow()
 
     def hand_out(self) -> dict[int, list[int]]:
         """Returns the prompts that engines are to sample now, by the number of the engine."""
         given: dict[int, list[int]] = {}
-        while self._waiting and self._waiting[0] < self._end:
+        while self._has_more:
             engine = min(self._in_flight, key=self._in_flight.__getitem__, default=None)
             if engine is None or self._in_flight[engine] >= self._capacity:
                 break
@@ -110,7 +117,7 @@ class Draw:
     @property
     def is_idle(self) -> bool:
         """True if no engine has anything to do."""
-        return not self._left and not any(number < self._end for number in self._waiting[:1])
+        return not self._left and not self._has_more
 
     # --- Deciding -----------------------------------------------------------------------------------------------------
 
@@ -163,6 +170,11 @@ class Draw:
         return self._size
 
     @property
+    def _has_more(self) -> bool:
+        """True if there are prompts to hand out."""
+        return bool(self._waiting) and (self._ahead or self._waiting[0] < self._end)
+
+    @property
     def _end(self) -> int:
         """The prompts at the front of the draw among which all are that can count."""
         if self._kept < self._wanted:
@@ -176,11 +188,18 @@ class Draw:
         if missing <= 0 or self._size >= self._most:
             return
         rate = (self._kept_before + self._kept) / (self._sampled_before + len(self._verdicts))
-        open_prompts = self._size - len(self._verdicts)
-        needed = math.ceil(MARGIN * missing / rate) if rate else self._most
-        size = min(self._most, self._size + max(0, needed - open_prompts))
+        size = max(self._size, self._expected(missing, rate)) if rate else self._most
+        size = min(self._most, size)
         self._waiting += [number for number in range(self._size, size) if self._missing_of(number)]
         self._size = size
+
+    def _expected(self, missing: int, rate: float) -> int:
+        """Returns the size of a draw that will probably be enough, and of which as much is begun ahead as may be."""
+        size = len(self._verdicts) + math.ceil(MARGIN * missing / rate)
+        if self._ahead and self._in_flight:
+            at_once = len(self._in_flight) * math.ceil(self._capacity / self._responses)
+            size = max(size, math.ceil(2 * self._wanted / rate) - at_once)
+        return size
 
     def _missing_of(self, number: int) -> int:
         return self._missing[number] if number < len(self._missing) else self._responses

@@ -101,6 +101,7 @@ class Collector:
             order=config.rollout.order,
             seen=self.keep_rate.seen,
             missing=[len(group.missing) for group in drawn.carried],
+            ahead=config.rollout.unfinished == "carry" and not self.grader.grades_batches,
         )
         judge = self.grader.judge(
             drawn.prompt, size=n, keeps=self._keeps, least=wanted * n,

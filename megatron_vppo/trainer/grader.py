@@ -59,6 +59,12 @@ class Grader:
         judge.take_carried()
         return judge
 
+    @property
+    def grades_batches(self) -> bool:
+        """True if responses are graded together, when engines have nothing more to do; on rank 0."""
+        assert self._pool is not None, "rewards are computed on rank 0"
+        return self._pool.grades_batches
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()

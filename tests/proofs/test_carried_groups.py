@@ -1,8 +1,8 @@
 """A run that carries groups from step to step: tokens keep the log-probs of the weights that sampled them.
 
-Each step draws nine prompts and trains on the first eight, so that the ninth is carried and begins the next draw. The
-engine holds one group at a time, and at a high temperature the model talks until it is cut off at 128 tokens, so most
-of the ninth is unfinished then. The run stops and goes on in between.
+Each step trains on the first eight groups, so that the ninth, and another one if it was begun, is carried and begins
+the next draw. The engine holds one group at a time, and at a high temperature the model talks until it is cut off at
+128 tokens, so most of the ninth is unfinished then. The run stops and goes on in between.
 """
 
 from __future__ import annotations
@@ -36,11 +36,12 @@ def test_carried_tokens_are_those_of_older_weights(digits: Path, tmp_path: Path)
     for last in (1, 2):
         run = train(digits, tmp_path, "carried", *CARRYING, f"trainer.total_steps={last}")
     first, second = read_metrics(run)
-    assert first["rollout/carried_groups"] == second["rollout/carried_groups"] == 1
+    assert 1 <= first["rollout/carried_groups"] <= 2 and 1 <= second["rollout/carried_groups"] <= 2
     assert first["rollout/carried_share"] == 0.0 and second["rollout/carried_share"] > 0
     records = list(read_rollouts(rollout_path(run, 2)))
     carried = [record for record in records if record["carried_tokens"]]
-    assert {record["row"] for record in carried} == {records[0]["row"]}, "of one group, which begins the draw"
+    firsts = list(dict.fromkeys(record["row"] for record in records))[: int(first["rollout/carried_groups"])]
+    assert records[0]["row"] in {record["row"] for record in carried} <= set(firsts), "they begin the draw"
     torn = [record for record in carried if record["carried_tokens"] < len(record["token_ids"])]
     assert torn, "some response has tokens of both weights"
     total = sum(len(record["token_ids"]) for record in records)

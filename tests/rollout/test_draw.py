@@ -151,3 +151,38 @@ def test_more_groups_are_carried_than_may_be_sampled(order: SampleOrder) -> None
     for number in range(6):
         draw.judged(number, kept=False)
     assert draw.is_decided and draw.is_idle and draw.chosen == [] and draw.size == 6
+
+
+@pytest.mark.parametrize(
+    ("engines", "capacity", "most", "size"),
+    [
+        (8, 128, 1536, 1269),  # 1396.4 prompts for two steps, of which 8 x 16 are sampled at once
+        (8, 132, 1536, 1261),  # 8 x 17: an engine with room for four of eight responses gets all of them
+        (8, 1024, 1536, 768),  # all at once: 1.1 x 384 / 0.55, and nothing ahead
+        (8, 128, 900, 900),
+        (2, 128, 1536, 1365),
+    ],
+)
+def test_as_much_is_begun_ahead_as_has_to_wait_for_room(engines: int, capacity: int, most: int, size: int) -> None:
+    draw = Draw(wanted=384, most=most, responses=8, order="draw", seen=(55, 100), ahead=True)
+    assert draw.size == 768, "nothing is known of engines"
+    draw.open_to(range(engines), capacity=capacity)
+    assert draw.size == size
+    without = Draw(wanted=384, most=most, responses=8, order="draw", seen=(55, 100))
+    without.open_to(range(engines), capacity=capacity)
+    assert without.size == 768
+
+
+def test_engines_with_room_go_on_with_what_the_next_step_needs() -> None:
+    """Two of the first five prompts are wanted, and known when 0 is: until then slots of others take what follows."""
+    draw = opened(2, capacity=2, seen=(1, 2), ahead=True)
+    assert draw.size == 6 and draw.hand_out() == {0: [0, 1]}
+    given = []
+    for number in (1, 2, 3):
+        finished(draw, number)
+        given += draw.hand_out()[0]
+    assert given == [2, 3, 4] and not draw.is_decided, "2 and 3 are kept, and 0 may be"
+    draw.ended(4)
+    assert draw.hand_out() == {0: [5]} and not draw.is_idle
+    finished(draw, 0)
+    assert draw.is_decided and (draw.chosen, draw.needed, draw.reached) == ([0, 2], [0, 1, 2], 6)

@@ -58,6 +58,8 @@ class Prompts:
 class Sampler:
     """Samples and grades what the draw hands out, one response at a time, in a shuffled order."""
 
+    capacity = 6
+
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
         self.samplings = 0
@@ -67,7 +69,7 @@ class Sampler:
         mine: Work = work()
         self.samplings += 1
         asked: dict[int, Ask] = {}
-        mine.draw.open_to([0, 1], capacity=6)
+        mine.draw.open_to([0, 1], capacity=self.capacity)
         left: list[tuple[int, int]] = []
         while not mine.draw.is_decided:
             for numbers in mine.draw.hand_out().values():
@@ -92,6 +94,8 @@ class Sampler:
 
 class Carrying(Sampler):
     """A response has three tokens, each of which is the number of the sampling in which it was sampled."""
+
+    capacity = 2  # so that prompts wait for room, and others are begun ahead
 
     def whole(self, ask: Ask, place: int) -> Completion:
         tokens = 3 - (len(ask.begun[place]) if ask.begun else 0)
@@ -471,6 +475,24 @@ def test_groups_that_do_not_fit_other_settings_are_left_behind(
     assert len(other._carried()) < len(run.collector._carried())
     assert all(not any(map(group.begun, group.missing)) for group in other._carried())
     assert "are left behind" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "size"),
+    [(CARRY, False, 11), (CARRY, True, 7), ({}, False, 7)],  # 2 x 4 / (2 / 3) - 1, or 1.1 x 4 / (2 / 3)
+)
+def test_prompts_of_the_next_step_are_begun_where_that_is_of_use(
+    options: dict[str, Any], batches: bool, size: int, tmp_path: Path
+) -> None:
+    """A batch function grades when engines have ended, so it would wait for them."""
+    run = Run(tmp_path, MIXED, rows=120, max_try_make_batch=6, **options)
+    run.collector.keep_rate.seen = (2, 3)
+    pool: Any = Pool(MIXED)
+    pool.grades_batches = batches
+    run.collector = replace(run.collector, grader=Grader(pool, max_error_share=1.0))
+    draw = run.collector._begin(1, DrawnPrompts(run.stream, 4)).work.draw
+    draw.open_to([0], capacity=2)
+    assert draw.size == size
 
 
 def test_attempts_are_the_blocks_of_the_stream_behind_what_is_carried(tmp_path: Path) -> None:
