@@ -120,8 +120,13 @@ def _times_read(layout: Layout, folder: Path, per: PerturbUnit) -> list[Case]:
 
 
 def _vision_inputs(folder: Path, processor: Any, per: PerturbUnit) -> VisionInputs:
-    columns = {"problem_key": "problem", "answer_key": "answer", "image_key": "images"}
-    dataset = open_dataset(str(folder / "rows.jsonl"), **columns)
+    dataset = open_dataset(
+        str(folder / "rows.jsonl"),
+        problem_key="problem",
+        answer_key="answer",
+        image_key="images",
+        image_place="marks",
+    )
     limits = {"min_pixels": 28 * 28, "max_pixels": MODEL_SIDE**2}
     return VisionInputs(
         {"train": dataset},
