@@ -10,7 +10,8 @@ the first of them, and the others read its features (`megatron_vppo/models/visio
     3                a          a
 
 An image that comes again after a gap has another run. Up to its last reader a run keeps what its backward pass needs;
-so no micro-batch has to hold more than that of the images that it shows.
+so no micro-batch has to hold more than that of the images that it shows. Ranks that share images take about equally
+many patches of all that a micro-batch shows, whatever runs they belong to.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ class ImageRun:
 
     images: tuple[ShownImage, ...]
     grids_thw: tuple[Grid, ...]
+    numbers_of_ranks: tuple[tuple[int, ...], ...]
+    """The numbers of the images that each rank takes of those that share them."""
     kept: KeptFeatures | None
     """None: they are read in the micro-batch of the run alone."""
 
-    def on_ranks(self, ranks: int) -> tuple[tuple[ShownImage, ...], ...]:
-        """Returns the images that each of the ranks takes that share them."""
-        return tuple(tuple(self.images[n] for n in numbers) for numbers in assign_images(self.grids_thw, ranks=ranks))
+    def of_rank(self, rank: int) -> list[ShownImage]:
+        return [self.images[number] for number in self.numbers_of_ranks[rank]]
 
-    def of_tower(self, ranks: int) -> TowerRun:
-        return TowerRun(self.grids_thw, assign_images(self.grids_thw, ranks=ranks), self.kept)
+    def of_tower(self) -> TowerRun:
+        return TowerRun(self.grids_thw, self.numbers_of_ranks, self.kept)
 
 
 @dataclass(frozen=True)
@@ -82,25 +84,39 @@ class Showing:
         return self.runs is not None and len(self.runs.earlier) + len(self.runs.own) > 1
 
 
-def runs_of(responses: Sequence[Response], views: Sequence[View]) -> ImageRuns:
-    """Plans the runs for a micro-batch whose images no other one shows."""
-    grids = _images_of(responses, views)
-    return ImageRuns((), (ImageRun(tuple(grids), tuple(grids.values()), None),) if grids else ())
+def runs_of(responses: Sequence[Response], views: Sequence[View], *, ranks: int) -> ImageRuns:
+    """Plans the runs for a micro-batch whose images no other one shows.
+
+    Args:
+        ranks: the number of ranks that share images.
+    """
+    (only,) = showings(responses, [views], ranks=ranks)
+    assert only.runs is not None
+    return only.runs
 
 
-def showings(responses: Sequence[Response], micro_views: Sequence[Sequence[View]]) -> list[Showing]:
-    """Plans the runs of the tower for micro-batches that follow each other in a phase."""
+def showings(responses: Sequence[Response], micro_views: Sequence[Sequence[View]], *, ranks: int) -> list[Showing]:
+    """Plans the runs of the tower for micro-batches that follow each other in a phase.
+
+    Args:
+        ranks: the number of ranks that share images.
+    """
     shown = [_images_of(responses, views) for views in micro_views]
     earlier: list[list[ImageRun]] = [[] for _ in shown]
     own: list[list[ImageRun]] = [[] for _ in shown]
     for number, grids in enumerate(shown):
         new = [image for image in grids if number == 0 or image not in shown[number - 1]]
+        rank_of = _rank_of({image: grids[image] for image in new}, earlier[number], ranks=ranks)
         read_until: dict[int, list[ShownImage]] = {}
         for image in new:
             read_until.setdefault(_last_reader(shown, number, image), []).append(image)
         for last, images in read_until.items():
-            kept = KeptFeatures(last - number + 1) if last > number else None
-            run = ImageRun(tuple(images), tuple(grids[image] for image in images), kept)
+            run = ImageRun(
+                tuple(images),
+                tuple(grids[image] for image in images),
+                tuple(tuple(n for n, image in enumerate(images) if rank_of[image] == rank) for rank in range(ranks)),
+                KeptFeatures(last - number + 1) if last > number else None,
+            )
             own[number].append(run)
             for reader in range(number + 1, last + 1):
                 earlier[reader].append(run)
@@ -118,6 +134,17 @@ def _images_of(responses: Sequence[Response], views: Sequence[View]) -> dict[Sho
         for prompt, perturb in prompts
         for image, grid in zip(prompt.images, prompt.grids_thw, strict=True)
     }
+
+
+def _rank_of(grids: dict[ShownImage, Grid], earlier: Sequence[ImageRun], *, ranks: int) -> dict[ShownImage, int]:
+    """Assigns the new images of a micro-batch, to ranks that hold the patches of the earlier ones that it reads."""
+    held = tuple(
+        sum(math.prod(run.grids_thw[number]) for run in earlier for number in run.numbers_of_ranks[rank])
+        for rank in range(ranks)
+    )
+    images = list(grids)
+    assigned = assign_images(tuple(grids.values()), ranks=ranks, held=held)
+    return {images[number]: rank for rank, numbers in enumerate(assigned) for number in numbers}
 
 
 def _last_reader(shown: Sequence[dict[ShownImage, Grid]], first: int, image: ShownImage) -> int:

@@ -85,7 +85,7 @@ class Packer:
         Raises ValueError for views in another order.
         """
         _check_order(views)
-        runs = runs or runs_of(responses, views)
+        runs = runs or runs_of(responses, views, ranks=self.split.image_ranks)
         sequences, of_views = self._lay_out(responses, views)
         packing = padded_packing(
             [len(sequence.token_ids) for sequence in sequences],
@@ -96,7 +96,6 @@ class Packer:
             round_up=int if limit is None else partial(padded_tokens, limit=limit),
         )
         token_ids_K = _padded_tokens(sequences, packing)
-        ranks, rank = self.split.image_ranks, self.split.image_rank
         return ResponseBatch(
             packed=PackedBatch(
                 token_ids_K=torch.from_numpy(token_ids_K),
@@ -106,11 +105,11 @@ class Packer:
                 image_feature_index_I=torch.from_numpy(
                     _feature_index_I(sequences, runs.features(merge_size=self.merge_size))
                 ),
-                runs=tuple(run.of_tower(ranks) for run in runs.own),
+                runs=tuple(run.of_tower() for run in runs.own),
                 earlier=tuple(run.kept for run in runs.earlier if run.kept is not None),
             ),
             tokens=_response_tokens(responses, views, of_views, packing, self.split, self.image_token_id),
-            patches=self._patches_of([image for run in runs.own for image in run.on_ranks(ranks)[rank]]),
+            patches=self._patches_of([image for run in runs.own for image in run.of_rank(self.split.image_rank)]),
         )
 
     def _lay_out(

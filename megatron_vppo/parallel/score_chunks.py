@@ -1,8 +1,9 @@
 """The chunks of a scoring pass: between two of them all ranks may leave it.
 
-What is scored does not depend on them, because a micro-batch knows nothing of its neighbours. Every chunk costs a
-meeting of all ranks and fills and empties the pipeline once: with p stages it takes the time of p - 1 micro-batches
-more. So a chunk has as many micro-batches as fit into its time.
+What is scored does not depend on them: a micro-batch reads nothing of its neighbours but features of images, and those
+are kept from one chunk to the next. Every chunk costs a meeting of all ranks and fills and empties the pipeline once:
+with p stages it takes the time of p - 1 micro-batches more. So a chunk has as many micro-batches as fit into its
+time.
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ class Scorer:
 
         micro_batches = runner.scoring_micro_batches(responses, both_views=views == "both", to_end=with_visual_focus)
         micro_views = [views_of(rows, read_keys, to_end=with_visual_focus) for rows in micro_batches]
-        for chunk in self._chunks.of(showings(responses, micro_views), boundary):
+        showing = showings(responses, micro_views, ranks=runner.packer.split.image_ranks)
+        for chunk in self._chunks.of(showing, boundary):
             runner.forward(responses, chunk, read, both_views=views == "both")
         whole = table.sum_over_ranks(counts=runner.holds_results)
         return Scores(

@@ -82,7 +82,7 @@ class Updater:
         self._trainable.zero_gradients()
         micro_batches = runner.update_micro_batches(batch.responses, both_views=keys is not None)
         views = [views_of(rows, keys or [None] * len(batch.responses)) for rows in micro_batches]
-        showing = runner.filled_up(showings(batch.responses, views))
+        showing = runner.filled_up(showings(batch.responses, views, ranks=runner.packer.split.image_ranks))
         with reduction.of_mini_batch(tower_again=showing[-1].reads_several_runs):
             runner.forward_backward(batch, showing, loss_of, models=self._trainable.ddps)
         response_tokens = float(batch.response_mask_BT.sum())

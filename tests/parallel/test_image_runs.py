@@ -22,7 +22,7 @@ def images_of(runs: tuple[ImageRun, ...]) -> list[list[ImageRef]]:
 
 def test_neighbours_read_the_run_of_the_first_and_a_gap_ends_it() -> None:
     a, b, text = (View(row, None) for row in range(3))
-    made = [showing.runs for showing in showings(RESPONSES, [[a, text], [b, a], [b], [a]])]
+    made = [showing.runs for showing in showings(RESPONSES, [[a, text], [b, a], [b], [a]], ranks=1)]
     assert [images_of(runs.own) for runs in made if runs] == [[[A]], [[B]], [], [[A]]]
     assert [images_of(runs.earlier) for runs in made if runs] == [[], [[A]], [[B]], []]
     first, second, third, fourth = made
@@ -35,7 +35,7 @@ def test_neighbours_read_the_run_of_the_first_and_a_gap_ends_it() -> None:
 def test_images_with_other_readers_have_runs_of_their_own() -> None:
     """A perturbed image is another one, and is not kept with the one that goes on."""
     views = [[View(0, None), View(1, None), View(0, HIDDEN)], [View(0, None)]]
-    first, second = (showing.runs for showing in showings(RESPONSES, views))
+    first, second = (showing.runs for showing in showings(RESPONSES, views, ranks=1))
     assert first and second
     assert [run.images for run in first.own] == [((A, None),), ((B, None), (A, HIDDEN))]
     assert first.own[0].kept and first.own[1].kept is None
@@ -43,7 +43,7 @@ def test_images_with_other_readers_have_runs_of_their_own() -> None:
 
 
 def test_an_image_is_read_as_often_as_neighbours_show_it() -> None:
-    (first, *_) = showings(RESPONSES, [[View(0, None), View(0, None)]] * 3)
+    (first, *_) = showings(RESPONSES, [[View(0, None), View(0, None)]] * 3, ranks=1)
     assert first.runs and first.runs.own[0].kept
     kept = first.runs.own[0].kept
     kept.put(VisionFeatures(torch.ones(2, 1, requires_grad=True) * 2))
@@ -51,7 +51,19 @@ def test_an_image_is_read_as_often_as_neighbours_show_it() -> None:
 
 
 def test_a_micro_batch_alone() -> None:
-    assert runs_of(RESPONSES, [View(2, None)]).own == ()
-    assert runs_of(RESPONSES, [View(0, None), View(0, HIDDEN)]).own == (
-        ImageRun(((A, None), (A, HIDDEN)), (SMALL, SMALL), None),
+    assert runs_of(RESPONSES, [View(2, None)], ranks=1).own == ()
+    assert runs_of(RESPONSES, [View(0, None), View(0, HIDDEN)], ranks=1).own == (
+        ImageRun(((A, None), (A, HIDDEN)), (SMALL, SMALL), ((0, 1),), None),
     )
+
+
+def test_ranks_take_equal_parts_of_all_that_a_micro_batch_shows() -> None:
+    """Whatever runs it reads: two of its own, or one of the micro-batch before that the first rank has taken."""
+    a, b, hidden = View(0, None), View(1, None), View(0, HIDDEN)
+    of_two, _ = (showing.runs for showing in showings(RESPONSES, [[a, hidden], [a]], ranks=2))
+    assert of_two and [run.of_tower().images_of_ranks for run in of_two.own] == [((0,), ()), ((), (0,))]
+    assert [run.of_rank(1) for run in of_two.own] == [[], [(A, HIDDEN)]]
+    first, second, _ = (showing.runs for showing in showings(RESPONSES, [[b], [a, b, hidden], [a]], ranks=2))
+    assert first and [run.of_tower().images_of_ranks for run in first.own] == [((0,), ())]
+    assert second and [run.images for run in second.own] == [((A, None),), ((A, HIDDEN),)]
+    assert [run.of_tower().images_of_ranks for run in second.own] == [((), (0,)), ((), (0,))]

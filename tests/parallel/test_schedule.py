@@ -74,7 +74,7 @@ def test_every_micro_batch_is_read_once_in_order(runner: ScheduleRunner) -> None
         read.append((sorted(set(tokens.at[0].tolist())), len(hidden_C1h)))
 
     views = [[View(0, None), View(1, None)], [View(2, None)]]
-    runner.forward(make_responses(), showings(make_responses(), views), collect)
+    runner.forward(make_responses(), showings(make_responses(), views, ranks=1), collect)
     rows = make_responses()
     prompts, answers = [len(row.prompt.token_ids) for row in rows], [len(row.token_ids) - 1 for row in rows]
     assert read == [([0, 1], prompts[0] + sum(answers[:2])), ([2], prompts[2] + answers[2])], "0 and 1 share a prompt"

@@ -43,16 +43,21 @@ class VisionGroups:
 
 
 @functools.lru_cache(maxsize=256)
-def assign_images(grids_thw: tuple[Grid, ...], *, ranks: int) -> tuple[tuple[int, ...], ...]:
+def assign_images(
+    grids_thw: tuple[Grid, ...], *, ranks: int, held: tuple[int, ...] | None = None
+) -> tuple[tuple[int, ...], ...]:
     """Returns the numbers of each rank's images, rising.
 
     The largest image goes first, to the rank with the fewest patches.
 
-    The result depends on the grids alone, so ranks that hold the same micro-batch agree without a message.
+    The result depends on the arguments alone, so ranks that hold the same micro-batch agree without a message.
+
+    Args:
+        held: the patches that each rank has already; None: none has any.
     """
     patches = [frames * rows * columns for frames, rows, columns in grids_thw]
     assigned: list[list[int]] = [[] for _ in range(ranks)]
-    load = [0] * ranks
+    load = [0] * ranks if held is None else list(held)
     for image in sorted(range(len(patches)), key=lambda number: -patches[number]):
         rank = load.index(min(load))
         assigned[rank].append(image)
