@@ -77,7 +77,7 @@ class Showing:
 
     views: Sequence[View]
     runs: ImageRuns | None = None
-    """None: no other micro-batch shows its images."""
+    """None: those of its own, which no other micro-batch reads."""
 
     @property
     def reads_several_runs(self) -> bool:
