@@ -46,8 +46,13 @@ def test_an_image_is_read_as_often_as_neighbours_show_it() -> None:
     (first, *_) = showings(RESPONSES, [[View(0, None), View(0, None)]] * 3, ranks=1)
     assert first.runs and first.runs.own[0].kept
     kept = first.runs.own[0].kept
-    kept.put(VisionFeatures(torch.ones(2, 1, requires_grad=True) * 2))
-    assert [kept.read().merged_Mh.is_leaf for _ in range(3)] == [True, True, False]
+    weight = torch.ones(2, 1, requires_grad=True)
+    kept.put(VisionFeatures(weight * 2))
+    reached = []
+    for _ in range(3):
+        kept.read().merged_Mh.sum().backward()
+        reached.append(weight.grad is not None)
+    assert reached == [False, False, True]
 
 
 def test_a_micro_batch_alone() -> None:

@@ -118,7 +118,9 @@ def split_pixels(works: Sequence[ImageWork], pixels_PD: Tensor) -> tuple[Tensor,
     if sum(patches) != len(pixels_PD):
         grids = [() if work.tower is None else work.tower.grids_thw for work in works]
         raise ValueError(f"the grids {grids} have {sum(patches)} patches but pixels hold {len(pixels_PD)}")
-    return pixels_PD.split(patches)
+    parts = zip(works, pixels_PD.split(patches), strict=True)
+    # Autograd holds the pixels of a kept run up to its last reader, and with a part of a tensor all of it.
+    return tuple(own_PD.clone() if work.kept is not None and len(works) > 1 else own_PD for work, own_PD in parts)
 
 
 def image_parallel_features(

@@ -30,22 +30,23 @@ class KeptFeatures:
         """`readers`: the micro-batches that read them, that of the run included."""
         self._left = readers
         self._features: tuple[Tensor, ...] = ()
-        self._waiting: tuple[Tensor, ...] = ()
-        """The same values as leaves of autograd, in whose `grad` the gradients of all readers but the last add up."""
+        self._waiting: tuple[_Waiting, ...] = ()
 
     def put(self, features: VisionFeatures) -> None:
         """Takes the features of the run, with the tower's graph behind them unless nothing of it is trained."""
         self._features = (features.merged_Mh, *features.deepstack_Mh)
-        self._waiting = tuple(one_Mh.detach().requires_grad_(one_Mh.requires_grad) for one_Mh in self._features)
+        self._waiting = tuple(_Waiting() for _ in self._features)
 
     def read(self) -> VisionFeatures:
         """Returns the features. The graph of the tower is behind those of the last reader alone."""
         self._left -= 1
-        if self._left:
-            return VisionFeatures(self._waiting[0], self._waiting[1:])
         pairs = zip(self._features, self._waiting, strict=True)
-        merged_Mh, *deepstack_Mh = (_AddWaiting.apply(one_Mh, waiting_Mh) for one_Mh, waiting_Mh in pairs)
-        self._features, self._waiting = (), ()
+        if self._left:
+            cut_off = ((one_Mh.detach().requires_grad_(one_Mh.requires_grad), waiting) for one_Mh, waiting in pairs)
+            merged_Mh, *deepstack_Mh = (_KeepGradient.apply(*pair) for pair in cut_off)
+        else:
+            merged_Mh, *deepstack_Mh = (_AddWaiting.apply(*pair) for pair in pairs)
+            self._features, self._waiting = (), ()
         return VisionFeatures(merged_Mh, tuple(deepstack_Mh))
 
 
@@ -62,15 +63,43 @@ class TowerRun:
     """The place of the features for the micro-batches that follow. None: no other one reads them."""
 
 
-class _AddWaiting(torch.autograd.Function):
-    """Features as they are. Backward: the gradients that wait in `waiting_Mh` are added."""
+class _Waiting:
+    """The sum of the gradients that wait, in float32 at least: in bfloat16 each addition would round it."""
+
+    def __init__(self) -> None:
+        self._sum_Mh: Tensor | None = None
+
+    def add(self, grad_Mh: Tensor) -> None:
+        self._sum_Mh = self.plus(grad_Mh)
+
+    def plus(self, grad_Mh: Tensor) -> Tensor:
+        """Returns the sum with another gradient."""
+        exact_Mh = grad_Mh.to(torch.promote_types(grad_Mh.dtype, torch.float32))
+        return exact_Mh if self._sum_Mh is None else self._sum_Mh + exact_Mh
+
+
+class _KeepGradient(torch.autograd.Function):
+    """Features as they are. Backward: their gradient waits."""
 
     @staticmethod
-    def forward(ctx: Any, features_Mh: Tensor, waiting_Mh: Tensor) -> Tensor:
-        ctx.waiting_Mh = waiting_Mh
+    def forward(ctx: Any, features_Mh: Tensor, waiting: _Waiting) -> Tensor:
+        ctx.waiting = waiting
+        return features_Mh.view_as(features_Mh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        ctx.waiting.add(grads[0])
+        return None, None
+
+
+class _AddWaiting(torch.autograd.Function):
+    """Features as they are. Backward: the gradients that wait are added."""
+
+    @staticmethod
+    def forward(ctx: Any, features_Mh: Tensor, waiting: _Waiting) -> Tensor:
+        ctx.waiting = waiting
         return features_Mh.view_as(features_Mh)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        waiting_Mh = ctx.waiting_Mh.grad
-        return grads[0] if waiting_Mh is None else grads[0] + waiting_Mh, None
+        return ctx.waiting.plus(grads[0]).to(grads[0].dtype), None

@@ -46,6 +46,16 @@ def test_the_last_reader_runs_the_tower_backward_for_all(readers: int, in_flight
     torch.testing.assert_close(weight.grad, expected.grad, rtol=1e-14, atol=0)
 
 
+def test_gradients_in_bfloat16_are_rounded_once() -> None:
+    """256 + 1 + 1 is 256 in bfloat16 if each sum is rounded: the step from 256 to the next number is 2."""
+    leaf = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    kept = KeptFeatures(3)
+    kept.put(VisionFeatures(leaf * 1))
+    for factor in (256.0, 1.0, 1.0):
+        (kept.read().merged_Mh * factor).sum().backward()
+    assert leaf.grad is not None and leaf.grad.item() == 258.0
+
+
 def test_a_frozen_tower_and_a_scoring_pass_have_no_gradient() -> None:
     weight = torch.tensor(0.7, dtype=torch.float64)
     kept = KeptFeatures(2)
