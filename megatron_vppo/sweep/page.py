@@ -6,7 +6,7 @@ import datetime
 from collections.abc import Mapping, Sequence
 from urllib.parse import quote
 
-from megatron_vppo.observability.report.charts import Chart, Line, chart_html
+from megatron_vppo.observability.report.charts import Chart, Line, chart_html, mark_html
 from megatron_vppo.observability.report.data import Series
 from megatron_vppo.observability.report.document import document_html
 from megatron_vppo.observability.report.scales import step_axis
@@ -25,7 +25,7 @@ CHARTS = (
 )
 """Metric, title, unit, and True for a wide chart."""
 COLORS = 8
-"""The colours of page.css. The ninth variant has the first one's again."""
+"""The colours of page.css. The ninth variant has the first one's again, dashed."""
 READING = (
     "Accuracies are means over the seeds ± their standard error. Differences are over questions: each question's "
     "accuracy, averaged over its responses and over the seeds that both variants have, minus the baseline's; the "
@@ -61,7 +61,7 @@ def _results(results: SweepResults) -> str:
     rows = []
     for index, variant in enumerate(results.variants):
         name, *rest = map(html_text, cells(results, variant))
-        rows.append([f'<i style="--c:var(--c{_color(index)})"></i>{name}', *rest])
+        rows.append([f"{mark_html(_color(index), hollow=_again(index))}{name}", *rest])
     paragraphs = "".join(f'<p class="note">{html_text(note)}</p>' for note in [*notes(results), READING])
     return _table(COLUMNS, rows) + paragraphs
 
@@ -73,19 +73,18 @@ def _charts(results: SweepResults) -> str:
     axis = step_axis(steps)
     charts = []
     for metric, title, unit, wide in CHARTS:
-        lines = [
-            _line(variant.name, variant.curves[metric], _color(index)) for index, variant in enumerate(results.variants)
-        ]
+        lines = [_line(variant.name, variant.curves[metric], index) for index, variant in enumerate(results.variants)]
         scale = "auto" if metric == ACCURACY else "zero"
         charts.append(chart_html(Chart(title, unit, tuple(lines), scale=scale, wide=wide), axis))
     return f'<div class="grid">{"".join(charts)}</div>'
 
 
-def _line(name: str, curve: MeanCurve, color: int) -> Line:
+def _line(name: str, curve: MeanCurve, index: int) -> Line:
     low = tuple(found.mean - (found.error or 0) for found in curve.estimates)
     high = tuple(found.mean + (found.error or 0) for found in curve.estimates)
     mean = Series(curve.steps, tuple(found.mean for found in curve.estimates))
-    return Line(name, mean, color, band=(Series(curve.steps, low), Series(curve.steps, high)))
+    band = (Series(curve.steps, low), Series(curve.steps, high))
+    return Line(name, mean, _color(index), band, dashed=_again(index))
 
 
 def _runs(sweep: Sweep, states: Mapping[str, RunStatus]) -> str:
@@ -107,3 +106,8 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _color(index: int) -> int:
     return 1 + index % COLORS
+
+
+def _again(index: int) -> bool:
+    """Returns True if a variant before has the same colour."""
+    return index >= COLORS

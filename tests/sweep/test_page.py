@@ -13,7 +13,7 @@ from megatron_vppo.sweep.page import render_sweep
 from megatron_vppo.sweep.plan import Sweep
 from megatron_vppo.sweep.results import gather_results
 from megatron_vppo.sweep.status import status_of
-from tests.sweep.folders import make_sweep, write_run
+from tests.sweep.folders import SWEEP, make_sweep, write_run
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,18 @@ def test_results_curves_and_runs(tmp_path: Path) -> None:
     assert band == "M45.5 1000.0 954.5 500.0 954.5 0.0 45.5 1000.0Z"
     hover = [json.loads(text) for text in re.findall(r'<script type="application/json">(.*?)</script>', html)]
     assert hover[0]["series"][0] == {"label": "vppo", "color": 1, "values": [0, 0.75]}
+
+
+def test_a_ninth_variant_is_dashed_in_the_colour_of_the_first(tmp_path: Path) -> None:
+    others = "".join(f"  rate{number}: [actor.optim.lr=1.0e-{number}]\n" for number in (2, 3, 4, 5, 7, 8, 9))
+    sweep = make_sweep(tmp_path, SWEEP.replace("baseline", others + "baseline"))
+    for run in sweep.runs:
+        write_run(run, {0: [0.0, 0.0], 10: [1.0, 1.0]})
+    html = render(sweep)
+    accuracy = html.partition("Held-out accuracy")[2].partition("</figure>")[0]
+    drawn = re.findall(r'class="(line(?: dashed)?)" style="--c:var\(--c(\d)\)"', accuracy)
+    assert sorted(drawn) == [*(("line", str(color)) for color in range(1, 9)), ("line dashed", "1")]
+    assert accuracy.count('<i class="hollow" style="--c:var(--c1)">') == 1
 
 
 def test_nothing_yet(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ class Line:
     """The slot of the palette in page.css, 1 to 8; 0: neutral."""
     band: tuple[Series, Series] | None = None
     """The lower and upper bound of the values, shaded behind the line, at the steps of `series`."""
+    dashed: bool = False
+    """True to tell it from another line of its colour."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,12 @@ def chart_html(chart: Chart, steps: Axis) -> str:
     )
 
 
+def mark_html(color: int, *, hollow: bool) -> str:
+    """Returns the mark of a line in a legend or a table; that of a dashed line is hollow."""
+    kind = ' class="hollow"' if hollow else ""
+    return f'<i{kind} style="--c:var(--c{color})"></i>'
+
+
 def script_json(value: object) -> str:
     """Writes JSON that is safe inside a <script> element, whatever text it contains."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -114,13 +122,13 @@ def _value_axis(chart: Chart, lines: Sequence[Line]) -> Axis:
 
 def _line(line: Line, steps: Axis, axis: Axis) -> str:
     points = [(s, v) for s, v in zip(line.series.steps, line.series.values, strict=True) if not axis.log or v > 0]
-    color = f"--c:var(--c{line.color})"
+    color, kind = f"--c:var(--c{line.color})", "line dashed" if line.dashed else "line"
     raw = _path(points, steps, axis)
     if len(points) >= SMOOTH_FROM:
         smooth = smoothed([value for _, value in points])
         path = _path([(step, value) for (step, _), value in zip(points, smooth, strict=True)], steps, axis)
-        return f'<path class="raw" style="{color}" d="{raw}"/><path class="line" style="{color}" d="{path}"/>'
-    html = f'<path class="line" style="{color}" d="{raw}"/>'
+        return f'<path class="raw" style="{color}" d="{raw}"/><path class="{kind}" style="{color}" d="{path}"/>'
+    html = f'<path class="{kind}" style="{color}" d="{raw}"/>'
     if len(points) <= DOTS_UP_TO:
         # A path of zero length with round caps is a dot that does not stretch with the SVG.
         dots = "".join(f"M{_x(steps, step)} {_y(axis, value)}h0" for step, value in points)
@@ -191,7 +199,7 @@ def frame_html(body: str, horizontal: Axis, axis: Axis, *, unit: str, x_title: s
 
 def _legend_item(line: Line, unit: str) -> str:
     latest = show(line.series.values[-1], unit)
-    return f'<li><i style="--c:var(--c{line.color})"></i>{html_text(line.label)} <b>{latest}</b></li>'
+    return f"<li>{mark_html(line.color, hollow=line.dashed)}{html_text(line.label)} <b>{latest}</b></li>"
 
 
 def _summary(chart: Chart, lines: Sequence[Line]) -> str:
