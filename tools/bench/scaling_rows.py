@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from digits.checkpoint import make_processor
 from PIL import Image
 
 from megatron_vppo.config.schema import RunConfig
+from megatron_vppo.models.model_files import ModelFiles
 from megatron_vppo.setup.inputs import open_inputs, read_prompts
 
 IMAGE_SIDE = 448
@@ -43,7 +43,8 @@ def row_check_seconds(rows: int) -> dict[str, dict[str, float]]:
 
 
 def _start(config: RunConfig, rows: int) -> None:
-    model: Any = SimpleNamespace(processor=make_processor(), hf_config=None, eos_ids=(0,))
+    no_config: Any = None
+    model = ModelFiles(hf_config=no_config, processor=make_processor(), eos_ids=(0,))
     prompts = read_prompts(config, open_inputs(config, model), "train")
     assert len(prompts) == rows, "all of them can be used"
 

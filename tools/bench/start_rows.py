@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +33,7 @@ from bench.resident import TreeSampler
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.arrow_copy import SETTLED_SECONDS
 from megatron_vppo.data.stream import PromptStream
+from megatron_vppo.models.model_files import ModelFiles
 from megatron_vppo.setup.inputs import RunInputs, open_inputs, read_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,8 @@ def measure(folder: Path, *, rows: int, kind: str, workers: int) -> dict[str, An
             "trainer": {"runs_dir": str(folder / "runs")},
         }
     )
-    model: Any = SimpleNamespace(processor=make_processor(), hf_config=None, eos_ids=(0,))
+    no_config: Any = None
+    model = ModelFiles(hf_config=no_config, processor=make_processor(), eos_ids=(0,))
     kept: list[Any] = []
     phases: dict[str, Callable[[], Any]] = {
         "first open": lambda: open_inputs(config, model),

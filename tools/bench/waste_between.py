@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, SimpleNamespace
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ from megatron_vppo.algorithm.assemble import assemble
 from megatron_vppo.algorithm.types import GradedResponse, ImageRef, Prompt
 from megatron_vppo.config.schema import RunConfig
 from megatron_vppo.data.images import VisionInputs
+from megatron_vppo.models.model_files import ModelFiles
 from megatron_vppo.observability.record_writer import RecordWriter
 from megatron_vppo.rollout.conductor import Work
 from megatron_vppo.rollout.draw import Draw
@@ -200,5 +201,6 @@ def open_images(folder: Path, rows: int) -> VisionInputs:
     columns = {"problem": ["<image>?"] * rows, "answer": ["42"] * rows, "images": [cell] * rows}
     pq.write_table(pa.table(columns), folder / "rows.parquet", row_group_size=64)
     config = RunConfig.model_validate({"data": {"train_files": str(folder / "rows.parquet")}, "model": {"path": "y"}})
-    model: Any = SimpleNamespace(processor=make_processor(), hf_config=None, eos_ids=(0,))
+    no_config: Any = None
+    model = ModelFiles(hf_config=no_config, processor=make_processor(), eos_ids=(0,))
     return open_inputs(config, model).images
