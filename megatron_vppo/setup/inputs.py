@@ -78,11 +78,11 @@ def processor_and_bans(data: PromptConfig, model: ModelFiles) -> tuple[Any, tupl
 
     Raises ValueError as `with_plain_think`.
     """
-    vision_ids = vision_token_ids(model.hf_config)
-    banned_ids = (*vision_ids, *(token for token in model.suppressed_ids if token not in vision_ids))
+    banned = dict.fromkeys((*vision_token_ids(model.hf_config), *model.suppressed_ids))
     if not data.plain_think_tokens:
-        return model.processor, banned_ids
-    return with_plain_think(model.processor), (*banned_ids, *think_token_ids(model.processor.tokenizer))
+        return model.processor, tuple(banned)
+    banned.update(dict.fromkeys(think_token_ids(model.processor.tokenizer)))
+    return with_plain_think(model.processor), tuple(banned)
 
 
 def background_color(data: PromptConfig) -> Rgb:

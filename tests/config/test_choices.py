@@ -46,5 +46,6 @@ def test_every_choice_is_one_of_a_setting() -> None:
     schemas = [PACKAGE / "config" / "schema.py", PACKAGE / "config" / "evaluation.py", *PACKAGE.glob("evaluation/*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in schemas]
     used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    # The part of DependencyKind that names two whole distributions; NamedPerturbUnit or a number, with its range there.
-    assert names - used == {"Divergence", "PerturbUnit"}
+    # The part of DependencyKind that names two whole distributions; NamedPerturbUnit or a number, with its range there;
+    # the part of TokenScores that reads the dependency.
+    assert names - used == {"Divergence", "PerturbUnit", "DEPENDENCY_SCORES"}
