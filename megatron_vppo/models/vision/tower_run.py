@@ -78,13 +78,17 @@ class _Waiting:
         return exact_Mh if self._sum_Mh is None else self._sum_Mh + exact_Mh
 
 
-class _KeepGradient(torch.autograd.Function):
-    """Features as they are. Backward: their gradient waits."""
+class _Unchanged(torch.autograd.Function):
+    """Features as they are. What becomes of their gradient, the classes below say."""
 
     @staticmethod
     def forward(ctx: Any, features_Mh: Tensor, waiting: _Waiting) -> Tensor:
         ctx.waiting = waiting
         return features_Mh.view_as(features_Mh)
+
+
+class _KeepGradient(_Unchanged):
+    """Backward: the gradient waits."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
@@ -92,13 +96,8 @@ class _KeepGradient(torch.autograd.Function):
         return None, None
 
 
-class _AddWaiting(torch.autograd.Function):
-    """Features as they are. Backward: the gradients that wait are added."""
-
-    @staticmethod
-    def forward(ctx: Any, features_Mh: Tensor, waiting: _Waiting) -> Tensor:
-        ctx.waiting = waiting
-        return features_Mh.view_as(features_Mh)
+class _AddWaiting(_Unchanged):
+    """Backward: the gradients that wait are added."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
